@@ -1,0 +1,570 @@
+/*
+ * onebitmerge.h - 1-bit task vectors, routed merging and CPU inference.
+ *
+ * Somebody has a base LLM and K fine-tunes of it.  This library stores each fine-tune as a 1-bit task vector
+ * (alpha * sign(expert - base)), decides per request which task it is, and runs
+ *
+ *     theta(x) = theta_base + d~_k + lambda * TIES({ d~_j : j != k }),     k = argmax Router(x),     d~ = alpha * sign(d)
+ *
+ * (Liu et al., "1bit-Merging: Dynamic Quantized Merging for Large Language Models", section 3.3).
+ *
+ * Conventions
+ *   - Functions that can fail return obm_status; their outputs are untouched on failure, except where a comment says
+ *     otherwise.  `err` comes last, belongs to the caller and may be NULL.
+ *   - "owned": free it with the matching *_free (obm_free for plain buffers).  "borrowed": lives as long as the object it
+ *     came from.  "view": never owns, the caller keeps the memory alive.
+ *   - Strings are UTF-8 and NUL-terminated.  Shapes are given as (rows, cols), row-major.
+ *   - Option structs start with struct_size (use OBM_INIT); NULL options mean the defaults that the comments state.
+ *   - Long work takes a progress callback; it is called on the caller's thread only; non-zero stops with OBM_E_USER.
+ *
+ * Sections: Version, Status, Context, Tensors, Checkpoints, Task vectors, Compression and packs, Routes, Routers,
+ *           Static merges, Text, Models, Generation.
+ */
+#ifndef ONEBITMERGE_H
+#define ONEBITMERGE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__) && !defined(OBM_STATIC)
+#define OBM_API __attribute__((visibility("default")))
+#else
+#define OBM_API
+#endif
+
+/* Zero-initialised option struct with its size filled in:  obm_model_options opt = OBM_INIT(obm_model_options);  */
+#ifdef __cplusplus
+#define OBM_INIT(type) type{sizeof(type)}
+#else
+#define OBM_INIT(type) ((type){.struct_size = sizeof(type)})
+#endif
+
+/* ---- Version ---------------------------------------------------------------------------------------------------- */
+
+#define OBM_VERSION_MAJOR 0
+#define OBM_VERSION_MINOR 1
+#define OBM_VERSION_PATCH 0
+#define OBM_ABI_VERSION 1
+
+OBM_API const char *obm_version(void);   /* "0.1.0", static */
+OBM_API int obm_abi_version(void);       /* OBM_ABI_VERSION of the library; bindings compare it with the header's */
+
+/* ---- Status ----------------------------------------------------------------------------------------------------- */
+
+typedef enum obm_status {
+    OBM_OK = 0,
+    OBM_E_NOMEM = -1,       /* out of memory */
+    OBM_E_ARG = -2,         /* wrong use: an argument out of range, an unknown name */
+    OBM_E_SHAPE = -3,       /* shapes do not fit */
+    OBM_E_DTYPE = -4,       /* dtype not usable here */
+    OBM_E_IO = -5,          /* the operating system refused: missing file, full disk, ... */
+    OBM_E_FORMAT = -6,      /* a file is not what it should be */
+    OBM_E_NOTFOUND = -7,    /* no tensor, expert, task of that name */
+    OBM_E_UNSUPPORTED = -8, /* understood, but this build or version cannot do it */
+    OBM_E_BUSY = -9,        /* a second thread used an object that serves one at a time */
+    OBM_E_USER = -10,       /* a callback asked to stop; whatever it raised is the caller's to re-raise */
+    OBM_E_EXISTS = -11,     /* the output exists and overwriting was not asked for */
+    OBM_E_MISMATCH = -12,   /* a pack meets another base than the one it was made from */
+    OBM_E_VALUE = -13       /* NaN or Inf where a number is needed */
+} obm_status;
+
+#define OBM_ERROR_MESSAGE 768
+
+/* Caller-owned; filled on failure.  `message` says what was expected, what came, and where. */
+typedef struct obm_error {
+    obm_status code;
+    int os_errno;           /* errno for OBM_E_IO, else 0 */
+    char message[OBM_ERROR_MESSAGE];
+} obm_error;
+
+OBM_API const char *obm_status_name(obm_status status);   /* "OK", "NOMEM", ...; static */
+OBM_API void obm_free(void *p);   /* frees plain buffers returned as owned; NULL is a no-op */
+
+/* Returns non-zero to stop.  `done` and `total` count bytes, items or tokens as `what` says ("compress", "train", ...). */
+typedef int (*obm_progress_fn)(void *user, const char *what, uint64_t done, uint64_t total);
+typedef void (*obm_log_fn)(void *user, const char *message);   /* one warning, no newline */
+
+/* ---- Context ---------------------------------------------------------------------------------------------------- */
+
+/* Threads, topology and kernels.  Thread-safe: many objects and threads may share one; when its workers are busy with
+ * another caller's work, a call runs on its own thread alone, with the same result. */
+typedef struct obm_context obm_context;
+
+typedef struct obm_context_options {
+    size_t struct_size;
+    int threads;            /* 0: one per core this process may use */
+    obm_log_fn log;         /* warnings; NULL: dropped */
+    void *log_user;
+} obm_context_options;
+
+/* Reads the environment once: ONEBITMERGE_ISA lowers the instruction set ("scalar", "avx2", "avx512", "neon"; an unknown
+ * or unsupported name is OBM_E_ARG), ONEBITMERGE_THREADS gives the default of `threads`.
+ * Errors: NOMEM, ARG.  *out is owned. */
+OBM_API obm_status obm_context_new(const obm_context_options *options, obm_context **out, obm_error *err);
+OBM_API void obm_context_free(obm_context *ctx);   /* after everything that was opened with it */
+
+typedef struct obm_context_info {
+    const char *isa;            /* in use */
+    const char *isa_available;  /* comma-separated, best last */
+    const char *blas;           /* name, version and core of the BLAS, "OpenBLAS 0.3.21 Zen" */
+    const char *topology;       /* one line: packages, NUMA nodes, cores, caches */
+    const char *compiler;
+    int threads, cores, nodes;
+    uint64_t memory_total, memory_free;   /* bytes */
+} obm_context_info;
+OBM_API void obm_context_describe(const obm_context *ctx, obm_context_info *out);   /* strings borrowed from ctx */
+
+/* ---- Tensors ---------------------------------------------------------------------------------------------------- */
+
+typedef enum obm_dtype {
+    OBM_F32 = 0, OBM_F16 = 1, OBM_BF16 = 2, OBM_F64 = 3, OBM_U8 = 4, OBM_I8 = 5, OBM_I16 = 6, OBM_I32 = 7, OBM_I64 = 8,
+    OBM_BOOL = 9, OBM_U16 = 10, OBM_U32 = 11, OBM_U64 = 12, OBM_F8_E4M3 = 13, OBM_F8_E5M2 = 14
+} obm_dtype;
+#define OBM_DTYPE_COUNT 15
+OBM_API const char *obm_dtype_name(obm_dtype dtype);   /* safetensors' names: "F32", "BF16", ... */
+OBM_API size_t obm_dtype_size(obm_dtype dtype);        /* bytes per element */
+
+#define OBM_MAX_DIM 8
+/* A by-value view; row-major, contiguous. */
+typedef struct obm_tensor {
+    const void *data;
+    obm_dtype dtype;
+    int32_t ndim;
+    int64_t shape[OBM_MAX_DIM];
+} obm_tensor;
+OBM_API int64_t obm_tensor_count(const obm_tensor *t);   /* elements */
+/* Widens elements [begin, begin + n) of an F32, F16, BF16 or F64 tensor.  Errors: DTYPE, ARG (range). */
+OBM_API obm_status obm_tensor_read_f32(const obm_tensor *t, int64_t begin, int64_t n, float *out, obm_error *err);
+
+/* design.md calls this the module class; policies and reports are by class. */
+typedef enum obm_class {
+    OBM_CLASS_ATTENTION = 0,   /* q, k, v, o */
+    OBM_CLASS_MLP = 1,         /* gate, up, down */
+    OBM_CLASS_EMBEDDING = 2,
+    OBM_CLASS_HEAD = 3,
+    OBM_CLASS_NORM = 4,
+    OBM_CLASS_BIAS = 5
+} obm_class;
+#define OBM_CLASS_COUNT 6
+OBM_API const char *obm_class_name(obm_class cls);          /* "attention", ... */
+OBM_API obm_class obm_class_of(const char *tensor_name, int32_t ndim);   /* by the name, then by the rank (1-D: norm) */
+
+/* ---- Checkpoints ------------------------------------------------------------------------------------------------ */
+
+/* A Hugging Face folder (config.json, one or many *.safetensors) or a single .safetensors file, memory-mapped; no tensor
+ * is read before it is used.  Immutable, share freely. */
+typedef struct obm_checkpoint obm_checkpoint;
+
+/* Errors: IO, FORMAT (file, byte offset or key, expected, found), UNSUPPORTED (torch .bin), NOMEM.  *out is owned. */
+OBM_API obm_status obm_checkpoint_open(obm_context *ctx, const char *path, obm_checkpoint **out, obm_error *err);
+OBM_API void obm_checkpoint_free(obm_checkpoint *c);
+OBM_API const char *obm_checkpoint_path(const obm_checkpoint *c);       /* borrowed */
+OBM_API const char *obm_checkpoint_config(const obm_checkpoint *c);     /* text of config.json, NULL without; borrowed */
+OBM_API bool obm_checkpoint_is_tied(const obm_checkpoint *c);           /* no head of its own: lm_head = embedding */
+OBM_API size_t obm_checkpoint_count(const obm_checkpoint *c);
+/* Tensors in the order of their names.  i < count.  *name borrowed, *t a view into the mapping. */
+OBM_API void obm_checkpoint_at(const obm_checkpoint *c, size_t i, const char **name, obm_tensor *t);
+OBM_API obm_status obm_checkpoint_get(const obm_checkpoint *c, const char *name, obm_tensor *t, obm_error *err); /* NOTFOUND */
+/* SHA-256 of one tensor's bytes as 64 hex digits + NUL. */
+OBM_API obm_status obm_checkpoint_sha256(const obm_checkpoint *c, const char *name, char out[65], obm_error *err);
+
+/* ---- Task vectors ----------------------------------------------------------------------------------------------- */
+
+/* d = expert - base, lazily, in f32, tensor by tensor.  Borrows both checkpoints.  Immutable, share freely. */
+typedef struct obm_task_vector obm_task_vector;
+
+/* Names are matched, dtypes may differ, shapes must agree except for extra vocabulary rows of the expert (embedding and
+ * head).  A tied side is understood.  Errors: SHAPE (names tensor and both shapes), NOTFOUND (a tensor missing on one
+ * side), DTYPE, NOMEM. */
+OBM_API obm_status obm_task_vector_new(const obm_checkpoint *base, const obm_checkpoint *expert, obm_task_vector **out,
+                                       obm_error *err);
+OBM_API void obm_task_vector_free(obm_task_vector *v);
+OBM_API size_t obm_task_vector_count(const obm_task_vector *v);
+/* *base and *expert are views; the expert's may have more rows (extra vocabulary). */
+OBM_API void obm_task_vector_at(const obm_task_vector *v, size_t i, const char **name, obm_tensor *base, obm_tensor *expert);
+/* out: (rows, cols) of the base's shape, f32.  Errors: NOTFOUND, VALUE (NaN or Inf in d: names tensor and index). */
+OBM_API obm_status obm_task_vector_read(const obm_task_vector *v, const char *name, float *out, obm_error *err);
+
+typedef struct obm_delta_stats {
+    uint64_t tensors, params;
+    uint64_t zeros;                    /* exact zeros in d */
+    double base_norm, delta_norm;      /* L2 */
+    double relative_norm;              /* ||d|| / ||theta_base|| */
+    double zero_share;                 /* zeros / params */
+    double onebit_error_matrix;        /* ||d - alpha sign d|| / ||d||, one alpha per matrix; NaN for d = 0 */
+    double onebit_error_row;           /* the same, one alpha per row */
+} obm_delta_stats;
+/* out[OBM_CLASS_COUNT]: by class, tensors = 0 where there is none.  Errors: VALUE, USER, NOMEM. */
+OBM_API obm_status obm_task_vector_stats(obm_context *ctx, const obm_task_vector *v, obm_progress_fn progress, void *user,
+                                         obm_delta_stats *out, obm_error *err);
+OBM_API obm_status obm_task_vector_tensor_stats(obm_context *ctx, const obm_task_vector *v, const char *name,
+                                                obm_delta_stats *out, obm_error *err);
+typedef struct obm_delta_pair {
+    uint64_t params;
+    double cosine;            /* <a, b> / (||a|| ||b||); NaN if one is 0 */
+    double sign_agreement;    /* share of elements with sign(a) == sign(b), sign(0) = +1 */
+} obm_delta_pair;
+/* Two task vectors of one base, by class.  out[OBM_CLASS_COUNT]. */
+OBM_API obm_status obm_task_vector_compare(obm_context *ctx, const obm_task_vector *a, const obm_task_vector *b,
+                                           obm_progress_fn progress, void *user, obm_delta_pair *out, obm_error *err);
+
+/* ---- Compression and packs -------------------------------------------------------------------------------------- */
+
+typedef enum obm_mode { OBM_MODE_1BIT = 0, OBM_MODE_FULL = 1, OBM_MODE_DROP = 2, OBM_MODE_SAME = 3 } obm_mode;
+OBM_API const char *obm_mode_name(obm_mode mode);   /* "1bit", "full", "drop", "same" */
+/* onto_base: theta_base + d~_k + lambda TIES(others).  recomputed: the others are d~_j - d~_k (delta.md, R3). */
+typedef enum obm_reading { OBM_READING_ONTO_BASE = 0, OBM_READING_RECOMPUTED = 1 } obm_reading;
+typedef enum obm_profile { OBM_PROFILE_DEFAULT = 0, OBM_PROFILE_PAPER = 1, OBM_PROFILE_MERGEKIT = 2 } obm_profile;
+
+/* One row of an own policy: the first glob that matches a tensor's name decides its mode. */
+typedef struct obm_map_rule { const char *glob; obm_mode mode; } obm_map_rule;
+
+typedef struct obm_expert {
+    size_t struct_size;
+    const char *name;        /* task name: letters, digits, _ and -; unique in the pack */
+    const char *path;        /* checkpoint folder or file */
+    const char *policy;      /* "linear" (default), "attention", "mlp", "paper", "full"; paper goes by the names chat, math, code */
+    const char *scale;       /* "row" (default; "matrix" under paper), "matrix", "group:N" with N a multiple of 64 */
+    int planes;              /* 0 = 1; n planes iterate on the residual */
+    const obm_map_rule *map; /* before the policy */
+    size_t n_map;
+} obm_expert;
+
+typedef struct obm_compress_options {
+    size_t struct_size;
+    bool overwrite;             /* an existing pack is replaced (atomically) */
+    bool dry_run;               /* plan and report only; nothing is read but headers, nothing is written; *out stays NULL */
+    obm_profile profile;        /* DEFAULT: lambda 0.3, MERGEKIT trims; PAPER: lambda 1 and the paper's policy and trim */
+    obm_progress_fn progress;   /* bytes of expert tensors */
+    void *progress_user;
+} obm_compress_options;
+
+typedef struct obm_plan { uint64_t tensors, bytes_read, bytes_written, peak_memory; double seconds; } obm_plan;  /* estimates of a dry run */
+
+/* A pack: the compressed experts, the router, the merge settings and the fingerprint of the base.  core/FORMAT.md has the
+ * bytes.  Immutable apart from the functions that say "changes the pack"; share freely. */
+typedef struct obm_pack obm_pack;
+
+/* Compresses n experts of the base at base_path into the folder `out_path`, streaming: resident memory is bounded by tiles,
+ * not by the model.  plan (nullable) is filled in a dry run.  *out (nullable) gets the opened pack, owned.
+ * Errors: those of opening checkpoints and task vectors, EXISTS, ARG, IO, USER. */
+OBM_API obm_status obm_compress(obm_context *ctx, const char *base_path, const obm_expert *experts, size_t n,
+                                const obm_compress_options *options, const char *out_path, obm_plan *plan, obm_pack **out,
+                                obm_error *err);
+
+/* base_path NULL: as the pack says (relative path, then absolute).  The base's fingerprint is checked: MISMATCH names the
+ * first tensor that differs. */
+OBM_API obm_status obm_pack_open(obm_context *ctx, const char *path, const char *base_path, obm_pack **out, obm_error *err);
+OBM_API void obm_pack_free(obm_pack *p);
+OBM_API const char *obm_pack_path(const obm_pack *p);
+OBM_API const obm_checkpoint *obm_pack_base(const obm_pack *p);   /* borrowed */
+/* Checksums of every file and the full hash of the base.  Errors: FORMAT names the file, MISMATCH the tensor. */
+OBM_API obm_status obm_pack_verify(const obm_pack *p, obm_progress_fn progress, void *user, obm_error *err);
+/* Change the pack, on disk and in *p, atomically. */
+OBM_API obm_status obm_pack_add(obm_pack *p, const obm_expert *expert, const obm_compress_options *options, obm_error *err);
+OBM_API obm_status obm_pack_remove(obm_pack *p, const char *name, obm_error *err);   /* drops the router too: its tasks changed */
+
+typedef struct obm_pack_settings {
+    size_t struct_size;
+    double lambda;          /* >= 0 */
+    obm_reading reading;
+    obm_profile profile;    /* of the trim of full tensors */
+    double density;         /* of that trim, (0, 1] */
+} obm_pack_settings;
+OBM_API void obm_pack_get_settings(const obm_pack *p, obm_pack_settings *out);
+OBM_API obm_status obm_pack_set_settings(obm_pack *p, const obm_pack_settings *settings, obm_error *err);  /* changes the pack */
+
+OBM_API size_t obm_pack_task_count(const obm_pack *p);
+OBM_API const char *obm_pack_task_name(const obm_pack *p, size_t task);   /* borrowed */
+typedef struct obm_class_bytes { uint64_t tensors, params, bytes_expert, bytes_pack; } obm_class_bytes;
+/* One expert by class: bytes as the full expert tensors, and as the pack stores them.  out[OBM_CLASS_COUNT]. */
+OBM_API void obm_pack_bytes(const obm_pack *p, size_t task, obm_class_bytes *out);
+OBM_API uint64_t obm_pack_base_bytes(const obm_pack *p);
+OBM_API const char *obm_pack_policy(const obm_pack *p, size_t task);      /* as text, "linear, scale row, planes 1"; borrowed */
+OBM_API size_t obm_pack_tensor_count(const obm_pack *p);
+typedef struct obm_pack_tensor {
+    const char *name;
+    obm_class cls;
+    obm_mode mode;
+    int planes;
+    int64_t n_scales;             /* per plane */
+    const float *scales[8];       /* plane -> n_scales alphas, borrowed */
+    const uint8_t *signs[8];      /* plane -> (rows, row_bytes), LSB first, bit 1 = +, borrowed */
+    int64_t rows, cols, row_bytes;
+    uint64_t bytes_pack;
+} obm_pack_tensor;
+OBM_API void obm_pack_tensor_at(const obm_pack *p, size_t task, size_t i, obm_pack_tensor *out);
+
+/* ---- Routes ----------------------------------------------------------------------------------------------------- */
+
+/* A route is one weight per task (pack order), finite and >= 0; one-hot is the paper's, all zero is the base alone.
+ * theta(w) = theta_base + sum_k w_k (theta(k) - theta_base). */
+
+/* "chat", "2", "chat=.7,math=.3", "base".  weights[obm_pack_task_count].  Errors: ARG, NOTFOUND (lists the tasks). */
+OBM_API obm_status obm_pack_parse_route(const obm_pack *p, const char *text, double *weights, obm_error *err);
+/* The other way: "chat" for one-hot, "chat=0.7,math=0.3", "base".  *out owned. */
+OBM_API obm_status obm_pack_format_route(const obm_pack *p, const double *weights, char **out, obm_error *err);
+
+/* Materialises one tensor under a route: out = (rows, cols) f32 of the merged tensor (with the routed expert's extra
+ * vocabulary rows under its hard route: ask obm_pack_route_shape first). */
+OBM_API obm_status obm_pack_route_shape(const obm_pack *p, const double *weights, const char *name, obm_tensor *shape, obm_error *err);
+OBM_API obm_status obm_pack_materialise(const obm_pack *p, const double *weights, const char *name, float *out, obm_error *err);
+
+typedef struct obm_export_options {
+    size_t struct_size;
+    const char *dtype;          /* NULL: the base's, per tensor; "f32", "bf16", "f16" */
+    uint64_t shard_bytes;       /* 0: 5e9 */
+    bool overwrite, dry_run;
+    obm_progress_fn progress;
+    void *progress_user;
+} obm_export_options;
+typedef struct obm_export_report { obm_plan plan; uint64_t changed, lost; /* elements with d~ != 0, and of those lost by rounding */ } obm_export_report;
+/* Writes the dense Hugging Face folder of one route.  report nullable. */
+OBM_API obm_status obm_pack_export(const obm_pack *p, const double *weights, const obm_export_options *options,
+                                   const char *out_path, obm_export_report *report, obm_error *err);
+
+/* ---- Text ------------------------------------------------------------------------------------------------------- */
+
+/* tokenizer.json (byte-level BPE).  Immutable, share freely. */
+typedef struct obm_tokenizer obm_tokenizer;
+typedef struct obm_message { const char *role, *content; } obm_message;   /* views */
+
+OBM_API obm_status obm_tokenizer_open(obm_context *ctx, const char *path /* folder or tokenizer.json */, obm_tokenizer **out, obm_error *err);
+OBM_API void obm_tokenizer_free(obm_tokenizer *t);
+OBM_API size_t obm_tokenizer_size(const obm_tokenizer *t);                       /* ids are < size */
+OBM_API const char *obm_tokenizer_piece(const obm_tokenizer *t, int32_t id);     /* as in the file, NULL if none; borrowed */
+OBM_API int32_t obm_tokenizer_id(const obm_tokenizer *t, const char *piece);     /* -1 if none */
+/* text: UTF-8 of `len` bytes (may hold NUL).  special: add the post-processor's tokens; special tokens in the text are
+ * always recognised, as the tokenizers library does.  *ids owned, *n.  Errors: FORMAT (not UTF-8), NOMEM. */
+OBM_API obm_status obm_tokenizer_encode(const obm_tokenizer *t, const char *text, size_t len, bool special, int32_t **ids,
+                                        size_t *n, obm_error *err);
+/* *text owned, NUL-terminated, *len its bytes.  Errors: ARG (an id out of range). */
+OBM_API obm_status obm_tokenizer_decode(const obm_tokenizer *t, const int32_t *ids, size_t n, bool skip_special, char **text,
+                                        size_t *len, obm_error *err);
+/* Renders messages with the built-in template that fits the model's own (ChatML); UNSUPPORTED names the others.
+ * add_generation: append the opening of the assistant's turn.  *text owned. */
+OBM_API obm_status obm_tokenizer_apply_template(const obm_tokenizer *t, const obm_message *messages, size_t n,
+                                                bool add_generation, char **text, obm_error *err);
+/* The model's own Jinja source, NULL without; borrowed.  Python renders it with jinja2. */
+OBM_API const char *obm_tokenizer_template(const obm_tokenizer *t);
+
+/* ---- Models ----------------------------------------------------------------------------------------------------- */
+
+/* A Hugging Face folder or a pack, ready to run.  One thread at a time; a second gets OBM_E_BUSY. */
+typedef struct obm_model obm_model;
+
+typedef struct obm_model_options {
+    size_t struct_size;
+    const char *base;           /* overrides where the pack's base lies */
+    obm_dtype kv;               /* OBM_F32 (default) or OBM_F16 */
+    uint64_t route_budget;      /* bytes of materialised routes kept, least recently used go first; 0: no limit */
+} obm_model_options;
+OBM_API obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_options *options, obm_model **out, obm_error *err);
+/* From a pack that is open already; borrows it. */
+OBM_API obm_status obm_model_from_pack(obm_context *ctx, const obm_pack *pack, const obm_model_options *options, obm_model **out, obm_error *err);
+OBM_API void obm_model_free(obm_model *m);
+
+typedef struct obm_model_info {
+    const char *architecture;            /* "llama", ... */
+    int64_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, sliding_window /* 0: none */;
+    bool tied;
+    uint64_t params, bytes;              /* of the base */
+} obm_model_info;
+OBM_API void obm_model_describe(const obm_model *m, obm_model_info *out);
+OBM_API const obm_pack *obm_model_pack(const obm_model *m);             /* NULL for a plain model; borrowed */
+OBM_API const obm_tokenizer *obm_model_tokenizer(const obm_model *m);   /* NULL without a tokenizer.json; borrowed */
+
+/* What resident memory is made of, bytes. */
+typedef struct obm_model_memory { uint64_t base, planes, overlays, kv, scratch; } obm_model_memory;
+OBM_API void obm_model_account(const obm_model *m, obm_model_memory *out);
+
+/* A prompt in one of three forms, tried in this order: ids, messages (rendered with the chat template), text.
+ * chat: wrap `text` as one user turn.  Views. */
+typedef struct obm_prompt {
+    const char *text;
+    const obm_message *messages; size_t n_messages;
+    const int32_t *ids; size_t n_ids;
+    bool chat;
+} obm_prompt;
+
+typedef struct obm_run_options {
+    size_t struct_size;
+    const double *route;        /* weights over the tasks, or NULL: plain models, and the base alone for packs */
+    bool all;                   /* every position, not the last */
+    bool decode;                /* feed token by token through the decode path */
+    obm_dtype kv;               /* OBM_F32 or OBM_F16 */
+} obm_run_options;
+/* out: (T, vocab) with `all`, else (vocab,), f32.  T = n.  Errors: ARG (an id out of range, T = 0, too long). */
+OBM_API obm_status obm_model_logits(obm_model *m, const int32_t *ids, size_t n, const obm_run_options *options, float *out, obm_error *err);
+/* Hidden states after layer `layer` (0 = embeddings, layers = before the final norm).  out: (T, hidden) f32. */
+OBM_API obm_status obm_model_hidden(obm_model *m, const int32_t *ids, size_t n, int layer, const obm_run_options *options, float *out, obm_error *err);
+/* Mean-pooled hidden states after `layer` of the base, of the last 512 tokens of each prompt's user text.  out: (n, hidden). */
+OBM_API obm_status obm_model_embed(obm_model *m, const obm_prompt *prompts, size_t n, int layer, obm_progress_fn progress, void *user,
+                                   float *out, obm_error *err);
+
+/* ---- Routers ---------------------------------------------------------------------------------------------------- */
+
+/* What a router sees of one request; valid during the callback.  Text: the user turns joined by newlines, no template
+ * (ids are decoded first); tokens: the base tokenizer's, the last 512. */
+typedef struct obm_request obm_request;
+OBM_API const char *obm_request_text(const obm_request *r);                                  /* borrowed */
+OBM_API void obm_request_tokens(const obm_request *r, const int32_t **ids, size_t *n);       /* borrowed */
+OBM_API size_t obm_request_task_count(const obm_request *r);
+OBM_API const char *obm_request_task_name(const obm_request *r, size_t task);
+/* Mean-pooled hidden states after `layer` of the base; computed on demand, kept.  *out: (hidden) f32, borrowed. */
+OBM_API obm_status obm_request_features(obm_request *r, int layer, const float **out, size_t *n, obm_error *err);
+/* The built-in router's probabilities, (tasks); NOTFOUND if the pack has no router. */
+OBM_API obm_status obm_request_builtin(obm_request *r, const double **out, obm_error *err);
+
+/* Fills weights[obm_request_task_count]; return OBM_OK, or OBM_E_USER to stop the whole call (or any error, with err). */
+typedef obm_status (*obm_router_fn)(void *user, obm_request *request, double *weights, obm_error *err);
+
+typedef struct obm_router_options {
+    size_t struct_size;
+    int layer;                  /* 0 = embeddings */
+    double l2;                  /* 0: 1e-2 */
+    double holdout;             /* 0: 0.2 of each task is held out for the report */
+    uint64_t seed;              /* of the split */
+    obm_progress_fn progress;
+    void *progress_user;
+} obm_router_options;
+
+#define OBM_MAX_REPORT_TASKS 64
+typedef struct obm_router_report {
+    int layer;
+    size_t tasks, n_train, n_held_out;
+    double accuracy;            /* held out */
+    double calibration_error;   /* expected calibration error, 10 bins, held out */
+    uint32_t confusion[OBM_MAX_REPORT_TASKS][OBM_MAX_REPORT_TASKS];   /* [true][predicted], held out */
+} obm_router_report;
+
+/* Multinomial logistic regression (L2, standardised features, L-BFGS) on obm_model_embed features; changes the pack.
+ * task[i] names the task of prompts[i]; every task of the pack needs >= 2 examples.  Errors: ARG, NOTFOUND, USER. */
+OBM_API obm_status obm_router_train(obm_pack *p, const obm_prompt *prompts, const char *const *task, size_t n,
+                                    const obm_router_options *options, obm_router_report *report, obm_error *err);
+OBM_API obm_status obm_pack_router_report(const obm_pack *p, obm_router_report *out, obm_error *err);   /* NOTFOUND: untrained */
+/* Built-in (fn NULL) or own router on one prompt.  weights[task_count]: the route (argmax one-hot for the built-in);
+ * probabilities[task_count] nullable, the built-in's. */
+OBM_API obm_status obm_model_route(obm_model *m, const obm_prompt *prompt, obm_router_fn fn, void *user, double *weights,
+                                   double *probabilities, obm_error *err);
+
+/* ---- Generation ------------------------------------------------------------------------------------------------- */
+
+typedef struct obm_generate_options {
+    size_t struct_size;
+    const double *routes;       /* (n_routes, tasks): one row for all prompts or one each; NULL: the router decides */
+    size_t n_routes;
+    const bool *routed;         /* nullable, (n_routes): false = this row is to be filled by the router */
+    obm_router_fn router;       /* NULL: the pack's own */
+    void *router_user;
+    size_t max_tokens;          /* 0: 256 */
+    double temperature;         /* 0: greedy */
+    size_t top_k;               /* 0: off */
+    double top_p;               /* 0 or 1: off */
+    double min_p;               /* 0: off */
+    double repetition_penalty;  /* 0 or 1: off */
+    uint64_t seed;              /* prompt i of a batch draws from (seed, i): results do not depend on the batching */
+    const char *const *stop; size_t n_stop;   /* stop strings; not part of the text */
+    size_t batch;               /* sequences decoded together; 0: 8 */
+    bool ignore_eos;
+    obm_progress_fn progress;   /* prompts done */
+    void *progress_user;
+} obm_generate_options;
+
+typedef enum obm_finish { OBM_FINISH_STOP = 0, OBM_FINISH_LENGTH = 1 } obm_finish;   /* eos or stop string; max_tokens or context end */
+
+/* Called with whole UTF-8 characters as they come; non-zero stops with OBM_E_USER. */
+typedef int (*obm_text_fn)(void *user, const char *text, size_t len);
+/* One prompt (a chat turn if the model has a template), streamed.  options NULL: defaults. */
+OBM_API obm_status obm_model_generate(obm_model *m, const char *prompt, const obm_generate_options *options, obm_text_fn on_text,
+                                      void *user, obm_error *err);
+
+typedef struct obm_completion {
+    char *text; size_t text_len;
+    int32_t *ids; size_t n_ids;       /* generated ids, without the prompt */
+    double *route; size_t n_route;    /* weights used, NULL for a plain model */
+    size_t n_prompt;                  /* prompt tokens */
+    obm_finish finish;
+} obm_completion;
+/* out[n]; each owned, release with obm_completion_clear.  Results do not depend on batch or on the neighbours. */
+OBM_API obm_status obm_model_generate_batch(obm_model *m, const obm_prompt *prompts, size_t n, const obm_generate_options *options,
+                                            obm_completion *out, obm_error *err);
+OBM_API void obm_completion_clear(obm_completion *c);
+
+/* A pull-style stream of one prompt.  One thread at a time; the model is busy until it is freed or has ended. */
+typedef struct obm_stream obm_stream;
+OBM_API obm_status obm_stream_open(obm_model *m, const obm_prompt *prompt, const obm_generate_options *options, obm_stream **out, obm_error *err);
+/* *text borrowed until the next call; NULL at the end. */
+OBM_API obm_status obm_stream_next(obm_stream *s, const char **text, size_t *len, obm_error *err);
+OBM_API const obm_completion *obm_stream_result(const obm_stream *s);   /* so far; borrowed */
+OBM_API void obm_stream_free(obm_stream *s);
+
+typedef struct obm_score_item {
+    obm_prompt prompt;                       /* empty text and no ids: score `continuation` as a whole text from its second token on */
+    const char *continuation;                /* or ids: */
+    const int32_t *continuation_ids; size_t n_continuation_ids;
+    const double *route;                     /* NULL: the router on the prompt (packs) */
+} obm_score_item;
+typedef struct obm_score {
+    double logprob;             /* sum, natural logarithm */
+    double perplexity;          /* exp(-logprob / tokens) */
+    bool is_greedy;             /* every token was the argmax */
+    double *token_logprobs; size_t n;   /* owned: obm_score_clear */
+    double *route; size_t n_route;
+} obm_score;
+/* out[n].  Lower log-likelihood arithmetic in f64 over f32 logits. */
+OBM_API obm_status obm_model_score(obm_model *m, const obm_score_item *items, size_t n, obm_progress_fn progress, void *user,
+                                   obm_score *out, obm_error *err);
+OBM_API void obm_score_clear(obm_score *s);
+
+/* ---- Static merges ---------------------------------------------------------------------------------------------- */
+
+typedef enum obm_param_scope { OBM_PARAM_GLOBAL = 0, OBM_PARAM_PER_MODEL = 1 } obm_param_scope;
+typedef struct obm_param_info {
+    const char *name, *doc;
+    obm_param_scope scope;
+    bool required;
+    double dflt, min, max;      /* booleans are 0 and 1 */
+    bool is_bool;
+} obm_param_info;
+typedef struct obm_method_info {
+    const char *name, *doc, *source;   /* source: paper, section */
+    const obm_param_info *params; size_t n_params;
+    bool needs_base;
+    int min_models, max_models;        /* without the base; max 0: any */
+} obm_method_info;
+OBM_API size_t obm_method_count(void);
+OBM_API const obm_method_info *obm_method_at(size_t i);   /* static */
+
+typedef struct obm_param { const char *name; int model; /* -1: global */ double value; } obm_param;
+/* Merges n tensors of one shape: out (count elements) f32.  base nullable where the method allows.  profile as in recipes.
+ * Errors: NOTFOUND (method, parameter: lists the known ones), ARG, SHAPE, VALUE. */
+OBM_API obm_status obm_merge_tensors(obm_context *ctx, const char *method, obm_profile profile, const obm_tensor *base,
+                                     const obm_tensor *models, size_t n, const obm_param *params, size_t n_params, uint64_t seed,
+                                     float *out, obm_error *err);
+
+typedef struct obm_merge_options {
+    size_t struct_size;
+    obm_profile profile;        /* DEFAULT: the recipe's `profile` key, else mergekit */
+    const char *directory;      /* relative paths of the recipe start here; NULL: the working directory */
+    uint64_t seed; bool has_seed;   /* overrides the recipe's random_seed; 0 by default */
+    uint64_t shard_bytes;       /* 0: 5e9 */
+    uint64_t memory;            /* budget of tiles and buffers, bytes; 0: 2e9 */
+    bool overwrite, dry_run;
+    obm_progress_fn progress;
+    void *progress_user;
+} obm_merge_options;
+/* recipe: mergekit's YAML (or JSON) as text.  Writes a Hugging Face folder; plan nullable, filled in a dry run and after.
+ * Fails while planning, before a tensor byte is read, for unknown keys (with a suggestion) and unsupported ones. */
+OBM_API obm_status obm_merge(obm_context *ctx, const char *recipe, const obm_merge_options *options, const char *out_path,
+                             obm_plan *plan, obm_error *err);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

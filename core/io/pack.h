@@ -1,0 +1,55 @@
+/* The opened pack, as the dynamic merge and the model read it. */
+#ifndef OBM_PACK_H
+#define OBM_PACK_H
+
+#include "../delta/delta.h"
+
+/* One tensor of one expert. */
+typedef struct obm__pack_entry {
+    obm_mode mode;             /* 1BIT, FULL, DROP, SAME */
+    obm__planes planes;        /* 1BIT */
+    obm_tensor full;           /* FULL: the expert's own tensor, own dtype, extra rows included */
+    obm_tensor extra;          /* 1BIT, DROP, SAME with extra vocabulary rows: those rows only; data NULL without */
+    uint64_t bytes_pack, bytes_expert;
+} obm__pack_entry;
+
+typedef struct obm__pack_expert {
+    char *name, *policy;       /* policy as text */
+    obm__safetensors *file;
+    obm__pack_entry *entries;  /* (n_tensors), same order as obm_pack.tensors */
+    obm_json *record;          /* the expert's part of pack.json, borrowed */
+} obm__pack_expert;
+
+/* The union of the base's tensors and the experts' (an untied head of an expert of a tied base). */
+typedef struct obm__pack_tensor_info {
+    const char *name;
+    obm_class cls;
+    obm_tensor base;           /* the value that a missing delta leaves; a tied head views the embedding */
+    bool in_base;              /* false: exists only because an expert has it */
+} obm__pack_tensor_info;
+
+typedef struct obm__router obm__router;   /* route/router.h */
+
+struct obm_pack {
+    obm_context *ctx;
+    char *path;
+    obm_json *manifest;        /* pack.json */
+    obm_checkpoint *base;      /* owned */
+    obm__pack_tensor_info *tensors;   /* sorted by name */
+    size_t n_tensors;
+    obm__pack_expert *experts;
+    size_t n_experts;
+    obm_pack_settings settings;
+    obm__router *router;       /* NULL until trained */
+};
+/* Index into tensors, or SIZE_MAX. */
+size_t obm__pack_find(const obm_pack *p, const char *name);
+/* Writes the manifest (the commit of every change). */
+obm_status obm__pack_commit(obm_pack *p, obm_error *err);
+/* router.safetensors in and out of the pack (pack_router.c calls these; route/ knows what the tensors mean).
+ * tensors: named F32 arrays; report: JSON stored in pack.json under "router" (reference stolen). */
+typedef struct obm__named_array { const char *name; const float *data; int32_t ndim; int64_t shape[2]; } obm__named_array;
+obm_status obm__pack_write_router(obm_pack *p, const obm__named_array *arrays, size_t n, obm_json *report, obm_error *err);
+obm_status obm__pack_read_router(const obm_pack *p, obm__safetensors **out /* NULL without router */, obm_error *err);
+
+#endif

@@ -1,0 +1,93 @@
+/* What every part of core/ stands on: errors, memory, context, threads, BLAS.  Nothing here knows about tensors' meaning. */
+#ifndef OBM_SYS_H
+#define OBM_SYS_H
+
+#include "kernels.h"
+#include "onebitmerge.h"
+
+#include <stdarg.h>
+
+/* ---- errors (status.c) ---- */
+
+/* Fills err (nullable) and returns status, so that `return obm__fail(err, OBM_E_ARG, "...", ...)` reads as one step. */
+obm_status obm__fail(obm_error *err, obm_status status, const char *format, ...) __attribute__((format(printf, 3, 4)));
+/* OBM_E_IO with strerror(errno) appended: "cannot open PATH: No such file or directory". */
+obm_status obm__fail_errno(obm_error *err, const char *format, ...) __attribute__((format(printf, 2, 3)));
+obm_status obm__fail_nomem(obm_error *err, uint64_t bytes);
+
+#define OBM_TRY(expr)                                                                                                  \
+    do {                                                                                                               \
+        obm_status try_status_ = (expr);                                                                               \
+        if (try_status_ != OBM_OK) return try_status_;                                                                 \
+    } while (0)
+/* The same inside functions with a common exit: sets `status` and jumps to `done`. */
+#define OBM_GO(expr)                                                                                                   \
+    do {                                                                                                               \
+        status = (expr);                                                                                               \
+        if (status != OBM_OK) goto done;                                                                               \
+    } while (0)
+
+/* Field of an option struct that an older caller may not have: OBM_OPT(options, type, field, default). */
+#define OBM_OPT(options, type, field, dflt)                                                                            \
+    ((options) && (options)->struct_size >= offsetof(type, field) + sizeof(((type *)0)->field) ? (options)->field : (dflt))
+
+/* ---- memory (memory.c) ---- */
+
+bool obm__mul(size_t a, size_t b, size_t *out);   /* false on overflow: the one helper for sizes */
+bool obm__add(size_t a, size_t b, size_t *out);
+/* All return NULL on failure or overflow; free with obm_free.  count * size is checked. */
+void *obm__alloc(size_t count, size_t size);        /* 64-byte aligned, not zeroed */
+void *obm__calloc(size_t count, size_t size);       /* zeroed */
+void *obm__realloc(void *p, size_t count, size_t size);   /* only for blocks of obm__calloc / obm__realloc / obm__strdup */
+char *obm__strdup(const char *s);
+char *obm__strndup(const char *s, size_t n);
+char *obm__format(const char *format, ...) __attribute__((format(printf, 1, 2)));   /* owned string */
+
+/* A growing byte buffer; after a failed append `failed` stays set, so that one check at the end is enough. */
+typedef struct obm__buffer { char *data; size_t size, capacity; bool failed; } obm__buffer;   /* zero-initialise */
+void obm__buffer_add(obm__buffer *b, const void *bytes, size_t n);
+void obm__buffer_text(obm__buffer *b, const char *s);
+void obm__buffer_printf(obm__buffer *b, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void obm__buffer_free(obm__buffer *b);
+
+/* ---- context (context.c) ---- */
+
+typedef struct obm__pool obm__pool;
+struct obm_context {
+    const obm_kernels *k;      /* the kernel table, chosen once */
+    int threads;
+    obm__pool *pool;           /* started at the first parallel call */
+    obm_log_fn log;
+    void *log_user;
+    obm_context_info info;
+    char blas[128], topology[256], available[64];
+};
+void obm__warn(const obm_context *ctx, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* ---- threads (threads.c) ---- */
+
+/* Runs fn on contiguous ranges [begin, end) that cover 0..n, boundaries at multiples of `grain`.  `worker` < ctx->threads
+ * selects scratch.  fn must compute each item independently of the partition: that is what makes results the same for any
+ * thread count.  When the pool is busy or forked away, everything runs on the calling thread. */
+typedef void (*obm__range_fn)(void *arg, size_t begin, size_t end, int worker);
+void obm__parallel(obm_context *ctx, size_t n, size_t grain, obm__range_fn fn, void *arg);
+/* Sum of n partial sums in a fixed pairwise tree (bit-identical for any thread count). */
+double obm__tree_sum(const double *partial, size_t n);
+
+/* One thread at a time: OBM_E_BUSY for a second.  Zero-initialise. */
+typedef struct obm__guard { _Atomic int busy; } obm__guard;
+obm_status obm__guard_enter(obm__guard *g, const char *what, obm_error *err);
+void obm__guard_leave(obm__guard *g);
+
+/* ---- BLAS (blas.c) ---- */
+
+/* C (m, n) = alpha * A (m, k) * B (n, k)^T + beta * C; row-major, one thread, called by our own workers on fixed panels. */
+void obm__sgemm_nt(int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda, const float *b, int64_t ldb,
+                   float beta, float *c, int64_t ldc);
+const char *obm__blas_describe(char *buf, size_t size);
+
+/* ---- topology (topology.c): the only file that includes hwloc.h ---- */
+int obm__topology_describe(char *buf, size_t size, int *cores, int *nodes);   /* allowed cores of this process */
+int obm__topology_pin(int worker);   /* binds the calling thread to the worker's core; 0 on success, failure is harmless */
+
+#endif
