@@ -383,8 +383,9 @@ OBM_API const obm_tokenizer *obm_model_tokenizer(const obm_model *m);   /* NULL 
 typedef struct obm_model_memory { uint64_t base, planes, overlays, kv, scratch; } obm_model_memory;
 OBM_API void obm_model_account(const obm_model *m, obm_model_memory *out);
 
-/* A prompt in one of three forms, tried in this order: ids, messages (rendered with the chat template), text.
- * chat: wrap `text` as one user turn.  Views. */
+/* A prompt in one of three forms; what runs is the first that is there of: ids, messages (rendered with the chat template),
+ * text (chat: wrapped as one user turn).  What a router sees is the first of: messages, text, the decoded ids; so a caller
+ * that renders a template itself passes its ids together with the messages.  Views. */
 typedef struct obm_prompt {
     const char *text;
     const obm_message *messages; size_t n_messages;
@@ -472,6 +473,7 @@ typedef struct obm_generate_options {
     const char *const *stop; size_t n_stop;   /* stop strings; not part of the text */
     size_t batch;               /* sequences decoded together; 0: 8 */
     bool ignore_eos;
+    bool chat;                  /* text prompts are one user turn in the model's chat template */
     obm_progress_fn progress;   /* prompts done */
     void *progress_user;
 } obm_generate_options;
@@ -480,7 +482,7 @@ typedef enum obm_finish { OBM_FINISH_STOP = 0, OBM_FINISH_LENGTH = 1 } obm_finis
 
 /* Called with whole UTF-8 characters as they come; non-zero stops with OBM_E_USER. */
 typedef int (*obm_text_fn)(void *user, const char *text, size_t len);
-/* One prompt (a chat turn if the model has a template), streamed.  options NULL: defaults. */
+/* One prompt, streamed.  options NULL: defaults (greedy, 256 tokens, the text as it is: set `chat` for a chat turn). */
 OBM_API obm_status obm_model_generate(obm_model *m, const char *prompt, const obm_generate_options *options, obm_text_fn on_text,
                                       void *user, obm_error *err);
 
