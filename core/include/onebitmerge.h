@@ -137,7 +137,7 @@ typedef struct obm_tensor {
     int32_t ndim;
     int64_t shape[OBM_MAX_DIM];
 } obm_tensor;
-OBM_API int64_t obm_tensor_count(const obm_tensor *t);   /* elements */
+OBM_API int64_t obm_tensor_count(const obm_tensor *t);   /* elements; -1: negative or overflowing shape */
 /* Widens elements [begin, begin + n) of an F32, F16, BF16 or F64 tensor.  Errors: DTYPE, ARG (range). */
 OBM_API obm_status obm_tensor_read_f32(const obm_tensor *t, int64_t begin, int64_t n, float *out, obm_error *err);
 

@@ -53,14 +53,16 @@ void obm__buffer_free(obm__buffer *b);
 /* ---- context (context.c) ---- */
 
 typedef struct obm__pool obm__pool;
+typedef struct obm__topology obm__topology;
 struct obm_context {
     const obm_kernels *k;      /* the kernel table, chosen once */
     int threads;
-    obm__pool *pool;           /* started at the first parallel call */
+    obm__topology *topology;
+    obm__pool *pool;           /* its workers start at the first parallel call */
     obm_log_fn log;
     void *log_user;
     obm_context_info info;
-    char blas[128], topology[256], available[64];
+    char blas[128], topology_text[256], available[64];
 };
 void obm__warn(const obm_context *ctx, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
@@ -71,6 +73,9 @@ void obm__warn(const obm_context *ctx, const char *format, ...) __attribute__((f
  * thread count.  When the pool is busy or forked away, everything runs on the calling thread. */
 typedef void (*obm__range_fn)(void *arg, size_t begin, size_t end, int worker);
 void obm__parallel(obm_context *ctx, size_t n, size_t grain, obm__range_fn fn, void *arg);
+/* threads includes the caller; with more threads than cores nobody spins. */
+obm__pool *obm__pool_new(const obm__topology *topology, int threads, int cores);
+void obm__pool_free(obm__pool *p);
 /* Sum of n partial sums in a fixed pairwise tree (bit-identical for any thread count). */
 double obm__tree_sum(const double *partial, size_t n);
 
@@ -81,13 +86,27 @@ void obm__guard_leave(obm__guard *g);
 
 /* ---- BLAS (blas.c) ---- */
 
+/* Holds the process-wide OpenBLAS thread count at 1 between enter and leave (counted, thread-safe): the first enter saves the
+ * count, the last leave restores it unless somebody else changed it meanwhile.  obm__sgemm_nt does it for itself; put a pair
+ * around a whole region of calls so that the count does not flip in between.  Every other BLAS or LAPACK call needs it. */
+void obm__blas_enter(void);
+void obm__blas_leave(void);
 /* C (m, n) = alpha * A (m, k) * B (n, k)^T + beta * C; row-major, one thread, called by our own workers on fixed panels. */
 void obm__sgemm_nt(int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda, const float *b, int64_t ldb,
                    float beta, float *c, int64_t ldc);
 const char *obm__blas_describe(char *buf, size_t size);
 
 /* ---- topology (topology.c): the only file that includes hwloc.h ---- */
-int obm__topology_describe(char *buf, size_t size, int *cores, int *nodes);   /* allowed cores of this process */
-int obm__topology_pin(int worker);   /* binds the calling thread to the worker's core; 0 on success, failure is harmless */
+
+/* What this process may use (allowed cpuset and affinity).  NULL without memory or when hwloc cannot read the machine; the
+ * other functions take NULL as one unnamed core.  Immutable. */
+obm__topology *obm__topology_new(void);
+void obm__topology_free(obm__topology *t);
+int obm__topology_cores(const obm__topology *t);
+int obm__topology_nodes(const obm__topology *t);
+/* "1 package, 1 NUMA node, 2 cores, L2 512 KiB, L3 32 MiB" */
+const char *obm__topology_describe(const obm__topology *t, char *buf, size_t size);
+/* Binds the calling thread to one core; 0 on success, failure is harmless.  Workers beyond the cores stay unbound. */
+int obm__topology_pin(const obm__topology *t, int worker);
 
 #endif

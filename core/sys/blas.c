@@ -1,0 +1,53 @@
+/* The only door to OpenBLAS.  Matrix products run on the calling thread; the library's own threads are not used. */
+#include "sys.h"
+
+#include <cblas.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+
+/*
+ * OpenBLAS keeps one thread count for the process, shared with every other user of the library (NumPy may be one), and the
+ * versions in distributions have no per-thread setting.  So the count of our users must be process-wide as well.  A spin
+ * lock is enough: a few instructions are done under it, since lowering the count and raising it back starts no threads.
+ */
+static atomic_flag lock = ATOMIC_FLAG_INIT;
+static int users, saved;
+
+static void take_lock(void) {
+    while (atomic_flag_test_and_set_explicit(&lock, memory_order_acquire)) sched_yield();
+}
+
+void obm__blas_enter(void) {
+    take_lock();
+    if (!users++) {
+        saved = openblas_get_num_threads();
+        if (saved != 1) openblas_set_num_threads(1);
+    }
+    atomic_flag_clear_explicit(&lock, memory_order_release);
+}
+
+void obm__blas_leave(void) {
+    take_lock();
+    /* A count that is no longer 1 was set by somebody else on purpose: it stays. */
+    if (!--users && saved != 1 && openblas_get_num_threads() == 1) openblas_set_num_threads(saved);
+    atomic_flag_clear_explicit(&lock, memory_order_release);
+}
+
+void obm__sgemm_nt(int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda, const float *b, int64_t ldb,
+                   float beta, float *c, int64_t ldc) {
+    obm__blas_enter();
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b,
+                (blasint)ldb, beta, c, (blasint)ldc);
+    obm__blas_leave();
+}
+
+/* openblas_get_config() is "OpenBLAS 0.3.21 NO_LAPACKE ... MAX_THREADS=64": the first two words are name and version. */
+const char *obm__blas_describe(char *buf, size_t size) {
+    const char *config = openblas_get_config(), *end = strchr(config, ' ');
+    if (end) end = strchr(end + 1, ' ');
+    int n = end ? (int)(end - config) : (int)strlen(config);
+    snprintf(buf, size, "%.*s %s", n, config, openblas_get_corename());
+    return buf;
+}

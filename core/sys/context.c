@@ -1,0 +1,118 @@
+/* The context: kernels, topology and threads, chosen once.  The environment is read here and nowhere else. */
+#include "sys.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MAX_THREADS 4096
+
+/* "scalar,avx2" */
+static void list_isas(char *buf, size_t size) {
+    size_t used = 0;
+    buf[0] = 0;
+    for (const obm_kernels *const *k = obm_kernels_list(); *k && used < size; k++)
+        used += (size_t)snprintf(buf + used, size - used, "%s%s", used ? "," : "", (*k)->isa);
+}
+
+static obm_status choose_kernels(obm_context *ctx, obm_error *err) {
+    const char *wanted = getenv("ONEBITMERGE_ISA");
+    list_isas(ctx->available, sizeof ctx->available);
+    if (wanted && *wanted) {
+        ctx->k = obm_kernels_find(wanted);
+        if (ctx->k) return OBM_OK;
+        return obm__fail(err, OBM_E_ARG, "ONEBITMERGE_ISA: \"%.64s\" is not available here (available: %s)", wanted,
+                         ctx->available);
+    }
+    for (const obm_kernels *const *k = obm_kernels_list(); *k; k++) ctx->k = *k;
+    return OBM_OK;
+}
+
+static obm_status choose_threads(obm_context *ctx, int wanted, obm_error *err) {
+    if (wanted < 0 || wanted > MAX_THREADS)
+        return obm__fail(err, OBM_E_ARG, "threads must be 0 (one per core) to %d, got %d", MAX_THREADS, wanted);
+    const char *text = getenv("ONEBITMERGE_THREADS");
+    if (!wanted && text && *text) {
+        char *end;
+        errno = 0;
+        long value = strtol(text, &end, 10);
+        if (errno || *end || value < 1 || value > MAX_THREADS)
+            return obm__fail(err, OBM_E_ARG, "ONEBITMERGE_THREADS must be 1 to %d, got \"%.64s\"", MAX_THREADS, text);
+        wanted = (int)value;
+    }
+    ctx->threads = wanted ? wanted : obm__topology_cores(ctx->topology);
+    return OBM_OK;
+}
+
+static void fill_info(obm_context *ctx) {
+    ctx->info = (obm_context_info){
+        .isa = ctx->k->isa,
+        .isa_available = ctx->available,
+        .blas = obm__blas_describe(ctx->blas, sizeof ctx->blas),
+        .topology = obm__topology_describe(ctx->topology, ctx->topology_text, sizeof ctx->topology_text),
+#if defined(__clang__)
+        .compiler = "clang " __clang_version__,
+#else
+        .compiler = "gcc " __VERSION__,
+#endif
+        .threads = ctx->threads,
+        .cores = obm__topology_cores(ctx->topology),
+        .nodes = obm__topology_nodes(ctx->topology),
+    };
+}
+
+obm_status obm_context_new(const obm_context_options *options, obm_context **out, obm_error *err) {
+    obm_context *ctx = obm__calloc(1, sizeof *ctx);
+    if (!ctx) return obm__fail_nomem(err, sizeof *ctx);
+    obm_status status;
+    ctx->log = OBM_OPT(options, obm_context_options, log, NULL);
+    ctx->log_user = OBM_OPT(options, obm_context_options, log_user, NULL);
+    OBM_GO(choose_kernels(ctx, err));
+    ctx->topology = obm__topology_new();
+    OBM_GO(choose_threads(ctx, OBM_OPT(options, obm_context_options, threads, 0), err));
+    ctx->pool = obm__pool_new(ctx->topology, ctx->threads, obm__topology_cores(ctx->topology));
+    if (!ctx->pool) OBM_GO(obm__fail_nomem(err, (uint64_t)ctx->threads * 64));
+    fill_info(ctx);
+    *out = ctx;
+    return OBM_OK;
+done:
+    obm_context_free(ctx);
+    return status;
+}
+
+void obm_context_free(obm_context *ctx) {
+    if (!ctx) return;
+    obm__pool_free(ctx->pool);
+    obm__topology_free(ctx->topology);
+    obm_free(ctx);
+}
+
+/* MemAvailable counts what the kernel can take back from its caches, which sysinfo() does not. */
+static void read_memory(uint64_t *total, uint64_t *available) {
+    *total = *available = 0;
+    FILE *f = fopen("/proc/meminfo", "re");
+    if (!f) return;
+    char line[128];
+    unsigned long long kib;
+    while (fgets(line, sizeof line, f)) {
+        if (sscanf(line, "MemTotal: %llu", &kib) == 1) *total = kib * 1024;
+        if (sscanf(line, "MemAvailable: %llu", &kib) == 1) *available = kib * 1024;
+    }
+    fclose(f);
+}
+
+void obm_context_describe(const obm_context *ctx, obm_context_info *out) {
+    *out = ctx->info;
+    read_memory(&out->memory_total, &out->memory_free);
+}
+
+void obm__warn(const obm_context *ctx, const char *format, ...) {
+    if (!ctx || !ctx->log) return;
+    char message[OBM_ERROR_MESSAGE];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(message, sizeof message, format, args);
+    va_end(args);
+    ctx->log(ctx->log_user, message);
+}

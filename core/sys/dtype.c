@@ -1,0 +1,86 @@
+/* Element types, tensor views and module classes.  It opens no files. */
+#include "sys.h"
+
+#include <string.h>
+
+static const struct { const char *name; size_t size; } dtypes[OBM_DTYPE_COUNT] = {
+    [OBM_F32] = {"F32", 4},  [OBM_F16] = {"F16", 2},   [OBM_BF16] = {"BF16", 2},       [OBM_F64] = {"F64", 8},
+    [OBM_U8] = {"U8", 1},    [OBM_I8] = {"I8", 1},     [OBM_I16] = {"I16", 2},         [OBM_I32] = {"I32", 4},
+    [OBM_I64] = {"I64", 8},  [OBM_BOOL] = {"BOOL", 1}, [OBM_U16] = {"U16", 2},         [OBM_U32] = {"U32", 4},
+    [OBM_U64] = {"U64", 8},  [OBM_F8_E4M3] = {"F8_E4M3", 1}, [OBM_F8_E5M2] = {"F8_E5M2", 1},
+};
+
+static bool dtype_known(obm_dtype dtype) { return (int)dtype >= 0 && (int)dtype < OBM_DTYPE_COUNT; }
+
+const char *obm_dtype_name(obm_dtype dtype) { return dtype_known(dtype) ? dtypes[dtype].name : "UNKNOWN"; }
+size_t obm_dtype_size(obm_dtype dtype) { return dtype_known(dtype) ? dtypes[dtype].size : 0; }
+
+int64_t obm_tensor_count(const obm_tensor *t) {
+    if (t->ndim < 0 || t->ndim > OBM_MAX_DIM) return -1;
+    int64_t count = 1;
+    bool empty = false;
+    for (int32_t i = 0; i < t->ndim; i++) {
+        if (t->shape[i] < 0) return -1;
+        if (t->shape[i] == 0) empty = true;
+        else if (__builtin_mul_overflow(count, t->shape[i], &count)) return -1;
+    }
+    return empty ? 0 : count;
+}
+
+/* The table with the fastest conversions; they are exact on every ISA, so that no context is needed to choose. */
+static const obm_kernels *best_kernels(void) {
+    const obm_kernels *const *k = obm_kernels_list();
+    while (k[1]) k++;
+    return *k;
+}
+
+obm_status obm_tensor_read_f32(const obm_tensor *t, int64_t begin, int64_t n, float *out, obm_error *err) {
+    int64_t count = obm_tensor_count(t);
+    if (begin < 0 || n < 0 || count < 0 || begin > count || n > count - begin)
+        return obm__fail(err, OBM_E_ARG, "elements [%lld, %lld + %lld) are outside a tensor of %lld", (long long)begin,
+                         (long long)begin, (long long)n, (long long)count);
+    const obm_kernels *k = best_kernels();
+    switch (t->dtype) {
+    case OBM_F32:
+        if (n) memcpy(out, (const float *)t->data + begin, (size_t)n * sizeof *out);
+        return OBM_OK;
+    case OBM_F16: k->f16_to_f32(out, (const uint16_t *)t->data + begin, (size_t)n); return OBM_OK;
+    case OBM_BF16: k->bf16_to_f32(out, (const uint16_t *)t->data + begin, (size_t)n); return OBM_OK;
+    case OBM_F64:
+        for (int64_t i = 0; i < n; i++) {
+            double value;   /* a mapped file need not be aligned to 8 bytes */
+            memcpy(&value, (const char *)t->data + (size_t)(begin + i) * sizeof value, sizeof value);
+            out[i] = (float)value;
+        }
+        return OBM_OK;
+    default:
+        return obm__fail(err, OBM_E_DTYPE, "expected a tensor of F32, F16, BF16 or F64, found %s", obm_dtype_name(t->dtype));
+    }
+}
+
+const char *obm_class_name(obm_class cls) {
+    static const char *const names[OBM_CLASS_COUNT] = {"attention", "mlp", "embedding", "head", "norm", "bias"};
+    return (int)cls >= 0 && (int)cls < OBM_CLASS_COUNT ? names[cls] : "unknown";
+}
+
+static bool ends_with(const char *s, const char *suffix) {
+    size_t n = strlen(s), m = strlen(suffix);
+    return n >= m && !strcmp(s + n - m, suffix);
+}
+
+/* Rows in order: the first part found in the name decides.  "norm" precedes the projections because of q_norm and k_norm
+ * inside self_attn; the last two catch other architectures' names. */
+static const struct { const char *part; obm_class cls; } class_parts[] = {
+    {"norm", OBM_CLASS_NORM},           {"embed_tokens", OBM_CLASS_EMBEDDING}, {"lm_head", OBM_CLASS_HEAD},
+    {".q_proj", OBM_CLASS_ATTENTION},   {".k_proj", OBM_CLASS_ATTENTION},      {".v_proj", OBM_CLASS_ATTENTION},
+    {".o_proj", OBM_CLASS_ATTENTION},   {".qkv_proj", OBM_CLASS_ATTENTION},    {".gate_proj", OBM_CLASS_MLP},
+    {".up_proj", OBM_CLASS_MLP},        {".down_proj", OBM_CLASS_MLP},         {".gate_up_proj", OBM_CLASS_MLP},
+    {"attn", OBM_CLASS_ATTENTION},      {"mlp", OBM_CLASS_MLP},
+};
+
+obm_class obm_class_of(const char *tensor_name, int32_t ndim) {
+    if (ends_with(tensor_name, ".bias")) return OBM_CLASS_BIAS;
+    for (size_t i = 0; i < sizeof class_parts / sizeof *class_parts; i++)
+        if (strstr(tensor_name, class_parts[i].part)) return class_parts[i].cls;
+    return ndim <= 1 ? OBM_CLASS_NORM : OBM_CLASS_MLP;
+}

@@ -1,0 +1,150 @@
+/* The specification of every kernel in portable C; it is meant to be read, not to be fast. */
+#include "tables.h"
+
+#include <math.h>
+#include <string.h>
+
+static uint32_t bits_of(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+static float from_bits(uint32_t u) {
+    float x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+static float widen_bf16(uint16_t h) { return from_bits((uint32_t)h << 16); }
+
+/* A NaN comes out quiet, as vcvtph2ps and fcvt do. */
+static float widen_f16(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3ff;
+    if (exponent == 31) return from_bits(sign | 0x7f800000 | mantissa << 13 | (mantissa ? 0x400000 : 0));
+    if (exponent) return from_bits(sign | (exponent + 112) << 23 | mantissa << 13);   /* 112 = 127 - 15 */
+    float magnitude = (float)mantissa * 0x1p-24f;   /* subnormal or zero: exact */
+    return sign ? -magnitude : magnitude;
+}
+
+/* Round to nearest even: half of the last place minus one, plus the last place's own bit, carries exactly when it should. */
+static uint16_t narrow_bf16(float x) {
+    uint32_t u = bits_of(x);
+    if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)(u >> 16 | 0x40);
+    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+static uint16_t narrow_f16(float x) {
+    uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
+    if (a > 0x7f800000) return (uint16_t)(sign | 0x7e00 | (a >> 13 & 0x1ff));
+    if (a >= 0x47800000) return (uint16_t)(sign | 0x7c00);   /* >= 65536; 65520..65536 overflows by the carry below */
+    if (a < 0x38800000) {   /* below 2^-14, the smallest normal: adding 0.5 puts 2^-24 at the last place of the sum */
+        uint32_t rounded = bits_of(from_bits(a) + 0.5f) - 0x3f000000;
+        return (uint16_t)(sign | rounded);
+    }
+    uint32_t rebased = a - (112u << 23);
+    return (uint16_t)(sign | (rebased + 0xfff + (rebased >> 13 & 1)) >> 13);
+}
+
+void obm__scalar_bf16_to_f32(float *dst, const uint16_t *src, size_t n) {
+    for (size_t i = 0; i < n; i++) dst[i] = widen_bf16(src[i]);
+}
+
+void obm__scalar_f16_to_f32(float *dst, const uint16_t *src, size_t n) {
+    for (size_t i = 0; i < n; i++) dst[i] = widen_f16(src[i]);
+}
+
+void obm__scalar_f32_to_bf16(uint16_t *dst, const float *src, size_t n) {
+    for (size_t i = 0; i < n; i++) dst[i] = narrow_bf16(src[i]);
+}
+
+void obm__scalar_f32_to_f16(uint16_t *dst, const float *src, size_t n) {
+    for (size_t i = 0; i < n; i++) dst[i] = narrow_f16(src[i]);
+}
+
+void obm__scalar_sub_f32(float *d, const float *a, const float *b, size_t n) {
+    for (size_t i = 0; i < n; i++) d[i] = a[i] - b[i];
+}
+
+void obm__scalar_axpy_f32(float *y, float a, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float product = a * x[i];
+        y[i] += product;
+    }
+}
+
+size_t obm__scalar_find_nonfinite(const float *x, size_t n) {
+    size_t i = 0;
+    while (i < n && (bits_of(x[i]) & 0x7fffffff) < 0x7f800000) i++;
+    return i;
+}
+
+double obm__scalar_abs_sum(const float *x, size_t n) {
+    double lane[16] = {0};
+    for (size_t i = 0; i < n; i++) lane[i % 16] += fabs((double)x[i]);
+    return obm__lane_sum(lane);
+}
+
+double obm__scalar_dot(const float *x, const float *y, size_t n) {
+    double lane[16] = {0};
+    for (size_t i = 0; i < n; i++) lane[i % 16] += (double)x[i] * (double)y[i];
+    return obm__lane_sum(lane);
+}
+
+size_t obm__scalar_count_zero(const float *x, size_t n) {
+    size_t count = 0;
+    for (size_t i = 0; i < n; i++) count += x[i] == 0;
+    return count;
+}
+
+void obm__scalar_sign_pack(uint8_t *bits, const float *d, size_t n) {
+    for (size_t byte = 0; byte < n / 8 + (n % 8 != 0); byte++) {
+        unsigned value = 0;
+        for (size_t i = byte * 8; i < n && i < byte * 8 + 8; i++) value |= (unsigned)(d[i] >= 0) << i % 8;
+        bits[byte] = (uint8_t)value;
+    }
+}
+
+void obm__scalar_sign_axpy(float *y, const uint8_t *bits, float alpha, size_t n) {
+    for (size_t i = 0; i < n; i++) y[i] += bits[i / 8] >> i % 8 & 1 ? alpha : -alpha;
+}
+
+void obm__scalar_magnitude_histogram(uint32_t *histogram, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) histogram[bits_of(x[i]) >> 16 & 0x7fff]++;
+}
+
+/* Eight lanes, so that the rounding error grows with n / 8 and a compiler can use whatever vectors the baseline has. */
+#define ROWS(name, type, widen)                                                                                        \
+    void name(float *y, const type *w, size_t ld, size_t rows, const float *x, size_t n) {                             \
+        for (size_t r = 0; r < rows; r++) {                                                                            \
+            float lane[8] = {0};                                                                                       \
+            size_t j = 0;                                                                                              \
+            for (; j + 8 <= n; j += 8)                                                                                 \
+                for (int l = 0; l < 8; l++) lane[l] += widen(w[r * ld + j + (size_t)l]) * x[j + (size_t)l];            \
+            for (; j < n; j++) lane[j % 8] += widen(w[r * ld + j]) * x[j];                                             \
+            y[r] = ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));          \
+        }                                                                                                              \
+    }
+ROWS(obm__scalar_rows_bf16, uint16_t, widen_bf16)
+ROWS(obm__scalar_rows_f16, uint16_t, widen_f16)
+ROWS(obm__scalar_rows_f32, float, )
+
+const obm_kernels obm__kernels_scalar = {
+    .isa = "scalar",
+    .bf16_to_f32 = obm__scalar_bf16_to_f32,
+    .f16_to_f32 = obm__scalar_f16_to_f32,
+    .f32_to_bf16 = obm__scalar_f32_to_bf16,
+    .f32_to_f16 = obm__scalar_f32_to_f16,
+    .sub_f32 = obm__scalar_sub_f32,
+    .axpy_f32 = obm__scalar_axpy_f32,
+    .find_nonfinite = obm__scalar_find_nonfinite,
+    .abs_sum = obm__scalar_abs_sum,
+    .dot = obm__scalar_dot,
+    .count_zero = obm__scalar_count_zero,
+    .sign_pack = obm__scalar_sign_pack,
+    .sign_axpy = obm__scalar_sign_axpy,
+    .magnitude_histogram = obm__scalar_magnitude_histogram,
+    .rows_bf16 = obm__scalar_rows_bf16,
+    .rows_f16 = obm__scalar_rows_f16,
+    .rows_f32 = obm__scalar_rows_f32,
+};
