@@ -7,6 +7,14 @@
 #define OBM_MAX_PLANES 8
 /* Elements per tile of every streaming pass; a multiple of 4096 so that reductions cut at the same places. */
 #define OBM_TILE (1 << 16)
+/* Every f64 reduction over a row (or a group of columns) is cut into blocks of this many elements, summed in the kernels'
+ * 16-lane order; blocks of a row are joined by obm__tree_sum, and so are the rows of a matrix. */
+#define OBM_BLOCK 4096
+
+bool obm__is_float(obm_dtype dtype);            /* F32, F16, BF16, F64 */
+size_t obm__tensor_bytes(const obm_tensor *t);
+void obm__tensor_rows(const obm_tensor *t, int64_t *rows, int64_t *cols);   /* 1-D is one row; from 3-D on all but the first are columns */
+const char *obm__shape_text(const obm_tensor *t, char *buf, size_t size);   /* "(4, 8)" */
 
 /* One row of a task vector: matched tensors of base and expert. */
 typedef struct obm__pair {
@@ -20,6 +28,10 @@ struct obm_task_vector {
     obm__pair *pairs;          /* sorted by name */
     size_t count;
 };
+/* NULL with NOTFOUND in err. */
+const obm__pair *obm__task_vector_find(const obm_task_vector *v, const char *name, obm_error *err);
+/* OBM_E_VALUE: names the tensor and element `index`, which is NaN or Inf. */
+obm_status obm__fail_nonfinite(obm_error *err, const obm__pair *p, int64_t index);
 /* d of elements [begin, begin + n), f32; scratch: n floats. */
 void obm__pair_read(const obm_kernels *k, const obm__pair *p, int64_t begin, int64_t n, float *d, float *scratch);
 /* Widen n elements from element `begin` of any float tensor (dtype checked by the caller). */
@@ -31,7 +43,9 @@ void obm__narrow(const obm_kernels *k, obm_dtype dtype, const float *in, int64_t
 typedef enum { OBM_SCALE_MATRIX = 0, OBM_SCALE_ROW = 1, OBM_SCALE_GROUP = 2 } obm__scale_kind;
 typedef struct obm__scale { obm__scale_kind kind; int64_t group; } obm__scale;
 obm_status obm__scale_parse(const char *text, obm__scale *out, obm_error *err);
-int64_t obm__scale_count(obm__scale s, int64_t rows, int64_t cols);
+int64_t obm__scale_count(obm__scale s, int64_t rows, int64_t cols);   /* -1 on overflow */
+char *obm__scale_text(obm__scale s);   /* "matrix", "row", "group:128"; owned */
+int64_t obm__row_bytes(int64_t cols);  /* 8 * ceil(cols / 64) */
 
 /* A compressed matrix: sum over planes p of alpha_p * sign_p.  Views or owned by whoever made it. */
 typedef struct obm__planes {
@@ -43,5 +57,30 @@ typedef struct obm__planes {
 } obm__planes;
 /* out[0..n) = the values of row `row`, columns [col, col + n), of plane-sum d~ (added in plane order in f32). */
 void obm__planes_read_row(const obm_kernels *k, const obm__planes *p, int64_t row, int64_t col, int64_t n, float *out);
+
+/* Takes finished bytes in order: rows up to `rows_done` of the matrix are out. */
+typedef obm_status (*obm__sink_fn)(void *user, const void *bytes, size_t n, int64_t rows_done, obm_error *err);
+/* One plane of a matrix pair (2-D, float), streaming, in parallel.  alphas[0..plane) are the planes before it, alphas[plane]
+ * is filled (obm__scale_count floats); signs go to the sink, (rows, row_bytes).  *zero: every alpha of the plane is 0.
+ * Errors: VALUE (NaN or Inf), NOMEM, those of the sink. */
+obm_status obm__onebit_plane(obm_context *ctx, const obm__pair *pair, obm__scale scale, int plane, float *const *alphas,
+                             obm__sink_fn sink, void *user, bool *zero, obm_error *err);
+/* Bytes of buffers that obm__onebit_plane holds, alphas aside: an upper bound. */
+uint64_t obm__onebit_memory(const obm_context *ctx, int64_t rows, int64_t cols);
+
+/* ---- policy (policy.c) ---- */
+
+/* How one expert is to be compressed; resolved from obm_expert. */
+typedef struct obm__policy {
+    unsigned classes;          /* bit per obm_class: 1-bit */
+    obm__scale scale;
+    int planes;
+    const obm_map_rule *map;   /* borrowed */
+    size_t n_map;
+} obm__policy;
+/* *text: "linear, scale row, planes 1, map *.q_proj.weight=full"; owned.  Errors: ARG. */
+obm_status obm__policy_parse(const obm_expert *e, obm_profile profile, obm__policy *out, char **text, obm_error *err);
+/* Errors: ARG when a rule asks for 1 bit in a tensor that is not a float matrix. */
+obm_status obm__policy_mode(const obm__policy *p, const obm__pair *pair, obm_mode *out, obm_error *err);
 
 #endif

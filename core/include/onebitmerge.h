@@ -187,7 +187,8 @@ OBM_API void obm_task_vector_free(obm_task_vector *v);
 OBM_API size_t obm_task_vector_count(const obm_task_vector *v);
 /* *base and *expert are views; the expert's may have more rows (extra vocabulary). */
 OBM_API void obm_task_vector_at(const obm_task_vector *v, size_t i, const char **name, obm_tensor *base, obm_tensor *expert);
-/* out: (rows, cols) of the base's shape, f32.  Errors: NOTFOUND, VALUE (NaN or Inf in d: names tensor and index). */
+/* out: (rows, cols) of the base's shape, f32.  Errors: NOTFOUND, VALUE (NaN or Inf in d: names tensor and index; out is
+ * then written in part). */
 OBM_API obm_status obm_task_vector_read(const obm_task_vector *v, const char *name, float *out, obm_error *err);
 
 typedef struct obm_delta_stats {

@@ -1,0 +1,235 @@
+/*
+ * 1-bit planes of a task vector: d ~ sum over p of alpha_p * sign(r_p), r_0 = d, r_{p+1} = r_p - alpha_p * sign(r_p)
+ * (BitDelta, arXiv 2402.10193, section 3.1 and its multi-mask fidelity study).  alpha = mean |r| minimises the squared error
+ * for given signs; sign(0) = +1.  Streams over stripes of rows: nothing here grows with the matrix but its scales.
+ *
+ * Order of every sum, so that any implementation can reproduce alpha to the bit: a segment (the columns of one row, or of
+ * one group of a row) is cut into blocks of OBM_BLOCK; a block is obm_kernels.abs_sum (16 lanes); the blocks of a segment
+ * are joined by obm__tree_sum; for a scale per matrix the rows are joined by obm__tree_sum.  alpha = (float)(sum / count).
+ */
+#include "delta.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Elements of a stripe per thread: long enough to hide the barrier, short enough for a progress call every few ms. */
+#define STRIPE (16 * OBM_TILE)
+
+int64_t obm__row_bytes(int64_t cols) { return (cols / 64 + (cols % 64 != 0)) * 8; }
+
+/* ---- scales ---- */
+
+static int64_t groups_of(obm__scale s, int64_t cols) { return cols / s.group + (cols % s.group != 0); }
+
+int64_t obm__scale_count(obm__scale s, int64_t rows, int64_t cols) {
+    if (s.kind == OBM_SCALE_MATRIX) return 1;
+    if (s.kind == OBM_SCALE_ROW) return rows;
+    int64_t n;
+    return __builtin_mul_overflow(rows, groups_of(s, cols), &n) ? -1 : n;
+}
+
+char *obm__scale_text(obm__scale s) {
+    if (s.kind == OBM_SCALE_GROUP) return obm__format("group:%lld", (long long)s.group);
+    return obm__strdup(s.kind == OBM_SCALE_ROW ? "row" : "matrix");
+}
+
+static bool parse_group(const char *text, int64_t *out) {
+    if (*text < '1' || *text > '9') return false;
+    int64_t n = 0;
+    for (; *text; text++) {
+        if (*text < '0' || *text > '9' || n > INT32_MAX) return false;
+        n = n * 10 + (*text - '0');
+    }
+    *out = n;
+    return n % 64 == 0 && n <= INT32_MAX;
+}
+
+obm_status obm__scale_parse(const char *text, obm__scale *out, obm_error *err) {
+    obm__scale s = {OBM_SCALE_MATRIX, 0};
+    if (!strcmp(text, "row")) {
+        s.kind = OBM_SCALE_ROW;
+    } else if (!strncmp(text, "group:", 6)) {
+        s.kind = OBM_SCALE_GROUP;
+        if (!parse_group(text + 6, &s.group)) {
+            return obm__fail(err, OBM_E_ARG, "scale \"%s\": the group must be a positive multiple of 64 columns", text);
+        }
+    } else if (strcmp(text, "matrix")) {
+        return obm__fail(err, OBM_E_ARG, "unknown scale \"%s\": matrix, row or group:N", text);
+    }
+    *out = s;
+    return OBM_OK;
+}
+
+/* ---- reading ---- */
+
+/* y[i] += sign of bit (col + i) times alpha; whole bytes go to the kernel. */
+static void add_signs(const obm_kernels *k, float *y, const uint8_t *bits, int64_t col, float alpha, int64_t n) {
+    int64_t i = 0;
+    for (; i < n && (col + i) % 8; i++) y[i] += bits[(col + i) / 8] >> ((col + i) % 8) & 1 ? alpha : -alpha;
+    if (i < n) k->sign_axpy(y + i, bits + (col + i) / 8, alpha, (size_t)(n - i));
+}
+
+static void add_plane(const obm_kernels *k, const obm__planes *p, int plane, int64_t row, int64_t col, int64_t n, float *out) {
+    const uint8_t *bits = p->signs[plane] + row * p->row_bytes;
+    const float *alphas = p->alphas[plane];
+    if (p->scale.kind != OBM_SCALE_GROUP) {
+        add_signs(k, out, bits, col, alphas[p->scale.kind == OBM_SCALE_ROW ? row : 0], n);
+        return;
+    }
+    int64_t group = p->scale.group;
+    alphas += row * groups_of(p->scale, p->cols);
+    for (int64_t at = col, end = col + n, next; at < end; at = next) {
+        next = (at / group + 1) * group < end ? (at / group + 1) * group : end;
+        add_signs(k, out + (at - col), bits, at, alphas[at / group], next - at);
+    }
+}
+
+void obm__planes_read_row(const obm_kernels *k, const obm__planes *p, int64_t row, int64_t col, int64_t n, float *out) {
+    memset(out, 0, (size_t)n * sizeof *out);
+    for (int plane = 0; plane < p->n; plane++) add_plane(k, p, plane, row, col, n, out);
+}
+
+/* ---- compressing ---- */
+
+typedef struct worker {
+    float d[OBM_BLOCK], base[OBM_BLOCK];
+    uint8_t bits[OBM_BLOCK / 8];
+    double *partial;           /* one per block of a segment */
+} worker;
+
+typedef struct plane_job {
+    const obm_kernels *k;
+    const obm__pair *pair;
+    obm__scale scale;
+    int plane;
+    float *const *alphas;
+    int64_t rows, cols, row_bytes;
+    int64_t segment, segments; /* columns of a segment, segments of a row */
+    int64_t stripe;            /* first row of the stripe in work */
+    double *row_sums;          /* (rows), scale per matrix only */
+    uint8_t *signs;            /* (rows of the stripe, row_bytes) */
+    worker *workers;
+    _Atomic int64_t bad;       /* lowest index of a NaN or Inf, INT64_MAX for none */
+} plane_job;
+
+static void note_bad(plane_job *job, int64_t index) {
+    int64_t seen = atomic_load(&job->bad);
+    while (index < seen && !atomic_compare_exchange_weak(&job->bad, &seen, index)) {}
+}
+
+/* Subtracts the planes before this one; their signs are computed again, which is cheaper than keeping them. */
+static void peel(const plane_job *job, int64_t scale_index, worker *w, int64_t n) {
+    for (int q = 0; q < job->plane; q++) {
+        job->k->sign_pack(w->bits, w->d, (size_t)n);
+        job->k->sign_axpy(w->d, w->bits, -job->alphas[q][scale_index], (size_t)n);
+    }
+}
+
+static int64_t scale_index(const plane_job *job, int64_t row, int64_t segment) {
+    return job->scale.kind == OBM_SCALE_MATRIX ? 0 : row * job->segments + segment;
+}
+
+/* Columns [begin, begin + n) of a row, at most one block: signs out, sum |r| back. */
+static double do_block(plane_job *job, int64_t row, int64_t begin, int64_t n, int64_t index, uint8_t *bits, worker *w) {
+    obm__pair_read(job->k, job->pair, row * job->cols + begin, n, w->d, w->base);
+    size_t bad = job->k->find_nonfinite(w->d, (size_t)n);
+    if (bad < (size_t)n) note_bad(job, row * job->cols + begin + (int64_t)bad);
+    peel(job, index, w, n);
+    job->k->sign_pack(bits + begin / 8, w->d, (size_t)n);
+    return job->k->abs_sum(w->d, (size_t)n);
+}
+
+static double do_segment(plane_job *job, int64_t row, int64_t segment, uint8_t *bits, worker *w) {
+    int64_t begin = segment * job->segment, index = scale_index(job, row, segment);
+    int64_t end = job->cols - begin < job->segment ? job->cols : begin + job->segment;
+    size_t blocks = 0;
+    for (int64_t at = begin; at < end; at += OBM_BLOCK) {
+        int64_t n = end - at < OBM_BLOCK ? end - at : OBM_BLOCK;
+        w->partial[blocks++] = do_block(job, row, at, n, index, bits, w);
+    }
+    double sum = obm__tree_sum(w->partial, blocks);
+    if (job->scale.kind != OBM_SCALE_MATRIX) job->alphas[job->plane][index] = (float)(sum / (double)(end - begin));
+    return sum;
+}
+
+static void do_rows(void *arg, size_t begin, size_t end, int id) {
+    plane_job *job = arg;
+    for (size_t i = begin; i < end; i++) {
+        int64_t row = job->stripe + (int64_t)i;
+        uint8_t *bits = job->signs + i * (size_t)job->row_bytes;
+        memset(bits, 0, (size_t)job->row_bytes);   /* the padding up to 64 columns */
+        for (int64_t s = 0; s < job->segments; s++) {
+            double sum = do_segment(job, row, s, bits, &job->workers[id]);
+            if (job->row_sums) job->row_sums[row] = sum;
+        }
+    }
+}
+
+static int64_t stripe_rows(const obm_context *ctx, int64_t rows, int64_t cols) {
+    int64_t n = (int64_t)ctx->threads * STRIPE / (cols ? cols : 1);
+    return n < 1 ? 1 : n < rows ? n : rows;
+}
+
+uint64_t obm__onebit_memory(const obm_context *ctx, int64_t rows, int64_t cols) {
+    uint64_t worker_bytes = sizeof(worker) + ((uint64_t)cols / OBM_BLOCK + 1) * sizeof(double);
+    return (uint64_t)stripe_rows(ctx, rows, cols) * (uint64_t)obm__row_bytes(cols) + (uint64_t)ctx->threads * worker_bytes +
+           (uint64_t)rows * sizeof(double);
+}
+
+static void job_clear(plane_job *job, int threads) {
+    for (int i = 0; job->workers && i < threads; i++) obm_free(job->workers[i].partial);
+    obm_free(job->workers);
+    obm_free(job->signs);
+    obm_free(job->row_sums);
+}
+
+static bool job_alloc(plane_job *job, const obm_context *ctx) {
+    size_t blocks = (size_t)(job->segment / OBM_BLOCK + 1);
+    job->signs = obm__alloc((size_t)stripe_rows(ctx, job->rows, job->cols), (size_t)job->row_bytes);
+    job->workers = obm__calloc((size_t)ctx->threads, sizeof *job->workers);
+    if (!job->signs || !job->workers) return false;
+    for (int i = 0; i < ctx->threads; i++) {
+        if (!(job->workers[i].partial = obm__calloc(blocks, sizeof(double)))) return false;
+    }
+    if (job->scale.kind != OBM_SCALE_MATRIX) return true;
+    return (job->row_sums = obm__calloc((size_t)job->rows, sizeof(double))) != NULL;
+}
+
+static obm_status run_stripes(plane_job *job, obm_context *ctx, obm__sink_fn sink, void *user, obm_error *err) {
+    int64_t stripe = stripe_rows(ctx, job->rows, job->cols);
+    size_t grain = (size_t)(OBM_TILE / 4 / (job->cols ? job->cols : 1)) + 1;
+    for (job->stripe = 0; job->stripe < job->rows; job->stripe += stripe) {
+        int64_t n = job->rows - job->stripe < stripe ? job->rows - job->stripe : stripe;
+        obm__parallel(ctx, (size_t)n, grain, do_rows, job);
+        if (job->bad != INT64_MAX) return obm__fail_nonfinite(err, job->pair, job->bad);
+        OBM_TRY(sink(user, job->signs, (size_t)(n * job->row_bytes), job->stripe + n, err));
+    }
+    return OBM_OK;
+}
+
+static bool all_zero(const float *x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        if (x[i] != 0) return false;
+    }
+    return true;
+}
+
+obm_status obm__onebit_plane(obm_context *ctx, const obm__pair *pair, obm__scale scale, int plane, float *const *alphas,
+                             obm__sink_fn sink, void *user, bool *zero, obm_error *err) {
+    plane_job job = {.k = ctx->k, .pair = pair, .scale = scale, .plane = plane, .alphas = alphas, .bad = INT64_MAX};
+    job.rows = pair->base.shape[0];
+    job.cols = pair->base.shape[1];
+    job.row_bytes = obm__row_bytes(job.cols);
+    job.segment = scale.kind == OBM_SCALE_GROUP ? scale.group : job.cols;
+    job.segments = scale.kind == OBM_SCALE_GROUP ? groups_of(scale, job.cols) : 1;
+    obm_status status = job_alloc(&job, ctx) ? run_stripes(&job, ctx, sink, user, err)
+                                             : obm__fail_nomem(err, obm__onebit_memory(ctx, job.rows, job.cols));
+    if (status == OBM_OK) {
+        double elements = (double)job.rows * (double)job.cols;
+        if (job.row_sums) alphas[plane][0] = (float)(obm__tree_sum(job.row_sums, (size_t)job.rows) / elements);
+        *zero = all_zero(alphas[plane], obm__scale_count(scale, job.rows, job.cols));
+    }
+    job_clear(&job, ctx->threads);
+    return status;
+}

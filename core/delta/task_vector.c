@@ -1,0 +1,213 @@
+/* Task vectors: pairs the tensors of base and expert by name and reads their difference in f32.  Reads no tensor data
+ * before it is asked for, apart from integer buffers, which have no difference and must be equal. */
+#include "delta.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+bool obm__is_float(obm_dtype dtype) {
+    return dtype == OBM_F32 || dtype == OBM_F16 || dtype == OBM_BF16 || dtype == OBM_F64;
+}
+
+size_t obm__tensor_bytes(const obm_tensor *t) { return (size_t)obm_tensor_count(t) * obm_dtype_size(t->dtype); }
+
+void obm__tensor_rows(const obm_tensor *t, int64_t *rows, int64_t *cols) {
+    if (t->ndim < 2) {
+        *rows = 1;
+        *cols = obm_tensor_count(t);
+        return;
+    }
+    *rows = t->shape[0];
+    *cols = 1;
+    for (int i = 1; i < t->ndim; i++) *cols *= t->shape[i];
+}
+
+const char *obm__shape_text(const obm_tensor *t, char *buf, size_t size) {
+    obm__buffer b = {0};
+    for (int i = 0; i < t->ndim; i++) obm__buffer_printf(&b, "%s%lld", i ? ", " : "", (long long)t->shape[i]);
+    snprintf(buf, size, "(%s)", b.data ? b.data : "");
+    obm__buffer_free(&b);
+    return buf;
+}
+
+/* ---- reading ---- */
+
+/* Data inside a mapping need not be aligned: f32 and f64 are copied, the kernels accept any address. */
+void obm__widen(const obm_kernels *k, const obm_tensor *t, int64_t begin, int64_t n, float *out) {
+    const uint8_t *src = (const uint8_t *)t->data + (size_t)begin * obm_dtype_size(t->dtype);
+    switch (t->dtype) {
+    case OBM_F32: memcpy(out, src, (size_t)n * sizeof *out); break;
+    case OBM_BF16: k->bf16_to_f32(out, (const uint16_t *)(const void *)src, (size_t)n); break;
+    case OBM_F16: k->f16_to_f32(out, (const uint16_t *)(const void *)src, (size_t)n); break;
+    default:
+        for (int64_t i = 0; i < n; i++) {
+            double x;
+            memcpy(&x, src + (size_t)i * sizeof x, sizeof x);
+            out[i] = (float)x;
+        }
+    }
+}
+
+void obm__narrow(const obm_kernels *k, obm_dtype dtype, const float *in, int64_t n, void *out) {
+    switch (dtype) {
+    case OBM_BF16: k->f32_to_bf16(out, in, (size_t)n); break;
+    case OBM_F16: k->f32_to_f16(out, in, (size_t)n); break;
+    default: memcpy(out, in, (size_t)n * sizeof *in);
+    }
+}
+
+void obm__pair_read(const obm_kernels *k, const obm__pair *p, int64_t begin, int64_t n, float *d, float *scratch) {
+    obm__widen(k, &p->expert, begin, n, d);
+    obm__widen(k, &p->base, begin, n, scratch);
+    k->sub_f32(d, d, scratch, (size_t)n);
+}
+
+/* ---- pairing ---- */
+
+/* Rotary frequencies are computed from the config; old checkpoints carry them as a buffer, new ones do not. */
+static bool is_derived_buffer(const char *name) {
+    static const char suffix[] = "rotary_emb.inv_freq";
+    size_t n = strlen(name), m = sizeof suffix - 1;
+    return n >= m && !strcmp(name + n - m, suffix);
+}
+
+/* What stands for a tensor that `c` does not list: the embedding for the head of a tied model, else NULL. */
+static const obm__st_entry *stand_in(const obm_checkpoint *c, const char *name) {
+    if (!c->tied || strcmp(name, OBM_HEAD_NAME)) return NULL;
+    return obm__checkpoint_find(c, OBM_EMBEDDING_NAME);
+}
+
+static bool same_tail(const obm_tensor *a, const obm_tensor *b, int from) {
+    for (int i = from; i < a->ndim; i++) {
+        if (a->shape[i] != b->shape[i]) return false;
+    }
+    return true;
+}
+
+static obm_status check_shapes(obm__pair *p, obm_error *err) {
+    const obm_tensor *b = &p->base, *e = &p->expert;
+    if (b->ndim == e->ndim && same_tail(b, e, 0)) return OBM_OK;
+    bool vocabulary = p->cls == OBM_CLASS_EMBEDDING || p->cls == OBM_CLASS_HEAD;
+    if (vocabulary && b->ndim == 2 && e->ndim == 2 && same_tail(b, e, 1) && e->shape[0] > b->shape[0]) {
+        p->extra_rows = e->shape[0] - b->shape[0];
+        return OBM_OK;
+    }
+    char have[160], want[160];
+    return obm__fail(err, OBM_E_SHAPE, "tensor %s: expert has shape %s, base has %s", p->name,
+                     obm__shape_text(e, have, sizeof have), obm__shape_text(b, want, sizeof want));
+}
+
+static obm_status check_dtypes(const obm__pair *p, obm_error *err) {
+    const obm_tensor *b = &p->base, *e = &p->expert;
+    if (obm__is_float(b->dtype) && obm__is_float(e->dtype)) return OBM_OK;
+    if (b->dtype == e->dtype && !p->extra_rows && !memcmp(b->data, e->data, obm__tensor_bytes(b))) return OBM_OK;
+    return obm__fail(err, OBM_E_DTYPE, "tensor %s: %s in base and %s in expert; only F32, F16, BF16 and F64 have differences",
+                     p->name, obm_dtype_name(b->dtype), obm_dtype_name(e->dtype));
+}
+
+static obm_status fill_pair(obm__pair *p, const obm__st_entry *named, const obm_tensor *base, const obm_tensor *expert,
+                            obm_error *err) {
+    *p = (obm__pair){.name = named->name, .base = *base, .expert = *expert};
+    p->cls = obm_class_of(named->name, named->t.ndim);
+    OBM_TRY(check_shapes(p, err));
+    return check_dtypes(p, err);
+}
+
+static obm_status missing(const char *name, const obm_checkpoint *has, const obm_checkpoint *lacks, obm_error *err) {
+    return obm__fail(err, OBM_E_NOTFOUND, "tensor %s is in %s but not in %s", name, has->path, lacks->path);
+}
+
+/* Walks both sorted lists at once. */
+static obm_status match(obm_task_vector *v, obm_error *err) {
+    const obm_checkpoint *b = v->base, *e = v->expert;
+    size_t i = 0, j = 0;
+    while (i < b->count || j < e->count) {
+        int order = i == b->count ? 1 : j == e->count ? -1 : strcmp(b->tensors[i]->name, e->tensors[j]->name);
+        const obm__st_entry *in_base = order <= 0 ? b->tensors[i++] : NULL;
+        const obm__st_entry *in_expert = order >= 0 ? e->tensors[j++] : NULL;
+        const obm__st_entry *named = in_base ? in_base : in_expert;
+        if (!in_base) in_base = stand_in(b, named->name);
+        if (!in_expert) in_expert = stand_in(e, named->name);
+        if (!in_base || !in_expert) {
+            if (is_derived_buffer(named->name)) continue;
+            return in_base ? missing(named->name, b, e, err) : missing(named->name, e, b, err);
+        }
+        OBM_TRY(fill_pair(&v->pairs[v->count], named, &in_base->t, &in_expert->t, err));
+        v->count++;
+    }
+    return OBM_OK;
+}
+
+obm_status obm_task_vector_new(const obm_checkpoint *base, const obm_checkpoint *expert, obm_task_vector **out,
+                               obm_error *err) {
+    size_t most;
+    if (!obm__add(base->count, expert->count, &most)) return obm__fail_nomem(err, SIZE_MAX);
+    obm_task_vector *v = obm__calloc(1, sizeof *v);
+    obm__pair *pairs = obm__calloc(most, sizeof *pairs);
+    if (!v || !pairs) {
+        obm_free(v);
+        obm_free(pairs);
+        return obm__fail_nomem(err, most * sizeof *pairs);
+    }
+    *v = (obm_task_vector){.base = base, .expert = expert, .pairs = pairs};
+    obm_status status = match(v, err);
+    if (status != OBM_OK) {
+        obm_task_vector_free(v);
+        return status;
+    }
+    *out = v;
+    return OBM_OK;
+}
+
+void obm_task_vector_free(obm_task_vector *v) {
+    if (!v) return;
+    obm_free(v->pairs);
+    obm_free(v);
+}
+
+size_t obm_task_vector_count(const obm_task_vector *v) { return v->count; }
+
+void obm_task_vector_at(const obm_task_vector *v, size_t i, const char **name, obm_tensor *base, obm_tensor *expert) {
+    const obm__pair *p = &v->pairs[i];
+    if (name) *name = p->name;
+    if (base) *base = p->base;
+    if (expert) *expert = p->expert;
+}
+
+static int compare_name(const void *key, const void *pair) { return strcmp(key, ((const obm__pair *)pair)->name); }
+
+const obm__pair *obm__task_vector_find(const obm_task_vector *v, const char *name, obm_error *err) {
+    const obm__pair *p = v->count ? bsearch(name, v->pairs, v->count, sizeof *v->pairs, compare_name) : NULL;
+    if (!p) obm__fail(err, OBM_E_NOTFOUND, "no tensor %s in the task vector of %s", name, v->expert->path);
+    return p;
+}
+
+obm_status obm__fail_nonfinite(obm_error *err, const obm__pair *p, int64_t index) {
+    int64_t rows, cols;
+    obm__tensor_rows(&p->base, &rows, &cols);
+    if (p->base.ndim < 2) {
+        return obm__fail(err, OBM_E_VALUE, "tensor %s: NaN or Inf in expert - base at index %lld", p->name, (long long)index);
+    }
+    return obm__fail(err, OBM_E_VALUE, "tensor %s: NaN or Inf in expert - base at index %lld (row %lld, column %lld)", p->name,
+                     (long long)index, (long long)(index / cols), (long long)(index % cols));
+}
+
+obm_status obm_task_vector_read(const obm_task_vector *v, const char *name, float *out, obm_error *err) {
+    const obm__pair *p = obm__task_vector_find(v, name, err);
+    if (!p) return OBM_E_NOTFOUND;
+    int64_t n = obm_tensor_count(&p->base);
+    if (!obm__is_float(p->base.dtype)) {
+        memset(out, 0, (size_t)n * sizeof *out);   /* an integer buffer, equal on both sides */
+        return OBM_OK;
+    }
+    const obm_kernels *k = v->base->ctx->k;
+    float scratch[OBM_BLOCK];
+    for (int64_t at = 0; at < n; at += OBM_BLOCK) {
+        int64_t m = n - at < OBM_BLOCK ? n - at : OBM_BLOCK;
+        obm__pair_read(k, p, at, m, out + at, scratch);
+        int64_t bad = (int64_t)k->find_nonfinite(out + at, (size_t)m);
+        if (bad < m) return obm__fail_nonfinite(err, p, at + bad);
+    }
+    return OBM_OK;
+}
