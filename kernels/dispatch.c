@@ -4,10 +4,44 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+/* XCR0: which register files the operating system saves.  Bits 1-2: xmm, ymm; bits 5-7: opmask, zmm low, zmm high. */
+static unsigned saved_state(void) {
+    unsigned low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
+}
+
+enum { FMA = 1 << 12, POPCNT = 1 << 23, OSXSAVE = 1 << 27, F16C = 1 << 29, AVX2 = 1 << 5 };
+enum { AVX512F = 1 << 16, AVX512DQ = 1 << 17, AVX512BW = 1 << 30 };
+#define AVX512VL (1u << 31)
+
+static const obm_kernels *const *detect(void) {
+    static const obm_kernels *const tables[][4] = {
+        {&obm__kernels_scalar, NULL},
+        {&obm__kernels_scalar, &obm__kernels_avx2, NULL},
+        {&obm__kernels_scalar, &obm__kernels_avx2, &obm__kernels_avx512, NULL},
+    };
+    const unsigned leaf1 = FMA | POPCNT | OSXSAVE | F16C, leaf7 = AVX512F | AVX512DQ | AVX512BW | AVX512VL;
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & leaf1) != leaf1) return tables[0];
+    unsigned state = saved_state();
+    if ((state & 0x06) != 0x06 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & AVX2)) return tables[0];
+    return (state & 0xe6) == 0xe6 && (b & leaf7) == leaf7 ? tables[2] : tables[1];
+}
+#elif defined(__aarch64__)
+static const obm_kernels *const *detect(void) {
+    static const obm_kernels *const tables[] = {&obm__kernels_scalar, &obm__kernels_neon, NULL};
+    return tables;   /* Advanced SIMD is part of the armv8-a baseline */
+}
+#else
 static const obm_kernels *const *detect(void) {
     static const obm_kernels *const tables[] = {&obm__kernels_scalar, NULL};
     return tables;
 }
+#endif
 
 const obm_kernels *const *obm_kernels_list(void) {
     static _Atomic(const obm_kernels *const *) found;

@@ -1,0 +1,88 @@
+/* AVX2 + FMA + F16C: 8 lanes.  Parameters of the templates; nothing else is written here. */
+#if defined(__x86_64__)
+#include "tables.h"
+
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#define FN __attribute__((target("avx2,fma,f16c,popcnt")))
+#define NAME(op) avx2_##op
+#define TABLE obm__kernels_avx2
+#define ISA "avx2"
+
+#define V __m256
+#define VL 8
+#define LOAD(p) _mm256_loadu_ps(p)
+#define STORE(p, v) _mm256_storeu_ps(p, v)
+#define SET1(a) _mm256_set1_ps(a)
+#define ADD(a, b) _mm256_add_ps(a, b)
+#define SUB(a, b) _mm256_sub_ps(a, b)
+#define MUL(a, b) _mm256_mul_ps(a, b)
+#define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+
+#define D __m256d
+#define DL 4
+#define LOAD_D(p) _mm256_cvtps_pd(_mm_loadu_ps(p))
+#define STORE_D(p, v) _mm256_storeu_pd(p, v)
+#define SET1_D(a) _mm256_set1_pd(a)
+#define ADD_D(a, b) _mm256_add_pd(a, b)
+#define MUL_D(a, b) _mm256_mul_pd(a, b)
+#define ABS_D(a) _mm256_andnot_pd(_mm256_set1_pd(-0.0), a)
+#define EACH_D(X) X(0) X(1) X(2) X(3)
+
+#define LOAD_128(p) _mm_loadu_si128((const __m128i *)(const void *)(p))
+#define LOAD_256(p) _mm256_loadu_si256((const __m256i *)(const void *)(p))
+
+#define LOAD_BF16(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(LOAD_128(p)), 16))
+#define LOAD_F16(p) _mm256_cvtph_ps(LOAD_128(p))
+#define STORE_F16(p, v) _mm_storeu_si128((__m128i *)(void *)(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT))
+#define STORE_BF16(p, v) _mm_storeu_si128((__m128i *)(void *)(p), narrow_bf16(v))
+
+/* As narrow_bf16 in scalar.c; the pack works inside 128-bit halves, the permute brings their results together. */
+FN static inline __m128i narrow_bf16(__m256 v) {
+    __m256i u = _mm256_castps_si256(v), last = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
+    __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08));
+}
+
+#define GE_ZERO(v) ((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GE_OQ)))
+#define IS_ZERO(v) ((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_EQ_OQ)))
+/* Magnitude bits above those of the largest finite float; both sides are positive as signed integers. */
+#define NOT_FINITE(v)                                                                                                  \
+    ((unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(                                                                 \
+        _mm256_cmpgt_epi32(_mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)),                    \
+                           _mm256_set1_epi32(0x7f7fffff)))))
+
+#define SIGNED(a, bits) negate_where_clear(_mm256_set1_ps(a), bits)
+FN static inline __m256 negate_where_clear(__m256 a, unsigned bits) {
+    const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    __m256i clear = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), lane_bit), _mm256_setzero_si256());
+    return _mm256_xor_ps(a, _mm256_and_ps(_mm256_castsi256_ps(clear), _mm256_set1_ps(-0.0f)));
+}
+
+#define HSUM(v) lanes_sum(v)
+FN static inline float lanes_sum(__m256 v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+#define EVEN(p) _mm256_castsi256_ps(_mm256_slli_epi32(LOAD_256(p), 16))
+#define ODD(p) _mm256_castsi256_ps(_mm256_and_si256(LOAD_256(p), _mm256_set1_epi32((int)0xffff0000)))
+/* shuffle_ps picks inside halves and leaves the 64-bit pairs in the order 0 2 1 3; the permute restores it. */
+#define IN_ORDER(v) _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8))
+#define SPLIT_EVEN_ODD(p, a, b)                                                                                        \
+    do {                                                                                                               \
+        __m256 low = LOAD(p), high = LOAD((p) + 8);                                                                    \
+        a = IN_ORDER(_mm256_shuffle_ps(low, high, 0x88));                                                              \
+        b = IN_ORDER(_mm256_shuffle_ps(low, high, 0xdd));                                                              \
+    } while (0)
+
+#include "template/all.h"
+#else
+typedef int obm__no_avx2;   /* ISO C wants a declaration in every file */
+#endif

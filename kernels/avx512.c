@@ -1,0 +1,82 @@
+/* AVX-512 F, BW, DQ, VL: 16 lanes.  Parameters of the templates; nothing else is written here. */
+#if defined(__x86_64__)
+#include "tables.h"
+
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#define FN __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")))
+#define NAME(op) avx512_##op
+#define TABLE obm__kernels_avx512
+#define ISA "avx512"
+
+#define V __m512
+#define VL 16
+#define LOAD(p) _mm512_loadu_ps(p)
+#define STORE(p, v) _mm512_storeu_ps(p, v)
+#define SET1(a) _mm512_set1_ps(a)
+#define ADD(a, b) _mm512_add_ps(a, b)
+#define SUB(a, b) _mm512_sub_ps(a, b)
+#define MUL(a, b) _mm512_mul_ps(a, b)
+#define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+
+#define D __m512d
+#define DL 8
+#define LOAD_D(p) _mm512_cvtps_pd(_mm256_loadu_ps(p))
+#define STORE_D(p, v) _mm512_storeu_pd(p, v)
+#define SET1_D(a) _mm512_set1_pd(a)
+#define ADD_D(a, b) _mm512_add_pd(a, b)
+#define MUL_D(a, b) _mm512_mul_pd(a, b)
+#define ABS_D(a) _mm512_andnot_pd(_mm512_set1_pd(-0.0), a)
+#define EACH_D(X) X(0) X(1)
+
+#define LOAD_256(p) _mm256_loadu_si256((const __m256i *)(const void *)(p))
+#define LOAD_512(p) _mm512_loadu_si512((const void *)(p))
+
+#define LOAD_BF16(p) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(LOAD_256(p)), 16))
+#define LOAD_F16(p) _mm512_cvtph_ps(LOAD_256(p))
+#define STORE_F16(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT))
+#define STORE_BF16(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), narrow_bf16(v))
+
+/* As narrow_bf16 in scalar.c. */
+FN static inline __m256i narrow_bf16(__m512 v) {
+    __m512i u = _mm512_castps_si512(v), last = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+    __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    __m512i result = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
+}
+
+#define GE_ZERO(v) ((unsigned)_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GE_OQ))
+#define IS_ZERO(v) ((unsigned)_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_EQ_OQ))
+/* Magnitude bits above those of the largest finite float. */
+#define NOT_FINITE(v)                                                                                                  \
+    ((unsigned)_mm512_cmpgt_epi32_mask(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)),        \
+                                       _mm512_set1_epi32(0x7f7fffff)))
+#define SIGNED(a, bits) _mm512_mask_blend_ps((__mmask16)(bits), _mm512_set1_ps(-(a)), _mm512_set1_ps(a))
+
+#define HSUM(v) lanes_sum(v)
+FN static inline float lanes_sum(__m512 v) {
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+#define EVEN(p) _mm512_castsi512_ps(_mm512_slli_epi32(LOAD_512(p), 16))
+#define ODD(p) _mm512_castsi512_ps(_mm512_and_si512(LOAD_512(p), _mm512_set1_epi32((int)0xffff0000)))
+/* Indices 16 and up of the two-source permute select from the second vector. */
+#define SPLIT_EVEN_ODD(p, a, b)                                                                                        \
+    do {                                                                                                               \
+        __m512 low = LOAD(p), high = LOAD((p) + 16);                                                                   \
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);             \
+        const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);              \
+        a = _mm512_permutex2var_ps(low, even, high);                                                                   \
+        b = _mm512_permutex2var_ps(low, odd, high);                                                                    \
+    } while (0)
+
+#include "template/all.h"
+#else
+typedef int obm__no_avx512;   /* ISO C wants a declaration in every file */
+#endif

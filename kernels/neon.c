@@ -1,0 +1,122 @@
+/* Advanced SIMD (armv8-a baseline): two q registers as 8 lanes.  Parameters of the templates and their small functions. */
+#if defined(__aarch64__)
+#include "tables.h"
+
+#include <arm_neon.h>
+#include <math.h>
+#include <string.h>
+
+#define FN
+#define NAME(op) neon_##op
+#define TABLE obm__kernels_neon
+#define ISA "neon"
+
+#define V float32x4x2_t
+#define VL 8
+#define LOAD(p) load8(p)
+#define STORE(p, v) store8(p, v)
+#define SET1(a) pair(vdupq_n_f32(a), vdupq_n_f32(a))
+#define ADD(a, b) add8(a, b)
+#define SUB(a, b) sub8(a, b)
+#define MUL(a, b) mul8(a, b)
+#define FMA(a, b, c) fma8(a, b, c)
+
+static inline V pair(float32x4_t low, float32x4_t high) { return (V){{low, high}}; }
+static inline V load8(const float *p) { return pair(vld1q_f32(p), vld1q_f32(p + 4)); }
+static inline void store8(float *p, V v) {
+    vst1q_f32(p, v.val[0]);
+    vst1q_f32(p + 4, v.val[1]);
+}
+static inline V add8(V a, V b) { return pair(vaddq_f32(a.val[0], b.val[0]), vaddq_f32(a.val[1], b.val[1])); }
+static inline V sub8(V a, V b) { return pair(vsubq_f32(a.val[0], b.val[0]), vsubq_f32(a.val[1], b.val[1])); }
+static inline V mul8(V a, V b) { return pair(vmulq_f32(a.val[0], b.val[0]), vmulq_f32(a.val[1], b.val[1])); }
+static inline V fma8(V a, V b, V c) {
+    return pair(vfmaq_f32(c.val[0], a.val[0], b.val[0]), vfmaq_f32(c.val[1], a.val[1], b.val[1]));
+}
+
+#define D float64x2_t
+#define DL 2
+#define LOAD_D(p) vcvt_f64_f32(vld1_f32(p))
+#define STORE_D(p, v) vst1q_f64(p, v)
+#define SET1_D(a) vdupq_n_f64(a)
+#define ADD_D(a, b) vaddq_f64(a, b)
+#define MUL_D(a, b) vmulq_f64(a, b)
+#define ABS_D(a) vabsq_f64(a)
+#define EACH_D(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+
+#define LOAD_BF16(p) load_bf16(vld1q_u16(p))
+#define LOAD_F16(p) load_f16(vld1q_u16(p))
+#define STORE_BF16(p, v) vst1q_u16(p, vcombine_u16(narrow_bf16((v).val[0]), narrow_bf16((v).val[1])))
+#define STORE_F16(p, v) vst1q_u16(p, vcombine_u16(narrow_f16((v).val[0]), narrow_f16((v).val[1])))
+
+static inline V load_bf16(uint16x8_t h) {
+    return pair(vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(h), 16)),
+                vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(h), 16)));
+}
+static inline V load_f16(uint16x8_t h) {
+    return pair(vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(h))),
+                vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(h))));
+}
+static inline uint16x4_t narrow_f16(float32x4_t v) { return vreinterpret_u16_f16(vcvt_f16_f32(v)); }
+/* As narrow_bf16 in scalar.c. */
+static inline uint16x4_t narrow_bf16(float32x4_t v) {
+    uint32x4_t u = vreinterpretq_u32_f32(v), last = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+    uint32x4_t rounded = vaddq_u32(u, vaddq_u32(last, vdupq_n_u32(0x7fff)));
+    uint32x4_t quiet = vorrq_u32(u, vdupq_n_u32(0x400000));
+    return vshrn_n_u32(vbslq_u32(vceqq_f32(v, v), rounded, quiet), 16);
+}
+
+/* One bit per lane of two comparison results. */
+static inline unsigned lanes(uint32x4_t low, uint32x4_t high) {
+    static const uint32_t weight[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+    return vaddvq_u32(vorrq_u32(vandq_u32(low, vld1q_u32(weight)), vandq_u32(high, vld1q_u32(weight + 4))));
+}
+#define GE_ZERO(v) ge_zero(v)
+#define IS_ZERO(v) is_zero(v)
+#define NOT_FINITE(v) not_finite(v)
+static inline unsigned ge_zero(V v) { return lanes(vcgezq_f32(v.val[0]), vcgezq_f32(v.val[1])); }
+static inline unsigned is_zero(V v) { return lanes(vceqzq_f32(v.val[0]), vceqzq_f32(v.val[1])); }
+static inline uint32x4_t above_finite(float32x4_t v) {
+    return vcgtq_u32(vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(0x7fffffff)), vdupq_n_u32(0x7f7fffff));
+}
+static inline unsigned not_finite(V v) { return lanes(above_finite(v.val[0]), above_finite(v.val[1])); }
+
+#define SIGNED(a, bits) signed8(a, bits)
+static inline V signed8(float a, unsigned bits) {
+    static const uint32_t weight[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+    uint32x4_t all = vdupq_n_u32(bits);
+    float32x4_t plus = vdupq_n_f32(a), minus = vdupq_n_f32(-a);
+    return pair(vbslq_f32(vtstq_u32(all, vld1q_u32(weight)), plus, minus),
+                vbslq_f32(vtstq_u32(all, vld1q_u32(weight + 4)), plus, minus));
+}
+
+/* (0 + 4) + (2 + 6), then the odd ones: written out, since vaddvq_f32 leaves the order to the instruction's pairs. */
+#define HSUM(v) lanes_sum(v)
+static inline float lanes_sum(V v) {
+    float32x4_t four = vaddq_f32(v.val[0], v.val[1]);
+    float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
+
+#define EVEN(p) even_bf16(vld1q_u16(p), vld1q_u16((p) + 8))
+#define ODD(p) odd_bf16(vld1q_u16(p), vld1q_u16((p) + 8))
+static inline V even_bf16(uint16x8_t a, uint16x8_t b) {
+    return pair(vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(a), 16)),
+                vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(b), 16)));
+}
+static inline V odd_bf16(uint16x8_t a, uint16x8_t b) {
+    uint32x4_t upper = vdupq_n_u32(0xffff0000);
+    return pair(vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u16(a), upper)),
+                vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u16(b), upper)));
+}
+#define SPLIT_EVEN_ODD(p, a, b)                                                                                        \
+    do {                                                                                                               \
+        float32x4x2_t low = vld2q_f32(p), high = vld2q_f32((p) + 8);                                                   \
+        a = pair(low.val[0], high.val[0]);                                                                             \
+        b = pair(low.val[1], high.val[1]);                                                                             \
+    } while (0)
+
+#include "template/all.h"
+#else
+typedef int obm__no_neon;   /* ISO C wants a declaration in every file */
+#endif

@@ -1,0 +1,47 @@
+/* Every templated kernel and the table, from the parameters of elementwise.h and rows.h and these:
+ *
+ *   TABLE, ISA                       the table's symbol and name
+ *   EVEN(p) ODD(p)                   from 2 * VL bf16 the even and the odd ones, widened, in order
+ *   SPLIT_EVEN_ODD(p, a, b)          2 * VL floats in the same order
+ */
+#include "elementwise.h"
+
+/* A 32-bit lane holds two bf16: a shift makes the even one a float, a mask the odd one. */
+#define ROWS_NAME NAME(rows_bf16)
+#define ROWS_TYPE uint16_t
+#define SPLIT_W(p, a, b) (a = EVEN(p), b = ODD(p))
+#define SPLIT_X SPLIT_EVEN_ODD
+#include "rows.h"
+
+#define ROWS_NAME NAME(rows_f16)
+#define ROWS_TYPE uint16_t
+#define SPLIT_W(p, a, b) (a = LOAD_F16(p), b = LOAD_F16((p) + VL))
+#define SPLIT_X(p, a, b) (a = LOAD(p), b = LOAD((p) + VL))
+#include "rows.h"
+
+#define ROWS_NAME NAME(rows_f32)
+#define ROWS_TYPE float
+#define SPLIT_W(p, a, b) (a = LOAD(p), b = LOAD((p) + VL))
+#define SPLIT_X SPLIT_W
+#include "rows.h"
+
+/* The histogram is bound by dependent increments, not by loads: vectors gain nothing. */
+const obm_kernels TABLE = {
+    .isa = ISA,
+    .bf16_to_f32 = NAME(bf16_to_f32),
+    .f16_to_f32 = NAME(f16_to_f32),
+    .f32_to_bf16 = NAME(f32_to_bf16),
+    .f32_to_f16 = NAME(f32_to_f16),
+    .sub_f32 = NAME(sub_f32),
+    .axpy_f32 = NAME(axpy_f32),
+    .find_nonfinite = NAME(find_nonfinite),
+    .abs_sum = NAME(abs_sum),
+    .dot = NAME(dot),
+    .count_zero = NAME(count_zero),
+    .sign_pack = NAME(sign_pack),
+    .sign_axpy = NAME(sign_axpy),
+    .magnitude_histogram = obm__scalar_magnitude_histogram,
+    .rows_bf16 = NAME(rows_bf16),
+    .rows_f16 = NAME(rows_f16),
+    .rows_f32 = NAME(rows_f32),
+};

@@ -1,0 +1,84 @@
+/*
+ * Dense rows times a vector: four rows at a time share the loads of x, two accumulators a row.  A row's sums run in the same
+ * order whether it is one of four or alone, which makes the result row-exact.  The last columns go through zero-padded
+ * copies, so that nothing past n is read.
+ *
+ *   FN, V, VL, SET1, ADD as in elementwise.h;   FMA(a, b, c) = a * b + c rounded once;   HSUM(v) in a fixed order
+ *   ROWS_NAME, ROWS_TYPE             the kernel, the element type of w
+ *   SPLIT_W(p, a, b)                 2 * VL weights as two vectors;   SPLIT_X(p, a, b) x in the same order of columns
+ */
+#define ROWS_STEP ((size_t)2 * VL)
+#define ROWS_JOIN_(a, b) a##b
+#define ROWS_JOIN(a, b) ROWS_JOIN_(a, b)
+#define ROWS_ONE ROWS_JOIN(ROWS_NAME, _1)
+#define ROWS_FOUR ROWS_JOIN(ROWS_NAME, _4)
+
+#define ROWS_ADD(r, p)                                                                                                 \
+    do {                                                                                                               \
+        V w0, w1;                                                                                                      \
+        SPLIT_W(p, w0, w1);                                                                                            \
+        a##r = FMA(w0, x0, a##r);                                                                                      \
+        b##r = FMA(w1, x1, b##r);                                                                                      \
+    } while (0)
+
+FN static float ROWS_ONE(const ROWS_TYPE *w, const float *x, size_t n) {
+    V a0 = SET1(0), b0 = SET1(0), x0, x1;
+    size_t j = 0;
+    for (; j + ROWS_STEP <= n; j += ROWS_STEP) {
+        SPLIT_X(x + j, x0, x1);
+        ROWS_ADD(0, w + j);
+    }
+    if (j < n) {
+        ROWS_TYPE w_end[2 * VL] = {0};
+        float x_end[2 * VL] = {0};
+        memcpy(w_end, w + j, (n - j) * sizeof *w);
+        memcpy(x_end, x + j, (n - j) * sizeof *x);
+        SPLIT_X(x_end, x0, x1);
+        ROWS_ADD(0, w_end);
+    }
+    return HSUM(ADD(a0, b0));
+}
+
+FN static void ROWS_FOUR(float *y, const ROWS_TYPE *w, size_t ld, const float *x, size_t n) {
+    V a0 = SET1(0), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0, x0, x1;
+    size_t j = 0;
+    for (; j + ROWS_STEP <= n; j += ROWS_STEP) {
+        SPLIT_X(x + j, x0, x1);
+        ROWS_ADD(0, w + j);
+        ROWS_ADD(1, w + ld + j);
+        ROWS_ADD(2, w + 2 * ld + j);
+        ROWS_ADD(3, w + 3 * ld + j);
+    }
+    if (j < n) {
+        ROWS_TYPE w_end[4][2 * VL] = {{0}};
+        float x_end[2 * VL] = {0};
+        for (size_t r = 0; r < 4; r++) memcpy(w_end[r], w + r * ld + j, (n - j) * sizeof *w);
+        memcpy(x_end, x + j, (n - j) * sizeof *x);
+        SPLIT_X(x_end, x0, x1);
+        ROWS_ADD(0, w_end[0]);
+        ROWS_ADD(1, w_end[1]);
+        ROWS_ADD(2, w_end[2]);
+        ROWS_ADD(3, w_end[3]);
+    }
+    y[0] = HSUM(ADD(a0, b0));
+    y[1] = HSUM(ADD(a1, b1));
+    y[2] = HSUM(ADD(a2, b2));
+    y[3] = HSUM(ADD(a3, b3));
+}
+
+FN static void ROWS_NAME(float *y, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t n) {
+    size_t r = 0;
+    for (; r + 4 <= rows; r += 4) ROWS_FOUR(y + r, w + r * ld, ld, x, n);
+    for (; r < rows; r++) y[r] = ROWS_ONE(w + r * ld, x, n);
+}
+
+#undef ROWS_STEP
+#undef ROWS_JOIN_
+#undef ROWS_JOIN
+#undef ROWS_ONE
+#undef ROWS_FOUR
+#undef ROWS_ADD
+#undef ROWS_NAME
+#undef ROWS_TYPE
+#undef SPLIT_W
+#undef SPLIT_X

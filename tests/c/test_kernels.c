@@ -1,0 +1,417 @@
+/* Every kernel table that this machine can run, against the scalar one and against references of this file.  Buffers end at
+ * an unmapped page, so that reading or writing one element too far is a crash. */
+#include "kernels.h"
+
+#include <float.h>
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+/* ---- buffers that end at a guard page ---- */
+
+typedef struct guarded { uint8_t *map, *end; size_t mapped; } guarded;
+
+static guarded guarded_new(size_t bytes) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), data = (bytes + page - 1) / page * page + page;
+    guarded g = {.mapped = data + page};
+    g.map = mmap(NULL, g.mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    assert_true(g.map != MAP_FAILED);
+    g.end = g.map + data;
+    assert_int_equal(mprotect(g.end, page, PROT_NONE), 0);
+    return g;
+}
+static void *at_end(const guarded *g, size_t bytes) { return g->end - bytes; }
+static void guarded_free(guarded *g) { munmap(g->map, g->mapped); }
+
+/* ---- inputs ---- */
+
+static uint64_t state = 88172645463325252u;
+static uint64_t next_random(void) {   /* xorshift64* (Vigna, 2016) */
+    state ^= state >> 12;
+    state ^= state << 25;
+    state ^= state >> 27;
+    return state * 2685821657736338717u;
+}
+static float from_bits(uint32_t u) {
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+static uint32_t bits_of(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    return u;
+}
+static float uniform(void) { return (float)((double)(next_random() >> 11) * 0x1p-52 - 1); }
+
+enum { PLAIN = 1, ZEROS = 2, DENORMALS = 4, INFINITE = 8, NOT_A_NUMBER = 16 };
+static float draw(int kinds) {
+    unsigned pick = (unsigned)(next_random() % 16);
+    if ((kinds & ZEROS) && pick < 3) return pick & 1 ? 0.0f : -0.0f;
+    if ((kinds & DENORMALS) && pick == 3) return from_bits((uint32_t)next_random() & 0x807fffff);
+    if ((kinds & INFINITE) && pick == 4) return next_random() & 1 ? INFINITY : -INFINITY;
+    if ((kinds & NOT_A_NUMBER) && pick == 5) return from_bits((uint32_t)next_random() | 0x7fa00000);
+    return uniform() * (pick == 6 ? 1e6f : 0.02f);
+}
+static void fill(float *x, size_t n, int kinds) {
+    for (size_t i = 0; i < n; i++) x[i] = draw(kinds);
+}
+
+/* Bit-equal, where any NaN equals any other: arithmetic may return either operand's. */
+static void assert_same(const float *a, const float *b, size_t n, const char *isa, const char *op) {
+    for (size_t i = 0; i < n; i++)
+        if (bits_of(a[i]) != bits_of(b[i]) && !(isnan(a[i]) && isnan(b[i])))
+            fail_msg("%s %s: n %zu, element %zu: %a, expected %a", isa, op, n, i, (double)a[i], (double)b[i]);
+}
+
+/* 0..300 and a few long ones. */
+static const size_t long_lengths[] = {1023, 1024, 4095, 4096, 5632, 11009};
+#define N_LENGTHS (301 + sizeof long_lengths / sizeof *long_lengths)
+#define MAX_LENGTH 11009
+static size_t length_at(size_t i) { return i <= 300 ? i : long_lengths[i - 301]; }
+
+static const obm_kernels *scalar_table(void) { return obm_kernels_find("scalar"); }
+#define EACH_TABLE(k) for (const obm_kernels *const *p_ = obm_kernels_list(), *k; (k = *p_) != NULL; p_++)
+
+/* ---- tables ---- */
+
+static void test_tables(void **unused) {
+    (void)unused;
+    assert_string_equal(obm_kernels_list()[0]->isa, "scalar");
+    assert_null(obm_kernels_find("sse9"));
+    EACH_TABLE(k) {
+        assert_ptr_equal(obm_kernels_find(k->isa), k);
+        const void *const *entry = (const void *const *)(const void *)k;
+        for (size_t i = 0; i < sizeof *k / sizeof *entry; i++) assert_non_null(entry[i]);
+    }
+    static const char *const known[] = {"scalar", "avx2", "avx512", "neon"};
+    for (size_t i = 0; i < 4; i++)
+        print_message("kernels: %s %s\n", known[i], obm_kernels_find(known[i]) ? "tested" : "NOT RUN on this machine");
+}
+
+/* ---- conversions, against references of their own ---- */
+
+/* Value of a small float with e exponent bits and m mantissa bits, by the definition. */
+static double small_float(uint16_t h, int e, int m) {
+    int exponent = h >> m & ((1 << e) - 1), bias = (1 << (e - 1)) - 1, mantissa = h & ((1 << m) - 1);
+    double sign = h & 0x8000 ? -1 : 1;
+    if (exponent == (1 << e) - 1) return mantissa ? NAN : sign * INFINITY;
+    if (!exponent) return sign * ldexp(mantissa, 1 - bias - m);
+    return sign * ldexp(mantissa + (1 << m), exponent - bias - m);
+}
+
+static void check_widen(const char *isa, void (*op)(float *, const uint16_t *, size_t), int e, int m) {
+    uint16_t *in = malloc(65536 * 2);
+    float *out = malloc(65536 * 4);
+    for (int i = 0; i < 65536; i++) in[i] = (uint16_t)i;
+    op(out, in, 65536);
+    for (int i = 0; i < 65536; i++) {
+        double expected = small_float((uint16_t)i, e, m);
+        if (isnan(expected) ? !isnan(out[i]) : bits_of(out[i]) != bits_of((float)expected))
+            fail_msg("%s: %#x widens to %a, expected %a", isa, (unsigned)i, (double)out[i], expected);
+        /* the payload moves to the top; f16 also becomes quiet */
+        if (isnan(expected))
+            assert_int_equal(bits_of(out[i]), ((uint32_t)i & 0x8000) << 16 | 0x7f800000 | (e == 5 ? 0x400000 : 0) |
+                                                  ((uint32_t)i & ((1u << m) - 1)) << (23 - m));
+    }
+    free(in);
+    free(out);
+}
+
+static void test_widen_all(void **unused) {
+    (void)unused;
+    EACH_TABLE(k) {
+        check_widen(k->isa, k->f16_to_f32, 5, 10);
+        check_widen(k->isa, k->bf16_to_f32, 8, 7);
+    }
+}
+
+/* Nearest even among the small floats by bisection over the (ordered) magnitudes; distances in f64 are exact. */
+static uint16_t reference_narrow(float x, int e, int m) {
+    uint16_t sign = bits_of(x) >> 31 ? 0x8000 : 0, infinity = (uint16_t)(((1 << e) - 1) << m);
+    double a = fabs((double)x), largest = small_float((uint16_t)(infinity - 1), e, m);
+    if (isnan(x)) return (uint16_t)(sign | infinity | 1 << (m - 1) | (bits_of(x) >> (23 - m) & ((1u << (m - 1)) - 1)));
+    double ulp = ldexp(1, (1 << (e - 1)) - 1 - m);
+    if (a >= largest + ulp / 2) return (uint16_t)(sign | infinity);
+    uint16_t low = 0, high = (uint16_t)(infinity - 1);   /* value(low) <= a, the answer is low or low + 1 */
+    while (low < high) {
+        uint16_t middle = (uint16_t)((low + high + 1) / 2);
+        if (small_float(middle, e, m) <= a) low = middle;
+        else high = (uint16_t)(middle - 1);
+    }
+    if (low == infinity - 1) return (uint16_t)(sign | low);
+    double down = a - small_float(low, e, m), up = small_float((uint16_t)(low + 1), e, m) - a;
+    return (uint16_t)(sign | (low + (up < down || (up == down && low & 1))));
+}
+
+static void check_narrow(const char *isa, void (*op)(uint16_t *, const float *, size_t), const float *x, size_t n, int e, int m,
+                         const uint16_t *expected) {
+    uint16_t *out = malloc(n * 2);
+    op(out, x, n);
+    for (size_t i = 0; i < n; i++)
+        if (out[i] != expected[i])
+            fail_msg("%s: %a to %d/%d bits gives %#x, expected %#x", isa, (double)x[i], e, m, out[i], expected[i]);
+    free(out);
+}
+
+/* Every small float, the midpoints to its neighbours, one step beside both, NaNs, and random patterns. */
+static size_t narrow_cases(float *x, int e, int m) {
+    size_t n = 0;
+    for (unsigned i = 0; i < 65536; i++) {
+        double v = small_float((uint16_t)i, e, m);
+        if (!isfinite(v)) continue;
+        double next = small_float((uint16_t)(i + 1), e, m), step = isfinite(next) ? next - v : v / 2;
+        x[n++] = (float)v;
+        float middle = (float)(v + step / 2);
+        x[n++] = middle;
+        x[n++] = nextafterf(middle, INFINITY);
+        x[n++] = nextafterf(middle, -INFINITY);
+    }
+    static const float special[] = {INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, FLT_MIN, 65504, 65519.996f, 65520, 65536, 1e-45f};
+    memcpy(x + n, special, sizeof special);
+    n += sizeof special / sizeof *special;
+    for (int i = 0; i < 20000; i++) x[n++] = from_bits((uint32_t)next_random());
+    for (int i = 0; i < 200; i++) x[n++] = from_bits((uint32_t)next_random() | 0x7f800001);
+    return n;
+}
+
+static void test_narrow(void **unused) {
+    (void)unused;
+    float *x = malloc((65536 * 4 + 30000) * sizeof *x);
+    for (int half = 0; half < 2; half++) {
+        int e = half ? 5 : 8, m = half ? 10 : 7;
+        size_t n = narrow_cases(x, e, m);
+        uint16_t *expected = malloc(n * 2);
+        for (size_t i = 0; i < n; i++) expected[i] = reference_narrow(x[i], e, m);
+        EACH_TABLE(k) check_narrow(k->isa, half ? k->f32_to_f16 : k->f32_to_bf16, x, n, e, m, expected);
+        free(expected);
+    }
+    free(x);
+}
+
+/* ---- exact kernels against scalar, at every length, at a guard page and at offsets from one ---- */
+
+typedef struct bench { guarded a, b, c, d; float *expected; } bench;
+static bench bench_new(void) {
+    size_t bytes = MAX_LENGTH * sizeof(float);
+    return (bench){guarded_new(bytes), guarded_new(bytes), guarded_new(bytes), guarded_new(bytes), malloc(bytes)};
+}
+static void bench_free(bench *t) {
+    guarded_free(&t->a);
+    guarded_free(&t->b);
+    guarded_free(&t->c);
+    guarded_free(&t->d);
+    free(t->expected);
+}
+
+static void check_arithmetic(const obm_kernels *k, bench *t, size_t n, int kinds) {
+    const obm_kernels *s = scalar_table();
+    float *a = at_end(&t->a, n * 4), *b = at_end(&t->b, n * 4), *y = at_end(&t->c, n * 4), alpha = draw(PLAIN);
+    uint8_t *bits = at_end(&t->d, (n + 7) / 8);
+    fill(a, n, kinds);
+    fill(b, n, kinds);
+    for (size_t i = 0; i < (n + 7) / 8; i++) bits[i] = (uint8_t)next_random();
+    s->sub_f32(t->expected, a, b, n);
+    k->sub_f32(y, a, b, n);
+    assert_same(y, t->expected, n, k->isa, "sub_f32");
+    memcpy(y, a, n * 4);
+    k->sub_f32(y, y, b, n);   /* d may be a */
+    assert_same(y, t->expected, n, k->isa, "sub_f32 in place");
+    memcpy(y, b, n * 4);
+    memcpy(t->expected, b, n * 4);
+    s->axpy_f32(t->expected, alpha, a, n);
+    k->axpy_f32(y, alpha, a, n);
+    assert_same(y, t->expected, n, k->isa, "axpy_f32");
+    memcpy(y, a, n * 4);
+    memcpy(t->expected, a, n * 4);
+    s->sign_axpy(t->expected, bits, alpha, n);
+    k->sign_axpy(y, bits, alpha, n);
+    assert_same(y, t->expected, n, k->isa, "sign_axpy");
+}
+
+static void check_scans(const obm_kernels *k, bench *t, size_t n, int kinds) {
+    float *a = at_end(&t->a, n * 4), *b = at_end(&t->b, n * 4);
+    size_t bytes = (n + 7) / 8, zeros = 0, first = n;
+    uint8_t *bits = at_end(&t->d, bytes);
+    fill(a, n, kinds);
+    fill(b, n, PLAIN | ZEROS | DENORMALS);
+    memset(bits, 0xaa, bytes);
+    k->sign_pack(bits, a, n);
+    for (size_t i = 0; i < n; i++) {
+        zeros += bits_of(a[i]) << 1 == 0;
+        if (!isfinite(a[i]) && first == n) first = i;
+        if ((bits[i / 8] >> i % 8 & 1) != (isnan(a[i]) ? 0 : !(a[i] < 0))) fail_msg("%s sign_pack: n %zu, bit %zu", k->isa, n, i);
+    }
+    if (n % 8 && bits[n / 8] >> n % 8) fail_msg("%s sign_pack: n %zu leaves bits past the end", k->isa, n);
+    assert_int_equal(k->count_zero(a, n), zeros);
+    assert_int_equal(k->find_nonfinite(a, n), first);
+    assert_int_equal(k->find_nonfinite(b, n), n);
+}
+
+/* The order that kernels.h states, written out. */
+static double reference_lanes(const float *x, const float *y, size_t n) {
+    double lane[16] = {0};
+    for (size_t i = 0; i < n; i++) lane[i % 16] += y ? (double)x[i] * (double)y[i] : fabs((double)x[i]);
+    for (int j = 0; j < 8; j++) lane[j] += lane[j + 8];
+    for (int j = 0; j < 4; j++) lane[j] += lane[j + 4];
+    for (int j = 0; j < 2; j++) lane[j] += lane[j + 2];
+    return lane[0] + lane[1];
+}
+
+static void check_reductions(const obm_kernels *k, bench *t, size_t n) {
+    float *a = at_end(&t->a, n * 4), *b = at_end(&t->b, n * 4);
+    fill(a, n, PLAIN | ZEROS | DENORMALS);
+    fill(b, n, PLAIN | ZEROS | DENORMALS);
+    double got[2] = {k->abs_sum(a, n), k->dot(a, b, n)}, expected[2] = {reference_lanes(a, NULL, n), reference_lanes(a, b, n)};
+    if (memcmp(got, expected, sizeof got))
+        fail_msg("%s reductions: n %zu: %a %a, expected %a %a", k->isa, n, got[0], got[1], expected[0], expected[1]);
+}
+
+static void check_histogram(const obm_kernels *k, bench *t, size_t n) {
+    static uint32_t got[32768], expected[32768];
+    float *a = at_end(&t->a, n * 4);
+    fill(a, n, PLAIN | ZEROS | DENORMALS);
+    memset(got, 0, sizeof got);
+    memset(expected, 0, sizeof expected);
+    for (size_t i = 0; i < n; i++) expected[bits_of(fabsf(a[i])) >> 16]++;
+    k->magnitude_histogram(got, a, n);
+    assert_memory_equal(got, expected, sizeof got);
+}
+
+static void check_half(const obm_kernels *k, bench *t, size_t n, int kinds) {
+    const obm_kernels *s = scalar_table();
+    float *a = at_end(&t->a, n * 4), *wide = at_end(&t->b, n * 4);
+    uint16_t *h = at_end(&t->c, n * 2), *expected = malloc(n * 2 + 1);
+    fill(a, n, kinds);
+    for (int half = 0; half < 2; half++) {
+        (half ? s->f32_to_f16 : s->f32_to_bf16)(expected, a, n);
+        (half ? k->f32_to_f16 : k->f32_to_bf16)(h, a, n);
+        assert_memory_equal(h, expected, n * 2);
+        (half ? s->f16_to_f32 : s->bf16_to_f32)(t->expected, expected, n);
+        (half ? k->f16_to_f32 : k->bf16_to_f32)(wide, h, n);
+        assert_memory_equal(wide, t->expected, n * 4);
+    }
+    free(expected);
+}
+
+static void test_exact(void **unused) {
+    (void)unused;
+    bench t = bench_new();
+    const int all = PLAIN | ZEROS | DENORMALS | INFINITE | NOT_A_NUMBER;
+    EACH_TABLE(k) {
+        for (size_t i = 0; i < N_LENGTHS; i++) {
+            size_t n = length_at(i);
+            check_arithmetic(k, &t, n, all);
+            check_arithmetic(k, &t, n, PLAIN);
+            check_scans(k, &t, n, all);
+            check_half(k, &t, n, all);
+            if (n <= 4096) check_reductions(k, &t, n);
+        }
+        check_histogram(k, &t, 0);
+        check_histogram(k, &t, 257);
+        check_histogram(k, &t, MAX_LENGTH);
+    }
+    bench_free(&t);
+}
+
+static void test_nonfinite_position(void **unused) {
+    (void)unused;
+    bench t = bench_new();
+    EACH_TABLE(k) {
+        for (size_t n = 1; n <= 70; n++) {
+            float *a = at_end(&t.a, n * 4);
+            for (size_t i = 0; i < n; i++) {
+                fill(a, n, PLAIN);
+                a[i] = i & 1 ? -INFINITY : NAN;
+                a[n - 1] = n - 1 == i ? a[i] : INFINITY;
+                assert_int_equal(k->find_nonfinite(a, n), i);
+            }
+            a[0] = FLT_MAX;
+            a[n - 1] = -FLT_MAX;
+            for (size_t i = 1; i + 1 < n; i++) a[i] = 0;
+            assert_int_equal(k->find_nonfinite(a, n), n);
+        }
+    }
+    bench_free(&t);
+}
+
+/* ---- rows ---- */
+
+
+static void row_bound(double sum, double magnitude, float got, size_t n, const char *isa, const char *op) {
+    double bound = (double)n * 0x1p-23 * magnitude + (double)n * 0x1p-149;
+    if (!(fabs((double)got - sum) <= bound))
+        fail_msg("%s %s: n %zu: %.9g, expected %.9g within %.3g", isa, op, n, (double)got, sum, bound);
+}
+
+/* type 0: bf16, 1: f16, 2: f32. */
+static void call_rows(const obm_kernels *k, int type, float *y, const void *w, size_t ld, size_t rows, const float *x, size_t n) {
+    if (type == 0) k->rows_bf16(y, w, ld, rows, x, n);
+    else if (type == 1) k->rows_f16(y, w, ld, rows, x, n);
+    else k->rows_f32(y, w, ld, rows, x, n);
+}
+static double weight_at(int type, const void *w, size_t i) {
+    if (type == 2) return (double)((const float *)w)[i];
+    return small_float(((const uint16_t *)w)[i], type ? 5 : 8, type ? 10 : 7);
+}
+
+static void check_rows(const obm_kernels *k, int type, size_t rows, size_t ld, size_t n, guarded *gw, guarded *gx) {
+    static const char *const names[] = {"rows_bf16", "rows_f16", "rows_f32"};
+    size_t size = type == 2 ? 4 : 2, elements = rows ? (rows - 1) * ld + n : 0;
+    uint8_t *w = at_end(gw, elements * size);
+    float *x = at_end(gx, n * 4), y[16], alone;
+    for (size_t i = 0; i < elements; i++) {
+        float value = draw(PLAIN | ZEROS) * 0.01f;
+        uint16_t half;
+        if (type == 0) scalar_table()->f32_to_bf16(&half, &value, 1);
+        if (type == 1) scalar_table()->f32_to_f16(&half, &value, 1);
+        memcpy(w + i * size, type == 2 ? (void *)&value : (void *)&half, size);
+    }
+    fill(x, n, PLAIN | ZEROS);
+    for (size_t r = 0; r < 16; r++) y[r] = -77;
+    call_rows(k, type, y, w, ld, rows, x, n);
+    for (size_t r = 0; r < rows; r++) {
+        double sum = 0, magnitude = 0;
+        for (size_t j = 0; j < n; j++) {
+            double product = weight_at(type, w, r * ld + j) * (double)x[j];
+            sum += product;
+            magnitude += fabs(product);
+        }
+        row_bound(sum, magnitude, y[r], n, k->isa, names[type]);
+        call_rows(k, type, &alone, w + r * ld * size, ld, 1, x, n);
+        if (bits_of(alone) != bits_of(y[r])) fail_msg("%s %s: row %zu of %zu differs alone, n %zu", k->isa, names[type], r, rows, n);
+    }
+    for (size_t r = rows; r < 16; r++) assert_true(y[r] == -77);
+}
+
+static void test_rows(void **unused) {
+    (void)unused;
+    guarded w = guarded_new(9 * 6000 * 4), x = guarded_new(6000 * 4);
+    EACH_TABLE(k) {
+        for (int type = 0; type < 3; type++) {
+            for (size_t n = 0; n <= 130; n++) check_rows(k, type, 5, n + n % 3, n, &w, &x);
+            for (size_t rows = 0; rows <= 9; rows++) check_rows(k, type, rows, 577, 577, &w, &x);
+            check_rows(k, type, 9, 5632, 5632, &w, &x);
+            check_rows(k, type, 4, 6000, 4097, &w, &x);
+        }
+    }
+    guarded_free(&w);
+    guarded_free(&x);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_tables),  cmocka_unit_test(test_widen_all),         cmocka_unit_test(test_narrow),
+        cmocka_unit_test(test_exact),   cmocka_unit_test(test_nonfinite_position), cmocka_unit_test(test_rows),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
