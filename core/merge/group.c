@@ -1,0 +1,65 @@
+/* Reading one tensor across the models: inputs in the working dtype, deltas, and the error for what is not finite. */
+#include "merge.h"
+
+obm_dtype obm__group_common_dtype(const obm_tensor *base, const obm_tensor *models, size_t n) {
+    obm_dtype common = base ? base->dtype : models[0].dtype;
+    for (size_t i = 0; i < n; i++)
+        if (models[i].dtype != common) return OBM_F32;
+    return common == OBM_F64 ? OBM_F32 : common;
+}
+
+/* Rounds x to dtype in place; scratch holds n 16-bit values. */
+static void round_to(const obm_kernels *k, obm_dtype dtype, float *x, size_t n, void *scratch) {
+    if (dtype == OBM_BF16) {
+        k->f32_to_bf16(scratch, x, n);
+        k->bf16_to_f32(x, scratch, n);
+    } else if (dtype == OBM_F16) {
+        k->f32_to_f16(scratch, x, n);
+        k->f16_to_f32(x, scratch, n);
+    }
+}
+
+static void read_input(const obm_kernels *k, const obm__group *g, const obm_tensor *t, uint64_t begin, size_t n,
+                       float *out, float *scratch) {
+    obm__widen(k, t, (int64_t)begin, (int64_t)n, out);
+    if (t->dtype != g->work) round_to(k, g->work, out, n, scratch);
+}
+
+void obm__group_base(const obm_kernels *k, const obm__group *g, uint64_t begin, size_t n, float *base, float *scratch) {
+    if (g->steps->deltas) read_input(k, g, g->base, begin, n, base, scratch);
+}
+
+size_t obm__group_delta(const obm_kernels *k, const obm__group *g, size_t model, uint64_t begin, size_t n,
+                        const float *base, float *d, float *scratch) {
+    read_input(k, g, &g->models[model], begin, n, d, scratch);
+    if (g->steps->deltas) {
+        k->sub_f32(d, d, base, n);
+        if (g->steps->round_deltas) round_to(k, g->work, d, n, scratch);
+    }
+    return k->find_nonfinite(d, n);
+}
+
+/* True if element `index` of t alone is at fault; the message then names whose it is. */
+static bool element_is_bad(const obm_kernels *k, const obm__group *g, const obm_tensor *t, uint64_t index) {
+    float x, scratch;
+    read_input(k, g, t, index, 1, &x, &scratch);
+    return !isfinite(x);
+}
+
+obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t index, obm_error *err) {
+    const char *name = g->name[0] ? g->name : "the tensor";
+    unsigned long long at = index;
+    if (g->steps->deltas && element_is_bad(k, g, g->base, index))
+        return obm__fail(err, OBM_E_VALUE, "%s: NaN or Inf in %s at index %llu", name,
+                         g->base_label ? g->base_label : "the base", at);
+    for (size_t i = 0; i < g->steps->n; i++) {
+        float base, d, scratch;
+        bool own = element_is_bad(k, g, &g->models[i], index);
+        obm__group_base(k, g, index, 1, &base, &scratch);
+        if (!own && obm__group_delta(k, g, i, index, 1, &base, &d, &scratch) == 1) continue;
+        const char *what = own ? "NaN or Inf" : "a difference to the base that overflows";
+        if (g->labels) return obm__fail(err, OBM_E_VALUE, "%s: %s in %s at index %llu", name, what, g->labels[i], at);
+        return obm__fail(err, OBM_E_VALUE, "%s: %s in model %zu at index %llu", name, what, i, at);
+    }
+    return obm__fail(err, OBM_E_VALUE, "%s: the merged value at index %llu overflows the output's dtype", name, at);
+}

@@ -1,0 +1,155 @@
+/* Static merges: method rows, resolved steps, statistics and the element pipeline.
+ *
+ *     delta -> mask -> rescale -> weight -> consensus -> reduce -> normalise -> scale -> add
+ *
+ * A method is a row of settings (obm__method); parameters turn it into obm__steps; the pipeline knows steps only.  All
+ * passes walk a tensor in blocks of OBM_MERGE_BLOCK elements, each block independent of the others, so that results do
+ * not depend on threads, tiles or order. */
+#ifndef OBM_MERGE_H
+#define OBM_MERGE_H
+
+#include "../delta/delta.h"
+
+#include <math.h>
+#include <stdatomic.h>
+
+/* The kernels' reduction length; OBM_TILE is a multiple of it.  A block of every lane fits the second-level cache. */
+#define OBM_MERGE_BLOCK 4096
+
+/* ---- methods (registry.c; one file each) ---- */
+
+typedef enum { OBM_MASK_NONE, OBM_MASK_MAGNITUDE, OBM_MASK_RANDOM } obm__mask_kind;
+typedef enum { OBM_CONSENSUS_NONE, OBM_CONSENSUS_SIGN } obm__consensus;
+typedef enum { OBM_RESCALE_NONE, OBM_RESCALE_L1, OBM_RESCALE_INVERSE_DENSITY } obm__rescale;
+
+typedef struct obm__method {
+    obm_method_info info;
+    bool deltas; /* works on task vectors and adds the base; else on the weights themselves */
+    obm__mask_kind mask;
+    obm__consensus consensus;
+    obm__rescale rescale; /* what the parameter `rescale` asks for */
+} obm__method;
+
+extern const obm__method obm__method_linear, obm__method_task_arithmetic, obm__method_ties, obm__method_dare_linear,
+    obm__method_dare_ties;
+
+/* Parameter rows that several methods share. */
+#define OBM_PARAM_ROW(name, doc, scope, required, dflt, min, max, is_bool) \
+    { name, doc, scope, required, dflt, min, max, is_bool }
+#define OBM_PARAM_BOOL(name, doc, dflt) OBM_PARAM_ROW(name, doc, OBM_PARAM_GLOBAL, false, dflt, 0, 1, true)
+#define OBM_PARAM_WEIGHT                                                                                               \
+    OBM_PARAM_ROW("weight", "factor of this model; the paper profile takes 1 where it is absent", OBM_PARAM_PER_MODEL, \
+                  true, 1, -INFINITY, INFINITY, false)
+#define OBM_PARAM_DENSITY(doc) OBM_PARAM_ROW("density", doc, OBM_PARAM_PER_MODEL, false, 1, 0, 1, false)
+#define OBM_PARAM_LAMBDA \
+    OBM_PARAM_ROW("lambda", "factor of the merged task vector", OBM_PARAM_GLOBAL, false, 1, -INFINITY, INFINITY, false)
+#define OBM_PARAM_SCOPE                                                                                           \
+    OBM_PARAM_ROW("scope",                                                                                        \
+                  "statistics over each tensor (0, `tensor`) or the whole model (1, `model`); -1: tensor in the " \
+                  "mergekit profile, model in the paper profile",                                                 \
+                  OBM_PARAM_GLOBAL, false, -1, -1, 1, false)
+#define OBM_PARAM_INT8_MASK OBM_PARAM_BOOL("int8_mask", "accepted for mergekit's recipes, without effect", 0)
+#define OBM_PARAM_NORMALIZE(doc, dflt) OBM_PARAM_BOOL("normalize", doc, dflt)
+#define OBM_PARAM_RESCALE(doc, dflt) OBM_PARAM_BOOL("rescale", doc, dflt)
+#define OBM_COUNT(array) (sizeof(array) / sizeof *(array))
+
+/* NOTFOUND lists the known names and suggests the nearest. */
+obm_status obm__method_find(const char *name, const obm__method **out, obm_error *err);
+/* NULL if the method has no such parameter. */
+const obm_param_info *obm__method_param(const obm__method *m, const char *name);
+/* True for a name that some method here, or one of mergekit's, takes. */
+bool obm__param_is_known(const char *name);
+
+/* The nearest of `names` by edit distance as ", did you mean `x`?", or "" if none is near.  buf: 96 bytes or more. */
+const char *obm__suggest(const char *name, const char *const *names, size_t n, char *buf, size_t size);
+
+/* ---- steps: a method with its parameters, for the n models of one tensor ---- */
+
+typedef struct obm__steps {
+    bool deltas;
+    obm__mask_kind mask;
+    obm__rescale rescale;
+    obm__consensus consensus;
+    bool round_deltas;      /* deltas take the working dtype before they are masked */
+    bool weighted_election; /* signs are elected on weight * delta; else on the deltas */
+    bool majority_zero;     /* a zero sum takes the majority of all elected signs; else +1 */
+    bool model_scope;       /* statistics over the whole model */
+    bool normalize;
+    float lambda;
+    uint64_t seed;
+    size_t n;
+    float *weight;   /* (n), owned */
+    double *density; /* (n), owned */
+} obm__steps;
+
+/* Checks names, ranges and required parameters, fills defaults.  A per-model parameter with model -1 holds for every
+ * model that has none of its own.  Errors: NOTFOUND, ARG, NOMEM. */
+obm_status obm__steps_new(const obm__method *m, obm_profile profile, size_t n, const obm_param *params, size_t n_params,
+                          uint64_t seed, obm__steps *out, obm_error *err);
+void obm__steps_free(obm__steps *s);
+
+/* ---- random numbers (random.c) ---- */
+
+uint64_t obm__random_key(uint64_t seed, const char *tensor, size_t model);
+/* Zeroes d[j] unless element begin + j is drawn with probability `keep`. */
+void obm__random_mask(uint64_t key, uint64_t begin, double keep, float *d, size_t n);
+
+/* ---- exact selection (select.c) ---- */
+
+/* Which elements of one task vector survive: magnitude pattern above `bits`, and of the equal ones the first `equal`.
+ */
+typedef struct obm__cut {
+    bool all, none;
+    uint32_t bits;    /* f32 pattern without the sign */
+    uint64_t equal;   /* UINT64_MAX: all of them */
+    uint64_t *before; /* equal elements in front of each block, owned; NULL where `equal` is 0 or UINT64_MAX */
+} obm__cut;
+
+/* ---- groups: one tensor across the models ---- */
+
+typedef struct obm__group {
+    const char *name;                       /* feeds the random masks; "" for a nameless tensor */
+    const obm_tensor *base;                 /* NULL for methods without deltas */
+    const obm_tensor *models;               /* (steps->n) */
+    const char *base_label, *const *labels; /* for messages, nullable */
+    obm_dtype work; /* what inputs, and in the mergekit profile deltas, are rounded to; F32: nothing is */
+    uint64_t count; /* elements */
+    const obm__steps *steps;
+    obm__cut *cuts;  /* (n), from obm__statistics */
+    float *factors;  /* (n), rescale factors */
+    float zero_sign; /* +1 or -1: what a zero sum elects */
+} obm__group;
+
+/* The dtype that a merge without a `dtype` works in: the common one, F32 where they differ. */
+obm_dtype obm__group_common_dtype(const obm_tensor *base, const obm_tensor *models, size_t n);
+/* base and d: floats of elements [begin, begin + n), n <= OBM_MERGE_BLOCK; scratch: OBM_MERGE_BLOCK floats. */
+void obm__group_base(const obm_kernels *k, const obm__group *g, uint64_t begin, size_t n, float *base, float *scratch);
+/* The delta (or the weights, for methods without deltas).  Returns the first index that is not finite, n if all are. */
+size_t obm__group_delta(const obm_kernels *k, const obm__group *g, size_t model, uint64_t begin, size_t n,
+                        const float *base, float *d, float *scratch);
+/* Keeps the lowest index that any worker meets, so that the error does not depend on threads. */
+static inline void obm__note_lowest(_Atomic uint64_t *lowest, uint64_t index) {
+    uint64_t seen = atomic_load_explicit(lowest, memory_order_relaxed);
+    while (index < seen && !atomic_compare_exchange_weak(lowest, &seen, index)) {
+    }
+}
+/* The error for an element that is not finite, naming tensor, model and index. */
+obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t index, obm_error *err);
+
+/* The first n_keep elements by magnitude of model `model` over the concatenation of all groups; fills
+ * groups[i].cuts[model]. */
+obm_status obm__select(obm_context *ctx, obm__group *groups, size_t n_groups, size_t model, uint64_t n_keep,
+                       obm_error *err);
+void obm__cut_apply(const obm__cut *c, uint64_t block, float *d, size_t n);
+
+/* Everything the element pass needs to know in advance, over all groups of one scope; call obm__group_clear afterwards
+ * whatever it returns. */
+obm_status obm__statistics(obm_context *ctx, obm__group *groups, size_t n_groups, obm_error *err);
+void obm__group_clear(obm__group *g);
+/* Merges elements [begin, begin + n) into out as `dtype`; begin is a multiple of OBM_MERGE_BLOCK. */
+obm_status obm__group_run(obm_context *ctx, const obm__group *g, uint64_t begin, uint64_t n, obm_dtype dtype, void *out,
+                          obm_error *err);
+/* Scratch of one worker in the element pass, bytes. */
+size_t obm__group_scratch(size_t n_models);
+
+#endif

@@ -1,0 +1,215 @@
+/*
+ * Exact selection of the k largest magnitudes by counting, never by sorting: a histogram over the upper 15 bits of |x|,
+ * one over the lower 16 bits of what shares the decisive upper bits, and where elements equal to the threshold are only
+ * partly kept a count of them per block, so that the lowest indices stay.
+ */
+#include "merge.h"
+
+#include <string.h>
+
+#define HIGH_BINS 32768
+#define LOW_BINS 65536
+/* Elements between flushes of the 32-bit worker histograms. */
+#define SPAN ((uint64_t)1 << 31)
+
+typedef enum { COUNT_HIGH, COUNT_LOW, COUNT_EQUAL } count_what;
+
+/* One pass over one group. */
+typedef struct pass {
+    const obm_kernels *k;
+    const obm__group *g;
+    size_t model;
+    count_what what;
+    uint32_t high, bits; /* the decisive upper bits; the threshold */
+    uint64_t begin, end; /* elements, begin at a block boundary */
+    float *scratch;      /* (workers, 3, OBM_MERGE_BLOCK) */
+    uint32_t *histogram; /* (workers, bins) */
+    size_t bins;
+    uint64_t *equal;      /* (blocks) of the whole group */
+    _Atomic uint64_t bad; /* lowest index that is not finite */
+} pass;
+
+typedef struct selection {
+    obm_context *ctx;
+    obm__group *groups;
+    size_t n_groups, model;
+    float *scratch;
+    uint32_t *histogram;
+    uint64_t *total; /* (LOW_BINS) */
+} selection;
+
+static uint32_t magnitude_bits(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u & 0x7fffffffu;
+}
+
+static void count_low(uint32_t *histogram, uint32_t high, const float *d, size_t n) {
+    for (size_t j = 0; j < n; j++) {
+        uint32_t u = magnitude_bits(d[j]);
+        if (u >> 16 == high) histogram[u & 0xffff]++;
+    }
+}
+
+static uint64_t count_equal(uint32_t bits, const float *d, size_t n) {
+    uint64_t count = 0;
+    for (size_t j = 0; j < n; j++) count += magnitude_bits(d[j]) == bits;
+    return count;
+}
+
+static void count_blocks(void *arg, size_t first, size_t last, int worker) {
+    pass *p = arg;
+    float *base = p->scratch + (size_t)worker * 3 * OBM_MERGE_BLOCK, *d = base + OBM_MERGE_BLOCK,
+          *tmp = d + OBM_MERGE_BLOCK;
+    uint32_t *histogram = p->histogram + (size_t)worker * p->bins;
+    for (size_t b = first; b < last; b++) {
+        uint64_t begin = p->begin + (uint64_t)b * OBM_MERGE_BLOCK;
+        size_t n = p->end - begin < OBM_MERGE_BLOCK ? (size_t)(p->end - begin) : OBM_MERGE_BLOCK;
+        obm__group_base(p->k, p->g, begin, n, base, tmp);
+        size_t bad = obm__group_delta(p->k, p->g, p->model, begin, n, base, d, tmp);
+        if (bad < n) {
+            obm__note_lowest(&p->bad, begin + bad);
+        } else if (p->what == COUNT_HIGH) {
+            p->k->magnitude_histogram(histogram, d, n);
+        } else if (p->what == COUNT_LOW) {
+            count_low(histogram, p->high, d, n);
+        } else {
+            p->equal[begin / OBM_MERGE_BLOCK] = count_equal(p->bits, d, n);
+        }
+    }
+}
+
+static obm_status count_group(const selection *s, pass *p, obm_error *err) {
+    for (uint64_t begin = 0; begin < p->g->count; begin += SPAN) {
+        p->begin = begin;
+        p->end = p->g->count - begin < SPAN ? p->g->count : begin + SPAN;
+        p->bad = UINT64_MAX;
+        size_t bins = p->what == COUNT_EQUAL ? 0 : p->bins, threads = (size_t)s->ctx->threads;
+        if (bins) memset(p->histogram, 0, threads * bins * sizeof *p->histogram);
+        obm__parallel(s->ctx, (size_t)((p->end - begin + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK), 1, count_blocks, p);
+        if (p->bad != UINT64_MAX) return obm__group_bad(p->k, p->g, p->bad, err);
+        for (size_t w = 0; bins && w < threads; w++)
+            for (size_t i = 0; i < bins; i++) s->total[i] += p->histogram[w * bins + i];
+    }
+    return OBM_OK;
+}
+
+static obm_status count_all(const selection *s, count_what what, uint32_t high, obm_error *err) {
+    size_t bins = what == COUNT_HIGH ? HIGH_BINS : LOW_BINS;
+    memset(s->total, 0, bins * sizeof *s->total);
+    for (size_t i = 0; i < s->n_groups; i++) {
+        pass p = {.k = s->ctx->k,
+                  .g = &s->groups[i],
+                  .model = s->model,
+                  .what = what,
+                  .high = high,
+                  .scratch = s->scratch,
+                  .histogram = s->histogram,
+                  .bins = bins};
+        OBM_TRY(count_group(s, &p, err));
+    }
+    return OBM_OK;
+}
+
+/* The bin, from above, in which the *rest-th largest lies; *rest becomes how many of that bin are wanted. */
+static uint32_t decisive_bin(const uint64_t *total, size_t bins, uint64_t *rest) {
+    size_t bin = bins - 1;
+    while (bin > 0 && total[bin] < *rest) *rest -= total[bin--];
+    return (uint32_t)bin;
+}
+
+/* bf16 values have no bits below the upper 15, so the first histogram tells all. */
+static bool high_bits_suffice(const selection *s) {
+    for (size_t i = 0; i < s->n_groups; i++)
+        if (s->groups[i].work != OBM_BF16 || !s->groups[i].steps->round_deltas) return false;
+    return true;
+}
+
+/* Cuts of one group when `*rest` more equal elements may stay; counts them only if it has to. */
+static obm_status share_equal(const selection *s, obm__group *g, uint32_t bits, uint64_t *rest, obm_error *err) {
+    obm__cut *cut = &g->cuts[s->model];
+    size_t blocks = (size_t)((g->count + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK);
+    *cut = (obm__cut){.bits = bits};
+    if (*rest == 0 || blocks == 0) return OBM_OK;
+    uint64_t *before = obm__alloc(blocks, sizeof *before);
+    if (!before) return obm__fail_nomem(err, blocks * sizeof *before);
+    pass p = {.k = s->ctx->k,
+              .g = g,
+              .model = s->model,
+              .what = COUNT_EQUAL,
+              .bits = bits,
+              .scratch = s->scratch,
+              .histogram = s->histogram,
+              .equal = before};
+    obm_status status = count_group(s, &p, err);
+    uint64_t total = 0;
+    for (size_t b = 0; status == OBM_OK && b < blocks; b++) {
+        uint64_t here = before[b];
+        before[b] = total;
+        total += here;
+    }
+    bool partial = status == OBM_OK && total > *rest;
+    cut->equal = partial ? *rest : UINT64_MAX;
+    cut->before = partial ? before : NULL;
+    if (!partial) obm_free(before);
+    *rest -= total < *rest ? total : *rest;
+    return status;
+}
+
+static obm_status select_run(const selection *s, uint64_t n_keep, obm_error *err) {
+    uint64_t rest = n_keep, equal;
+    OBM_TRY(count_all(s, COUNT_HIGH, 0, err));
+    uint32_t high = decisive_bin(s->total, HIGH_BINS, &rest), bits = high << 16;
+    equal = s->total[high];
+    if (!high_bits_suffice(s) && equal > 0) {
+        OBM_TRY(count_all(s, COUNT_LOW, high, err));
+        uint32_t low = decisive_bin(s->total, LOW_BINS, &rest);
+        bits |= low;
+        equal = s->total[low];
+    }
+    for (size_t i = 0; i < s->n_groups; i++) {
+        obm__cut *cut = &s->groups[i].cuts[s->model];
+        if (rest == equal) {
+            *cut = (obm__cut){.bits = bits, .equal = UINT64_MAX};
+        } else {
+            OBM_TRY(share_equal(s, &s->groups[i], bits, &rest, err));
+        }
+    }
+    return OBM_OK;
+}
+
+obm_status obm__select(obm_context *ctx, obm__group *groups, size_t n_groups, size_t model, uint64_t n_keep,
+                       obm_error *err) {
+    size_t threads = (size_t)ctx->threads;
+    selection s = {.ctx = ctx, .groups = groups, .n_groups = n_groups, .model = model};
+    s.scratch = obm__alloc(threads * 3 * OBM_MERGE_BLOCK, sizeof *s.scratch);
+    s.histogram = obm__alloc(threads * LOW_BINS, sizeof *s.histogram);
+    s.total = obm__alloc(LOW_BINS, sizeof *s.total);
+    obm_status status = s.scratch && s.histogram && s.total
+                            ? select_run(&s, n_keep, err)
+                            : obm__fail_nomem(err, threads * (3 * OBM_MERGE_BLOCK + LOW_BINS) * 4);
+    obm_free(s.scratch);
+    obm_free(s.histogram);
+    obm_free(s.total);
+    return status;
+}
+
+void obm__cut_apply(const obm__cut *c, uint64_t block, float *d, size_t n) {
+    if (c->all) return;
+    if (c->none) {
+        memset(d, 0, n * sizeof *d);
+        return;
+    }
+    if (!c->before) {
+        uint32_t least = c->equal ? c->bits : c->bits + 1;
+        for (size_t j = 0; j < n; j++) d[j] = magnitude_bits(d[j]) >= least ? d[j] : 0.0f;
+        return;
+    }
+    uint64_t left = c->equal > c->before[block] ? c->equal - c->before[block] : 0;
+    for (size_t j = 0; j < n; j++) {
+        uint32_t u = magnitude_bits(d[j]);
+        bool equal = u == c->bits, keep = u > c->bits || (equal && left > 0);
+        left -= equal && left > 0;
+        d[j] = keep ? d[j] : 0.0f;
+    }
+}

@@ -1,0 +1,38 @@
+/* Suggestions for mistyped names: the nearest known one by edit distance. */
+#include "merge.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#define LONGEST 48
+
+/* Levenshtein distance by rows; longer names are compared by their first LONGEST bytes. */
+static size_t edit_distance(const char *a, const char *b) {
+    size_t n = strnlen(a, LONGEST), m = strnlen(b, LONGEST), row[LONGEST + 1];
+    for (size_t j = 0; j <= m; j++) row[j] = j;
+    for (size_t i = 1; i <= n; i++) {
+        size_t diagonal = row[0];
+        row[0] = i;
+        for (size_t j = 1; j <= m; j++) {
+            size_t best = diagonal + (a[i - 1] != b[j - 1]);
+            if (row[j] + 1 < best) best = row[j] + 1;
+            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
+            diagonal = row[j];
+            row[j] = best;
+        }
+    }
+    return row[m];
+}
+
+const char *obm__suggest(const char *name, const char *const *names, size_t n, char *buf, size_t size) {
+    size_t best = SIZE_MAX, at = 0;
+    for (size_t i = 0; i < n; i++) {
+        size_t d = edit_distance(name, names[i]);
+        if (d < best) best = d, at = i;
+    }
+    /* Farther than a third of the name is another word, not a slip; two letters are always forgiven. */
+    size_t limit = strlen(name) / 3 > 2 ? strlen(name) / 3 : 2;
+    if (best == SIZE_MAX || best > limit || best >= strlen(name)) return "";
+    snprintf(buf, size, ", did you mean `%s`?", names[at]);
+    return buf;
+}

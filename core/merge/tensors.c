@@ -1,0 +1,75 @@
+/* obm_merge_tensors: one tensor across models in memory, by the name of a method. */
+#include "merge.h"
+
+#include <stdio.h>
+#include <string.h>
+
+static void shape_text(const obm_tensor *t, char *buf, size_t size) {
+    size_t used = (size_t)snprintf(buf, size, "(");
+    for (int i = 0; i < t->ndim && used < size; i++)
+        used += (size_t)snprintf(buf + used, size - used, "%s%lld", i ? ", " : "", (long long)t->shape[i]);
+    if (used < size) snprintf(buf + used, size - used, ")");
+}
+
+static obm_status check_tensor(const obm_tensor *t, const obm_tensor *first, const char *what, obm_error *err) {
+    if (t->ndim < 0 || t->ndim > OBM_MAX_DIM)
+        return obm__fail(err, OBM_E_SHAPE, "%s: %d dimensions, at most %d", what, t->ndim, OBM_MAX_DIM);
+    if (t->dtype != OBM_F32 && t->dtype != OBM_F16 && t->dtype != OBM_BF16 && t->dtype != OBM_F64)
+        return obm__fail(err, OBM_E_DTYPE, "%s: a merge needs F32, F16, BF16 or F64, got %s", what,
+                         obm_dtype_name(t->dtype));
+    if (t->ndim == first->ndim && !memcmp(t->shape, first->shape, (size_t)t->ndim * sizeof *t->shape)) return OBM_OK;
+    char a[128], b[128];
+    shape_text(first, a, sizeof a);
+    shape_text(t, b, sizeof b);
+    return obm__fail(err, OBM_E_SHAPE, "%s: expected the shape %s of the first tensor, got %s", what, a, b);
+}
+
+static obm_status check_inputs(const obm__method *m, const obm_tensor *base, const obm_tensor *models, size_t n,
+                               obm_error *err) {
+    const obm_method_info *info = &m->info;
+    if (n < (size_t)info->min_models || (info->max_models && n > (size_t)info->max_models))
+        return obm__fail(err, OBM_E_ARG, "%s takes at least %d models, got %zu", info->name, info->min_models, n);
+    if (info->needs_base && !base) return obm__fail(err, OBM_E_ARG, "%s needs a base", info->name);
+    if (!m->deltas && base)
+        return obm__fail(err, OBM_E_ARG, "%s has no base: pass it as one of the models", info->name);
+    const obm_tensor *first = base ? base : models;
+    OBM_TRY(check_tensor(first, first, base ? "base" : "model 0", err));
+    for (size_t i = 0; i < n; i++) {
+        char what[32];
+        snprintf(what, sizeof what, "model %zu", i);
+        OBM_TRY(check_tensor(&models[i], first, what, err));
+    }
+    return OBM_OK;
+}
+
+/* Into a buffer of its own first: `out` stays as it was when a value turns out not to be finite. */
+static obm_status merge_group(obm_context *ctx, obm__group *g, float *out, obm_error *err) {
+    float *merged = obm__alloc((size_t)g->count, sizeof *merged);
+    if (!merged) return obm__fail_nomem(err, g->count * sizeof *merged);
+    obm_status status = obm__statistics(ctx, g, 1, err);
+    if (status == OBM_OK) status = obm__group_run(ctx, g, 0, g->count, OBM_F32, merged, err);
+    if (status == OBM_OK) memcpy(out, merged, (size_t)g->count * sizeof *merged);
+    obm_free(merged);
+    obm__group_clear(g);
+    return status;
+}
+
+obm_status obm_merge_tensors(obm_context *ctx, const char *method, obm_profile profile, const obm_tensor *base,
+                             const obm_tensor *models, size_t n, const obm_param *params, size_t n_params,
+                             uint64_t seed, float *out, obm_error *err) {
+    const obm__method *m;
+    obm__steps steps;
+    OBM_TRY(obm__method_find(method, &m, err));
+    OBM_TRY(check_inputs(m, base, models, n, err));
+    OBM_TRY(obm__steps_new(m, profile == OBM_PROFILE_PAPER ? profile : OBM_PROFILE_MERGEKIT, n, params, n_params, seed,
+                           &steps, err));
+    obm__group g = {.name = "",
+                    .base = base,
+                    .models = models,
+                    .steps = &steps,
+                    .count = (uint64_t)obm_tensor_count(&models[0]),
+                    .work = obm__group_common_dtype(base, models, n)};
+    obm_status status = merge_group(ctx, &g, out, err);
+    obm__steps_free(&steps);
+    return status;
+}
