@@ -157,7 +157,8 @@ OBM_API obm_class obm_class_of(const char *tensor_name, int32_t ndim);   /* by t
 /* ---- Checkpoints ------------------------------------------------------------------------------------------------ */
 
 /* A Hugging Face folder (config.json, one or many *.safetensors) or a single .safetensors file, memory-mapped; no tensor
- * is read before it is used.  Immutable, share freely. */
+ * is read before it is used.  While it is open its files must not be cut short or rewritten in place (the system answers
+ * with SIGBUS); replacing them by rename, as every writer of this library does, is safe.  Immutable, share freely. */
 typedef struct obm_checkpoint obm_checkpoint;
 
 /* Errors: IO, FORMAT (file, byte offset or key, expected, found), UNSUPPORTED (torch .bin), NOMEM.  *out is owned. */

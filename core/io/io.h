@@ -7,29 +7,42 @@
 
 /* ---- files (file.c) ---- */
 
-typedef struct obm__map { const uint8_t *data; size_t size; } obm__map;   /* read-only mapping; size 0: data NULL */
+/* A read-only mapping; size 0: data NULL.  The bytes are the file's: when somebody cuts the file short while it is mapped,
+ * reading beyond its new end raises SIGBUS.  A library must not own that signal, so the rule is the callers': model files are
+ * replaced by rename (which keeps the mapped file alive), never rewritten in place.  Everything written here does so. */
+typedef struct obm__map { const uint8_t *data; size_t size; } obm__map;
 obm_status obm__map_open(const char *path, obm__map *out, obm_error *err);
 void obm__map_close(obm__map *m);
-obm_status obm__file_read(const char *path, char **text, size_t *size, obm_error *err);   /* owned, NUL-terminated */
+obm_status obm__file_read(const char *path, char **text, size_t *size, obm_error *err);   /* owned, NUL-terminated; size nullable */
 bool obm__file_exists(const char *path);
 bool obm__is_directory(const char *path);
 char *obm__path_join(const char *dir, const char *name);   /* owned */
+char *obm__path_directory(const char *path);               /* owned; "." for a bare name */
 /* Writes through a temporary name in the same folder, fsyncs, renames, fsyncs the folder: the old file or the new one. */
 obm_status obm__file_write(const char *path, const void *bytes, size_t size, obm_error *err);
 obm_status obm__make_directory(const char *path, obm_error *err);   /* with parents; existing is fine */
+/* The steps of obm__file_write, for writers that publish several files together.  Temporary names are PATH.tmp-<pid>-<n>, in
+ * the folder of PATH, and never end in ".safetensors" or ".json"; *name and *temp are owned. */
+obm_status obm__temp_create(const char *path, char **name, int *fd, obm_error *err);
+obm_status obm__fd_write(int fd, const char *path, const void *bytes, size_t n, obm_error *err);   /* all n bytes */
+obm_status obm__fd_seal(int fd, const char *path, obm_error *err);                                  /* fsync and close, also on failure */
+obm_status obm__file_stage(const char *path, const void *bytes, size_t size, char **temp, obm_error *err);   /* written and synced */
+obm_status obm__file_publish(const char *temp, const char *path, obm_error *err);                   /* rename, then sync the folder */
+obm_status obm__directory_sync(const char *dir, obm_error *err);
 
 /* ---- hashes (hash.c): the only file that includes xxhash.h ---- */
 
 typedef struct obm__xxh3 obm__xxh3;   /* streaming XXH3-128 */
-obm__xxh3 *obm__xxh3_new(void);
+obm__xxh3 *obm__xxh3_new(void);                      /* NULL: out of memory */
 void obm__xxh3_add(obm__xxh3 *h, const void *bytes, size_t n);
-void obm__xxh3_end(obm__xxh3 *h, char out[33]);   /* hex, frees h */
+void obm__xxh3_end(obm__xxh3 *h, char out[33]);   /* canonical big-endian hex; frees h; out NULL: frees only */
 void obm__xxh3_of(const void *bytes, size_t n, char out[33]);
 void obm__sha256_of(const void *bytes, size_t n, char out[65]);
 
 /* ---- safetensors (safetensors.c) ---- */
 
-typedef struct obm__st_entry { char *name; obm_tensor t; } obm__st_entry;   /* t views the mapping */
+/* t views the mapping, and t.data may have any alignment: read it by memcpy, unaligned loads, obm__widen or the kernels. */
+typedef struct obm__st_entry { char *name; obm_tensor t; } obm__st_entry;
 typedef struct obm__safetensors {
     char *path;
     obm__map map;
@@ -43,8 +56,8 @@ obm_status obm__safetensors_parse(const uint8_t *data, size_t size, const char *
 void obm__safetensors_free(obm__safetensors *s);
 const obm__st_entry *obm__safetensors_find(const obm__safetensors *s, const char *name);
 
-/* Streaming writer: declare all tensors first (the header needs every offset), then write them in that order.  Goes to
- * PATH.tmp-<pid>; finish syncs and renames to PATH; abort (or free) removes it. */
+/* Streaming writer: declare all tensors first (the header needs every offset), then write them in that order.  Goes to a
+ * temporary name beside PATH; finish syncs and renames to PATH; free before that removes it. */
 typedef struct obm__st_writer obm__st_writer;
 obm_status obm__st_writer_new(const char *path, obm__st_writer **out, obm_error *err);
 obm_status obm__st_writer_declare(obm__st_writer *w, const char *name, obm_dtype dtype, int32_t ndim, const int64_t *shape, obm_error *err);
@@ -54,6 +67,12 @@ obm_status obm__st_writer_write(obm__st_writer *w, const void *bytes, size_t n, 
 uint64_t obm__st_writer_size(const obm__st_writer *w);                                       /* of the whole file; after all declares */
 obm_status obm__st_writer_finish(obm__st_writer *w, char xxh3[33] /* nullable */, obm_error *err);
 void obm__st_writer_free(obm__st_writer *w);                                                 /* aborts if not finished */
+/* finish in two steps, for files that appear together: seal syncs the temporary file, publish renames it to `path` (NULL: the
+ * writer's own). */
+obm_status obm__st_writer_seal(obm__st_writer *w, char xxh3[33] /* nullable */, obm_error *err);
+obm_status obm__st_writer_publish(obm__st_writer *w, const char *path, obm_error *err);
+/* Bytes of a tensor's data; ARG when it cannot be written. */
+obm_status obm__st_bytes(const char *name, obm_dtype dtype, int32_t ndim, const int64_t *shape, uint64_t *out, obm_error *err);
 
 /* ---- checkpoints (checkpoint.c) ---- */
 

@@ -28,11 +28,19 @@ static void trim_partial_character(char *s, size_t size) {
     if (n > 0 && (unsigned char)s[n - 1] >= 0x80) s[n - 1] = 0;
 }
 
+/* Names come from files, and a message is one line. */
+static void replace_controls(char *s) {
+    for (; *s; s++) {
+        if ((unsigned char)*s < 0x20 || *s == 0x7f) *s = '?';
+    }
+}
+
 static void set_message(obm_error *err, obm_status status, const char *format, va_list args) {
     err->code = status;
     err->os_errno = 0;
     vsnprintf(err->message, sizeof err->message, format, args);
     trim_partial_character(err->message, sizeof err->message);
+    replace_controls(err->message);
 }
 
 obm_status obm__fail(obm_error *err, obm_status status, const char *format, ...) {

@@ -1,0 +1,317 @@
+/* Checkpoints: which files of a folder hold the weights, and their tensors as one sorted list.  Headers only are read; tensors
+ * stay in the mappings.  Says nothing about architectures. */
+#include "io.h"
+
+#include <dirent.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ONE_FILE "model.safetensors"
+#define INDEX_FILE "model.safetensors.index.json"
+
+static bool ends_with(const char *s, const char *end) {
+    size_t n = strlen(s), m = strlen(end);
+    return n >= m && !strcmp(s + n - m, end);
+}
+
+/* ---- lists of tensors ---- */
+
+static int by_name(const void *a, const void *b) {
+    return strcmp((*(const obm__st_entry *const *)a)->name, (*(const obm__st_entry *const *)b)->name);
+}
+
+const obm__st_entry *obm__checkpoint_find(const obm_checkpoint *c, const char *name) {
+    obm__st_entry key = {(char *)name, {0}};
+    const obm__st_entry *p = &key;
+    const obm__st_entry **found = c->count ? bsearch(&p, c->tensors, c->count, sizeof p, by_name) : NULL;
+    return found ? *found : NULL;
+}
+
+static obm_status reserve_tensors(obm_checkpoint *c, size_t n, obm_error *err) {
+    c->tensors = obm__calloc(n, sizeof *c->tensors);
+    return c->tensors ? OBM_OK : obm__fail_nomem(err, n * sizeof *c->tensors);
+}
+
+/* The file a tensor lies in, for messages. */
+static const char *file_of(const obm_checkpoint *c, const obm__st_entry *e) {
+    for (size_t i = 0; i < c->n_files; i++) {
+        if (e >= c->files[i]->entries && e < c->files[i]->entries + c->files[i]->count) return c->files[i]->path;
+    }
+    return c->path;
+}
+
+/* Without an index every tensor of every file counts, and no two files may hold the same one. */
+static obm_status list_all(obm_checkpoint *c, obm_error *err) {
+    size_t n = 0;
+    for (size_t i = 0; i < c->n_files; i++) n += c->files[i]->count;
+    OBM_TRY(reserve_tensors(c, n, err));
+    for (size_t i = 0; i < c->n_files; i++) {
+        for (size_t j = 0; j < c->files[i]->count; j++) c->tensors[c->count++] = &c->files[i]->entries[j];
+    }
+    if (n > 1) qsort(c->tensors, n, sizeof *c->tensors, by_name);
+    for (size_t i = 1; i < n; i++) {
+        if (!strcmp(c->tensors[i - 1]->name, c->tensors[i]->name))
+            return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s is in two files (%s, %s) and there is no " INDEX_FILE, c->path,
+                             c->tensors[i]->name, file_of(c, c->tensors[i - 1]), file_of(c, c->tensors[i]));
+    }
+    return OBM_OK;
+}
+
+static obm_status add_file(obm_checkpoint *c, const char *path, obm_error *err) {
+    obm__safetensors **files = obm__realloc(c->files, c->n_files + 1, sizeof *files);
+    if (!files) return obm__fail_nomem(err, (c->n_files + 1) * sizeof *files);
+    c->files = files;
+    OBM_TRY(obm__safetensors_open(path, &files[c->n_files], err));
+    c->n_files++;
+    return OBM_OK;
+}
+
+static obm_status add_file_in_folder(obm_checkpoint *c, const char *name, obm_error *err) {
+    char *path = obm__path_join(c->directory, name);
+    if (!path) return obm__fail_nomem(err, strlen(name));
+    obm_status status = add_file(c, path, err);
+    obm_free(path);
+    return status;
+}
+
+/* ---- folders with an index ---- */
+
+/* The folder's own files only: an index from elsewhere must not reach into other folders. */
+static bool safe_file_name(const char *name) { return name && *name && !strpbrk(name, "/\\") && !strstr(name, ".."); }
+
+/* Files of an index are few (hundreds at most), so a linear search over them is enough. */
+static obm_status indexed_file(obm_checkpoint *c, const char *name, obm__safetensors **out, obm_error *err) {
+    for (size_t i = 0; i < c->n_files; i++) {
+        const char *slash = strrchr(c->files[i]->path, '/');
+        if (strcmp(slash ? slash + 1 : c->files[i]->path, name) != 0) continue;
+        *out = c->files[i];
+        return OBM_OK;
+    }
+    OBM_TRY(add_file_in_folder(c, name, err));
+    *out = c->files[c->n_files - 1];
+    return OBM_OK;
+}
+
+static obm_status list_entry(obm_checkpoint *c, const char *index, const char *name, const obm_json *v, obm_error *err) {
+    const char *file = obm__json_string(v);
+    if (!safe_file_name(file))
+        return obm__fail(err, OBM_E_FORMAT, "%s: weight_map.%s: expected the name of a file in this folder, found %s%s%s", index,
+                         name, file ? "\"" : "", file ? file : obm__json_kind_name(v), file ? "\"" : "");
+    obm__safetensors *s;
+    OBM_TRY(indexed_file(c, file, &s, err));
+    const obm__st_entry *e = obm__safetensors_find(s, name);
+    if (!e) return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s is not in %s", index, name, s->path);
+    c->tensors[c->count++] = e;
+    return OBM_OK;
+}
+
+static obm_status list_indexed(obm_checkpoint *c, const char *index, const obm_json *root, obm_error *err) {
+    const obm_json *map = obm__json_get(root, "weight_map");
+    if (!map || obm__json_kind(map) != OBM_JSON_OBJECT)
+        return obm__fail(err, OBM_E_FORMAT, "%s: weight_map: expected an object, found %s", index, obm__json_kind_name(map));
+    OBM_TRY(reserve_tensors(c, obm__json_size(map), err));
+    for (void *it = obm__json_first(map); it; it = obm__json_next(map, it))
+        OBM_TRY(list_entry(c, index, obm__json_key(it), obm__json_value(it), err));
+    if (c->count > 1) qsort(c->tensors, c->count, sizeof *c->tensors, by_name);
+    return OBM_OK;
+}
+
+static obm_status open_indexed(obm_checkpoint *c, const char *index, obm_error *err) {
+    obm_json *root;
+    OBM_TRY(obm__json_load(index, &root, err));
+    obm_status status = list_indexed(c, index, root, err);
+    obm__json_free(root);
+    return status;
+}
+
+/* ---- folders without one ---- */
+
+typedef struct { char **names; size_t count; } name_list;
+
+static int by_string(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+
+static void free_names(name_list *l) {
+    for (size_t i = 0; i < l->count; i++) obm_free(l->names[i]);
+    obm_free(l->names);
+}
+
+static obm_status add_name(name_list *l, const char *name, obm_error *err) {
+    char **names = obm__realloc(l->names, l->count + 1, sizeof *names);
+    if (names) l->names = names;
+    if (!names || !(names[l->count] = obm__strdup(name))) return obm__fail_nomem(err, strlen(name));
+    l->count++;
+    return OBM_OK;
+}
+
+/* Sorted, because the order of a folder differs between file systems. */
+static obm_status list_folder(const char *directory, name_list *out, obm_error *err) {
+    DIR *dir = opendir(directory);
+    if (!dir) return obm__fail_errno(err, "cannot read folder %s", directory);
+    obm_status status = OBM_OK;
+    for (struct dirent *e; status == OBM_OK && (e = readdir(dir));) status = add_name(out, e->d_name, err);
+    closedir(dir);
+    if (status == OBM_OK && out->count > 1) qsort(out->names, out->count, sizeof *out->names, by_string);
+    return status;
+}
+
+static bool torch_file(const char *name) {
+    return ends_with(name, ".bin") || ends_with(name, ".pth") || ends_with(name, ".pt") || ends_with(name, ".ckpt");
+}
+
+static obm_status refuse_torch(const char *path, const char *name, obm_error *err) {
+    return obm__fail(err, OBM_E_UNSUPPORTED,
+                     "%s: %s holds pickled torch weights, which are not read; convert them in Python with "
+                     "transformers.AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT, safe_serialization=True)",
+                     path, name);
+}
+
+/* name-00001-of-00003.safetensors: one of several, so that a folder without their index is incomplete. */
+static bool shard_name(const char *name) {
+    size_t n = strlen(name), tail = strlen("-00001-of-00003.safetensors");
+    if (n < tail || !ends_with(name, ".safetensors")) return false;
+    const char *s = name + n - tail;
+    return s[0] == '-' && strspn(s + 1, "0123456789") == 5 && !strncmp(s + 6, "-of-", 4) && strspn(s + 10, "0123456789") == 5 &&
+           strncmp(s + 10, "00001", 5) != 0;
+}
+
+static obm_status open_listed(obm_checkpoint *c, const name_list *l, obm_error *err) {
+    const char *torch = NULL;
+    for (size_t i = 0; i < l->count; i++) {
+        const char *name = l->names[i];
+        if (torch_file(name)) torch = name;
+        if (!ends_with(name, ".safetensors")) continue;
+        if (shard_name(name))
+            return obm__fail(err, OBM_E_FORMAT, "%s: %s is one of several files, and " INDEX_FILE " is missing", c->path, name);
+        OBM_TRY(add_file_in_folder(c, name, err));
+    }
+    if (c->n_files > 0) return list_all(c, err);
+    if (torch) return refuse_torch(c->path, torch, err);
+    return obm__fail(err, OBM_E_FORMAT, "%s: no weights here: expected " ONE_FILE ", " INDEX_FILE " or other .safetensors files",
+                     c->path);
+}
+
+static obm_status open_unindexed(obm_checkpoint *c, obm_error *err) {
+    name_list names = {0};
+    obm_status status = list_folder(c->directory, &names, err);
+    if (status == OBM_OK) status = open_listed(c, &names, err);
+    free_names(&names);
+    return status;
+}
+
+/* model.safetensors counts before the index, as in transformers; the writer's commits rely on that order. */
+static obm_status open_weights(obm_checkpoint *c, obm_error *err) {
+    char *one = obm__path_join(c->directory, ONE_FILE), *index = obm__path_join(c->directory, INDEX_FILE);
+    char *adapter = obm__path_join(c->directory, "adapter_config.json");
+    obm_status status = OBM_OK;
+    if (!one || !index || !adapter) {
+        status = obm__fail_nomem(err, strlen(c->directory));
+    } else if (obm__file_exists(adapter)) {
+        status = obm__fail(err, OBM_E_UNSUPPORTED, "%s: LoRA adapters (adapter_config.json) are not supported in this version; merge "
+                           "the adapter into its base with peft's merge_and_unload first", c->path);
+    } else if (obm__file_exists(one)) {
+        status = add_file(c, one, err);
+        if (status == OBM_OK) status = list_all(c, err);
+    } else if (obm__file_exists(index)) {
+        status = open_indexed(c, index, err);
+    } else {
+        status = open_unindexed(c, err);
+    }
+    obm_free(one);
+    obm_free(index);
+    obm_free(adapter);
+    return status;
+}
+
+/* ---- opening ---- */
+
+static obm_status read_config(obm_checkpoint *c, obm_error *err) {
+    char *path = obm__path_join(c->directory, "config.json");
+    if (!path) return obm__fail_nomem(err, strlen(c->directory));
+    obm_status status = OBM_OK;
+    size_t size = 0;
+    if (!obm__file_exists(path)) goto done;
+    OBM_GO(obm__file_read(path, &c->config_text, &size, err));
+    OBM_GO(obm__json_parse(c->config_text, size, path, &c->config, err));
+    if (obm__json_kind(c->config) != OBM_JSON_OBJECT)
+        status = obm__fail(err, OBM_E_FORMAT, "%s: expected an object, found %s", path, obm__json_kind_name(c->config));
+done:
+    obm_free(path);
+    return status;
+}
+
+/* Without a head the embedding serves as one, whatever config.json says: there is nothing else. */
+static bool detect_tied(const obm_checkpoint *c) {
+    if (!obm__checkpoint_find(c, OBM_EMBEDDING_NAME)) return false;
+    bool tied = false;
+    obm__json_bool(obm__json_get(c->config, "tie_word_embeddings"), &tied);
+    return tied || !obm__checkpoint_find(c, OBM_HEAD_NAME);
+}
+
+static obm_status open_file(obm_checkpoint *c, obm_error *err) {
+    if (torch_file(c->path)) return refuse_torch(c->path, "the file", err);
+    OBM_TRY(add_file(c, c->path, err));
+    return list_all(c, err);
+}
+
+static obm_status open_parts(obm_checkpoint *c, const char *path, obm_error *err) {
+    c->path = obm__strdup(path);
+    if (!c->path) return obm__fail_nomem(err, strlen(path));
+    bool folder = obm__is_directory(path);
+    c->directory = folder ? obm__strdup(path) : obm__path_directory(path);
+    if (!c->directory) return obm__fail_nomem(err, strlen(path));
+    OBM_TRY(folder ? open_weights(c, err) : open_file(c, err));
+    OBM_TRY(read_config(c, err));
+    c->tied = detect_tied(c);
+    return OBM_OK;
+}
+
+obm_status obm_checkpoint_open(obm_context *ctx, const char *path, obm_checkpoint **out, obm_error *err) {
+    obm_checkpoint *c = obm__calloc(1, sizeof *c);
+    if (!c) return obm__fail_nomem(err, sizeof *c);
+    c->ctx = ctx;
+    obm_status status = open_parts(c, path, err);
+    if (status != OBM_OK) {
+        obm_checkpoint_free(c);
+        return status;
+    }
+    *out = c;
+    return OBM_OK;
+}
+
+void obm_checkpoint_free(obm_checkpoint *c) {
+    if (!c) return;
+    for (size_t i = 0; i < c->n_files; i++) obm__safetensors_free(c->files[i]);
+    obm_free(c->files);
+    obm_free(c->tensors);
+    obm__json_free(c->config);
+    obm_free(c->config_text);
+    obm_free(c->directory);
+    obm_free(c->path);
+    obm_free(c);
+}
+
+/* ---- access ---- */
+
+const char *obm_checkpoint_path(const obm_checkpoint *c) { return c->path; }
+const char *obm_checkpoint_config(const obm_checkpoint *c) { return c->config_text; }
+bool obm_checkpoint_is_tied(const obm_checkpoint *c) { return c->tied; }
+size_t obm_checkpoint_count(const obm_checkpoint *c) { return c->count; }
+
+void obm_checkpoint_at(const obm_checkpoint *c, size_t i, const char **name, obm_tensor *t) {
+    if (name) *name = c->tensors[i]->name;
+    if (t) *t = c->tensors[i]->t;
+}
+
+obm_status obm_checkpoint_get(const obm_checkpoint *c, const char *name, obm_tensor *t, obm_error *err) {
+    const obm__st_entry *e = obm__checkpoint_find(c, name);
+    if (!e) return obm__fail(err, OBM_E_NOTFOUND, "%s: no tensor %s", c->path, name);
+    *t = e->t;
+    return OBM_OK;
+}
+
+obm_status obm_checkpoint_sha256(const obm_checkpoint *c, const char *name, char out[65], obm_error *err) {
+    obm_tensor t;
+    OBM_TRY(obm_checkpoint_get(c, name, &t, err));
+    obm__sha256_of(t.data, (size_t)obm_tensor_count(&t) * obm_dtype_size(t.dtype), out);
+    return OBM_OK;
+}

@@ -1,0 +1,215 @@
+/* Files: read-only mappings, whole reads, and writes that replace a file in one step. */
+#include "io.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* ---- reading ---- */
+
+/* O_NONBLOCK: opening a FIFO by mistake must fail, not wait for a writer; it has no effect on regular files. */
+static obm_status open_regular(const char *path, int *fd, struct stat *st, obm_error *err) {
+    int f = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (f < 0) return obm__fail_errno(err, "cannot open %s", path);
+    if (fstat(f, st) != 0) {
+        obm_status status = obm__fail_errno(err, "cannot examine %s", path);
+        close(f);
+        return status;
+    }
+    if (!S_ISREG(st->st_mode)) {
+        close(f);
+        return obm__fail(err, OBM_E_IO, "%s is %s, expected a file", path, S_ISDIR(st->st_mode) ? "a folder" : "not a regular file");
+    }
+    *fd = f;
+    return OBM_OK;
+}
+
+obm_status obm__map_open(const char *path, obm__map *out, obm_error *err) {
+    int fd;
+    struct stat st;
+    OBM_TRY(open_regular(path, &fd, &st, err));
+    obm__map map = {NULL, (size_t)st.st_size};
+    if (map.size > 0) {
+        void *p = mmap(NULL, map.size, PROT_READ, MAP_PRIVATE, fd, 0);
+        if (p == MAP_FAILED) {
+            obm_status status = obm__fail_errno(err, "cannot map %s (%zu bytes)", path, map.size);
+            close(fd);
+            return status;
+        }
+        map.data = p;
+    }
+    close(fd);
+    *out = map;
+    return OBM_OK;
+}
+
+void obm__map_close(obm__map *m) {
+    if (m->data) munmap((void *)m->data, m->size);
+    *m = (obm__map){0};
+}
+
+/* Reads to the end rather than to st_size: the file may change between the two calls. */
+static obm_status read_to_end(int fd, const char *path, obm__buffer *b, obm_error *err) {
+    char chunk[16384];
+    for (;;) {
+        ssize_t n = read(fd, chunk, sizeof chunk);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return obm__fail_errno(err, "cannot read %s", path);
+        obm__buffer_add(b, chunk, (size_t)n);
+        if (b->failed) return obm__fail_nomem(err, b->size + (size_t)n);
+        if (n == 0) return OBM_OK;
+    }
+}
+
+obm_status obm__file_read(const char *path, char **text, size_t *size, obm_error *err) {
+    int fd;
+    struct stat st;
+    OBM_TRY(open_regular(path, &fd, &st, err));
+    obm__buffer b = {0};
+    obm_status status = read_to_end(fd, path, &b, err);
+    close(fd);
+    if (status != OBM_OK) {
+        obm__buffer_free(&b);
+        return status;
+    }
+    *text = b.data;
+    if (size) *size = b.size;
+    return OBM_OK;
+}
+
+bool obm__file_exists(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISREG(st.st_mode);
+}
+
+bool obm__is_directory(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+/* ---- paths ---- */
+
+char *obm__path_join(const char *dir, const char *name) {
+    size_t n = strlen(dir);
+    return obm__format(n == 0 || dir[n - 1] == '/' ? "%s%s" : "%s/%s", dir, name);
+}
+
+char *obm__path_directory(const char *path) {
+    const char *slash = strrchr(path, '/');
+    if (!slash) return obm__strdup(".");
+    return obm__strndup(path, slash == path ? 1 : (size_t)(slash - path));
+}
+
+/* ---- writing ---- */
+
+obm_status obm__temp_create(const char *path, char **name, int *fd, obm_error *err) {
+    for (int i = 0; i < 10000; i++) {
+        char *temp = obm__format("%s.tmp-%ld-%d", path, (long)getpid(), i);
+        if (!temp) return obm__fail_nomem(err, strlen(path));
+        int f = open(temp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        if (f >= 0) {
+            *name = temp;
+            *fd = f;
+            return OBM_OK;
+        }
+        obm_status status = errno == EEXIST ? OBM_OK : obm__fail_errno(err, "cannot create %s", temp);
+        obm_free(temp);
+        OBM_TRY(status);
+    }
+    return obm__fail(err, OBM_E_IO, "cannot create a temporary file beside %s: every name is taken", path);
+}
+
+obm_status obm__fd_write(int fd, const char *path, const void *bytes, size_t n, obm_error *err) {
+    const char *p = bytes;
+    while (n > 0) {
+        /* Linux writes at most 2^31 - 4096 bytes in one call; smaller pieces also keep signals answered. */
+        ssize_t done = write(fd, p, n < (1u << 30) ? n : (1u << 30));
+        if (done < 0 && errno == EINTR) continue;
+        if (done < 0) return obm__fail_errno(err, "cannot write %s", path);
+        p += done;
+        n -= (size_t)done;
+    }
+    return OBM_OK;
+}
+
+obm_status obm__fd_seal(int fd, const char *path, obm_error *err) {
+    obm_status status = fsync(fd) == 0 ? OBM_OK : obm__fail_errno(err, "cannot sync %s", path);
+    if (close(fd) != 0 && status == OBM_OK) status = obm__fail_errno(err, "cannot close %s", path);
+    return status;
+}
+
+obm_status obm__directory_sync(const char *dir, obm_error *err) {
+    int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) return obm__fail_errno(err, "cannot open %s", dir);
+    /* EINVAL: the file system has nothing to sync for folders. */
+    obm_status status = fsync(fd) == 0 || errno == EINVAL ? OBM_OK : obm__fail_errno(err, "cannot sync %s", dir);
+    close(fd);
+    return status;
+}
+
+static obm_status sync_parent(const char *path, obm_error *err) {
+    char *dir = obm__path_directory(path);
+    if (!dir) return obm__fail_nomem(err, strlen(path));
+    obm_status status = obm__directory_sync(dir, err);
+    obm_free(dir);
+    return status;
+}
+
+obm_status obm__file_publish(const char *temp, const char *path, obm_error *err) {
+    if (rename(temp, path) != 0) return obm__fail_errno(err, "cannot rename %s to %s", temp, path);
+    return sync_parent(path, err);
+}
+
+obm_status obm__file_stage(const char *path, const void *bytes, size_t size, char **temp, obm_error *err) {
+    char *name;
+    int fd;
+    OBM_TRY(obm__temp_create(path, &name, &fd, err));
+    obm_status status = obm__fd_write(fd, name, bytes, size, err);
+    obm_status sealed = obm__fd_seal(fd, name, status == OBM_OK ? err : NULL);
+    if (status == OBM_OK) status = sealed;
+    if (status != OBM_OK) {
+        unlink(name);
+        obm_free(name);
+        return status;
+    }
+    *temp = name;
+    return OBM_OK;
+}
+
+obm_status obm__file_write(const char *path, const void *bytes, size_t size, obm_error *err) {
+    char *temp;
+    OBM_TRY(obm__file_stage(path, bytes, size, &temp, err));
+    obm_status status = obm__file_publish(temp, path, err);
+    if (status != OBM_OK) unlink(temp);
+    obm_free(temp);
+    return status;
+}
+
+static obm_status make_one(const char *path, obm_error *err) {
+    if (mkdir(path, 0777) == 0) return sync_parent(path, err);
+    if (errno == EEXIST && obm__is_directory(path)) return OBM_OK;
+    return obm__fail_errno(err, "cannot create folder %s", path);
+}
+
+obm_status obm__make_directory(const char *path, obm_error *err) {
+    if (obm__is_directory(path)) return OBM_OK;
+    char *p = obm__strdup(path);
+    if (!p) return obm__fail_nomem(err, strlen(path));
+    size_t n = strlen(p);
+    while (n > 1 && p[n - 1] == '/') p[--n] = 0;
+    obm_status status = OBM_OK;
+    for (char *at = p + 1; n > 0 && *at && status == OBM_OK; at++) {
+        if (*at != '/' || at[-1] == '/') continue;
+        *at = 0;
+        if (!obm__is_directory(p)) status = make_one(p, err);
+        *at = '/';
+    }
+    if (status == OBM_OK) status = make_one(p, err);
+    obm_free(p);
+    return status;
+}
