@@ -93,8 +93,8 @@ static void test_refusals(void **state) {
     refuse("{\"a\": 1, \"a\": 2}", 16, "duplicate");
     refuse("{\"a\": 1", 7, "line 1");
     refuse("[1] x", 5, "end of file expected");
-    refuse("\"\xff\xfe\"", 4, "UTF-8");
-    refuse("\"\xed\xa0\x80\"", 5, "UTF-8");
+    refuse("\"\xff\xfe\"", 4, "unable to decode byte");
+    refuse("\"\xed\xa0\x80\"", 5, "unable to decode byte");
     refuse("[1,\n\n ,]", 8, "line 3, column 2");
     refuse("", 0, "line 1");
     refuse("[1e999]", 7, "overflow");
