@@ -352,6 +352,9 @@ OBM_API obm_status obm_tokenizer_decode(const obm_tokenizer *t, const int32_t *i
  * add_generation: append the opening of the assistant's turn.  *text owned. */
 OBM_API obm_status obm_tokenizer_apply_template(const obm_tokenizer *t, const obm_message *messages, size_t n,
                                                 bool add_generation, char **text, obm_error *err);
+/* bos_token and eos_token of tokenizer_config.json as text, NULL without; borrowed. */
+OBM_API const char *obm_tokenizer_bos(const obm_tokenizer *t);
+OBM_API const char *obm_tokenizer_eos(const obm_tokenizer *t);
 /* The model's own Jinja source, NULL without; borrowed.  Python renders it with jinja2. */
 OBM_API const char *obm_tokenizer_template(const obm_tokenizer *t);
 
