@@ -1,0 +1,557 @@
+/* Memory, errors, the context, the thread pool, the guard, fixed sums, BLAS, dtypes and classes. */
+#include "sys/sys.h"
+
+#include <errno.h>
+#include <math.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+extern int openblas_get_num_threads(void);
+extern void openblas_set_num_threads(int n);
+
+static obm_context *context(int threads) {
+    obm_context_options o = OBM_INIT(obm_context_options);
+    o.threads = threads;
+    obm_context *ctx = NULL;
+    obm_error err;
+    if (obm_context_new(&o, &ctx, &err) != OBM_OK) fail_msg("%s", err.message);
+    return ctx;
+}
+
+/* ---- errors and memory ---- */
+
+static void test_errors(void **unused) {
+    (void)unused;
+    obm_error err;
+    assert_int_equal(obm__fail(NULL, OBM_E_ARG, "nobody reads %d", 1), OBM_E_ARG);
+    assert_int_equal(obm__fail(&err, OBM_E_SHAPE, "expected %d, found %d", 3, 4), OBM_E_SHAPE);
+    assert_int_equal(err.code, OBM_E_SHAPE);
+    assert_string_equal(err.message, "expected 3, found 4");
+    assert_int_equal(err.os_errno, 0);
+    errno = ENOENT;
+    assert_int_equal(obm__fail_errno(&err, "cannot open %s", "x"), OBM_E_IO);
+    assert_string_equal(err.message, "cannot open x: No such file or directory");
+    assert_int_equal(err.os_errno, ENOENT);
+    assert_string_equal(obm_status_name(OBM_E_VALUE), "VALUE");
+    assert_string_equal(obm_status_name((obm_status)-99), "UNKNOWN");
+    assert_string_equal(obm_status_name((obm_status)1), "UNKNOWN");
+    /* A cut message ends with a whole character. */
+    char text[2 * OBM_ERROR_MESSAGE];
+    for (size_t shift = 0; shift < 3; shift++) {
+        memset(text, 'a', shift);
+        for (size_t i = shift; i + 3 < sizeof text; i += 3) memcpy(text + i, "\xe2\x82\xac\0", 4);
+        obm__fail(&err, OBM_E_IO, "%s", text);
+        size_t n = strlen(err.message);
+        assert_true(n > OBM_ERROR_MESSAGE - 5 && n < OBM_ERROR_MESSAGE);
+        assert_int_equal((n - shift) % 3, 0);
+        assert_memory_equal(err.message, text, n);
+    }
+}
+
+static void test_memory(void **unused) {
+    (void)unused;
+    size_t out;
+    assert_true(obm__mul(3, 5, &out) && out == 15);
+    assert_false(obm__mul(SIZE_MAX, 2, &out));
+    assert_true(obm__add(SIZE_MAX - 1, 1, &out) && out == SIZE_MAX);
+    assert_false(obm__add(SIZE_MAX, 1, &out));
+    assert_null(obm__alloc(SIZE_MAX / 2, 3));
+    assert_null(obm__alloc(SIZE_MAX, 1));   /* the padding to 64 overflows */
+    assert_null(obm__calloc(SIZE_MAX / 2, 3));
+    assert_null(obm__realloc(NULL, SIZE_MAX / 2, 3));
+    assert_null(obm__strndup("", SIZE_MAX));
+    float *p = obm__alloc(7, sizeof *p);
+    assert_non_null(p);
+    assert_int_equal((uintptr_t)p % 64, 0);
+    obm_free(p);
+    void *empty = obm__alloc(0, 8);
+    assert_non_null(empty);
+    obm_free(empty);
+    obm_free(NULL);
+    char *s = obm__format("%s-%d", "x", 42);
+    assert_string_equal(s, "x-42");
+    obm_free(s);
+}
+
+static void test_buffer(void **unused) {
+    (void)unused;
+    obm__buffer b = {0};
+    for (int i = 0; i < 1000; i++) obm__buffer_printf(&b, "%d,", i);
+    obm__buffer_add(&b, "a\0b", 3);
+    obm__buffer_text(&b, "end");
+    assert_false(b.failed);
+    assert_int_equal(b.size, 10 * 2 + 90 * 3 + 900 * 4 + 6);
+    assert_memory_equal(b.data, "0,1,2,3,", 8);
+    assert_memory_equal(b.data + b.size - 6, "a\0bend", 7);
+    size_t size = b.size;
+    obm__buffer_add(&b, "x", SIZE_MAX);   /* too long to exist: fails and stays failed */
+    assert_true(b.failed);
+    obm__buffer_text(&b, "y");
+    assert_int_equal(b.size, size);
+    obm__buffer_free(&b);
+    assert_null(b.data);
+    assert_false(b.failed);
+}
+
+/* ---- context ---- */
+
+static void collect(void *user, const char *message) { strcat(user, message); }
+
+static void test_context(void **unused) {
+    (void)unused;
+    char log[256] = "";
+    obm_context_options o = OBM_INIT(obm_context_options);
+    o.threads = 3;
+    o.log = collect;
+    o.log_user = log;
+    obm_context *ctx;
+    obm_error err;
+    assert_int_equal(obm_context_new(&o, &ctx, &err), OBM_OK);
+    obm_context_info info;
+    obm_context_describe(ctx, &info);
+    assert_int_equal(info.threads, 3);
+    assert_true(info.cores >= 1 && info.nodes >= 1);
+    assert_true(info.memory_total > info.memory_free && info.memory_free > 0);
+    assert_non_null(strstr(info.isa_available, info.isa));
+    assert_memory_equal(info.isa_available, "scalar", 6);
+    assert_memory_equal(info.blas, "OpenBLAS ", 9);
+    assert_non_null(strstr(info.topology, "core"));
+    obm__warn(ctx, "disk %d%% full", 93);
+    assert_string_equal(log, "disk 93% full");
+    obm_context_free(ctx);
+    obm_context_free(NULL);
+    obm__warn(NULL, "nowhere");
+    /* An older caller's struct ends before log. */
+    o.struct_size = offsetof(obm_context_options, log);
+    assert_int_equal(obm_context_new(&o, &ctx, &err), OBM_OK);
+    obm__warn(ctx, "dropped");
+    assert_string_equal(log, "disk 93% full");
+    obm_context_free(ctx);
+}
+
+static void expect_refused(const char *name, const char *value, const char *part) {
+    obm_context *ctx = (obm_context *)(void *)&ctx;
+    const obm_context *before = ctx;
+    obm_error err;
+    setenv(name, value, 1);
+    assert_int_equal(obm_context_new(NULL, &ctx, &err), OBM_E_ARG);
+    unsetenv(name);
+    if (!strstr(err.message, part)) fail_msg("%s", err.message);
+    assert_ptr_equal(ctx, before);
+}
+
+static void test_environment(void **unused) {
+    (void)unused;
+    char *isa = getenv("ONEBITMERGE_ISA"), *threads = getenv("ONEBITMERGE_THREADS");
+    isa = isa ? strdup(isa) : NULL;
+    threads = threads ? strdup(threads) : NULL;
+    unsetenv("ONEBITMERGE_ISA");
+    unsetenv("ONEBITMERGE_THREADS");
+    expect_refused("ONEBITMERGE_ISA", "mmx", "available: scalar");
+    expect_refused("ONEBITMERGE_THREADS", "0", "1 to");
+    expect_refused("ONEBITMERGE_THREADS", "2x", "\"2x\"");
+    expect_refused("ONEBITMERGE_THREADS", "99999999999999999999", "1 to");
+    setenv("ONEBITMERGE_ISA", "scalar", 1);
+    setenv("ONEBITMERGE_THREADS", "3", 1);
+    obm_context *ctx = context(0);
+    assert_string_equal(ctx->k->isa, "scalar");
+    assert_int_equal(ctx->threads, 3);
+    obm_context_free(ctx);
+    ctx = context(2);   /* the option wins */
+    assert_int_equal(ctx->threads, 2);
+    obm_context_free(ctx);
+    unsetenv("ONEBITMERGE_ISA");
+    unsetenv("ONEBITMERGE_THREADS");
+    ctx = context(0);
+    assert_int_equal(ctx->threads, obm__topology_cores(ctx->topology));
+    obm_context_free(ctx);
+    obm_context_options o = OBM_INIT(obm_context_options);
+    obm_error err;
+    o.threads = -1;
+    assert_int_equal(obm_context_new(&o, &ctx, &err), OBM_E_ARG);
+    if (isa) setenv("ONEBITMERGE_ISA", isa, 1);
+    if (threads) setenv("ONEBITMERGE_THREADS", threads, 1);
+    free(isa);
+    free(threads);
+}
+
+/* ---- threads ---- */
+
+typedef struct cover {
+    _Atomic int *hits;
+    size_t n, grain;
+    int threads;
+    _Atomic int bad, workers_seen[8];
+} cover;
+
+static void mark(void *arg, size_t begin, size_t end, int worker) {
+    cover *c = arg;
+    if (begin >= end || end > c->n || begin % c->grain || (end % c->grain && end != c->n)) c->bad = 1;
+    if (worker < 0 || worker >= c->threads) c->bad = 1;
+    else c->workers_seen[worker] = 1;
+    for (size_t i = begin; i < end; i++) c->hits[i]++;
+}
+
+static void test_parallel(void **unused) {
+    (void)unused;
+    static const int counts[] = {1, 2, 5};
+    static const size_t sizes[] = {0, 1, 2, 7, 64, 1000, 4097}, grains[] = {1, 3, 64, 5000};
+    for (size_t t = 0; t < 3; t++) {
+        obm_context *ctx = context(counts[t]);
+        for (size_t s = 0; s < 7; s++)
+            for (size_t g = 0; g < 4; g++) {
+                _Atomic int *hits = calloc(sizes[s] + 1, sizeof *hits);
+                cover c = {.hits = hits, .n = sizes[s], .grain = grains[g], .threads = counts[t]};
+                obm__parallel(ctx, c.n, c.grain, mark, &c);
+                assert_false(c.bad);
+                for (size_t i = 0; i < c.n; i++) assert_int_equal(hits[i], 1);
+                free((void *)hits);
+            }
+        obm_context_free(ctx);
+    }
+}
+
+static void add_range(void *arg, size_t begin, size_t end, int worker) {
+    (void)worker;
+    size_t sum = 0;
+    for (size_t i = begin; i < end; i++) sum += i;
+    atomic_fetch_add((_Atomic size_t *)arg, sum);
+}
+
+/* Many small jobs, back to back and with pauses long enough for workers to park. */
+static void test_parallel_often(void **unused) {
+    (void)unused;
+    obm_context *ctx = context(2);
+    for (int i = 0; i < 3000; i++) {
+        _Atomic size_t sum = 0;
+        obm__parallel(ctx, 100, 1, add_range, (void *)&sum);
+        assert_int_equal(sum, 4950);
+        if (i % 300 == 0) usleep(2000);
+    }
+    obm_context_free(ctx);
+}
+
+/* Both workers must come in before either leaves, so this hangs if the pool never starts a second thread. */
+static void meet(void *arg, size_t begin, size_t end, int worker) {
+    (void)begin;
+    (void)end;
+    _Atomic int *seen = arg;
+    seen[worker] = 1;
+    while (!seen[0] || !seen[1]) usleep(100);
+}
+static void test_really_parallel(void **unused) {
+    (void)unused;
+    obm_context *ctx = context(2);
+    _Atomic int seen[2] = {0, 0};
+    obm__parallel(ctx, 2, 1, meet, (void *)seen);
+    assert_true(seen[0] && seen[1]);
+    obm_context_free(ctx);
+}
+
+typedef struct nested { obm_context *ctx; _Atomic size_t sum; _Atomic int bad; } nested;
+static void outer(void *arg, size_t begin, size_t end, int worker) {
+    nested *n = arg;
+    (void)worker;
+    for (size_t i = begin; i < end; i++) {
+        _Atomic size_t sum = 0;
+        obm__parallel(n->ctx, 50, 1, add_range, (void *)&sum);
+        if (sum != 1225) n->bad = 1;
+        n->sum += sum;
+    }
+}
+static void test_nested(void **unused) {
+    (void)unused;
+    nested n = {.ctx = context(3)};
+    obm__parallel(n.ctx, 40, 1, outer, &n);
+    assert_int_equal(n.sum, 40 * 1225);
+    assert_false(n.bad);
+    obm_context_free(n.ctx);
+}
+
+static void *caller(void *arg) {
+    nested *n = arg;
+    for (int i = 0; i < 500; i++) {
+        _Atomic size_t sum = 0;
+        obm__parallel(n->ctx, 64, 1, add_range, (void *)&sum);
+        if (sum != 2016) n->bad = 1;
+    }
+    return NULL;
+}
+/* Several threads share one context: whoever finds the pool busy works alone. */
+static void test_shared_context(void **unused) {
+    (void)unused;
+    nested n = {.ctx = context(2)};
+    pthread_t threads[3];
+    for (int i = 0; i < 3; i++) assert_int_equal(pthread_create(&threads[i], NULL, caller, &n), 0);
+    for (int i = 0; i < 3; i++) pthread_join(threads[i], NULL);
+    assert_false(n.bad);
+    obm_context_free(n.ctx);
+}
+
+static void run_child(obm_context *ctx) {
+    _Atomic size_t sum = 0;
+    obm__parallel(ctx, 1000, 1, add_range, (void *)&sum);
+    obm_context_free(ctx);
+    _exit(sum == 499500 ? 0 : 1);
+}
+/* The parent's context in a child, its workers running before the fork and not. */
+static void test_fork(void **unused) {
+    (void)unused;
+    for (int started = 0; started < 2; started++) {
+        obm_context *ctx = context(2);
+        _Atomic size_t sum = 0;
+        if (started) obm__parallel(ctx, 1000, 1, add_range, (void *)&sum);
+        pid_t pid = fork();
+        assert_true(pid >= 0);
+        if (!pid) run_child(ctx);
+        int status;
+        assert_int_equal(waitpid(pid, &status, 0), pid);
+        assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+        sum = 0;
+        obm__parallel(ctx, 1000, 1, add_range, (void *)&sum);
+        assert_int_equal(sum, 499500);
+        obm_context_free(ctx);
+    }
+}
+
+static void test_guard(void **unused) {
+    (void)unused;
+    obm__guard g = {0};
+    obm_error err;
+    assert_int_equal(obm__guard_enter(&g, "model", &err), OBM_OK);
+    assert_int_equal(obm__guard_enter(&g, "model", &err), OBM_E_BUSY);
+    assert_non_null(strstr(err.message, "model"));
+    assert_int_equal(obm__guard_enter(&g, "model", NULL), OBM_E_BUSY);
+    obm__guard_leave(&g);
+    assert_int_equal(obm__guard_enter(&g, "model", &err), OBM_OK);
+    obm__guard_leave(&g);
+}
+
+/* A fixed order: 2^53 + 1 rounds back to 2^53, so that each grouping has its own sum. */
+static void test_tree_sum(void **unused) {
+    (void)unused;
+    const double big = 9007199254740992.0, p[] = {big, 1, 1, 1, 1, -big, 1};
+    assert_true(obm__tree_sum(p, 0) == 0);
+    assert_true(obm__tree_sum(p, 1) == big);
+    /* 7 = 3 + 4: big + (1 + 1), (1 + 1) + (-big + 1) */
+    assert_true(obm__tree_sum(p, 7) == (big + 2) + (2 + (-big + 1)));
+    assert_true(obm__tree_sum(p, 3) == big + 2);
+    assert_true(obm__tree_sum(p, 4) == (big + 1) + 2);
+}
+
+/* ---- BLAS ---- */
+
+static void test_blas_threads(void **unused) {
+    (void)unused;
+    int original = openblas_get_num_threads();
+    openblas_set_num_threads(2);
+    obm__blas_enter();
+    assert_int_equal(openblas_get_num_threads(), 1);
+    obm__blas_enter();
+    obm__blas_leave();
+    assert_int_equal(openblas_get_num_threads(), 1);
+    obm__blas_leave();
+    assert_int_equal(openblas_get_num_threads(), 2);
+    float one = 1, c = 0;
+    obm__sgemm_nt(1, 1, 1, 1, &one, 1, &one, 1, 0, &c, 1);
+    assert_int_equal(openblas_get_num_threads(), 2);
+    obm__blas_enter();
+    openblas_set_num_threads(3);   /* somebody else's wish survives */
+    obm__blas_leave();
+    assert_int_equal(openblas_get_num_threads(), 3);
+    openblas_set_num_threads(original);
+}
+
+static void fill(float *x, size_t n, uint32_t seed) {
+    for (size_t i = 0; i < n; i++) {
+        seed = seed * 1664525 + 1013904223;
+        x[i] = (float)(int32_t)seed * 0x1p-31f;
+    }
+}
+
+static void check_sgemm(int64_t m, int64_t n, int64_t k, float alpha, float beta) {
+    int64_t lda = k + 3, ldb = k + 1, ldc = n + 5;
+    float *a = malloc((size_t)(m * lda) * 4), *b = malloc((size_t)(n * ldb) * 4), *c = malloc((size_t)(m * ldc) * 4);
+    float *before = malloc((size_t)(m * ldc) * 4);
+    fill(a, (size_t)(m * lda), 1);
+    fill(b, (size_t)(n * ldb), 2);
+    fill(c, (size_t)(m * ldc), 3);
+    memcpy(before, c, (size_t)(m * ldc) * 4);
+    obm__sgemm_nt(m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < ldc; j++) {
+            double sum = 0;
+            for (int64_t l = 0; j < n && l < k; l++) sum += (double)a[i * lda + l] * (double)b[j * ldb + l];
+            double expected = j < n ? (double)alpha * sum + (double)beta * (double)before[i * ldc + j] : (double)before[i * ldc + j];
+            if (fabs((double)c[i * ldc + j] - expected) > (j < n ? 1e-6 * (double)(k + 4) : 0)) fail_msg("sgemm %lld %lld", (long long)i, (long long)j);
+        }
+    free(a);
+    free(b);
+    free(c);
+    free(before);
+}
+
+static void test_sgemm(void **unused) {
+    (void)unused;
+    check_sgemm(1, 1, 1, 1, 0);
+    check_sgemm(3, 5, 7, 0.5f, 2);
+    check_sgemm(64, 128, 200, 1, 0);
+    check_sgemm(65, 33, 129, -1, 1);
+}
+
+/* Panels of one product by several workers at once: the same bits as one after the other. */
+typedef struct panels { const float *a, *b; float *c; } panels;
+enum { PANEL_ROWS = 128, PANELS = 16, TILE = 64, DEPTH = 192 };
+static void panel_range(void *arg, size_t begin, size_t end, int worker) {
+    panels *p = arg;
+    (void)worker;
+    for (size_t i = begin; i < end; i++)
+        obm__sgemm_nt(PANEL_ROWS, TILE, DEPTH, 1, p->a + i * PANEL_ROWS * DEPTH, DEPTH, p->b, DEPTH, 0, p->c + i * PANEL_ROWS * TILE, TILE);
+}
+static void test_sgemm_concurrent(void **unused) {
+    (void)unused;
+    size_t na = (size_t)PANELS * PANEL_ROWS * DEPTH, nc = (size_t)PANELS * PANEL_ROWS * TILE;
+    float *a = malloc(na * 4), *b = malloc(TILE * DEPTH * 4), *expected = malloc(nc * 4), *c = malloc(nc * 4);
+    fill(a, na, 7);
+    fill(b, TILE * DEPTH, 8);
+    panels serial = {a, b, expected}, p = {a, b, c};
+    panel_range(&serial, 0, PANELS, 0);
+    obm_context *ctx = context(4);
+    int before = openblas_get_num_threads();
+    for (int i = 0; i < 30; i++) {
+        memset(c, 0xff, nc * 4);
+        obm__parallel(ctx, PANELS, 1, panel_range, &p);
+        assert_memory_equal(c, expected, nc * 4);
+    }
+    assert_int_equal(openblas_get_num_threads(), before);
+    obm_context_free(ctx);
+    free(a);
+    free(b);
+    free(c);
+    free(expected);
+}
+
+/* ---- topology, dtypes, classes ---- */
+
+static void test_topology(void **unused) {
+    (void)unused;
+    char text[256];
+    obm__topology *t = obm__topology_new();
+    assert_non_null(t);
+    int cores = obm__topology_cores(t);
+    assert_true(cores >= 1 && cores <= sysconf(_SC_NPROCESSORS_CONF));
+    assert_true(obm__topology_nodes(t) >= 1);
+    assert_non_null(strstr(obm__topology_describe(t, text, sizeof text), "NUMA node"));
+    assert_int_not_equal(obm__topology_pin(t, cores), 0);
+    assert_int_not_equal(obm__topology_pin(t, -1), 0);
+    obm__topology_free(t);
+    assert_int_equal(obm__topology_cores(NULL), 1);
+    assert_string_equal(obm__topology_describe(NULL, text, sizeof text), "unknown");
+    obm__topology_free(NULL);
+}
+
+static void test_dtypes(void **unused) {
+    (void)unused;
+    static const struct { obm_dtype dtype; const char *name; size_t size; } all[] = {
+        {OBM_F32, "F32", 4}, {OBM_F16, "F16", 2}, {OBM_BF16, "BF16", 2}, {OBM_F64, "F64", 8}, {OBM_U8, "U8", 1},
+        {OBM_I8, "I8", 1}, {OBM_I16, "I16", 2}, {OBM_I32, "I32", 4}, {OBM_I64, "I64", 8}, {OBM_BOOL, "BOOL", 1},
+        {OBM_U16, "U16", 2}, {OBM_U32, "U32", 4}, {OBM_U64, "U64", 8}, {OBM_F8_E4M3, "F8_E4M3", 1}, {OBM_F8_E5M2, "F8_E5M2", 1},
+    };
+    for (size_t i = 0; i < OBM_DTYPE_COUNT; i++) {
+        assert_string_equal(obm_dtype_name(all[i].dtype), all[i].name);
+        assert_int_equal(obm_dtype_size(all[i].dtype), all[i].size);
+    }
+    assert_int_equal(obm_dtype_size((obm_dtype)99), 0);
+    assert_string_equal(obm_dtype_name((obm_dtype)-1), "UNKNOWN");
+    obm_tensor t = {.ndim = 3, .shape = {2, 3, 4}};
+    assert_int_equal(obm_tensor_count(&t), 24);
+    t.ndim = 0;
+    assert_int_equal(obm_tensor_count(&t), 1);
+    t = (obm_tensor){.ndim = 2, .shape = {INT64_MAX, 2}};
+    assert_int_equal(obm_tensor_count(&t), -1);
+    t = (obm_tensor){.ndim = 3, .shape = {0, 5, 7}};
+    assert_int_equal(obm_tensor_count(&t), 0);
+    t = (obm_tensor){.ndim = 2, .shape = {3, -1}};
+    assert_int_equal(obm_tensor_count(&t), -1);
+    t.ndim = OBM_MAX_DIM + 1;
+    assert_int_equal(obm_tensor_count(&t), -1);
+}
+
+static void expect_read(obm_dtype dtype, const void *data) {
+    float out[2] = {0, 0};
+    obm_tensor t = {.data = data, .dtype = dtype, .ndim = 1, .shape = {3}};
+    obm_error err;
+    assert_int_equal(obm_tensor_read_f32(&t, 1, 2, out, &err), OBM_OK);
+    assert_true(out[0] == -2 && out[1] == 0.5f);
+    out[0] = 9;
+    assert_int_equal(obm_tensor_read_f32(&t, 2, 2, out, &err), OBM_E_ARG);
+    assert_int_equal(obm_tensor_read_f32(&t, -1, 1, out, &err), OBM_E_ARG);
+    assert_int_equal(obm_tensor_read_f32(&t, 1, INT64_MAX, out, &err), OBM_E_ARG);
+    assert_true(out[0] == 9);
+    assert_int_equal(obm_tensor_read_f32(&t, 3, 0, out, &err), OBM_OK);
+}
+
+static void test_read_f32(void **unused) {
+    (void)unused;
+    expect_read(OBM_F32, (float[]){1, -2, 0.5f});
+    expect_read(OBM_F64, (double[]){1, -2, 0.5});
+    expect_read(OBM_F16, (uint16_t[]){0x3c00, 0xc000, 0x3800});
+    expect_read(OBM_BF16, (uint16_t[]){0x3f80, 0xc000, 0x3f00});
+    obm_tensor t = {.data = "abc", .dtype = OBM_U8, .ndim = 1, .shape = {3}};
+    float out;
+    obm_error err;
+    assert_int_equal(obm_tensor_read_f32(&t, 0, 1, &out, &err), OBM_E_DTYPE);
+    assert_non_null(strstr(err.message, "U8"));
+}
+
+static void test_classes(void **unused) {
+    (void)unused;
+    static const struct { const char *name; int32_t ndim; obm_class cls; } cases[] = {
+        {"model.embed_tokens.weight", 2, OBM_CLASS_EMBEDDING},
+        {"lm_head.weight", 2, OBM_CLASS_HEAD},
+        {"model.norm.weight", 1, OBM_CLASS_NORM},
+        {"model.layers.0.input_layernorm.weight", 1, OBM_CLASS_NORM},
+        {"model.layers.0.post_attention_layernorm.weight", 1, OBM_CLASS_NORM},
+        {"model.layers.0.self_attn.q_norm.weight", 1, OBM_CLASS_NORM},
+        {"model.layers.11.self_attn.q_proj.weight", 2, OBM_CLASS_ATTENTION},
+        {"model.layers.11.self_attn.k_proj.weight", 2, OBM_CLASS_ATTENTION},
+        {"model.layers.11.self_attn.v_proj.weight", 2, OBM_CLASS_ATTENTION},
+        {"model.layers.11.self_attn.o_proj.weight", 2, OBM_CLASS_ATTENTION},
+        {"model.layers.11.self_attn.qkv_proj.weight", 2, OBM_CLASS_ATTENTION},
+        {"model.layers.11.self_attn.q_proj.bias", 1, OBM_CLASS_BIAS},
+        {"model.layers.3.mlp.gate_proj.weight", 2, OBM_CLASS_MLP},
+        {"model.layers.3.mlp.up_proj.weight", 2, OBM_CLASS_MLP},
+        {"model.layers.3.mlp.down_proj.weight", 2, OBM_CLASS_MLP},
+        {"model.layers.3.mlp.gate_up_proj.weight", 2, OBM_CLASS_MLP},
+        {"model.layers.3.mlp.down_proj.bias", 1, OBM_CLASS_BIAS},
+        {"a", 1, OBM_CLASS_NORM},
+        {"w", 2, OBM_CLASS_MLP},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        if (obm_class_of(cases[i].name, cases[i].ndim) != cases[i].cls) fail_msg("%s", cases[i].name);
+    assert_string_equal(obm_class_name(OBM_CLASS_MLP), "mlp");
+    assert_string_equal(obm_class_name(OBM_CLASS_BIAS), "bias");
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_errors),         cmocka_unit_test(test_memory),         cmocka_unit_test(test_buffer),
+        cmocka_unit_test(test_context),        cmocka_unit_test(test_environment),    cmocka_unit_test(test_parallel),
+        cmocka_unit_test(test_parallel_often), cmocka_unit_test(test_really_parallel), cmocka_unit_test(test_nested),
+        cmocka_unit_test(test_shared_context), cmocka_unit_test(test_fork),           cmocka_unit_test(test_guard),
+        cmocka_unit_test(test_tree_sum),       cmocka_unit_test(test_blas_threads),   cmocka_unit_test(test_sgemm),
+        cmocka_unit_test(test_sgemm_concurrent), cmocka_unit_test(test_topology),     cmocka_unit_test(test_dtypes),
+        cmocka_unit_test(test_read_f32),       cmocka_unit_test(test_classes),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
