@@ -17,7 +17,10 @@ void *obm__alloc(size_t count, size_t size) {
     return aligned_alloc(64, padded ? padded : 64);
 }
 
-void *obm__calloc(size_t count, size_t size) { return calloc(count ? count : 1, size ? size : 1); }
+void *obm__calloc(size_t count, size_t size) {
+    size_t bytes;
+    return obm__mul(count, size, &bytes) ? calloc(1, bytes ? bytes : 1) : NULL;
+}
 
 void *obm__realloc(void *p, size_t count, size_t size) {
     size_t bytes;
