@@ -41,6 +41,7 @@ struct obm_pack {
     size_t n_experts;
     obm_pack_settings settings;
     obm__router *router;       /* NULL until trained */
+    _Atomic int warned_of_other_expert;   /* so that a warning comes once (route/plan.c) */
 };
 /* Index into tensors, or SIZE_MAX. */
 size_t obm__pack_find(const obm_pack *p, const char *name);

@@ -1,0 +1,170 @@
+/*
+ * TIES on planes: the merged value as a table over sign patterns, and as a few scalars per matrix.  Knows nothing of packs.
+ *
+ * Let n planes with scales a_1 .. a_n take part in a matrix (pack order; an expert with two planes brings both), and let
+ * s in {-1, +1}^n be their signs at one element.  Every d~_k there is a signed sum of its own a_i, so the merged value is a
+ * function v(s) of the pattern alone, with 2^n values: the table that materialising looks up.
+ *
+ * Any function on {-1, +1}^n is a polynomial in which no sign is squared (the Walsh-Hadamard transform finds it):
+ *
+ *     v(s) = sum over M of c_M * prod_{i in M} s_i,        c_M = 2^-n * sum over s of v(s) * prod_{i in M} s_i.
+ *
+ * v is odd: v(-s) = -v(s).  Substituting s -> -s in the second formula gives c_M = (-1)^(|M| + 1) c_M, so c_M = 0 whenever
+ * |M| is even, and half of the table is the other half negated.  Three properties of the rule are needed for that and for
+ * c(w) = sum_k w_k c(k), and they are why the rule is as it is:
+ *
+ *   - a zero sum elects no sign and yields 0 (electing +1, as mergekit does, or the model's majority is not odd);
+ *   - nothing is trimmed (all magnitudes of a plane are equal, so a trim would have to look at the index);
+ *   - elections do not see the route's weights (they would stay odd, but v would no longer be linear in w).
+ *
+ * A product of signs is the parity of sign bits, so c_M with |M| = 3 belongs to the XOR of three planes.  Two planes are
+ * linear, three add that one XOR plane: three experts' hard routes read three planes and nothing else, and what a route
+ * changes are the scalars c_M.  For the disjoint mean of two planes, a > b > 0, the transform gives
+ *
+ *     TIES(a s1, b s2) = ((3a + b) / 4) s1 - ((a - b) / 4) s2      (agreeing: (a + b) / 2, else the larger one wins)
+ *
+ * and a = b needs no case of its own: the table holds 0 where the signs disagree, and the transform of it is a (s1 + s2) / 2.
+ * A scale of 0 is an absent plane: +0 and -0 agree with no elected sign, and every c_M with that plane is 0.
+ */
+#include "coefficients.h"
+
+#include "dynamic.h"
+
+#include <math.h>
+#include <string.h>
+
+static int64_t groups_per_row(const obm__planes *p) { return (p->cols + p->scale.group - 1) / p->scale.group; }
+
+float obm__planes_alpha(const obm__planes *p, int plane, int64_t row, int64_t col) {
+    const float *alpha = p->alphas[plane];
+    switch (p->scale.kind) {
+    case OBM_SCALE_MATRIX: return alpha[0];
+    case OBM_SCALE_ROW: return alpha[row];
+    case OBM_SCALE_GROUP: break;
+    }
+    return alpha[row * groups_per_row(p) + col / p->scale.group];
+}
+
+/* Columns from col on that share an alpha within a row. */
+static int64_t planes_span(const obm__planes *p, int64_t col) {
+    int64_t rest = p->cols - col;
+    if (p->scale.kind != OBM_SCALE_GROUP) return rest;
+    int64_t group = p->scale.group - col % p->scale.group;
+    return group < rest ? group : rest;
+}
+
+static bool sign_bit(const uint8_t *row, int64_t col) { return row[col >> 3] >> (col & 7) & 1; }
+
+void obm__planes_read_f64(const obm__planes *p, int64_t row, int64_t col, int64_t n, double *out) {
+    memset(out, 0, (size_t)n * sizeof *out);
+    for (int plane = 0; plane < p->n; plane++) {
+        const uint8_t *signs = p->signs[plane] + row * p->row_bytes;
+        for (int64_t i = 0, m; i < n; i += m) {
+            double alpha = obm__planes_alpha(p, plane, row, col + i);
+            m = planes_span(p, col + i);
+            if (m > n - i) m = n - i;
+            for (int64_t j = i; j < i + m; j++) out[j] += sign_bit(signs, col + j) ? alpha : -alpha;
+        }
+    }
+}
+
+bool obm__plane_set_add(obm__plane_set *s, size_t task, const obm__planes *planes) {
+    if (s->n + planes->n > OBM_PATTERN_PLANES) return false;
+    for (int p = 0; p < planes->n; p++, s->n++) {
+        s->task[s->n] = task;
+        s->from[s->n] = planes;
+        s->plane[s->n] = p;
+    }
+    return true;
+}
+
+int64_t obm__plane_set_span(const obm__plane_set *s, int64_t col) {
+    int64_t span = planes_span(s->from[0], col);
+    for (int i = 1; i < s->n; i++) {
+        int64_t own = planes_span(s->from[i], col);
+        if (own < span) span = own;
+    }
+    return span;
+}
+
+void obm__plane_set_alphas(const obm__plane_set *s, int64_t row, int64_t col, float *alpha) {
+    for (int i = 0; i < s->n; i++) alpha[i] = obm__planes_alpha(s->from[i], s->plane[i], row, col);
+}
+
+/* Bit c of a byte becomes 0 or 1 in byte c of a word: copy the byte eight times, keep one bit in each, and carry it into
+ * bit 7 (0x7f plus any single bit reaches 0x80 and never the next byte). */
+static uint64_t spread(uint8_t byte) {
+    uint64_t bits = byte * 0x0101010101010101u & 0x8040201008040201u;
+    return (bits + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
+}
+
+void obm__plane_set_patterns(const obm__plane_set *s, int64_t row, int64_t col, int64_t m, uint8_t *pattern) {
+    for (int64_t i = 0; i < m; i += 8) {
+        uint64_t word = 0;
+        for (int p = 0; p < s->n; p++) {
+            const obm__planes *from = s->from[p];
+            word |= spread(from->signs[s->plane[p]][row * from->row_bytes + (col + i) / 8]) << p;
+        }
+        int64_t last = m - i < 8 ? m - i : 8;
+        for (int64_t j = 0; j < last; j++) pattern[i + j] = (uint8_t)(word >> 8 * j);
+    }
+}
+
+/* The K task-vector values of one sign pattern. */
+static void values_of(const obm__plane_set *s, const float *alpha, unsigned pattern, size_t n_tasks, double *d) {
+    memset(d, 0, n_tasks * sizeof *d);
+    for (int i = 0; i < s->n; i++) d[s->task[i]] += pattern >> i & 1 ? (double)alpha[i] : -(double)alpha[i];
+}
+
+void obm__pattern_values(const obm__merge_rule *rule, const obm__plane_set *s, const float *alpha, double *value) {
+    double d[OBM_ROUTE_TASKS];
+    unsigned count = 1u << s->n;
+    for (unsigned pattern = count / 2; pattern < count; pattern++) {
+        values_of(s, alpha, pattern, rule->n_tasks, d);
+        value[pattern] = obm__merged_delta(d, rule->n_tasks, rule->weights, rule->lambda, rule->reading);
+        value[count - 1 - pattern] = -value[pattern];
+    }
+}
+
+/* prod_{i in M} s_i of a pattern: -1 to the number of cleared bits of M. */
+static double product_of_signs(unsigned mask, unsigned pattern) {
+    return __builtin_parity(mask & ~pattern) ? -1.0 : 1.0;
+}
+
+/* Where the sum has no product of these signs (a hard route is d~_k plus a function of the others), rounding must not leave
+ * a trace that a run would have to touch: 256 values, each a few units of 2^-53 off, stay below 2^-40 of the largest. */
+static double rounding_noise(const double *value, unsigned count) {
+    double largest = 0;
+    for (unsigned i = 0; i < count; i++) largest = fmax(largest, fabs(value[i]));
+    return ldexp(largest, -40);
+}
+
+void obm__pattern_coefficients(const double *value, int n, double *c) {
+    unsigned count = 1u << n;
+    double noise = rounding_noise(value, count);
+    if (c != value) memcpy(c, value, count * sizeof *c);
+    for (unsigned step = 1; step < count; step *= 2) {
+        for (unsigned i = 0; i < count; i++) {
+            if (i & step) continue;
+            double clear = c[i], set = c[i | step];
+            c[i] = clear + set;
+            c[i | step] = set - clear;
+        }
+    }
+    for (unsigned mask = 0; mask < count; mask++) {
+        c[mask] /= count;
+        if (!__builtin_parity(mask) || fabs(c[mask]) <= noise) c[mask] = 0;
+    }
+}
+
+double obm__pattern_sum(const double *c, int n, unsigned pattern) {
+    double sum = 0;
+    for (unsigned mask = 0; mask < 1u << n; mask++) sum += c[mask] * product_of_signs(mask, pattern);
+    return sum;
+}
+
+int obm__pattern_masks(const double *c, int n) {
+    int masks = 0;
+    for (unsigned mask = 0; mask < 1u << n; mask++) masks += c[mask] != 0.0;
+    return masks;
+}

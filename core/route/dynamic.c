@@ -1,0 +1,193 @@
+/* The dynamic merge, element by element and row by row.  What a route asks of each tensor is decided in plan.c. */
+#include "kth.h"
+#include "plan.h"
+
+#include <string.h>
+
+/* ---- the rule ---- */
+
+double obm__ties_remainder(const double *d, size_t n) {
+    double sum = 0, kept = 0;
+    size_t agreeing = 0;
+    for (size_t i = 0; i < n; i++) sum += d[i];
+    if (sum == 0) return 0;
+    for (size_t i = 0; i < n; i++) {
+        if (sum > 0 ? d[i] > 0 : d[i] < 0) {
+            kept += d[i];
+            agreeing++;
+        }
+    }
+    return kept / (double)agreeing;
+}
+
+static bool keeps(const obm__route_cut *cut, double x, int64_t index) {
+    uint32_t bits = obm__magnitude_bits((float)x);
+    return bits > cut->threshold || (bits == cut->threshold && index <= cut->last);
+}
+
+/* theta(k) - theta_base of one element: the routed expert as it is, the others as the reading takes them, trimmed. */
+static double routed_delta(const obm__merge_rule *rule, const double *d, size_t k, const obm__route_cut *cuts, int64_t index) {
+    if (rule->lambda == 0) return d[k];
+    double others[OBM_ROUTE_TASKS];
+    size_t n = 0;
+    for (size_t j = 0; j < rule->n_tasks; j++) {
+        if (j == k) continue;
+        double x = rule->reading == OBM_READING_RECOMPUTED ? d[j] - d[k] : d[j];
+        const obm__route_cut *cut = cuts ? &cuts[obm__route_cut_index(rule, k, j)] : NULL;
+        others[n++] = cut && cut->active && !keeps(cut, x, index) ? 0 : x;
+    }
+    return d[k] + rule->lambda * obm__ties_remainder(others, n);
+}
+
+static double merged(const obm__merge_rule *rule, const double *d, const obm__route_cut *cuts, int64_t index) {
+    double sum = 0;
+    for (size_t k = 0; k < rule->n_tasks; k++) {
+        if (rule->weights[k] != 0) sum += rule->weights[k] * routed_delta(rule, d, k, cuts, index);
+    }
+    return sum;
+}
+
+double obm__merged_delta(const double *d, size_t n_tasks, const double *weights, double lambda, obm_reading reading) {
+    obm__merge_rule rule = {.n_tasks = n_tasks, .weights = weights, .lambda = lambda, .reading = reading};
+    return merged(&rule, d, NULL, 0);
+}
+
+/* ---- reading base and task vectors ---- */
+
+void obm__route_read_base(const obm__route_plan *r, size_t tensor, int64_t row, int64_t col, int64_t n, float *out) {
+    obm__widen(r->pack->ctx->k, &r->pack->tensors[tensor].base, row * r->tensors[tensor].cols + col, n, out);
+}
+
+void obm__route_read(const obm__route_plan *r, size_t task, size_t tensor, int64_t row, int64_t col, int64_t n,
+                     const float *base, double *out) {
+    const obm__pack_entry *e = obm__route_entry(r->pack, task, tensor);
+    bool comes_in = obm__route_involves(&r->rule, task);
+    if (comes_in && e->mode == OBM_MODE_1BIT) {
+        obm__planes_read_f64(&e->planes, row, col, n, out);
+    } else if (comes_in && e->mode == OBM_MODE_FULL) {
+        float d[OBM_ROUTE_CHUNK];
+        obm__widen(r->pack->ctx->k, &e->full, row * r->tensors[tensor].cols + col, n, d);
+        r->pack->ctx->k->sub_f32(d, d, base, (size_t)n);
+        for (int64_t i = 0; i < n; i++) out[i] = d[i];
+    } else {
+        memset(out, 0, (size_t)n * sizeof *out);
+    }
+}
+
+/* ---- rows ---- */
+
+/* theta = theta_base + v(pattern), rounded once.  `previous` avoids a new table where the alphas have not changed. */
+typedef struct pattern_table {
+    bool filled;
+    float alpha[OBM_PATTERN_PLANES];
+    double value[OBM_PATTERNS];
+} pattern_table;
+
+static void tabulate(const obm__route_plan *r, const obm__plane_set *s, int64_t row, int64_t col, pattern_table *table) {
+    float alpha[OBM_PATTERN_PLANES];
+    obm__plane_set_alphas(s, row, col, alpha);
+    size_t size = (size_t)s->n * sizeof *alpha;
+    if (table->filled && !memcmp(alpha, table->alpha, size)) return;
+    memcpy(table->alpha, alpha, size);
+    table->filled = true;
+    obm__pattern_values(&r->rule, s, alpha, table->value);
+}
+
+static void row_by_patterns(const obm__route_plan *r, size_t tensor, int64_t row, pattern_table *table, float *out) {
+    const obm__route_tensor *t = &r->tensors[tensor];
+    uint8_t pattern[OBM_ROUTE_CHUNK];
+    for (int64_t col = 0, n; col < t->cols; col += n) {
+        n = obm__plane_set_span(&t->planes, col);
+        if (n > OBM_ROUTE_CHUNK) n = OBM_ROUTE_CHUNK;
+        tabulate(r, &t->planes, row, col, table);
+        obm__plane_set_patterns(&t->planes, row, col, n, pattern);
+        obm__route_read_base(r, tensor, row, col, n, out + col);
+        for (int64_t i = 0; i < n; i++) out[col + i] = (float)(out[col + i] + table->value[pattern[i]]);
+    }
+}
+
+static void row_by_elements(const obm__route_plan *r, size_t tensor, int64_t row, double *values /* (tasks, chunk) */, float *out) {
+    const obm__route_tensor *t = &r->tensors[tensor];
+    size_t tasks = r->rule.n_tasks;
+    float base[OBM_ROUTE_CHUNK];
+    double d[OBM_ROUTE_TASKS];
+    for (int64_t col = 0, n; col < t->cols; col += n) {
+        n = t->cols - col < OBM_ROUTE_CHUNK ? t->cols - col : OBM_ROUTE_CHUNK;
+        obm__route_read_base(r, tensor, row, col, n, base);
+        for (size_t j = 0; j < tasks; j++) obm__route_read(r, j, tensor, row, col, n, base, values + j * OBM_ROUTE_CHUNK);
+        for (int64_t i = 0; i < n; i++) {
+            for (size_t j = 0; j < tasks; j++) d[j] = values[j * OBM_ROUTE_CHUNK + (size_t)i];
+            out[col + i] = (float)(base[i] + merged(&r->rule, d, t->cuts, row * t->cols + col + i));
+        }
+    }
+}
+
+static void widen_rows(const obm__route_plan *r, const obm_tensor *from, int64_t row, int64_t cols, int64_t n, float *out) {
+    obm__widen(r->pack->ctx->k, from, row * cols, n * cols, out);
+}
+
+static obm_status base_rows(const obm__route_plan *r, size_t tensor, int64_t row, int64_t n, float *out, obm_error *err) {
+    const obm__route_tensor *t = &r->tensors[tensor];
+    switch (t->kind) {
+    case OBM_ROUTE_BASE: widen_rows(r, &r->pack->tensors[tensor].base, row, t->cols, n, out); break;
+    case OBM_ROUTE_EXPERT: widen_rows(r, &obm__route_entry(r->pack, r->hard, tensor)->full, row, t->cols, n, out); break;
+    case OBM_ROUTE_PATTERNS: {
+        pattern_table table = {.filled = false};
+        for (int64_t i = 0; i < n; i++) row_by_patterns(r, tensor, row + i, &table, out + i * t->cols);
+        break;
+    }
+    case OBM_ROUTE_ELEMENTS: {
+        double *values = obm__alloc(r->rule.n_tasks, OBM_ROUTE_CHUNK * sizeof *values);
+        if (!values) return obm__fail_nomem(err, r->rule.n_tasks * OBM_ROUTE_CHUNK * sizeof *values);
+        for (int64_t i = 0; i < n; i++) row_by_elements(r, tensor, row + i, values, out + i * t->cols);
+        obm_free(values);
+    }
+    }
+    return OBM_OK;
+}
+
+obm_status obm__route_rows(const obm__route_plan *r, size_t tensor, int64_t row, int64_t n, float *out, obm_error *err) {
+    const obm__route_tensor *t = &r->tensors[tensor];
+    int64_t own = row >= t->rows ? 0 : row + n > t->rows ? t->rows - row : n;
+    if (own > 0) OBM_TRY(base_rows(r, tensor, row, own, out, err));
+    if (own == n) return OBM_OK;
+    int64_t first = t->extra_first + (row + own - t->rows);
+    widen_rows(r, t->extra, first, t->cols, n - own, out + own * t->cols);
+    return OBM_OK;
+}
+
+typedef struct row_job {
+    const obm__route_plan *plan;
+    size_t tensor;
+    float *out;
+    _Atomic int failed;
+} row_job;
+
+static void run_rows(void *arg, size_t begin, size_t end, int worker) {
+    row_job *job = arg;
+    (void)worker;
+    float *out = job->out + begin * (size_t)job->plan->tensors[job->tensor].cols;
+    if (obm__route_rows(job->plan, job->tensor, (int64_t)begin, (int64_t)(end - begin), out, NULL) != OBM_OK) job->failed = 1;
+}
+
+obm_status obm__route_materialise(const obm__route_plan *r, size_t tensor, float *out, obm_error *err) {
+    const obm__route_tensor *t = &r->tensors[tensor];
+    row_job job = {.plan = r, .tensor = tensor, .out = out};
+    obm__parallel(r->pack->ctx, (size_t)(t->rows + t->n_extra), 1, run_rows, &job);
+    /* Running out of memory is the only way in which rows fail. */
+    return job.failed ? obm__fail_nomem(err, r->rule.n_tasks * OBM_ROUTE_CHUNK * sizeof(double)) : OBM_OK;
+}
+
+/* ---- for running on the planes ---- */
+
+obm__route_kind obm__route_kind_of(const obm__route_plan *r, size_t tensor) { return r->tensors[tensor].kind; }
+
+const obm__plane_set *obm__route_planes(const obm__route_plan *r, size_t tensor) { return &r->tensors[tensor].planes; }
+
+void obm__route_coefficients(const obm__route_plan *r, size_t tensor, int64_t row, int64_t col, double *c) {
+    const obm__plane_set *s = &r->tensors[tensor].planes;
+    float alpha[OBM_PATTERN_PLANES];
+    obm__plane_set_alphas(s, row, col, alpha);
+    obm__pattern_values(&r->rule, s, alpha, c);
+    obm__pattern_coefficients(c, s->n, c);
+}
