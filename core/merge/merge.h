@@ -15,6 +15,8 @@
 
 /* The kernels' reduction length; OBM_TILE is a multiple of it.  A block of every lane fits the second-level cache. */
 #define OBM_MERGE_BLOCK 4096
+/* Elements between two looks at the progress callback; a multiple of the block, some tens of milliseconds. */
+#define OBM_MERGE_SPAN ((uint64_t)1 << 22)
 
 /* ---- methods (registry.c; one file each) ---- */
 
@@ -107,6 +109,17 @@ typedef struct obm__cut {
 
 /* ---- groups: one tensor across the models ---- */
 
+/* Who runs and who is told. */
+typedef struct obm__run {
+    obm_context *ctx;
+    obm_progress_fn progress; /* nullable */
+    void *user;
+    const char *what;
+    uint64_t done, total;
+} obm__run;
+/* Reports done of total; USER when the callback asks to stop. */
+obm_status obm__run_report(const obm__run *run, obm_error *err);
+
 typedef struct obm__group {
     const char *name;                       /* feeds the random masks; "" for a nameless tensor */
     const obm_tensor *base;                 /* NULL for methods without deltas */
@@ -138,17 +151,17 @@ obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t in
 
 /* The first n_keep elements by magnitude of model `model` over the concatenation of all groups; fills
  * groups[i].cuts[model]. */
-obm_status obm__select(obm_context *ctx, obm__group *groups, size_t n_groups, size_t model, uint64_t n_keep,
+obm_status obm__select(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, uint64_t n_keep,
                        obm_error *err);
 void obm__cut_apply(const obm__cut *c, uint64_t block, float *d, size_t n);
 
 /* Everything the element pass needs to know in advance, over all groups of one scope; call obm__group_clear afterwards
  * whatever it returns. */
-obm_status obm__statistics(obm_context *ctx, obm__group *groups, size_t n_groups, obm_error *err);
+obm_status obm__statistics(const obm__run *run, obm__group *groups, size_t n_groups, obm_error *err);
 void obm__group_clear(obm__group *g);
 /* Merges elements [begin, begin + n) into out as `dtype`; begin is a multiple of OBM_MERGE_BLOCK. */
-obm_status obm__group_run(obm_context *ctx, const obm__group *g, uint64_t begin, uint64_t n, obm_dtype dtype, void *out,
-                          obm_error *err);
+obm_status obm__group_run(const obm__run *run, const obm__group *g, uint64_t begin, uint64_t n, obm_dtype dtype,
+                          void *out, obm_error *err);
 /* Scratch of one worker in the element pass, bytes. */
 size_t obm__group_scratch(size_t n_models);
 

@@ -35,6 +35,7 @@ typedef struct walk {
     const obm_kernels *k;
     const obm__group *g;
     uint64_t begin, end;
+    uint64_t at, until;     /* the span in work; blocks count from `at` */
     float *block;           /* (workers) lanes */
     double *before, *after; /* L1 norms: (n_models, blocks) */
     int64_t *votes;         /* elected signs: (workers) */
@@ -44,19 +45,30 @@ typedef struct walk {
 } walk;
 
 static size_t block_length(const walk *w, uint64_t begin) {
-    return w->end - begin < OBM_MERGE_BLOCK ? (size_t)(w->end - begin) : OBM_MERGE_BLOCK;
+    return w->until - begin < OBM_MERGE_BLOCK ? (size_t)(w->until - begin) : OBM_MERGE_BLOCK;
 }
 
-static obm_status walk_blocks(obm_context *ctx, walk *w, obm__range_fn fn, obm_error *err) {
-    size_t threads = (size_t)ctx->threads, bytes = obm__group_scratch(w->g->steps->n);
-    if (w->end == w->begin) return OBM_OK;
-    w->k = ctx->k;
+static uint64_t block_begin(const walk *w, size_t block) { return w->at + (uint64_t)block * OBM_MERGE_BLOCK; }
+
+static obm_status walk_spans(const obm__run *run, walk *w, obm__range_fn fn, obm_error *err) {
+    for (w->at = w->begin; w->at < w->end; w->at = w->until) {
+        w->until = w->end - w->at < OBM_MERGE_SPAN ? w->end : w->at + OBM_MERGE_SPAN;
+        obm__parallel(run->ctx, (size_t)((w->until - w->at + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK), 1, fn, w);
+        if (w->bad != UINT64_MAX) return obm__group_bad(w->k, w->g, w->bad, err);
+        OBM_TRY(obm__run_report(run, err));
+    }
+    return OBM_OK;
+}
+
+static obm_status walk_blocks(const obm__run *run, walk *w, obm__range_fn fn, obm_error *err) {
+    size_t threads = (size_t)run->ctx->threads, bytes = obm__group_scratch(w->g->steps->n);
+    w->k = run->ctx->k;
     w->bad = UINT64_MAX;
     w->block = obm__alloc(threads, bytes);
     if (!w->block) return obm__fail_nomem(err, (uint64_t)threads * bytes);
-    obm__parallel(ctx, (size_t)((w->end - w->begin + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK), 1, fn, w);
+    obm_status status = walk_spans(run, w, fn, err);
     obm_free(w->block);
-    return w->bad == UINT64_MAX ? OBM_OK : obm__group_bad(ctx->k, w->g, w->bad, err);
+    return status;
 }
 
 /* ---- mask and rescale ---- */
@@ -153,7 +165,7 @@ static void merge_blocks(void *arg, size_t first, size_t last, int worker) {
     const obm__steps *s = w->g->steps;
     lanes l = worker_lanes(w->block, s->n, worker);
     for (size_t b = first; b < last; b++) {
-        uint64_t begin = w->begin + (uint64_t)b * OBM_MERGE_BLOCK;
+        uint64_t begin = block_begin(w, b);
         size_t n = block_length(w, begin), bad = load_block(w, &l, begin, n);
         if (s->consensus == OBM_CONSENSUS_SIGN) {
             sum_election(w, &l, n);
@@ -168,10 +180,15 @@ static void merge_blocks(void *arg, size_t first, size_t last, int worker) {
     }
 }
 
-obm_status obm__group_run(obm_context *ctx, const obm__group *g, uint64_t begin, uint64_t n, obm_dtype dtype, void *out,
-                          obm_error *err) {
+obm_status obm__run_report(const obm__run *run, obm_error *err) {
+    if (!run->progress || run->progress(run->user, run->what, run->done, run->total) == 0) return OBM_OK;
+    return obm__fail(err, OBM_E_USER, "%s: stopped by the progress callback", run->what);
+}
+
+obm_status obm__group_run(const obm__run *run, const obm__group *g, uint64_t begin, uint64_t n, obm_dtype dtype,
+                          void *out, obm_error *err) {
     walk w = {.g = g, .begin = begin, .end = begin + n, .dtype = dtype, .out = out};
-    return walk_blocks(ctx, &w, merge_blocks, err);
+    return walk_blocks(run, &w, merge_blocks, err);
 }
 
 /* ---- statistics ---- */
@@ -182,27 +199,27 @@ static void norm_blocks(void *arg, size_t first, size_t last, int worker) {
     size_t blocks = (size_t)((g->count + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK);
     lanes l = worker_lanes(w->block, g->steps->n, worker);
     for (size_t b = first; b < last; b++) {
-        uint64_t begin = (uint64_t)b * OBM_MERGE_BLOCK;
+        uint64_t begin = block_begin(w, b);
         size_t n = block_length(w, begin);
         obm__group_base(w->k, g, begin, n, l.base, l.scratch);
         for (size_t i = 0; i < g->steps->n; i++) {
             size_t bad = obm__group_delta(w->k, g, i, begin, n, l.base, l.deltas, l.scratch);
             if (bad < n) obm__note_lowest(&w->bad, begin + bad);
-            w->before[i * blocks + b] = w->k->abs_sum(l.deltas, n);
+            w->before[i * blocks + begin / OBM_MERGE_BLOCK] = w->k->abs_sum(l.deltas, n);
             mask_delta(g, i, begin, l.deltas, n);
-            w->after[i * blocks + b] = w->k->abs_sum(l.deltas, n);
+            w->after[i * blocks + begin / OBM_MERGE_BLOCK] = w->k->abs_sum(l.deltas, n);
         }
     }
 }
 
 /* Factors that give every masked delta the L1 norm it had. */
-static obm_status norm_factors(obm_context *ctx, obm__group *g, obm_error *err) {
+static obm_status norm_factors(const obm__run *run, obm__group *g, obm_error *err) {
     size_t n = g->steps->n, blocks = (size_t)((g->count + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK);
     walk w = {.g = g, .end = g->count};
     w.before = obm__alloc(2 * n * blocks, sizeof *w.before);
     if (!w.before) return obm__fail_nomem(err, 2 * n * blocks * sizeof *w.before);
     w.after = w.before + n * blocks;
-    obm_status status = walk_blocks(ctx, &w, norm_blocks, err);
+    obm_status status = walk_blocks(run, &w, norm_blocks, err);
     for (size_t i = 0; status == OBM_OK && i < n; i++) {
         double before = obm__tree_sum(w.before + i * blocks, blocks),
                after = obm__tree_sum(w.after + i * blocks, blocks);
@@ -212,21 +229,21 @@ static obm_status norm_factors(obm_context *ctx, obm__group *g, obm_error *err) 
     return status;
 }
 
-static obm_status find_factors(obm_context *ctx, obm__group *g, obm_error *err) {
+static obm_status find_factors(const obm__run *run, obm__group *g, obm_error *err) {
     const obm__steps *s = g->steps;
     for (size_t i = 0; i < s->n; i++) {
         g->factors[i] = 1.0f;
         if (s->rescale == OBM_RESCALE_INVERSE_DENSITY && s->density[i] > 0 && s->density[i] < 1)
             g->factors[i] = (float)(1.0 / s->density[i]);
     }
-    return s->rescale == OBM_RESCALE_L1 && s->mask != OBM_MASK_NONE ? norm_factors(ctx, g, err) : OBM_OK;
+    return s->rescale == OBM_RESCALE_L1 && s->mask != OBM_MASK_NONE ? norm_factors(run, g, err) : OBM_OK;
 }
 
 static void vote_blocks(void *arg, size_t first, size_t last, int worker) {
     walk *w = arg;
     lanes l = worker_lanes(w->block, w->g->steps->n, worker);
     for (size_t b = first; b < last; b++) {
-        uint64_t begin = (uint64_t)b * OBM_MERGE_BLOCK;
+        uint64_t begin = block_begin(w, b);
         size_t n = block_length(w, begin), bad = load_block(w, &l, begin, n);
         if (bad < n) obm__note_lowest(&w->bad, begin + bad);
         sum_election(w, &l, n);
@@ -238,22 +255,22 @@ static void vote_blocks(void *arg, size_t first, size_t last, int worker) {
 
 /* The sign of the sum of all elected signs (Yadav et al., the authors' code: resolve_zero_signs); an even sum gives +1.
  */
-static obm_status find_majority(obm_context *ctx, obm__group *groups, size_t n_groups, obm_error *err) {
-    int64_t *votes = obm__calloc((size_t)ctx->threads, sizeof *votes), sum = 0;
-    if (!votes) return obm__fail_nomem(err, (uint64_t)ctx->threads * sizeof *votes);
+static obm_status find_majority(const obm__run *run, obm__group *groups, size_t n_groups, obm_error *err) {
+    int64_t *votes = obm__calloc((size_t)run->ctx->threads, sizeof *votes), sum = 0;
+    if (!votes) return obm__fail_nomem(err, (uint64_t)run->ctx->threads * sizeof *votes);
     obm_status status = OBM_OK;
     for (size_t i = 0; status == OBM_OK && i < n_groups; i++) {
         walk w = {.g = &groups[i], .end = groups[i].count, .votes = votes};
-        status = walk_blocks(ctx, &w, vote_blocks, err);
+        status = walk_blocks(run, &w, vote_blocks, err);
     }
-    for (int t = 0; t < ctx->threads; t++) sum += votes[t];
+    for (int t = 0; t < run->ctx->threads; t++) sum += votes[t];
     obm_free(votes);
     for (size_t i = 0; i < n_groups; i++) groups[i].zero_sign = sum < 0 ? -1.0f : 1.0f;
     return status;
 }
 
 /* max(1, int(density * n)) elements stay, as the double product truncates. */
-static obm_status find_cuts(obm_context *ctx, obm__group *groups, size_t n_groups, obm_error *err) {
+static obm_status find_cuts(const obm__run *run, obm__group *groups, size_t n_groups, obm_error *err) {
     const obm__steps *s = groups[0].steps;
     uint64_t count = 0;
     for (size_t i = 0; i < n_groups; i++) count += groups[i].count;
@@ -261,7 +278,7 @@ static obm_status find_cuts(obm_context *ctx, obm__group *groups, size_t n_group
         double density = s->density[m];
         if (density > 0 && density < 1 && count > 0) {
             uint64_t keep = (uint64_t)(density * (double)count);
-            OBM_TRY(obm__select(ctx, groups, n_groups, m, keep ? keep : 1, err));
+            OBM_TRY(obm__select(run, groups, n_groups, m, keep ? keep : 1, err));
             continue;
         }
         for (size_t i = 0; i < n_groups; i++) groups[i].cuts[m] = (obm__cut){.all = density >= 1, .none = density <= 0};
@@ -276,13 +293,13 @@ static obm_status group_prepare(obm__group *g, obm_error *err) {
     return g->cuts && g->factors ? OBM_OK : obm__fail_nomem(err, g->steps->n * (sizeof *g->cuts + sizeof *g->factors));
 }
 
-obm_status obm__statistics(obm_context *ctx, obm__group *groups, size_t n_groups, obm_error *err) {
+obm_status obm__statistics(const obm__run *run, obm__group *groups, size_t n_groups, obm_error *err) {
     if (n_groups == 0) return OBM_OK;
     const obm__steps *s = groups[0].steps;
     for (size_t i = 0; i < n_groups; i++) OBM_TRY(group_prepare(&groups[i], err));
-    if (s->mask == OBM_MASK_MAGNITUDE) OBM_TRY(find_cuts(ctx, groups, n_groups, err));
-    for (size_t i = 0; i < n_groups; i++) OBM_TRY(find_factors(ctx, &groups[i], err));
-    return s->consensus == OBM_CONSENSUS_SIGN && s->majority_zero ? find_majority(ctx, groups, n_groups, err) : OBM_OK;
+    if (s->mask == OBM_MASK_MAGNITUDE) OBM_TRY(find_cuts(run, groups, n_groups, err));
+    for (size_t i = 0; i < n_groups; i++) OBM_TRY(find_factors(run, &groups[i], err));
+    return s->consensus == OBM_CONSENSUS_SIGN && s->majority_zero ? find_majority(run, groups, n_groups, err) : OBM_OK;
 }
 
 void obm__group_clear(obm__group *g) {

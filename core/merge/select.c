@@ -9,8 +9,6 @@
 
 #define HIGH_BINS 32768
 #define LOW_BINS 65536
-/* Elements between flushes of the 32-bit worker histograms. */
-#define SPAN ((uint64_t)1 << 31)
 
 typedef enum { COUNT_HIGH, COUNT_LOW, COUNT_EQUAL } count_what;
 
@@ -30,7 +28,7 @@ typedef struct pass {
 } pass;
 
 typedef struct selection {
-    obm_context *ctx;
+    const obm__run *run;
     obm__group *groups;
     size_t n_groups, model;
     float *scratch;
@@ -79,17 +77,25 @@ static void count_blocks(void *arg, size_t first, size_t last, int worker) {
     }
 }
 
+/* The 32-bit histograms of the workers are flushed after every span. */
+static void flush_histograms(const selection *s, const pass *p) {
+    for (int w = 0; w < s->run->ctx->threads; w++) {
+        uint32_t *histogram = p->histogram + (size_t)w * p->bins;
+        for (size_t i = 0; i < p->bins; i++) s->total[i] += histogram[i];
+        memset(histogram, 0, p->bins * sizeof *histogram);
+    }
+}
+
 static obm_status count_group(const selection *s, pass *p, obm_error *err) {
-    for (uint64_t begin = 0; begin < p->g->count; begin += SPAN) {
-        p->begin = begin;
-        p->end = p->g->count - begin < SPAN ? p->g->count : begin + SPAN;
-        p->bad = UINT64_MAX;
-        size_t bins = p->what == COUNT_EQUAL ? 0 : p->bins, threads = (size_t)s->ctx->threads;
-        if (bins) memset(p->histogram, 0, threads * bins * sizeof *p->histogram);
-        obm__parallel(s->ctx, (size_t)((p->end - begin + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK), 1, count_blocks, p);
+    if (p->bins) memset(p->histogram, 0, (size_t)s->run->ctx->threads * p->bins * sizeof *p->histogram);
+    p->bad = UINT64_MAX;
+    for (p->begin = 0; p->begin < p->g->count; p->begin = p->end) {
+        p->end = p->g->count - p->begin < OBM_MERGE_SPAN ? p->g->count : p->begin + OBM_MERGE_SPAN;
+        obm__parallel(s->run->ctx, (size_t)((p->end - p->begin + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK), 1,
+                      count_blocks, p);
         if (p->bad != UINT64_MAX) return obm__group_bad(p->k, p->g, p->bad, err);
-        for (size_t w = 0; bins && w < threads; w++)
-            for (size_t i = 0; i < bins; i++) s->total[i] += p->histogram[w * bins + i];
+        flush_histograms(s, p);
+        OBM_TRY(obm__run_report(s->run, err));
     }
     return OBM_OK;
 }
@@ -98,7 +104,7 @@ static obm_status count_all(const selection *s, count_what what, uint32_t high, 
     size_t bins = what == COUNT_HIGH ? HIGH_BINS : LOW_BINS;
     memset(s->total, 0, bins * sizeof *s->total);
     for (size_t i = 0; i < s->n_groups; i++) {
-        pass p = {.k = s->ctx->k,
+        pass p = {.k = s->run->ctx->k,
                   .g = &s->groups[i],
                   .model = s->model,
                   .what = what,
@@ -133,7 +139,7 @@ static obm_status share_equal(const selection *s, obm__group *g, uint32_t bits, 
     if (*rest == 0 || blocks == 0) return OBM_OK;
     uint64_t *before = obm__alloc(blocks, sizeof *before);
     if (!before) return obm__fail_nomem(err, blocks * sizeof *before);
-    pass p = {.k = s->ctx->k,
+    pass p = {.k = s->run->ctx->k,
               .g = g,
               .model = s->model,
               .what = COUNT_EQUAL,
@@ -178,10 +184,10 @@ static obm_status select_run(const selection *s, uint64_t n_keep, obm_error *err
     return OBM_OK;
 }
 
-obm_status obm__select(obm_context *ctx, obm__group *groups, size_t n_groups, size_t model, uint64_t n_keep,
+obm_status obm__select(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, uint64_t n_keep,
                        obm_error *err) {
-    size_t threads = (size_t)ctx->threads;
-    selection s = {.ctx = ctx, .groups = groups, .n_groups = n_groups, .model = model};
+    size_t threads = (size_t)run->ctx->threads;
+    selection s = {.run = run, .groups = groups, .n_groups = n_groups, .model = model};
     s.scratch = obm__alloc(threads * 3 * OBM_MERGE_BLOCK, sizeof *s.scratch);
     s.histogram = obm__alloc(threads * LOW_BINS, sizeof *s.histogram);
     s.total = obm__alloc(LOW_BINS, sizeof *s.total);

@@ -43,11 +43,11 @@ static obm_status check_inputs(const obm__method *m, const obm_tensor *base, con
 }
 
 /* Into a buffer of its own first: `out` stays as it was when a value turns out not to be finite. */
-static obm_status merge_group(obm_context *ctx, obm__group *g, float *out, obm_error *err) {
+static obm_status merge_group(const obm__run *run, obm__group *g, float *out, obm_error *err) {
     float *merged = obm__alloc((size_t)g->count, sizeof *merged);
     if (!merged) return obm__fail_nomem(err, g->count * sizeof *merged);
-    obm_status status = obm__statistics(ctx, g, 1, err);
-    if (status == OBM_OK) status = obm__group_run(ctx, g, 0, g->count, OBM_F32, merged, err);
+    obm_status status = obm__statistics(run, g, 1, err);
+    if (status == OBM_OK) status = obm__group_run(run, g, 0, g->count, OBM_F32, merged, err);
     if (status == OBM_OK) memcpy(out, merged, (size_t)g->count * sizeof *merged);
     obm_free(merged);
     obm__group_clear(g);
@@ -69,7 +69,7 @@ obm_status obm_merge_tensors(obm_context *ctx, const char *method, obm_profile p
                     .steps = &steps,
                     .count = (uint64_t)obm_tensor_count(&models[0]),
                     .work = obm__group_common_dtype(base, models, n)};
-    obm_status status = merge_group(ctx, &g, out, err);
+    obm_status status = merge_group(&(obm__run){.ctx = ctx}, &g, out, err);
     obm__steps_free(&steps);
     return status;
 }

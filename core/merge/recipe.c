@@ -1,0 +1,422 @@
+/* Recipes: every key checked, settings (scalars, gradients, filters) resolved per tensor as mergekit resolves them. */
+#include "recipe.h"
+
+#include <ctype.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define WHERE "recipe"
+
+/* ---- keys ---- */
+
+static const char *const recipe_keys[] = {"merge_method", "models",           "base_model", "parameters",   "dtype",
+                                          "out_dtype",    "tokenizer_source", "profile",    "random_seed",  "name",
+                                          "slices",       "modules",          "tokenizer",  "chat_template"};
+static const char *const model_keys[] = {"model", "parameters"};
+static const char *const condition_keys[] = {"filter", "value"};
+
+static obm_status check_keys(const obm_json *object, const char *where, const char *const *keys, size_t n,
+                             obm_error *err) {
+    for (void *it = obm__json_first(object); it; it = obm__json_next(object, it)) {
+        const char *key = obm__json_key(it);
+        size_t i = 0;
+        while (i < n && strcmp(key, keys[i])) i++;
+        char hint[128];
+        if (i == n)
+            return obm__fail(err, OBM_E_NOTFOUND, "%s: unknown key `%.64s`%s", where, key,
+                             obm__suggest(key, keys, n, hint, sizeof hint));
+    }
+    return OBM_OK;
+}
+
+static bool is_set(const obm_json *v) { return v && obm__json_kind(v) != OBM_JSON_NULL; }
+
+/* Keys of mergekit that a merge here cannot honour. */
+static obm_status check_supported(const obm_json *root, obm_error *err) {
+    static const struct {
+        const char *key, *why;
+    } unsupported[] = {
+        {"slices", "layer slices are not supported: list whole models under `models`"},
+        {"modules", "modules are not supported: list whole models under `models`"},
+        {"tokenizer", "building a tokenizer is not supported: the base's is carried over (tokenizer_source: base)"},
+        {"chat_template", "replacing the chat template is not supported: the base's is carried over"},
+    };
+    for (size_t i = 0; i < OBM_COUNT(unsupported); i++)
+        if (is_set(obm__json_get(root, unsupported[i].key)))
+            return obm__fail(err, OBM_E_UNSUPPORTED, WHERE ": %s: %s", unsupported[i].key, unsupported[i].why);
+    return OBM_OK;
+}
+
+static obm_status read_text(const obm_json *root, const char *key, const char **out, obm_error *err) {
+    const obm_json *v = obm__json_get(root, key);
+    *out = NULL;
+    if (!is_set(v)) return OBM_OK;
+    *out = obm__json_string(v);
+    if (*out && **out) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG, WHERE ": %s: expected text, got %s", key,
+                     *out ? "an empty string" : obm__json_kind_name(v));
+}
+
+static obm_status read_dtype(const obm_json *root, const char *key, bool *has, obm_dtype *out, obm_error *err) {
+    static const struct {
+        const char *name;
+        obm_dtype dtype;
+    } known[] = {
+        {"float32", OBM_F32}, {"float16", OBM_F16}, {"bfloat16", OBM_BF16},
+        {"f32", OBM_F32},     {"f16", OBM_F16},     {"bf16", OBM_BF16},
+    };
+    const char *name, *names[OBM_COUNT(known)];
+    OBM_TRY(read_text(root, key, &name, err));
+    if (!name) return OBM_OK;
+    if (!strncmp(name, "torch.", 6)) name += 6;
+    for (size_t i = 0; i < OBM_COUNT(known); i++) {
+        names[i] = known[i].name;
+        if (strcmp(name, known[i].name)) continue;
+        *has = true;
+        *out = known[i].dtype;
+        return OBM_OK;
+    }
+    if (!strcmp(name, "float64") || !strcmp(name, "int64"))
+        return obm__fail(err, OBM_E_UNSUPPORTED, WHERE ": %s: %s is not supported (float32, float16, bfloat16)", key,
+                         name);
+    char hint[128];
+    return obm__fail(err, OBM_E_ARG, WHERE ": %s: no dtype `%.64s` (float32, float16, bfloat16)%s", key, name,
+                     obm__suggest(name, names, OBM_COUNT(known), hint, sizeof hint));
+}
+
+/* ---- settings: their form ---- */
+
+/* A number as a parameter takes it.  pydantic reads numbers in quotes too, so recipes have them. */
+static bool scalar_value(const obm_param_info *info, const obm_json *v, double *out) {
+    bool b;
+    const char *text = obm__json_string(v);
+    if (obm__json_bool(v, &b)) {
+        *out = b;
+        return true;
+    }
+    if (text && !strcmp(info->name, "scope") && (!strcmp(text, "tensor") || !strcmp(text, "model"))) {
+        *out = text[0] == 'm';
+        return true;
+    }
+    if (text) {
+        char *end;
+        *out = strtod(text, &end);
+        if (end == text || *end || isspace((unsigned char)*text)) return false;
+    } else if (!obm__json_real(v, out)) {
+        return false;
+    }
+    return isfinite(*out) && *out >= info->min && *out <= info->max && (!info->is_bool || *out == 0 || *out == 1);
+}
+
+static obm_status bad_value(const obm_param_info *info, const obm_json *v, const char *where, obm_error *err) {
+    char *text = obm__json_text(v, 0);
+    obm_status status =
+        info->is_bool ? obm__fail(err, OBM_E_ARG, "%s: expected true or false, got %.80s", where, text ? text : "?")
+                      : obm__fail(err, OBM_E_ARG, "%s: expected a number in [%g, %g], got %.80s", where, info->min,
+                                  info->max, text ? text : "?");
+    obm_free(text);
+    return status;
+}
+
+static bool is_scalar(const obm_json *v) {
+    obm_json_kind kind = obm__json_kind(v);
+    return kind != OBM_JSON_ARRAY && kind != OBM_JSON_OBJECT;
+}
+
+/* A scalar or a gradient (a list of scalars). */
+static obm_status check_values(const obm_param_info *info, const obm_json *v, const char *where, obm_error *err) {
+    double x;
+    if (is_scalar(v)) return scalar_value(info, v, &x) ? OBM_OK : bad_value(info, v, where, err);
+    if (obm__json_kind(v) != OBM_JSON_ARRAY || obm__json_size(v) == 0)
+        return obm__fail(err, OBM_E_ARG, "%s: expected a value or a list of values, got %s", where,
+                         obm__json_kind(v) == OBM_JSON_ARRAY ? "an empty list" : obm__json_kind_name(v));
+    for (size_t i = 0; i < obm__json_size(v); i++)
+        if (!is_scalar(obm__json_at(v, i)) || !scalar_value(info, obm__json_at(v, i), &x))
+            return bad_value(info, obm__json_at(v, i), where, err);
+    return OBM_OK;
+}
+
+static obm_status check_condition(const obm_param_info *info, const obm_json *v, const char *where, obm_error *err) {
+    if (obm__json_kind(v) != OBM_JSON_OBJECT)
+        return obm__fail(err, OBM_E_ARG,
+                         "%s: a list is either all values or all filter/value pairs, got %s among pairs", where,
+                         obm__json_kind_name(v));
+    OBM_TRY(check_keys(v, where, condition_keys, OBM_COUNT(condition_keys), err));
+    const obm_json *filter = obm__json_get(v, "filter"), *value = obm__json_get(v, "value");
+    if (is_set(filter) && !obm__json_string(filter))
+        return obm__fail(err, OBM_E_ARG, "%s: filter: expected text, got %s", where, obm__json_kind_name(filter));
+    if (!is_set(value)) return obm__fail(err, OBM_E_ARG, "%s: a filter without a value", where);
+    return check_values(info, value, where, err);
+}
+
+static bool is_conditional(const obm_json *v) {
+    return obm__json_kind(v) == OBM_JSON_OBJECT ||
+           (obm__json_kind(v) == OBM_JSON_ARRAY && obm__json_kind(obm__json_at(v, 0)) == OBM_JSON_OBJECT);
+}
+
+static obm_status check_setting(const obm_param_info *info, const obm_json *v, const char *where, obm_error *err) {
+    if (obm__json_kind(v) == OBM_JSON_OBJECT) return check_condition(info, v, where, err);
+    if (obm__json_kind(v) != OBM_JSON_ARRAY || obm__json_size(v) == 0 || !is_conditional(v))
+        return check_values(info, v, where, err);
+    for (size_t i = 0; i < obm__json_size(v); i++) OBM_TRY(check_condition(info, obm__json_at(v, i), where, err));
+    return OBM_OK;
+}
+
+static obm_status unknown_parameter(const obm__method *m, const char *name, const char *where, obm_error *err) {
+    const char *names[32];
+    size_t n = m->info.n_params < OBM_COUNT(names) ? m->info.n_params : OBM_COUNT(names);
+    for (size_t i = 0; i < n; i++) names[i] = m->info.params[i].name;
+    char hint[128];
+    return obm__fail(err, OBM_E_NOTFOUND, "%s: %s has no parameter `%.64s`%s", where, m->info.name, name,
+                     obm__suggest(name, names, n, hint, sizeof hint));
+}
+
+/* One `parameters` mapping.  What mergekit ignores without a word (another method's parameter, a setting of the whole
+ * merge under one model) is ignored with one; what nobody knows is an error. */
+static obm_status check_parameters(const obm_context *ctx, const obm__method *m, const obm_json *v, bool of_model,
+                                   const char *where, obm_error *err) {
+    if (!is_set(v)) return OBM_OK;
+    if (obm__json_kind(v) != OBM_JSON_OBJECT)
+        return obm__fail(err, OBM_E_ARG, "%s: expected a mapping, got %s", where, obm__json_kind_name(v));
+    for (void *it = obm__json_first(v); it; it = obm__json_next(v, it)) {
+        const char *key = obm__json_key(it);
+        const obm_param_info *info = obm__method_param(m, key);
+        char path[256];
+        snprintf(path, sizeof path, "%s.%.64s", where, key);
+        if (!info && !obm__param_is_known(key)) return unknown_parameter(m, key, where, err);
+        if (!info) {
+            obm__warn(ctx, "%s: %s takes no %s; ignored", where, m->info.name, key);
+        } else if (of_model && info->scope == OBM_PARAM_GLOBAL) {
+            obm__warn(ctx, "%s: %s holds for the whole merge, not for one model; ignored", where, key);
+        } else if (is_set(obm__json_value(it))) {
+            OBM_TRY(check_setting(info, obm__json_value(it), path, err));
+        }
+    }
+    return OBM_OK;
+}
+
+/* ---- settings: their value for one tensor ---- */
+
+/* mergekit's evaluate_setting: numbers interpolate between neighbours, booleans step. */
+static double gradient_value(const obm_param_info *info, const obm_json *v, double depth) {
+    size_t last = obm__json_size(v) - 1;
+    double scaled = depth * (double)last, a = 0, b = 0;
+    size_t i = (size_t)scaled;
+    if (i > last) i = last;
+    scalar_value(info, obm__json_at(v, i), &a);
+    scalar_value(info, obm__json_at(v, i < last ? i + 1 : last), &b);
+    double fraction = scaled - (double)i;
+    return info->is_bool || !strcmp(info->name, "scope") ? a : (1 - fraction) * a + fraction * b;
+}
+
+static double plain_value(const obm_param_info *info, const obm_json *v, double depth) {
+    double x = 0;
+    if (obm__json_kind(v) == OBM_JSON_ARRAY) return gradient_value(info, v, depth);
+    scalar_value(info, v, &x);
+    return x;
+}
+
+static bool condition_holds(const obm_json *condition, const char *tensor) {
+    const char *filter = obm__json_string(obm__json_get(condition, "filter"));
+    return !filter || !strcmp(filter, "*") || strstr(tensor, filter);
+}
+
+/* False where no filter matches: the next level of precedence is asked then. */
+static bool setting_value(const obm_param_info *info, const obm_json *v, const char *tensor, double depth,
+                          double *out) {
+    if (!is_set(v)) return false;
+    if (!is_conditional(v)) {
+        *out = plain_value(info, v, depth);
+        return true;
+    }
+    bool list = obm__json_kind(v) == OBM_JSON_ARRAY;
+    for (size_t i = 0; i < (list ? obm__json_size(v) : 1); i++) {
+        const obm_json *condition = list ? obm__json_at(v, i) : v;
+        if (!condition_holds(condition, tensor)) continue;
+        *out = plain_value(info, obm__json_get(condition, "value"), depth);
+        return true;
+    }
+    return false;
+}
+
+size_t obm__recipe_params_capacity(const obm__recipe *r) { return r->method->info.n_params * (r->n_models + 1); }
+
+size_t obm__recipe_params(const obm__recipe *r, const char *tensor, double depth, obm_param *out) {
+    size_t n = 0;
+    for (size_t i = 0; i < r->method->info.n_params; i++) {
+        const obm_param_info *info = &r->method->info.params[i];
+        obm_param p = {info->name, -1, 0};
+        if (setting_value(info, obm__json_get(r->parameters, info->name), tensor, depth, &p.value)) out[n++] = p;
+        for (size_t m = 0; info->scope == OBM_PARAM_PER_MODEL && m < r->n_models; m++) {
+            p.model = (int)m;
+            if (setting_value(info, obm__json_get(r->models[m].parameters, info->name), tensor, depth, &p.value))
+                out[n++] = p;
+        }
+    }
+    return n;
+}
+
+int64_t obm__layer_of(const char *tensor) {
+    for (const char *p = tensor; p; p = strchr(p, '.')) {
+        p += *p == '.';
+        size_t digits = strspn(p, "0123456789");
+        if (digits > 0 && digits < 9 && (p[digits] == '.' || !p[digits])) return strtol(p, NULL, 10);
+    }
+    return -1;
+}
+
+double obm__recipe_depth(const char *tensor, int64_t n_layers) {
+    int64_t layer = obm__layer_of(tensor);
+    if (layer < 0) return 0;
+    if (n_layers <= 1) return 1;
+    return layer >= n_layers ? 1 : (double)layer / (double)(n_layers - 1);
+}
+
+/* ---- models ---- */
+
+static size_t ref_length(const char *ref) {
+    size_t n = strlen(ref);
+    while (n > 1 && ref[n - 1] == '/') n--;
+    return n;
+}
+
+static bool same_ref(const char *a, const char *b) {
+    size_t n = ref_length(a);
+    return n == ref_length(b) && !strncmp(a, b, n);
+}
+
+static obm_status read_model(const obm_context *ctx, obm__recipe *r, const obm_json *v, size_t i, obm_error *err) {
+    char where[64];
+    snprintf(where, sizeof where, WHERE ": models[%zu]", i);
+    if (obm__json_kind(v) != OBM_JSON_OBJECT)
+        return obm__fail(err, OBM_E_ARG, "%s: expected a mapping with `model`, got %s", where, obm__json_kind_name(v));
+    OBM_TRY(check_keys(v, where, model_keys, OBM_COUNT(model_keys), err));
+    const obm_json *model = obm__json_get(v, "model");
+    if (model && obm__json_kind(model) == OBM_JSON_OBJECT)
+        return obm__fail(err, OBM_E_UNSUPPORTED,
+                         "%s: a model given as a mapping (revision, LoRA, architecture) is not supported: give a path",
+                         where);
+    obm__recipe_model m = {obm__json_string(model), obm__json_get(v, "parameters")};
+    if (!m.ref || !*m.ref) return obm__fail(err, OBM_E_ARG, "%s: `model` must be a path", where);
+    for (size_t j = 0; j < r->n_models; j++)
+        if (same_ref(r->models[j].ref, m.ref))
+            return obm__fail(err, OBM_E_ARG, "%s: %.200s is listed twice", where, m.ref);
+
+    char path[96];
+    snprintf(path, sizeof path, "%s.parameters", where);
+    OBM_TRY(check_parameters(ctx, r->method, m.parameters, true, path, err));
+    if (r->method->deltas && r->base && same_ref(r->base, m.ref)) {
+        if (obm__json_size(m.parameters)) obm__warn(ctx, "%s is the base: its parameters are ignored", where);
+        return OBM_OK;
+    }
+    r->models[r->n_models++] = m;
+    return OBM_OK;
+}
+
+/* The base is an input like the others where the method has no task vectors: mergekit adds it if it is not listed. */
+static void add_base_as_model(obm__recipe *r) {
+    if (r->method->deltas || !r->base) return;
+    for (size_t i = 0; i < r->n_models; i++)
+        if (same_ref(r->models[i].ref, r->base)) return;
+    r->models[r->n_models++] = (obm__recipe_model){r->base, NULL};
+}
+
+static obm_status read_models(const obm_context *ctx, obm__recipe *r, obm_error *err) {
+    const obm_json *models = obm__json_get(r->root, "models");
+    if (!is_set(models)) return obm__fail(err, OBM_E_ARG, WHERE ": `models` is missing");
+    if (obm__json_kind(models) != OBM_JSON_ARRAY)
+        return obm__fail(err, OBM_E_ARG, WHERE ": models: expected a list, got %s", obm__json_kind_name(models));
+    size_t n = obm__json_size(models);
+    r->models = obm__calloc(n + 1, sizeof *r->models);
+    if (!r->models) return obm__fail_nomem(err, (n + 1) * sizeof *r->models);
+    for (size_t i = 0; i < n; i++) OBM_TRY(read_model(ctx, r, obm__json_at(models, i), i, err));
+    add_base_as_model(r);
+    const obm_method_info *info = &r->method->info;
+    if (r->n_models < (size_t)info->min_models || (info->max_models && r->n_models > (size_t)info->max_models))
+        return obm__fail(err, OBM_E_ARG, WHERE ": %s takes at least %d models%s, got %zu", info->name, info->min_models,
+                         info->needs_base ? " besides the base" : "", r->n_models);
+    return OBM_OK;
+}
+
+/* ---- the whole ---- */
+
+static obm_status read_method(obm__recipe *r, obm_error *err) {
+    const char *method;
+    OBM_TRY(read_text(r->root, "merge_method", &method, err));
+    if (!method) return obm__fail(err, OBM_E_ARG, WHERE ": `merge_method` is missing");
+    OBM_TRY(obm__method_find(method, &r->method, err));
+    OBM_TRY(read_text(r->root, "base_model", &r->base, err));
+    if (r->method->info.needs_base && !r->base)
+        return obm__fail(err, OBM_E_ARG, WHERE ": %s needs a `base_model`", method);
+    return OBM_OK;
+}
+
+static obm_status read_tokenizer_source(const obm__recipe *r, obm_error *err) {
+    const char *source;
+    OBM_TRY(read_text(r->root, "tokenizer_source", &source, err));
+    if (!source || !strcmp(source, "base") || (r->base && same_ref(source, r->base))) return OBM_OK;
+    return obm__fail(err, OBM_E_UNSUPPORTED,
+                     WHERE ": tokenizer_source: %.100s is not supported, only base: the vocabularies must be the same",
+                     source);
+}
+
+static obm_status read_profile(obm__recipe *r, obm_profile override, obm_error *err) {
+    const char *name;
+    OBM_TRY(read_text(r->root, "profile", &name, err));
+    bool paper = name && !strcmp(name, "paper");
+    if (name && !paper && strcmp(name, "mergekit"))
+        return obm__fail(err, OBM_E_ARG, WHERE ": profile: expected mergekit or paper, got `%.64s`", name);
+    r->profile = override != OBM_PROFILE_DEFAULT ? override : paper ? OBM_PROFILE_PAPER : OBM_PROFILE_MERGEKIT;
+    return OBM_OK;
+}
+
+static obm_status read_seed(obm__recipe *r, obm_error *err) {
+    const obm_json *v = obm__json_get(r->root, "random_seed");
+    int64_t seed = 0;
+    if (is_set(v) && (!obm__json_int(v, &seed) || seed < 0))
+        return obm__fail(err, OBM_E_ARG, WHERE ": random_seed: expected an integer >= 0");
+    r->seed = (uint64_t)seed;
+    return OBM_OK;
+}
+
+static obm_status read_recipe(const obm_context *ctx, obm__recipe *r, obm_profile profile, obm_error *err) {
+    if (obm__json_kind(r->root) != OBM_JSON_OBJECT)
+        return obm__fail(err, OBM_E_FORMAT, WHERE ": expected a mapping, got %s", obm__json_kind_name(r->root));
+    OBM_TRY(check_keys(r->root, WHERE, recipe_keys, OBM_COUNT(recipe_keys), err));
+    OBM_TRY(check_supported(r->root, err));
+    OBM_TRY(read_method(r, err));
+    OBM_TRY(read_profile(r, profile, err));
+    OBM_TRY(read_text(r->root, "name", &r->name, err));
+    OBM_TRY(read_dtype(r->root, "dtype", &r->has_dtype, &r->dtype, err));
+    OBM_TRY(read_dtype(r->root, "out_dtype", &r->has_out_dtype, &r->out_dtype, err));
+    OBM_TRY(read_seed(r, err));
+    OBM_TRY(read_tokenizer_source(r, err));
+    r->parameters = obm__json_get(r->root, "parameters");
+    OBM_TRY(check_parameters(ctx, r->method, r->parameters, false, WHERE ": parameters", err));
+    return read_models(ctx, r, err);
+}
+
+obm_status obm__recipe_parse(const obm_context *ctx, const char *text, obm_profile profile, obm__recipe **out,
+                             obm_error *err) {
+    obm__recipe *r = obm__calloc(1, sizeof *r);
+    if (!r) return obm__fail_nomem(err, sizeof *r);
+    r->text = obm__strdup(text);
+    obm_status status =
+        r->text ? obm__yaml_parse(text, strlen(text), WHERE, &r->root, err) : obm__fail_nomem(err, strlen(text));
+    if (status == OBM_OK) status = read_recipe(ctx, r, profile, err);
+    if (status == OBM_OK) {
+        *out = r;
+    } else {
+        obm__recipe_free(r);
+    }
+    return status;
+}
+
+void obm__recipe_free(obm__recipe *r) {
+    if (!r) return;
+    obm__json_free(r->root);
+    obm_free(r->models);
+    obm_free(r->text);
+    obm_free(r);
+}

@@ -1,0 +1,504 @@
+/* Merges of one tensor: shared vectors, mergekit's own outputs, and an independent reference that sorts. */
+#include "merge/merge.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+static obm_context *new_context(int threads) {
+    obm_context_options options = OBM_INIT(obm_context_options);
+    options.threads = threads;
+    obm_context *ctx;
+    obm_error err;
+    if (obm_context_new(&options, &ctx, &err) != OBM_OK) fail_msg("%s", err.message);
+    return ctx;
+}
+
+static uint64_t rng_state;
+static uint64_t rng(void) { /* xorshift64*: not the generator under test */
+    rng_state ^= rng_state >> 12;
+    rng_state ^= rng_state << 25;
+    rng_state ^= rng_state >> 27;
+    return rng_state * 0x2545f4914f6cdd1dULL;
+}
+static float uniform(void) { return (float)((double)(rng() >> 40) / (1 << 23) - 1.0); }
+
+static obm_tensor vector_f32(const float *data, size_t n) {
+    return (obm_tensor){.data = data, .dtype = OBM_F32, .ndim = 1, .shape = {(int64_t)n}};
+}
+
+/* ---- shared vectors ---- */
+
+#define MAX_MODELS 4
+#define MAX_PARAMS 32
+typedef struct vector_case {
+    char name[128], method[64];
+    obm_profile profile;
+    uint64_t seed;
+    obm_param params[MAX_PARAMS];
+    char param_names[MAX_PARAMS][32];
+    size_t n_params, n_models;
+    obm_tensor base, models[MAX_MODELS];
+    void *buffers[MAX_MODELS + 1];
+    size_t n_buffers;
+} vector_case;
+
+static obm_tensor read_tensor(vector_case *c, char *text) {
+    obm_tensor t = {0};
+    char *save, *dtype = strtok_r(text, " ", &save), *shape = strtok_r(NULL, " ", &save);
+    t.dtype = !strcmp(dtype, "f32") ? OBM_F32 : !strcmp(dtype, "bf16") ? OBM_BF16 : OBM_F16;
+    for (char *p = shape; *p; p += *p == 'x') t.shape[t.ndim++] = strtol(p, &p, 10);
+    size_t count = (size_t)obm_tensor_count(&t), size = obm_dtype_size(t.dtype);
+    char *data = malloc(count * size);
+    for (size_t i = 0; i < count; i++) {
+        uint32_t u = (uint32_t)strtoul(strtok_r(NULL, " \n", &save), NULL, 16);
+        memcpy(data + i * size, &u, size);
+    }
+    t.data = data;
+    c->buffers[c->n_buffers++] = data;
+    return t;
+}
+
+static void check_case(obm_context *ctx, vector_case *c, char *expected) {
+    char *tol = strstr(expected, " tol ");
+    bool exact = !strncmp(tol + 5, "exact", 5);
+    double bound = exact ? 0 : strtod(tol + 9, NULL);
+    *tol = 0;
+    obm_tensor want = read_tensor(c, expected + strlen("merged "));
+    size_t n = (size_t)obm_tensor_count(&want);
+    float *got = malloc(n * sizeof *got);
+    obm_error err;
+    if (obm_merge_tensors(ctx, c->method, c->profile, c->base.data ? &c->base : NULL, c->models, c->n_models, c->params,
+                          c->n_params, c->seed, got, &err) != OBM_OK)
+        fail_msg("%s: %s", c->name, err.message);
+    for (size_t i = 0; i < n; i++) {
+        float w = ((const float *)want.data)[i];
+        if (exact ? memcmp(&w, &got[i], 4) && !(w == 0 && got[i] == 0) : !(fabs((double)w - got[i]) <= bound))
+            fail_msg("%s: element %zu is %.9g, expected %.9g", c->name, i, got[i], w);
+    }
+    free(got);
+}
+
+static void case_line(obm_context *ctx, vector_case *c, char *line, size_t *done) {
+    char *rest = strchr(line, ' ');
+    if (!rest) return;
+    *rest++ = 0;
+    rest[strcspn(rest, "\n")] = 0;
+    if (!strcmp(line, "case")) {
+        for (size_t i = 0; i < c->n_buffers; i++) free(c->buffers[i]);
+        *c = (vector_case){0};
+        snprintf(c->name, sizeof c->name, "%s", rest);
+    } else if (!strcmp(line, "method")) {
+        snprintf(c->method, sizeof c->method, "%s", rest);
+    } else if (!strcmp(line, "profile")) {
+        c->profile = !strcmp(rest, "paper") ? OBM_PROFILE_PAPER : OBM_PROFILE_MERGEKIT;
+    } else if (!strcmp(line, "seed")) {
+        c->seed = strtoull(rest, NULL, 10);
+    } else if (!strcmp(line, "param")) {
+        obm_param *p = &c->params[c->n_params];
+        p->name = c->param_names[c->n_params];
+        assert_int_equal(sscanf(rest, "%31s %d %lf", c->param_names[c->n_params++], &p->model, &p->value), 3);
+    } else if (!strcmp(line, "in") && !strncmp(rest, "base ", 5)) {
+        c->base = read_tensor(c, rest + 5);
+    } else if (!strcmp(line, "in")) {
+        c->models[c->n_models++] = read_tensor(c, rest + strlen("model "));
+    } else if (!strcmp(line, "out")) {
+        check_case(ctx, c, rest);
+        ++*done;
+    }
+}
+
+static void test_vectors(void **state) {
+    (void)state;
+    FILE *f = fopen(OBM_SOURCE_DIR "/tests/vectors/merge.txt", "r");
+    assert_non_null(f);
+    obm_context *ctx = new_context(2);
+    vector_case c = {0};
+    char *line = NULL;
+    size_t capacity = 0, done = 0;
+    while (getline(&line, &capacity, f) > 0) case_line(ctx, &c, line, &done);
+    assert_true(done >= 30);
+    for (size_t i = 0; i < c.n_buffers; i++) free(c.buffers[i]);
+    free(line);
+    fclose(f);
+    obm_context_free(ctx);
+}
+
+/* Every method has at least three shared vectors. */
+static void test_vector_coverage(void **state) {
+    (void)state;
+    char *text;
+    size_t size;
+    assert_int_equal(obm__file_read(OBM_SOURCE_DIR "/tests/vectors/merge.txt", &text, &size, NULL), OBM_OK);
+    for (size_t i = 0; i < obm_method_count(); i++) {
+        char line[96];
+        size_t n = 0;
+        snprintf(line, sizeof line, "\nmethod %s\n", obm_method_at(i)->name);
+        for (char *p = text; (p = strstr(p, line)); p++) n++;
+        if (n < 3) fail_msg("%s has %zu vectors", obm_method_at(i)->name, n);
+    }
+    assert_null(obm_method_at(obm_method_count()));
+    obm_free(text);
+}
+
+/* ---- mergekit's own outputs ---- */
+
+/* mergekit computes in f32 and sums in torch's order; the values are of size 1 to 4, so 1e-6 is two to eight ulp. */
+#define GOLDEN_TOLERANCE 1e-6
+
+static void read_numbers(const obm_json *array, float *out, size_t n) {
+    assert_int_equal(obm__json_size(array), n);
+    for (size_t i = 0; i < n; i++) {
+        double x;
+        assert_true(obm__json_real(obm__json_at(array, i), &x));
+        out[i] = (float)x;
+    }
+}
+
+static void add_param(obm_param *params, size_t *n, const char *name, int model, double value) {
+    params[(*n)++] = (obm_param){name, model, value};
+}
+
+/* "ties w=.5,.3,.7 density=.2,.5,.9 normalize=false lambda=.6 rescale=true(l1)" */
+static size_t parse_golden(char *text, char **method, obm_param *params) {
+    size_t n = 0;
+    char *save, *word = strtok_r(text, " ", &save);
+    *method = word;
+    while ((word = strtok_r(NULL, " ", &save))) {
+        char *value = strchr(word, '=');
+        *value++ = 0;
+        if (!strncmp(value, "true", 4) || !strncmp(value, "false", 5)) {
+            add_param(params, &n, word, -1, *value == 't');
+            continue;
+        }
+        const char *name = !strcmp(word, "w") ? "weight" : word;
+        bool per_model = strcmp(name, "lambda") != 0;
+        double x = strtod(value, &value);
+        if (!per_model || *value != ',') {
+            add_param(params, &n, name, -1, x);
+            continue;
+        }
+        for (int i = 0; i < 3; i++) {
+            add_param(params, &n, name, i, x);
+            if (*value == ',') x = strtod(value + 1, &value);
+        }
+    }
+    return n;
+}
+
+static void test_golden(void **state) {
+    (void)state;
+    obm_error err;
+    obm_json *root;
+    if (obm__json_load(OBM_SOURCE_DIR "/tests/vectors/mergekit_golden.json", &root, &err) != OBM_OK)
+        fail_msg("%s", err.message);
+    obm_context *ctx = new_context(2);
+    float base[24], models[3][24], want[24], got[24];
+    obm_tensor b = vector_f32(base, 24), m[3];
+    read_numbers(obm__json_get(root, "base"), base, 24);
+    for (size_t i = 0; i < 3; i++) {
+        read_numbers(obm__json_at(obm__json_get(root, "models"), i), models[i], 24);
+        m[i] = vector_f32(models[i], 24);
+    }
+    const obm_json *expected = obm__json_get(root, "expected");
+    size_t done = 0;
+    for (void *it = obm__json_first(expected); it; it = obm__json_next(expected, it), done++) {
+        char text[128], *method;
+        obm_param params[MAX_PARAMS];
+        snprintf(text, sizeof text, "%s", obm__json_key(it));
+        size_t n = parse_golden(text, &method, params);
+        read_numbers(obm__json_value(it), want, 24);
+        bool linear = !strcmp(method, "linear");
+        if (obm_merge_tensors(ctx, method, OBM_PROFILE_DEFAULT, linear ? NULL : &b, m, 3, params, n, 0, got, &err) !=
+            OBM_OK)
+            fail_msg("%s: %s", obm__json_key(it), err.message);
+        for (size_t i = 0; i < 24; i++)
+            if (!(fabs((double)want[i] - got[i]) <= GOLDEN_TOLERANCE))
+                fail_msg("%s: element %zu is %.9g, expected %.9g", obm__json_key(it), i, got[i], want[i]);
+    }
+    assert_int_equal(done, 12);
+    obm__json_free(root);
+    obm_context_free(ctx);
+}
+
+/* ---- an independent TIES over several tensors ---- */
+
+typedef struct ranked {
+    float magnitude;
+    size_t index;
+} ranked;
+static int by_rank(const void *a, const void *b) {
+    const ranked *x = a, *y = b;
+    if (x->magnitude != y->magnitude) return x->magnitude > y->magnitude ? -1 : 1;
+    return x->index < y->index ? -1 : x->index > y->index;
+}
+
+static void trim_by_sorting(float *d, size_t n, double density) {
+    if (density >= 1) return;
+    size_t keep = (size_t)(density * (double)n);
+    ranked *r = malloc(n * sizeof *r);
+    for (size_t i = 0; i < n; i++) r[i] = (ranked){fabsf(d[i]), i};
+    qsort(r, n, sizeof *r, by_rank);
+    for (size_t i = keep ? keep : 1; i < n; i++) d[r[i].index] = 0;
+    free(r);
+}
+
+static float sign_of(float x) { return (float)((x > 0) - (x < 0)); }
+
+/* The paper profile over one concatenation: unweighted election, global majority for zero sums, weighted disjoint mean.
+ */
+static void ties_paper(const float *base, float **d, size_t models, size_t n, const double *density,
+                       const float *weight, float *out) {
+    double votes = 0;
+    float *sum = calloc(n, sizeof *sum);
+    for (size_t i = 0; i < models; i++) {
+        trim_by_sorting(d[i], n, density[i]);
+        for (size_t j = 0; j < n; j++) sum[j] += d[i][j];
+    }
+    for (size_t j = 0; j < n; j++) votes += sign_of(sum[j]);
+    for (size_t j = 0; j < n; j++) {
+        float elected = sum[j] == 0 ? (votes < 0 ? -1.0f : 1.0f) : sign_of(sum[j]), mixed = 0, mass = 0;
+        for (size_t i = 0; i < models; i++) {
+            if (sign_of(d[i][j]) != elected) continue;
+            mixed += weight[i] * d[i][j];
+            mass += weight[i];
+        }
+        out[j] = base[j] + (mass == 0 ? mixed : mixed / mass);
+    }
+    free(sum);
+}
+
+#define N_GROUPS 3
+static const size_t group_size[N_GROUPS] = {70001, 1, 12345};
+
+/* Model scope over three tensors; coarse values make magnitudes tie across blocks and tensors. */
+static void check_model_scope(obm_context *ctx, int levels) {
+    enum { MODELS = 2 };
+    size_t n = 0;
+    for (int g = 0; g < N_GROUPS; g++) n += group_size[g];
+    float *base = malloc(n * sizeof *base), *x[MODELS], *d[MODELS], *want = malloc(n * sizeof *want),
+          *got = malloc(n * sizeof *got);
+    for (size_t j = 0; j < n; j++) base[j] = (float)(int)(uniform() * 64) / 8;
+    for (int i = 0; i < MODELS; i++) {
+        x[i] = malloc(n * sizeof *x[i]);
+        d[i] = malloc(n * sizeof *d[i]);
+        for (size_t j = 0; j < n; j++) {
+            x[i][j] = base[j] + (levels ? (float)(int)(uniform() * (float)levels) / 8 : uniform());
+            d[i][j] = x[i][j] - base[j];
+        }
+    }
+    const double density[MODELS] = {0.37, 0.6};
+    const float weight[MODELS] = {1, 0.25f};
+    ties_paper(base, d, MODELS, n, density, weight, want);
+
+    const obm_param params[] = {
+        {"weight", 0, weight[0]}, {"weight", 1, weight[1]}, {"density", 0, density[0]}, {"density", 1, density[1]}};
+    obm__steps steps;
+    assert_int_equal(obm__steps_new(&obm__method_ties, OBM_PROFILE_PAPER, MODELS, params, 4, 0, &steps, NULL), OBM_OK);
+    obm_tensor b[N_GROUPS], m[N_GROUPS][MODELS];
+    obm__group groups[N_GROUPS];
+    size_t at = 0;
+    for (int g = 0; g < N_GROUPS; g++) {
+        b[g] = vector_f32(base + at, group_size[g]);
+        for (int i = 0; i < MODELS; i++) m[g][i] = vector_f32(x[i] + at, group_size[g]);
+        groups[g] = (obm__group){.name = "t", .base = &b[g], .models = m[g], .count = group_size[g], .steps = &steps};
+        at += group_size[g];
+    }
+    assert_int_equal(obm__statistics(&(obm__run){.ctx = ctx}, groups, N_GROUPS, NULL), OBM_OK);
+    at = 0;
+    for (int g = 0; g < N_GROUPS; g++) {
+        assert_int_equal(
+            obm__group_run(&(obm__run){.ctx = ctx}, &groups[g], 0, groups[g].count, OBM_F32, got + at, NULL), OBM_OK);
+        at += group_size[g];
+        obm__group_clear(&groups[g]);
+    }
+    for (size_t j = 0; j < n; j++)
+        if (want[j] != got[j]) fail_msg("levels %d, element %zu is %.9g, expected %.9g", levels, j, got[j], want[j]);
+    obm__steps_free(&steps);
+    for (int i = 0; i < MODELS; i++) free(x[i]), free(d[i]);
+    free(base), free(want), free(got);
+}
+
+static void test_model_scope(void **state) {
+    (void)state;
+    rng_state = 11;
+    for (int threads = 1; threads <= 5; threads += 2) {
+        obm_context *ctx = new_context(threads);
+        check_model_scope(ctx, 0);
+        check_model_scope(ctx, 3);
+        check_model_scope(ctx, 1);
+        obm_context_free(ctx);
+    }
+}
+
+/* ---- properties ---- */
+
+#define BIG 100003
+
+static void fill(float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = uniform();
+}
+
+static void merge_big(obm_context *ctx, const char *method, obm_profile profile, float *out) {
+    static float base[BIG], model[3][BIG];
+    rng_state = 5;
+    fill(base, BIG);
+    obm_tensor b = vector_f32(base, BIG), m[3];
+    for (int i = 0; i < 3; i++) {
+        fill(model[i], BIG);
+        for (size_t j = 0; j < BIG; j += 3) model[i][j] = base[j] + (float)(int)(model[i][j] * 3) / 4;
+        m[i] = vector_f32(model[i], BIG);
+    }
+    const obm_param params[] = {{"weight", -1, 0.5}, {"density", -1, 0.4}};
+    obm_error err;
+    bool linear = !strcmp(method, "linear");
+    if (obm_merge_tensors(ctx, method, profile, linear ? NULL : &b, m, 3, params, linear ? 1 : 2, 9, out, &err) !=
+        OBM_OK)
+        fail_msg("%s: %s", method, err.message);
+}
+
+static void test_threads_agree(void **state) {
+    (void)state;
+    static float one[BIG], many[BIG];
+    const int threads[] = {2, 5};
+    for (size_t i = 0; i < obm_method_count() * 2; i++) {
+        const char *method = obm_method_at(i / 2)->name;
+        obm_profile profile = i % 2 ? OBM_PROFILE_PAPER : OBM_PROFILE_MERGEKIT;
+        obm_context *ctx = new_context(1);
+        merge_big(ctx, method, profile, one);
+        obm_context_free(ctx);
+        for (size_t t = 0; t < 2; t++) {
+            ctx = new_context(threads[t]);
+            merge_big(ctx, method, profile, many);
+            obm_context_free(ctx);
+            if (memcmp(one, many, sizeof one)) fail_msg("%s differs between 1 and %d threads", method, threads[t]);
+        }
+    }
+}
+
+/* Keep rate within five standard deviations, kept values exactly d / p, and other draws for another seed or model. */
+static void test_dare_mask(void **state) {
+    (void)state;
+    static float d[BIG], e[BIG];
+    for (size_t j = 0; j < BIG; j++) d[j] = e[j] = 1;
+    const double p = 0.3;
+    obm__random_mask(obm__random_key(1, "w", 0), 0, p, d, BIG);
+    size_t kept = 0, same = 0;
+    for (size_t j = 0; j < BIG; j++) kept += d[j] != 0;
+    assert_true(fabs((double)kept - p * BIG) < 5 * sqrt(BIG * p * (1 - p)));
+    obm__random_mask(obm__random_key(1, "w", 1), 0, p, e, BIG);
+    for (size_t j = 0; j < BIG; j++) same += d[j] == e[j];
+    double agreement = p * p + (1 - p) * (1 - p); /* independent masks */
+    assert_true(fabs((double)same - agreement * BIG) < 5 * sqrt(BIG * agreement * (1 - agreement)));
+    /* a mask that starts in the middle is the middle of the mask */
+    float tail[100];
+    for (size_t j = 0; j < 100; j++) tail[j] = 1;
+    obm__random_mask(obm__random_key(1, "w", 0), 5000, p, tail, 100);
+    assert_memory_equal(tail, d + 5000, sizeof tail);
+}
+
+static void test_dare_values(void **state) {
+    (void)state;
+    obm_context *ctx = new_context(2);
+    static float base[BIG], model[BIG], out[BIG];
+    rng_state = 3;
+    fill(model, BIG);
+    obm_tensor b = vector_f32(base, BIG), m = vector_f32(model, BIG);
+    const obm_param params[] = {{"weight", 0, 1}, {"density", 0, 0.25}};
+    assert_int_equal(obm_merge_tensors(ctx, "dare_linear", OBM_PROFILE_DEFAULT, &b, &m, 1, params, 2, 77, out, NULL),
+                     OBM_OK);
+    double before = 0, after = 0;
+    for (size_t j = 0; j < BIG; j++) {
+        assert_true(out[j] == 0 || out[j] == model[j] * 4);
+        before += fabs((double)model[j]);
+        after += fabs((double)out[j]);
+    }
+    assert_true(fabs(after / before - 1) < 0.03); /* the L1 norm in expectation */
+    obm_context_free(ctx);
+}
+
+static void test_half_deltas_are_rounded(void **state) {
+    (void)state;
+    obm_context *ctx = new_context(1);
+    /* bf16: 1.0078125 - 2^-9 = 1.005859375 needs 10 bits; it rounds to 1.0078125 in the mergekit profile only. */
+    const uint16_t base[] = {0x3b00}, model[] = {0x3f81};
+    obm_tensor b = {.data = base, .dtype = OBM_BF16, .ndim = 1, .shape = {1}}, m = b;
+    m.data = model;
+    const obm_param weight = {"weight", 0, 1};
+    float out;
+    assert_int_equal(obm_merge_tensors(ctx, "ties", OBM_PROFILE_MERGEKIT, &b, &m, 1, &weight, 1, 0, &out, NULL),
+                     OBM_OK);
+    assert_true(out == 1.0078125f + 0.001953125f);
+    assert_int_equal(obm_merge_tensors(ctx, "ties", OBM_PROFILE_PAPER, &b, &m, 1, &weight, 1, 0, &out, NULL), OBM_OK);
+    assert_true(out == 1.0078125f);
+    obm_context_free(ctx);
+}
+
+/* ---- errors ---- */
+
+static obm_status merge_with(obm_context *ctx, const char *method, const obm_tensor *base, const obm_tensor *models,
+                             size_t n, const obm_param *params, size_t n_params, obm_error *err) {
+    float out[8] = {42};
+    obm_status status =
+        obm_merge_tensors(ctx, method, OBM_PROFILE_DEFAULT, base, models, n, params, n_params, 0, out, err);
+    assert_true(status == OBM_OK || out[0] == 42);
+    return status;
+}
+
+static void test_errors(void **state) {
+    (void)state;
+    obm_context *ctx = new_context(2);
+    float x[8] = {1, 2, 3, 4, 5, 6, 7, 8}, y[8] = {2, 2, 2, 2, NAN, 2, 2, 2};
+    obm_tensor b = vector_f32(x, 8), m = vector_f32(x, 8), bad = vector_f32(y, 8), small = vector_f32(x, 7);
+    obm_param weight = {"weight", 0, 1};
+    obm_error err;
+#define EXPECT(call, status, text)                                                         \
+    do {                                                                                   \
+        assert_int_equal(call, status);                                                    \
+        if (!strstr(err.message, text)) fail_msg("`%s` is not in: %s", text, err.message); \
+    } while (0)
+    EXPECT(merge_with(ctx, "tie", &b, &m, 1, &weight, 1, &err), OBM_E_NOTFOUND, "did you mean `ties`?");
+    EXPECT(merge_with(ctx, "ties", &b, &m, 1, &(obm_param){"densty", 0, 1}, 1, &err), OBM_E_NOTFOUND,
+           "did you mean `density`?");
+    EXPECT(merge_with(ctx, "ties", &b, &m, 1, NULL, 0, &err), OBM_E_ARG, "needs the parameter weight for model 0");
+    EXPECT(merge_with(ctx, "ties", NULL, &m, 1, &weight, 1, &err), OBM_E_ARG, "needs a base");
+    EXPECT(merge_with(ctx, "linear", &b, &m, 1, &weight, 1, &err), OBM_E_ARG, "has no base");
+    EXPECT(merge_with(ctx, "linear", NULL, &m, 1, &(obm_param){"weight", 0, 0}, 1, &err), OBM_E_ARG, "sum to 0");
+    EXPECT(merge_with(ctx, "ties", &b, &m, 0, &weight, 1, &err), OBM_E_ARG, "at least 1");
+    EXPECT(merge_with(ctx, "ties", &b, &small, 1, &weight, 1, &err), OBM_E_SHAPE,
+           "model 0: expected the shape (8) of the first tensor, got (7)");
+    EXPECT(merge_with(ctx, "ties", &b, &bad, 1, &weight, 1, &err), OBM_E_VALUE, "NaN or Inf in model 0 at index 4");
+    EXPECT(merge_with(ctx, "ties", &bad, &b, 1, &weight, 1, &err), OBM_E_VALUE, "NaN or Inf in the base at index 4");
+    const obm_param dense[] = {weight, {"density", 0, 1.5}};
+    EXPECT(merge_with(ctx, "ties", &b, &m, 1, dense, 2, &err), OBM_E_ARG, "density must be in [0, 1], got 1.5");
+    const obm_param half[] = {weight, {"normalize", -1, 0.5}};
+    EXPECT(merge_with(ctx, "ties", &b, &m, 1, half, 2, &err), OBM_E_ARG, "normalize must be true or false");
+    const obm_param local[] = {weight, {"normalize", 0, 1}};
+    EXPECT(merge_with(ctx, "ties", &b, &m, 1, local, 2, &err), OBM_E_ARG, "holds for the whole merge");
+    EXPECT(merge_with(ctx, "ties", &b, &m, 1, &(obm_param){"weight", 1, 1}, 1, &err), OBM_E_ARG, "given for model 1");
+    EXPECT(merge_with(ctx, "ties", &b, &m, 1, &(obm_param){"weight", 0, NAN}, 1, &err), OBM_E_ARG, "finite");
+    float huge[8] = {3e38f}, low[8] = {-3e38f};
+    obm_tensor top = vector_f32(huge, 8), bottom = vector_f32(low, 8);
+    EXPECT(merge_with(ctx, "ties", &bottom, &top, 1, &weight, 1, &err), OBM_E_VALUE, "overflows");
+    EXPECT(merge_with(ctx, "linear", NULL, (obm_tensor[]){top, top}, 2,
+                      (obm_param[]){{"weight", -1, 1}, {"normalize", -1, 0}}, 2, &err),
+           OBM_E_VALUE, "overflows the output");
+    m.dtype = OBM_I32;
+    EXPECT(merge_with(ctx, "ties", &b, &m, 1, &weight, 1, &err), OBM_E_DTYPE, "got I32");
+    obm_context_free(ctx);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_vectors),       cmocka_unit_test(test_vector_coverage),
+        cmocka_unit_test(test_golden),        cmocka_unit_test(test_model_scope),
+        cmocka_unit_test(test_threads_agree), cmocka_unit_test(test_dare_mask),
+        cmocka_unit_test(test_dare_values),   cmocka_unit_test(test_half_deltas_are_rounded),
+        cmocka_unit_test(test_errors),
+    };
+    return cmocka_run_group_tests_name("merge", tests, NULL, NULL);
+}
