@@ -1,0 +1,182 @@
+/* Chat templates: ChatML is built in; a model's own Jinja template is recognised as ChatML or refused, never run. */
+#include "../io/io.h"
+#include "text.h"
+
+#include <string.h>
+
+#define START "<|im_start|>"
+#define END "<|im_end|>"
+
+/* ---- recognising ---- */
+
+/* Words of templates that print something else than plain ChatML somewhere. */
+static const struct { const char *word, *obstacle; } obstacles[] = {
+    {"bos_token", "it prints bos_token"},
+    {"trim", "it trims messages"},
+    {"strip(", "it strips messages"},
+    {"<think>", "it handles <think> blocks"},
+    {"strftime_now", "it prints the date"},
+    {"system_message", "it keeps the system message in a variable"},
+    {"default_system", "it keeps a default system message in a variable"},
+    {"[INST]", "it mixes in [INST]"},
+};
+
+/* One character of a Jinja string literal; at least one byte is left. */
+static const char *unescape(const char *p, char *c) {
+    *c = *p;
+    if (*p != '\\' || !p[1]) return p + 1;
+    *c = p[1] == 'n' ? '\n' : p[1] == 't' ? '\t' : p[1];
+    return p + 2;
+}
+
+static bool starts_with(const char *p, const char *prefix) { return strncmp(p, prefix, strlen(prefix)) == 0; }
+
+/* The literal (or, with quote 0, the text outside of tags) from p to its end. */
+static void read_literal(const char *p, char quote, obm__buffer *out) {
+    obm__buffer_add(out, "", 0);
+    while (*p && (quote ? *p != quote : !starts_with(p, "{{") && !starts_with(p, "{%"))) {
+        char c = *p;
+        p = quote ? unescape(p, &c) : p + 1;
+        obm__buffer_add(out, &c, 1);
+    }
+}
+
+/* A default is a whole system turn in one piece of text: START system \n <default> END. */
+static obm_status note_system(obm__chat *c, const char *at, obm_error *err) {
+    const char *head = "system\n";
+    char quote = at > c->source && (at[-1] == '\'' || at[-1] == '"') ? at[-1] : 0;
+    obm__buffer literal = {0};
+    read_literal(at + strlen(START), quote, &literal);
+    obm_status status = literal.failed ? obm__fail_nomem(err, strlen(at)) : OBM_OK;
+    char *end = status == OBM_OK && starts_with(literal.data, head) ? strstr(literal.data, END) : NULL;
+    if (end) {
+        *end = 0;
+        const char *system = literal.data + strlen(head);
+        if (c->system && strcmp(c->system, system) != 0) c->obstacle = "it has several default system messages";
+        else if (!c->system && !(c->system = obm__strdup(system))) status = obm__fail_nomem(err, strlen(system));
+    }
+    obm__buffer_free(&literal);
+    return status;
+}
+
+obm_status obm__chat_use(obm__chat *c, obm_error *err) {
+    c->chatml = strstr(c->source, START) && strstr(c->source, END);
+    for (size_t i = 0; i < sizeof obstacles / sizeof *obstacles && !c->obstacle; i++) {
+        if (strstr(c->source, obstacles[i].word)) c->obstacle = obstacles[i].obstacle;
+    }
+    for (const char *at = c->source; (at = strstr(at, START)); at++) OBM_TRY(note_system(c, at, err));
+    return OBM_OK;
+}
+
+/* ---- loading ---- */
+
+/* A string, or the one named "default" of [{"name": ..., "template": ...}, ...]. */
+static const char *pick(const obm_json *value) {
+    const char *text = obm__json_string(value);
+    for (size_t i = 0; !text && i < obm__json_size(value); i++) {
+        const obm_json *entry = obm__json_at(value, i);
+        const char *name = obm__json_string(obm__json_get(entry, "name"));
+        if (name && strcmp(name, "default") == 0) text = obm__json_string(obm__json_get(entry, "template"));
+    }
+    return text;
+}
+
+static obm_status load_config(obm__chat *c, const char *path, obm_error *err) {
+    obm_json *config = NULL;
+    OBM_TRY(obm__json_load(path, &config, err));
+    const char *text = pick(obm__json_get(config, "chat_template"));
+    if (text) c->source = obm__strdup(text);
+    obm__json_free(config);
+    return text && !c->source ? obm__fail_nomem(err, 0) : OBM_OK;
+}
+
+static obm_status load_jinja(obm__chat *c, const char *path, obm_error *err) {
+    size_t size = 0;
+    OBM_TRY(obm__file_read(path, &c->source, &size, err));
+    size_t bad = obm__utf8_check(c->source, size);
+    if (bad < size || strlen(c->source) != size) {
+        return obm__fail(err, OBM_E_FORMAT, "%s: not UTF-8 text at byte %zu", path, bad < size ? bad : strlen(c->source));
+    }
+    return OBM_OK;
+}
+
+/* Tries one file; sets c->source and c->name where it has a template. */
+static obm_status load_from(obm__chat *c, const char *directory, const char *name,
+                            obm_status (*load)(obm__chat *c, const char *path, obm_error *err), obm_error *err) {
+    if (c->source) return OBM_OK;
+    char *path = obm__path_join(directory, name);
+    obm_status status = path ? OBM_OK : obm__fail_nomem(err, strlen(directory));
+    if (status == OBM_OK && obm__file_exists(path)) status = load(c, path, err);
+    if (status == OBM_OK && c->source) {
+        c->name = path;
+        return OBM_OK;
+    }
+    obm_free(path);
+    return status;
+}
+
+/* The file of its own wins, as in transformers. */
+obm_status obm__chat_load(obm__chat *c, const char *directory, obm_error *err) {
+    OBM_TRY(load_from(c, directory, "chat_template.jinja", load_jinja, err));
+    OBM_TRY(load_from(c, directory, "tokenizer_config.json", load_config, err));
+    return c->source ? obm__chat_use(c, err) : OBM_OK;
+}
+
+void obm__chat_free(obm__chat *c) {
+    obm_free(c->source);
+    obm_free(c->name);
+    obm_free(c->system);
+    *c = (obm__chat){0};
+}
+
+/* ---- rendering ---- */
+
+static obm_status check_template(const obm__chat *c, obm_error *err) {
+    if (!c->source) {
+        return obm__fail(err, OBM_E_UNSUPPORTED, "the model has no chat template (neither chat_template.jinja nor chat_template in tokenizer_config.json)");
+    }
+    if (!c->chatml) {
+        return obm__fail(err, OBM_E_UNSUPPORTED, "%s: the chat template is not ChatML (%s, %s), the one that is built in", c->name, START, END);
+    }
+    if (c->obstacle) {
+        return obm__fail(err, OBM_E_UNSUPPORTED, "%s: the chat template is not plain ChatML: %s", c->name, c->obstacle);
+    }
+    return OBM_OK;
+}
+
+static obm_status check_messages(const obm_message *messages, size_t n, obm_error *err) {
+    if (n == 0 || !messages) return obm__fail(err, OBM_E_ARG, "a chat needs at least one message");
+    for (size_t i = 0; i < n; i++) {
+        const char *role = messages[i].role;
+        if (!role || !messages[i].content) return obm__fail(err, OBM_E_ARG, "message %zu has no role or no content", i);
+        if (strcmp(role, "tool") == 0) return obm__fail(err, OBM_E_UNSUPPORTED, "message %zu: the role tool is not supported", i);
+        if (strcmp(role, "system") && strcmp(role, "user") && strcmp(role, "assistant")) {
+            return obm__fail(err, OBM_E_ARG, "message %zu: unknown role \"%.64s\" (system, user, assistant)", i, role);
+        }
+    }
+    return OBM_OK;
+}
+
+static void add_turn(obm__buffer *out, const char *role, const char *content) {
+    obm__buffer_text(out, START);
+    obm__buffer_text(out, role);
+    obm__buffer_text(out, "\n");
+    obm__buffer_text(out, content);
+    obm__buffer_text(out, END "\n");
+}
+
+obm_status obm_tokenizer_apply_template(const obm_tokenizer *t, const obm_message *messages, size_t n, bool add_generation,
+                                        char **text, obm_error *err) {
+    obm__buffer out = {0};
+    OBM_TRY(check_template(&t->chat, err));
+    OBM_TRY(check_messages(messages, n, err));
+    if (t->chat.system && strcmp(messages[0].role, "system") != 0) add_turn(&out, "system", t->chat.system);
+    for (size_t i = 0; i < n; i++) add_turn(&out, messages[i].role, messages[i].content);
+    if (add_generation) obm__buffer_text(&out, START "assistant\n");
+    if (out.failed) {
+        obm__buffer_free(&out);
+        return obm__fail_nomem(err, out.size);
+    }
+    *text = out.data;
+    return OBM_OK;
+}

@@ -1,0 +1,165 @@
+/* Text to ids and back: what the files of core/text share, and what generation uses of it (special ids, streaming). */
+#ifndef OBM_TEXT_H
+#define OBM_TEXT_H
+
+#include "../io/json.h"
+#include "../sys/sys.h"
+
+/* ---- unicode.c: the only file that includes utf8proc.h ---- */
+
+/* Offset of the first byte that is not part of well-formed UTF-8 (RFC 3629), or n. */
+size_t obm__utf8_check(const char *s, size_t n);
+/* Code point at s and its length in bytes; s must be well-formed and n > 0. */
+uint32_t obm__utf8_next(const char *s, size_t n, size_t *len);
+/* Appends s with every maximal ill-formed subpart replaced by U+FFFD (Unicode 16, section 3.9, as Rust's from_utf8_lossy) and
+ * returns the bytes used: all of them with `final`, else all but a character that may still be completed. */
+size_t obm__utf8_lossy(const char *s, size_t n, bool final, obm__buffer *out);
+bool obm__is_space(uint32_t c);   /* White_Space */
+bool obm__is_word(uint32_t c);    /* \w of UTS 18: Alphabetic, Mark, Decimal_Number, Connector_Punctuation, Join_Control */
+obm_status obm__nfc(const char *s, size_t n, obm__buffer *out, obm_error *err);   /* appends */
+
+/* ---- regex.c: the only file that includes pcre2.h ---- */
+
+/* A compiled pattern in the dialect of tokenizer.json (Oniguruma, Ruby syntax).  Immutable, share freely. */
+typedef struct obm__regex obm__regex;
+/* `where` names the source in messages.  Errors: FORMAT, UNSUPPORTED (constructs whose meaning differs), NOMEM. */
+obm_status obm__regex_new(const char *pattern, size_t n, const char *where, obm__regex **out, obm_error *err);
+obm_status obm__regex_new_literal(const char *text, size_t n, const char *where, obm__regex **out, obm_error *err);
+void obm__regex_free(obm__regex *r);
+
+/* What one thread needs to match; any number of patterns. */
+typedef struct obm__matching obm__matching;
+obm__matching *obm__matching_new(void);   /* NULL: out of memory */
+void obm__matching_free(obm__matching *m);
+/* The first match in s[start, n); s is well-formed UTF-8.  Errors: FORMAT (the pattern backtracks without bound), NOMEM. */
+obm_status obm__regex_find(const obm__regex *r, obm__matching *m, const char *s, size_t n, size_t start, bool *found,
+                           size_t *begin, size_t *end, obm_error *err);
+
+/* ---- split.c: cutting a text into words ---- */
+
+typedef struct obm__span { size_t begin, end; } obm__span;
+typedef struct obm__spans { obm__span *at; size_t count, capacity; } obm__spans;   /* zero-initialise */
+bool obm__spans_add(obm__spans *s, size_t begin, size_t end);                       /* false: out of memory */
+void obm__spans_free(obm__spans *s);
+
+typedef enum obm__behavior {
+    OBM__ISOLATED, OBM__REMOVED, OBM__MERGED_WITH_PREVIOUS, OBM__MERGED_WITH_NEXT, OBM__CONTIGUOUS
+} obm__behavior;
+typedef struct obm__split { obm__regex *regex; obm__behavior behavior; bool invert; } obm__split;
+/* Cuts text[span] and appends the non-empty parts, with the pattern seeing nothing outside of the span. */
+obm_status obm__split_apply(const obm__split *split, obm__matching *m, const char *text, obm__span span, obm__spans *out,
+                            obm_error *err);
+
+/* ---- vocab.c: pieces by id, ids by piece ---- */
+
+typedef struct obm__piece {
+    const char *text;   /* NUL-terminated; NULL: no piece has this id */
+    uint32_t len;
+    bool in_model;      /* part of the BPE vocabulary, not only an added token */
+    bool special;
+} obm__piece;
+typedef struct obm__vocab {
+    obm__piece *pieces;   // (size,), by id
+    size_t size;
+    int32_t *slots;       // open addressing, -1 free
+    size_t mask;
+    char **blocks;        /* the pieces' bytes */
+    size_t n_blocks;
+} obm__vocab;
+/* From {"piece": id, ...} and the added tokens' array (nullable), whose ids must agree where both name a piece. */
+obm_status obm__vocab_load(obm__vocab *v, const obm_json *model, const obm_json *added, const char *where, obm_error *err);
+void obm__vocab_free(obm__vocab *v);
+int32_t obm__vocab_find(const obm__vocab *v, const char *text, size_t len);   /* -1: none */
+
+/* ---- bpe.c ---- */
+
+typedef struct obm__ids { int32_t *data; size_t count, capacity; bool failed; } obm__ids;   /* zero-initialise */
+void obm__ids_add(obm__ids *ids, int32_t id);
+
+/* GPT-2's bijection between bytes and printable characters. */
+size_t obm__byte_to_char(uint8_t byte, char out[2]);   /* returns the length, 1 or 2 */
+int obm__char_to_byte(uint32_t c);                     /* -1: not in the alphabet */
+
+typedef struct obm__merge { uint64_t pair; uint32_t rank; int32_t id; } obm__merge;
+typedef struct obm__bpe {
+    const obm__vocab *vocab;
+    obm__merge *merges;     // open addressing by pair, rank UINT32_MAX free
+    size_t mask;
+    int32_t byte_ids[256];  /* id of the one-byte piece, -1 if the vocabulary lacks it */
+    int32_t unk;            /* -1: bytes without a piece are dropped, as the tokenizers library does */
+    bool fuse_unk, ignore_merges;
+} obm__bpe;
+/* model: the "model" object of tokenizer.json; vocab must outlive m. */
+obm_status obm__bpe_load(obm__bpe *m, const obm__vocab *vocab, const obm_json *model, const char *where, obm_error *err);
+void obm__bpe_free(obm__bpe *m);
+
+typedef struct obm__bpe_work obm__bpe_work;   /* scratch of one thread */
+obm__bpe_work *obm__bpe_work_new(void);
+void obm__bpe_work_free(obm__bpe_work *w);
+/* Appends the ids of one word given as bytes.  O(n log n). */
+obm_status obm__bpe_encode(const obm__bpe *m, obm__bpe_work *w, const char *word, size_t n, obm__ids *out, obm_error *err);
+
+/* ---- added.c: added tokens in the text ---- */
+
+typedef struct obm__added {
+    char *text;      /* what is looked for: normalized if the token says so */
+    size_t len;
+    int32_t id;
+    uint32_t order;  /* of equal texts the lowest counts */
+    bool single_word, lstrip, rstrip;
+} obm__added;
+typedef struct obm__added_set {
+    obm__added *tokens;      // sorted by text, unique
+    size_t count;
+    uint32_t first[257];     /* tokens that start with byte b: [first[b], first[b + 1]) */
+} obm__added_set;
+void obm__added_set_index(obm__added_set *s);
+void obm__added_set_free(obm__added_set *s);
+/* The next token at or after *at, leftmost-longest.  NULL: none.  The span includes what lstrip and rstrip take; `taken` is
+ * where the last token's span ended, *at is moved behind the match. */
+const obm__added *obm__added_next(const obm__added_set *s, const char *text, size_t n, size_t taken, size_t *at, obm__span *span);
+
+/* ---- pipeline.c: the parts of tokenizer.json around the model ---- */
+
+typedef struct obm__pipeline {
+    bool nfc;
+    obm__split *splits;      /* in order, before ByteLevel */
+    size_t n_splits;
+    bool prefix_space;       /* ByteLevel */
+    obm__regex *words;       /* ByteLevel's own pattern, NULL: use_regex is false */
+    int32_t *before, *after; /* of the post-processor */
+    size_t n_before, n_after;
+} obm__pipeline;
+obm_status obm__pipeline_load(obm__pipeline *p, const obm_json *root, const char *where, obm_error *err);
+void obm__pipeline_free(obm__pipeline *p);
+
+/* ---- template.c ---- */
+
+typedef struct obm__chat {
+    char *source;            /* the Jinja text, NULL without */
+    char *name;              /* of where it came from, for messages */
+    char *system;            /* what the template says when no system message comes first, NULL: nothing */
+    bool chatml;
+    const char *obstacle;    /* why the built-in cannot stand in for it; static, NULL if it can */
+} obm__chat;
+/* Reads chat_template.jinja or tokenizer_config.json in `directory`; neither is fine. */
+obm_status obm__chat_load(obm__chat *c, const char *directory, obm_error *err);
+obm_status obm__chat_use(obm__chat *c, obm_error *err);   /* recognises c->source */
+void obm__chat_free(obm__chat *c);
+
+/* ---- tokenizer.c ---- */
+
+struct obm_tokenizer {
+    obm__vocab vocab;
+    obm__bpe bpe;
+    obm__pipeline pipeline;
+    obm__added_set raw, normalized;
+    obm__chat chat;
+};
+/* From memory, without a chat template. */
+obm_status obm__tokenizer_parse(const char *json, size_t size, const char *where, obm_tokenizer **out, obm_error *err);
+bool obm__tokenizer_is_special(const obm_tokenizer *t, int32_t id);   /* false for ids out of range */
+/* Appends the bytes that the piece stands for.  Errors: ARG (id out of range). */
+obm_status obm__tokenizer_bytes(const obm_tokenizer *t, int32_t id, bool skip_special, obm__buffer *out, obm_error *err);
+
+#endif
