@@ -57,6 +57,8 @@ typedef struct obm__piece {
     uint32_t len;
     bool in_model;      /* part of the BPE vocabulary, not only an added token */
     bool special;
+    const char *decoded;   /* what it stands for in decoding where that is not `text`: an added token's normalized form */
+    uint32_t decoded_len;
 } obm__piece;
 typedef struct obm__vocab {
     obm__piece *pieces;   // (size,), by id

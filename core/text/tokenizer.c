@@ -54,6 +54,11 @@ static obm_status load_added(obm_tokenizer *t, const obm_json *added, obm_error 
         sets[normalized]->tokens[sets[normalized]->count++] = token;
     }
     for (int i = 0; i < 2; i++) obm__added_set_index(sets[i]);
+    for (size_t i = 0; i < t->normalized.count; i++) {
+        const obm__added *token = &t->normalized.tokens[i];
+        t->vocab.pieces[token->id].decoded = token->text;
+        t->vocab.pieces[token->id].decoded_len = (uint32_t)token->len;
+    }
     return OBM_OK;
 }
 
@@ -282,12 +287,13 @@ done:
 
 /* A piece of the byte alphabet only is those bytes; any other is its own text, whole, as the library has it. */
 static void add_bytes(const obm__piece *p, obm__buffer *out) {
-    size_t start = out->size, at = 0, len;
-    while (at < p->len) {
-        int byte = obm__char_to_byte(obm__utf8_next(p->text + at, p->len - at, &len));
+    const char *text = p->decoded ? p->decoded : p->text;
+    size_t n = p->decoded ? p->decoded_len : p->len, start = out->size, at = 0, len;
+    while (at < n) {
+        int byte = obm__char_to_byte(obm__utf8_next(text + at, n - at, &len));
         if (byte < 0) {
             out->size = start;
-            obm__buffer_add(out, p->text, p->len);
+            obm__buffer_add(out, text, n);
             return;
         }
         char c = (char)byte;
