@@ -140,12 +140,13 @@ obm_status obm__model_writer_declare(obm__model_writer *w, const char *name, obm
 
 /* ---- shards ---- */
 
-/* Tensors fill a shard until the next one would pass the limit; a tensor larger than the limit has a shard of its own. */
+/* Tensors fill a shard until the next one would pass the limit; a tensor larger than the limit has a shard of its own, and empty
+ * ones never open a shard. */
 static size_t assign_shards(declared *tensors, size_t count, uint64_t limit) {
     size_t at = 0;
     uint64_t filled = 0;
     for (size_t i = 0; i < count; i++) {
-        if (filled > 0 && (tensors[i].bytes > limit || filled > limit - tensors[i].bytes)) {
+        if (filled > 0 && tensors[i].bytes > 0 && (tensors[i].bytes > limit || filled > limit - tensors[i].bytes)) {
             at++;
             filled = 0;
         }
