@@ -1,0 +1,130 @@
+/* Causal attention over the paged cache: grouped queries, sliding window.  A row sees its own sequence only. */
+#include "model.h"
+
+#include <math.h>
+#include <string.h>
+
+typedef struct attention_job {
+    obm_model *m;
+    const obm__row *rows;
+    int64_t layer;
+    size_t offset;
+} attention_job;
+
+/* ---- rotate and store ---- */
+
+static void store(const obm_model *m, const obm__row *row, int64_t layer, int which, int64_t kv_head, const float *x) {
+    int64_t dim = m->config.head_dim, slot = row->position % OBM_TILE_TOKENS;
+    void *page = obm__kv_at(m, row->sequence, row->position / OBM_TILE_TOKENS, layer, which, kv_head);   // (64, head_dim)
+    if (row->sequence->kv == OBM_F16) m->ctx->k->f32_to_f16((uint16_t *)page + slot * dim, x, (size_t)dim);
+    else memcpy((float *)page + slot * dim, x, (size_t)dim * sizeof *x);
+}
+
+static void rotate_and_store(void *arg, size_t begin, size_t end, int worker) {
+    const attention_job *j = arg;
+    const obm__config *c = &j->m->config;
+    const obm__scratch *s = &j->m->scratch;
+    int64_t dim = c->head_dim, half = dim / 2;
+    (void)worker;
+    for (size_t i = begin; i < end; i++) {
+        if (!j->rows[i].sequence) continue;
+        const float *cosine = s->cosine + (int64_t)i * half, *sine = s->sine + (int64_t)i * half;
+        float *q = s->q + (int64_t)i * c->heads * dim;      // (heads, head_dim)
+        float *k = s->k + (int64_t)i * c->kv_heads * dim;   // (kv_heads, head_dim)
+        float *v = s->v + (int64_t)i * c->kv_heads * dim;   // (kv_heads, head_dim)
+        for (int64_t h = 0; h < c->heads; h++) obm__rope_apply(q + h * dim, cosine, sine, half);
+        for (int64_t h = 0; h < c->kv_heads; h++) {
+            obm__rope_apply(k + h * dim, cosine, sine, half);
+            store(j->m, &j->rows[i], j->layer, 0, h, k + h * dim);
+            store(j->m, &j->rows[i], j->layer, 1, h, v + h * dim);
+        }
+    }
+}
+
+/* ---- attend ---- */
+
+/* scores[p - from] = q . k[p] for p in [from, to), page by page. */
+static void score_keys(const obm_model *m, const obm__sequence *s, int64_t layer, int64_t kv_head, int64_t from, int64_t to,
+                       const float *q, float *scores) {
+    int64_t dim = m->config.head_dim;
+    for (int64_t p = from; p < to;) {
+        int64_t slot = p % OBM_TILE_TOKENS, n = OBM_TILE_TOKENS - slot < to - p ? OBM_TILE_TOKENS - slot : to - p;
+        const void *keys = obm__kv_at(m, s, p / OBM_TILE_TOKENS, layer, 0, kv_head);
+        size_t d = (size_t)dim, rows = (size_t)n;
+        if (s->kv == OBM_F16) m->ctx->k->rows_f16(scores + (p - from), (const uint16_t *)keys + slot * dim, d, rows, q, d);
+        else m->ctx->k->rows_f32(scores + (p - from), (const float *)keys + slot * dim, d, rows, q, d);
+        p += n;
+    }
+}
+
+/* In place; the sum in f64 in increasing order, so that a long context costs no accuracy. */
+static void softmax(float *x, int64_t n, float scale) {
+    float max = -INFINITY;
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+        x[i] *= scale;
+        if (x[i] > max) max = x[i];
+    }
+    for (int64_t i = 0; i < n; i++) {
+        x[i] = expf(x[i] - max);
+        sum += x[i];
+    }
+    float inverse = (float)(1 / sum);
+    for (int64_t i = 0; i < n; i++) x[i] *= inverse;
+}
+
+/* out = sum_p weights[p - from] * v[p], p increasing. */
+static void mix_values(const obm_model *m, const obm__sequence *s, int64_t layer, int64_t kv_head, int64_t from, int64_t to,
+                       const float *weights, float *widened, float *out) {
+    int64_t dim = m->config.head_dim;
+    memset(out, 0, (size_t)dim * sizeof *out);
+    for (int64_t p = from; p < to;) {
+        int64_t slot = p % OBM_TILE_TOKENS, n = OBM_TILE_TOKENS - slot < to - p ? OBM_TILE_TOKENS - slot : to - p;
+        const void *page = obm__kv_at(m, s, p / OBM_TILE_TOKENS, layer, 1, kv_head);
+        const float *values = (const float *)page + slot * dim;
+        if (s->kv == OBM_F16) {
+            m->ctx->k->f16_to_f32(widened, (const uint16_t *)page + slot * dim, (size_t)(n * dim));
+            values = widened;
+        }
+        for (int64_t i = 0; i < n; i++) m->ctx->k->axpy_f32(out, weights[p - from + i], values + i * dim, (size_t)dim);
+        p += n;
+    }
+}
+
+static void attend(void *arg, size_t begin, size_t end, int worker) {
+    const attention_job *j = arg;
+    const obm__config *c = &j->m->config;
+    const obm__scratch *s = &j->m->scratch;
+    float *scores = s->scores + (size_t)worker * s->positions;
+    float *widened = s->widened + (size_t)worker * OBM_TILE_TOKENS * (size_t)c->head_dim;
+    float scale = 1.0f / sqrtf((float)c->head_dim);
+    for (size_t item = begin + j->offset; item < end + j->offset; item++) {
+        const obm__row *row = &j->rows[item / (size_t)c->heads];
+        int64_t head = (int64_t)(item % (size_t)c->heads), kv_head = head / (c->heads / c->kv_heads);
+        if (!row->sequence) continue;
+        int64_t to = row->position + 1, from = c->window && to > c->window ? to - c->window : 0;
+        int64_t at = (int64_t)item * c->head_dim;   // (rows, heads, head_dim)
+        score_keys(j->m, row->sequence, j->layer, kv_head, from, to, s->q + at, scores);
+        softmax(scores, to - from, scale);
+        mix_values(j->m, row->sequence, j->layer, kv_head, from, to, scores, widened, s->mixed + at);
+    }
+}
+
+obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int64_t layer, obm__pulse *pulse, obm_error *err) {
+    const obm__config *c = &m->config;
+    attention_job j = {.m = m, .rows = rows, .layer = layer};
+    obm__parallel(m->ctx, n, 8, rotate_and_store, &j);
+    int64_t seen = 1;
+    for (size_t i = 0; i < n; i++)
+        if (rows[i].sequence && rows[i].position >= seen) seen = rows[i].position + 1;
+    if (c->window && seen > c->window) seen = c->window;
+    size_t items = n * (size_t)c->heads, threads = (size_t)m->ctx->threads;
+    /* Attention runs at about a tenth of the arithmetic rate of GEMM: counted tenfold. */
+    double per_item = 40.0 * (double)seen * (double)c->head_dim, slice = OBM_SLICE_FLOPS / per_item;
+    size_t step = slice < (double)threads ? threads : slice < (double)items ? (size_t)slice : items;
+    for (j.offset = 0; j.offset < items; j.offset += step) {
+        obm__parallel(m->ctx, items - j.offset < step ? items - j.offset : step, 4, attend, &j);
+        OBM_TRY(obm__pulse_check(pulse, err));
+    }
+    return OBM_OK;
+}

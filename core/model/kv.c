@@ -1,0 +1,57 @@
+/* Sequences and their KV cache: pages of 64 positions for all layers, which never move.  It does not attend. */
+#include "model.h"
+
+#include <string.h>
+
+static bool page_bytes(const obm_model *m, obm_dtype kv, size_t *out) {
+    const obm__config *c = &m->config;
+    return obm__mul((size_t)c->layers * 2, (size_t)(c->kv_heads * c->head_dim), out) && obm__mul(*out, OBM_TILE_TOKENS, out) &&
+           obm__mul(*out, obm_dtype_size(kv), out);
+}
+
+obm_status obm__sequence_new(obm_model *m, const double *route, obm_dtype kv, obm__sequence **out, obm_error *err) {
+    if (kv != OBM_F32 && kv != OBM_F16)
+        return obm__fail(err, OBM_E_ARG, "the KV cache can be F32 or F16, not %s", obm_dtype_name(kv));
+    obm__sequence *s = obm__calloc(1, sizeof *s);
+    if (!s) return obm__fail_nomem(err, sizeof *s);
+    s->kv = kv;
+    obm_status status = obm__weights_acquire(m, route, &s->weights, err);
+    if (status == OBM_OK) *out = s;
+    else obm_free(s);
+    return status;
+}
+
+void obm__sequence_free(obm_model *m, obm__sequence *s) {
+    if (!s) return;
+    size_t bytes = 0;
+    page_bytes(m, s->kv, &bytes);
+    for (size_t i = 0; i < s->n_pages; i++) obm_free(s->pages[i]);
+    m->kv_bytes -= s->n_pages * bytes;
+    obm_free(s->pages);
+    obm__weights_release(m, s->weights);
+    obm_free(s);
+}
+
+obm_status obm__sequence_reserve(obm_model *m, obm__sequence *s, int64_t positions, obm_error *err) {
+    size_t need = (size_t)((positions + OBM_TILE_TOKENS - 1) / OBM_TILE_TOKENS), bytes;
+    if (!page_bytes(m, s->kv, &bytes)) return obm__fail_nomem(err, UINT64_MAX);
+    if (need > s->capacity) {
+        void **pages = obm__realloc(s->pages, need * 2, sizeof *pages);
+        if (!pages) return obm__fail_nomem(err, need * 2 * sizeof *pages);
+        s->pages = pages;
+        s->capacity = need * 2;
+    }
+    while (s->n_pages < need) {
+        void *page = obm__alloc(bytes, 1);
+        if (!page) return obm__fail_nomem(err, bytes);
+        s->pages[s->n_pages++] = page;
+        m->kv_bytes += bytes;
+    }
+    return OBM_OK;
+}
+
+void *obm__kv_at(const obm_model *m, const obm__sequence *s, int64_t page, int64_t layer, int which, int64_t kv_head) {
+    const obm__config *c = &m->config;
+    size_t block = (size_t)((layer * 2 + which) * c->kv_heads + kv_head);   // (layers, 2, kv_heads, 64, head_dim)
+    return (char *)s->pages[page] + block * OBM_TILE_TOKENS * (size_t)c->head_dim * obm_dtype_size(s->kv);
+}

@@ -1,0 +1,152 @@
+/* Linear layers: the one place that asks for the rows of a matrix under a route.  It keeps no state. */
+#include "model.h"
+
+#include <math.h>
+#include <string.h>
+
+#define PANEL 128       /* weight rows of one GEMM call */
+#define ROW_BLOCK 32    /* weight rows of one item of the row path: stays in L2 while all sequences pass over it */
+
+typedef struct linear_job {
+    obm_model *m;
+    const obm__weights *const *weights;   /* (n) */
+    size_t n;
+    int64_t layer;
+    const obm__linear *layers;
+    size_t count;
+    const float *x;                       /* (n, cols) */
+    size_t first_item[4];                 /* items of layer l: [first_item[l], first_item[l + 1]) */
+    size_t offset;                        /* of the current slice */
+} linear_job;
+
+static const obm__linear *find_item(const linear_job *j, size_t item, int64_t per_item, int64_t *row) {
+    size_t l = 0;
+    while (item >= j->first_item[l + 1]) l++;
+    *row = (int64_t)(item - j->first_item[l]) * per_item;
+    return &j->layers[l];
+}
+
+static const float *find_bias(const linear_job *j, const obm__weights *w, obm__role role) {
+    return role < OBM_Q_BIAS ? obm__weights_at(w, j->layer, (obm__role)(role + OBM_Q_BIAS))->data : NULL;
+}
+
+static const void *matrix_row(const obm__matrix *w, int64_t row) {
+    return (const char *)w->data + (size_t)row * (size_t)w->cols * obm_dtype_size(w->dtype);
+}
+
+/* ---- row path: one vector at a time against a block of rows ---- */
+
+static void multiply_rows(const obm_kernels *k, const obm__matrix *w, int64_t row, int64_t rows, const float *x, float *y) {
+    const void *data = matrix_row(w, row);
+    size_t cols = (size_t)w->cols, n = (size_t)rows;
+    if (w->dtype == OBM_BF16) k->rows_bf16(y, data, cols, n, x, cols);
+    else if (w->dtype == OBM_F16) k->rows_f16(y, data, cols, n, x, cols);
+    else k->rows_f32(y, data, cols, n, x, cols);
+}
+
+static void row_block(const linear_job *j, const obm__linear *l, size_t i, int64_t row) {
+    const obm__matrix *w = obm__weights_at(j->weights[i], j->layer, l->role);
+    float *y = l->y + (int64_t)i * l->ld;
+    int64_t rows = l->ld - row < ROW_BLOCK ? l->ld - row : ROW_BLOCK;
+    int64_t there = w->rows - row < 0 ? 0 : w->rows - row < rows ? w->rows - row : rows;
+    multiply_rows(j->m->ctx->k, w, row, there, j->x + (int64_t)i * w->cols, y + row);
+    for (int64_t r = there; r < rows; r++) y[row + r] = -INFINITY;   /* ids that only another route has */
+    const float *bias = find_bias(j, j->weights[i], l->role);
+    for (int64_t r = 0; bias && r < there; r++) y[row + r] += bias[row + r];
+}
+
+static void run_rows(void *arg, size_t begin, size_t end, int worker) {
+    const linear_job *j = arg;
+    (void)worker;
+    for (size_t item = begin + j->offset; item < end + j->offset; item++) {
+        int64_t row;
+        const obm__linear *l = find_item(j, item, ROW_BLOCK, &row);
+        for (size_t i = 0; i < j->n; i++)
+            if (j->weights[i]) row_block(j, l, i, row);
+    }
+}
+
+/* ---- tiled path: GEMM of fixed shape (64 tokens, 128 weight rows, cols) ---- */
+
+/* The panel in f32, rows beyond the matrix zero: the shape of the call, and so its summation order, is always the same. */
+static const float *load_panel(const obm_kernels *k, const obm__matrix *w, int64_t row, float *panel) {
+    int64_t rows = w->rows - row < PANEL ? w->rows - row : PANEL;
+    size_t count = (size_t)(rows * w->cols);
+    const void *data = matrix_row(w, row);
+    if (w->dtype == OBM_F32 && rows == PANEL) return data;
+    if (w->dtype == OBM_BF16) k->bf16_to_f32(panel, data, count);
+    else if (w->dtype == OBM_F16) k->f16_to_f32(panel, data, count);
+    else memcpy(panel, data, count * sizeof *panel);
+    memset(panel + count, 0, (size_t)((PANEL - rows) * w->cols) * sizeof *panel);
+    return panel;
+}
+
+static const obm__weights *tile_weights(const linear_job *j, size_t first) {
+    for (size_t i = first; i < first + OBM_TILE_TOKENS; i++)
+        if (j->weights[i]) return j->weights[i];
+    return NULL;
+}
+
+/* product: (64, 128) -> the tile's rows of y, with the bias. */
+static void store_product(const linear_job *j, const obm__linear *l, size_t first, int64_t row, int64_t rows, const float *product) {
+    for (size_t i = 0; i < OBM_TILE_TOKENS; i++) {
+        if (!j->weights[first + i]) continue;
+        float *y = l->y + (int64_t)(first + i) * l->ld + row;
+        const float *bias = find_bias(j, j->weights[first + i], l->role);
+        memcpy(y, product + i * PANEL, (size_t)rows * sizeof *y);
+        for (int64_t r = 0; bias && r < rows; r++) y[r] += bias[row + r];
+    }
+}
+
+static void run_panels(void *arg, size_t begin, size_t end, int worker) {
+    const linear_job *j = arg;
+    const obm__scratch *s = &j->m->scratch;
+    for (size_t item = begin + j->offset; item < end + j->offset; item++) {
+        int64_t row;
+        const obm__linear *l = find_item(j, item, PANEL, &row);
+        const void *loaded = NULL;
+        const float *panel = NULL;
+        float *product = s->products + (size_t)worker * OBM_TILE_TOKENS * PANEL;
+        for (size_t first = 0; first < j->n; first += OBM_TILE_TOKENS) {
+            const obm__weights *weights = tile_weights(j, first);
+            if (!weights) continue;
+            const obm__matrix *w = obm__weights_at(weights, j->layer, l->role);
+            if (w->data != loaded) panel = load_panel(j->m->ctx->k, w, row, s->panels + (size_t)worker * s->panel_size);
+            loaded = w->data;
+            obm__sgemm_nt(OBM_TILE_TOKENS, PANEL, w->cols, 1, j->x + (int64_t)first * w->cols, w->cols, panel, w->cols, 0, product,
+                          PANEL);
+            store_product(j, l, first, row, w->rows - row < PANEL ? w->rows - row : PANEL, product);
+        }
+    }
+}
+
+/* ---- both ---- */
+
+/* Slices keep the time between two looks at the pulse short; items do not depend on the slicing. */
+static obm_status run_slices(linear_job *j, obm__range_fn fn, double item_flops, obm__pulse *pulse, obm_error *err) {
+    size_t total = j->first_item[j->count], threads = (size_t)j->m->ctx->threads;
+    double items = OBM_SLICE_FLOPS / item_flops;
+    size_t slice = items < (double)threads ? threads : items < (double)total ? (size_t)items : total;
+    for (j->offset = 0; j->offset < total; j->offset += slice) {
+        size_t n = total - j->offset < slice ? total - j->offset : slice;
+        obm__parallel(j->m->ctx, n, 1, fn, j);
+        OBM_TRY(obm__pulse_check(pulse, err));
+    }
+    return OBM_OK;
+}
+
+obm_status obm__linear_run(obm_model *m, const obm__weights *const *weights, size_t n, bool tiled, int64_t layer,
+                           const obm__linear *layers, size_t count, const float *x, obm__pulse *pulse, obm_error *err) {
+    linear_job j = {.m = m, .weights = weights, .n = n, .layer = layer, .layers = layers, .count = count, .x = x};
+    int64_t per_item = tiled ? PANEL : ROW_BLOCK, rows, cols = 0;
+    for (size_t l = 0; l < count; l++) {
+        obm__config_shape(&m->config, layers[l].role, &rows, &cols);
+        j.first_item[l + 1] = j.first_item[l] + (size_t)((layers[l].ld + per_item - 1) / per_item);
+    }
+    double item_flops = 2.0 * (double)n * (double)per_item * (double)cols;
+    if (!tiled) return run_slices(&j, run_rows, item_flops, pulse, err);
+    obm__blas_enter();
+    obm_status status = run_slices(&j, run_panels, item_flops, pulse, err);
+    obm__blas_leave();
+    return status;
+}

@@ -1,0 +1,276 @@
+/* A model as the caller holds it: opening, describing, logits, hidden states, features.  Generation is in generate.c. */
+#include "model.h"
+
+#include <string.h>
+
+/* ---- opening ---- */
+
+static obm_status load_generation_config(const obm_checkpoint *c, obm_json **out, obm_error *err) {
+    char *path = obm__path_join(c->directory, "generation_config.json");
+    if (!path) return obm__fail_nomem(err, strlen(c->directory));
+    *out = NULL;
+    obm_status status = obm__file_exists(path) ? obm__json_load(path, out, err) : OBM_OK;
+    obm_free(path);
+    return status;
+}
+
+static obm_status load_config(obm_model *m, obm_error *err) {
+    const obm_checkpoint *c = m->base;
+    obm_json *generation;
+    if (!c->config)
+        return obm__fail(err, OBM_E_FORMAT, "%s: no config.json here, so it cannot be run as a model", obm_checkpoint_path(c));
+    OBM_TRY(load_generation_config(c, &generation, err));
+    char *where = obm__path_join(c->directory, "config.json");
+    obm_status status = where ? obm__config_parse(c->config, generation, where, &m->config, err) : obm__fail_nomem(err, 1);
+    if (status == OBM_OK && c->tied) m->config.tied = true;
+    obm_free(where);
+    obm__json_free(generation);
+    return status;
+}
+
+static obm_status load_tokenizer(obm_model *m, obm_error *err) {
+    char *path = obm__path_join(m->base->directory, "tokenizer.json");
+    if (!path) return obm__fail_nomem(err, strlen(m->base->directory));
+    obm_status status = obm__file_exists(path) ? obm_tokenizer_open(m->ctx, m->base->directory, &m->tokenizer, err) : OBM_OK;
+    obm_free(path);
+    return status;
+}
+
+/* The logits' width: extra vocabulary rows of any expert count (they are masked under other routes). */
+static int64_t widest_vocabulary(const obm_model *m) {
+    int64_t vocab = m->config.vocab;
+    size_t e = m->pack ? obm__pack_find(m->pack, m->config.arch->names[OBM_EMBEDDING]) : SIZE_MAX;
+    for (size_t i = 0; e != SIZE_MAX && i < m->pack->n_experts; i++) {
+        const obm__pack_entry *entry = &m->pack->experts[i].entries[e];
+        int64_t rows = entry->full.data ? entry->full.shape[0] : entry->extra.data ? m->config.vocab + entry->extra.shape[0] : 0;
+        if (rows > vocab) vocab = rows;
+    }
+    return vocab;
+}
+
+static void count_params(obm_model *m) {
+    for (size_t i = 0; i < obm_checkpoint_count(m->base); i++) {
+        const char *name;
+        obm_tensor t;
+        obm_checkpoint_at(m->base, i, &name, &t);
+        uint64_t count = (uint64_t)obm_tensor_count(&t);
+        m->params += count;
+        m->base_bytes += count * obm_dtype_size(t.dtype);
+    }
+}
+
+static obm_status prepare(obm_model *m, const obm_model_options *options, obm_error *err) {
+    obm__weights *base;
+    m->kv = OBM_OPT(options, obm_model_options, kv, OBM_F32);
+    m->route_budget = OBM_OPT(options, obm_model_options, route_budget, 0);
+    if (m->kv != OBM_F32 && m->kv != OBM_F16)
+        return obm__fail(err, OBM_E_ARG, "the KV cache can be F32 or F16, not %s", obm_dtype_name(m->kv));
+    OBM_TRY(load_config(m, err));
+    OBM_TRY(load_tokenizer(m, err));
+    m->frequencies = obm__alloc((size_t)m->config.head_dim / 2, sizeof *m->frequencies);
+    if (!m->frequencies) return obm__fail_nomem(err, (uint64_t)m->config.head_dim * 2);
+    obm__rope_frequencies(&m->config.rope, m->config.head_dim, m->frequencies);
+    m->vocab = widest_vocabulary(m);
+    count_params(m);
+    OBM_TRY(obm__weights_acquire(m, NULL, &base, err));   /* checks every tensor the config asks for; freed with the model */
+    return OBM_OK;
+}
+
+/* Takes ownership of m. */
+static obm_status finish_open(obm_model *m, const obm_model_options *options, obm_model **out, obm_error *err) {
+    obm_status status = prepare(m, options, err);
+    if (status == OBM_OK) *out = m;
+    else obm_model_free(m);
+    return status;
+}
+
+static obm_status open_source(obm_model *m, const char *path, const char *base, obm_error *err) {
+    char *manifest = obm__path_join(path, "pack.json");
+    if (!manifest) return obm__fail_nomem(err, strlen(path));
+    bool is_pack = obm__file_exists(manifest);
+    obm_free(manifest);
+    if (is_pack) {
+        OBM_TRY(obm_pack_open(m->ctx, path, base, &m->own_pack, err));
+        m->pack = m->own_pack;
+        m->base = obm_pack_base(m->pack);
+        return OBM_OK;
+    }
+    if (base) return obm__fail(err, OBM_E_ARG, "%s: a base applies to a pack, and there is no pack.json here", path);
+    OBM_TRY(obm_checkpoint_open(m->ctx, path, &m->own_checkpoint, err));
+    m->base = m->own_checkpoint;
+    return OBM_OK;
+}
+
+obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_options *options, obm_model **out, obm_error *err) {
+    obm_model *m = obm__calloc(1, sizeof *m);
+    if (!m) return obm__fail_nomem(err, sizeof *m);
+    m->ctx = ctx;
+    obm_status status = open_source(m, path, OBM_OPT(options, obm_model_options, base, NULL), err);
+    if (status == OBM_OK) return finish_open(m, options, out, err);
+    obm_model_free(m);
+    return status;
+}
+
+obm_status obm_model_from_pack(obm_context *ctx, const obm_pack *pack, const obm_model_options *options, obm_model **out, obm_error *err) {
+    if (OBM_OPT(options, obm_model_options, base, NULL))
+        return obm__fail(err, OBM_E_ARG, "the pack is open already: its base cannot be changed here");
+    obm_model *m = obm__calloc(1, sizeof *m);
+    if (!m) return obm__fail_nomem(err, sizeof *m);
+    m->ctx = ctx;
+    m->pack = pack;
+    m->base = obm_pack_base(pack);
+    return finish_open(m, options, out, err);
+}
+
+void obm_model_free(obm_model *m) {
+    if (!m) return;
+    obm__weights_free_all(m);
+    obm__scratch_free(&m->scratch);
+    obm__config_clear(&m->config);
+    obm_free(m->frequencies);
+    if (m->tokenizer) obm_tokenizer_free(m->tokenizer);
+    if (m->own_pack) obm_pack_free(m->own_pack);
+    if (m->own_checkpoint) obm_checkpoint_free(m->own_checkpoint);
+    obm_free(m);
+}
+
+/* ---- describing ---- */
+
+void obm_model_describe(const obm_model *m, obm_model_info *out) {
+    const obm__config *c = &m->config;
+    *out = (obm_model_info){.architecture = c->arch->model_type, .vocab = m->vocab, .hidden = c->hidden,
+                            .intermediate = c->intermediate, .layers = c->layers, .heads = c->heads, .kv_heads = c->kv_heads,
+                            .head_dim = c->head_dim, .max_positions = c->max_positions, .sliding_window = c->window,
+                            .tied = c->tied, .params = m->params, .bytes = m->base_bytes};
+}
+
+const obm_pack *obm_model_pack(const obm_model *m) { return m->pack; }
+const obm_tokenizer *obm_model_tokenizer(const obm_model *m) { return m->tokenizer; }
+size_t obm__model_tasks(const obm_model *m) { return m->pack ? m->pack->n_experts : 0; }
+
+/* Planes are counted as stored; today they are read when a route is materialised. */
+void obm_model_account(const obm_model *m, obm_model_memory *out) {
+    *out = (obm_model_memory){.base = m->base_bytes, .overlays = m->overlay_bytes, .kv = m->kv_bytes, .scratch = m->scratch.bytes};
+    for (size_t e = 0; m->pack && e < m->pack->n_experts; e++)
+        for (size_t t = 0; t < m->pack->n_tensors; t++) out->planes += m->pack->experts[e].entries[t].bytes_pack;
+}
+
+/* ---- logits and hidden states ---- */
+
+obm_status obm__model_check_ids(const obm_model *m, const obm__weights *w, const int32_t *ids, size_t n, obm_error *err) {
+    int64_t vocab = obm__weights_vocab(w);
+    if (!n) return obm__fail(err, OBM_E_ARG, "expected at least one token id, found none");
+    if (n > (uint64_t)m->config.max_positions)
+        return obm__fail(err, OBM_E_ARG, "%zu tokens are more than the %lld positions of the model", n, (long long)m->config.max_positions);
+    for (size_t i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= vocab)
+            return obm__fail(err, OBM_E_ARG, "token id %d at index %zu is outside the vocabulary of %lld", ids[i], i, (long long)vocab);
+    return OBM_OK;
+}
+
+/* Copies what one chunk computed into the caller's array. */
+typedef struct collector {
+    bool logits, all;
+    size_t total;     /* tokens of the prompt */
+    float *out;
+} collector;
+
+static obm_status collect(void *arg, obm_model *m, const obm__row *rows, size_t n, obm_error *err) {
+    collector *c = arg;
+    size_t which[OBM_CHUNK_ROWS], count = 0;
+    for (size_t i = 0; i < n; i++)
+        if (rows[i].sequence && (c->all || rows[i].position + 1 == (int64_t)c->total)) which[count++] = i;
+    if (!count) return OBM_OK;
+    size_t width = (size_t)(c->logits ? m->vocab : m->config.hidden);
+    float *out = c->out + (c->all ? (size_t)rows[which[0]].position * width : 0);
+    if (c->logits) return obm__forward_logits(m, rows, which, count, out, NULL, err);
+    for (size_t i = 0; i < count; i++) memcpy(out + i * width, m->scratch.x + which[i] * width, width * sizeof *out);
+    return OBM_OK;
+}
+
+static obm_status run(obm_model *m, const int32_t *ids, size_t n, int64_t layers, const obm_run_options *options, collector *c,
+                      obm_error *err) {
+    obm__sequence *s = NULL;
+    const double *route = OBM_OPT(options, obm_run_options, route, NULL);
+    if (route && !m->pack) return obm__fail(err, OBM_E_ARG, "a route applies to a pack, and this is a plain model");
+    OBM_TRY(obm__guard_enter(&m->guard, "the model", err));
+    obm_status status = obm__sequence_new(m, route, OBM_OPT(options, obm_run_options, kv, m->kv), &s, err);
+    if (status == OBM_OK) status = obm__model_check_ids(m, s->weights, ids, n, err);
+    if (status == OBM_OK)
+        status = obm__prefill(m, s, ids, n, OBM_OPT(options, obm_run_options, decode, false), layers, collect, c, NULL, err);
+    obm__sequence_free(m, s);
+    obm__guard_leave(&m->guard);
+    return status;
+}
+
+obm_status obm_model_logits(obm_model *m, const int32_t *ids, size_t n, const obm_run_options *options, float *out, obm_error *err) {
+    collector c = {.logits = true, .all = OBM_OPT(options, obm_run_options, all, false), .total = n, .out = out};
+    return run(m, ids, n, m->config.layers, options, &c, err);
+}
+
+static obm_status check_layer(const obm_model *m, int layer, obm_error *err) {
+    if (layer >= 0 && layer <= m->config.layers) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG, "layer must be 0 (embeddings) to %lld, got %d", (long long)m->config.layers, layer);
+}
+
+obm_status obm_model_hidden(obm_model *m, const int32_t *ids, size_t n, int layer, const obm_run_options *options, float *out, obm_error *err) {
+    collector c = {.all = true, .total = n, .out = out};
+    OBM_TRY(check_layer(m, layer, err));
+    return run(m, ids, n, layer, options, &c, err);
+}
+
+/* ---- features ---- */
+
+static obm_status add_hidden(void *arg, obm_model *m, const obm__row *rows, size_t n, obm_error *err) {
+    double *sum = arg;
+    (void)err;
+    for (size_t i = 0; i < n; i++)
+        for (int64_t h = 0; rows[i].sequence && h < m->config.hidden; h++) sum[h] += m->scratch.x[(int64_t)i * m->config.hidden + h];
+    return OBM_OK;
+}
+
+obm_status obm__model_pool_pulse(obm_model *m, const int32_t *ids, size_t n, int layer, float *out, obm__pulse *pulse, obm_error *err) {
+    obm__sequence *s = NULL;
+    size_t hidden = (size_t)m->config.hidden;
+    OBM_TRY(check_layer(m, layer, err));
+    double *sum = obm__calloc(hidden, sizeof *sum);
+    if (!sum) return obm__fail_nomem(err, hidden * sizeof *sum);
+    obm_status status = obm__sequence_new(m, NULL, OBM_F32, &s, err);
+    if (status == OBM_OK && n) status = obm__model_check_ids(m, s->weights, ids, n, err);
+    if (status == OBM_OK && n) status = obm__prefill(m, s, ids, n, false, layer, add_hidden, sum, pulse, err);
+    for (size_t h = 0; status == OBM_OK && h < hidden; h++) out[h] = n ? (float)(sum[h] / (double)n) : 0.0f;
+    obm__sequence_free(m, s);
+    obm_free(sum);
+    return status;
+}
+
+obm_status obm__model_pool(obm_model *m, const int32_t *ids, size_t n, int layer, float *out, obm_error *err) {
+    return obm__model_pool_pulse(m, ids, n, layer, out, NULL, err);
+}
+
+/* The ids that the router sees: the user's words by the base tokenizer. */
+static obm_status embed_one(obm_model *m, const obm_prompt *prompt, int layer, float *out, obm__pulse *pulse, obm_error *err) {
+    char *text = NULL;
+    int32_t *ids = NULL;
+    size_t len, n;
+    obm_status status = obm__prompt_user_text(m->tokenizer, prompt, &text, &len, err);
+    if (status == OBM_OK) status = obm__prompt_router_ids(m->tokenizer, text, len, &ids, &n, err);
+    if (status == OBM_OK) status = obm__model_pool_pulse(m, ids, n, layer, out, pulse, err);
+    obm_free(ids);
+    obm_free(text);
+    return status;
+}
+
+obm_status obm_model_embed(obm_model *m, const obm_prompt *prompts, size_t n, int layer, obm_progress_fn progress, void *user,
+                           float *out, obm_error *err) {
+    obm__pulse pulse = {.fn = progress, .user = user, .what = "embed", .total = n};
+    if (!m->tokenizer) return obm__fail(err, OBM_E_ARG, "%s: no tokenizer.json here", obm_checkpoint_path(m->base));
+    OBM_TRY(obm__guard_enter(&m->guard, "the model", err));
+    obm_status status = OBM_OK;
+    for (size_t i = 0; i < n && status == OBM_OK; i++) {
+        status = embed_one(m, &prompts[i], layer, out + i * (size_t)m->config.hidden, &pulse, err);
+        if (status == OBM_OK) status = obm__pulse_done(&pulse, i + 1, err);
+    }
+    obm__guard_leave(&m->guard);
+    return status;
+}

@@ -1,0 +1,226 @@
+/*
+ * What runs a model: config, weights under a route, KV cache, the forward pass, sampling.
+ *
+ * A forward call takes rows: one token each, of a sequence at a position.  Prefill rows come in tiles of OBM_TILE_TOKENS
+ * (one sequence per tile, position p in row p mod 64, empty rows between); decode rows are one per sequence.  Either way a
+ * row's result depends on its own sequence only: not on its neighbours, the chunking of a prompt, or the threads.
+ */
+#ifndef OBM_MODEL_H
+#define OBM_MODEL_H
+
+#include "../route/dynamic.h"
+#include "../route/router.h"
+
+/* ---- architectures (arch.c): one row per model_type of config.json ---- */
+
+typedef enum obm__role {
+    OBM_Q, OBM_K, OBM_V, OBM_O, OBM_GATE, OBM_UP, OBM_DOWN,                             /* matrices of a layer */
+    OBM_Q_BIAS, OBM_K_BIAS, OBM_V_BIAS, OBM_O_BIAS, OBM_GATE_BIAS, OBM_UP_BIAS, OBM_DOWN_BIAS,   /* matrix + OBM_Q_BIAS */
+    OBM_ATTENTION_NORM, OBM_MLP_NORM,
+    OBM_LAYER_ROLES,
+    OBM_EMBEDDING = OBM_LAYER_ROLES, OBM_FINAL_NORM, OBM_HEAD,                          /* once per model */
+    OBM_ROLES
+} obm__role;
+
+typedef struct obm__arch {
+    const char *model_type;
+    const char *names[OBM_ROLES];   /* tensor names, "{}" is the layer; NULL: the architecture has no such tensor */
+    bool sliding_window;            /* honours sliding_window of the config */
+    int64_t default_window;         /* of a config that lacks the key */
+    int64_t default_kv_heads;       /* 0: as many as heads */
+    int64_t default_positions;
+} obm__arch;
+const obm__arch *obm__arch_find(const char *model_type);
+void obm__arch_list(char *buf, size_t size);   /* "llama, mistral" */
+
+/* ---- config.json (config.c) ---- */
+
+typedef struct obm__rope {
+    double theta;
+    bool llama3;                                              /* scaling as in LLaMA 3.1; else none */
+    double factor, low_freq_factor, high_freq_factor, original_positions;
+} obm__rope;
+
+typedef struct obm__config {
+    const obm__arch *arch;
+    int64_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, window;   /* window 0: none */
+    float norm_eps;
+    bool tied, attention_bias, mlp_bias;
+    obm__rope rope;
+    int32_t *eos; size_t n_eos;
+} obm__config;
+/* generation may be NULL (generation_config.json; its eos_token_id wins).  `where` names the file in messages.
+ * *out is cleared with obm__config_clear.  Errors: FORMAT (a key is missing or wrong), UNSUPPORTED (names the key). */
+obm_status obm__config_parse(const obm_json *config, const obm_json *generation, const char *where, obm__config *out, obm_error *err);
+void obm__config_clear(obm__config *c);
+bool obm__config_has(const obm__config *c, obm__role role);   /* false: an absent bias, the head of a tied model */
+void obm__config_shape(const obm__config *c, obm__role role, int64_t *rows, int64_t *cols);   /* vectors: rows 1 */
+
+/* ---- weights under a route (weights.c) ---- */
+
+typedef struct obm__matrix { const void *data; obm_dtype dtype; int64_t rows, cols; } obm__matrix;   /* F32, F16, BF16; aligned */
+
+/* Everything the forward pass multiplies with, for one route: the base's mapping where the route changes nothing. */
+typedef struct obm__weights obm__weights;
+struct obm__weights {
+    double *route;              /* (tasks), NULL for a plain model */
+    obm__matrix *tensors;       /* (layers, OBM_LAYER_ROLES), then the three of the model; data NULL: absent */
+    int64_t layers;
+    void **owned; size_t n_owned;
+    uint64_t bytes;             /* of owned */
+    int refs;                   /* running sequences */
+    uint64_t used;              /* clock of the last acquire */
+    obm__weights *next;
+};
+/* The one question a linear layer asks: this matrix under this route. */
+static inline const obm__matrix *obm__weights_at(const obm__weights *w, int64_t layer, obm__role role) {
+    return role < OBM_LAYER_ROLES ? &w->tensors[layer * OBM_LAYER_ROLES + role]
+                                  : &w->tensors[w->layers * OBM_LAYER_ROLES + role - OBM_LAYER_ROLES];
+}
+static inline int64_t obm__weights_vocab(const obm__weights *w) { return obm__weights_at(w, 0, OBM_EMBEDDING)->rows; }
+/* route NULL or all zero: the base alone.  Prepares or finds the route and takes a reference; obm__weights_release drops
+ * it.  Unreferenced routes beyond the model's budget go, least recently used first. */
+obm_status obm__weights_acquire(obm_model *m, const double *route, obm__weights **out, obm_error *err);
+void obm__weights_release(obm_model *m, obm__weights *w);
+void obm__weights_free_all(obm_model *m);
+
+/* ---- KV cache and sequences (kv.c) ---- */
+
+#define OBM_TILE_TOKENS 64
+/* Keys and values of 64 positions in all layers: (layers, 2, kv_heads, 64, head_dim).  Pages never move, so growing copies
+ * nothing. */
+typedef struct obm__sequence {
+    obm__weights *weights;      /* referenced */
+    obm_dtype kv;
+    void **pages; size_t n_pages, capacity;
+    int64_t length;             /* positions filled */
+} obm__sequence;
+obm_status obm__sequence_new(obm_model *m, const double *route, obm_dtype kv, obm__sequence **out, obm_error *err);
+void obm__sequence_free(obm_model *m, obm__sequence *s);
+obm_status obm__sequence_reserve(obm_model *m, obm__sequence *s, int64_t positions, obm_error *err);
+/* Keys (which 0) or values (which 1) of one page: (64, head_dim) of dtype s->kv. */
+void *obm__kv_at(const obm_model *m, const obm__sequence *s, int64_t page, int64_t layer, int which, int64_t kv_head);
+
+/* ---- progress and Ctrl-C ---- */
+
+/* Calls `fn` at most every 50 ms, from the caller's thread, between slices of work. */
+typedef struct obm__pulse {
+    obm_progress_fn fn;
+    void *user;
+    const char *what;
+    uint64_t done, total;
+    uint64_t last;              /* nanoseconds, monotonic */
+} obm__pulse;
+obm_status obm__pulse_check(obm__pulse *p, obm_error *err);   /* NULL is fine; OBM_E_USER when asked to stop */
+obm_status obm__pulse_done(obm__pulse *p, uint64_t done, obm_error *err);   /* reports now */
+
+/* ---- rotary embedding (rope.c) ---- */
+
+/* out: (head_dim / 2) inverse frequencies. */
+void obm__rope_frequencies(const obm__rope *r, int64_t head_dim, float *out);
+void obm__rope_table(const float *frequencies, int64_t half, int64_t position, float *cosine, float *sine);
+/* Rotates one head in place; pairs are (i, i + half). */
+void obm__rope_apply(float *x, const float *cosine, const float *sine, int64_t half);
+
+/* ---- forward (forward.c, linear.c, attention.c) ---- */
+
+typedef struct obm__row {
+    obm__sequence *sequence;    /* NULL: an empty row of a tile */
+    int64_t position;
+    int32_t id;
+} obm__row;
+
+/* Buffers of a forward call, grown as needed and kept. */
+typedef struct obm__scratch {
+    size_t rows, positions;     /* room for */
+    const obm__weights **weights;   /* (rows): of each row's sequence, NULL for empty rows */
+    float *x, *normed;          /* (rows, hidden) */
+    float *q, *mixed;           /* (rows, heads * head_dim) */
+    float *k, *v;               /* (rows, kv_heads * head_dim) */
+    float *gate, *up;           /* (rows, intermediate) */
+    float *cosine, *sine;       /* (rows, head_dim / 2) */
+    float *panels, *products;   /* per worker: (128, widest) = panel_size, and (64, 128) */
+    size_t panel_size;
+    float *scores, *widened;    /* per worker: (positions) and (64, head_dim) */
+    uint64_t bytes;
+} obm__scratch;
+void obm__scratch_free(obm__scratch *s);
+
+/* Work between two looks at the pulse: about 25 ms at 40 GFLOP/s. */
+#define OBM_SLICE_FLOPS 1e9
+
+/* One linear layer, y = x W^T + b; y: (n, ld). */
+typedef struct obm__linear { obm__role role; float *y; int64_t ld; } obm__linear;
+/* `count` <= 3 layers that read the same x, (n, cols), as one parallel region; row i is multiplied with weights[i], rows
+ * with NULL are skipped.  tiled: through GEMM on tiles of 64 rows, else row by row. */
+obm_status obm__linear_run(obm_model *m, const obm__weights *const *weights, size_t n, bool tiled, int64_t layer,
+                           const obm__linear *layers, size_t count, const float *x, obm__pulse *pulse, obm_error *err);
+/* Rotates q and k, writes k and v of all rows to their caches, attends; the result is in m->scratch.mixed. */
+obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int64_t layer, obm__pulse *pulse, obm_error *err);
+
+/* Runs `layers` layers; the hidden states are in m->scratch.x, (n, hidden).  Sequences must have room for the positions. */
+obm_status obm__forward(obm_model *m, const obm__row *rows, size_t n, bool tiled, int64_t layers, obm__pulse *pulse, obm_error *err);
+/* Logits of some rows of the last forward call over all layers.  out: (n, m->vocab), ids that the route lacks at -inf.  Always
+ * row by row, so that a row's logits do not depend on which others are asked for. */
+obm_status obm__forward_logits(obm_model *m, const obm__row *rows, const size_t *which, size_t n, float *out, obm__pulse *pulse,
+                               obm_error *err);
+
+/* Called after each chunk of a prompt; rows with a sequence hold its tokens in order. */
+typedef obm_status (*obm__visit_fn)(void *arg, obm_model *m, const obm__row *rows, size_t n, obm_error *err);
+#define OBM_CHUNK_ROWS 512   /* 8 tiles: enough to reuse a converted panel, small enough to bound the buffers */
+/* Appends ids to a sequence through GEMM tiles, or one by one through the decode path; visit may be NULL. */
+obm_status obm__prefill(obm_model *m, obm__sequence *s, const int32_t *ids, size_t n, bool decode, int64_t layers,
+                        obm__visit_fn visit, void *arg, obm__pulse *pulse, obm_error *err);
+
+/* ---- the model (model.c) ---- */
+
+struct obm_model {
+    obm_context *ctx;
+    obm__guard guard;
+    const obm_checkpoint *base;         /* of the pack, or our own */
+    obm_checkpoint *own_checkpoint;
+    const obm_pack *pack;               /* NULL for a plain model */
+    obm_pack *own_pack;
+    obm_tokenizer *tokenizer;           /* NULL without tokenizer.json */
+    obm__config config;
+    int64_t vocab;                      /* the largest of base and experts */
+    obm_dtype kv;
+    uint64_t route_budget;
+    float *frequencies;                 /* (head_dim / 2) */
+    obm__weights *routes;               /* list; the base alone is the last */
+    uint64_t clock;
+    uint64_t params, base_bytes, kv_bytes, overlay_bytes;
+    obm__scratch scratch;
+};
+/* Mean of the hidden states after `layer` of the base alone over the ids (layer 0: the embeddings, no forward pass).
+ * out: (hidden).  Does not enter the guard: for callers that hold the model. */
+obm_status obm__model_pool(obm_model *m, const int32_t *ids, size_t n, int layer, float *out, obm_error *err);
+/* The same with progress and Ctrl-C. */
+obm_status obm__model_pool_pulse(obm_model *m, const int32_t *ids, size_t n, int layer, float *out, obm__pulse *pulse, obm_error *err);
+obm_status obm__model_check_ids(const obm_model *m, const obm__weights *w, const int32_t *ids, size_t n, obm_error *err);
+size_t obm__model_tasks(const obm_model *m);   /* 0 for a plain model */
+
+/* ---- sampling (sample.c) ---- */
+
+typedef struct obm__sampler {
+    double temperature, top_p, min_p, repetition_penalty;   /* 0 (and 1 for the last): off */
+    size_t top_k;
+    uint64_t seed, stream;      /* stream: the prompt's index */
+    struct obm__candidate *candidates;   /* (vocab) */
+    int64_t vocab;
+} obm__sampler;
+obm_status obm__sampler_init(obm__sampler *s, const obm_generate_options *options, uint64_t stream, int64_t vocab, obm_error *err);
+void obm__sampler_clear(obm__sampler *s);
+/* The token of step `step`; logits are changed.  history: prompt and generated ids, for the repetition penalty. */
+int32_t obm__sample(obm__sampler *s, float *logits, const int32_t *history, size_t n_history, uint64_t step);
+int32_t obm__argmax(const float *logits, int64_t n);   /* lowest index among equals */
+double obm__random_uniform(uint64_t seed, uint64_t stream, uint64_t step);   /* [0, 1) */
+
+/* ---- prompts (prompt.c) ---- */
+
+/* The ids that run for a prompt, as obm_prompt says.  chat: text is one user turn.  *ids owned. */
+obm_status obm__prompt_ids(const obm_model *m, const obm_prompt *p, bool chat, int32_t **ids, size_t *n, obm_error *err);
+/* The text that runs for a prompt (rendered where needed); *text NULL for ids.  *special: the post-processor's tokens apply. */
+obm_status obm__prompt_text(const obm_model *m, const obm_prompt *p, bool chat, char **text, bool *special, obm_error *err);
+
+#endif

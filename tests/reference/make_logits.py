@@ -1,0 +1,82 @@
+"""Writes tests/vectors/models/<name>/: tiny random models and the logits that transformers computes for them.
+
+Needs torch and transformers; the result is committed, so running it again is only needed for a new case:
+
+    python tests/reference/make_logits.py
+
+Each folder holds config.json and model.safetensors (f32, < 60 kB); <name>-expected.safetensors beside it `ids` (T,) and `logits` (T, vocab).
+T = 77 runs over a tile of 64 positions.
+"""
+
+import json
+import pathlib
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+OUT = pathlib.Path(__file__).resolve().parent.parent / "vectors" / "models"
+TOKENS = 77
+COMMON = dict(num_hidden_layers=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, rms_norm_eps=1e-5)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
+
+# name -> model class, config, whether config.json is rewritten with the keys of transformers 4
+CASES = {
+    "llama-tied": (LlamaForCausalLM, LlamaConfig(
+        vocab_size=67, hidden_size=24, intermediate_size=37, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=True, **COMMON), False),
+    "llama-untied-bias": (LlamaForCausalLM, LlamaConfig(
+        vocab_size=61, hidden_size=18, intermediate_size=33, num_attention_heads=3, num_key_value_heads=3, attention_bias=True,
+        mlp_bias=True, tie_word_embeddings=False, **COMMON), True),
+    "llama3-rope": (LlamaForCausalLM, LlamaConfig(
+        vocab_size=67, hidden_size=20, intermediate_size=41, num_attention_heads=4, num_key_value_heads=1, head_dim=8,
+        rope_parameters=dict(LLAMA3), tie_word_embeddings=False, **COMMON), True),
+    "llama3-rope-v5": (LlamaForCausalLM, LlamaConfig(
+        vocab_size=67, hidden_size=20, intermediate_size=41, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+        rope_parameters=dict(LLAMA3), tie_word_embeddings=True, **COMMON), False),
+    "mistral-window": (MistralForCausalLM, MistralConfig(
+        vocab_size=53, hidden_size=20, intermediate_size=35, num_attention_heads=4, num_key_value_heads=2, head_dim=10,
+        sliding_window=5, tie_word_embeddings=False, **COMMON), False),
+    "mistral-full": (MistralForCausalLM, MistralConfig(
+        vocab_size=67, hidden_size=24, intermediate_size=31, num_attention_heads=4, num_key_value_heads=1,
+        sliding_window=None, tie_word_embeddings=True, **COMMON), True),
+}
+
+
+def randomise(model, seed):
+    """Weights large enough that every part of the model shows in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(1 + 0.2 * noise if "norm" in name else 0.3 * noise)
+
+
+def rewrite_as_v4(path):
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def main():
+    torch.set_num_threads(1)
+    for seed, (name, (cls, config, v4)) in enumerate(CASES.items()):
+        config._attn_implementation = "eager"
+        model = cls(config).float().eval()
+        randomise(model, seed)
+        folder = OUT / name
+        model.save_pretrained(folder)
+        ids = torch.randint(config.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(100 + seed))
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0]
+        save_file({"ids": ids.to(torch.int32), "logits": logits.contiguous()}, OUT / f"{name}-expected.safetensors")
+        if v4:
+            rewrite_as_v4(folder / "config.json")
+        print(name, (folder / "model.safetensors").stat().st_size, "bytes, logits up to", float(logits.abs().max()))
+
+
+if __name__ == "__main__":
+    main()
