@@ -6,8 +6,10 @@
  *   row-exact  the result of one row does not depend on which other rows or how many are in the call (same ISA);
  *              between ISAs within the stated bound
  *
- * NaN and Inf: conversions pass them on; sign_pack treats NaN as bit 0 (callers refuse non-finite values before).
- * Pointers need no alignment unless stated.  n may be 0.  Inputs and outputs must not overlap unless stated.
+ * NaN and Inf: conversions pass them on; sign_pack treats NaN as bit 0 (callers refuse non-finite values before).  Where
+ * arithmetic meets NaN operands, which payload comes out is open.
+ * Pointers need no alignment beyond their element's unless stated.  n may be 0.  Inputs and outputs must not overlap
+ * unless stated.
  */
 #ifndef OBM_KERNELS_H
 #define OBM_KERNELS_H
@@ -18,7 +20,8 @@
 typedef struct obm_kernels {
     const char *isa;   /* "scalar", "avx2", "avx512", "neon" */
 
-    /* exact.  f32 -> bf16/f16 rounds to nearest even, keeps infinities, and makes any NaN a quiet one. */
+    /* exact.  f16 -> f32 makes a NaN quiet, bf16 -> f32 keeps its bits; f32 -> bf16/f16 rounds to nearest even,
+     * keeps infinities, and makes any NaN a quiet one with its upper payload bits. */
     void (*bf16_to_f32)(float *dst, const uint16_t *src, size_t n);
     void (*f16_to_f32)(float *dst, const uint16_t *src, size_t n);
     void (*f32_to_bf16)(uint16_t *dst, const float *src, size_t n);

@@ -1,0 +1,235 @@
+/* Kernel speed in GB/s of memory traffic, next to a plain read of the same memory in the same round.  Ratios are what
+ * compares between runs: on a shared machine GB/s alone does not.
+ *
+ * Usage: bench_kernels [--threads N] [--isa NAME] [--mib N (per thread and buffer)] [--rounds N] */
+#include "kernels.h"
+#include "onebitmerge.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define MAX_THREADS 256
+#define BLOCK 4096      /* elements per call of the reductions, as their contract says */
+#define COLUMNS 2048    /* of the rows_* matrices */
+
+/* Each thread's own memory: two f32 arrays and one of half width, n elements each. */
+typedef struct slice { float *a, *b; uint16_t *h; uint8_t *bits; uint32_t *histogram; size_t n; double sink; } slice;
+
+typedef struct op {
+    const char *name;
+    double bytes;   /* read + written per element */
+    void (*run)(const obm_kernels *k, slice *s);
+} op;
+
+/* Four streams, as four rows at a time are, two sums each: more than one stream is what reaches the memory's rate. */
+static void run_read(const obm_kernels *k, slice *s) {
+    typedef uint64_t lanes __attribute__((vector_size(32)));
+    (void)k;
+    size_t quarter = s->n / 32;   /* of 8 floats */
+    const lanes *p = (const void *)s->a, *q = p + quarter, *u = q + quarter, *v = u + quarter;
+    lanes p0 = {0}, p1 = {0}, q0 = {0}, q1 = {0}, u0 = {0}, u1 = {0}, v0 = {0}, v1 = {0};
+    for (size_t i = 0; i + 2 <= quarter; i += 2) {
+        p0 ^= p[i], p1 ^= p[i + 1];
+        q0 ^= q[i], q1 ^= q[i + 1];
+        u0 ^= u[i], u1 ^= u[i + 1];
+        v0 ^= v[i], v1 ^= v[i + 1];
+    }
+    lanes all = p0 ^ p1 ^ q0 ^ q1 ^ u0 ^ u1 ^ v0 ^ v1;
+    s->sink += (double)((all[0] ^ all[1] ^ all[2] ^ all[3]) & 1);
+}
+static void run_copy(const obm_kernels *k, slice *s) {
+    (void)k;
+    memcpy(s->b, s->a, s->n * 4);
+}
+static void run_widen_bf16(const obm_kernels *k, slice *s) { k->bf16_to_f32(s->b, s->h, s->n); }
+static void run_widen_f16(const obm_kernels *k, slice *s) { k->f16_to_f32(s->b, s->h, s->n); }
+static void run_narrow_bf16(const obm_kernels *k, slice *s) { k->f32_to_bf16(s->h, s->a, s->n); }
+static void run_sub(const obm_kernels *k, slice *s) { k->sub_f32(s->b, s->b, s->a, s->n); }
+static void run_axpy(const obm_kernels *k, slice *s) { k->axpy_f32(s->b, 1e-30f, s->a, s->n); }
+static void run_nonfinite(const obm_kernels *k, slice *s) { s->sink += (double)k->find_nonfinite(s->a, s->n); }
+static void run_abs_sum(const obm_kernels *k, slice *s) {
+    for (size_t i = 0; i + BLOCK <= s->n; i += BLOCK) s->sink += k->abs_sum(s->a + i, BLOCK);
+}
+static void run_dot(const obm_kernels *k, slice *s) {
+    for (size_t i = 0; i + BLOCK <= s->n; i += BLOCK) s->sink += k->dot(s->a + i, s->b + i, BLOCK);
+}
+static void run_pack(const obm_kernels *k, slice *s) { k->sign_pack(s->bits, s->a, s->n); }
+static void run_sign_axpy(const obm_kernels *k, slice *s) { k->sign_axpy(s->b, s->bits, 1e-30f, s->n); }
+static void run_histogram(const obm_kernels *k, slice *s) { k->magnitude_histogram(s->histogram, s->a, s->n); }
+
+static void run_rows(const obm_kernels *k, slice *s, int type) {
+    float y[64];
+    for (size_t i = 0; i + 64 * COLUMNS <= s->n; i += 64 * COLUMNS) {
+        if (type == 0) k->rows_bf16(y, s->h + i, COLUMNS, 64, s->a, COLUMNS);
+        else if (type == 1) k->rows_f16(y, s->h + i, COLUMNS, 64, s->a, COLUMNS);
+        else k->rows_f32(y, s->b + i, COLUMNS, 64, s->a, COLUMNS);
+        s->sink += (double)y[0];
+    }
+}
+static void run_rows_bf16(const obm_kernels *k, slice *s) { run_rows(k, s, 0); }
+static void run_rows_f16(const obm_kernels *k, slice *s) { run_rows(k, s, 1); }
+static void run_rows_f32(const obm_kernels *k, slice *s) { run_rows(k, s, 2); }
+
+/* The first is the probe.  Histogram counters stay in the cache and count as nothing. */
+static const op ops[] = {
+    {"read", 4, run_read},
+    {"memcpy", 8, run_copy},
+    {"rows_bf16", 2, run_rows_bf16},
+    {"rows_f16", 2, run_rows_f16},
+    {"rows_f32", 4, run_rows_f32},
+    {"bf16_to_f32", 6, run_widen_bf16},
+    {"f16_to_f32", 6, run_widen_f16},
+    {"f32_to_bf16", 6, run_narrow_bf16},
+    {"sub_f32", 12, run_sub},
+    {"axpy_f32", 12, run_axpy},
+    {"find_nonfinite", 4, run_nonfinite},
+    {"abs_sum", 4, run_abs_sum},
+    {"dot", 8, run_dot},
+    {"sign_pack", 4.125, run_pack},
+    {"sign_axpy", 8.125, run_sign_axpy},
+    {"magnitude_histogram", 4, run_histogram},
+};
+#define N_OPS (sizeof ops / sizeof *ops)
+#define MAX_ROUNDS 99
+
+typedef struct team {
+    pthread_barrier_t start, stop;
+    const obm_kernels *k;
+    const op *current;   /* NULL: end */
+    slice slices[MAX_THREADS];
+} team;
+typedef struct member { team *t; int index; } member;
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Filled by the thread that uses it: small finite values, so that no kernel meets denormals or overflows. */
+static bool slice_fill(slice *s, size_t n) {
+    *s = (slice){.n = n};
+    s->a = aligned_alloc(64, n * 4);
+    s->b = aligned_alloc(64, n * 4);
+    s->h = aligned_alloc(64, n * 2);
+    s->bits = aligned_alloc(64, n / 8);
+    s->histogram = calloc(32768, sizeof *s->histogram);
+    if (!s->a || !s->b || !s->h || !s->bits || !s->histogram) return false;
+    uint32_t seed = 1;
+    for (size_t i = 0; i < n; i++) {
+        seed = seed * 1664525 + 1013904223;
+        s->a[i] = s->b[i] = ((float)(seed >> 8) * 0x1p-24f - 0.5f) * 0.04f + 1e-9f;
+    }
+    obm_kernels_find("scalar")->f32_to_bf16(s->h, s->a, n);
+    memset(s->bits, 0x5a, n / 8);
+    return true;
+}
+
+static void *member_main(void *arg) {
+    member *m = arg;
+    team *t = m->t;
+    size_t n = t->slices[m->index].n;
+    if (!slice_fill(&t->slices[m->index], n)) {
+        fprintf(stderr, "out of memory: use a smaller --mib\n");
+        exit(1);
+    }
+    for (;;) {
+        pthread_barrier_wait(&t->start);
+        if (!t->current) return NULL;
+        t->current->run(t->k, &t->slices[m->index]);
+        pthread_barrier_wait(&t->stop);
+    }
+}
+
+static double measure(team *t, const op *o) {
+    t->current = o;
+    double begin = seconds();
+    pthread_barrier_wait(&t->start);
+    pthread_barrier_wait(&t->stop);
+    return seconds() - begin;
+}
+
+static int ascending(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+static double median(double *x, int n) {
+    qsort(x, (size_t)n, sizeof *x, ascending);
+    return n % 2 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2;
+}
+
+static void report(team *t, int rounds, double elements) {
+    static double rate[N_OPS][MAX_ROUNDS], share[N_OPS][MAX_ROUNDS];
+    for (size_t o = 0; o < N_OPS; o++) measure(t, &ops[o]);   /* warm */
+    for (int r = 0; r < rounds; r++)
+        for (size_t o = 0; o < N_OPS; o++) {
+            double probe = ops[0].bytes * elements / measure(t, &ops[0]) * 1e-9;
+            rate[o][r] = o ? ops[o].bytes * elements / measure(t, &ops[o]) * 1e-9 : probe;
+            share[o][r] = rate[o][r] / probe;
+        }
+    printf("%-20s %8s %8s %8s %8s\n", "kernel", "GB/s", "min", "max", "of read");
+    for (size_t o = 0; o < N_OPS; o++) {
+        double middle = median(rate[o], rounds);
+        printf("%-20s %8.1f %8.1f %8.1f %8.2f\n", ops[o].name, middle, rate[o][0], rate[o][rounds - 1], median(share[o], rounds));
+    }
+}
+
+static void print_processor(void) {
+    char line[256];
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    while (f && fgets(line, sizeof line, f))
+        if (!strncmp(line, "model name", 10) && strchr(line, ':')) {
+            printf("machine   %s", strchr(line, ':') + 2);
+            break;
+        }
+    if (f) fclose(f);
+}
+
+static long number(int argc, char **argv, const char *name, long dflt) {
+    for (int i = 1; i + 1 < argc; i++)
+        if (!strcmp(argv[i], name)) return strtol(argv[i + 1], NULL, 10);
+    return dflt;
+}
+static const char *text(int argc, char **argv, const char *name, const char *dflt) {
+    for (int i = 1; i + 1 < argc; i++)
+        if (!strcmp(argv[i], name)) return argv[i + 1];
+    return dflt;
+}
+
+int main(int argc, char **argv) {
+    obm_context *ctx;
+    obm_context_info info;
+    obm_error err;
+    if (obm_context_new(NULL, &ctx, &err) != OBM_OK) return fprintf(stderr, "%s\n", err.message), 1;
+    obm_context_describe(ctx, &info);
+    long threads = number(argc, argv, "--threads", info.threads), mib = number(argc, argv, "--mib", 128);
+    long rounds = number(argc, argv, "--rounds", 9);
+    static team t;
+    t.k = obm_kernels_find(text(argc, argv, "--isa", info.isa));
+    if (!t.k || threads < 1 || threads > MAX_THREADS || mib < 1 || mib > 65536 || rounds < 7 || rounds > MAX_ROUNDS)
+        return fprintf(stderr, "usage: %s [--threads 1..%d] [--isa %s] [--mib 1..] [--rounds 7..%d]\n", argv[0], MAX_THREADS,
+                       info.isa_available, MAX_ROUNDS), 2;
+    print_processor();
+    printf("topology  %s\nbuild     onebitmerge %s, %s\nisa       %s (available: %s)\n", info.topology, obm_version(), info.compiler,
+           t.k->isa, info.isa_available);
+    printf("threads   %ld, %ld MiB of f32 per thread and buffer; median of %ld interleaved rounds\n", threads, mib, rounds);
+    size_t n = (size_t)mib << 18;
+    pthread_t ids[MAX_THREADS];
+    member members[MAX_THREADS];
+    pthread_barrier_init(&t.start, NULL, (unsigned)threads + 1);
+    pthread_barrier_init(&t.stop, NULL, (unsigned)threads + 1);
+    for (long i = 0; i < threads; i++) {
+        t.slices[i].n = n;
+        members[i] = (member){&t, (int)i};
+        if (pthread_create(&ids[i], NULL, member_main, &members[i])) return fprintf(stderr, "cannot start a thread\n"), 1;
+    }
+    report(&t, (int)rounds, (double)n * (double)threads);
+    t.current = NULL;
+    pthread_barrier_wait(&t.start);
+    for (long i = 0; i < threads; i++) pthread_join(ids[i], NULL);
+    obm_context_free(ctx);
+    return 0;
+}
