@@ -84,10 +84,12 @@ obm_status obm__policy_parse(const obm_expert *e, obm_profile profile, obm__poli
     return OBM_OK;
 }
 
+bool obm__glob_matches(const char *glob, const char *name) { return fnmatch(glob, name, 0) == 0; }
+
 obm_status obm__policy_mode(const obm__policy *p, const obm__pair *pair, obm_mode *out, obm_error *err) {
     bool matrix = pair->base.ndim == 2 && obm__is_float(pair->base.dtype) && obm_tensor_count(&pair->base) > 0;
     for (size_t i = 0; i < p->n_map; i++) {
-        if (fnmatch(p->map[i].glob, pair->name, 0)) continue;
+        if (!obm__glob_matches(p->map[i].glob, pair->name)) continue;
         if (p->map[i].mode == OBM_MODE_1BIT && !matrix) {
             char shape[160];
             return obm__fail(err, OBM_E_ARG, "map rule %s=1bit matches tensor %s of shape %s: only matrices can be 1bit",

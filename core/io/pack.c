@@ -1,0 +1,139 @@
+/* Opening, closing and looking at packs, and the check of all contents. */
+#include "pack_parts.h"
+
+#include <stdio.h>
+#include <string.h>
+
+/* ---- open ---- */
+
+static obm_status check_version(const obm_json *manifest, const char *where, obm_error *err) {
+    const char *format;
+    int64_t version;
+    if (obm__json_kind(manifest) != OBM_JSON_OBJECT) return obm__fail(err, OBM_E_FORMAT, "%s: must be an object", where);
+    OBM_TRY(obm__field_string(manifest, "format", where, &format, err));
+    if (strcmp(format, OBM_PACK_FORMAT)) {
+        return obm__fail(err, OBM_E_FORMAT, "%s: \"format\" is \"%.40s\", expected \"" OBM_PACK_FORMAT "\"", where, format);
+    }
+    OBM_TRY(obm__field_int(manifest, "version", 1, INT32_MAX, where, &version, err));
+    if (version == OBM_PACK_VERSION) return OBM_OK;
+    return obm__fail(err, OBM_E_UNSUPPORTED, "%s: version %lld of the format; this build reads version %d", where, (long long)version, OBM_PACK_VERSION);
+}
+
+static obm_status read_manifest(const char *path, obm_json **out, obm_error *err) {
+    char *where = obm__path_join(path, OBM_PACK_MANIFEST);
+    obm_json *manifest = NULL;
+    obm_status status = where ? OBM_OK : obm__fail_nomem(err, strlen(path));
+    if (status == OBM_OK && obm__is_directory(path) && !obm__file_exists(where)) {
+        status = obm__fail(err, OBM_E_FORMAT, "%s is no pack: it has no " OBM_PACK_MANIFEST, path);
+    }
+    if (status == OBM_OK) status = obm__json_load(where, &manifest, err);
+    if (status == OBM_OK) status = check_version(manifest, where, err);
+    obm_free(where);
+    if (status == OBM_OK) *out = manifest;
+    else obm__json_free(manifest);
+    return status;
+}
+
+obm_status obm_pack_open(obm_context *ctx, const char *path, const char *base_path, obm_pack **out, obm_error *err) {
+    obm_json *manifest = NULL;
+    obm_checkpoint *base = NULL;
+    const obm_json *record;
+    OBM_TRY(read_manifest(path, &manifest, err));
+    obm_status status = obm__field(manifest, "base", OBM_JSON_OBJECT, path, &record, err);
+    if (status == OBM_OK) status = obm__base_open(ctx, record, path, base_path, &base, err);
+    if (status == OBM_OK) status = obm__base_check(ctx, base, record, path, false, NULL, err);
+    if (status == OBM_OK) status = obm__pack_load(ctx, path, manifest, base, out, err);
+    if (status != OBM_OK) {
+        obm_checkpoint_free(base);
+        obm__json_free(manifest);
+    }
+    return status;
+}
+
+void obm_pack_free(obm_pack *p) {
+    if (!p) return;
+    obm_checkpoint *base = p->base;
+    obm_json *manifest = p->manifest;
+    obm__pack_unload(p);
+    obm_checkpoint_free(base);
+    obm__json_free(manifest);
+}
+
+/* ---- looking ---- */
+
+const char *obm_pack_path(const obm_pack *p) { return p->path; }
+const obm_checkpoint *obm_pack_base(const obm_pack *p) { return p->base; }
+size_t obm_pack_task_count(const obm_pack *p) { return p->n_experts; }
+const char *obm_pack_task_name(const obm_pack *p, size_t task) { return p->experts[task].name; }
+const char *obm_pack_policy(const obm_pack *p, size_t task) { return p->experts[task].policy; }
+size_t obm_pack_tensor_count(const obm_pack *p) { return p->n_tensors; }
+uint64_t obm_pack_base_bytes(const obm_pack *p) { return obm__expert_bytes(p->base); }
+
+void obm_pack_bytes(const obm_pack *p, size_t task, obm_class_bytes *out) {
+    memset(out, 0, OBM_CLASS_COUNT * sizeof *out);
+    for (size_t i = 0; i < p->n_tensors; i++) {
+        const obm__pack_entry *e = &p->experts[task].entries[i];
+        obm_class_bytes *c = &out[p->tensors[i].cls];
+        if (!e->bytes_expert) continue;   /* a head that is its embedding, a buffer that the expert lacks */
+        c->tensors++;
+        c->params += (uint64_t)obm_tensor_count(&p->tensors[i].base);
+        c->bytes_expert += e->bytes_expert;
+        c->bytes_pack += e->bytes_pack;
+    }
+}
+
+void obm_pack_tensor_at(const obm_pack *p, size_t task, size_t i, obm_pack_tensor *out) {
+    const obm__pack_tensor_info *info = &p->tensors[i];
+    const obm__pack_entry *e = &p->experts[task].entries[i];
+    obm_pack_tensor t = {.name = info->name, .cls = info->cls, .mode = e->mode, .bytes_pack = e->bytes_pack};
+    obm__tensor_rows(&info->base, &t.rows, &t.cols);
+    if (e->mode == OBM_MODE_1BIT) {
+        t.planes = e->planes.n;
+        t.row_bytes = e->planes.row_bytes;
+        t.n_scales = obm__scale_count(e->planes.scale, e->planes.rows, e->planes.cols);
+    }
+    for (int k = 0; k < t.planes; k++) {
+        t.scales[k] = e->planes.alphas[k];
+        t.signs[k] = e->planes.signs[k];
+    }
+    *out = t;
+}
+
+/* ---- verify ---- */
+
+/* A buffer of this size between two progress calls keeps a stop within a few ms. */
+#define PIECE ((size_t)16 << 20)
+
+static obm_status verify_file(const obm_pack *p, const obm_json *record, obm__ticker *ticker, obm_error *err) {
+    char *path = NULL, have[33];
+    const char *want;
+    uint64_t bytes, done = ticker->done;
+    obm__map map = {0};
+    OBM_TRY(obm__file_of(record, p->path, p->path, &path, &bytes, &want, err));
+    obm_status status = obm__map_open(path, &map, err);
+    obm__xxh3 *h = status == OBM_OK ? obm__xxh3_new() : NULL;
+    if (status == OBM_OK && !h) status = obm__fail_nomem(err, 0);
+    for (size_t at = 0; at < map.size && status == OBM_OK; at += PIECE) {
+        size_t n = map.size - at < PIECE ? map.size - at : PIECE;
+        obm__xxh3_add(h, map.data + at, n);
+        obm__release_pages(map.data + at, n);
+        status = obm__tick(ticker, done + at + n, err);
+    }
+    if (h) obm__xxh3_end(h, have);
+    if (status == OBM_OK && (map.size != bytes || strcmp(have, want))) {
+        status = obm__fail(err, OBM_E_FORMAT, "%s: checksum %s of %zu bytes, pack.json says %s of %llu", path, have, map.size, want,
+                           (unsigned long long)bytes);
+    }
+    obm__map_close(&map);
+    obm_free(path);
+    return status;
+}
+
+obm_status obm_pack_verify(const obm_pack *p, obm_progress_fn progress, void *user, obm_error *err) {
+    const obm_json *router = obm__json_get(p->manifest, "router");
+    obm__ticker ticker = {.fn = progress, .user = user, .what = "verify", .total = obm_pack_base_bytes(p)};
+    for (size_t i = 0; i < p->n_experts; i++) ticker.total += p->experts[i].file->map.size;
+    for (size_t i = 0; i < p->n_experts; i++) OBM_TRY(verify_file(p, p->experts[i].record, &ticker, err));
+    if (obm__json_kind(router) == OBM_JSON_OBJECT) OBM_TRY(verify_file(p, router, &ticker, err));
+    return obm__base_check(p->ctx, p->base, obm__json_get(p->manifest, "base"), p->path, true, &ticker, err);
+}

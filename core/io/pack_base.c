@@ -1,0 +1,302 @@
+/* The base as a pack knows it: where it lies and how its tensors are recognised.  Reads the base, never writes it. */
+#include "pack_parts.h"
+
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Samples: 64 blocks of a page each, evenly spread, first and last bytes included: 256 KiB a tensor, so that opening a pack
+ * of a large model reads some tens of MB, and a fine-tune posing as the base is caught (it differs nearly everywhere). */
+#define SAMPLES 64
+#define SAMPLE_BYTES 4096
+/* Full hashes are trees of one level over chunks of this size, so that one large tensor keeps all threads busy. */
+#define CHUNK ((size_t)16 << 20)
+
+typedef char digest[33];
+
+/* ---- samples ---- */
+
+/* floor(i * span / 63) without overflow. */
+static size_t sample_offset(size_t span, size_t i) {
+    return span / (SAMPLES - 1) * i + span % (SAMPLES - 1) * i / (SAMPLES - 1);
+}
+
+static bool sample_tensor(const obm_tensor *t, digest out) {
+    size_t n = obm__tensor_bytes(t);
+    if (n <= (size_t)SAMPLES * SAMPLE_BYTES) {
+        obm__xxh3_of(t->data, n, out);
+        return true;
+    }
+    obm__xxh3 *h = obm__xxh3_new();
+    if (!h) return false;
+    for (size_t i = 0; i < SAMPLES; i++) {
+        obm__xxh3_add(h, (const uint8_t *)t->data + sample_offset(n - SAMPLE_BYTES, i), SAMPLE_BYTES);
+    }
+    obm__xxh3_end(h, out);
+    return true;
+}
+
+typedef struct sample_job {
+    const obm_checkpoint *base;
+    digest *out;
+    _Atomic int failed;
+} sample_job;
+
+static void sample_range(void *arg, size_t begin, size_t end, int id) {
+    (void)id;
+    sample_job *job = arg;
+    for (size_t i = begin; i < end; i++) {
+        if (!sample_tensor(&job->base->tensors[i]->t, job->out[i])) atomic_store(&job->failed, 1);
+    }
+}
+
+static obm_status sample_all(obm_context *ctx, const obm_checkpoint *base, digest **out, obm_error *err) {
+    digest *d = obm__calloc(base->count, sizeof *d);
+    sample_job job = {.base = base, .out = d};
+    if (d) obm__parallel(ctx, base->count, 1, sample_range, &job);
+    if (!d || job.failed) {
+        obm_free(d);
+        return obm__fail_nomem(err, base->count * sizeof *d);
+    }
+    *out = d;
+    return OBM_OK;
+}
+
+/* ---- full hashes ---- */
+
+typedef struct chunk { const uint8_t *data; size_t n; } chunk;
+typedef struct hash_job {
+    const chunk *chunks;
+    digest *digests;           /* of the chunks */
+} hash_job;
+
+static size_t chunks_of(const obm_tensor *t) {
+    size_t n = obm__tensor_bytes(t);
+    return n ? (n - 1) / CHUNK + 1 : 1;
+}
+
+static void hash_range(void *arg, size_t begin, size_t end, int id) {
+    (void)id;
+    hash_job *job = arg;
+    for (size_t i = begin; i < end; i++) {
+        obm__xxh3_of(job->chunks[i].data, job->chunks[i].n, job->digests[i]);
+        obm__release_pages(job->chunks[i].data, job->chunks[i].n);
+    }
+}
+
+static size_t cut_into_chunks(const obm_checkpoint *base, chunk *out) {
+    size_t n = 0;
+    for (size_t i = 0; i < base->count; i++) {
+        const obm_tensor *t = &base->tensors[i]->t;
+        size_t bytes = obm__tensor_bytes(t), at = 0;
+        do {
+            size_t take = bytes - at < CHUNK ? bytes - at : CHUNK;
+            out[n++] = (chunk){(const uint8_t *)t->data + at, take};
+            at += take;
+        } while (at < bytes);
+    }
+    return n;
+}
+
+static obm_status hash_chunks(obm_context *ctx, const hash_job *all, size_t n, obm__ticker *ticker, obm_error *err) {
+    uint64_t done = ticker ? ticker->done : 0;
+    size_t batch = (size_t)ctx->threads * 2;
+    for (size_t at = 0; at < n; at += batch) {
+        size_t m = n - at < batch ? n - at : batch;
+        hash_job job = {all->chunks + at, all->digests + at};
+        obm__parallel(ctx, m, 1, hash_range, &job);
+        for (size_t i = 0; i < m; i++) done += job.chunks[i].n;
+        OBM_TRY(obm__tick(ticker, done, err));
+    }
+    return OBM_OK;
+}
+
+/* XXH3 over the hex digests of a tensor's chunks. */
+static void join_digests(const obm_checkpoint *base, const digest *chunks, digest *out) {
+    for (size_t i = 0; i < base->count; i++) {
+        obm__xxh3 *h = obm__xxh3_new();
+        for (size_t c = chunks_of(&base->tensors[i]->t); c > 0; c--, chunks++) {
+            if (h) obm__xxh3_add(h, *chunks, 32);
+        }
+        if (h) obm__xxh3_end(h, out[i]);   /* without memory the digest stays "", which hash_all sees */
+    }
+}
+
+static obm_status hash_all(obm_context *ctx, const obm_checkpoint *base, obm__ticker *ticker, digest **out, obm_error *err) {
+    size_t n = 0;
+    for (size_t i = 0; i < base->count; i++) n += chunks_of(&base->tensors[i]->t);
+    chunk *chunks = obm__calloc(n, sizeof *chunks);
+    digest *parts = obm__calloc(n, sizeof *parts), *whole = obm__calloc(base->count, sizeof *whole);
+    obm_status status = chunks && parts && whole ? OBM_OK : obm__fail_nomem(err, n * (sizeof *chunks + sizeof *parts));
+    if (status == OBM_OK) {
+        hash_job job = {chunks, parts};
+        status = hash_chunks(ctx, &job, cut_into_chunks(base, chunks), ticker, err);
+    }
+    if (status == OBM_OK) {
+        join_digests(base, parts, whole);
+        for (size_t i = 0; i < base->count && status == OBM_OK; i++) {
+            if (!whole[i][0]) status = obm__fail_nomem(err, 0);
+        }
+    }
+    obm_free(chunks);
+    obm_free(parts);
+    if (status == OBM_OK) *out = whole;
+    else obm_free(whole);
+    return status;
+}
+
+/* ---- record ---- */
+
+/* `to` seen from the folder `from`, both absolute and resolved. */
+static char *relative_path(const char *from, const char *to) {
+    size_t same = 0, i = 0;
+    for (; from[i] && from[i] == to[i]; i++) {
+        if (from[i] == '/') same = i;
+    }
+    if ((!from[i] && (!to[i] || to[i] == '/')) || (!to[i] && from[i] == '/')) same = i;
+    obm__buffer b = {0};
+    for (const char *s = from + same; *s; s++) {
+        if (s[0] == '/' && s[1]) obm__buffer_text(&b, b.size ? "/.." : "..");
+    }
+    const char *rest = to + same + (to[same] == '/');
+    if (*rest) obm__buffer_printf(&b, "%s%s", b.size ? "/" : "", rest);
+    if (!b.size) obm__buffer_text(&b, ".");
+    if (b.failed) obm__buffer_free(&b);
+    return b.data;
+}
+
+/* Paths that are not UTF-8 cannot stand in JSON; such a base is found through base= only. */
+static obm_json *path_value(const char *path) {
+    obm_json *v = path ? obm__json_new_string(path) : NULL;
+    return v ? v : obm__json_new_null();
+}
+
+static bool put_paths(obm_json *record, const obm_checkpoint *base, const char *dir) {
+    char *from = realpath(dir, NULL), *to = realpath(base->path, NULL);
+    char *relative = from && to ? relative_path(from, to) : NULL;
+    bool ok = obm__json_set(record, "path", path_value(relative)) && obm__json_set(record, "absolute", path_value(to));
+    free(from);
+    free(to);
+    obm_free(relative);
+    return ok;
+}
+
+static bool put_tensors(obm_json *record, const obm_checkpoint *base, const digest *samples, const digest *hashes) {
+    obm_json *tensors = obm__json_new_object();
+    bool ok = tensors != NULL;
+    for (size_t i = 0; i < base->count && ok; i++) {
+        obm_json *t = obm__json_new_object();
+        ok = t && obm__put_tensor(t, &base->tensors[i]->t);
+        ok = ok && obm__json_set(t, "sample", obm__json_new_string(samples[i]));
+        ok = ok && obm__json_set(t, "hash", obm__json_new_string(hashes[i]));
+        if (!ok) obm__json_free(t);
+        else ok = obm__json_set(tensors, base->tensors[i]->name, t);
+    }
+    return obm__json_set(record, "tensors", tensors) && ok;
+}
+
+obm_status obm__base_record(obm_context *ctx, const obm_checkpoint *base, const char *dir, obm__ticker *ticker, obm_json **out,
+                            obm_error *err) {
+    digest *samples = NULL, *hashes = NULL;
+    obm_status status = sample_all(ctx, base, &samples, err);
+    if (status == OBM_OK) status = hash_all(ctx, base, ticker, &hashes, err);
+    obm_json *record = status == OBM_OK ? obm__json_new_object() : NULL;
+    if (status == OBM_OK && !(record && put_paths(record, base, dir) && put_tensors(record, base, samples, hashes))) {
+        status = obm__fail_nomem(err, 0);
+    }
+    obm_free(samples);
+    obm_free(hashes);
+    if (status == OBM_OK) *out = record;
+    else obm__json_free(record);
+    return status;
+}
+
+/* ---- opening ---- */
+
+static bool exists(const char *path) { return path && (obm__is_directory(path) || obm__file_exists(path)); }
+
+obm_status obm__base_open(obm_context *ctx, const obm_json *record, const char *pack_path, const char *path,
+                          obm_checkpoint **out, obm_error *err) {
+    if (path) return obm_checkpoint_open(ctx, path, out, err);
+    const char *relative = obm__json_string(obm__json_get(record, "path"));
+    const char *absolute = obm__json_string(obm__json_get(record, "absolute"));
+    char *joined = relative ? obm__path_join(pack_path, relative) : NULL;
+    const char *found = exists(joined) ? joined : exists(absolute) ? absolute : NULL;
+    obm_status status = found ? obm_checkpoint_open(ctx, found, out, err)
+                              : obm__fail(err, OBM_E_IO,
+                                          "the base of pack %s is neither at %.200s (seen from the pack) nor at %.200s; give its place with base=",
+                                          pack_path, relative ? relative : "(unknown)", absolute ? absolute : "(unknown)");
+    obm_free(joined);
+    return status;
+}
+
+/* ---- checking ---- */
+
+typedef struct check_place { const char *base, *pack, *name; } check_place;
+
+static obm_status mismatch(const check_place *p, obm_error *err, const char *how) {
+    return obm__fail(err, OBM_E_MISMATCH, "%.200s is not the base that pack %.200s was made from: tensor %.160s %s", p->base, p->pack,
+                     p->name, how);
+}
+
+static obm_status check_form(const obm_tensor *have, const obm_json *record, const check_place *place, obm_error *err) {
+    obm_tensor want;
+    char where[320], how[200], a[80], b[80];
+    snprintf(where, sizeof where, "%.200s/" OBM_PACK_MANIFEST, place->pack);
+    OBM_TRY(obm__field_tensor(record, where, &want, err));
+    if (want.dtype != have->dtype) {
+        snprintf(how, sizeof how, "has dtype %s, expected %s", obm_dtype_name(have->dtype), obm_dtype_name(want.dtype));
+        return mismatch(place, err, how);
+    }
+    if (want.ndim != have->ndim || memcmp(want.shape, have->shape, (size_t)want.ndim * sizeof *want.shape)) {
+        snprintf(how, sizeof how, "has shape %s, expected %s", obm__shape_text(have, a, sizeof a), obm__shape_text(&want, b, sizeof b));
+        return mismatch(place, err, how);
+    }
+    return OBM_OK;
+}
+
+static obm_status check_one(const obm__st_entry *e, const obm_json *record, const digest have, const char *key,
+                            const check_place *place, obm_error *err) {
+    const char *want;
+    OBM_TRY(check_form(&e->t, record, place, err));
+    OBM_TRY(obm__field_string(record, key, OBM_PACK_MANIFEST, &want, err));
+    return strcmp(want, have) ? mismatch(place, err, "has other contents") : OBM_OK;
+}
+
+/* Names first: a tensor that one side lacks is the clearest difference there is. */
+static obm_status check_names(const obm_checkpoint *base, const obm_json *tensors, const char *pack_path, obm_error *err) {
+    check_place place = {base->path, pack_path, NULL};
+    for (void *it = obm__json_first(tensors); it; it = obm__json_next(tensors, it)) {
+        place.name = obm__json_key(it);
+        if (!obm__checkpoint_find(base, place.name)) return mismatch(&place, err, "is missing");
+        if (obm__json_kind(obm__json_value(it)) != OBM_JSON_OBJECT) {
+            return obm__fail(err, OBM_E_FORMAT, "%s/" OBM_PACK_MANIFEST ": base tensor %.160s must be an object", pack_path, place.name);
+        }
+    }
+    for (size_t i = 0; i < base->count; i++) {
+        place.name = base->tensors[i]->name;
+        if (!obm__json_get(tensors, place.name)) return mismatch(&place, err, "is unknown to the pack");
+    }
+    return OBM_OK;
+}
+
+obm_status obm__base_check(obm_context *ctx, const obm_checkpoint *base, const obm_json *record, const char *pack_path, bool full,
+                           obm__ticker *ticker, obm_error *err) {
+    const obm_json *tensors;
+    OBM_TRY(obm__field(record, "tensors", OBM_JSON_OBJECT, OBM_PACK_MANIFEST ": base", &tensors, err));
+    OBM_TRY(check_names(base, tensors, pack_path, err));
+    for (size_t i = 0; i < base->count; i++) {   /* shapes before contents: nothing need be read for them */
+        check_place place = {base->path, pack_path, base->tensors[i]->name};
+        OBM_TRY(check_form(&base->tensors[i]->t, obm__json_get(tensors, place.name), &place, err));
+    }
+    digest *have;
+    OBM_TRY(full ? hash_all(ctx, base, ticker, &have, err) : sample_all(ctx, base, &have, err));
+    obm_status status = OBM_OK;
+    for (size_t i = 0; i < base->count && status == OBM_OK; i++) {
+        check_place place = {base->path, pack_path, base->tensors[i]->name};
+        status = check_one(base->tensors[i], obm__json_get(tensors, place.name), have[i], full ? "hash" : "sample", &place, err);
+    }
+    obm_free(have);
+    return status;
+}

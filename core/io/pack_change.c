@@ -1,0 +1,221 @@
+/*
+ * Everything that changes a pack on disk.  Files get names that derive from their contents, so nothing that a reader may
+ * hold open is ever rewritten; renaming pack.json is the commit; what the new pack.json no longer names goes after it.
+ */
+#include "pack_parts.h"
+
+#include <dirent.h>
+#include <string.h>
+#include <unistd.h>
+
+/* ---- clean-up ---- */
+
+static bool is_named(const obm_json *manifest, const char *file) {
+    const obm_json *experts = obm__json_get(manifest, "experts");
+    for (size_t i = 0; i < obm__json_size(experts); i++) {
+        const char *s = obm__json_string(obm__json_get(obm__json_at(experts, i), "file"));
+        if (s && !strcmp(s, file)) return true;
+    }
+    const char *router = obm__json_string(obm__json_get(obm__json_get(manifest, "router"), "file"));
+    return router && !strcmp(router, file);
+}
+
+static bool starts_with(const char *s, const char *prefix) { return !strncmp(s, prefix, strlen(prefix)); }
+
+/* "<stem>-<16 hex digits>.safetensors", "<stem>" OBM_PACK_PARTIAL, and the temporary names of both and of pack.json.  Nothing
+ * else in the folder is ours to remove. */
+bool obm__pack_owns(const char *file) {
+    size_t n = strlen(file);
+    if (starts_with(file, OBM_PACK_MANIFEST ".tmp-") || strstr(file, OBM_PACK_PARTIAL)) return true;
+    if (n < 30 || strcmp(file + n - 12, ".safetensors")) return false;
+    return file[n - 29] == '-' && strspn(file + n - 28, "0123456789abcdef") == 16;
+}
+
+void obm__pack_clean(const char *dir, const obm_json *manifest) {
+    DIR *d = opendir(dir);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        if (!obm__pack_owns(e->d_name) || is_named(manifest, e->d_name)) continue;
+        char *path = obm__path_join(dir, e->d_name);
+        if (path) (void)unlink(path);
+        obm_free(path);
+    }
+    if (d) closedir(d);
+}
+
+obm_status obm__manifest_write(const char *dir, const obm_json *manifest, obm_error *err) {
+    char *path = obm__path_join(dir, OBM_PACK_MANIFEST), *text = path ? obm__json_text(manifest, 2) : NULL;
+    obm_status status = text ? obm__file_write(path, text, strlen(text), err) : obm__fail_nomem(err, 0);
+    obm_free(path);
+    obm_free(text);
+    if (status == OBM_OK) obm__pack_clean(dir, manifest);
+    return status;
+}
+
+obm_status obm__pack_commit(obm_pack *p, obm_error *err) { return obm__manifest_write(p->path, p->manifest, err); }
+
+/* ---- settings and router: one member of the manifest changes ---- */
+
+/* Sets the member (stolen) and commits; on failure the old one is back. */
+static obm_status change_member(obm_pack *p, const char *key, obm_json *value, obm_error *err) {
+    const obm_json *now = obm__json_get(p->manifest, key);
+    obm_json *before = now ? obm__json_copy(now) : obm__json_new_null();
+    if (!before || !value || !obm__json_set(p->manifest, key, value)) {   /* value is NULL or gone now, or before is NULL */
+        if (!before) obm__json_free(value);
+        obm__json_free(before);
+        return obm__fail_nomem(err, 0);
+    }
+    obm_status status = obm__pack_commit(p, err);
+    if (status == OBM_OK) obm__json_free(before);
+    else (void)obm__json_set(p->manifest, key, before);
+    return status;
+}
+
+void obm_pack_get_settings(const obm_pack *p, obm_pack_settings *out) { *out = p->settings; }
+
+obm_status obm_pack_set_settings(obm_pack *p, const obm_pack_settings *settings, obm_error *err) {
+    obm_pack_settings s = p->settings;
+    s.lambda = OBM_OPT(settings, obm_pack_settings, lambda, s.lambda);
+    s.reading = OBM_OPT(settings, obm_pack_settings, reading, s.reading);
+    s.profile = OBM_OPT(settings, obm_pack_settings, profile, s.profile);
+    s.density = OBM_OPT(settings, obm_pack_settings, density, s.density);
+    if (s.profile == OBM_PROFILE_DEFAULT) s.profile = OBM_PROFILE_MERGEKIT;
+    OBM_TRY(obm__settings_check(&s, err));
+    OBM_TRY(change_member(p, "settings", obm__settings_record(&s), err));
+    p->settings = s;
+    return OBM_OK;
+}
+
+static obm_status write_arrays(obm__st_writer *w, const obm__named_array *arrays, size_t n, obm_error *err) {
+    for (size_t i = 0; i < n; i++) {
+        OBM_TRY(obm__st_writer_declare(w, arrays[i].name, OBM_F32, arrays[i].ndim, arrays[i].shape, err));
+    }
+    OBM_TRY(obm__st_writer_begin(w, err));
+    for (size_t i = 0; i < n; i++) {
+        obm_tensor t = {.dtype = OBM_F32, .ndim = arrays[i].ndim};
+        memcpy(t.shape, arrays[i].shape, sizeof arrays[i].shape);
+        OBM_TRY(obm__st_writer_write(w, arrays[i].data, obm__tensor_bytes(&t), err));
+    }
+    return OBM_OK;
+}
+
+/* *record owned: the router's member without the report. */
+static obm_status write_router_file(const obm_pack *p, const obm__named_array *arrays, size_t n, obm_json **record, obm_error *err) {
+    char xxh3[33], *name = NULL;
+    obm__st_writer *w;
+    uint64_t bytes = 0;
+    OBM_TRY(obm__pack_writer(p->path, "router", &w, err));
+    obm_status status = write_arrays(w, arrays, n, err);
+    if (status == OBM_OK) status = obm__pack_publish(w, p->path, "router", xxh3, &bytes, &name, err);
+    obm__st_writer_free(w);
+    if (status == OBM_OK && !(*record = obm__file_record(name, bytes, xxh3))) status = obm__fail_nomem(err, 0);
+    obm_free(name);
+    return status;
+}
+
+obm_status obm__pack_write_router(obm_pack *p, const obm__named_array *arrays, size_t n, obm_json *report, obm_error *err) {
+    obm_json *record = NULL;
+    obm_status status = write_router_file(p, arrays, n, &record, err);
+    if (status == OBM_OK) {
+        bool ok = obm__json_set(record, "report", report);
+        report = NULL;
+        if (!ok) obm__json_free(record);
+        status = ok ? change_member(p, "router", record, err) : obm__fail_nomem(err, 0);
+    }
+    obm__json_free(report);
+    if (status != OBM_OK) obm__pack_clean(p->path, p->manifest);
+    return status;
+}
+
+obm_status obm__pack_read_router(const obm_pack *p, obm__safetensors **out, obm_error *err) {
+    const obm_json *router = obm__json_get(p->manifest, "router");
+    if (!router || obm__json_kind(router) == OBM_JSON_NULL) {
+        *out = NULL;
+        return OBM_OK;
+    }
+    char *path;
+    if (obm__json_kind(router) != OBM_JSON_OBJECT) return obm__fail(err, OBM_E_FORMAT, "%s/" OBM_PACK_MANIFEST ": \"router\" must be an object or null", p->path);
+    OBM_TRY(obm__file_of(router, p->path, OBM_PACK_MANIFEST ": router", &path, NULL, NULL, err));
+    obm_status status = obm__safetensors_open(path, out, err);
+    obm_free(path);
+    return status;
+}
+
+/* ---- experts ---- */
+
+/* The in-memory pack is built from the new manifest first, so that after the commit nothing can fail.  manifest is stolen. */
+static obm_status replace(obm_pack *p, obm_json *manifest, obm_error *err) {
+    obm_pack *next = NULL;
+    obm_status status = manifest ? obm__pack_load(p->ctx, p->path, manifest, p->base, &next, err) : obm__fail_nomem(err, 0);
+    if (status == OBM_OK) status = obm__manifest_write(p->path, manifest, err);
+    if (status != OBM_OK) {
+        obm__pack_unload(next);
+        obm__json_free(manifest);
+        obm__pack_clean(p->path, p->manifest);
+        return status;
+    }
+    obm_pack old = *p;
+    *p = *next;
+    *next = old;
+    obm_json *gone = next->manifest;
+    obm__pack_unload(next);
+    obm__json_free(gone);
+    return OBM_OK;
+}
+
+static size_t find_task(const obm_pack *p, const char *name) {
+    size_t i = 0;
+    while (i < p->n_experts && strcmp(p->experts[i].name, name)) i++;
+    return i;
+}
+
+/* A copy of the manifest with expert `at` replaced (at < n), appended (at == n) or left out (record NULL).  When the number of
+ * tasks changes the router goes: it answers for other tasks.  record is stolen; NULL without memory. */
+static obm_json *edit_manifest(const obm_pack *p, size_t at, obm_json *record) {
+    obm_json *manifest = obm__json_copy(p->manifest), *experts = obm__json_new_array();
+    bool ok = manifest && experts, stays = record && at < p->n_experts;
+    for (size_t i = 0; i < p->n_experts; i++) {
+        if (i != at) ok = ok && obm__json_append(experts, obm__json_copy(p->experts[i].record));
+        else if (record) ok = obm__json_append(experts, record) && ok;
+    }
+    if (record && at == p->n_experts) ok = obm__json_append(experts, record) && ok;
+    ok = obm__json_set(manifest, "experts", experts) && ok;
+    if (!stays) ok = ok && obm__json_set(manifest, "router", obm__json_new_null());
+    if (ok) return manifest;
+    obm__json_free(manifest);
+    return NULL;
+}
+
+obm_status obm_pack_remove(obm_pack *p, const char *name, obm_error *err) {
+    size_t at = find_task(p, name);
+    if (at == p->n_experts) return obm__fail(err, OBM_E_NOTFOUND, "pack %s has no expert %s", p->path, name);
+    if (p->n_experts == 1) return obm__fail(err, OBM_E_ARG, "expert %s is the last of pack %s; delete the folder instead", name, p->path);
+    return replace(p, edit_manifest(p, at, NULL), err);
+}
+
+static obm__ticker make_ticker(const obm_compress_options *o, const char *what, uint64_t total) {
+    return (obm__ticker){.fn = OBM_OPT(o, obm_compress_options, progress, NULL), .what = what, .total = total,
+                         .user = OBM_OPT(o, obm_compress_options, progress_user, NULL)};
+}
+
+obm_status obm_pack_add(obm_pack *p, const obm_expert *expert, const obm_compress_options *options, obm_error *err) {
+    OBM_TRY(obm__expert_check(expert, err));
+    size_t at = find_task(p, expert->name);
+    if (at < p->n_experts && !OBM_OPT(options, obm_compress_options, overwrite, false)) {
+        return obm__fail(err, OBM_E_EXISTS, "pack %s has an expert %s already", p->path, expert->name);
+    }
+    if (at == OBM_PACK_MAX_TASKS) return obm__fail(err, OBM_E_UNSUPPORTED, "a pack holds at most %d experts", OBM_PACK_MAX_TASKS);
+    obm_checkpoint *checkpoint = NULL;
+    obm_json *record = NULL;
+    OBM_TRY(obm__expert_open(p->ctx, expert, &checkpoint, err));
+    obm__ticker ticker = make_ticker(options, "compress", obm__expert_bytes(checkpoint));
+    obm__expert_request r = {.ctx = p->ctx, .base = p->base, .expert = expert, .dir = p->path, .ticker = &ticker};
+    r.profile = OBM_OPT(options, obm_compress_options, profile, OBM_PROFILE_DEFAULT);
+    if (r.profile == OBM_PROFILE_DEFAULT) r.profile = p->settings.profile;
+    r.dry_run = OBM_OPT(options, obm_compress_options, dry_run, false);
+    obm_status status = obm__expert_write(&r, checkpoint, &record, err);
+    obm_checkpoint_free(checkpoint);
+    if (r.dry_run) return status;
+    if (status == OBM_OK) return replace(p, edit_manifest(p, at, record), err);
+    obm__pack_clean(p->path, p->manifest);
+    return status;
+}

@@ -1,0 +1,178 @@
+/* obm_compress: a new pack from a base and its experts. */
+#include "pack_parts.h"
+
+#include <dirent.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+typedef struct compression {
+    obm_context *ctx;
+    const obm_expert *experts;
+    size_t n;
+    const obm_compress_options *options;
+    const char *dir;
+    bool dry_run, made_dir;
+    obm_profile profile;
+    obm_checkpoint *base;
+    obm_checkpoint **checkpoints;   /* (n) */
+    obm_json *manifest, *before;    /* before: the pack that is being replaced, NULL without */
+    obm_plan plan;
+} compression;
+
+static obm_status check_experts(const compression *c, obm_error *err) {
+    if (c->n < 1 || c->n > OBM_PACK_MAX_TASKS) {
+        return obm__fail(err, OBM_E_ARG, "%zu experts, a pack holds 1 to %d", c->n, OBM_PACK_MAX_TASKS);
+    }
+    for (size_t i = 0; i < c->n; i++) {
+        OBM_TRY(obm__expert_check(&c->experts[i], err));
+        for (size_t j = 0; j < i; j++) {
+            if (!strcmp(c->experts[i].name, c->experts[j].name)) {
+                return obm__fail(err, OBM_E_ARG, "two experts are named %s", c->experts[i].name);
+            }
+        }
+    }
+    return OBM_OK;
+}
+
+/* ---- the output folder ---- */
+
+/* Left-overs of a killed run have no manifest and do not count as contents. */
+static bool holds_other_files(const char *dir) {
+    bool other = false;
+    DIR *d = opendir(dir);
+    for (struct dirent *e; d && !other && (e = readdir(d));) {
+        other = strcmp(e->d_name, ".") && strcmp(e->d_name, "..") && !obm__pack_owns(e->d_name);
+    }
+    if (d) closedir(d);
+    return other;
+}
+
+static obm_status check_output(const compression *c, obm_error *err) {
+    bool overwrite = OBM_OPT(c->options, obm_compress_options, overwrite, false);
+    if (access(c->dir, F_OK)) return OBM_OK;
+    if (!obm__is_directory(c->dir)) return obm__fail(err, OBM_E_EXISTS, "%s exists and is no folder", c->dir);
+    if (overwrite || c->dry_run) return OBM_OK;
+    if (holds_other_files(c->dir)) return obm__fail(err, OBM_E_EXISTS, "%s exists already and is not empty", c->dir);
+    return OBM_OK;
+}
+
+static obm_status make_output(compression *c, obm_error *err) {
+    c->made_dir = access(c->dir, F_OK) != 0;
+    OBM_TRY(obm__make_directory(c->dir, err));
+    char *path = obm__path_join(c->dir, OBM_PACK_MANIFEST);
+    if (!path) return obm__fail_nomem(err, strlen(c->dir));
+    if (obm__file_exists(path)) (void)obm__json_load(path, &c->before, NULL);   /* only to know which files it names */
+    obm_free(path);
+    return OBM_OK;
+}
+
+/* ---- steps ---- */
+
+static obm_status open_all(compression *c, const char *base_path, uint64_t *bytes, obm_error *err) {
+    OBM_TRY(obm_checkpoint_open(c->ctx, base_path, &c->base, err));
+    for (size_t i = 0; i < c->n; i++) {
+        OBM_TRY(obm__expert_open(c->ctx, &c->experts[i], &c->checkpoints[i], err));
+        *bytes += obm__expert_bytes(c->checkpoints[i]);
+    }
+    return OBM_OK;
+}
+
+static obm_status add_experts(compression *c, obm_json *list, uint64_t bytes, obm_error *err) {
+    obm__ticker ticker = {.fn = OBM_OPT(c->options, obm_compress_options, progress, NULL), .what = "compress", .total = bytes,
+                          .user = OBM_OPT(c->options, obm_compress_options, progress_user, NULL)};
+    uint64_t done = 0;
+    for (size_t i = 0; i < c->n; i++) {
+        obm_json *record = NULL;
+        obm__expert_request r = {.ctx = c->ctx, .base = c->base, .expert = &c->experts[i], .profile = c->profile, .dir = c->dir,
+                                 .dry_run = c->dry_run, .ticker = &ticker, .plan = &c->plan};
+        ticker.done = done;
+        OBM_TRY(obm__expert_write(&r, c->checkpoints[i], &record, err));
+        if (!c->dry_run && !obm__json_append(list, record)) return obm__fail_nomem(err, 0);
+        done += obm__expert_bytes(c->checkpoints[i]);
+        if (!c->dry_run) OBM_TRY(obm__tick(&ticker, done, err));
+    }
+    return OBM_OK;
+}
+
+static bool put_head(obm_json *m) {
+    bool ok = obm__json_set(m, "format", obm__json_new_string(OBM_PACK_FORMAT));
+    ok = obm__json_set(m, "version", obm__json_new_int(OBM_PACK_VERSION)) && ok;
+    char *generator = obm__format("onebitmerge %s", obm_version());
+    ok = generator && obm__json_set(m, "generator", obm__json_new_string(generator)) && ok;
+    obm_free(generator);
+    return ok;
+}
+
+static obm_status make_manifest(compression *c, uint64_t bytes, obm_error *err) {
+    obm_pack_settings settings;
+    obm_json *base = NULL, *list = NULL;
+    obm__ticker ticker = {.fn = OBM_OPT(c->options, obm_compress_options, progress, NULL), .what = "fingerprint",
+                          .user = OBM_OPT(c->options, obm_compress_options, progress_user, NULL), .total = obm__expert_bytes(c->base)};
+    obm__settings_default(c->profile, &settings);
+    if (!(c->manifest = obm__json_new_object()) || !put_head(c->manifest)) return obm__fail_nomem(err, 0);
+    if (!(list = obm__json_new_array())) return obm__fail_nomem(err, 0);
+    obm_status status = add_experts(c, list, bytes, err);
+    if (status == OBM_OK) status = obm__base_record(c->ctx, c->base, c->dir, &ticker, &base, err);
+    bool ok = base && obm__json_set(c->manifest, "base", base);
+    ok = ok && obm__json_set(c->manifest, "settings", obm__settings_record(&settings));
+    ok = obm__json_set(c->manifest, "experts", list) && ok;
+    ok = ok && obm__json_set(c->manifest, "router", obm__json_new_null());
+    return status != OBM_OK ? status : ok ? OBM_OK : obm__fail_nomem(err, 0);
+}
+
+/* Loading before the commit proves that what was written can be read. */
+static obm_status write_pack(compression *c, uint64_t bytes, obm_pack **out, obm_error *err) {
+    obm_pack *pack = NULL;
+    OBM_TRY(make_output(c, err));
+    obm_status status = make_manifest(c, bytes, err);
+    if (status == OBM_OK) status = obm__pack_load(c->ctx, c->dir, c->manifest, c->base, &pack, err);
+    if (status == OBM_OK) status = obm__manifest_write(c->dir, c->manifest, err);
+    if (status != OBM_OK) {
+        obm__pack_unload(pack);
+        obm__pack_clean(c->dir, c->before);
+        if (c->made_dir) (void)rmdir(c->dir);
+        return status;
+    }
+    c->base = NULL;   /* the pack's now, and so is the manifest */
+    c->manifest = NULL;
+    if (out) *out = pack;
+    else obm_pack_free(pack);
+    return OBM_OK;
+}
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static obm_status run(compression *c, const char *base_path, obm_plan *plan, obm_pack **out, obm_error *err) {
+    double begin = now();
+    uint64_t bytes = 0;
+    if (!(c->checkpoints = obm__calloc(c->n, sizeof(*c->checkpoints)))) return obm__fail_nomem(err, c->n * sizeof(*c->checkpoints));
+    OBM_TRY(open_all(c, base_path, &bytes, err));
+    OBM_TRY(c->dry_run ? add_experts(c, NULL, bytes, err) : write_pack(c, bytes, out, err));
+    /* A guess for a dry run: a gigabyte a second, a common SSD's reading speed, which is what bounds this. */
+    c->plan.seconds = c->dry_run ? (double)(c->plan.bytes_read + c->plan.bytes_written) / 1e9 : now() - begin;
+    if (plan) *plan = c->plan;
+    return OBM_OK;
+}
+
+obm_status obm_compress(obm_context *ctx, const char *base_path, const obm_expert *experts, size_t n,
+                        const obm_compress_options *options, const char *out_path, obm_plan *plan, obm_pack **out, obm_error *err) {
+    compression c = {.ctx = ctx, .experts = experts, .n = n, .options = options, .dir = out_path};
+    c.dry_run = OBM_OPT(options, obm_compress_options, dry_run, false);
+    c.profile = OBM_OPT(options, obm_compress_options, profile, OBM_PROFILE_DEFAULT);
+    OBM_TRY(check_experts(&c, err));
+    if ((unsigned)c.profile > OBM_PROFILE_MERGEKIT) return obm__fail(err, OBM_E_ARG, "unknown profile %d", (int)c.profile);
+    if (!out_path || !*out_path) return obm__fail(err, OBM_E_ARG, "no output path");
+    OBM_TRY(check_output(&c, err));
+    obm_status status = run(&c, base_path, plan, out, err);
+    for (size_t i = 0; c.checkpoints && i < n; i++) obm_checkpoint_free(c.checkpoints[i]);
+    obm_free(c.checkpoints);
+    obm_checkpoint_free(c.base);
+    obm__json_free(c.manifest);
+    obm__json_free(c.before);
+    return status;
+}

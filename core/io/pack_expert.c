@@ -1,0 +1,460 @@
+/*
+ * Compresses one expert into one safetensors file, streaming: planes by stripes of rows, full tensors by chunks straight
+ * from the mapping.  Which tensors exist must be known before the first byte is written; that a plane's scales are all 0
+ * shows only afterwards.  Such planes are rare, so the file is written on the assumption that there are none, and once more
+ * without them when there were.
+ */
+#include "pack_parts.h"
+
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+/* Elements of a chunk of a full tensor per thread: a few ms of work between two progress calls. */
+#define CHUNK (16 * OBM_TILE)
+
+typedef struct item {
+    const obm__pair *pair;
+    obm_mode mode;
+    int planes;
+    int empty;                 /* planes found to be all 0 in the last pass, counted from the end */
+    int64_t rows, cols, row_bytes, n_scales;
+} item;
+
+/* One thing the file holds, in the order of the file. */
+typedef enum { SLOT_PLANES, SLOT_FULL, SLOT_EXTRA } slot_kind;
+typedef struct slot { size_t item; slot_kind kind; size_t align; } slot;
+
+typedef struct job {
+    const obm__expert_request *r;
+    obm_task_vector *v;
+    obm__policy policy;
+    char *policy_text;
+    item *items;
+    size_t n;
+    slot *slots;
+    size_t n_slots;
+    obm__st_writer *writer;
+    uint64_t ticks;            /* bytes of expert tensors that are done */
+} job;
+
+void obm__release_pages(const void *data, size_t bytes) {
+    static const uintptr_t page = 4096;
+    uintptr_t begin = ((uintptr_t)data + page - 1) & ~(page - 1), end = ((uintptr_t)data + bytes) & ~(page - 1);
+    /* Read-only file mappings only: the pages come back from the file when they are touched again.  Failure is harmless. */
+    if (begin < end) (void)madvise((void *)begin, end - begin, MADV_DONTNEED);
+}
+
+static uint64_t add_u64(uint64_t a, uint64_t b) { return a > UINT64_MAX - b ? UINT64_MAX : a + b; }
+
+/* ---- what is asked for ---- */
+
+static bool is_task_name(const char *s) {
+    static const char letters[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-";
+    size_t n = s ? strlen(s) : 0;
+    return n > 0 && n <= 64 && strspn(s, letters) == n;
+}
+
+obm_status obm__expert_check(const obm_expert *e, obm_error *err) {
+    if (!e || e->struct_size < offsetof(obm_expert, policy)) return obm__fail(err, OBM_E_ARG, "an expert without struct_size");
+    if (!is_task_name(e->name)) {
+        return obm__fail(err, OBM_E_ARG, "task name \"%.80s\": 1 to 64 letters, digits, _ and - are possible", e->name ? e->name : "");
+    }
+    /* Both are words of the route syntax. */
+    if (!strcmp(e->name, "base") || !strcmp(e->name, "auto")) return obm__fail(err, OBM_E_ARG, "task name \"%s\" is reserved", e->name);
+    if (!e->path || !*e->path) return obm__fail(err, OBM_E_ARG, "expert %s: no path", e->name);
+    return OBM_OK;
+}
+
+obm_status obm__expert_open(obm_context *ctx, const obm_expert *e, obm_checkpoint **out, obm_error *err) {
+    char *adapter = obm__path_join(e->path, "adapter_config.json");
+    if (!adapter) return obm__fail_nomem(err, strlen(e->path));
+    bool lora = obm__file_exists(adapter);
+    obm_free(adapter);
+    if (lora) {
+        return obm__fail(err, OBM_E_UNSUPPORTED, "expert %s: %s is a LoRA adapter; merge it into a full checkpoint first", e->name, e->path);
+    }
+    return obm_checkpoint_open(ctx, e->path, out, err);
+}
+
+uint64_t obm__expert_bytes(const obm_checkpoint *c) {
+    uint64_t n = 0;
+    for (size_t i = 0; i < c->count; i++) n = add_u64(n, obm__tensor_bytes(&c->tensors[i]->t));
+    return n;
+}
+
+static uint64_t pair_bytes(const obm__pair *p) { return obm__tensor_bytes(&p->expert); }
+
+static obm_tensor extra_of(const obm__pair *p) {
+    obm_tensor t = p->expert;
+    t.data = (const uint8_t *)t.data + obm__tensor_bytes(&p->base) / obm_dtype_size(p->base.dtype) * obm_dtype_size(t.dtype);
+    t.shape[0] = p->extra_rows;
+    return t;
+}
+
+static obm_status fill_item(job *j, item *it, const obm__pair *p, obm_error *err) {
+    *it = (item){.pair = p, .mode = OBM_MODE_FULL};
+    OBM_TRY(obm__policy_mode(&j->policy, p, &it->mode, err));
+    if (it->mode != OBM_MODE_1BIT) return OBM_OK;
+    it->planes = j->policy.planes;
+    it->rows = p->base.shape[0];
+    it->cols = p->base.shape[1];
+    it->row_bytes = obm__row_bytes(it->cols);
+    it->n_scales = obm__scale_count(j->policy.scale, it->rows, it->cols);
+    return OBM_OK;
+}
+
+static void warn_unused_rules(const job *j) {
+    for (size_t r = 0; r < j->policy.n_map; r++) {
+        const char *glob = j->policy.map[r].glob;
+        size_t i = 0;
+        while (i < j->n && !obm__glob_matches(glob, j->items[i].pair->name)) i++;
+        if (i == j->n) obm__warn(j->r->ctx, "expert %s: map rule %s matches no tensor", j->r->expert->name, glob);
+    }
+}
+
+/* ---- tensors that equal the base's ---- */
+
+typedef struct same_job {
+    const uint8_t *a, *b;
+    size_t n, step;
+    _Atomic int differ;
+} same_job;
+
+static void same_range(void *arg, size_t begin, size_t end, int id) {
+    (void)id;
+    same_job *s = arg;
+    for (size_t i = begin; i < end && !atomic_load_explicit(&s->differ, memory_order_relaxed); i++) {
+        size_t at = i * s->step, n = s->n - at < s->step ? s->n - at : s->step;
+        if (memcmp(s->a + at, s->b + at, n)) atomic_store(&s->differ, 1);
+    }
+}
+
+/* The rows that the base has, byte for byte.  Most fine-tunes differ in the first page. */
+static obm_status find_same(job *j, item *it, obm_error *err) {
+    const obm__pair *p = it->pair;
+    if (p->base.dtype != p->expert.dtype) return OBM_OK;
+    size_t total = obm__tensor_bytes(&p->base), batch = (size_t)j->r->ctx->threads * 8 * CHUNK;
+    for (size_t at = 0; at < total; at += batch) {
+        size_t n = total - at < batch ? total - at : batch;
+        same_job s = {.a = (const uint8_t *)p->base.data + at, .b = (const uint8_t *)p->expert.data + at, .n = n, .step = CHUNK};
+        obm__parallel(j->r->ctx, (n - 1) / CHUNK + 1, 1, same_range, &s);
+        if (s.differ) return OBM_OK;
+        obm__release_pages(s.a, n);
+        obm__release_pages(s.b, n);
+        OBM_TRY(obm__tick(j->r->ticker, 0, err));
+    }
+    it->mode = OBM_MODE_SAME;
+    it->planes = 0;
+    return OBM_OK;
+}
+
+/* ---- layout of the file ---- */
+
+/* Planes first, by name: their sizes are multiples of 4, so every scale is aligned.  Then whole tensors by falling element
+ * size, which aligns them as far as their base offset allows. */
+static int compare_slots(const void *x, const void *y) {
+    const slot *a = x, *b = y;
+    if ((a->kind == SLOT_PLANES) != (b->kind == SLOT_PLANES)) return a->kind == SLOT_PLANES ? -1 : 1;
+    if (a->align != b->align) return a->align > b->align ? -1 : 1;
+    if (a->item != b->item) return a->item < b->item ? -1 : 1;
+    return (int)a->kind - (int)b->kind;
+}
+
+static void lay_out(job *j) {
+    j->n_slots = 0;
+    for (size_t i = 0; i < j->n; i++) {
+        const item *it = &j->items[i];
+        size_t align = obm_dtype_size(it->pair->expert.dtype);
+        if (it->mode == OBM_MODE_1BIT && it->planes) j->slots[j->n_slots++] = (slot){i, SLOT_PLANES, 0};
+        if (it->mode == OBM_MODE_FULL) j->slots[j->n_slots++] = (slot){i, SLOT_FULL, align};
+        else if (it->pair->extra_rows) j->slots[j->n_slots++] = (slot){i, SLOT_EXTRA, align};
+    }
+    if (j->n_slots) qsort(j->slots, j->n_slots, sizeof *j->slots, compare_slots);
+}
+
+static obm_status declare(obm__st_writer *w, const char *name, const char *suffix, int plane, const obm_tensor *t, obm_error *err) {
+    char *full = plane < 0 ? obm__format("%s%s", name, suffix) : obm__format("%s%s.%d", name, suffix, plane);
+    if (!full) return obm__fail_nomem(err, strlen(name));
+    obm_status status = obm__st_writer_declare(w, full, t->dtype, t->ndim, t->shape, err);
+    obm_free(full);
+    return status;
+}
+
+static obm_tensor scale_shape(const job *j, const item *it) {
+    obm_tensor t = {.dtype = OBM_F32, .ndim = 1, .shape = {it->n_scales}};
+    if (j->policy.scale.kind != OBM_SCALE_GROUP) return t;
+    t.ndim = 2;
+    t.shape[0] = it->rows;
+    t.shape[1] = it->n_scales / it->rows;
+    return t;
+}
+
+static obm_status declare_slot(job *j, const slot *s, obm_error *err) {
+    const item *it = &j->items[s->item];
+    const char *name = it->pair->name;
+    if (s->kind == SLOT_FULL) return declare(j->writer, name, "", -1, &it->pair->expert, err);
+    if (s->kind == SLOT_EXTRA) {
+        obm_tensor extra = extra_of(it->pair);
+        return declare(j->writer, name, ".extra", -1, &extra, err);
+    }
+    obm_tensor signs = {.dtype = OBM_U8, .ndim = 2, .shape = {it->rows, it->row_bytes}}, scales = scale_shape(j, it);
+    for (int p = 0; p < it->planes; p++) {
+        OBM_TRY(declare(j->writer, name, ".sign", p, &signs, err));
+        OBM_TRY(declare(j->writer, name, ".scale", p, &scales, err));
+    }
+    return OBM_OK;
+}
+
+/* ---- planes ---- */
+
+typedef struct plane_sink {
+    job *j;
+    const item *it;
+    int plane;
+    uint64_t ticks;            /* at the begin of the tensor */
+    int64_t released;          /* rows whose pages are let go */
+} plane_sink;
+
+static void release_rows(const obm_tensor *t, int64_t cols, int64_t begin, int64_t end) {
+    size_t row = (size_t)cols * obm_dtype_size(t->dtype);
+    obm__release_pages((const uint8_t *)t->data + (size_t)begin * row, (size_t)(end - begin) * row);
+}
+
+static obm_status take_signs(void *user, const void *bytes, size_t n, int64_t rows_done, obm_error *err) {
+    plane_sink *s = user;
+    const item *it = s->it;
+    OBM_TRY(obm__st_writer_write(s->j->writer, bytes, n, err));
+    release_rows(&it->pair->base, it->cols, s->released, rows_done);
+    release_rows(&it->pair->expert, it->cols, s->released, rows_done);
+    s->released = rows_done;
+    double share = ((double)s->plane + (double)rows_done / (double)it->rows) / it->planes;
+    return obm__tick(s->j->r->ticker, s->ticks + (uint64_t)(share * (double)pair_bytes(it->pair)), err);
+}
+
+static void free_alphas(float **alphas, int n) {
+    for (int p = 0; p < n; p++) obm_free(alphas[p]);
+}
+
+static obm_status write_planes(job *j, item *it, obm_error *err) {
+    float *alphas[OBM_MAX_PLANES] = {0};
+    obm_status status = OBM_OK;
+    it->empty = 0;
+    for (int p = 0; p < it->planes && status == OBM_OK; p++) {
+        plane_sink sink = {j, it, p, j->ticks, 0};
+        bool zero = false;
+        alphas[p] = obm__calloc((size_t)it->n_scales, sizeof(float));
+        status = alphas[p] ? obm__onebit_plane(j->r->ctx, it->pair, j->policy.scale, p, alphas, take_signs, &sink, &zero, err)
+                           : obm__fail_nomem(err, (uint64_t)it->n_scales * sizeof(float));
+        if (status == OBM_OK) status = obm__st_writer_write(j->writer, alphas[p], (size_t)it->n_scales * sizeof(float), err);
+        it->empty += zero;   /* a plane of zeros is followed by planes of zeros only */
+    }
+    free_alphas(alphas, it->planes);
+    j->ticks += pair_bytes(it->pair);
+    return status;
+}
+
+/* ---- full tensors ---- */
+
+typedef struct finite_job {
+    const obm_kernels *k;
+    const obm__pair *pair;
+    int64_t begin, end, in_base;   /* elements; from in_base on there is no base */
+    _Atomic int64_t bad;
+} finite_job;
+
+static void finite_range(void *arg, size_t begin, size_t end, int id) {
+    (void)id;
+    finite_job *f = arg;
+    float d[OBM_BLOCK], scratch[OBM_BLOCK];
+    for (size_t i = begin; i < end; i++) {
+        int64_t at = f->begin + (int64_t)i * OBM_BLOCK, n = f->end - at < OBM_BLOCK ? f->end - at : OBM_BLOCK;
+        int64_t paired = f->in_base - at < 0 ? 0 : f->in_base - at < n ? f->in_base - at : n;
+        obm__pair_read(f->k, f->pair, at, paired, d, scratch);
+        obm__widen(f->k, &f->pair->expert, at + paired, n - paired, d + paired);
+        int64_t bad = (int64_t)f->k->find_nonfinite(d, (size_t)n), seen = atomic_load(&f->bad);
+        while (bad < n && at + bad < seen && !atomic_compare_exchange_weak(&f->bad, &seen, at + bad)) {}
+    }
+}
+
+/* Elements [begin, end) of the expert's tensor: checked, then written as they are. */
+static obm_status write_chunk(job *j, const obm__pair *p, int64_t begin, int64_t end, obm_error *err) {
+    finite_job f = {.k = j->r->ctx->k, .pair = p, .begin = begin, .end = end, .in_base = obm_tensor_count(&p->base), .bad = INT64_MAX};
+    obm__parallel(j->r->ctx, (size_t)((end - begin - 1) / OBM_BLOCK + 1), OBM_TILE / OBM_BLOCK, finite_range, &f);
+    if (f.bad != INT64_MAX) return obm__fail_nonfinite(err, p, f.bad);
+    size_t size = obm_dtype_size(p->expert.dtype), n = (size_t)(end - begin) * size;
+    const uint8_t *src = (const uint8_t *)p->expert.data + (size_t)begin * size;
+    OBM_TRY(obm__st_writer_write(j->writer, src, n, err));
+    obm__release_pages(src, n);
+    if (begin < f.in_base) {
+        size_t base = obm_dtype_size(p->base.dtype);
+        int64_t last = end < f.in_base ? end : f.in_base;
+        obm__release_pages((const uint8_t *)p->base.data + (size_t)begin * base, (size_t)(last - begin) * base);
+    }
+    j->ticks += n;
+    return obm__tick(j->r->ticker, j->ticks, err);
+}
+
+static obm_status write_whole(job *j, const obm__pair *p, int64_t begin, obm_error *err) {
+    int64_t end = obm_tensor_count(&p->expert), step = (int64_t)j->r->ctx->threads * CHUNK;
+    for (int64_t at = begin; at < end; at += step) OBM_TRY(write_chunk(j, p, at, end - at < step ? end : at + step, err));
+    return OBM_OK;
+}
+
+/* ---- the file ---- */
+
+static obm_status write_slot(job *j, const slot *s, obm_error *err) {
+    item *it = &j->items[s->item];
+    if (s->kind == SLOT_PLANES) return write_planes(j, it, err);
+    return write_whole(j, it->pair, s->kind == SLOT_FULL ? 0 : obm_tensor_count(&it->pair->base), err);
+}
+
+static obm_status write_all(job *j, obm_error *err) {
+    OBM_TRY(obm__st_writer_metadata(j->writer, "format", OBM_PACK_FORMAT, err));
+    for (size_t i = 0; i < j->n_slots; i++) OBM_TRY(declare_slot(j, &j->slots[i], err));
+    OBM_TRY(obm__st_writer_begin(j->writer, err));
+    for (size_t i = 0; i < j->n_slots; i++) OBM_TRY(write_slot(j, &j->slots[i], err));
+    return OBM_OK;
+}
+
+/* Takes the planes of zeros out of the plan; true if there were any. */
+static bool drop_empty_planes(job *j) {
+    bool any = false;
+    for (size_t i = 0; i < j->n; i++) {
+        any = any || j->items[i].empty;
+        j->items[i].planes -= j->items[i].empty;
+        j->items[i].empty = 0;
+    }
+    return any;
+}
+
+obm_status obm__pack_publish(obm__st_writer *w, const char *dir, const char *stem, char xxh3[33], uint64_t *bytes, char **name,
+                             obm_error *err) {
+    *bytes = obm__st_writer_size(w);
+    OBM_TRY(obm__st_writer_seal(w, xxh3, err));
+    char *file = obm__format("%s-%.16s.safetensors", stem, xxh3), *path = file ? obm__path_join(dir, file) : NULL;
+    obm_status status = path ? obm__st_writer_publish(w, path, err) : obm__fail_nomem(err, strlen(dir));
+    obm_free(path);
+    if (status == OBM_OK) *name = file;
+    else obm_free(file);
+    return status;
+}
+
+obm_status obm__pack_writer(const char *dir, const char *stem, obm__st_writer **out, obm_error *err) {
+    char *file = obm__format("%s" OBM_PACK_PARTIAL, stem), *path = file ? obm__path_join(dir, file) : NULL;
+    obm_status status = path ? obm__st_writer_new(path, out, err) : obm__fail_nomem(err, strlen(dir));
+    obm_free(file);
+    obm_free(path);
+    return status;
+}
+
+static obm_status write_file(job *j, char xxh3[33], uint64_t *bytes, char **name, obm_error *err) {
+    uint64_t ticks = j->ticks;
+    for (;;) {
+        lay_out(j);
+        j->ticks = ticks;
+        OBM_TRY(obm__pack_writer(j->r->dir, j->r->expert->name, &j->writer, err));
+        obm_status status = write_all(j, err);
+        bool again = status == OBM_OK && drop_empty_planes(j);
+        if (status == OBM_OK && !again) status = obm__pack_publish(j->writer, j->r->dir, j->r->expert->name, xxh3, bytes, name, err);
+        obm__st_writer_free(j->writer);
+        if (!again) return status;
+    }
+}
+
+/* ---- the record ---- */
+
+static obm_json *item_record(const job *j, const item *it) {
+    obm_json *r = obm__json_new_object();
+    bool ok = obm__json_set(r, "mode", obm__json_new_string(obm_mode_name(it->mode))) && obm__put_tensor(r, &it->pair->expert);
+    if (it->mode == OBM_MODE_1BIT) {
+        char *scale = obm__scale_text(j->policy.scale);
+        ok = ok && obm__json_set(r, "planes", obm__json_new_int(it->planes));
+        ok = ok && scale && obm__json_set(r, "scale", obm__json_new_string(scale));
+        obm_free(scale);
+    }
+    if (ok) return r;
+    obm__json_free(r);
+    return NULL;
+}
+
+static obm_json *make_record(const job *j, const char *file, uint64_t bytes, const char *xxh3) {
+    obm_json *r = obm__file_record(file, bytes, xxh3), *tensors = obm__json_new_object();
+    obm_json *source = obm__json_new_string(j->r->expert->path);   /* NULL for a path that is not UTF-8 */
+    bool ok = r && tensors;
+    ok = obm__json_set(r, "name", obm__json_new_string(j->r->expert->name)) && ok;
+    ok = obm__json_set(r, "policy", obm__json_new_string(j->policy_text)) && ok;
+    ok = obm__json_set(r, "source", source ? source : obm__json_new_null()) && ok;
+    for (size_t i = 0; i < j->n && ok; i++) ok = obm__json_set(tensors, j->items[i].pair->name, item_record(j, &j->items[i]));
+    ok = obm__json_set(r, "tensors", tensors) && ok;
+    if (ok) return r;
+    obm__json_free(r);
+    return NULL;
+}
+
+static obm_status produce(job *j, obm_json **record, obm_error *err) {
+    char xxh3[33], *name = NULL;
+    uint64_t bytes = 0;
+    OBM_TRY(write_file(j, xxh3, &bytes, &name, err));
+    *record = make_record(j, name, bytes, xxh3);
+    obm_free(name);
+    return *record ? OBM_OK : obm__fail_nomem(err, 0);
+}
+
+/* ---- planning ---- */
+
+static uint64_t slot_bytes(const job *j, const slot *s) {
+    const item *it = &j->items[s->item];
+    if (s->kind == SLOT_FULL) return pair_bytes(it->pair);
+    if (s->kind == SLOT_EXTRA) return pair_bytes(it->pair) - (uint64_t)obm_tensor_count(&it->pair->base) * s->align;
+    return (uint64_t)it->planes * (uint64_t)(it->rows * it->row_bytes + it->n_scales * (int64_t)sizeof(float));
+}
+
+static void add_to_plan(job *j) {
+    obm_plan *plan = j->r->plan;
+    lay_out(j);
+    for (size_t i = 0; i < j->n; i++) {
+        const item *it = &j->items[i];
+        plan->tensors++;
+        plan->bytes_read += pair_bytes(it->pair) + obm__tensor_bytes(&it->pair->base);
+        uint64_t memory = it->planes ? obm__onebit_memory(j->r->ctx, it->rows, it->cols) + (uint64_t)it->planes * (uint64_t)it->n_scales * 4 : 0;
+        if (memory > plan->peak_memory) plan->peak_memory = memory;
+    }
+    for (size_t i = 0; i < j->n_slots; i++) plan->bytes_written += slot_bytes(j, &j->slots[i]);
+}
+
+static obm_status prepare(job *j, obm_error *err) {
+    OBM_TRY(obm__policy_parse(j->r->expert, j->r->profile, &j->policy, &j->policy_text, err));
+    j->n = j->v->count;
+    j->items = obm__calloc(j->n, sizeof *j->items);
+    j->slots = obm__calloc(j->n, sizeof *j->slots);
+    if (!j->items || !j->slots) return obm__fail_nomem(err, j->n * (sizeof *j->items + sizeof *j->slots));
+    for (size_t i = 0; i < j->n; i++) OBM_TRY(fill_item(j, &j->items[i], &j->v->pairs[i], err));
+    warn_unused_rules(j);
+    return OBM_OK;
+}
+
+static obm_status compress_items(job *j, obm_json **record, obm_error *err) {
+    OBM_TRY(prepare(j, err));
+    if (j->r->plan) add_to_plan(j);
+    if (j->r->dry_run) return OBM_OK;
+    j->ticks = j->r->ticker ? j->r->ticker->done : 0;
+    for (size_t i = 0; i < j->n; i++) {
+        OBM_TRY(find_same(j, &j->items[i], err));
+        if (j->items[i].mode == OBM_MODE_SAME || j->items[i].mode == OBM_MODE_DROP) j->ticks += pair_bytes(j->items[i].pair);
+    }
+    return produce(j, record, err);
+}
+
+obm_status obm__expert_write(const obm__expert_request *r, const obm_checkpoint *checkpoint, obm_json **record, obm_error *err) {
+    job j = {.r = r};
+    obm_status status = obm_task_vector_new(r->base, checkpoint, &j.v, err);
+    if (status == OBM_OK) status = compress_items(&j, record, err);
+    obm_task_vector_free(j.v);
+    obm_free(j.policy_text);
+    obm_free(j.items);
+    obm_free(j.slots);
+    return status;
+}

@@ -1,0 +1,93 @@
+/* How the files of a pack are taken apart and put together; only the pack_*.c files look in here.  FORMAT.md has the bytes. */
+#ifndef OBM_PACK_PARTS_H
+#define OBM_PACK_PARTS_H
+
+#include "pack.h"
+
+#define OBM_PACK_MANIFEST "pack.json"
+#define OBM_PACK_PARTIAL ".obm-partial"   /* a file whose contents, and so whose name, are not known yet */
+#define OBM_PACK_FORMAT "onebitmerge pack"
+#define OBM_PACK_VERSION 1
+/* Routes, reports and confusion tables are sized for this many tasks. */
+#define OBM_PACK_MAX_TASKS OBM_MAX_REPORT_TASKS
+
+/* Progress of one long call; `done` never goes back. */
+typedef struct obm__ticker {
+    obm_progress_fn fn;
+    void *user;
+    const char *what;
+    uint64_t done, total;
+} obm__ticker;
+obm_status obm__tick(obm__ticker *t, uint64_t done, obm_error *err);   /* USER when the callback stops */
+
+/* ---- the base (pack_base.c) ---- */
+
+/* The "base" member: where it lies, seen from the folder `dir` (which exists), and its fingerprint with full hashes. */
+obm_status obm__base_record(obm_context *ctx, const obm_checkpoint *base, const char *dir, obm__ticker *ticker, obm_json **out,
+                            obm_error *err);
+/* path NULL: the record's relative path, then the absolute one.  Does not check the fingerprint. */
+obm_status obm__base_open(obm_context *ctx, const obm_json *record, const char *pack_path, const char *path,
+                          obm_checkpoint **out, obm_error *err);
+/* MISMATCH names the first tensor that differs.  full: whole contents instead of the samples (ticker nullable otherwise). */
+obm_status obm__base_check(obm_context *ctx, const obm_checkpoint *base, const obm_json *record, const char *pack_path, bool full,
+                           obm__ticker *ticker, obm_error *err);
+
+/* ---- JSON fields (pack_json.c); all errors are FORMAT and name `where` and the key ---- */
+
+obm_status obm__field(const obm_json *object, const char *key, obm_json_kind kind, const char *where, const obm_json **out,
+                      obm_error *err);
+obm_status obm__field_string(const obm_json *object, const char *key, const char *where, const char **out, obm_error *err);
+obm_status obm__field_int(const obm_json *object, const char *key, int64_t min, int64_t max, const char *where, int64_t *out,
+                          obm_error *err);
+obm_status obm__field_real(const obm_json *object, const char *key, const char *where, double *out, obm_error *err);
+/* "dtype" and "shape" of a record into *out (data NULL); the byte count fits in 63 bits. */
+obm_status obm__field_tensor(const obm_json *object, const char *where, obm_tensor *out, obm_error *err);
+bool obm__put_tensor(obm_json *object, const obm_tensor *t);
+obm_json *obm__file_record(const char *name, uint64_t bytes, const char *xxh3);   /* {"file", "bytes", "xxh3"} */
+/* Checks such a record; *path owned. */
+obm_status obm__file_of(const obm_json *record, const char *dir, const char *where, char **path, uint64_t *bytes,
+                        const char **xxh3, obm_error *err);
+obm_json *obm__settings_record(const obm_pack_settings *s);
+obm_status obm__settings_parse(const obm_json *manifest, const char *where, obm_pack_settings *out, obm_error *err);
+obm_status obm__settings_check(const obm_pack_settings *s, obm_error *err);
+void obm__settings_default(obm_profile profile, obm_pack_settings *out);
+
+/* ---- writing one expert (pack_expert.c) ---- */
+
+typedef struct obm__expert_request {
+    obm_context *ctx;
+    const obm_checkpoint *base;
+    const obm_expert *expert;
+    obm_profile profile;
+    const char *dir;           /* of the pack */
+    bool dry_run;
+    obm__ticker *ticker;       /* total is set by the caller: obm__expert_bytes of all */
+    obm_plan *plan;            /* added to */
+} obm__expert_request;
+obm_status obm__expert_check(const obm_expert *e, obm_error *err);   /* name and fields, before anything is read */
+obm_status obm__expert_open(obm_context *ctx, const obm_expert *e, obm_checkpoint **out, obm_error *err);
+uint64_t obm__expert_bytes(const obm_checkpoint *c);
+/* Compresses into a file of the folder; *record (owned; untouched in a dry run) is its member of "experts". */
+obm_status obm__expert_write(const obm__expert_request *r, const obm_checkpoint *checkpoint, obm_json **record, obm_error *err);
+/* A writer for a file of the pack, and its end: the file gets its content-derived name "<stem>-<16 hex digits>.safetensors",
+ * *name owned.  The writer is the caller's to free. */
+obm_status obm__pack_writer(const char *dir, const char *stem, obm__st_writer **out, obm_error *err);
+obm_status obm__pack_publish(obm__st_writer *w, const char *dir, const char *stem, char xxh3[33], uint64_t *bytes, char **name,
+                             obm_error *err);
+/* Lets go of mapped pages that a pass is done with, so that resident memory does not follow the size of a model. */
+void obm__release_pages(const void *data, size_t bytes);
+
+/* ---- the opened pack (pack_load.c) ---- */
+
+/* Checks the manifest against the base and the files.  On success the pack owns manifest and base. */
+obm_status obm__pack_load(obm_context *ctx, const char *path, obm_json *manifest, obm_checkpoint *base, obm_pack **out, obm_error *err);
+/* Frees everything but manifest and base. */
+void obm__pack_unload(obm_pack *p);
+
+/* ---- changes (pack_change.c) ---- */
+
+obm_status obm__manifest_write(const char *dir, const obm_json *manifest, obm_error *err);   /* the commit, then the clean-up */
+bool obm__pack_owns(const char *file);   /* a name that this library gives */
+void obm__pack_clean(const char *dir, const obm_json *manifest);   /* removes files of ours that the manifest does not name */
+
+#endif
