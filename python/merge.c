@@ -1,0 +1,158 @@
+/* Static merges: recipes to folders, tensors to tensors, the method table. */
+#include "obm_py.h"
+
+#include <string.h>
+
+PyObject *obm_py_merge(PyObject *module, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"recipe", "out", "profile", "directory", "seed", "shard_bytes", "memory", "overwrite", "dry_run", "progress", NULL};
+    const char *recipe, *profile = NULL;
+    PyObject *out, *directory_arg = Py_None, *directory = NULL, *seed = Py_None, *progress = Py_None, *context = NULL, *result = NULL;
+    unsigned long long shard = 0, memory = 0;
+    int overwrite = 0, dry_run = 0;
+    obm_py_state *st = PyModule_GetState(module);
+    obm_merge_options options = OBM_INIT(obm_merge_options);
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO&|zOOKKppO", names, &recipe, obm_py_path, &out, &profile, &directory_arg, &seed, &shard,
+                                     &memory, &overwrite, &dry_run, &progress))
+        return NULL;
+    obm_py_call call;
+    if (seed != Py_None) {
+        options.seed = PyLong_AsUnsignedLongLong(seed);
+        options.has_seed = true;
+    }
+    bool ok = !PyErr_Occurred() && (directory_arg == Py_None || obm_py_path(directory_arg, &directory)) &&
+              obm_py_profile(st, profile, &options.profile) == 0 && obm_py_call_init(&call, st, progress) == 0;
+    obm_context *ctx = ok ? obm_py_context(st, &context) : NULL;
+    if (ctx) {
+        options.directory = directory ? PyBytes_AsString(directory) : NULL;
+        options.shard_bytes = shard;
+        options.memory = memory;
+        options.overwrite = overwrite;
+        options.dry_run = dry_run;
+        options.progress = obm_py_progress;
+        options.progress_user = &call;
+        obm_plan plan = {0};
+        obm_error err;
+        const char *out_text = PyBytes_AsString(out);
+        obm_py_begin(&call);
+        obm_status status = obm_merge(ctx, recipe, &options, out_text, &plan, &err);
+        if (obm_py_end(&call, status, &err) == 0)
+            result = Py_BuildValue("{sK,sK,sK,sK,sd}", "tensors", (unsigned long long)plan.tensors, "bytes_read", (unsigned long long)plan.bytes_read,
+                                   "bytes_written", (unsigned long long)plan.bytes_written, "peak_memory", (unsigned long long)plan.peak_memory,
+                                   "seconds", plan.seconds);
+    }
+    Py_XDECREF(context);
+    Py_XDECREF(directory);
+    Py_DECREF(out);
+    return result;
+}
+
+typedef struct param_list { obm_param *items; size_t n, capacity; PyObject *keep; } param_list;
+
+static int param_add(param_list *p, const char *name, int model, double value) {
+    if (p->n == p->capacity) {
+        size_t capacity = p->capacity ? 2 * p->capacity : 8;
+        obm_param *items = PyMem_Realloc(p->items, capacity * sizeof *items);
+        if (!items) return PyErr_NoMemory(), -1;
+        p->items = items;
+        p->capacity = capacity;
+    }
+    p->items[p->n++] = (obm_param){name, model, value};
+    return 0;
+}
+
+/* A number is a global parameter, a list one value per model. */
+static int params_from(PyObject *dict, param_list *p) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; dict && PyDict_Next(dict, &at, &key, &value);) {
+        const char *name = PyUnicode_AsUTF8AndSize(key, NULL);
+        if (!name || PyList_Append(p->keep, key) < 0) return -1;
+        if (PyNumber_Check(value)) {
+            double v = PyFloat_AsDouble(value);
+            if (PyErr_Occurred() || param_add(p, name, -1, v) < 0) return -1;
+            continue;
+        }
+        Py_ssize_t n = PySequence_Size(value);
+        if (n < 0) return -1;
+        for (Py_ssize_t i = 0; i < n; i++) {
+            PyObject *item = PySequence_GetItem(value, i);
+            double v = item ? PyFloat_AsDouble(item) : 0;
+            Py_XDECREF(item);
+            if (PyErr_Occurred() || param_add(p, name, (int)i, v) < 0) return -1;
+        }
+    }
+    return 0;
+}
+
+/* merge_tensors(method, models, base=None, profile=None, seed=0, **parameters) -> ndarray */
+PyObject *obm_py_merge_tensors(PyObject *module, PyObject *args, PyObject *kwargs) {
+    obm_py_state *st = PyModule_GetState(module);
+    static char *names[] = {"method", "models", "base", "params", "profile", "seed", NULL};
+    const char *method, *profile_name = NULL;
+    PyObject *given, *base = Py_None, *dict = NULL, *context = NULL, *result = NULL;
+    unsigned long long seed = 0;
+    obm_profile profile;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO|OO!zK", names, &method, &given, &base, &PyDict_Type, &dict, &profile_name, &seed) ||
+        obm_py_profile(st, profile_name, &profile) < 0)
+        return NULL;
+    PyObject *models = PySequence_List(given);
+    size_t n = models ? (size_t)PyList_Size(models) : 0;
+    obm_tensor *views = PyMem_Calloc(n + 2, sizeof *views);
+    param_list params = {.keep = PyList_New(0)};
+    bool ok = models && views && params.keep && params_from(dict, &params) == 0;
+    for (size_t i = 0; ok && i < n + (base != Py_None); i++) {
+        PyObject *holder = NULL;
+        ok = obm_py_tensor_import(st, i < n ? PyList_GetItem(models, (Py_ssize_t)i) : base, &views[i], &holder) == 0 &&
+             PyList_Append(params.keep, holder) == 0;
+        Py_XDECREF(holder);
+    }
+    obm_context *ctx = ok ? obm_py_context(st, &context) : NULL;
+    if (ctx) {
+        const obm_tensor *shape = n ? &views[0] : &views[n];
+        float *data;
+        result = obm_py_tensor_new(st, shape->ndim, shape->shape, &data);
+        obm_error err;
+        obm_status status = OBM_OK;
+        if (result) {
+            Py_BEGIN_ALLOW_THREADS;
+            status = obm_merge_tensors(ctx, method, profile, base == Py_None ? NULL : &views[n], views, n, params.items, params.n, seed, data, &err);
+            Py_END_ALLOW_THREADS;
+        }
+        if (status != OBM_OK) {
+            Py_CLEAR(result);
+            obm_py_raise(st, &err);
+        }
+    }
+    Py_XDECREF(context);
+    Py_XDECREF(models);
+    Py_XDECREF(params.keep);
+    PyMem_Free(params.items);
+    PyMem_Free(views);
+    return obm_py_numpy(result);
+}
+
+static PyObject *param_dict(const obm_param_info *p) {
+    return Py_BuildValue("{ss,ss,ss,sO,sd,sd,sd,ss}", "name", p->name, "doc", p->doc, "scope", p->scope == OBM_PARAM_GLOBAL ? "global" : "model",
+                         "required", p->required ? Py_True : Py_False, "default", p->dflt, "min", p->min, "max", p->max, "type",
+                         p->is_bool ? "bool" : "number");
+}
+
+PyObject *obm_py_methods(PyObject *module, PyObject *args) {
+    (void)module, (void)args;
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list && i < obm_method_count(); i++) {
+        const obm_method_info *m = obm_method_at(i);
+        PyObject *params = PyList_New(0);
+        for (size_t j = 0; params && j < m->n_params; j++) {
+            PyObject *p = param_dict(&m->params[j]);
+            if (!p || PyList_Append(params, p) < 0) Py_CLEAR(params);
+            Py_XDECREF(p);
+        }
+        PyObject *d = params ? Py_BuildValue("{ss,ss,ss,sO,si,si,sN}", "name", m->name, "doc", m->doc, "source", m->source, "needs_base",
+                                             m->needs_base ? Py_True : Py_False, "min_models", m->min_models, "max_models", m->max_models,
+                                             "params", params)
+                             : NULL;
+        if (!d || PyList_Append(list, d) < 0) Py_CLEAR(list);
+        Py_XDECREF(d);
+    }
+    return list;
+}

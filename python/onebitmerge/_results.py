@@ -1,0 +1,184 @@
+"""What calls return, and how it looks in a notebook.  No arithmetic on tensors here: that is the core's."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import os
+import threading
+from typing import Any, Mapping, NamedTuple, Sequence
+
+
+class Completion(str):
+    """Generated text, with what made it.
+
+    route: {task: weight}, or None for a plain model; ids: the generated ids; finish_reason: "stop" or "length";
+    prompt_tokens: how many ids the prompt had.
+    """
+
+    route: dict[str, float] | None
+    ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+
+    @classmethod
+    def make(cls, text, ids, route, finish_reason, prompt_tokens):
+        self = cls(text)
+        self.ids, self.route, self.finish_reason, self.prompt_tokens = ids, route, finish_reason, prompt_tokens
+        return self
+
+
+class Score(NamedTuple):
+    """logprob: natural logarithm, summed over token_logprobs; perplexity = exp(-logprob / tokens)."""
+
+    logprob: float
+    token_logprobs: list[float]
+    is_greedy: bool
+    perplexity: float
+    route: dict[str, float] | None
+
+
+@dataclasses.dataclass
+class RouterReport:
+    """Of the held-out part: accuracy, expected calibration error (10 bins), confusion[true][predicted]."""
+
+    accuracy: float
+    calibration_error: float
+    confusion: list[list[int]]
+    tasks: list[str]
+    layer: int
+    n_train: int
+    n_held_out: int
+
+    def __str__(self):
+        width = max(map(len, self.tasks + ["true \\ routed"]))
+        lines = [f"router on layer {self.layer}: held-out accuracy {100 * self.accuracy:.1f} % of {self.n_held_out}, "
+                 f"calibration error {self.calibration_error:.3f} ({self.n_train} training prompts)",
+                 "true \\ routed".ljust(width) + "".join(f"{t:>10}" for t in self.tasks)]
+        lines += [t.ljust(width) + "".join(f"{n:>10}" for n in row) for t, row in zip(self.tasks, self.confusion)]
+        return "\n".join(lines)
+
+    def _repr_html_(self):
+        head = "".join(f"<th>{html.escape(t)}</th>" for t in self.tasks)
+        rows = "".join(f"<tr><th>{html.escape(t)}</th>" + "".join(f"<td>{n}</td>" for n in row) + "</tr>"
+                       for t, row in zip(self.tasks, self.confusion))
+        return (f"<p>held-out accuracy {100 * self.accuracy:.1f} % of {self.n_held_out}, calibration error "
+                f"{self.calibration_error:.3f}</p><table><tr><th>true \\ routed</th>{head}</tr>{rows}</table>")
+
+
+@dataclasses.dataclass
+class Expert:
+    """An expert to compress: path, and how.
+
+    policy: "linear" (default), "attention", "mlp", "paper", "full"; scale: "row" (default), "matrix", "group:N";
+    planes: sign planes per matrix; map: {glob: "1bit" | "full" | "drop"}, tried before the policy.
+    """
+
+    path: str | os.PathLike
+    policy: str | None = None
+    scale: str | None = None
+    planes: int = 0
+    map: Mapping[str, str] | None = None
+
+
+def experts(given: Mapping[str, Any]) -> list[tuple]:
+    """{name: path | (path, policy) | Expert} -> the tuples that the core takes."""
+    if not isinstance(given, Mapping):
+        raise TypeError("experts is a dict of names to a path, (path, policy) or Expert")
+    out = []
+    for name, value in given.items():
+        if isinstance(value, tuple):
+            value = Expert(*value)
+        elif not isinstance(value, Expert):
+            value = Expert(value)
+        out.append((name, value.path, value.policy, value.scale, value.planes, None if value.map is None else dict(value.map)))
+    return out
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Plain text; the first column to the left, the others to the right."""
+    cells = [[str(c) for c in row] for row in [head, *rows]]
+    width = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width))).rstrip() for row in cells)
+
+
+def size(n: float) -> str:
+    """Bytes for people: decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1000
+    raise AssertionError
+
+
+def pack_rows(pack) -> list[list[str]]:
+    rows = []
+    for task in pack.tasks:
+        for cls, b in pack.bytes(task).items():
+            rows.append([task, cls, b["tensors"], size(b["bytes_expert"]), size(b["bytes_pack"])])
+    return rows
+
+
+def pack_ratios(pack) -> dict[str, float]:
+    """The two storage ratios; both are bytes over bytes, and neither means anything without its label."""
+    packed = sum(b["bytes_pack"] for t in pack.tasks for b in pack.bytes(t).values())
+    full = sum(b["bytes_expert"] for t in pack.tasks for b in pack.bytes(t).values())
+    base = pack.base_bytes
+    return {"pack / K full experts": packed / full if full else float("nan"),
+            "(base + pack) / (base + K full deltas)": (base + packed) / (base + full) if base + full else float("nan")}
+
+
+def pack_repr(pack) -> str:
+    lines = [f"Pack(\"{pack.path}\")", table(["expert", "class", "tensors", "expert bytes", "pack bytes"], pack_rows(pack))]
+    lines += [f"{label}: {value:.4f}" for label, value in pack_ratios(pack).items()]
+    s = pack.settings
+    lines.append(f"lambda {s['lambda']:g}, reading {s['reading']}, profile {s['profile']}, density {s['density']:g}")
+    return "\n".join(lines)
+
+
+def pack_html(pack) -> str:
+    cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in pack_rows(pack))
+    ratios = "; ".join(f"{html.escape(label)}: {value:.4f}" for label, value in pack_ratios(pack).items())
+    return ("<table><tr><th>expert</th><th>class</th><th>tensors</th><th>expert bytes</th><th>pack bytes</th></tr>"
+            f"{cells}</table><p>{ratios}</p>")
+
+
+def render_template(tokenizer, messages, add_generation=True):
+    """The model's own Jinja template, or None where jinja2 or the template is missing (the core's built-in ones take over)."""
+    source = tokenizer.template
+    if source is None:
+        return None
+    try:
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        return None
+
+    def raise_exception(message):
+        raise jinja2.exceptions.TemplateError(message)
+
+    # As transformers renders: sandboxed, trimmed blocks, loop controls.
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    env.globals["raise_exception"] = raise_exception
+    return env.from_string(source).render(messages=list(messages), add_generation_prompt=bool(add_generation),
+                                          bos_token=tokenizer.bos or "", eos_token=tokenizer.eos or "")
+
+
+_bars = threading.local()
+
+
+def progress_bar(what, done, total):
+    """What progress=True means: one tqdm bar per thread, made anew when `what` changes or the last one is full."""
+    from tqdm.auto import tqdm
+
+    bar = getattr(_bars, "bar", None)
+    if bar is None or bar.desc != what or done < bar.n:
+        if bar is not None:
+            bar.close()
+        bar = _bars.bar = tqdm(desc=what, total=total, unit_scale=True, leave=False)
+        bar.desc = what
+    bar.total = total
+    bar.update(done - bar.n)
+    if done >= total:
+        bar.close()
+        _bars.bar = None

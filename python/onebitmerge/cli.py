@@ -1,0 +1,688 @@
+"""The command line: onebitmerge VERB ...
+
+Results go to stdout (--json: JSON lines), progress and warnings to stderr.  Exit codes: 0 done, 1 failed, 2 wrong usage,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import sys
+import warnings
+
+import onebitmerge as obm
+from onebitmerge import _results
+from onebitmerge.evaluate import evaluate, prompt_of
+
+POLICIES = ("linear", "attention", "mlp", "paper", "full")
+
+
+class Failure(Exception):
+    """One clear line and exit code 1."""
+
+
+class Usage(Exception):
+    """One clear line and exit code 2."""
+
+
+# ---- input and output ----
+
+
+def clean(value):
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: clean(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(v) for v in value]
+    return value
+
+
+def emit(record):
+    print(json.dumps(clean(record), ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def read_lines(path):
+    """JSON lines of a file or stdin; messages name the line."""
+    name = "standard input" if path == "-" else path
+    stream = contextlib.nullcontext(sys.stdin) if path == "-" else open(path, encoding="utf-8")
+    items = []
+    with stream as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except ValueError as e:
+                raise Failure(f"{name}, line {number}: not JSON: {e}") from None
+            if not isinstance(item, dict):
+                raise Failure(f"{name}, line {number}: expected an object, found {type(item).__name__}")
+            items.append(item)
+    return items
+
+
+def need(item, index, *keys):
+    """The first of the keys that the item has."""
+    for key in keys:
+        if key in item:
+            return item[key]
+    raise Failure(f"item {index}: expected one of {', '.join(keys)}; found {', '.join(sorted(item)) or 'nothing'}")
+
+
+def progress_of(args):
+    return True if sys.stderr.isatty() and not args.quiet else None
+
+
+def percent(value):
+    return "-" if value is None or not math.isfinite(value) else f"{100 * value:.2f} %"
+
+
+def number(value, digits=4):
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def print_plan(args, plan, what):
+    if args.json:
+        return emit({"dry_run": True, **plan})
+    print(f"{what}: {plan['tensors']} tensors, reads {_results.size(plan['bytes_read'])}, writes {_results.size(plan['bytes_written'])}, "
+          f"peak memory about {_results.size(plan['peak_memory'])}, about {plan['seconds']:.1f} s; nothing was written")
+
+
+def output_of(args):
+    if os.path.lexists(args.output) and not args.force:
+        raise Failure(f"{args.output} exists; --force replaces it")
+    return args.output
+
+
+def is_pack(path):
+    return os.path.isfile(os.path.join(path, "pack.json"))
+
+
+def open_model(args):
+    if args.base and not is_pack(args.model):
+        raise Usage("--base goes with a pack; this is a plain model")
+    return obm.Model(args.model, base=args.base)
+
+
+def parse_size(text):
+    """"5GB", "500M", "1000000": decimal suffixes, bytes."""
+    units = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+    body = text.strip().lower().removesuffix("b")
+    unit = body[-1:] if body[-1:].isalpha() else ""
+    try:
+        value = float(body.removesuffix(unit) if unit else body) * units[unit]
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"\"{text}\" is not a size (like 500MB or 5GB)") from None
+    if not 1 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"\"{text}\" is not a size between 1 byte and 2^63")
+    return int(value)
+
+
+def load_router(spec):
+    """FILE.py:FUNCTION, or FILE.lua (run by the lua5.4 interpreter)."""
+    if spec.endswith(".lua"):
+        from onebitmerge.lua_router import LuaRouter
+        return LuaRouter(spec)
+    path, _, name = spec.rpartition(":")
+    if not path or not path.endswith(".py"):
+        raise Usage(f"--router takes FILE.py:FUNCTION or FILE.lua, got \"{spec}\"")
+    if not os.path.isfile(path):
+        raise Failure(f"{path}: no such file")
+    module_spec = importlib.util.spec_from_file_location("onebitmerge_user_router", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise Failure(f"{path} has no function \"{name}\"")
+    return getattr(module, name)
+
+
+# ---- verbs ----
+
+
+def doctor(args):
+    info = obm.info()
+    optional = {"jinja2": "pip install jinja2 (the models' own chat templates)", "tqdm": "pip install tqdm (progress bars)"}
+    missing = {m: how for m, how in optional.items() if importlib.util.find_spec(m) is None}
+    lua = shutil.which("lua5.4") or shutil.which("lua")
+    if args.json:
+        return emit({**info, "python": sys.version.split()[0], "lua": lua, "missing": missing})
+    rows = [["version", info["version"]], ["compiler", info["compiler"]], ["python", sys.version.split()[0]],
+            ["ISA in use", info["isa"]], ["ISA available", info["isa_available"]], ["BLAS", info["blas"]],
+            ["topology", info["topology"]], ["threads", f"{info['threads']} (of {info['cores']} cores, {info['nodes']} NUMA nodes)"],
+            ["memory", f"{_results.size(info['memory_free'])} free of {_results.size(info['memory_total'])}"],
+            ["lua", lua or "not found: apt-get install lua5.4 (only for --router FILE.lua)"]]
+    for name, value in rows:
+        print(f"{name:<14} {value}")
+    for module, how in missing.items():
+        print(f"{'missing':<14} {module}: {how}")
+
+
+def inspect(args):
+    ckpt = obm.Checkpoint(args.model)
+    vectors = {path: obm.TaskVector(ckpt, path) for path in args.experts}
+    if args.tensors or args.checksums:
+        return inspect_tensors(args, ckpt, vectors)
+    classes = {}
+    for name in ckpt:
+        t = ckpt[name]
+        row = classes.setdefault(obm.class_of(name, len(t.shape)), {"tensors": 0, "params": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["params"] += math.prod(t.shape)
+        row["bytes"] += t.nbytes
+    stats = {path: v.stats(progress=progress_of(args)) for path, v in vectors.items()}
+    pairs = [(a, b, vectors[a].compare(vectors[b], progress=progress_of(args)))
+             for i, a in enumerate(args.experts) for b in args.experts[i + 1:]]
+    if args.json:
+        for cls, row in classes.items():
+            emit({"kind": "class", "class": cls, **row})
+        for path, by_class in stats.items():
+            for cls, s in by_class.items():
+                emit({"kind": "delta", "expert": path, "class": cls, **s})
+        for a, b, by_class in pairs:
+            for cls, p in by_class.items():
+                emit({"kind": "pair", "experts": [a, b], "class": cls, **p})
+        return
+    config = ckpt.config or {}
+    keys = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+            "vocab_size", "tie_word_embeddings")
+    print(", ".join(f"{k} {config[k]}" for k in keys if k in config) or f"{args.model}: no config.json")
+    print(_results.table(["class", "tensors", "parameters", "bytes"],
+                         [[c, r["tensors"], r["params"], _results.size(r["bytes"])] for c, r in classes.items()]))
+    for path, by_class in stats.items():
+        print(f"\n{path}: task vector d = expert - base (1-bit error is ||d - alpha sign d|| / ||d||)")
+        print(_results.table(["class", "parameters", "||d||/||base||", "zeros", "1-bit error, matrix", "row"],
+                             [[c, s["params"], percent(s["relative_norm"]), percent(s["zero_share"]), number(s["onebit_error_matrix"]),
+                               number(s["onebit_error_row"])] for c, s in by_class.items()]))
+    for a, b, by_class in pairs:
+        print(f"\n{a} and {b}")
+        print(_results.table(["class", "cosine", "sign agreement"],
+                             [[c, number(p["cosine"]), number(p["sign_agreement"])] for c, p in by_class.items()]))
+
+
+def inspect_tensors(args, ckpt, vectors):
+    rows = []
+    for name in ckpt:
+        t = ckpt[name]
+        row = {"name": name, "dtype": t.dtype, "shape": list(t.shape)}
+        if args.checksums:
+            row["sha256"] = ckpt.sha256(name)
+        for path, v in vectors.items():
+            s = v.tensor_stats(name)
+            row.setdefault("deltas", {})[path] = {k: s[k] for k in ("relative_norm", "zero_share", "onebit_error_matrix", "onebit_error_row")}
+        rows.append(row)
+    if args.json:
+        for row in rows:
+            emit(row)
+        return
+    head = ["name", "dtype", "shape"] + (["sha256"] if args.checksums else []) + [f"||d||/||base|| {p}" for p in vectors]
+    print(_results.table(head, [[r["name"], r["dtype"], "x".join(map(str, r["shape"]))] + ([r["sha256"]] if args.checksums else []) +
+                                [percent(d["relative_norm"]) for d in r.get("deltas", {}).values()] for r in rows]))
+
+
+def parse_map(entries):
+    rules = {}
+    for entry in entries or []:
+        glob, eq, mode = entry.rpartition("=")
+        if not eq or mode not in ("1bit", "full", "drop"):
+            raise Usage(f"--map takes GLOB=1bit|full|drop, got \"{entry}\"")
+        rules[glob] = mode
+    return rules or None
+
+
+def parse_expert(text, args):
+    name, eq, path = text.partition("=")
+    if not eq or not name or not path:
+        raise Usage(f"an expert is NAME=PATH or NAME=PATH:POLICY, got \"{text}\"")
+    head, colon, tail = path.rpartition(":")
+    policy = args.policy
+    if colon and tail in POLICIES:
+        path, policy = head, tail
+    return name, obm.Expert(path, policy=policy, scale=args.scale, planes=args.planes, map=parse_map(args.map))
+
+
+def compress(args):
+    experts = {}
+    for text in args.experts:
+        name, expert = parse_expert(text, args)
+        if name in experts:
+            raise Usage(f"two experts are called \"{name}\"")
+        experts[name] = expert
+    if args.dry_run:
+        return print_plan(args, obm.compress(args.base, experts, args.output, profile=args.profile, dry_run=True), "compress")
+    pack = obm.compress(args.base, experts, output_of(args), profile=args.profile, overwrite=args.force, progress=progress_of(args))
+    show_pack(args, pack)
+
+
+def show_pack(args, pack):
+    if not args.json:
+        print(_results.pack_repr(pack))
+        for task in pack.tasks:
+            print(f"{task}: {pack.policy(task)}")
+        return
+    for task in pack.tasks:
+        for cls, b in pack.bytes(task).items():
+            emit({"expert": task, "class": cls, **b, "policy": pack.policy(task)})
+    emit({"base": pack.base.path, "base_bytes": pack.base_bytes, "settings": pack.settings,
+          **{label: value for label, value in _results.pack_ratios(pack).items()}})
+
+
+def pack_show(args):
+    pack = obm.Pack(args.pack, base=args.base)
+    if not args.scales:
+        show_pack(args, pack)
+        with contextlib.suppress(obm.NotFoundError):
+            report = pack.router_report()
+            if not args.json:
+                print(report)
+        return
+    rows = []
+    for task in pack.tasks:
+        for tensor in pack.tensors(task):
+            for plane, (_, scales) in enumerate(tensor["planes"]):
+                alpha = [float(a) for a in scales]
+                rows.append({"expert": task, "name": tensor["name"], "plane": plane, "alpha": alpha[0] if len(alpha) == 1 else alpha})
+    if args.json:
+        for row in rows:
+            emit(row)
+        return
+    print(_results.table(["name", "expert", "plane", "scales", "least alpha", "greatest alpha"],
+                         [[r["name"], r["expert"], r["plane"], len(a), f"{min(a):.6g}", f"{max(a):.6g}"]
+                          for r in rows for a in [r["alpha"] if isinstance(r["alpha"], list) else [r["alpha"]]]]))
+
+
+def pack_verify(args):
+    pack = obm.Pack(args.pack, base=args.base)
+    pack.verify(progress=progress_of(args))
+    emit({"pack": args.pack, "verified": True}) if args.json else print(f"{args.pack}: every checksum and the base agree")
+
+
+def pack_add(args):
+    pack = obm.Pack(args.pack, base=args.base)
+    name, expert = parse_expert(args.expert, args)
+    if args.dry_run:
+        return print_plan(args, obm.compress(pack.base, {name: expert}, args.pack, dry_run=True), "add")
+    pack.add(name, expert, progress=progress_of(args))
+    show_pack(args, pack)
+
+
+def pack_remove(args):
+    pack = obm.Pack(args.pack, base=args.base)
+    if args.dry_run:
+        freed = sum(b["bytes_pack"] for b in pack.bytes(args.name).values())
+        emit({"dry_run": True, "bytes_freed": freed}) if args.json else print(f"would free {_results.size(freed)}; nothing was written")
+        return
+    pack.remove(args.name)
+    show_pack(args, pack)
+
+
+def pack_set(args):
+    pack = obm.Pack(args.pack, base=args.base)
+    if not args.dry_run:
+        pack.set(lambda_=args.lambda_, reading=args.reading, profile=args.profile, density=args.density)
+    emit(pack.settings) if args.json else print(", ".join(f"{k} {v}" for k, v in pack.settings.items()))
+
+
+def router_train(args):
+    items = read_lines(args.data)
+    prompts = [need(item, i, "messages", "text", "prompt") for i, item in enumerate(items)]
+    labels = [need(item, i, "task") for i, item in enumerate(items)]
+    pack = obm.Pack(args.pack, base=args.base)
+    report = pack.train_router(prompts, labels, layer=args.layer, l2=args.l2, holdout=args.holdout, seed=args.seed,
+                               progress=progress_of(args))
+    if args.json:
+        return emit({"accuracy": report.accuracy, "calibration_error": report.calibration_error, "tasks": report.tasks,
+                     "confusion": report.confusion, "layer": report.layer, "n_train": report.n_train, "n_held_out": report.n_held_out})
+    print(report)
+
+
+def user_text(prompt):
+    return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt if m.get("role") == "user")
+
+
+def route(args):
+    if bool(args.text) == bool(args.file):
+        raise Usage("give either texts or --file")
+    prompts = args.text or [need(item, i, "messages", "text", "prompt") for i, item in enumerate(read_lines(args.file))]
+    model = obm.Model(args.pack, base=args.base)
+    router = load_router(args.router) if args.router else None
+    for index, prompt in enumerate(prompts):
+        weights, probabilities = model.route(prompt, router=router)
+        task = max(weights, key=weights.get) if weights else "base"
+        record = {"index": index, "text": user_text(prompt), "task": task, "weights": probabilities if probabilities is not None else weights}
+        if args.json:
+            emit(record)
+        else:
+            print(f"{task}\t{', '.join(f'{k} {v:.3f}' for k, v in record['weights'].items())}\t{record['text'][:80]!r}")
+
+
+def generate_options(args):
+    return {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p,
+            "repetition_penalty": args.repetition_penalty, "seed": args.seed, "stop": args.stop, "chat": args.chat}
+
+
+def route_text(model, route):
+    return None if route is None or model.pack is None else model.pack.format_route(route)
+
+
+def generate(args):
+    if (args.prompt is None) == (args.file is None):
+        raise Usage("give either -p or --file")
+    model = open_model(args)
+    options = generate_options(args)
+    if args.router:
+        options["router"] = load_router(args.router)
+    items = [{"prompt": args.prompt}] if args.file is None else read_lines(args.file)
+    prompts = [prompt_of(item) for item in items]
+    routes = [item.get("route", args.route) for item in items]
+    if model.pack is None and any(r not in (None, "auto") for r in routes):
+        raise Failure("--route: this is a plain model, only packs have routes")
+    given = {} if model.pack is None else {"route": routes}
+    if args.file is None and not args.json:
+        for piece in model.stream(prompts[0], **({"route": routes[0]} if given else {}), **options):
+            print(piece, end="", flush=True)
+        return print()
+    # Slices keep the first answers from waiting for the last; results do not depend on them.
+    step = max(1, 8 * (args.batch or 8))
+    for begin in range(0, len(prompts), step):
+        part = {"route": given["route"][begin:begin + step]} if given else {}
+        for i, c in enumerate(model.generate(prompts[begin:begin + step], batch=args.batch, progress=progress_of(args),
+                                             **part, **seed_for(options, begin))):
+            record = {"index": begin + i, "text": str(c), "ids": c.ids, "route": route_text(model, c.route), "finish_reason": c.finish_reason}
+            emit(record) if args.json else print(f"[{begin + i}] {record['route'] or ''}\n{c}")
+
+
+def seed_for(options, begin):
+    """Prompt i draws from (seed, i) with i counted inside one call; slices after the first get a seed of their own."""
+    return options if begin == 0 else {**options, "seed": options["seed"] + begin * 0x9E3779B97F4A7C15 & (2**64 - 1)}
+
+
+def score(args):
+    items = read_lines(args.file)
+    rows = []
+    for i, item in enumerate(items):
+        r = item.get("route", args.route)
+        if "text" in item:
+            rows.append(("", item["text"], r))
+        elif "continuation_ids" in item:
+            rows.append((need(item, i, "ids"), item["continuation_ids"], r))
+        else:
+            rows.append((need(item, i, "prompt", "messages", "ids"), need(item, i, "continuation"), r))
+    model = open_model(args)
+    if model.pack is None and any(r not in (None, "auto") for _, _, r in rows):
+        raise Failure("--route: this is a plain model, only packs have routes")
+    for index, s in enumerate(model.score_items(rows, progress=progress_of(args))):
+        record = {"index": index, "logprob": s.logprob, "token_logprobs": s.token_logprobs, "is_greedy": s.is_greedy,
+                  "perplexity": s.perplexity, "route": route_text(model, s.route)}
+        if args.json:
+            emit(record)
+        else:
+            print(f"[{index}] logprob {s.logprob:.4f}, perplexity {s.perplexity:.4f}, {'greedy' if s.is_greedy else 'not greedy'}"
+                  + (f", route {record['route']}" if record["route"] else ""))
+
+
+def logits(args):
+    import numpy as np
+
+    items = read_lines(args.file)
+    model = open_model(args)
+    if args.dry_run:
+        rows = sum(len(need(item, i, "ids")) if args.all else 1 for i, item in enumerate(items))
+        return print_plan(args, {"tensors": len(items), "bytes_read": model.info["bytes"], "bytes_written": 4 * rows * model.info["vocab"],
+                                 "peak_memory": model.info["bytes"] + 8 * rows * model.info["vocab"], "seconds": 0.0}, "logits")
+    out = output_of(args)
+    arrays = {}
+    for index, item in enumerate(items):
+        r = item.get("route", args.route)
+        r = None if r == "auto" and model.pack is None else r
+        if r == "auto" or (r is None and model.pack is not None):
+            r = model.route(need(item, index, "ids"))[0]
+        arrays[f"logits_{index}"] = model.logits(need(item, index, "ids"), all=args.all, route=r, decode=args.decode, kv=args.kv)
+    partial = f"{out}.tmp-{os.getpid()}"
+    try:
+        with open(partial, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(partial, out)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+    emit({"output": out, "arrays": len(arrays)}) if args.json else print(f"{out}: {len(arrays)} arrays")
+
+
+def tokenize(args):
+    tokenizer = obm.Tokenizer(args.model)
+    for index, item in enumerate(read_lines(args.file)):
+        if "ids" in item and "text" not in item:
+            record = {"index": index, "text": tokenizer.decode(item["ids"], skip_special=args.skip_special)}
+        else:
+            ids = tokenizer.encode(need(item, index, "text"), special=args.special)
+            record = {"index": index, "ids": ids, "pieces": [tokenizer.piece(i) for i in ids]}
+        emit(record) if args.json else print(record["text"] if "text" in record else " ".join(map(str, record["ids"])))
+
+
+def merge(args):
+    given = {"profile": args.profile, "seed": args.random_seed, "memory": args.memory}
+    if args.dry_run:
+        return print_plan(args, obm.merge(args.recipe, args.output, dry_run=True, **given), "merge")
+    plan = obm.merge(args.recipe, output_of(args), shard_bytes=args.out_shard_size, overwrite=args.force, progress=progress_of(args), **given)
+    emit({"output": args.output, **plan}) if args.json else print(f"{args.output}: {plan['tensors']} tensors, {_results.size(plan['bytes_written'])}")
+
+
+def export(args):
+    pack = obm.Pack(args.pack, base=args.base)
+    if args.dry_run:
+        return print_plan(args, pack.export(args.route, args.output, dtype=args.dtype, dry_run=True), "export")
+    report = pack.export(args.route, output_of(args), dtype=args.dtype, shard_bytes=args.out_shard_size, overwrite=args.force,
+                         progress=progress_of(args))
+    lost = report["lost"] / report["changed"] if report["changed"] else 0.0
+    if args.json:
+        return emit({"output": args.output, "route": pack.format_route(args.route), "lost_share": lost, **report})
+    print(f"{args.output}: {report['tensors']} tensors, {_results.size(report['bytes_written'])}, route {pack.format_route(args.route)}; "
+          f"{percent(lost)} of the changed weights were lost to rounding (--dtype f32 keeps them)")
+
+
+def evaluate_verb(args):
+    items = [item for path in args.task for item in read_lines(path)]
+    if not items:
+        raise Failure("no items")
+    model = open_model(args)
+    rows = evaluate(model, items, args.route or [None], max_tokens=args.max_tokens, chat=args.chat, batch=args.batch, stop=args.stop,
+                    progress=progress_of(args))
+    if args.json:
+        for row in rows:
+            emit(row)
+        return
+    print(_results.table(["task", "route", "n", "accuracy", "95 % interval (Wilson)"],
+                         [[r["task"], r["route"] or "-", r["n"], percent(r["value"]), f"{percent(r['low'])} .. {percent(r['high'])}"] for r in rows]))
+
+
+# ---- arguments ----
+
+
+def add_generation_arguments(p):
+    p.add_argument("--max-tokens", type=int, default=0, help="default 256")
+    p.add_argument("--stop", action="append", metavar="TEXT", help="stop string; may be given again")
+    p.add_argument("--chat", action="store_true", help="wrap a text prompt as one user turn of the chat template")
+    p.add_argument("--batch", type=int, default=0, help="sequences decoded together (default 8)")
+
+
+def add_expert_arguments(p):
+    p.add_argument("--policy", choices=POLICIES)
+    p.add_argument("--scale", help="matrix, row (default) or group:N")
+    p.add_argument("--planes", type=int, default=0, help="sign planes per matrix (default 1)")
+    p.add_argument("--map", action="append", metavar="GLOB=MODE", help="1bit, full or drop for matching tensors; may be given again")
+
+
+def make_parser():
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="results as JSON lines")
+    common.add_argument("--quiet", action="store_true", help="no progress bars")
+    common.add_argument("--threads", type=int, default=0, help="default: one per core")
+    parser = argparse.ArgumentParser(prog="onebitmerge", description="1-bit task vectors, routed merging and CPU inference of fine-tuned LLMs.")
+    parser.add_argument("--version", action="version", version=f"onebitmerge {obm.__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(group, name, function, text, *, output=None, dry=False, base=False):
+        p = group.add_parser(name, parents=[common], help=text, description=text)
+        p.set_defaults(function=function)
+        if output:
+            p.add_argument("-o", "--output", required=True, metavar=output)
+            p.add_argument("--force", action="store_true", help="replace an existing output")
+        if output or dry:
+            p.add_argument("--dry-run", action="store_true", help="print what would be read and written, write nothing")
+        if base:
+            p.add_argument("--base", help="where the pack's base lies")
+        return p
+
+    verb(verbs, "doctor", doctor, "build, instruction sets, BLAS, topology, memory; what is missing and how to get it")
+
+    p = verb(verbs, "inspect", inspect, "a model by module class; with experts norms, zeros, 1-bit error, cosines, sign agreement")
+    p.add_argument("model", metavar="MODEL")
+    p.add_argument("experts", nargs="*", metavar="EXPERT")
+    p.add_argument("--tensors", action="store_true", help="list each tensor")
+    p.add_argument("--checksums", action="store_true", help="with the sha256 of each tensor's bytes")
+
+    p = verb(verbs, "compress", compress, "experts to a pack", output="PACK")
+    p.add_argument("base", metavar="BASE")
+    p.add_argument("experts", nargs="+", metavar="NAME=EXPERT[:POLICY]")
+    p.add_argument("--profile", choices=("default", "paper", "mergekit"))
+    add_expert_arguments(p)
+
+    group = verbs.add_parser("pack", help="show, verify or change a pack").add_subparsers(dest="action", required=True, metavar="ACTION")
+    p = verb(group, "show", pack_show, "bytes per expert and class", base=True)
+    p.add_argument("pack", metavar="PACK")
+    p.add_argument("--scales", action="store_true", help="alpha of every matrix")
+    p = verb(group, "verify", pack_verify, "checksums of every file and the base's full hash", base=True)
+    p.add_argument("pack", metavar="PACK")
+    p = verb(group, "add", pack_add, "compress one more expert into the pack", dry=True, base=True)
+    p.add_argument("pack", metavar="PACK")
+    p.add_argument("expert", metavar="NAME=EXPERT[:POLICY]")
+    add_expert_arguments(p)
+    p = verb(group, "remove", pack_remove, "drop an expert (and the router: its tasks changed)", dry=True, base=True)
+    p.add_argument("pack", metavar="PACK")
+    p.add_argument("name", metavar="NAME")
+    p = verb(group, "set", pack_set, "merge settings", dry=True, base=True)
+    p.add_argument("pack", metavar="PACK")
+    p.add_argument("--lambda", dest="lambda_", type=float)
+    p.add_argument("--reading", choices=("onto_base", "recomputed"))
+    p.add_argument("--profile", choices=("default", "paper", "mergekit"))
+    p.add_argument("--density", type=float, help="of the trim of full tensors")
+
+    group = verbs.add_parser("router", help="train the router of a pack").add_subparsers(dest="action", required=True, metavar="ACTION")
+    p = verb(group, "train", router_train, "held-out accuracy, confusion, calibration; stored in the pack", base=True)
+    p.add_argument("pack", metavar="PACK")
+    p.add_argument("--data", required=True, metavar="FILE", help="JSON lines: text|messages, task")
+    p.add_argument("--layer", type=int, default=0, help="0 = embeddings (default)")
+    p.add_argument("--l2", type=float, default=0)
+    p.add_argument("--holdout", type=float, default=0, help="share held out for the report (default 0.2)")
+    p.add_argument("--seed", type=int, default=0)
+
+    p = verb(verbs, "route", route, "task and probabilities of texts", base=True)
+    p.add_argument("pack", metavar="PACK")
+    p.add_argument("text", nargs="*", metavar="TEXT")
+    p.add_argument("--file", metavar="FILE", help="JSON lines: text|messages")
+    p.add_argument("--router", metavar="FILE.py:FUNC|FILE.lua")
+
+    p = verb(verbs, "generate", generate, "text, streamed", base=True)
+    p.add_argument("model", metavar="MODEL|PACK")
+    p.add_argument("-p", "--prompt", metavar="TEXT")
+    p.add_argument("--file", metavar="FILE", help="JSON lines: prompt|messages|ids, route")
+    p.add_argument("--route", help="auto (default), a task, or chat=.7,math=.3")
+    p.add_argument("--router", metavar="FILE.py:FUNC|FILE.lua")
+    add_generation_arguments(p)
+    p.add_argument("--temperature", type=float, default=0, help="0 (default): greedy")
+    p.add_argument("--top-k", type=int, default=0)
+    p.add_argument("--top-p", type=float, default=0)
+    p.add_argument("--min-p", type=float, default=0)
+    p.add_argument("--repetition-penalty", type=float, default=0)
+    p.add_argument("--seed", type=int, default=0)
+
+    p = verb(verbs, "score", score, "log-likelihoods and perplexity", base=True)
+    p.add_argument("model", metavar="MODEL|PACK")
+    p.add_argument("--file", required=True, metavar="FILE", help="JSON lines: prompt, continuation | ids, continuation_ids | text; route")
+    p.add_argument("--route")
+
+    p = verb(verbs, "logits", logits, "logits of ids, float32, as arrays logits_<index>", output="X.npz", base=True)
+    p.add_argument("model", metavar="MODEL|PACK")
+    p.add_argument("--file", required=True, metavar="FILE", help="JSON lines: ids, route")
+    p.add_argument("--route")
+    p.add_argument("--all", action="store_true", help="every position, not the last")
+    p.add_argument("--decode", action="store_true", help="feed token by token")
+    p.add_argument("--kv", choices=("f32", "f16"), default="f32")
+
+    p = verb(verbs, "tokenize", tokenize, "ids and back")
+    p.add_argument("model", metavar="MODEL")
+    p.add_argument("--file", required=True, metavar="FILE", help="JSON lines: text or ids")
+    p.add_argument("--special", action="store_true", help="add the post-processor's tokens")
+    p.add_argument("--skip-special", action="store_true", help="leave special tokens out of decoded text")
+
+    p = verb(verbs, "merge", merge, "a mergekit recipe to a Hugging Face folder", output="DIR")
+    p.add_argument("recipe", metavar="RECIPE.yml")
+    p.add_argument("--profile", choices=("mergekit", "paper"))
+    p.add_argument("--out-shard-size", type=parse_size, default=0, help="bytes, like 5GB (default)")
+    p.add_argument("--random-seed", type=int)
+    p.add_argument("--memory", type=parse_size, default=0, help="budget of tiles and buffers, like 2GB (default)")
+
+    p = verb(verbs, "export", export, "dense folder of one route", output="DIR", base=True)
+    p.add_argument("pack", metavar="PACK")
+    p.add_argument("--route", required=True)
+    p.add_argument("--dtype", choices=("f32", "bf16", "f16"))
+    p.add_argument("--out-shard-size", type=parse_size, default=0)
+
+    p = verb(verbs, "eval", evaluate_verb, "accuracy per task and route, 95 %% intervals", base=True)
+    p.add_argument("model", metavar="MODEL|PACK")
+    p.add_argument("--task", required=True, nargs="+", action="extend", metavar="FILE", help="JSON lines: prompt|messages, answer | choices, correct; task")
+    p.add_argument("--route", action="append", help="auto (default), a task, weights; may be given again")
+    add_generation_arguments(p)
+    return parser
+
+
+def show_warning(message, category, filename, lineno, file=None, line=None):
+    print(f"onebitmerge: warning: {message}", file=sys.stderr)
+
+
+def fail(message, code):
+    # One line, whatever the message holds.
+    print(f"onebitmerge: {' '.join(str(message).split())}", file=sys.stderr)
+    return code
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    warnings.showwarning = show_warning
+    try:
+        if args.threads < 0:
+            raise Usage("--threads must be >= 0")
+        if args.threads:
+            obm.set_threads(args.threads)
+        args.function(args)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except Usage as e:
+        return fail(e, 2)
+    except BrokenPipeError:
+        # The reader went away (head, less): nothing to say, and no second error when Python flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as e:
+        if e.strerror and e.filename:
+            return fail(f"{e.filename}: {e.strerror}", 1)
+        return fail(e.strerror or e, 1)
+    except MemoryError as e:
+        return fail(e if str(e) else "out of memory", 1)
+    except (obm.Error, Failure, ValueError) as e:
+        return fail(e, 1)
+    except Exception as e:  # a user's router may raise anything; people get the line, not the traceback
+        return fail(f"{type(e).__name__}: {e}", 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

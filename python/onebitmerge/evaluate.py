@@ -1,0 +1,81 @@
+"""Accuracy of a model or a pack on JSON-lines items, per task and route, with 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Iterable, Sequence
+
+
+def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson score interval of a share (Wilson 1927); unlike the normal one it stays inside 0..1 and works at 0 and n hits."""
+    if n == 0:
+        return 0.0, 1.0
+    p, zz = hits / n, z * z
+    centre, half = p + zz / (2 * n), z * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + zz / n)), min(1.0, (centre + half) / (1 + zz / n))
+
+
+def prompt_of(item: dict) -> Any:
+    """What the model is asked: ids, messages, or the text."""
+    for key in ("ids", "messages", "prompt", "text"):
+        if key in item:
+            return item[key]
+    raise ValueError(f"an item needs one of \"prompt\", \"messages\", \"text\", \"ids\"; this one has {sorted(item)}")
+
+
+def is_right(text: str, item: dict) -> bool:
+    """match "exact" (default): the stripped text is the answer, or one of a list; "end": it ends with the answer."""
+    answers = item["answer"] if isinstance(item["answer"], list) else [item["answer"]]
+    text, match = text.strip(), item.get("match", "exact")
+    if match == "exact":
+        return any(text == a.strip() for a in answers)
+    if match == "end":
+        return any(text.endswith(a.strip()) for a in answers)
+    raise ValueError(f"unknown match \"{match}\" (known: exact, end)")
+
+
+def generation_hits(model, items: Sequence[dict], route, **options) -> list[bool]:
+    given = {} if model.pack is None else {"route": [item.get("route", route) for item in items]}
+    texts = model.generate([prompt_of(item) for item in items], **given, **options)
+    return [is_right(text, item) for text, item in zip(texts, items)]
+
+
+def choice_hits(model, items: Sequence[dict], route, progress=None) -> list[bool]:
+    """The choice with the highest log-likelihood counts; every choice of an item runs on the route of its prompt."""
+    rows = []
+    for item in items:
+        prompt, r = prompt_of(item), item.get("route", route)
+        if model.pack is not None and (r is None or r == "auto"):
+            r = model.route(prompt)[0]
+        rows += [(prompt, choice, r) for choice in item["choices"]]
+    scores = iter(model.score_items(rows, progress=progress))
+    hits = []
+    for item in items:
+        logprobs = [next(scores).logprob for _ in item["choices"]]
+        hits.append(logprobs.index(max(logprobs)) == item["correct"])
+    return hits
+
+
+def evaluate(model, items: Iterable[dict], routes: Sequence[Any] = (None,), *, max_tokens=64, chat=False, batch=0, stop=None,
+             progress=None) -> list[dict]:
+    """Rows of task, route, n, metric, value, low, high.  Items: prompt|messages with answer, or with choices and correct.
+
+    An item's own "route" wins over `routes`; the label "auto" means the pack's router.
+    """
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for item in items:
+        kind = "choice" if "choices" in item else "exact"
+        if kind == "exact" and "answer" not in item:
+            raise ValueError(f"an item needs \"answer\", or \"choices\" and \"correct\"; this one has {sorted(item)}")
+        groups.setdefault((item.get("task", "all"), kind), []).append(item)
+    rows = []
+    for route in routes:
+        for (task, kind), members in groups.items():
+            if kind == "choice":
+                hits = choice_hits(model, members, route, progress)
+            else:
+                hits = generation_hits(model, members, route, max_tokens=max_tokens, chat=chat, batch=batch, stop=stop, progress=progress)
+            low, high = wilson(sum(hits), len(hits))
+            label = None if model.pack is None else route if isinstance(route, str) else "auto" if route is None else model.pack.format_route(route)
+            rows.append({"task": task, "route": label, "n": len(hits), "metric": "accuracy", "value": sum(hits) / len(hits), "low": low, "high": high})
+    return rows
