@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# The tests, in three tiers:
+#   tests/run.sh             what a user runs: C, Lua, Python, parity, fuzz corpora, the README's snippets
+#   tests/run.sh --oracles   live comparison with torch, transformers, tokenizers, mergekit, safetensors (installs them)
+#   tests/run.sh --long      sanitizers x languages, threads, valgrind, every ISA, fuzzing;  --long --short: a few minutes of it
+# Names after the options select steps: tests/run.sh c python.  Installs what is missing; builds in build/.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+. tests/deps.sh
+ROOT=$PWD
+JOBS=$(nproc)
+TIER=default
+SHORT=no
+ONLY=""
+for argument in "$@"; do
+    case "$argument" in
+    --oracles) TIER=oracles ;;
+    --long) TIER=long ;;
+    --short) SHORT=yes ;;
+    -*) echo "unknown option $argument" >&2; exit 2 ;;
+    *) ONLY="$ONLY $argument" ;;
+    esac
+done
+passed=0 failed=0 failures=""
+
+step() {   # step NAME FUNCTION...: runs it in a subshell that stops at the first error
+    local name=$1; shift
+    if [ -n "$ONLY" ] && ! [[ " $ONLY " == *" $name "* ]]; then return; fi
+    echo "== $name"
+    local begin=$SECONDS
+    ( set -e; "$@" )
+    if [ $? -eq 0 ]; then passed=$((passed + 1)); echo "== $name: passed in $((SECONDS - begin)) s"
+    else failed=$((failed + 1)); failures="$failures $name"; echo "== $name: FAILED after $((SECONDS - begin)) s"; fi
+}
+
+configure() {   # configure DIR OPTION...
+    cmake -S . -B "$1" -DOBM_TESTS=ON -DOBM_LUA=ON -DOBM_WERROR=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo "${@:2}" >/dev/null
+    cmake --build "$1" -j "$JOBS" 2>&1 | { grep -E "warning|error|\*\*\*" || true; }
+    cmake --build "$1" -j "$JOBS" >/dev/null
+}
+
+lua_tests() {   # lua_tests BUILD [COMMAND...]: busted under lua5.4 (Debian's plain busted is Lua 5.1)
+    local build=$1; shift
+    # shellcheck disable=SC2016
+    LUA_PATH="$ROOT/lua/?.lua;$build/lua/?.lua;$build/lua/?/init.lua;;" LUA_CPATH="$build/lua/?.so;;" "$@" lua5.4 /usr/bin/busted tests/lua
+}
+
+c_step() { configure build/tests; ctest --test-dir build/tests --output-on-failure -j "$JOBS"; }
+install_python() {
+    "$PYTHON" -m pip install -q --disable-pip-version-check ".[test]"
+}
+python_step() { install_python; "$PYTHON" -m pytest tests/python; }
+lua_step() { [ -f build/tests/CMakeCache.txt ] || configure build/tests; lua_tests "$ROOT/build/tests" env; luacheck -q lua tests/lua examples; }
+parity_step() { for check in tests/parity/*.py; do "$PYTHON" "$check"; done; }
+rock_step() { luarocks --lua-version 5.4 make --tree build/rock onebitmerge-scm-1.rockspec >/dev/null; LUA_PATH="build/rock/share/lua/5.4/?.lua;build/rock/share/lua/5.4/?/init.lua;;" LUA_CPATH="build/rock/lib/lua/5.4/?.so;;" lua5.4 -e 'print(require("onebitmerge").version)'; }
+oracle_step() {
+    "$PYTHON" -m pip install -q --disable-pip-version-check torch==2.13.0
+    "$PYTHON" -m pip install -q --disable-pip-version-check transformers tokenizers safetensors "mergekit==0.1.5" peft
+    install_python
+    "$PYTHON" -m pytest tests/oracles
+}
+
+# Leaks are checked in C and Lua; CPython itself leaves memory behind at exit.
+asan_c() {
+    configure build/asan -DOBM_SANITIZE=address,undefined
+    ctest --test-dir build/asan --output-on-failure -j "$JOBS"
+}
+asan_lua() { ASAN_OPTIONS=detect_leaks=0 lua_tests "$ROOT/build/asan" env LD_PRELOAD="$(gcc -print-file-name=libasan.so)"; }
+asan_python() {
+    cmake -S . -B build/asan -DOBM_PYTHON=ON -DPython_EXECUTABLE="$ROOT/$PYTHON" -DOBM_PY_OUTDIR="$ROOT/build/asan-python/onebitmerge" >/dev/null
+    cmake --build build/asan -j "$JOBS" --target onebitmerge_python >/dev/null
+    cp python/onebitmerge/*.py python/onebitmerge/*.lua build/asan-python/onebitmerge/
+    LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+        PYTHONPATH="$ROOT/build/asan-python" "$PYTHON" -m pytest tests/python
+}
+tsan_c() { configure build/tsan -DOBM_SANITIZE=thread; ctest --test-dir build/tsan --output-on-failure; }
+each_isa() {
+    for isa in scalar avx2 avx512 neon; do
+        if ! ONEBITMERGE_ISA=$isa build/tests/tests/c/test_sys >/dev/null 2>&1; then echo "ISA $isa: not run, this machine cannot"; continue; fi
+        echo "ISA $isa"
+        ONEBITMERGE_ISA=$isa ctest --test-dir build/tests --output-on-failure -j "$JOBS" | tail -3
+        ONEBITMERGE_ISA=$isa "$PYTHON" -m pytest tests/python
+    done
+}
+valgrind_c() {
+    for test in build/tests/tests/c/test_*; do
+        [ -x "$test" ] || continue
+        echo "valgrind $(basename "$test")"
+        valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite "$test" >/dev/null 2>build/valgrind.log || { cat build/valgrind.log; return 1; }
+    done
+}
+fuzz_step() {   # fuzz_step SECONDS
+    CC=clang cmake -S . -B build/fuzz -DOBM_FUZZ=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
+    cmake --build build/fuzz -j "$JOBS" >/dev/null
+    for target in safetensors pack tokenizer; do
+        mkdir -p "build/fuzz/new/$target"
+        "build/fuzz/tests/fuzz/fuzz_$target" -max_total_time="$1" -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 -verbosity=0 \
+            "build/fuzz/new/$target" "tests/fuzz/corpus/$target" 2>&1 | { grep -E "stat::number_of_executed|ERROR|SUMMARY|Test unit" || true; }
+        test "${PIPESTATUS[0]}" -eq 0
+    done
+}
+
+# shellcheck disable=SC2086
+need_packages $BUILD_PACKAGES $LUA_PACKAGES $TEST_PACKAGES || exit 1
+need_python build/venv || exit 1
+
+case $TIER in
+default)
+    step c c_step
+    step python python_step
+    step lua lua_step
+    step parity parity_step
+    step rock rock_step
+    ;;
+oracles)
+    step oracles oracle_step
+    ;;
+long)
+    # shellcheck disable=SC2086
+    need_packages $FUZZ_PACKAGES valgrind || exit 1
+    step asan-c asan_c
+    step asan-lua asan_lua
+    step asan-python asan_python
+    if [ "$SHORT" = yes ]; then
+        step fuzz fuzz_step 60
+    else
+        step tsan tsan_c
+        step isa each_isa
+        step valgrind valgrind_c
+        step fuzz fuzz_step 300
+    fi
+    ;;
+esac
+[ -z "$failures" ] || echo "failed:$failures"
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
