@@ -29,8 +29,7 @@ size_t obm__route_hard(const double *weights, size_t n) {
 /* A tied expert of a tied base has no head of its own; where another expert has one, the pack lists it for all, and the tied
  * expert's head moves with its embedding. */
 static bool follows_embedding(const obm_pack *p, size_t task, size_t tensor) {
-    const obm__pack_entry *e = &p->experts[task].entries[tensor];
-    return !p->tensors[tensor].in_base && e->mode == OBM_MODE_SAME && e->bytes_expert == 0;
+    return !p->tensors[tensor].in_base && p->experts[task].entries[tensor].bytes_expert == 0;
 }
 
 const obm__pack_entry *obm__route_entry(const obm_pack *p, size_t task, size_t tensor) {

@@ -27,9 +27,26 @@ void obm__router_free(obm__router *r);
 /* features: (width) as obm_model_embed gives them; probabilities: (tasks), sum 1, computed in f64. */
 void obm__router_probabilities(const obm__router *r, const float *features, double *probabilities);
 
+size_t obm__router_argmax(const double *probabilities, size_t tasks);   /* the first among equals */
+
+/* ---- training (router.c) ---- */
+
+/* Stratified by task, deterministic in the seed; at least one example of each task on either side.  Rows of the data. */
+typedef struct obm__split_options { double holdout; uint64_t seed; } obm__split_options;
+typedef struct obm__split { uint32_t *train, *held; size_t n_train, n_held; } obm__split;
+obm_status obm__split_new(const uint32_t *label, size_t n, size_t tasks, const obm__split_options *o, obm__split *out, obm_error *err);
+void obm__split_clear(obm__split *s);
+/* Accuracy, confusion and calibration of the held-out rows. */
+void obm__router_measure(const obm__router *r, const float *features, const uint32_t *label, const obm__split *s, obm_router_report *out);
+/* Everything of obm_router_train that comes after the features, (n, width), and before the pack.  options as there. */
+obm_status obm__router_fit(obm_context *ctx, const float *features, int64_t width, const uint32_t *label, size_t n, size_t tasks,
+                           int layer, const obm_router_options *options, obm__router **out, obm_error *err);
+
+/* ---- requests (request.c) ---- */
+
 /* The route of one prompt on a model that the caller holds already (no BUSY guard is entered): the built-in router's
  * one-hot argmax (fn NULL) or what the callback answers.  weights: (tasks); probabilities: (tasks) or NULL, the
- * built-in's.  A callback's OBM_E_USER travels unchanged. */
+ * built-in's (NaN where a callback routes and the pack has no router).  A callback's OBM_E_USER travels unchanged. */
 obm_status obm__route_prompt(obm_model *m, const obm_prompt *prompt, obm_router_fn fn, void *user, double *weights,
                              double *probabilities, obm_error *err);
 /* The user's words in a prompt: user turns joined by "\n", else the text, else the decoded ids.  *text owned, *len bytes. */

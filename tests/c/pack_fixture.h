@@ -14,13 +14,6 @@
 
 #include <cmocka.h>
 
-__attribute__((weak)) size_t obm__pack_find(const obm_pack *p, const char *name) {
-    for (size_t i = 0; i < p->n_tensors; i++) {
-        if (!strcmp(p->tensors[i].name, name)) return i;
-    }
-    return SIZE_MAX;
-}
-
 typedef struct fixture {
     obm_pack pack;
     void *owned[512];
