@@ -52,15 +52,15 @@ FN static inline __m128i narrow_bf16(__m256 v) {
 #define GE_ZERO(v) ((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GE_OQ)))
 #define IS_ZERO(v) ((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_EQ_OQ)))
 /* Magnitude bits above those of the largest finite float; both sides are positive as signed integers. */
-#define NOT_FINITE(v)                                                                                                  \
-    ((unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(                                                                 \
-        _mm256_cmpgt_epi32(_mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)),                    \
-                           _mm256_set1_epi32(0x7f7fffff)))))
+#define NOT_FINITE(v)                                                     \
+    ((unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32( \
+        _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)), _mm256_set1_epi32(0x7f7fffff)))))
 
 #define SIGNED(a, bits) negate_where_clear(_mm256_set1_ps(a), bits)
 FN static inline __m256 negate_where_clear(__m256 a, unsigned bits) {
     const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    __m256i clear = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), lane_bit), _mm256_setzero_si256());
+    __m256i clear =
+        _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), lane_bit), _mm256_setzero_si256());
     return _mm256_xor_ps(a, _mm256_and_ps(_mm256_castsi256_ps(clear), _mm256_set1_ps(-0.0f)));
 }
 
@@ -75,14 +75,14 @@ FN static inline float lanes_sum(__m256 v) {
 #define ODD(p) _mm256_castsi256_ps(_mm256_and_si256(LOAD_256(p), _mm256_set1_epi32((int)0xffff0000)))
 /* shuffle_ps picks inside halves and leaves the 64-bit pairs in the order 0 2 1 3; the permute restores it. */
 #define IN_ORDER(v) _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8))
-#define SPLIT_EVEN_ODD(p, a, b)                                                                                        \
-    do {                                                                                                               \
-        __m256 low = LOAD(p), high = LOAD((p) + 8);                                                                    \
-        a = IN_ORDER(_mm256_shuffle_ps(low, high, 0x88));                                                              \
-        b = IN_ORDER(_mm256_shuffle_ps(low, high, 0xdd));                                                              \
+#define SPLIT_EVEN_ODD(p, a, b)                           \
+    do {                                                  \
+        __m256 low = LOAD(p), high = LOAD((p) + 8);       \
+        a = IN_ORDER(_mm256_shuffle_ps(low, high, 0x88)); \
+        b = IN_ORDER(_mm256_shuffle_ps(low, high, 0xdd)); \
     } while (0)
 
 #include "template/all.h"
 #else
-typedef int obm__no_avx2;   /* ISO C wants a declaration in every file */
+typedef int obm__no_avx2; /* ISO C wants a declaration in every file */
 #endif

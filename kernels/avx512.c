@@ -51,8 +51,8 @@ FN static inline __m256i narrow_bf16(__m512 v) {
 #define GE_ZERO(v) ((unsigned)_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GE_OQ))
 #define IS_ZERO(v) ((unsigned)_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_EQ_OQ))
 /* Magnitude bits above those of the largest finite float. */
-#define NOT_FINITE(v)                                                                                                  \
-    ((unsigned)_mm512_cmpgt_epi32_mask(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)),        \
+#define NOT_FINITE(v)                                                                                           \
+    ((unsigned)_mm512_cmpgt_epi32_mask(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)), \
                                        _mm512_set1_epi32(0x7f7fffff)))
 #define SIGNED(a, bits) _mm512_mask_blend_ps((__mmask16)(bits), _mm512_set1_ps(-(a)), _mm512_set1_ps(a))
 
@@ -67,16 +67,16 @@ FN static inline float lanes_sum(__m512 v) {
 #define EVEN(p) _mm512_castsi512_ps(_mm512_slli_epi32(LOAD_512(p), 16))
 #define ODD(p) _mm512_castsi512_ps(_mm512_and_si512(LOAD_512(p), _mm512_set1_epi32((int)0xffff0000)))
 /* Indices 16 and up of the two-source permute select from the second vector. */
-#define SPLIT_EVEN_ODD(p, a, b)                                                                                        \
-    do {                                                                                                               \
-        __m512 low = LOAD(p), high = LOAD((p) + 16);                                                                   \
-        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);             \
-        const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);              \
-        a = _mm512_permutex2var_ps(low, even, high);                                                                   \
-        b = _mm512_permutex2var_ps(low, odd, high);                                                                    \
+#define SPLIT_EVEN_ODD(p, a, b)                                                                            \
+    do {                                                                                                   \
+        __m512 low = LOAD(p), high = LOAD((p) + 16);                                                       \
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30); \
+        const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);  \
+        a = _mm512_permutex2var_ps(low, even, high);                                                       \
+        b = _mm512_permutex2var_ps(low, odd, high);                                                        \
     } while (0)
 
 #include "template/all.h"
 #else
-typedef int obm__no_avx512;   /* ISO C wants a declaration in every file */
+typedef int obm__no_avx512; /* ISO C wants a declaration in every file */
 #endif

@@ -34,7 +34,7 @@ static const obm_kernels *const *detect(void) {
 #elif defined(__aarch64__)
 static const obm_kernels *const *detect(void) {
     static const obm_kernels *const tables[] = {&obm__kernels_scalar, &obm__kernels_neon, NULL};
-    return tables;   /* Advanced SIMD is part of the armv8-a baseline */
+    return tables; /* Advanced SIMD is part of the armv8-a baseline */
 }
 #else
 static const obm_kernels *const *detect(void) {
@@ -47,7 +47,7 @@ const obm_kernels *const *obm_kernels_list(void) {
     static _Atomic(const obm_kernels *const *) found;
     const obm_kernels *const *list = atomic_load_explicit(&found, memory_order_acquire);
     if (!list) {
-        list = detect();   /* two threads may both do this; they store the same pointer */
+        list = detect(); /* two threads may both do this; they store the same pointer */
         atomic_store_explicit(&found, list, memory_order_release);
     }
     return list;

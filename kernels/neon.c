@@ -1,4 +1,5 @@
-/* Advanced SIMD (armv8-a baseline): two q registers as 8 lanes.  Parameters of the templates and their small functions. */
+/* Advanced SIMD (armv8-a baseline): two q registers as 8 lanes.  Parameters of the templates and their small functions.
+ */
 #if defined(__aarch64__)
 #include "tables.h"
 
@@ -109,14 +110,14 @@ static inline V odd_bf16(uint16x8_t a, uint16x8_t b) {
     return pair(vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u16(a), upper)),
                 vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u16(b), upper)));
 }
-#define SPLIT_EVEN_ODD(p, a, b)                                                                                        \
-    do {                                                                                                               \
-        float32x4x2_t low = vld2q_f32(p), high = vld2q_f32((p) + 8);                                                   \
-        a = pair(low.val[0], high.val[0]);                                                                             \
-        b = pair(low.val[1], high.val[1]);                                                                             \
+#define SPLIT_EVEN_ODD(p, a, b)                                      \
+    do {                                                             \
+        float32x4x2_t low = vld2q_f32(p), high = vld2q_f32((p) + 8); \
+        a = pair(low.val[0], high.val[0]);                           \
+        b = pair(low.val[1], high.val[1]);                           \
     } while (0)
 
 #include "template/all.h"
 #else
-typedef int obm__no_neon;   /* ISO C wants a declaration in every file */
+typedef int obm__no_neon; /* ISO C wants a declaration in every file */
 #endif

@@ -22,12 +22,13 @@ static float widen_bf16(uint16_t h) { return from_bits((uint32_t)h << 16); }
 static float widen_f16(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3ff;
     if (exponent == 31) return from_bits(sign | 0x7f800000 | mantissa << 13 | (mantissa ? 0x400000 : 0));
-    if (exponent) return from_bits(sign | (exponent + 112) << 23 | mantissa << 13);   /* 112 = 127 - 15 */
-    float magnitude = (float)mantissa * 0x1p-24f;   /* subnormal or zero: exact */
+    if (exponent) return from_bits(sign | (exponent + 112) << 23 | mantissa << 13); /* 112 = 127 - 15 */
+    float magnitude = (float)mantissa * 0x1p-24f;                                   /* subnormal or zero: exact */
     return sign ? -magnitude : magnitude;
 }
 
-/* Round to nearest even: half of the last place minus one, plus the last place's own bit, carries exactly when it should. */
+/* Round to nearest even: half of the last place minus one, plus the last place's own bit, carries exactly when it
+ * should. */
 static uint16_t narrow_bf16(float x) {
     uint32_t u = bits_of(x);
     if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)(u >> 16 | 0x40);
@@ -37,8 +38,8 @@ static uint16_t narrow_bf16(float x) {
 static uint16_t narrow_f16(float x) {
     uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
     if (a > 0x7f800000) return (uint16_t)(sign | 0x7e00 | (a >> 13 & 0x1ff));
-    if (a >= 0x47800000) return (uint16_t)(sign | 0x7c00);   /* >= 65536; 65520..65536 overflows by the carry below */
-    if (a < 0x38800000) {   /* below 2^-14, the smallest normal: adding 0.5 puts 2^-24 at the last place of the sum */
+    if (a >= 0x47800000) return (uint16_t)(sign | 0x7c00); /* >= 65536; 65520..65536 overflows by the carry below */
+    if (a < 0x38800000) { /* below 2^-14, the smallest normal: adding 0.5 puts 2^-24 at the last place of the sum */
         uint32_t rounded = bits_of(from_bits(a) + 0.5f) - 0x3f000000;
         return (uint16_t)(sign | rounded);
     }
@@ -114,16 +115,16 @@ void obm__scalar_magnitude_histogram(uint32_t *histogram, const float *x, size_t
 }
 
 /* Eight lanes, so that the rounding error grows with n / 8 and a compiler can use whatever vectors the baseline has. */
-#define ROWS(name, type, widen)                                                                                        \
-    void name(float *y, const type *w, size_t ld, size_t rows, const float *x, size_t n) {                             \
-        for (size_t r = 0; r < rows; r++) {                                                                            \
-            float lane[8] = {0};                                                                                       \
-            size_t j = 0;                                                                                              \
-            for (; j + 8 <= n; j += 8)                                                                                 \
-                for (int l = 0; l < 8; l++) lane[l] += widen(w[r * ld + j + (size_t)l]) * x[j + (size_t)l];            \
-            for (; j < n; j++) lane[j % 8] += widen(w[r * ld + j]) * x[j];                                             \
-            y[r] = ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));          \
-        }                                                                                                              \
+#define ROWS(name, type, widen)                                                                               \
+    void name(float *y, const type *w, size_t ld, size_t rows, const float *x, size_t n) {                    \
+        for (size_t r = 0; r < rows; r++) {                                                                   \
+            float lane[8] = {0};                                                                              \
+            size_t j = 0;                                                                                     \
+            for (; j + 8 <= n; j += 8)                                                                        \
+                for (int l = 0; l < 8; l++) lane[l] += widen(w[r * ld + j + (size_t)l]) * x[j + (size_t)l];   \
+            for (; j < n; j++) lane[j % 8] += widen(w[r * ld + j]) * x[j];                                    \
+            y[r] = ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7])); \
+        }                                                                                                     \
     }
 ROWS(obm__scalar_rows_bf16, uint16_t, widen_bf16)
 ROWS(obm__scalar_rows_f16, uint16_t, widen_f16)

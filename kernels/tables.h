@@ -1,4 +1,5 @@
-/* The tables by name, and the scalar entries that faster tables fall back to for what they do not speed up and for tails. */
+/* The tables by name, and the scalar entries that faster tables fall back to for what they do not speed up and for
+ * tails. */
 #ifndef OBM_KERNEL_TABLES_H
 #define OBM_KERNEL_TABLES_H
 

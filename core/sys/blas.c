@@ -8,9 +8,10 @@
 #include <string.h>
 
 /*
- * OpenBLAS keeps one thread count for the process, shared with every other user of the library (NumPy may be one), and the
- * versions in distributions have no per-thread setting.  So the count of our users must be process-wide as well.  A spin
- * lock is enough: a few instructions are done under it, since lowering the count and raising it back starts no threads.
+ * OpenBLAS keeps one thread count for the process, shared with every other user of the library (NumPy may be one), and
+ * the versions in distributions have no per-thread setting.  So the count of our users must be process-wide as well.  A
+ * spin lock is enough: a few instructions are done under it, since lowering the count and raising it back starts no
+ * threads.
  */
 static atomic_flag lock = ATOMIC_FLAG_INIT;
 static int users, saved;
@@ -35,15 +36,15 @@ void obm__blas_leave(void) {
     atomic_flag_clear_explicit(&lock, memory_order_release);
 }
 
-void obm__sgemm_nt(int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda, const float *b, int64_t ldb,
-                   float beta, float *c, int64_t ldc) {
+void obm__sgemm_nt(int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda, const float *b,
+                   int64_t ldb, float beta, float *c, int64_t ldc) {
     obm__blas_enter();
     cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b,
                 (blasint)ldb, beta, c, (blasint)ldc);
     obm__blas_leave();
 }
 
-/* openblas_get_config() is "OpenBLAS 0.3.21 NO_LAPACKE ... MAX_THREADS=64": the first two words are name and version. */
+/* openblas_get_config() is "OpenBLAS 0.3.21 NO_LAPACKE ...": the first two words are name and version. */
 const char *obm__blas_describe(char *buf, size_t size) {
     const char *config = openblas_get_config(), *end = strchr(config, ' ');
     if (end) end = strchr(end + 1, ' ');

@@ -45,17 +45,19 @@ static obm_status choose_threads(obm_context *ctx, int wanted, obm_error *err) {
     return OBM_OK;
 }
 
+#if defined(__clang__)
+#define COMPILER "clang " __clang_version__
+#else
+#define COMPILER "gcc " __VERSION__
+#endif
+
 static void fill_info(obm_context *ctx) {
     ctx->info = (obm_context_info){
         .isa = ctx->k->isa,
         .isa_available = ctx->available,
         .blas = obm__blas_describe(ctx->blas, sizeof ctx->blas),
         .topology = obm__topology_describe(ctx->topology, ctx->topology_text, sizeof ctx->topology_text),
-#if defined(__clang__)
-        .compiler = "clang " __clang_version__,
-#else
-        .compiler = "gcc " __VERSION__,
-#endif
+        .compiler = COMPILER,
         .threads = ctx->threads,
         .cores = obm__topology_cores(ctx->topology),
         .nodes = obm__topology_nodes(ctx->topology),

@@ -3,11 +3,14 @@
 
 #include <string.h>
 
-static const struct { const char *name; size_t size; } dtypes[OBM_DTYPE_COUNT] = {
-    [OBM_F32] = {"F32", 4},  [OBM_F16] = {"F16", 2},   [OBM_BF16] = {"BF16", 2},       [OBM_F64] = {"F64", 8},
-    [OBM_U8] = {"U8", 1},    [OBM_I8] = {"I8", 1},     [OBM_I16] = {"I16", 2},         [OBM_I32] = {"I32", 4},
-    [OBM_I64] = {"I64", 8},  [OBM_BOOL] = {"BOOL", 1}, [OBM_U16] = {"U16", 2},         [OBM_U32] = {"U32", 4},
-    [OBM_U64] = {"U64", 8},  [OBM_F8_E4M3] = {"F8_E4M3", 1}, [OBM_F8_E5M2] = {"F8_E5M2", 1},
+static const struct {
+    const char *name;
+    size_t size;
+} dtypes[OBM_DTYPE_COUNT] = {
+    [OBM_F32] = {"F32", 4}, [OBM_F16] = {"F16", 2},         [OBM_BF16] = {"BF16", 2},       [OBM_F64] = {"F64", 8},
+    [OBM_U8] = {"U8", 1},   [OBM_I8] = {"I8", 1},           [OBM_I16] = {"I16", 2},         [OBM_I32] = {"I32", 4},
+    [OBM_I64] = {"I64", 8}, [OBM_BOOL] = {"BOOL", 1},       [OBM_U16] = {"U16", 2},         [OBM_U32] = {"U32", 4},
+    [OBM_U64] = {"U64", 8}, [OBM_F8_E4M3] = {"F8_E4M3", 1}, [OBM_F8_E5M2] = {"F8_E5M2", 1},
 };
 
 static bool dtype_known(obm_dtype dtype) { return (int)dtype >= 0 && (int)dtype < OBM_DTYPE_COUNT; }
@@ -21,8 +24,10 @@ int64_t obm_tensor_count(const obm_tensor *t) {
     bool empty = false;
     for (int32_t i = 0; i < t->ndim; i++) {
         if (t->shape[i] < 0) return -1;
-        if (t->shape[i] == 0) empty = true;
-        else if (__builtin_mul_overflow(count, t->shape[i], &count)) return -1;
+        if (t->shape[i] == 0)
+            empty = true;
+        else if (__builtin_mul_overflow(count, t->shape[i], &count))
+            return -1;
     }
     return empty ? 0 : count;
 }
@@ -44,17 +49,22 @@ obm_status obm_tensor_read_f32(const obm_tensor *t, int64_t begin, int64_t n, fl
     case OBM_F32:
         if (n) memcpy(out, (const float *)t->data + begin, (size_t)n * sizeof *out);
         return OBM_OK;
-    case OBM_F16: k->f16_to_f32(out, (const uint16_t *)t->data + begin, (size_t)n); return OBM_OK;
-    case OBM_BF16: k->bf16_to_f32(out, (const uint16_t *)t->data + begin, (size_t)n); return OBM_OK;
+    case OBM_F16:
+        k->f16_to_f32(out, (const uint16_t *)t->data + begin, (size_t)n);
+        return OBM_OK;
+    case OBM_BF16:
+        k->bf16_to_f32(out, (const uint16_t *)t->data + begin, (size_t)n);
+        return OBM_OK;
     case OBM_F64:
         for (int64_t i = 0; i < n; i++) {
-            double value;   /* a mapped file need not be aligned to 8 bytes */
+            double value; /* a mapped file need not be aligned to 8 bytes */
             memcpy(&value, (const char *)t->data + (size_t)(begin + i) * sizeof value, sizeof value);
             out[i] = (float)value;
         }
         return OBM_OK;
     default:
-        return obm__fail(err, OBM_E_DTYPE, "expected a tensor of F32, F16, BF16 or F64, found %s", obm_dtype_name(t->dtype));
+        return obm__fail(err, OBM_E_DTYPE, "expected a tensor of F32, F16, BF16 or F64, found %s",
+                         obm_dtype_name(t->dtype));
     }
 }
 
@@ -68,14 +78,19 @@ static bool ends_with(const char *s, const char *suffix) {
     return n >= m && !strcmp(s + n - m, suffix);
 }
 
-/* Rows in order: the first part found in the name decides.  "norm" precedes the projections because of q_norm and k_norm
- * inside self_attn; the last two catch other architectures' names. */
-static const struct { const char *part; obm_class cls; } class_parts[] = {
-    {"norm", OBM_CLASS_NORM},           {"embed_tokens", OBM_CLASS_EMBEDDING}, {"lm_head", OBM_CLASS_HEAD},
-    {".q_proj", OBM_CLASS_ATTENTION},   {".k_proj", OBM_CLASS_ATTENTION},      {".v_proj", OBM_CLASS_ATTENTION},
-    {".o_proj", OBM_CLASS_ATTENTION},   {".qkv_proj", OBM_CLASS_ATTENTION},    {".gate_proj", OBM_CLASS_MLP},
-    {".up_proj", OBM_CLASS_MLP},        {".down_proj", OBM_CLASS_MLP},         {".gate_up_proj", OBM_CLASS_MLP},
-    {"attn", OBM_CLASS_ATTENTION},      {"mlp", OBM_CLASS_MLP},
+/* Rows in order: the first part found in the name decides.  "norm" precedes the projections because of q_norm and
+ * k_norm inside self_attn; the last two catch other architectures' names. */
+static const struct {
+    const char *part;
+    obm_class cls;
+} class_parts[] = {
+    {"norm", OBM_CLASS_NORM},         {"embed_tokens", OBM_CLASS_EMBEDDING},
+    {"lm_head", OBM_CLASS_HEAD},      {".q_proj", OBM_CLASS_ATTENTION},
+    {".k_proj", OBM_CLASS_ATTENTION}, {".v_proj", OBM_CLASS_ATTENTION},
+    {".o_proj", OBM_CLASS_ATTENTION}, {".qkv_proj", OBM_CLASS_ATTENTION},
+    {".gate_proj", OBM_CLASS_MLP},    {".up_proj", OBM_CLASS_MLP},
+    {".down_proj", OBM_CLASS_MLP},    {".gate_up_proj", OBM_CLASS_MLP},
+    {"attn", OBM_CLASS_ATTENTION},    {"mlp", OBM_CLASS_MLP},
 };
 
 obm_class obm_class_of(const char *tensor_name, int32_t ndim) {

@@ -1,4 +1,5 @@
-/* The thread pool, the guard and the fixed summation tree.  It knows no tensors and allocates no scratch for its callers. */
+/* The thread pool, the guard and the fixed summation tree.  It knows no tensors and allocates no scratch for its
+ * callers. */
 #include "sys.h"
 
 #include <pthread.h>
@@ -9,8 +10,9 @@
 
 /*
  * One word tells workers everything: the job's generation (upper 31 bits), whether it can still be joined (bit 32), and
- * how many workers are inside (lower 32 bits).  A worker joins by compare-and-swap, so it never touches a job that has been
- * closed, and the caller never waits for a worker that did not wake up in time: on a busy machine that costs nothing.
+ * how many workers are inside (lower 32 bits).  A worker joins by compare-and-swap, so it never touches a job that has
+ * been closed, and the caller never waits for a worker that did not wake up in time: on a busy machine that costs
+ * nothing.
  */
 #define GATE_OPEN ((uint64_t)1 << 32)
 #define GATE_GENERATION ((uint64_t)1 << 33)
@@ -18,7 +20,8 @@
 
 /* About 20-50 us of pause instructions: longer than the gap between two layers' calls, shorter than a time slice. */
 #define SPINS 2000
-/* Ranges per worker: enough that a worker which loses its core for a while delays the others by a quarter of a share. */
+/* Ranges per worker: enough that a worker which loses its core for a while delays the others by a quarter of a share.
+ */
 #define RANGES_PER_WORKER 4
 
 typedef struct job {
@@ -35,16 +38,16 @@ typedef struct worker {
 
 struct obm__pool {
     const obm__topology *topology;
-    int threads;                 /* with the caller */
+    int threads; /* with the caller */
     int spins;
-    worker *workers;             /* [threads], entry 0 unused */
-    int running;                 /* workers 1 .. running exist */
-    _Atomic int busy;            /* a job is being run */
+    worker *workers;  /* [threads], entry 0 unused */
+    int running;      /* workers 1 .. running exist */
+    _Atomic int busy; /* a job is being run */
     _Atomic int started;
-    _Atomic pid_t owner;         /* threads do not survive fork */
-    job job;                     /* written by the caller while the gate is closed and nobody is inside */
+    _Atomic pid_t owner; /* threads do not survive fork */
+    job job;             /* written by the caller while the gate is closed and nobody is inside */
     _Atomic uint64_t gate;
-    _Atomic size_t next;         /* first item not handed out */
+    _Atomic size_t next; /* first item not handed out */
     _Atomic int sleepers, caller_waits, stop;
     pthread_mutex_t mutex;
     pthread_cond_t work, done;
@@ -121,7 +124,8 @@ obm__pool *obm__pool_new(const obm__topology *topology, int threads, int cores) 
     }
     p->topology = topology;
     p->threads = threads;
-    p->spins = threads <= cores ? SPINS : 0;   /* with more threads than cores a spinner keeps the one it waits for away */
+    p->spins =
+        threads <= cores ? SPINS : 0; /* with more threads than cores a spinner keeps the one it waits for away */
     p->workers = workers;
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->work, NULL);
@@ -130,7 +134,8 @@ obm__pool *obm__pool_new(const obm__topology *topology, int threads, int cores) 
     return p;
 }
 
-/* Workers take no signals: handlers (Ctrl-C in the bindings) belong to the caller's threads.  Too few threads is no error. */
+/* Workers take no signals: handlers (Ctrl-C in the bindings) belong to the caller's threads.  Too few threads is no
+ * error. */
 static void start_workers(obm__pool *p) {
     sigset_t all, before;
     sigfillset(&all);
@@ -165,7 +170,7 @@ void obm__pool_free(obm__pool *p) {
 static void open_gate(obm__pool *p) {
     atomic_store_explicit(&p->next, 0, memory_order_relaxed);
     uint64_t generation = atomic_load(&p->gate) / GATE_GENERATION + 1;
-    atomic_store(&p->gate, generation * GATE_GENERATION | GATE_OPEN);   /* joined is 0: the last job waited for that */
+    atomic_store(&p->gate, generation * GATE_GENERATION | GATE_OPEN); /* joined is 0: the last job waited for that */
     if (!atomic_load(&p->sleepers)) return;
     pthread_mutex_lock(&p->mutex);
     pthread_cond_broadcast(&p->work);
@@ -185,7 +190,8 @@ static void close_gate(obm__pool *p) {
     pthread_mutex_unlock(&p->mutex);
 }
 
-/* False: somebody else's job runs (or this thread is inside one), or the workers stayed behind in the parent process. */
+/* False: somebody else's job runs (or this thread is inside one), or the workers stayed behind in the parent process.
+ */
 static bool acquire(obm__pool *p) {
     if (!p || p->threads < 2) return false;
     if (atomic_load(&p->started) && atomic_load(&p->owner) != getpid()) return false;

@@ -8,14 +8,15 @@ struct obm__topology {
     hwloc_topology_t hwloc;
     hwloc_cpuset_t allowed;
     int cores, nodes, packages;
-    unsigned *cpus;   /* [cores]: one processing unit per core */
+    unsigned *cpus; /* [cores]: one processing unit per core */
 };
 
 /* The administrator's set (cgroup) and the affinity of the process (taskset, numactl, a batch system). */
 static hwloc_cpuset_t allowed_set(hwloc_topology_t hwloc) {
     hwloc_cpuset_t set = hwloc_bitmap_dup(hwloc_topology_get_allowed_cpuset(hwloc)), bound = hwloc_bitmap_alloc();
-    if (set && bound && (!hwloc_get_cpubind(hwloc, bound, HWLOC_CPUBIND_PROCESS) ||
-                         !hwloc_get_cpubind(hwloc, bound, HWLOC_CPUBIND_THREAD)) &&
+    if (set && bound &&
+        (!hwloc_get_cpubind(hwloc, bound, HWLOC_CPUBIND_PROCESS) ||
+         !hwloc_get_cpubind(hwloc, bound, HWLOC_CPUBIND_THREAD)) &&
         hwloc_bitmap_intersects(set, bound))
         hwloc_bitmap_and(set, set, bound);
     hwloc_bitmap_free(bound);

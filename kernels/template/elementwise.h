@@ -1,6 +1,6 @@
 /*
- * Bodies of the element-by-element kernels and the 16-lane reductions.  Whole vectors here, the rest by the scalar entries,
- * so that nothing past n is read or written.
+ * Bodies of the element-by-element kernels and the 16-lane reductions.  Whole vectors here, the rest by the scalar
+ * entries, so that nothing past n is read or written.
  *
  *   FN              attributes of every function (target)
  *   NAME(op)        the function's name
@@ -85,7 +85,8 @@ FN static void NAME(sign_axpy)(float *y, const uint8_t *bits, float alpha, size_
     obm__scalar_sign_axpy(y + i, bits + i / 8, alpha, n - i);
 }
 
-/* Accumulator k holds lanes k * DL .. k * DL + DL - 1 of the 16; the loop is whole 16s, the rest adds to the lowest lanes. */
+/* Accumulator k holds lanes k * DL .. k * DL + DL - 1 of the 16; the loop is whole 16s, the rest adds to the lowest
+ * lanes. */
 FN static double NAME(abs_sum)(const float *x, size_t n) {
     size_t i = 0;
     double lane[16];

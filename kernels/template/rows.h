@@ -1,7 +1,7 @@
 /*
- * Dense rows times a vector: four rows at a time share the loads of x, two accumulators a row.  A row's sums run in the same
- * order whether it is one of four or alone, which makes the result row-exact.  The last columns go through zero-padded
- * copies, so that nothing past n is read.
+ * Dense rows times a vector: four rows at a time share the loads of x, two accumulators a row.  A row's sums run in the
+ * same order whether it is one of four or alone, which makes the result row-exact.  The last columns go through
+ * zero-padded copies, so that nothing past n is read.
  *
  *   FN, V, VL, SET1, ADD as in elementwise.h;   FMA(a, b, c) = a * b + c rounded once;   HSUM(v) in a fixed order
  *   ROWS_NAME, ROWS_TYPE             the kernel, the element type of w
@@ -13,12 +13,12 @@
 #define ROWS_ONE ROWS_JOIN(ROWS_NAME, _1)
 #define ROWS_FOUR ROWS_JOIN(ROWS_NAME, _4)
 
-#define ROWS_ADD(r, p)                                                                                                 \
-    do {                                                                                                               \
-        V w0, w1;                                                                                                      \
-        SPLIT_W(p, w0, w1);                                                                                            \
-        a##r = FMA(w0, x0, a##r);                                                                                      \
-        b##r = FMA(w1, x1, b##r);                                                                                      \
+#define ROWS_ADD(r, p)            \
+    do {                          \
+        V w0, w1;                 \
+        SPLIT_W(p, w0, w1);       \
+        a##r = FMA(w0, x0, a##r); \
+        b##r = FMA(w1, x1, b##r); \
     } while (0)
 
 FN static float ROWS_ONE(const ROWS_TYPE *w, const float *x, size_t n) {

@@ -12,15 +12,22 @@
 #include <time.h>
 
 #define MAX_THREADS 256
-#define BLOCK 4096      /* elements per call of the reductions, as their contract says */
-#define COLUMNS 2048    /* of the rows_* matrices */
+#define BLOCK 4096   /* elements per call of the reductions, as their contract says */
+#define COLUMNS 2048 /* of the rows_* matrices */
 
 /* Each thread's own memory: two f32 arrays and one of half width, n elements each. */
-typedef struct slice { float *a, *b; uint16_t *h; uint8_t *bits; uint32_t *histogram; size_t n; double sink; } slice;
+typedef struct slice {
+    float *a, *b;
+    uint16_t *h;
+    uint8_t *bits;
+    uint32_t *histogram;
+    size_t n;
+    double sink;
+} slice;
 
 typedef struct op {
     const char *name;
-    double bytes;   /* read + written per element */
+    double bytes; /* read + written per element */
     void (*run)(const obm_kernels *k, slice *s);
 } op;
 
@@ -28,7 +35,7 @@ typedef struct op {
 static void run_read(const obm_kernels *k, slice *s) {
     typedef uint64_t lanes __attribute__((vector_size(32)));
     (void)k;
-    size_t quarter = s->n / 32;   /* of 8 floats */
+    size_t quarter = s->n / 32; /* of 8 floats */
     const lanes *p = (const void *)s->a, *q = p + quarter, *u = q + quarter, *v = u + quarter;
     lanes p0 = {0}, p1 = {0}, q0 = {0}, q1 = {0}, u0 = {0}, u1 = {0}, v0 = {0}, v1 = {0};
     for (size_t i = 0; i + 2 <= quarter; i += 2) {
@@ -63,9 +70,12 @@ static void run_histogram(const obm_kernels *k, slice *s) { k->magnitude_histogr
 static void run_rows(const obm_kernels *k, slice *s, int type) {
     float y[64];
     for (size_t i = 0; i + 64 * COLUMNS <= s->n; i += 64 * COLUMNS) {
-        if (type == 0) k->rows_bf16(y, s->h + i, COLUMNS, 64, s->a, COLUMNS);
-        else if (type == 1) k->rows_f16(y, s->h + i, COLUMNS, 64, s->a, COLUMNS);
-        else k->rows_f32(y, s->b + i, COLUMNS, 64, s->a, COLUMNS);
+        if (type == 0)
+            k->rows_bf16(y, s->h + i, COLUMNS, 64, s->a, COLUMNS);
+        else if (type == 1)
+            k->rows_f16(y, s->h + i, COLUMNS, 64, s->a, COLUMNS);
+        else
+            k->rows_f32(y, s->b + i, COLUMNS, 64, s->a, COLUMNS);
         s->sink += (double)y[0];
     }
 }
@@ -98,10 +108,13 @@ static const op ops[] = {
 typedef struct team {
     pthread_barrier_t start, stop;
     const obm_kernels *k;
-    const op *current;   /* NULL: end */
+    const op *current; /* NULL: end */
     slice slices[MAX_THREADS];
 } team;
-typedef struct member { team *t; int index; } member;
+typedef struct member {
+    team *t;
+    int index;
+} member;
 
 static double seconds(void) {
     struct timespec t;
@@ -163,7 +176,7 @@ static double median(double *x, int n) {
 
 static void report(team *t, int rounds, double elements) {
     static double rate[N_OPS][MAX_ROUNDS], share[N_OPS][MAX_ROUNDS];
-    for (size_t o = 0; o < N_OPS; o++) measure(t, &ops[o]);   /* warm */
+    for (size_t o = 0; o < N_OPS; o++) measure(t, &ops[o]); /* warm */
     for (int r = 0; r < rounds; r++)
         for (size_t o = 0; o < N_OPS; o++) {
             double probe = ops[0].bytes * elements / measure(t, &ops[0]) * 1e-9;
@@ -173,7 +186,8 @@ static void report(team *t, int rounds, double elements) {
     printf("%-20s %8s %8s %8s %8s\n", "kernel", "GB/s", "min", "max", "of read");
     for (size_t o = 0; o < N_OPS; o++) {
         double middle = median(rate[o], rounds);
-        printf("%-20s %8.1f %8.1f %8.1f %8.2f\n", ops[o].name, middle, rate[o][0], rate[o][rounds - 1], median(share[o], rounds));
+        printf("%-20s %8.1f %8.1f %8.1f %8.2f\n", ops[o].name, middle, rate[o][0], rate[o][rounds - 1],
+               median(share[o], rounds));
     }
 }
 
@@ -210,12 +224,14 @@ int main(int argc, char **argv) {
     static team t;
     t.k = obm_kernels_find(text(argc, argv, "--isa", info.isa));
     if (!t.k || threads < 1 || threads > MAX_THREADS || mib < 1 || mib > 65536 || rounds < 7 || rounds > MAX_ROUNDS)
-        return fprintf(stderr, "usage: %s [--threads 1..%d] [--isa %s] [--mib 1..] [--rounds 7..%d]\n", argv[0], MAX_THREADS,
-                       info.isa_available, MAX_ROUNDS), 2;
+        return fprintf(stderr, "usage: %s [--threads 1..%d] [--isa %s] [--mib 1..] [--rounds 7..%d]\n", argv[0],
+                       MAX_THREADS, info.isa_available, MAX_ROUNDS),
+               2;
     print_processor();
-    printf("topology  %s\nbuild     onebitmerge %s, %s\nisa       %s (available: %s)\n", info.topology, obm_version(), info.compiler,
-           t.k->isa, info.isa_available);
-    printf("threads   %ld, %ld MiB of f32 per thread and buffer; median of %ld interleaved rounds\n", threads, mib, rounds);
+    printf("topology  %s\nbuild     onebitmerge %s, %s\nisa       %s (available: %s)\n", info.topology, obm_version(),
+           info.compiler, t.k->isa, info.isa_available);
+    printf("threads   %ld, %ld MiB of f32 per thread and buffer; median of %ld interleaved rounds\n", threads, mib,
+           rounds);
     size_t n = (size_t)mib << 18;
     pthread_t ids[MAX_THREADS];
     member members[MAX_THREADS];
@@ -224,7 +240,8 @@ int main(int argc, char **argv) {
     for (long i = 0; i < threads; i++) {
         t.slices[i].n = n;
         members[i] = (member){&t, (int)i};
-        if (pthread_create(&ids[i], NULL, member_main, &members[i])) return fprintf(stderr, "cannot start a thread\n"), 1;
+        if (pthread_create(&ids[i], NULL, member_main, &members[i]))
+            return fprintf(stderr, "cannot start a thread\n"), 1;
     }
     report(&t, (int)rounds, (double)n * (double)threads);
     t.current = NULL;

@@ -1,5 +1,5 @@
-/* Every kernel table that this machine can run, against the scalar one and against references of this file.  Buffers end at
- * an unmapped page, so that reading or writing one element too far is a crash. */
+/* Every kernel table that this machine can run, against the scalar one and against references of this file.  Buffers
+ * end at an unmapped page, so that reading or writing one element too far is a crash. */
 #include "kernels.h"
 
 #include <float.h>
@@ -18,7 +18,10 @@
 
 /* ---- buffers that end at a guard page ---- */
 
-typedef struct guarded { uint8_t *map, *end; size_t mapped; } guarded;
+typedef struct guarded {
+    uint8_t *map, *end;
+    size_t mapped;
+} guarded;
 
 static guarded guarded_new(size_t bytes) {
     size_t page = (size_t)sysconf(_SC_PAGESIZE), data = (bytes + page - 1) / page * page + page;
@@ -35,7 +38,7 @@ static void guarded_free(guarded *g) { munmap(g->map, g->mapped); }
 /* ---- inputs ---- */
 
 static uint64_t state = 88172645463325252u;
-static uint64_t next_random(void) {   /* xorshift64* (Vigna, 2016) */
+static uint64_t next_random(void) { /* xorshift64* (Vigna, 2016) */
     state ^= state >> 12;
     state ^= state << 25;
     state ^= state >> 27;
@@ -142,19 +145,21 @@ static uint16_t reference_narrow(float x, int e, int m) {
     if (isnan(x)) return (uint16_t)(sign | infinity | 1 << (m - 1) | (bits_of(x) >> (23 - m) & ((1u << (m - 1)) - 1)));
     double ulp = ldexp(1, (1 << (e - 1)) - 1 - m);
     if (a >= largest + ulp / 2) return (uint16_t)(sign | infinity);
-    uint16_t low = 0, high = (uint16_t)(infinity - 1);   /* value(low) <= a, the answer is low or low + 1 */
+    uint16_t low = 0, high = (uint16_t)(infinity - 1); /* value(low) <= a, the answer is low or low + 1 */
     while (low < high) {
         uint16_t middle = (uint16_t)((low + high + 1) / 2);
-        if (small_float(middle, e, m) <= a) low = middle;
-        else high = (uint16_t)(middle - 1);
+        if (small_float(middle, e, m) <= a)
+            low = middle;
+        else
+            high = (uint16_t)(middle - 1);
     }
     if (low == infinity - 1) return (uint16_t)(sign | low);
     double down = a - small_float(low, e, m), up = small_float((uint16_t)(low + 1), e, m) - a;
     return (uint16_t)(sign | (low + (up < down || (up == down && low & 1))));
 }
 
-static void check_narrow(const char *isa, void (*op)(uint16_t *, const float *, size_t), const float *x, size_t n, int e, int m,
-                         const uint16_t *expected) {
+static void check_narrow(const char *isa, void (*op)(uint16_t *, const float *, size_t), const float *x, size_t n,
+                         int e, int m, const uint16_t *expected) {
     uint16_t *out = malloc(n * 2);
     op(out, x, n);
     for (size_t i = 0; i < n; i++)
@@ -176,7 +181,8 @@ static size_t narrow_cases(float *x, int e, int m) {
         x[n++] = nextafterf(middle, INFINITY);
         x[n++] = nextafterf(middle, -INFINITY);
     }
-    static const float special[] = {INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, FLT_MIN, 65504, 65519.996f, 65520, 65536, 1e-45f};
+    static const float special[] = {INFINITY, -INFINITY,  FLT_MAX, -FLT_MAX, FLT_MIN,
+                                    65504,    65519.996f, 65520,   65536,    1e-45f};
     memcpy(x + n, special, sizeof special);
     n += sizeof special / sizeof *special;
     for (int i = 0; i < 20000; i++) x[n++] = from_bits((uint32_t)next_random());
@@ -200,7 +206,10 @@ static void test_narrow(void **unused) {
 
 /* ---- exact kernels against scalar, at every length, at a guard page and at offsets from one ---- */
 
-typedef struct bench { guarded a, b, c, d; float *expected; } bench;
+typedef struct bench {
+    guarded a, b, c, d;
+    float *expected;
+} bench;
 static bench bench_new(void) {
     size_t bytes = MAX_LENGTH * sizeof(float);
     return (bench){guarded_new(bytes), guarded_new(bytes), guarded_new(bytes), guarded_new(bytes), malloc(bytes)};
@@ -224,7 +233,7 @@ static void check_arithmetic(const obm_kernels *k, bench *t, size_t n, int kinds
     k->sub_f32(y, a, b, n);
     assert_same(y, t->expected, n, k->isa, "sub_f32");
     memcpy(y, a, n * 4);
-    k->sub_f32(y, y, b, n);   /* d may be a */
+    k->sub_f32(y, y, b, n); /* d may be a */
     assert_same(y, t->expected, n, k->isa, "sub_f32 in place");
     memcpy(y, b, n * 4);
     memcpy(t->expected, b, n * 4);
@@ -249,7 +258,8 @@ static void check_scans(const obm_kernels *k, bench *t, size_t n, int kinds) {
     for (size_t i = 0; i < n; i++) {
         zeros += bits_of(a[i]) << 1 == 0;
         if (!isfinite(a[i]) && first == n) first = i;
-        if ((bits[i / 8] >> i % 8 & 1) != (isnan(a[i]) ? 0 : !(a[i] < 0))) fail_msg("%s sign_pack: n %zu, bit %zu", k->isa, n, i);
+        if ((bits[i / 8] >> i % 8 & 1) != (isnan(a[i]) ? 0 : !(a[i] < 0)))
+            fail_msg("%s sign_pack: n %zu, bit %zu", k->isa, n, i);
     }
     if (n % 8 && bits[n / 8] >> n % 8) fail_msg("%s sign_pack: n %zu leaves bits past the end", k->isa, n);
     assert_int_equal(k->count_zero(a, n), zeros);
@@ -271,7 +281,8 @@ static void check_reductions(const obm_kernels *k, bench *t, size_t n) {
     float *a = at_end(&t->a, n * 4), *b = at_end(&t->b, n * 4);
     fill(a, n, PLAIN | ZEROS | DENORMALS);
     fill(b, n, PLAIN | ZEROS | DENORMALS);
-    double got[2] = {k->abs_sum(a, n), k->dot(a, b, n)}, expected[2] = {reference_lanes(a, NULL, n), reference_lanes(a, b, n)};
+    double got[2] = {k->abs_sum(a, n), k->dot(a, b, n)},
+           expected[2] = {reference_lanes(a, NULL, n), reference_lanes(a, b, n)};
     if (memcmp(got, expected, sizeof got))
         fail_msg("%s reductions: n %zu: %a %a, expected %a %a", k->isa, n, got[0], got[1], expected[0], expected[1]);
 }
@@ -346,7 +357,6 @@ static void test_nonfinite_position(void **unused) {
 
 /* ---- rows ---- */
 
-
 static void row_bound(double sum, double magnitude, float got, size_t n, const char *isa, const char *op) {
     double bound = (double)n * 0x1p-23 * magnitude + (double)n * 0x1p-149;
     if (!(fabs((double)got - sum) <= bound))
@@ -354,10 +364,14 @@ static void row_bound(double sum, double magnitude, float got, size_t n, const c
 }
 
 /* type 0: bf16, 1: f16, 2: f32. */
-static void call_rows(const obm_kernels *k, int type, float *y, const void *w, size_t ld, size_t rows, const float *x, size_t n) {
-    if (type == 0) k->rows_bf16(y, w, ld, rows, x, n);
-    else if (type == 1) k->rows_f16(y, w, ld, rows, x, n);
-    else k->rows_f32(y, w, ld, rows, x, n);
+static void call_rows(const obm_kernels *k, int type, float *y, const void *w, size_t ld, size_t rows, const float *x,
+                      size_t n) {
+    if (type == 0)
+        k->rows_bf16(y, w, ld, rows, x, n);
+    else if (type == 1)
+        k->rows_f16(y, w, ld, rows, x, n);
+    else
+        k->rows_f32(y, w, ld, rows, x, n);
 }
 static double weight_at(int type, const void *w, size_t i) {
     if (type == 2) return (double)((const float *)w)[i];
@@ -388,7 +402,8 @@ static void check_rows(const obm_kernels *k, int type, size_t rows, size_t ld, s
         }
         row_bound(sum, magnitude, y[r], n, k->isa, names[type]);
         call_rows(k, type, &alone, w + r * ld * size, ld, 1, x, n);
-        if (bits_of(alone) != bits_of(y[r])) fail_msg("%s %s: row %zu of %zu differs alone, n %zu", k->isa, names[type], r, rows, n);
+        if (bits_of(alone) != bits_of(y[r]))
+            fail_msg("%s %s: row %zu of %zu differs alone, n %zu", k->isa, names[type], r, rows, n);
     }
     for (size_t r = rows; r < 16; r++) assert_true(y[r] == -77);
 }
@@ -410,8 +425,8 @@ static void test_rows(void **unused) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_tables),  cmocka_unit_test(test_widen_all),         cmocka_unit_test(test_narrow),
-        cmocka_unit_test(test_exact),   cmocka_unit_test(test_nonfinite_position), cmocka_unit_test(test_rows),
+        cmocka_unit_test(test_tables), cmocka_unit_test(test_widen_all),          cmocka_unit_test(test_narrow),
+        cmocka_unit_test(test_exact),  cmocka_unit_test(test_nonfinite_position), cmocka_unit_test(test_rows),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

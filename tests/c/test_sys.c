@@ -66,7 +66,7 @@ static void test_memory(void **unused) {
     assert_true(obm__add(SIZE_MAX - 1, 1, &out) && out == SIZE_MAX);
     assert_false(obm__add(SIZE_MAX, 1, &out));
     assert_null(obm__alloc(SIZE_MAX / 2, 3));
-    assert_null(obm__alloc(SIZE_MAX, 1));   /* the padding to 64 overflows */
+    assert_null(obm__alloc(SIZE_MAX, 1)); /* the padding to 64 overflows */
     assert_null(obm__calloc(SIZE_MAX / 2, 3));
     assert_null(obm__realloc(NULL, SIZE_MAX / 2, 3));
     assert_null(obm__strndup("", SIZE_MAX));
@@ -94,7 +94,7 @@ static void test_buffer(void **unused) {
     assert_memory_equal(b.data, "0,1,2,3,", 8);
     assert_memory_equal(b.data + b.size - 6, "a\0bend", 7);
     size_t size = b.size;
-    obm__buffer_add(&b, "x", SIZE_MAX);   /* too long to exist: fails and stays failed */
+    obm__buffer_add(&b, "x", SIZE_MAX); /* too long to exist: fails and stays failed */
     assert_true(b.failed);
     obm__buffer_text(&b, "y");
     assert_int_equal(b.size, size);
@@ -167,7 +167,7 @@ static void test_environment(void **unused) {
     assert_string_equal(ctx->k->isa, "scalar");
     assert_int_equal(ctx->threads, 3);
     obm_context_free(ctx);
-    ctx = context(2);   /* the option wins */
+    ctx = context(2); /* the option wins */
     assert_int_equal(ctx->threads, 2);
     obm_context_free(ctx);
     unsetenv("ONEBITMERGE_ISA");
@@ -197,8 +197,10 @@ typedef struct cover {
 static void mark(void *arg, size_t begin, size_t end, int worker) {
     cover *c = arg;
     if (begin >= end || end > c->n || begin % c->grain || (end % c->grain && end != c->n)) c->bad = 1;
-    if (worker < 0 || worker >= c->threads) c->bad = 1;
-    else c->workers_seen[worker] = 1;
+    if (worker < 0 || worker >= c->threads)
+        c->bad = 1;
+    else
+        c->workers_seen[worker] = 1;
     for (size_t i = begin; i < end; i++) c->hits[i]++;
 }
 
@@ -258,7 +260,30 @@ static void test_really_parallel(void **unused) {
     obm_context_free(ctx);
 }
 
-typedef struct nested { obm_context *ctx; _Atomic size_t sum; _Atomic int bad; } nested;
+/* Workers finish long after the caller: it must wait for them, spinning (2 threads on 2 cores) or parked (5). */
+static void slow_mark(void *arg, size_t begin, size_t end, int worker) {
+    _Atomic int *done = arg;
+    usleep(worker ? 4000 : 500);
+    for (size_t i = begin; i < end; i++) done[i] = 1;
+}
+static void test_waits_for_workers(void **unused) {
+    (void)unused;
+    for (int threads = 2; threads <= 5; threads += 3) {
+        obm_context *ctx = context(threads);
+        for (int i = 0; i < 10; i++) {
+            _Atomic int done[8] = {0};
+            obm__parallel(ctx, 8, 1, slow_mark, (void *)done);
+            for (int j = 0; j < 8; j++) assert_int_equal(done[j], 1);
+        }
+        obm_context_free(ctx);
+    }
+}
+
+typedef struct nested {
+    obm_context *ctx;
+    _Atomic size_t sum;
+    _Atomic int bad;
+} nested;
 static void outer(void *arg, size_t begin, size_t end, int worker) {
     nested *n = arg;
     (void)worker;
@@ -366,7 +391,7 @@ static void test_blas_threads(void **unused) {
     obm__sgemm_nt(1, 1, 1, 1, &one, 1, &one, 1, 0, &c, 1);
     assert_int_equal(openblas_get_num_threads(), 2);
     obm__blas_enter();
-    openblas_set_num_threads(3);   /* somebody else's wish survives */
+    openblas_set_num_threads(3); /* somebody else's wish survives */
     obm__blas_leave();
     assert_int_equal(openblas_get_num_threads(), 3);
     openblas_set_num_threads(original);
@@ -392,8 +417,10 @@ static void check_sgemm(int64_t m, int64_t n, int64_t k, float alpha, float beta
         for (int64_t j = 0; j < ldc; j++) {
             double sum = 0;
             for (int64_t l = 0; j < n && l < k; l++) sum += (double)a[i * lda + l] * (double)b[j * ldb + l];
-            double expected = j < n ? (double)alpha * sum + (double)beta * (double)before[i * ldc + j] : (double)before[i * ldc + j];
-            if (fabs((double)c[i * ldc + j] - expected) > (j < n ? 1e-6 * (double)(k + 4) : 0)) fail_msg("sgemm %lld %lld", (long long)i, (long long)j);
+            double expected =
+                j < n ? (double)alpha * sum + (double)beta * (double)before[i * ldc + j] : (double)before[i * ldc + j];
+            if (fabs((double)c[i * ldc + j] - expected) > (j < n ? 1e-6 * (double)(k + 4) : 0))
+                fail_msg("sgemm %lld %lld", (long long)i, (long long)j);
         }
     free(a);
     free(b);
@@ -410,13 +437,17 @@ static void test_sgemm(void **unused) {
 }
 
 /* Panels of one product by several workers at once: the same bits as one after the other. */
-typedef struct panels { const float *a, *b; float *c; } panels;
+typedef struct panels {
+    const float *a, *b;
+    float *c;
+} panels;
 enum { PANEL_ROWS = 128, PANELS = 16, TILE = 64, DEPTH = 192 };
 static void panel_range(void *arg, size_t begin, size_t end, int worker) {
     panels *p = arg;
     (void)worker;
     for (size_t i = begin; i < end; i++)
-        obm__sgemm_nt(PANEL_ROWS, TILE, DEPTH, 1, p->a + i * PANEL_ROWS * DEPTH, DEPTH, p->b, DEPTH, 0, p->c + i * PANEL_ROWS * TILE, TILE);
+        obm__sgemm_nt(PANEL_ROWS, TILE, DEPTH, 1, p->a + i * PANEL_ROWS * DEPTH, DEPTH, p->b, DEPTH, 0,
+                      p->c + i * PANEL_ROWS * TILE, TILE);
 }
 static void test_sgemm_concurrent(void **unused) {
     (void)unused;
@@ -462,10 +493,15 @@ static void test_topology(void **unused) {
 
 static void test_dtypes(void **unused) {
     (void)unused;
-    static const struct { obm_dtype dtype; const char *name; size_t size; } all[] = {
-        {OBM_F32, "F32", 4}, {OBM_F16, "F16", 2}, {OBM_BF16, "BF16", 2}, {OBM_F64, "F64", 8}, {OBM_U8, "U8", 1},
-        {OBM_I8, "I8", 1}, {OBM_I16, "I16", 2}, {OBM_I32, "I32", 4}, {OBM_I64, "I64", 8}, {OBM_BOOL, "BOOL", 1},
-        {OBM_U16, "U16", 2}, {OBM_U32, "U32", 4}, {OBM_U64, "U64", 8}, {OBM_F8_E4M3, "F8_E4M3", 1}, {OBM_F8_E5M2, "F8_E5M2", 1},
+    static const struct {
+        obm_dtype dtype;
+        const char *name;
+        size_t size;
+    } all[] = {
+        {OBM_F32, "F32", 4}, {OBM_F16, "F16", 2},         {OBM_BF16, "BF16", 2},       {OBM_F64, "F64", 8},
+        {OBM_U8, "U8", 1},   {OBM_I8, "I8", 1},           {OBM_I16, "I16", 2},         {OBM_I32, "I32", 4},
+        {OBM_I64, "I64", 8}, {OBM_BOOL, "BOOL", 1},       {OBM_U16, "U16", 2},         {OBM_U32, "U32", 4},
+        {OBM_U64, "U64", 8}, {OBM_F8_E4M3, "F8_E4M3", 1}, {OBM_F8_E5M2, "F8_E5M2", 1},
     };
     for (size_t i = 0; i < OBM_DTYPE_COUNT; i++) {
         assert_string_equal(obm_dtype_name(all[i].dtype), all[i].name);
@@ -516,7 +552,11 @@ static void test_read_f32(void **unused) {
 
 static void test_classes(void **unused) {
     (void)unused;
-    static const struct { const char *name; int32_t ndim; obm_class cls; } cases[] = {
+    static const struct {
+        const char *name;
+        int32_t ndim;
+        obm_class cls;
+    } cases[] = {
         {"model.embed_tokens.weight", 2, OBM_CLASS_EMBEDDING},
         {"lm_head.weight", 2, OBM_CLASS_HEAD},
         {"model.norm.weight", 1, OBM_CLASS_NORM},
@@ -545,13 +585,27 @@ static void test_classes(void **unused) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_errors),         cmocka_unit_test(test_memory),         cmocka_unit_test(test_buffer),
-        cmocka_unit_test(test_context),        cmocka_unit_test(test_environment),    cmocka_unit_test(test_parallel),
-        cmocka_unit_test(test_parallel_often), cmocka_unit_test(test_really_parallel), cmocka_unit_test(test_nested),
-        cmocka_unit_test(test_shared_context), cmocka_unit_test(test_fork),           cmocka_unit_test(test_guard),
-        cmocka_unit_test(test_tree_sum),       cmocka_unit_test(test_blas_threads),   cmocka_unit_test(test_sgemm),
-        cmocka_unit_test(test_sgemm_concurrent), cmocka_unit_test(test_topology),     cmocka_unit_test(test_dtypes),
-        cmocka_unit_test(test_read_f32),       cmocka_unit_test(test_classes),
+        cmocka_unit_test(test_errors),
+        cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_buffer),
+        cmocka_unit_test(test_context),
+        cmocka_unit_test(test_environment),
+        cmocka_unit_test(test_parallel),
+        cmocka_unit_test(test_parallel_often),
+        cmocka_unit_test(test_really_parallel),
+        cmocka_unit_test(test_waits_for_workers),
+        cmocka_unit_test(test_nested),
+        cmocka_unit_test(test_shared_context),
+        cmocka_unit_test(test_fork),
+        cmocka_unit_test(test_guard),
+        cmocka_unit_test(test_tree_sum),
+        cmocka_unit_test(test_blas_threads),
+        cmocka_unit_test(test_sgemm),
+        cmocka_unit_test(test_sgemm_concurrent),
+        cmocka_unit_test(test_topology),
+        cmocka_unit_test(test_dtypes),
+        cmocka_unit_test(test_read_f32),
+        cmocka_unit_test(test_classes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
