@@ -1,0 +1,197 @@
+/* Generation: many prompts through a fixed number of slots, or one prompt as a stream. */
+#include "generation.h"
+
+#include <string.h>
+
+/* ---- batches ---- */
+
+typedef struct batch {
+    obm_model *m;
+    const obm_prompt *prompts;
+    size_t n, next, done;          /* prompts: all, started, finished */
+    obm__settings settings;
+    obm__pulse pulse;
+    obm__generation **slots;       /* [size], running ones first */
+    size_t *index;                 /* prompt of each slot */
+    size_t size, running;
+    float *logits;                 /* (size, vocab) */
+    obm_completion *out;           /* [n] */
+} batch;
+
+/* Finished sequences leave; the last running one takes the free place. */
+static obm_status collect(batch *b, obm_error *err) {
+    for (size_t i = 0; i < b->running;) {
+        if (!b->slots[i]->finished) {
+            i++;
+            continue;
+        }
+        OBM_TRY(obm__generation_take(b->m, b->slots[i], &b->out[b->index[i]], err));
+        obm__generation_free(b->m, b->slots[i]);
+        b->running--;
+        b->slots[i] = b->slots[b->running];
+        b->index[i] = b->index[b->running];
+        OBM_TRY(obm__pulse_done(&b->pulse, ++b->done, err));
+    }
+    return OBM_OK;
+}
+
+static obm_status refill(batch *b, obm_error *err) {
+    while (b->running < b->size && b->next < b->n) {
+        OBM_TRY(obm__generation_new(b->m, &b->settings, &b->prompts[b->next], b->next, &b->pulse, &b->slots[b->running], err));
+        b->index[b->running++] = b->next++;
+        OBM_TRY(collect(b, err));
+        OBM_TRY(obm__pulse_check(&b->pulse, err));
+    }
+    return OBM_OK;
+}
+
+static obm_status run_batch(batch *b, obm_error *err) {
+    while (b->done < b->n) {
+        OBM_TRY(refill(b, err));
+        if (!b->running) continue;
+        OBM_TRY(obm__generation_step(b->m, b->slots, b->running, b->logits, &b->pulse, err));
+        OBM_TRY(collect(b, err));
+    }
+    return OBM_OK;
+}
+
+static obm_status start_batch(batch *b, const obm_generate_options *o, obm_error *err) {
+    b->pulse = (obm__pulse){.fn = OBM_OPT(o, obm_generate_options, progress, NULL),
+                            .user = OBM_OPT(o, obm_generate_options, progress_user, NULL), .what = "generate", .total = b->n};
+    b->size = OBM_OPT(o, obm_generate_options, batch, 0);
+    if (!b->size) b->size = 8;
+    if (b->size > b->n) b->size = b->n;
+    OBM_TRY(obm__settings_init(&b->settings, b->m, o, b->n, err));
+    size_t count;
+    b->slots = obm__calloc(b->size, sizeof *b->slots);
+    b->index = obm__calloc(b->size, sizeof *b->index);
+    b->out = obm__calloc(b->n, sizeof *b->out);
+    b->logits = obm__mul(b->size, (size_t)b->m->vocab, &count) ? obm__alloc(count, sizeof *b->logits) : NULL;
+    if (!b->slots || !b->index || !b->out || !b->logits) return obm__fail_nomem(err, (uint64_t)b->size * (uint64_t)b->m->vocab * 4);
+    return OBM_OK;
+}
+
+static void clear_batch(batch *b) {
+    for (size_t i = 0; i < b->running; i++) obm__generation_free(b->m, b->slots[i]);
+    for (size_t i = 0; b->out && i < b->n; i++) obm_completion_clear(&b->out[i]);
+    obm__settings_clear(&b->settings);
+    obm_free(b->slots);
+    obm_free(b->index);
+    obm_free(b->out);
+    obm_free(b->logits);
+}
+
+obm_status obm_model_generate_batch(obm_model *m, const obm_prompt *prompts, size_t n, const obm_generate_options *options,
+                                    obm_completion *out, obm_error *err) {
+    batch b = {.m = m, .prompts = prompts, .n = n};
+    OBM_TRY(obm__guard_enter(&m->guard, "the model", err));
+    obm_status status = start_batch(&b, options, err);
+    if (status == OBM_OK) status = run_batch(&b, err);
+    if (status == OBM_OK && n) {
+        memcpy(out, b.out, n * sizeof *out);
+        memset(b.out, 0, n * sizeof *out);   /* they are the caller's now */
+    }
+    clear_batch(&b);
+    obm__guard_leave(&m->guard);
+    return status;
+}
+
+void obm_completion_clear(obm_completion *c) {
+    if (!c) return;
+    obm_free(c->text);
+    obm_free(c->ids);
+    obm_free(c->route);
+    *c = (obm_completion){0};
+}
+
+/* ---- streams ---- */
+
+struct obm_stream {
+    obm_model *m;
+    obm__settings settings;
+    obm__pulse pulse;
+    obm__generation *g;
+    float *logits;            /* (vocab) */
+    size_t given;             /* bytes handed out */
+    bool holds_model;
+    obm_completion result;    /* views into g */
+};
+
+/* The cache and the weights go before the model does: whoever takes it next may be another thread. */
+static void let_go(obm_stream *s) {
+    if (!s->holds_model) return;
+    if (s->g) obm__sequence_free(s->m, s->g->sequence);
+    if (s->g) s->g->sequence = NULL;
+    obm__guard_leave(&s->m->guard);
+    s->holds_model = false;
+}
+
+static obm_status open_stream(obm_stream *s, const obm_prompt *prompt, const obm_generate_options *o, obm_error *err) {
+    OBM_TRY(obm__guard_enter(&s->m->guard, "the model", err));
+    s->holds_model = true;
+    s->pulse = (obm__pulse){.fn = OBM_OPT(o, obm_generate_options, progress, NULL),
+                            .user = OBM_OPT(o, obm_generate_options, progress_user, NULL), .what = "generate", .total = 1};
+    OBM_TRY(obm__settings_init(&s->settings, s->m, o, 1, err));
+    s->logits = obm__alloc((size_t)s->m->vocab, sizeof *s->logits);
+    if (!s->logits) return obm__fail_nomem(err, (uint64_t)s->m->vocab * sizeof *s->logits);
+    OBM_TRY(obm__generation_new(s->m, &s->settings, prompt, 0, &s->pulse, &s->g, err));
+    s->settings.options = NULL;   /* the caller's struct may go now */
+    return OBM_OK;
+}
+
+obm_status obm_stream_open(obm_model *m, const obm_prompt *prompt, const obm_generate_options *options, obm_stream **out, obm_error *err) {
+    obm_stream *s = obm__calloc(1, sizeof *s);
+    if (!s) return obm__fail_nomem(err, sizeof *s);
+    s->m = m;
+    obm_status status = open_stream(s, prompt, options, err);
+    if (status == OBM_OK) *out = s;
+    else obm_stream_free(s);
+    return status;
+}
+
+obm_status obm_stream_next(obm_stream *s, const char **text, size_t *len, obm_error *err) {
+    obm__generation *g = s->g;
+    while (!g->finished && g->safe == s->given)
+        OBM_TRY(obm__generation_step(s->m, &s->g, 1, s->logits, &s->pulse, err));
+    *text = g->safe > s->given ? g->text.data + s->given : NULL;
+    *len = g->safe - s->given;
+    s->given = g->safe;
+    if (*text) return OBM_OK;
+    let_go(s);
+    return obm__pulse_done(&s->pulse, 1, err);
+}
+
+const obm_completion *obm_stream_result(const obm_stream *s) {
+    obm_stream *view = (obm_stream *)s;   /* `result` is a cache of views, not state */
+    const obm__generation *g = s->g;
+    view->result = (obm_completion){.text = g->text.data, .text_len = g->safe, .ids = g->ids + g->n_prompt,
+                                    .n_ids = g->n_ids - g->n_prompt, .route = g->route,
+                                    .n_route = g->route ? obm__model_tasks(s->m) : 0, .n_prompt = g->n_prompt, .finish = g->finish};
+    return &s->result;
+}
+
+void obm_stream_free(obm_stream *s) {
+    if (!s) return;
+    let_go(s);
+    obm__generation_free(s->m, s->g);
+    obm__settings_clear(&s->settings);
+    obm_free(s->logits);
+    obm_free(s);
+}
+
+obm_status obm_model_generate(obm_model *m, const char *prompt, const obm_generate_options *options, obm_text_fn on_text,
+                              void *user, obm_error *err) {
+    obm_prompt p = {.text = prompt};
+    obm_stream *s;
+    const char *text;
+    size_t len;
+    OBM_TRY(obm_stream_open(m, &p, options, &s, err));
+    obm_status status;
+    while ((status = obm_stream_next(s, &text, &len, err)) == OBM_OK && text)
+        if (on_text && on_text(user, text, len)) {
+            status = obm__fail(err, OBM_E_USER, "generate: stopped by the text callback");
+            break;
+        }
+    obm_stream_free(s);
+    return status;
+}

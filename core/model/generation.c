@@ -1,0 +1,261 @@
+/* One running sequence: routing, prefill, drawing tokens, stop strings.  It does not know its neighbours. */
+#include "generation.h"
+
+#include <string.h>
+
+/* ---- settings ---- */
+
+static obm_status copy_stops(obm__settings *s, const char *const *stop, size_t n, obm_error *err) {
+    s->stop = obm__calloc(n, sizeof *s->stop);
+    s->stop_len = obm__calloc(n, sizeof *s->stop_len);
+    if (!s->stop || !s->stop_len) return obm__fail_nomem(err, n * sizeof *s->stop);
+    for (s->n_stop = 0; s->n_stop < n; s->n_stop++) {
+        if (!stop[s->n_stop] || !*stop[s->n_stop]) return obm__fail(err, OBM_E_ARG, "stop string %zu is empty", s->n_stop);
+        s->stop[s->n_stop] = obm__strdup(stop[s->n_stop]);
+        if (!s->stop[s->n_stop]) return obm__fail_nomem(err, strlen(stop[s->n_stop]));
+        s->stop_len[s->n_stop] = strlen(stop[s->n_stop]);
+    }
+    return OBM_OK;
+}
+
+static obm_status check_routes(const obm_model *m, const obm_generate_options *o, size_t n_prompts, obm_error *err) {
+    size_t n_routes = OBM_OPT(o, obm_generate_options, n_routes, 0);
+    bool routed = OBM_OPT(o, obm_generate_options, routes, NULL) != NULL;
+    if (!m->pack && (routed || OBM_OPT(o, obm_generate_options, router, NULL)))
+        return obm__fail(err, OBM_E_ARG, "routes and routers apply to a pack, and this is a plain model");
+    if (routed && n_routes != 1 && n_routes != n_prompts)
+        return obm__fail(err, OBM_E_ARG, "expected one route, or one for each of the %zu prompts, got %zu", n_prompts, n_routes);
+    return OBM_OK;
+}
+
+obm_status obm__settings_init(obm__settings *s, const obm_model *m, const obm_generate_options *o, size_t n_prompts, obm_error *err) {
+    *s = (obm__settings){.options = o,
+                         .max_tokens = OBM_OPT(o, obm_generate_options, max_tokens, 0),
+                         .ignore_eos = OBM_OPT(o, obm_generate_options, ignore_eos, false),
+                         .chat = OBM_OPT(o, obm_generate_options, chat, false)};
+    size_t n_stop = OBM_OPT(o, obm_generate_options, n_stop, 0);
+    obm__sampler probe;
+    if (!s->max_tokens) s->max_tokens = 256;
+    OBM_TRY(check_routes(m, o, n_prompts, err));
+    OBM_TRY(obm__sampler_init(&probe, o, 0, 1, err));   /* ranges are refused before any work */
+    obm__sampler_clear(&probe);
+    if (n_stop && !m->tokenizer)
+        return obm__fail(err, OBM_E_ARG, "%s: stop strings need a tokenizer.json", obm_checkpoint_path(m->base));
+    obm_status status = n_stop ? copy_stops(s, o->stop, n_stop, err) : OBM_OK;
+    if (status != OBM_OK) obm__settings_clear(s);
+    return status;
+}
+
+void obm__settings_clear(obm__settings *s) {
+    for (size_t i = 0; i < s->n_stop; i++) obm_free(s->stop[i]);
+    obm_free(s->stop);
+    obm_free(s->stop_len);
+    *s = (obm__settings){0};
+}
+
+/* ---- text and stop strings ---- */
+
+/* Where the first stop string that is complete begins, looking at bytes from `from` on as if they came one by one (so that
+ * token boundaries do not matter); of several that end together the longest.  SIZE_MAX: none. */
+static size_t find_stop(const obm__generation *g, size_t from) {
+    for (size_t end = from + 1; end <= g->text.size; end++) {
+        size_t longest = 0;
+        for (size_t i = 0; i < g->settings->n_stop; i++) {
+            size_t len = g->settings->stop_len[i];
+            if (len > longest && len <= end && !memcmp(g->text.data + end - len, g->settings->stop[i], len)) longest = len;
+        }
+        if (longest) return end - longest;
+    }
+    return SIZE_MAX;
+}
+
+/* Bytes at the end that may be the beginning of a stop string. */
+static size_t held_back(const obm__generation *g) {
+    size_t held = 0;
+    for (size_t i = 0; i < g->settings->n_stop; i++) {
+        size_t len = g->settings->stop_len[i] - 1;
+        for (len = len < g->text.size ? len : g->text.size; len > held; len--)
+            if (!memcmp(g->text.data + g->text.size - len, g->settings->stop[i], len)) held = len;
+    }
+    return held;
+}
+
+static void end(obm__generation *g, obm_finish finish) {
+    g->finished = true;
+    g->finish = finish;
+}
+
+static obm_status add_text(obm__generation *g, const char *text, size_t len, obm_error *err) {
+    size_t before = g->text.size;
+    obm__buffer_add(&g->text, text, len);
+    if (g->text.failed) return obm__fail_nomem(err, len);
+    size_t stop = find_stop(g, before);
+    if (stop != SIZE_MAX) {
+        g->text.size = stop;
+        g->text.data[stop] = 0;
+        end(g, OBM_FINISH_STOP);
+    }
+    g->safe = g->text.size - (g->finished ? 0 : held_back(g));
+    return OBM_OK;
+}
+
+static obm_status flush_text(obm__generation *g, obm_error *err) {
+    const char *text;
+    size_t len;
+    if (!g->decoder) return OBM_OK;
+    OBM_TRY(obm__decode_stream_flush(g->decoder, &text, &len, err));
+    OBM_TRY(add_text(g, text, len, err));
+    g->safe = g->text.size;
+    return OBM_OK;
+}
+
+/* ---- tokens ---- */
+
+static bool is_eos(const obm_model *m, int32_t id) {
+    for (size_t i = 0; i < m->config.n_eos; i++)
+        if (m->config.eos[i] == id) return true;
+    return false;
+}
+
+static obm_status append_id(obm__generation *g, int32_t id, obm_error *err) {
+    if (g->n_ids == g->capacity) {
+        int32_t *ids = obm__realloc(g->ids, g->capacity * 2 + 16, sizeof *ids);
+        if (!ids) return obm__fail_nomem(err, (g->capacity * 2 + 16) * sizeof *ids);
+        g->ids = ids;
+        g->capacity = g->capacity * 2 + 16;
+    }
+    g->ids[g->n_ids++] = id;
+    return OBM_OK;
+}
+
+/* An end-of-sequence id is part of the ids and not of the text. */
+static obm_status accept_logits(obm_model *m, obm__generation *g, float *logits, obm_error *err) {
+    const char *text;
+    size_t len, step = g->n_ids - g->n_prompt;
+    int32_t id = obm__sample(&g->sampler, logits, g->ids, g->n_ids, step);
+    OBM_TRY(append_id(g, id, err));
+    if (!g->settings->ignore_eos && is_eos(m, id)) {
+        end(g, OBM_FINISH_STOP);
+        return flush_text(g, err);
+    }
+    if (g->decoder) {
+        OBM_TRY(obm__decode_stream_push(g->decoder, id, &text, &len, err));
+        OBM_TRY(add_text(g, text, len, err));
+        if (g->finished) return OBM_OK;
+    }
+    if (step + 1 < g->settings->max_tokens && g->n_ids < (size_t)m->config.max_positions) return OBM_OK;
+    end(g, OBM_FINISH_LENGTH);
+    return flush_text(g, err);
+}
+
+/* ---- start ---- */
+
+static obm_status choose_route(obm_model *m, obm__generation *g, const obm_prompt *prompt, size_t index, obm_error *err) {
+    const obm_generate_options *o = g->settings->options;
+    size_t tasks = obm__model_tasks(m);
+    if (!m->pack) return OBM_OK;
+    g->route = obm__calloc(tasks, sizeof *g->route);
+    if (!g->route) return obm__fail_nomem(err, tasks * sizeof *g->route);
+    const double *routes = OBM_OPT(o, obm_generate_options, routes, NULL);
+    const bool *routed = OBM_OPT(o, obm_generate_options, routed, NULL);
+    size_t row = routes && o->n_routes > 1 ? index : 0;
+    if (routes && (!routed || routed[row])) {
+        memcpy(g->route, routes + row * tasks, tasks * sizeof *routes);
+        return OBM_OK;
+    }
+    return obm__route_prompt(m, prompt, OBM_OPT(o, obm_generate_options, router, NULL),
+                             OBM_OPT(o, obm_generate_options, router_user, NULL), g->route, NULL, err);
+}
+
+static obm_status last_logits(void *arg, obm_model *m, const obm__row *rows, size_t n, obm_error *err) {
+    size_t last = n - 1;
+    while (!rows[last].sequence) last--;
+    return obm__forward_logits(m, rows, &last, 1, arg, NULL, err);
+}
+
+/* Everything but the last token runs without the head. */
+static obm_status prefill_prompt(obm_model *m, obm__generation *g, float *logits, obm__pulse *pulse, obm_error *err) {
+    size_t tail = g->n_prompt > OBM_TILE_TOKENS ? (g->n_prompt - 1) % OBM_TILE_TOKENS + 1 : g->n_prompt;
+    int64_t layers = m->config.layers;
+    OBM_TRY(obm__prefill(m, g->sequence, g->ids, g->n_prompt - tail, false, layers, NULL, NULL, pulse, err));
+    return obm__prefill(m, g->sequence, g->ids + g->n_prompt - tail, tail, false, layers, last_logits, logits, pulse, err);
+}
+
+static obm_status start(obm_model *m, obm__generation *g, const obm_prompt *prompt, size_t index, obm__pulse *pulse, obm_error *err) {
+    OBM_TRY(obm__prompt_ids(m, prompt, g->settings->chat, &g->ids, &g->n_ids, err));
+    g->n_prompt = g->capacity = g->n_ids;
+    OBM_TRY(choose_route(m, g, prompt, index, err));
+    OBM_TRY(obm__sequence_new(m, g->route, m->kv, &g->sequence, err));
+    OBM_TRY(obm__model_check_ids(m, g->sequence->weights, g->ids, g->n_ids, err));
+    OBM_TRY(obm__sampler_init(&g->sampler, g->settings->options, index, m->vocab, err));
+    if (m->tokenizer) OBM_TRY(obm__decode_stream_new(m->tokenizer, true, &g->decoder, err));
+    float *logits = obm__alloc((size_t)m->vocab, sizeof *logits);
+    if (!logits) return obm__fail_nomem(err, (uint64_t)m->vocab * sizeof *logits);
+    obm_status status = prefill_prompt(m, g, logits, pulse, err);
+    if (status == OBM_OK) status = accept_logits(m, g, logits, err);
+    obm_free(logits);
+    return status;
+}
+
+obm_status obm__generation_new(obm_model *m, const obm__settings *s, const obm_prompt *prompt, size_t index, obm__pulse *pulse,
+                               obm__generation **out, obm_error *err) {
+    obm__generation *g = obm__calloc(1, sizeof *g);
+    if (!g) return obm__fail_nomem(err, sizeof *g);
+    g->settings = s;
+    obm_status status = start(m, g, prompt, index, pulse, err);
+    if (status == OBM_OK) *out = g;
+    else obm__generation_free(m, g);
+    return status;
+}
+
+void obm__generation_free(obm_model *m, obm__generation *g) {
+    if (!g) return;
+    obm__sequence_free(m, g->sequence);
+    obm__sampler_clear(&g->sampler);
+    if (g->decoder) obm__decode_stream_free(g->decoder);
+    obm__buffer_free(&g->text);
+    obm_free(g->route);
+    obm_free(g->ids);
+    obm_free(g);
+}
+
+/* ---- step ---- */
+
+obm_status obm__generation_step(obm_model *m, obm__generation *const *g, size_t n, float *logits, obm__pulse *pulse, obm_error *err) {
+    obm__row *rows = obm__calloc(n, sizeof *rows);
+    size_t *which = obm__calloc(n, sizeof *which);
+    obm_status status = OBM_OK;
+    if (!rows || !which) OBM_GO(obm__fail_nomem(err, n * sizeof *rows));
+    for (size_t i = 0; i < n; i++) {
+        obm__sequence *s = g[i]->sequence;
+        OBM_GO(obm__sequence_reserve(m, s, s->length + 1, err));
+        rows[i] = (obm__row){s, s->length, g[i]->ids[g[i]->n_ids - 1]};
+        which[i] = i;
+    }
+    OBM_GO(obm__forward(m, rows, n, false, m->config.layers, pulse, err));
+    OBM_GO(obm__forward_logits(m, rows, which, n, logits, pulse, err));
+    for (size_t i = 0; i < n; i++) {
+        g[i]->sequence->length++;
+        OBM_GO(accept_logits(m, g[i], logits + i * (size_t)m->vocab, err));
+    }
+done:
+    obm_free(rows);
+    obm_free(which);
+    return status;
+}
+
+obm_status obm__generation_take(obm_model *m, obm__generation *g, obm_completion *out, obm_error *err) {
+    obm_completion c = {.text_len = g->text.size, .n_ids = g->n_ids - g->n_prompt, .n_prompt = g->n_prompt, .finish = g->finish};
+    c.text = obm__strndup(g->text.data ? g->text.data : "", g->text.size);
+    c.ids = obm__calloc(c.n_ids, sizeof *c.ids);
+    if (!c.text || !c.ids) {
+        obm_completion_clear(&c);
+        return obm__fail_nomem(err, c.text_len + c.n_ids * sizeof *c.ids);
+    }
+    memcpy(c.ids, g->ids + g->n_prompt, c.n_ids * sizeof *c.ids);
+    c.route = g->route;
+    c.n_route = g->route ? obm__model_tasks(m) : 0;
+    g->route = NULL;
+    *out = c;
+    return OBM_OK;
+}

@@ -1,0 +1,41 @@
+/* One running sequence: prompt in, tokens and text out.  generate.c runs many of them together. */
+#ifndef OBM_GENERATION_H
+#define OBM_GENERATION_H
+
+#include "../text/stream.h"
+#include "model.h"
+
+/* Options of a whole call, checked; owns its copies of the stop strings. */
+typedef struct obm__settings {
+    const obm_generate_options *options;   /* the caller's; read only while a sequence starts */
+    size_t max_tokens;
+    char **stop; size_t *stop_len; size_t n_stop;
+    bool ignore_eos, chat;
+} obm__settings;
+obm_status obm__settings_init(obm__settings *s, const obm_model *m, const obm_generate_options *options, size_t n_prompts, obm_error *err);
+void obm__settings_clear(obm__settings *s);
+
+typedef struct obm__generation {
+    const obm__settings *settings;
+    obm__sequence *sequence;
+    obm__sampler sampler;
+    obm__decode_stream *decoder;   /* NULL without a tokenizer */
+    double *route;                 /* (tasks), NULL for a plain model */
+    int32_t *ids;                  /* prompt, then generated */
+    size_t n_ids, n_prompt, capacity;
+    obm__buffer text;
+    size_t safe;                   /* bytes of text that no stop string can take back */
+    bool finished;
+    obm_finish finish;
+} obm__generation;
+/* Encodes, routes and prefills prompt `index`, and draws its first token.  *out is owned. */
+obm_status obm__generation_new(obm_model *m, const obm__settings *s, const obm_prompt *prompt, size_t index, obm__pulse *pulse,
+                               obm__generation **out, obm_error *err);
+void obm__generation_free(obm_model *m, obm__generation *g);
+/* Decodes one token for each of n unfinished sequences in one forward call. */
+obm_status obm__generation_step(obm_model *m, obm__generation *const *g, size_t n, float *logits /* (n, vocab) */,
+                                obm__pulse *pulse, obm_error *err);
+/* Moves the results out. */
+obm_status obm__generation_take(obm_model *m, obm__generation *g, obm_completion *out, obm_error *err);
+
+#endif

@@ -1,0 +1,43 @@
+/* From a prompt in any of its forms to the ids that run.  What a router sees of it is core/route's. */
+#include "model.h"
+
+#include <string.h>
+
+static obm_status need_tokenizer(const obm_model *m, obm_error *err) {
+    if (m->tokenizer) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG, "%s: no tokenizer.json here, so prompts must be token ids", obm_checkpoint_path(m->base));
+}
+
+obm_status obm__prompt_text(const obm_model *m, const obm_prompt *p, bool chat, char **text, bool *special, obm_error *err) {
+    *text = NULL;
+    *special = false;
+    if (p->ids) return OBM_OK;
+    OBM_TRY(need_tokenizer(m, err));
+    /* A template spells the special tokens out; plain text gets those of the post-processor. */
+    if (p->messages) return obm_tokenizer_apply_template(m->tokenizer, p->messages, p->n_messages, true, text, err);
+    if (!p->text) return obm__fail(err, OBM_E_ARG, "the prompt has neither text nor messages nor ids");
+    obm_message turn = {"user", p->text};
+    if (p->chat || chat) return obm_tokenizer_apply_template(m->tokenizer, &turn, 1, true, text, err);
+    *special = true;
+    *text = obm__strdup(p->text);
+    return *text ? OBM_OK : obm__fail_nomem(err, strlen(p->text));
+}
+
+static obm_status copy_ids(const obm_prompt *p, int32_t **ids, size_t *n, obm_error *err) {
+    int32_t *copy = obm__calloc(p->n_ids, sizeof *copy);
+    if (!copy) return obm__fail_nomem(err, p->n_ids * sizeof *copy);
+    if (p->n_ids) memcpy(copy, p->ids, p->n_ids * sizeof *copy);
+    *ids = copy;
+    *n = p->n_ids;
+    return OBM_OK;
+}
+
+obm_status obm__prompt_ids(const obm_model *m, const obm_prompt *p, bool chat, int32_t **ids, size_t *n, obm_error *err) {
+    char *text;
+    bool special;
+    OBM_TRY(obm__prompt_text(m, p, chat, &text, &special, err));
+    if (!text) return copy_ids(p, ids, n, err);
+    obm_status status = obm_tokenizer_encode(m->tokenizer, text, strlen(text), special, ids, n, err);
+    obm_free(text);
+    return status;
+}

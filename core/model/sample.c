@@ -1,0 +1,158 @@
+/* From logits to a token.  Random numbers are a function of (seed, prompt, step), so results do not depend on batching. */
+#include "model.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct obm__candidate { double weight; float logit; int32_t id; };   /* weight: exp(logit - max) */
+
+/* ---- random numbers ---- */
+
+/* The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection that mixes every bit. */
+static uint64_t mix(uint64_t x) {
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+double obm__random_uniform(uint64_t seed, uint64_t stream, uint64_t step) {
+    return (double)(mix(mix(mix(seed) ^ stream) ^ step) >> 11) * 0x1p-53;
+}
+
+/* ---- options ---- */
+
+static obm_status check_range(const char *name, double value, double max, obm_error *err) {
+    if (value >= 0 && value <= max) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG, "%s must be 0 to %g, got %g", name, max, value);
+}
+
+obm_status obm__sampler_init(obm__sampler *s, const obm_generate_options *o, uint64_t stream, int64_t vocab, obm_error *err) {
+    obm__sampler new = {.temperature = OBM_OPT(o, obm_generate_options, temperature, 0),
+                        .top_k = OBM_OPT(o, obm_generate_options, top_k, 0),
+                        .top_p = OBM_OPT(o, obm_generate_options, top_p, 0),
+                        .min_p = OBM_OPT(o, obm_generate_options, min_p, 0),
+                        .repetition_penalty = OBM_OPT(o, obm_generate_options, repetition_penalty, 0),
+                        .seed = OBM_OPT(o, obm_generate_options, seed, 0),
+                        .stream = stream, .vocab = vocab};
+    OBM_TRY(check_range("temperature", new.temperature, 1e6, err));
+    OBM_TRY(check_range("top_p", new.top_p, 1, err));
+    OBM_TRY(check_range("min_p", new.min_p, 1, err));
+    OBM_TRY(check_range("repetition_penalty", new.repetition_penalty, 1e6, err));
+    new.candidates = obm__alloc((size_t)vocab, sizeof *new.candidates);
+    if (!new.candidates) return obm__fail_nomem(err, (uint64_t)vocab * sizeof *new.candidates);
+    *s = new;
+    return OBM_OK;
+}
+
+void obm__sampler_clear(obm__sampler *s) {
+    obm_free(s->candidates);
+    *s = (obm__sampler){0};
+}
+
+/* ---- the processors, in the order in which transformers applies them ---- */
+
+/* Keskar et al. 2019 (CTRL), section 4.1, as transformers has it: positive logits are divided, negative multiplied; once per
+ * distinct id.  The candidates' ids serve as marks. */
+static void penalise(obm__sampler *s, float *logits, const int32_t *history, size_t n) {
+    if (s->repetition_penalty == 0 || s->repetition_penalty == 1) return;
+    float penalty = (float)s->repetition_penalty;
+    for (size_t i = 0; i < n; i++) s->candidates[history[i]].id = -1;
+    for (size_t i = 0; i < n; i++) {
+        struct obm__candidate *seen = &s->candidates[history[i]];
+        if (seen->id != -1) continue;
+        seen->id = 0;
+        float *l = &logits[history[i]];
+        *l = *l < 0 ? *l * penalty : *l / penalty;
+    }
+}
+
+int32_t obm__argmax(const float *logits, int64_t n) {
+    int64_t best = 0;
+    for (int64_t i = 1; i < n; i++)
+        if (logits[i] > logits[best]) best = i;
+    return (int32_t)best;
+}
+
+static void sift_down(float *heap, size_t n, size_t i) {
+    for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && heap[child + 1] < heap[child]) child++;
+        if (heap[i] <= heap[child]) return;
+        float t = heap[i];
+        heap[i] = heap[child];
+        heap[child] = t;
+    }
+}
+
+/* The k-th largest logit, by a heap of the k largest so far; it lies in the candidates' memory. */
+static float kth_largest(obm__sampler *s, const float *logits, size_t k) {
+    float *heap = (float *)s->candidates;
+    memcpy(heap, logits, k * sizeof *heap);
+    for (size_t i = k / 2; i-- > 0;) sift_down(heap, k, i);
+    for (int64_t i = (int64_t)k; i < s->vocab; i++) {
+        if (!(logits[i] > heap[0])) continue;
+        heap[0] = logits[i];
+        sift_down(heap, k, 0);
+    }
+    return heap[0];
+}
+
+static int by_weight(const void *a, const void *b) {
+    const struct obm__candidate *x = a, *y = b;
+    if (x->logit != y->logit) return x->logit > y->logit ? -1 : 1;
+    return x->id < y->id ? -1 : x->id > y->id;
+}
+
+static double total_weight(const struct obm__candidate *c, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += c[i].weight;
+    return sum;
+}
+
+/* Keeps candidates of at least this weight, in order. */
+static size_t keep_above(struct obm__candidate *c, size_t n, double weight) {
+    size_t kept = 0;
+    for (size_t i = 0; i < n; i++)
+        if (c[i].weight >= weight) c[kept++] = c[i];
+    return kept;
+}
+
+/* Holtzman et al. 2020: the smallest set of the most likely tokens whose probability reaches top_p.  Tokens of less than
+ * (1 - top_p) / n each cannot add up to more than 1 - top_p, so they are dropped before the sort. */
+static size_t nucleus(struct obm__candidate *c, size_t n, double top_p) {
+    double total = total_weight(c, n), before = 0;
+    n = keep_above(c, n, total * (1 - top_p) / (double)n);
+    qsort(c, n, sizeof *c, by_weight);
+    size_t kept = 0;
+    while (kept < n && (kept == 0 || before < top_p * total)) before += c[kept++].weight;
+    return kept;
+}
+
+static size_t fill_candidates(obm__sampler *s, const float *logits) {
+    float max = logits[obm__argmax(logits, s->vocab)], floor = -INFINITY;
+    if (s->top_k && (int64_t)s->top_k < s->vocab) floor = kth_largest(s, logits, s->top_k);
+    size_t n = 0;
+    for (int64_t i = 0; i < s->vocab; i++) {
+        if (!(logits[i] >= floor) || logits[i] == -INFINITY) continue;
+        double weight = exp(((double)logits[i] - max) / s->temperature);
+        s->candidates[n++] = (struct obm__candidate){weight, logits[i], (int32_t)i};
+    }
+    return n;
+}
+
+int32_t obm__sample(obm__sampler *s, float *logits, const int32_t *history, size_t n_history, uint64_t step) {
+    penalise(s, logits, history, n_history);
+    if (s->temperature == 0) return obm__argmax(logits, s->vocab);
+    struct obm__candidate *c = s->candidates;
+    size_t n = fill_candidates(s, logits);
+    if (!n) return 0;
+    if (s->top_p > 0 && s->top_p < 1) n = nucleus(c, n, s->top_p);
+    if (s->min_p > 0) n = keep_above(c, n, s->min_p);   /* weights are relative to the most likely token's */
+    double target = obm__random_uniform(s->seed, s->stream, step) * total_weight(c, n), sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        sum += c[i].weight;
+        if (sum > target) return c[i].id;
+    }
+    return c[n - 1].id;
+}

@@ -1,0 +1,207 @@
+/* Log-likelihoods of given continuations.  Arithmetic in f64 over f32 logits. */
+#include "model.h"
+
+#include <math.h>
+#include <string.h>
+
+/* Rows of logits computed at a time: bounds the buffer, and still lets a block of the head serve many rows. */
+#define SCORE_ROWS 64
+
+/* ---- what is scored ---- */
+
+typedef struct tokens {
+    int32_t *ids;
+    size_t n, first;   /* ids[first ..] are scored; first >= 1 */
+} tokens;
+
+static bool has_prompt(const obm_prompt *p) { return p->ids ? p->n_ids > 0 : p->messages || (p->text && *p->text); }
+
+static obm_status append(tokens *t, const int32_t *ids, size_t n, obm_error *err) {
+    int32_t *all = obm__realloc(t->ids, t->n + n, sizeof *all);
+    if (!all) return obm__fail_nomem(err, (t->n + n) * sizeof *all);
+    if (n) memcpy(all + t->n, ids, n * sizeof *all);
+    t->ids = all;
+    t->n += n;
+    return OBM_OK;
+}
+
+/* prompt + continuation as one text, so that the tokens at the seam are those a reader of the whole would see; what comes after
+ * the prompt's own tokens is scored (lm-evaluation-harness does the same).  Where the whole starts with other tokens than the
+ * prompt's, the seam lies inside a token, and the continuation is encoded on its own instead.  *done tells which. */
+static obm_status encode_whole(const obm_model *m, const obm_score_item *item, tokens *t, bool *done, obm_error *err) {
+    char *text;
+    bool special;
+    int32_t *ids = NULL;
+    size_t n;
+    OBM_TRY(obm__prompt_text(m, &item->prompt, false, &text, &special, err));
+    *done = false;
+    if (!text) return OBM_OK;
+    char *whole = obm__format("%s%s", text, item->continuation);
+    obm_status status = whole ? obm_tokenizer_encode(m->tokenizer, whole, strlen(whole), special, &ids, &n, err)
+                              : obm__fail_nomem(err, strlen(text));
+    if (status == OBM_OK && n > t->n && !memcmp(ids, t->ids, t->n * sizeof *ids)) {
+        *done = true;
+        status = append(t, ids + t->n, n - t->n, err);
+    }
+    obm_free(text);
+    obm_free(whole);
+    obm_free(ids);
+    return status;
+}
+
+static obm_status encode_apart(const obm_model *m, const char *text, bool special, tokens *t, obm_error *err) {
+    int32_t *ids;
+    size_t n;
+    if (!m->tokenizer)
+        return obm__fail(err, OBM_E_ARG, "%s: no tokenizer.json here, so continuations must be token ids", obm_checkpoint_path(m->base));
+    OBM_TRY(obm_tokenizer_encode(m->tokenizer, text, strlen(text), special, &ids, &n, err));
+    obm_status status = append(t, ids, n, err);
+    obm_free(ids);
+    return status;
+}
+
+static obm_status encode_item(const obm_model *m, const obm_score_item *item, tokens *t, obm_error *err) {
+    bool whole = !has_prompt(&item->prompt), done = false;
+    if (!item->continuation_ids && !item->continuation)
+        return obm__fail(err, OBM_E_ARG, "the continuation has neither text nor ids");
+    if (!whole) OBM_TRY(obm__prompt_ids(m, &item->prompt, false, &t->ids, &t->n, err));
+    t->first = whole ? 1 : t->n;
+    if (item->continuation_ids) return append(t, item->continuation_ids, item->n_continuation_ids, err);
+    if (!whole && t->n) OBM_TRY(encode_whole(m, item, t, &done, err));
+    return done ? OBM_OK : encode_apart(m, item->continuation, whole, t, err);
+}
+
+/* ---- scoring ---- */
+
+typedef struct scorer {
+    const tokens *t;
+    obm__pulse *pulse;
+    float *logits;     /* (SCORE_ROWS, vocab) */
+    double *out;       /* (n - first) */
+    bool greedy;
+} scorer;
+
+static double log_probability(const float *logits, int64_t vocab, int32_t id, int32_t best) {
+    double sum = 0, max = logits[best];
+    for (int64_t i = 0; i < vocab; i++) sum += exp(logits[i] - max);
+    return logits[id] - max - log(sum);
+}
+
+/* Rows which[0..n) predict the tokens after theirs. */
+static obm_status score_rows(scorer *s, obm_model *m, const obm__row *rows, const size_t *which, size_t n, obm_error *err) {
+    OBM_TRY(obm__forward_logits(m, rows, which, n, s->logits, s->pulse, err));
+    for (size_t i = 0; i < n; i++) {
+        const float *logits = s->logits + i * (size_t)m->vocab;
+        size_t next = (size_t)rows[which[i]].position + 1;
+        int32_t id = s->t->ids[next], best = obm__argmax(logits, m->vocab);
+        s->out[next - s->t->first] = log_probability(logits, m->vocab, id, best);
+        s->greedy = s->greedy && id == best;
+    }
+    return OBM_OK;
+}
+
+static obm_status visit(void *arg, obm_model *m, const obm__row *rows, size_t n, obm_error *err) {
+    scorer *s = arg;
+    size_t which[SCORE_ROWS], count = 0;
+    for (size_t i = 0; i < n; i++) {
+        size_t next = (size_t)rows[i].position + 1;
+        if (!rows[i].sequence || next < s->t->first || next >= s->t->n) continue;
+        which[count++] = i;
+        if (count < SCORE_ROWS) continue;
+        OBM_TRY(score_rows(s, m, rows, which, count, err));
+        count = 0;
+    }
+    return count ? score_rows(s, m, rows, which, count, err) : OBM_OK;
+}
+
+/* The last token predicts nothing that is asked for, so it is not run. */
+static obm_status run(obm_model *m, const double *route, const tokens *t, scorer *s, obm_error *err) {
+    obm__sequence *sequence = NULL;
+    s->logits = obm__alloc((size_t)m->vocab * SCORE_ROWS, sizeof *s->logits);
+    if (!s->logits) return obm__fail_nomem(err, (uint64_t)m->vocab * SCORE_ROWS * sizeof *s->logits);
+    obm_status status = obm__sequence_new(m, route, m->kv, &sequence, err);
+    if (status == OBM_OK) status = obm__model_check_ids(m, sequence->weights, t->ids, t->n, err);
+    if (status == OBM_OK)
+        status = obm__prefill(m, sequence, t->ids, t->n - 1, false, m->config.layers, visit, s, s->pulse, err);
+    obm__sequence_free(m, sequence);
+    obm_free(s->logits);
+    return status;
+}
+
+/* A whole text has no prompt: the router sees the text itself. */
+static obm_status choose_route(obm_model *m, const obm_score_item *item, const tokens *t, double *route, obm_error *err) {
+    size_t tasks = obm__model_tasks(m);
+    if (item->route) {
+        memcpy(route, item->route, tasks * sizeof *route);
+        return OBM_OK;
+    }
+    obm_prompt whole = {.text = item->continuation};
+    if (!item->continuation) whole = (obm_prompt){.ids = t->ids, .n_ids = t->n};
+    return obm__route_prompt(m, has_prompt(&item->prompt) ? &item->prompt : &whole, NULL, NULL, route, NULL, err);
+}
+
+static void summarise(obm_score *out, bool greedy) {
+    out->logprob = 0;
+    for (size_t i = 0; i < out->n; i++) out->logprob += out->token_logprobs[i];
+    out->perplexity = exp(-out->logprob / (double)out->n);
+    out->is_greedy = greedy;
+}
+
+static obm_status score_item(obm_model *m, const obm_score_item *item, obm__pulse *pulse, obm_score *out, obm_error *err) {
+    tokens t = {0};
+    obm_score r = {0};
+    obm_status status;
+    if (item->route && !m->pack) return obm__fail(err, OBM_E_ARG, "a route applies to a pack, and this is a plain model");
+    OBM_GO(encode_item(m, item, &t, err));
+    if (t.n <= t.first) OBM_GO(obm__fail(err, OBM_E_ARG, "the continuation has no tokens to score"));
+    r.n = t.n - t.first;
+    r.n_route = obm__model_tasks(m);
+    r.token_logprobs = obm__calloc(r.n, sizeof *r.token_logprobs);
+    r.route = m->pack ? obm__calloc(r.n_route, sizeof *r.route) : NULL;
+    if (!r.token_logprobs || (m->pack && !r.route)) OBM_GO(obm__fail_nomem(err, r.n * sizeof *r.token_logprobs));
+    if (m->pack) OBM_GO(choose_route(m, item, &t, r.route, err));
+    scorer s = {.t = &t, .pulse = pulse, .out = r.token_logprobs, .greedy = true};
+    OBM_GO(run(m, r.route, &t, &s, err));
+    summarise(&r, s.greedy);
+    *out = r;
+    r = (obm_score){0};
+done:
+    obm_score_clear(&r);
+    obm_free(t.ids);
+    return status;
+}
+
+static obm_status name_item(size_t i, obm_status status, obm_error *err) {
+    if (status != OBM_E_ARG || !err) return status;
+    char message[OBM_ERROR_MESSAGE];
+    memcpy(message, err->message, sizeof message);
+    return obm__fail(err, status, "item %zu: %s", i, message);
+}
+
+obm_status obm_model_score(obm_model *m, const obm_score_item *items, size_t n, obm_progress_fn progress, void *user,
+                           obm_score *out, obm_error *err) {
+    obm__pulse pulse = {.fn = progress, .user = user, .what = "score", .total = n};
+    obm_score *scores = obm__calloc(n, sizeof *scores);
+    if (!scores) return obm__fail_nomem(err, n * sizeof *scores);
+    obm_status status = obm__guard_enter(&m->guard, "the model", err);
+    if (status == OBM_OK) {
+        for (size_t i = 0; i < n && status == OBM_OK; i++) {
+            status = name_item(i, score_item(m, &items[i], &pulse, &scores[i], err), err);
+            if (status == OBM_OK) status = obm__pulse_done(&pulse, i + 1, err);
+        }
+        obm__guard_leave(&m->guard);
+    }
+    for (size_t i = 0; i < n; i++) {
+        if (status == OBM_OK) out[i] = scores[i];
+        else obm_score_clear(&scores[i]);
+    }
+    obm_free(scores);
+    return status;
+}
+
+void obm_score_clear(obm_score *s) {
+    if (!s) return;
+    obm_free(s->token_logprobs);
+    obm_free(s->route);
+    *s = (obm_score){0};
+}
