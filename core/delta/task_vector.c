@@ -33,13 +33,27 @@ const char *obm__shape_text(const obm_tensor *t, char *buf, size_t size) {
 
 /* ---- reading ---- */
 
-/* Data inside a mapping need not be aligned: f32 and f64 are copied, the kernels accept any address. */
+static void widen_half(const obm_kernels *k, obm_dtype dtype, const void *src, int64_t n, float *out) {
+    (dtype == OBM_BF16 ? k->bf16_to_f32 : k->f16_to_f32)(out, src, (size_t)n);
+}
+
+/* Data inside a mapping need not be aligned.  A uint16_t at an odd address must not even be named in C, so such tensors
+ * (behind a byte tensor of odd size) go through a buffer. */
+static void widen_odd(const obm_kernels *k, obm_dtype dtype, const void *src, int64_t n, float *out) {
+    uint16_t aligned[1024];
+    for (int64_t at = 0; at < n; at += 1024) {
+        int64_t m = n - at < 1024 ? n - at : 1024;
+        memcpy(aligned, (const uint8_t *)src + 2 * at, 2 * (size_t)m);
+        widen_half(k, dtype, aligned, m, out + at);
+    }
+}
+
 void obm__widen(const obm_kernels *k, const obm_tensor *t, int64_t begin, int64_t n, float *out) {
     const uint8_t *src = (const uint8_t *)t->data + (size_t)begin * obm_dtype_size(t->dtype);
     switch (t->dtype) {
     case OBM_F32: memcpy(out, src, (size_t)n * sizeof *out); break;
-    case OBM_BF16: k->bf16_to_f32(out, (const uint16_t *)(const void *)src, (size_t)n); break;
-    case OBM_F16: k->f16_to_f32(out, (const uint16_t *)(const void *)src, (size_t)n); break;
+    case OBM_BF16:
+    case OBM_F16: ((uintptr_t)src % 2 ? widen_odd : widen_half)(k, t->dtype, src, n, out); break;
     default:
         for (int64_t i = 0; i < n; i++) {
             double x;

@@ -1,0 +1,775 @@
+/* Packs on disk: what is written, what opening refuses, and that every change is one step. */
+#include "delta_fixture.h"
+
+#include "io/pack.h"
+
+#include <dirent.h>
+
+#define EMBED "model.embed_tokens.weight"
+#define HEAD "lm_head.weight"
+#define Q "model.layers.0.self_attn.q_proj.weight"
+#define O "model.layers.0.self_attn.o_proj.weight"
+#define UP "model.layers.0.mlp.up_proj.weight"
+#define DOWN "model.layers.0.mlp.down_proj.weight"
+#define NORM "model.norm.weight"
+
+enum { T_EMBED, T_Q, T_O, T_UP, T_DOWN, T_NORM, N_BASE, T_HEAD = N_BASE, N_ALL };
+static const int64_t shapes[N_ALL][2] = {{10, 70}, {70, 70}, {70, 70}, {90, 70}, {70, 90}, {70, 0}, {10, 70}};
+static const char *const names[N_ALL] = {EMBED, Q, O, UP, DOWN, NORM, HEAD};
+
+typedef struct world {
+    obm_context *ctx;
+    char *dir, *base, *chat, *math, *pack;
+    float *values[3][N_ALL];   /* base, chat, math */
+} world;
+
+static size_t count_of(int t) { return (size_t)(shapes[t][0] * (shapes[t][1] ? shapes[t][1] : 1)); }
+
+static fixture_tensor tensor_of(const world *w, int who, int t) {
+    fixture_tensor f = {names[t], OBM_BF16, t == T_NORM ? 1 : 2, {shapes[t][0], shapes[t][1]}, w->values[who][t], NULL};
+    return f;
+}
+
+/* The base is tied.  chat: o_proj equals the base's, two extra vocabulary rows.  math: f32, a head of its own. */
+static void write_models(world *w) {
+    fixture_tensor t[N_ALL];
+    for (int i = 0; i < N_BASE; i++) t[i] = tensor_of(w, 0, i);
+    w->base = fixture_model(w->ctx, w->dir, "base", t, N_BASE);
+    for (int i = 0; i < N_BASE; i++) t[i] = tensor_of(w, 1, i);
+    t[T_EMBED].shape[0] += 2;
+    w->chat = fixture_model(w->ctx, w->dir, "chat", t, N_BASE);
+    for (int i = 0; i < N_ALL; i++) {
+        t[i] = tensor_of(w, 2, i);
+        t[i].dtype = OBM_F32;
+    }
+    w->math = fixture_model(w->ctx, w->dir, "math", t, N_ALL);
+}
+
+static int setup(void **state) {
+    world *w = calloc(1, sizeof *w);
+    w->ctx = fixture_context(2);
+    w->dir = fixture_folder();
+    for (int who = 0; who < 3; who++) {
+        for (int t = 0; t < N_ALL; t++) w->values[who][t] = fixture_values(count_of(t) + 140, (uint64_t)(1 + who * N_ALL + t));
+    }
+    memcpy(w->values[1][T_O], w->values[0][T_O], count_of(T_O) * sizeof(float));
+    write_models(w);
+    w->pack = obm__path_join(w->dir, "my.pack");
+    *state = w;
+    return 0;
+}
+
+static int teardown(void **state) {
+    world *w = *state;
+    fixture_remove(w->dir);
+    for (int who = 0; who < 3; who++) {
+        for (int t = 0; t < N_ALL; t++) obm_free(w->values[who][t]);
+    }
+    obm_context_free(w->ctx);
+    obm_free(w->dir);
+    obm_free(w->base);
+    obm_free(w->chat);
+    obm_free(w->math);
+    obm_free(w->pack);
+    free(w);
+    return 0;
+}
+
+static void two_experts(const world *w, obm_expert e[2]) {
+    e[0] = e[1] = OBM_INIT(obm_expert);
+    e[0].name = "chat";
+    e[0].path = w->chat;
+    e[1].name = "math";
+    e[1].path = w->math;
+    e[1].policy = "attention";
+    e[1].scale = "group:64";
+    e[1].planes = 2;
+}
+
+static obm_pack *compress(const world *w) {
+    obm_expert e[2];
+    obm_pack *p = NULL;
+    two_experts(w, e);
+    OK(obm_compress(w->ctx, w->base, e, 2, NULL, w->pack, NULL, &p, err));
+    return p;
+}
+
+static float bf16(const world *w, float x) {
+    uint16_t bits;
+    w->ctx->k->f32_to_bf16(&bits, &x, 1);
+    w->ctx->k->bf16_to_f32(&x, &bits, 1);
+    return x;
+}
+
+/* ---- contents ---- */
+
+/* Plain planes with one scale per group of `group` columns; few enough columns for one block, so alpha is one lane sum. */
+static void plain_planes(const world *w, int who, int t, int64_t group, int planes, float *out) {
+    int64_t rows = shapes[t][0], cols = shapes[t][1];
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t g = 0; g < cols; g += group) {
+            int64_t n = cols - g < group ? cols - g : group;
+            float d[256];
+            for (int64_t i = 0; i < n; i++) {
+                float e = w->values[who][t][r * cols + g + i];
+                d[i] = (who == 1 ? bf16(w, e) : e) - bf16(w, w->values[0][t][r * cols + g + i]);
+                out[r * cols + g + i] = 0;
+            }
+            for (int p = 0; p < planes; p++) {
+                double lanes[16] = {0};
+                for (int64_t i = 0; i < n; i++) lanes[i % 16] += fabs((double)d[i]);
+                for (int step = 8; step > 0; step /= 2) {
+                    for (int j = 0; j < step; j++) lanes[j] += lanes[j + step];
+                }
+                float alpha = (float)(lanes[0] / (double)n);
+                for (int64_t i = 0; i < n; i++) {
+                    float s = d[i] >= 0 ? alpha : -alpha;
+                    out[r * cols + g + i] += s;
+                    d[i] -= s;
+                }
+            }
+        }
+    }
+}
+
+static const obm__pack_entry *entry(const obm_pack *p, size_t task, const char *name) {
+    return &p->experts[task].entries[obm__pack_find(p, name)];
+}
+
+static void check_planes(const world *w, const obm_pack *p, size_t task, int t, int64_t group, int planes) {
+    const obm__pack_entry *e = entry(p, task, names[t]);
+    int64_t cols = shapes[t][1];
+    float *want = obm__alloc(count_of(t), sizeof *want), have[256];
+    assert_int_equal(e->mode, OBM_MODE_1BIT);
+    assert_int_equal(e->planes.n, planes);
+    plain_planes(w, (int)task + 1, t, group, planes, want);
+    for (int64_t r = 0; r < shapes[t][0]; r++) {
+        obm__planes_read_row(w->ctx->k, &e->planes, r, 0, cols, have);
+        assert_memory_equal(have, want + r * cols, (size_t)cols * sizeof *have);
+        assert_int_equal(e->planes.signs[0][(r + 1) * e->planes.row_bytes - 1], 0);   /* the padding */
+    }
+    obm_free(want);
+}
+
+static void check_full(const obm_pack *p, size_t task, const char *name, const char *expert_path) {
+    obm_checkpoint *c;
+    obm_tensor want;
+    OK(obm_checkpoint_open(p->ctx, expert_path, &c, err));
+    OK(obm_checkpoint_get(c, name, &want, err));
+    const obm__pack_entry *e = entry(p, task, name);
+    assert_int_equal(e->mode, OBM_MODE_FULL);
+    assert_int_equal(e->full.dtype, want.dtype);
+    assert_int_equal(e->full.shape[0], want.shape[0]);
+    assert_memory_equal(e->full.data, want.data, obm__tensor_bytes(&want));
+    obm_checkpoint_free(c);
+}
+
+static void check_contents(const world *w, const obm_pack *p) {
+    assert_int_equal(obm_pack_task_count(p), 2);
+    assert_string_equal(obm_pack_task_name(p, 0), "chat");
+    assert_string_equal(obm_pack_policy(p, 0), "linear, scale row, planes 1");
+    assert_string_equal(obm_pack_policy(p, 1), "attention, scale group:64, planes 2");
+    assert_int_equal(obm_pack_tensor_count(p), N_ALL);
+    check_planes(w, p, 0, T_Q, 70, 1);
+    check_planes(w, p, 0, T_UP, 70, 1);
+    check_planes(w, p, 0, T_DOWN, 90, 1);
+    check_planes(w, p, 1, T_Q, 64, 2);
+    check_planes(w, p, 1, T_O, 64, 2);
+    assert_int_equal(entry(p, 0, O)->mode, OBM_MODE_SAME);
+    assert_int_equal(entry(p, 0, O)->bytes_pack, 0);
+    check_full(p, 0, EMBED, w->chat);
+    check_full(p, 0, NORM, w->chat);
+    check_full(p, 1, UP, w->math);
+    check_full(p, 1, HEAD, w->math);
+    assert_int_equal(entry(p, 0, EMBED)->full.shape[0], 12);
+}
+
+static void test_contents(void **state) {
+    world *w = *state;
+    obm_pack *p = compress(w), *again = NULL;
+    check_contents(w, p);
+    obm_pack_free(p);
+    OK(obm_pack_open(w->ctx, w->pack, NULL, &again, err));
+    check_contents(w, again);
+    OK(obm_pack_verify(again, NULL, NULL, err));
+    obm_pack_free(again);
+}
+
+static void test_tied_base(void **state) {
+    world *w = *state;
+    obm_pack *p = compress(w);
+    size_t head = obm__pack_find(p, HEAD), embedding = obm__pack_find(p, EMBED);
+    assert_false(p->tensors[head].in_base);
+    assert_true(p->tensors[embedding].in_base);
+    assert_ptr_equal(p->tensors[head].base.data, p->tensors[embedding].base.data);
+    /* chat is tied: under it the head is its embedding, at no cost */
+    assert_int_equal(p->experts[0].entries[head].mode, OBM_MODE_FULL);
+    assert_ptr_equal(p->experts[0].entries[head].full.data, p->experts[0].entries[embedding].full.data);
+    assert_int_equal(p->experts[0].entries[head].bytes_pack, 0);
+    obm_pack_free(p);
+}
+
+static void test_accounting(void **state) {
+    world *w = *state;
+    obm_pack *p = compress(w);
+    obm_class_bytes b[OBM_CLASS_COUNT];
+    obm_pack_tensor t;
+    uint64_t stored = 0;
+    obm_pack_bytes(p, 0, b);
+    assert_int_equal(b[OBM_CLASS_ATTENTION].tensors, 2);
+    assert_int_equal(b[OBM_CLASS_ATTENTION].params, 2 * 4900);
+    assert_int_equal(b[OBM_CLASS_ATTENTION].bytes_expert, 2 * 2 * 4900);
+    assert_int_equal(b[OBM_CLASS_ATTENTION].bytes_pack, 70 * 16 + 70 * 4);
+    assert_int_equal(b[OBM_CLASS_MLP].bytes_pack, 90 * 16 + 90 * 4 + 70 * 16 + 70 * 4);
+    assert_int_equal(b[OBM_CLASS_EMBEDDING].bytes_pack, 12 * 70 * 2);
+    assert_int_equal(b[OBM_CLASS_HEAD].tensors, 0);
+    obm_pack_bytes(p, 1, b);
+    assert_int_equal(b[OBM_CLASS_ATTENTION].bytes_pack, 2 * 2 * (70 * 16 + 70 * 2 * 4));
+    assert_int_equal(b[OBM_CLASS_HEAD].bytes_pack, 4 * 700);
+    for (int c = 0; c < OBM_CLASS_COUNT; c++) stored += b[c].bytes_pack;
+    const obm__safetensors *f = p->experts[1].file;
+    for (size_t i = 0; i < f->count; i++) stored -= obm__tensor_bytes(&f->entries[i].t);
+    assert_int_equal(stored, 0);
+    assert_int_equal(obm_pack_base_bytes(p), 2 * (700 + 2 * 4900 + 2 * 6300 + 70));
+    obm_pack_tensor_at(p, 1, obm__pack_find(p, Q), &t);
+    assert_string_equal(t.name, Q);
+    assert_int_equal(t.planes, 2);
+    assert_int_equal(t.n_scales, 140);
+    assert_int_equal(t.row_bytes, 16);
+    assert_non_null(t.signs[1]);
+    obm_pack_free(p);
+}
+
+/* ---- threads ---- */
+
+static char *file_text(const char *dir, const char *name, size_t *n) {
+    char *path = obm__path_join(dir, name), *text;
+    OK(obm__file_read(path, &text, n, err));
+    obm_free(path);
+    return text;
+}
+
+static int compare_text(const void *a, const void *b) { return strcmp(a, b); }
+
+static size_t list(const char *dir, char files[16][128]) {
+    size_t n = 0;
+    DIR *d = opendir(dir);
+    assert_non_null(d);
+    for (struct dirent *e; (e = readdir(d));) {
+        if (e->d_name[0] == '.') continue;
+        assert_true(n < 16 && strlen(e->d_name) < 128);
+        strcpy(files[n++], e->d_name);
+    }
+    closedir(d);
+    qsort(files, n, 128, compare_text);
+    return n;
+}
+
+static void same_folders(const char *a, const char *b) {
+    char fa[16][128], fb[16][128];
+    size_t n = list(a, fa);
+    assert_int_equal(n, list(b, fb));
+    for (size_t i = 0; i < n; i++) {
+        size_t na, nb;
+        assert_string_equal(fa[i], fb[i]);
+        char *ta = file_text(a, fa[i], &na), *tb = file_text(b, fb[i], &nb);
+        assert_int_equal(na, nb);
+        assert_memory_equal(ta, tb, na);
+        obm_free(ta);
+        obm_free(tb);
+    }
+}
+
+static void test_threads(void **state) {
+    world *w = *state;
+    obm_expert e[2];
+    two_experts(w, e);
+    obm_pack_free(compress(w));
+    for (int threads = 1; threads <= 5; threads += 4) {
+        obm_context *ctx = fixture_context(threads);
+        char *other = obm__format("%s/threads-%d", w->dir, threads);
+        OK(obm_compress(ctx, w->base, e, 2, NULL, other, NULL, NULL, err));
+        same_folders(w->pack, other);
+        obm_free(other);
+        obm_context_free(ctx);
+    }
+}
+
+/* ---- options of compress ---- */
+
+static void test_exists_and_overwrite(void **state) {
+    world *w = *state;
+    obm_expert e[2];
+    char files[16][128];
+    obm_compress_options o = OBM_INIT(obm_compress_options);
+    obm_pack *p = NULL;
+    two_experts(w, e);
+    obm_pack_free(compress(w));
+    FAILS(obm_compress(w->ctx, w->base, e, 2, NULL, w->pack, NULL, &p, err), OBM_E_EXISTS, "my.pack exists");
+    o.overwrite = true;
+    OK(obm_compress(w->ctx, w->base, e, 1, &o, w->pack, NULL, &p, err));
+    assert_int_equal(obm_pack_task_count(p), 1);
+    assert_int_equal(list(w->pack, files), 2);
+    obm_pack_free(p);
+    FAILS(obm_compress(w->ctx, w->base, e, 1, NULL, w->base, NULL, NULL, err), OBM_E_EXISTS, "base exists");
+}
+
+static void test_dry_run(void **state) {
+    world *w = *state;
+    obm_expert e[2];
+    obm_compress_options o = OBM_INIT(obm_compress_options);
+    obm_plan plan = {0}, real = {0};
+    obm_pack *p = NULL;
+    two_experts(w, e);
+    o.dry_run = true;
+    OK(obm_compress(w->ctx, w->base, e, 2, &o, w->pack, &plan, &p, err));
+    assert_null(p);
+    assert_false(obm__is_directory(w->pack));
+    assert_int_equal(plan.tensors, N_BASE + N_ALL);
+    assert_true(plan.bytes_written > 0 && plan.bytes_read > plan.bytes_written && plan.peak_memory > 0);
+    OK(obm_compress(w->ctx, w->base, e, 2, NULL, w->pack, &real, NULL, err));
+    assert_int_equal(real.bytes_read, plan.bytes_read);
+}
+
+static int stop_at(void *user, const char *what, uint64_t done, uint64_t total) {
+    (void)what;
+    assert_true(done <= total);
+    return (*(int *)user)-- == 0;
+}
+
+static void test_stopping_leaves_nothing(void **state) {
+    world *w = *state;
+    obm_expert e[2];
+    obm_compress_options o = OBM_INIT(obm_compress_options);
+    two_experts(w, e);
+    o.progress = stop_at;
+    int stops = 0, before;
+    for (before = 0; before < 200; before++) {
+        int left = before;
+        obm_error err;
+        o.progress_user = &left;
+        obm_status s = obm_compress(w->ctx, w->base, e, 2, &o, w->pack, NULL, NULL, &err);
+        if (s == OBM_OK) break;
+        assert_int_equal(s, OBM_E_USER);
+        assert_false(obm__is_directory(w->pack));
+        stops++;
+    }
+    assert_true(stops > 5 && before < 200);
+}
+
+static void refuse(const world *w, const obm_expert *e, size_t n, obm_status status, const char *part) {
+    FAILS(obm_compress(w->ctx, w->base, e, n, NULL, w->pack, NULL, NULL, err), status, part);
+    assert_false(obm__is_directory(w->pack));
+}
+
+static void test_refusals(void **state) {
+    world *w = *state;
+    obm_expert e[2];
+    two_experts(w, e);
+    e[1].name = "chat";
+    refuse(w, e, 2, OBM_E_ARG, "two experts are named chat");
+    e[1].name = "a b";
+    refuse(w, e, 2, OBM_E_ARG, "task name \"a b\"");
+    e[1].name = "base";
+    refuse(w, e, 2, OBM_E_ARG, "reserved");
+    e[1].name = "law";
+    e[1].policy = "paper";
+    refuse(w, e, 2, OBM_E_ARG, "chat, math and code only");
+    refuse(w, e, 0, OBM_E_ARG, "0 experts");
+    e[1].policy = NULL;
+    e[1].path = "/nowhere/at/all";
+    refuse(w, e, 2, OBM_E_IO, "/nowhere/at/all");
+    const obm_map_rule norms = {"*norm*", OBM_MODE_1BIT};
+    e[0].map = &norms;
+    e[0].n_map = 1;
+    refuse(w, e, 1, OBM_E_ARG, NORM);
+    fixture_tensor t[N_BASE];
+    for (int i = 0; i < N_BASE; i++) t[i] = tensor_of(w, 1, i);
+    w->values[1][T_NORM][5] = NAN;
+    char *path = fixture_model(w->ctx, w->dir, "nan", t, N_BASE);
+    two_experts(w, e);
+    e[0].path = path;
+    refuse(w, e, 1, OBM_E_VALUE, "tensor " NORM ": NaN or Inf in expert - base at index 5");
+    obm_free(path);
+}
+
+/* Planes that turn out empty are found only while writing; the file must come out without them. */
+static void test_planes_that_vanish(void **state) {
+    world *w = *state;
+    fixture_tensor t[N_BASE];
+    obm_expert e[1] = {OBM_INIT(obm_expert)};
+    obm_pack *p;
+    for (size_t i = 0; i < count_of(T_Q); i++) w->values[1][T_Q][i] = bf16(w, w->values[0][T_Q][i] < 0 ? -1.0f : 1.0f);
+    for (size_t i = 0; i < count_of(T_Q); i++) w->values[0][T_Q][i] = 0;
+    for (size_t i = 0; i < count_of(T_UP); i++) w->values[1][T_UP][i] = bf16(w, w->values[0][T_UP][i]);
+    for (int i = 0; i < N_BASE; i++) t[i] = tensor_of(w, 0, i);
+    char *base = fixture_model(w->ctx, w->dir, "zero", t, N_BASE);
+    for (int i = 0; i < N_BASE; i++) t[i] = tensor_of(w, 1, i);
+    t[T_UP].dtype = OBM_F32;   /* equal values in another dtype: not the same tensor, but no difference either */
+    char *expert = fixture_model(w->ctx, w->dir, "signs", t, N_BASE);
+    e[0].name = "x";
+    e[0].path = expert;
+    e[0].planes = 3;
+    OK(obm_compress(w->ctx, base, e, 1, NULL, w->pack, NULL, &p, err));
+    assert_int_equal(entry(p, 0, Q)->planes.n, 1);
+    assert_true(entry(p, 0, Q)->planes.alphas[0][3] == 1.0f);
+    assert_int_equal(entry(p, 0, UP)->planes.n, 0);
+    assert_int_equal(entry(p, 0, UP)->bytes_pack, 0);
+    assert_int_equal(entry(p, 0, DOWN)->planes.n, 3);
+    OK(obm_pack_verify(p, NULL, NULL, err));
+    obm_pack_free(p);
+    obm_free(base);
+    obm_free(expert);
+}
+
+static void test_map_drop_and_extra_rows(void **state) {
+    world *w = *state;
+    const obm_map_rule map[] = {{"*q_proj*", OBM_MODE_DROP}, {"*embed*", OBM_MODE_1BIT}};
+    obm_expert e[1] = {OBM_INIT(obm_expert)};
+    obm_pack *p;
+    e[0].name = "chat";
+    e[0].path = w->chat;
+    e[0].map = map;
+    e[0].n_map = 2;
+    OK(obm_compress(w->ctx, w->base, e, 1, NULL, w->pack, NULL, &p, err));
+    assert_int_equal(entry(p, 0, Q)->mode, OBM_MODE_DROP);
+    check_planes(w, p, 0, T_EMBED, 70, 1);
+    const obm_tensor *extra = &entry(p, 0, EMBED)->extra;
+    assert_int_equal(extra->shape[0], 2);
+    for (int i = 0; i < 140; i++) {
+        float x;
+        obm__widen(w->ctx->k, extra, i, 1, &x);
+        assert_true(x == bf16(w, w->values[1][T_EMBED][700 + i]));
+    }
+    assert_int_equal(p->n_tensors, N_BASE);
+    obm_pack_free(p);
+}
+
+/* ---- settings ---- */
+
+static void test_settings(void **state) {
+    world *w = *state;
+    obm_pack *p = compress(w);
+    obm_pack_settings s, back;
+    obm_pack_get_settings(p, &s);
+    assert_true(s.lambda == 0.3 && s.density == 1 && s.profile == OBM_PROFILE_MERGEKIT && s.reading == OBM_READING_ONTO_BASE);
+    s.lambda = 0.125;
+    s.reading = OBM_READING_RECOMPUTED;
+    s.profile = OBM_PROFILE_PAPER;
+    s.density = 0.5;
+    OK(obm_pack_set_settings(p, &s, err));
+    s.lambda = -1;
+    FAILS(obm_pack_set_settings(p, &s, err), OBM_E_ARG, "lambda is -1");
+    s.lambda = NAN;
+    FAILS(obm_pack_set_settings(p, &s, err), OBM_E_ARG, "lambda");
+    s.lambda = 1;
+    s.density = 0;
+    FAILS(obm_pack_set_settings(p, &s, err), OBM_E_ARG, "density is 0");
+    obm_pack_free(p);
+    OK(obm_pack_open(w->ctx, w->pack, NULL, &p, err));
+    obm_pack_get_settings(p, &back);
+    assert_true(back.lambda == 0.125 && back.density == 0.5 && back.profile == OBM_PROFILE_PAPER && back.reading == OBM_READING_RECOMPUTED);
+    obm_pack_free(p);
+    obm_compress_options o = OBM_INIT(obm_compress_options);
+    obm_expert e[2];
+    two_experts(w, e);
+    o.overwrite = true;
+    o.profile = OBM_PROFILE_PAPER;
+    OK(obm_compress(w->ctx, w->base, e, 2, &o, w->pack, NULL, &p, err));
+    obm_pack_get_settings(p, &back);
+    assert_true(back.lambda == 1 && back.density == 0.2 && back.profile == OBM_PROFILE_PAPER);
+    assert_string_equal(obm_pack_policy(p, 0), "paper, scale matrix, planes 1");
+    obm_pack_free(p);
+}
+
+/* ---- adding and removing ---- */
+
+static void test_add_and_remove(void **state) {
+    world *w = *state;
+    obm_expert e[2];
+    obm_pack *p = NULL;
+    char files[16][128];
+    two_experts(w, e);
+    OK(obm_compress(w->ctx, w->base, e, 1, NULL, w->pack, NULL, &p, err));
+    char *stray = obm__path_join(w->pack, "old-0123456789abcdef.safetensors"), *note = obm__path_join(w->pack, "note.txt");
+    OK(obm__file_write(stray, "x", 1, err));
+    OK(obm__file_write(note, "x", 1, err));
+    OK(obm_pack_add(p, &e[1], NULL, err));
+    assert_false(obm__file_exists(stray));   /* a killed run's left-over */
+    assert_true(obm__file_exists(note));     /* somebody else's file */
+    check_contents(w, p);
+    FAILS(obm_pack_add(p, &e[1], NULL, err), OBM_E_EXISTS, "math already");
+    e[0].name = "law";
+    e[0].path = "/nowhere";
+    FAILS(obm_pack_add(p, &e[0], NULL, err), OBM_E_IO, "/nowhere");
+    check_contents(w, p);
+    obm_pack_free(p);
+    OK(obm_pack_open(w->ctx, w->pack, NULL, &p, err));
+    check_contents(w, p);
+    FAILS(obm_pack_remove(p, "law", err), OBM_E_NOTFOUND, "no expert law");
+    OK(obm_pack_remove(p, "chat", err));
+    assert_int_equal(obm_pack_task_count(p), 1);
+    assert_string_equal(obm_pack_task_name(p, 0), "math");
+    FAILS(obm_pack_remove(p, "math", err), OBM_E_ARG, "last");
+    assert_int_equal(list(w->pack, files), 3);
+    obm_pack_free(p);
+    OK(obm_pack_open(w->ctx, w->pack, NULL, &p, err));
+    assert_int_equal(obm_pack_task_count(p), 1);
+    obm_pack_free(p);
+    obm_free(stray);
+    obm_free(note);
+}
+
+static void test_replacing_an_expert(void **state) {
+    world *w = *state;
+    obm_pack *p = compress(w);
+    obm_expert e[2];
+    obm_compress_options o = OBM_INIT(obm_compress_options);
+    char files[16][128];
+    two_experts(w, e);
+    e[0].policy = "mlp";
+    o.overwrite = true;
+    OK(obm_pack_add(p, &e[0], &o, err));
+    assert_string_equal(obm_pack_task_name(p, 0), "chat");
+    assert_string_equal(obm_pack_policy(p, 0), "mlp, scale row, planes 1");
+    assert_int_equal(entry(p, 0, Q)->mode, OBM_MODE_FULL);
+    assert_int_equal(list(w->pack, files), 3);
+    obm_pack_free(p);
+}
+
+/* ---- the base ---- */
+
+static void move(const char *from, const char *to) { assert_int_equal(rename(from, to), 0); }
+
+static void test_where_the_base_lies(void **state) {
+    world *w = *state;
+    obm_pack *p = compress(w);
+    obm_pack_free(p);
+    char *moved = obm__path_join(w->dir, "elsewhere"), *sub = obm__path_join(w->dir, "sub"), *pack = obm__path_join(sub, "p");
+    OK(obm__make_directory(sub, err));
+    move(w->pack, pack);   /* the relative path leads nowhere now, the absolute one does */
+    OK(obm_pack_open(w->ctx, pack, NULL, &p, err));
+    obm_pack_free(p);
+    move(pack, w->pack);
+    move(w->base, moved);
+    FAILS(obm_pack_open(w->ctx, w->pack, NULL, &p, err), OBM_E_IO, "give its place with base=");
+    OK(obm_pack_open(w->ctx, w->pack, moved, &p, err));
+    obm_pack_free(p);
+    obm_free(moved);
+    obm_free(sub);
+    obm_free(pack);
+}
+
+static void wrong_base(world *w, const fixture_tensor *t, size_t n, const char *part) {
+    char *path = fixture_model(w->ctx, w->dir, "wrong", t, n);
+    obm_pack *p = NULL;
+    FAILS(obm_pack_open(w->ctx, w->pack, path, &p, err), OBM_E_MISMATCH, part);
+    assert_null(p);
+    obm_free(path);
+}
+
+static void test_wrong_base(void **state) {
+    world *w = *state;
+    fixture_tensor t[N_ALL];
+    obm_pack_free(compress(w));
+    for (int i = 0; i < N_BASE; i++) t[i] = tensor_of(w, 0, i);
+    wrong_base(w, t, N_BASE - 1, "tensor " NORM " is missing");
+    t[T_UP].dtype = OBM_F32;
+    wrong_base(w, t, N_BASE, "tensor " UP " has dtype F32, expected BF16");
+    t[T_UP].dtype = OBM_BF16;
+    t[T_DOWN].shape[0] = 90;
+    t[T_DOWN].shape[1] = 70;
+    wrong_base(w, t, N_BASE, "tensor " DOWN " has shape (90, 70), expected (70, 90)");
+    t[T_DOWN] = tensor_of(w, 0, T_DOWN);
+    t[T_O].values = w->values[2][T_O];
+    t[T_Q].values = w->values[2][T_Q];
+    wrong_base(w, t, N_BASE, "tensor " O " has other contents");
+    t[T_O] = tensor_of(w, 0, T_O);
+    t[T_Q] = tensor_of(w, 0, T_Q);
+    t[T_HEAD] = tensor_of(w, 0, T_HEAD);
+    wrong_base(w, t, N_ALL, "tensor " HEAD " is unknown to the pack");
+}
+
+/* A difference between the samples of a large tensor passes open and is caught by verify. */
+static void test_verify_reads_everything(void **state) {
+    world *w = *state;
+    const int64_t rows = 600, cols = 600;   /* 720 kB in bf16; 256 KiB are sampled */
+    float *base = fixture_values((size_t)(rows * cols), 3), *expert = fixture_values((size_t)(rows * cols), 4);
+    fixture_tensor tb = {UP, OBM_BF16, 2, {rows, cols}, base, NULL}, te = {UP, OBM_BF16, 2, {rows, cols}, expert, NULL};
+    obm_expert e[1] = {OBM_INIT(obm_expert)};
+    obm_pack *p = NULL;
+    char *b = fixture_model(w->ctx, w->dir, "large", &tb, 1), *x = fixture_model(w->ctx, w->dir, "large-x", &te, 1);
+    e[0].name = "x";
+    e[0].path = x;
+    OK(obm_compress(w->ctx, b, e, 1, NULL, w->pack, NULL, &p, err));
+    OK(obm_pack_verify(p, NULL, NULL, err));
+    obm_pack_free(p);
+    base[3000] += 1;   /* byte 6000: between the first block (0 to 4095) and the second (from 11363 on) */
+    obm_free(b);
+    b = fixture_model(w->ctx, w->dir, "large", &tb, 1);
+    OK(obm_pack_open(w->ctx, w->pack, NULL, &p, err));
+    FAILS(obm_pack_verify(p, NULL, NULL, err), OBM_E_MISMATCH, "tensor " UP " has other contents");
+    obm_pack_free(p);
+    base[100] += 1;
+    obm_free(b);
+    b = fixture_model(w->ctx, w->dir, "large", &tb, 1);
+    FAILS(obm_pack_open(w->ctx, w->pack, NULL, &p, err), OBM_E_MISMATCH, "tensor " UP " has other contents");
+    obm_free(base);
+    obm_free(expert);
+    obm_free(b);
+    obm_free(x);
+}
+
+/* ---- damage ---- */
+
+static void write_bytes(const char *path, const void *bytes, size_t n) {
+    FILE *f = fopen(path, "wb");
+    assert_non_null(f);
+    assert_int_equal(fwrite(bytes, 1, n, f), n);
+    assert_int_equal(fclose(f), 0);
+}
+
+static void test_truncation(void **state) {
+    world *w = *state;
+    char files[16][128];
+    obm_pack_free(compress(w));
+    size_t n = list(w->pack, files);
+    assert_int_equal(n, 3);
+    for (size_t i = 0; i < n; i++) {
+        size_t size;
+        char *text = file_text(w->pack, files[i], &size), *path = obm__path_join(w->pack, files[i]);
+        for (size_t k = 0; k < 90; k++) {
+            obm_pack *p = NULL;
+            obm_error err;
+            write_bytes(path, text, k < 30 ? k : k < 60 ? size - 1 - (k - 30) : size * (k - 60) / 30);
+            obm_status s = obm_pack_open(w->ctx, w->pack, NULL, &p, &err);
+            if (s == OBM_OK) {   /* pack.json ends in white space, which may go */
+                assert_string_equal(files[i], "pack.json");
+                assert_true(k >= 30 && k < 32);
+                obm_pack_free(p);
+            } else if (!strstr(err.message, w->pack)) {
+                fail_msg("does not name the pack: %s", err.message);
+            }
+        }
+        write_bytes(path, text, size);
+        obm_free(text);
+        obm_free(path);
+    }
+    obm_pack *p = NULL;
+    OK(obm_pack_open(w->ctx, w->pack, NULL, &p, err));
+    obm_pack_free(p);
+}
+
+static void test_flipped_byte_is_found_by_verify(void **state) {
+    world *w = *state;
+    char files[16][128];
+    obm_pack *p = NULL;
+    size_t size;
+    obm_pack_free(compress(w));
+    list(w->pack, files);
+    char *text = file_text(w->pack, files[0], &size), *path = obm__path_join(w->pack, files[0]);
+    text[size - 9] ^= 1;
+    write_bytes(path, text, size);
+    OK(obm_pack_open(w->ctx, w->pack, NULL, &p, err));
+    FAILS(obm_pack_verify(p, NULL, NULL, err), OBM_E_FORMAT, files[0]);
+    obm_pack_free(p);
+    obm_free(text);
+    obm_free(path);
+}
+
+/* Writes pack.json with the first `from` replaced by `to`. */
+static void edit(const world *w, const char *from, const char *to) {
+    size_t size;
+    char *text = file_text(w->pack, "pack.json", &size), *path = obm__path_join(w->pack, "pack.json");
+    char *at = strstr(text, from);
+    if (!at) fail_msg("pack.json has no %s", from);
+    *at = 0;
+    char *edited = obm__format("%s%s%s", text, to, at + strlen(from));
+    write_bytes(path, edited, strlen(edited));
+    obm_free(edited);
+    obm_free(text);
+    obm_free(path);
+}
+
+static void test_hostile_manifests(void **state) {
+    world *w = *state;
+    static const struct { const char *from, *to, *part; obm_status status; } edits[] = {
+        {"\"version\": 1", "\"version\": 2", "version 2", OBM_E_UNSUPPORTED},
+        {"\"version\": 1", "\"version\": \"1\"", "\"version\" must be an integer", OBM_E_FORMAT},
+        {"onebitmerge pack", "something", "\"format\" is \"something\"", OBM_E_FORMAT},
+        {"\"lambda\": 0.", "\"lambda\": -0.", "lambda", OBM_E_FORMAT},
+        {"\"density\": 1.0", "\"density\": 1e999", "", OBM_E_FORMAT},
+        {"onto_base", "elsewhere", "\"reading\" is \"elsewhere\"", OBM_E_FORMAT},
+        {"\"file\": \"chat-", "\"file\": \"../chat-", "must be the name of a .safetensors file in the pack", OBM_E_FORMAT},
+        {"\"name\": \"math\"", "\"name\": \"chat\"", "two experts are named chat", OBM_E_FORMAT},
+        {"\"name\": \"math\"", "\"name\": \"\"", "task name", OBM_E_FORMAT},
+        {"\"mode\": \"1bit\"", "\"mode\": \"2bit\"", "unknown mode", OBM_E_FORMAT},
+        {"\"mode\": \"1bit\"", "\"mode\": \"full\"", "is missing", OBM_E_FORMAT},
+        {"\"mode\": \"1bit\"", "\"mode\": \"same\"", "pack.json accounts for", OBM_E_FORMAT},
+        {"\"planes\": 2", "\"planes\": 9", "\"planes\" is 9", OBM_E_FORMAT},
+        {"\"planes\": 2", "\"planes\": 1", "pack.json accounts for", OBM_E_FORMAT},
+        {"\"scale\": \"group:64\"", "\"scale\": \"row\"", "expected F32 (70)", OBM_E_FORMAT},
+        {"\"scale\": \"row\"", "\"scale\": \"group:1\"", "multiple of 64", OBM_E_FORMAT},
+        {"\"experts\": [", "\"experts\": [1, ", "must be an object", OBM_E_FORMAT},
+        {"\"experts\"", "\"exports\"", "\"experts\" must be an array", OBM_E_FORMAT},
+        {"\"absolute\"", "\"nothing\"", "", OBM_OK},
+        {"\"sample\"", "\"simple\"", "\"sample\" must be a string", OBM_E_FORMAT},
+        {"{", "[{", "pack.json", OBM_E_FORMAT},
+    };
+    obm_pack_free(compress(w));
+    size_t size;
+    char *text = file_text(w->pack, "pack.json", &size), *path = obm__path_join(w->pack, "pack.json");
+    for (size_t i = 0; i < sizeof edits / sizeof *edits; i++) {
+        obm_pack *p = NULL;
+        edit(w, edits[i].from, edits[i].to);
+        if (edits[i].status == OBM_OK) OK(obm_pack_open(w->ctx, w->pack, NULL, &p, err));
+        else FAILS(obm_pack_open(w->ctx, w->pack, NULL, &p, err), edits[i].status, edits[i].part);
+        obm_pack_free(p);
+        write_bytes(path, text, size);
+    }
+    obm_free(text);
+    obm_free(path);
+}
+
+static void test_hostile_scale(void **state) {
+    world *w = *state;
+    char files[16][128];
+    obm_pack *p = compress(w);
+    size_t size, offset = (size_t)((const uint8_t *)&entry(p, 0, Q)->planes.alphas[0][2] - p->experts[0].file->map.data);
+    const float bad[] = {NAN, INFINITY, -1.0f};
+    obm_pack_free(p);
+    list(w->pack, files);
+    char *text = file_text(w->pack, files[0], &size), *path = obm__path_join(w->pack, files[0]);
+    for (int i = 0; i < 3; i++) {
+        memcpy(text + offset, &bad[i], sizeof bad[i]);
+        write_bytes(path, text, size);
+        FAILS(obm_pack_open(w->ctx, w->pack, NULL, &p, err), OBM_E_FORMAT, "tensor " Q ".scale.0[2] is ");
+    }
+    obm_free(text);
+    obm_free(path);
+}
+
+static void test_no_pack(void **state) {
+    world *w = *state;
+    obm_pack *p = NULL;
+    FAILS(obm_pack_open(w->ctx, w->base, NULL, &p, err), OBM_E_FORMAT, "is no pack");
+    FAILS(obm_pack_open(w->ctx, "/nowhere", NULL, &p, err), OBM_E_IO, "/nowhere");
+}
+
+int main(void) {
+#define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+    const struct CMUnitTest tests[] = {
+        TEST(test_contents),          TEST(test_tied_base),
+        TEST(test_accounting),        TEST(test_threads),
+        TEST(test_exists_and_overwrite), TEST(test_dry_run),
+        TEST(test_stopping_leaves_nothing), TEST(test_refusals),
+        TEST(test_planes_that_vanish), TEST(test_map_drop_and_extra_rows),
+        TEST(test_settings),          TEST(test_add_and_remove),
+        TEST(test_replacing_an_expert), TEST(test_where_the_base_lies),
+        TEST(test_wrong_base),        TEST(test_verify_reads_everything),
+        TEST(test_truncation),        TEST(test_flipped_byte_is_found_by_verify),
+        TEST(test_hostile_manifests), TEST(test_hostile_scale),
+        TEST(test_no_pack),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
