@@ -30,6 +30,10 @@ obm_status obm__file_stage(const char *path, const void *bytes, size_t size, cha
 obm_status obm__file_publish(const char *temp, const char *path, obm_error *err);                   /* rename, then sync the folder */
 obm_status obm__directory_sync(const char *dir, obm_error *err);
 
+/* Drops the whole pages inside [data, data + size) of a read-only file mapping from resident memory (pages.c); they are read
+ * again when touched. */
+void obm__pages_release(const void *data, size_t size);
+
 /* ---- hashes (hash.c): the only file that includes xxhash.h ---- */
 
 typedef struct obm__xxh3 obm__xxh3;   /* streaming XXH3-128 */

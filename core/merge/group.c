@@ -39,6 +39,16 @@ size_t obm__group_delta(const obm_kernels *k, const obm__group *g, size_t model,
     return k->find_nonfinite(d, n);
 }
 
+static void release_tensor(const obm_tensor *t) {
+    obm__pages_release(t->data, (size_t)obm_tensor_count(t) * obm_dtype_size(t->dtype));
+}
+
+void obm__group_release(const obm__group *g) {
+    if (!g->mapped) return;
+    if (g->base) release_tensor(g->base);
+    for (size_t i = 0; i < g->steps->n; i++) release_tensor(&g->models[i]);
+}
+
 /* True if element `index` of t alone is at fault; the message then names whose it is. */
 static bool element_is_bad(const obm_kernels *k, const obm__group *g, const obm_tensor *t, uint64_t index) {
     float x, scratch;

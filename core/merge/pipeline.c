@@ -253,8 +253,8 @@ static void vote_blocks(void *arg, size_t first, size_t last, int worker) {
     }
 }
 
-/* The sign of the sum of all elected signs (Yadav et al., the authors' code: resolve_zero_signs); an even sum gives +1.
- */
+/* The sign of the sum of all elected signs (Yadav et al., the authors' code: resolve_zero_signs); a sum
+ * of 0 gives +1. */
 static obm_status find_majority(const obm__run *run, obm__group *groups, size_t n_groups, obm_error *err) {
     int64_t *votes = obm__calloc((size_t)run->ctx->threads, sizeof *votes), sum = 0;
     if (!votes) return obm__fail_nomem(err, (uint64_t)run->ctx->threads * sizeof *votes);
@@ -262,6 +262,7 @@ static obm_status find_majority(const obm__run *run, obm__group *groups, size_t 
     for (size_t i = 0; status == OBM_OK && i < n_groups; i++) {
         walk w = {.g = &groups[i], .end = groups[i].count, .votes = votes};
         status = walk_blocks(run, &w, vote_blocks, err);
+        if (n_groups > 1) obm__group_release(&groups[i]);
     }
     for (int t = 0; t < run->ctx->threads; t++) sum += votes[t];
     obm_free(votes);
@@ -298,7 +299,10 @@ obm_status obm__statistics(const obm__run *run, obm__group *groups, size_t n_gro
     const obm__steps *s = groups[0].steps;
     for (size_t i = 0; i < n_groups; i++) OBM_TRY(group_prepare(&groups[i], err));
     if (s->mask == OBM_MASK_MAGNITUDE) OBM_TRY(find_cuts(run, groups, n_groups, err));
-    for (size_t i = 0; i < n_groups; i++) OBM_TRY(find_factors(run, &groups[i], err));
+    for (size_t i = 0; i < n_groups; i++) {
+        OBM_TRY(find_factors(run, &groups[i], err));
+        if (n_groups > 1) obm__group_release(&groups[i]);
+    }
     return s->consensus == OBM_CONSENSUS_SIGN && s->majority_zero ? find_majority(run, groups, n_groups, err) : OBM_OK;
 }
 

@@ -97,6 +97,7 @@ static obm_status count_group(const selection *s, pass *p, obm_error *err) {
         flush_histograms(s, p);
         OBM_TRY(obm__run_report(s->run, err));
     }
+    if (s->n_groups > 1) obm__group_release(p->g);
     return OBM_OK;
 }
 

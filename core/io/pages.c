@@ -1,0 +1,13 @@
+/* Resident pages of a mapping: handing them back once a tensor has been read, so that memory does not grow with the
+ * model. */
+#include "io.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+void obm__pages_release(const void *data, size_t size) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    uintptr_t begin = ((uintptr_t)data + page - 1) & ~(page - 1), end = ((uintptr_t)data + size) & ~(page - 1);
+    /* Whole pages only: a neighbour may still be in use.  A refusal costs memory, not correctness. */
+    if (end > begin) (void)madvise((void *)begin, end - begin, MADV_DONTNEED);
+}

@@ -1,0 +1,535 @@
+/* obm_merge: a recipe to a Hugging Face folder.  Plans first (names, shapes, settings, sizes; headers only), then
+ * streams tensor by tensor, in tiles, through the model writer. */
+#include "recipe.h"
+
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define DEFAULT_MEMORY ((uint64_t)2000000000)
+/* A dry run's guess: bytes per second of a plain disk, and nanoseconds per element and model of one pass of one core.
+ */
+#define BYTES_PER_SECOND 1e9
+#define PASS_NANOSECONDS 2.0
+
+typedef struct output {
+    const char *name;
+    obm_dtype dtype;     /* written */
+    bool copy;           /* not a float tensor: carried over if all inputs agree */
+    obm_tensor *tensors; /* (n_inputs), views */
+    obm__steps steps;
+    obm__group group;
+} output;
+
+typedef struct job {
+    obm_context *ctx;
+    const obm__recipe *recipe;
+    const char *directory;
+    uint64_t memory, seed;
+    obm_checkpoint **inputs;    /* the base first where the method has one, then the models */
+    const char **refs;          /* their names in the recipe, for messages */
+    size_t n_inputs, reference; /* the input whose names, config and tokenizer count */
+    bool writes_head;           /* some input has a head of its own, so the result has one */
+    int64_t n_layers;
+    output *outputs;
+    size_t n_outputs;
+    obm_tensor *tensors;
+    uint64_t tile; /* elements */
+} job;
+
+/* ---- inputs ---- */
+
+static obm_status open_input(job *j, const char *ref, obm_error *err) {
+    bool relative = j->directory && ref[0] != '/';
+    char *path = relative ? obm__path_join(j->directory, ref) : obm__strdup(ref);
+    if (!path) return obm__fail_nomem(err, strlen(ref));
+    obm_status status = obm_checkpoint_open(j->ctx, path, &j->inputs[j->n_inputs], err);
+    obm_free(path);
+    if (status == OBM_OK) j->refs[j->n_inputs++] = ref;
+    return status;
+}
+
+static obm_status open_inputs(job *j, obm_error *err) {
+    const obm__recipe *r = j->recipe;
+    size_t n = r->n_models + 1;
+    j->inputs = obm__calloc(n, sizeof *j->inputs);
+    j->refs = obm__calloc(n, sizeof *j->refs);
+    if (!j->inputs || !j->refs) return obm__fail_nomem(err, n * (sizeof *j->inputs + sizeof *j->refs));
+    if (r->method->deltas) OBM_TRY(open_input(j, r->base, err));
+    for (size_t i = 0; i < r->n_models; i++) {
+        if (!r->method->deltas && r->base && !strcmp(r->models[i].ref, r->base)) j->reference = j->n_inputs;
+        OBM_TRY(open_input(j, r->models[i].ref, err));
+    }
+    return OBM_OK;
+}
+
+static const char *model_type(const obm_checkpoint *c) {
+    return obm__json_string(obm__json_get(c->config, "model_type"));
+}
+
+static obm_status check_architectures(const job *j, obm_error *err) {
+    const char *first = model_type(j->inputs[j->reference]);
+    for (size_t i = 0; i < j->n_inputs; i++) {
+        const char *type = model_type(j->inputs[i]);
+        if (first && type && strcmp(first, type))
+            return obm__fail(err, OBM_E_ARG,
+                             "%.200s is a %.40s model, %.200s a %.40s: only models of one architecture merge",
+                             j->refs[j->reference], first, j->refs[i], type);
+    }
+    return OBM_OK;
+}
+
+/* ---- names ---- */
+
+/* Buffers that old LLaMA checkpoints carry and that follow from the config. */
+static bool is_derived_buffer(const char *name) {
+    static const char suffix[] = "rotary_emb.inv_freq";
+    size_t n = strlen(name), m = sizeof suffix - 1;
+    return n >= m && !strcmp(name + n - m, suffix);
+}
+
+static bool has_own_head(const obm_checkpoint *c) { return !c->tied && obm__checkpoint_find(c, OBM_HEAD_NAME); }
+
+/* A tied input's head is its embedding, whatever else its files hold. */
+static const obm__st_entry *find_tensor(const obm_checkpoint *c, const char *name) {
+    const obm__st_entry *own = obm__checkpoint_find(c, name);
+    if (strcmp(name, OBM_HEAD_NAME) || (own && !c->tied)) return own;
+    const obm__st_entry *embedding = obm__checkpoint_find(c, OBM_EMBEDDING_NAME);
+    return embedding ? embedding : own;
+}
+
+static bool is_written(const job *j, const char *name) {
+    return !is_derived_buffer(name) && (strcmp(name, OBM_HEAD_NAME) || j->writes_head);
+}
+
+static obm_status check_extra_names(const job *j, obm_error *err) {
+    const obm_checkpoint *reference = j->inputs[j->reference];
+    for (size_t i = 0; i < j->n_inputs; i++) {
+        for (size_t t = 0; t < j->inputs[i]->count; t++) {
+            const char *name = j->inputs[i]->tensors[t]->name;
+            if (is_written(j, name) && strcmp(name, OBM_HEAD_NAME) && !obm__checkpoint_find(reference, name))
+                return obm__fail(err, OBM_E_NOTFOUND, "tensor %.200s of %.200s is not in %.200s", name, j->refs[i],
+                                 j->refs[j->reference]);
+        }
+    }
+    return OBM_OK;
+}
+
+static int by_name(const void *a, const void *b) {
+    return strcmp(((const output *)a)->name, ((const output *)b)->name);
+}
+
+/* The reference's tensors, and the head where another input has one of its own; in the order of their names. */
+static obm_status list_outputs(job *j, obm_error *err) {
+    const obm_checkpoint *reference = j->inputs[j->reference];
+    for (size_t i = 0; i < j->n_inputs; i++) j->writes_head |= has_own_head(j->inputs[i]);
+    OBM_TRY(check_extra_names(j, err));
+    size_t capacity = reference->count + 1;
+    j->outputs = obm__calloc(capacity, sizeof *j->outputs);
+    j->tensors = obm__calloc(capacity * j->n_inputs, sizeof *j->tensors);
+    if (!j->outputs || !j->tensors)
+        return obm__fail_nomem(err, capacity * (sizeof *j->outputs + j->n_inputs * sizeof *j->tensors));
+    bool head = false;
+    for (size_t t = 0; t < reference->count; t++) {
+        const char *name = reference->tensors[t]->name;
+        if (!is_written(j, name)) continue;
+        j->outputs[j->n_outputs++].name = name;
+        head |= !strcmp(name, OBM_HEAD_NAME);
+    }
+    if (j->writes_head && !head) j->outputs[j->n_outputs++].name = OBM_HEAD_NAME;
+    if (j->n_outputs) qsort(j->outputs, j->n_outputs, sizeof *j->outputs, by_name);
+    if (j->n_outputs == 0)
+        return obm__fail(err, OBM_E_NOTFOUND, "%.200s has no tensors to merge", j->refs[j->reference]);
+    return OBM_OK;
+}
+
+static int64_t count_layers(const job *j) {
+    int64_t n = 0;
+    if (obm__json_int(obm__json_get(j->inputs[j->reference]->config, "num_hidden_layers"), &n) && n > 0) return n;
+    for (size_t i = 0; i < j->n_outputs; i++) {
+        int64_t layer = obm__layer_of(j->outputs[i].name);
+        if (layer >= n) n = layer + 1;
+    }
+    return n;
+}
+
+/* ---- shapes and dtypes ---- */
+
+static void shape_text(const obm_tensor *t, char *buf, size_t size) {
+    size_t used = (size_t)snprintf(buf, size, "(");
+    for (int i = 0; i < t->ndim && used < size; i++)
+        used += (size_t)snprintf(buf + used, size - used, "%s%lld", i ? ", " : "", (long long)t->shape[i]);
+    if (used < size) snprintf(buf + used, size - used, ")");
+}
+
+static obm_status fail_shape(const job *j, const output *o, size_t i, obm_error *err) {
+    const obm_tensor *a = &o->tensors[j->reference], *b = &o->tensors[i];
+    obm_class cls = obm_class_of(o->name, a->ndim);
+    const char *hint = cls == OBM_CLASS_EMBEDDING || cls == OBM_CLASS_HEAD ? ": the vocabularies must be the same" : "";
+    char first[128], other[128];
+    shape_text(a, first, sizeof first);
+    shape_text(b, other, sizeof other);
+    return obm__fail(err, OBM_E_SHAPE, "%.200s: shape %s in %.150s, %s in %.150s%s", o->name, first,
+                     j->refs[j->reference], other, j->refs[i], hint);
+}
+
+static bool is_float(obm_dtype dtype) {
+    return dtype == OBM_F32 || dtype == OBM_F16 || dtype == OBM_BF16 || dtype == OBM_F64;
+}
+
+static obm_status match_tensors(const job *j, output *o, obm_error *err) {
+    for (size_t i = 0; i < j->n_inputs; i++) {
+        const obm__st_entry *e = find_tensor(j->inputs[i], o->name);
+        if (!e) return obm__fail(err, OBM_E_NOTFOUND, "tensor %.200s is not in %.200s", o->name, j->refs[i]);
+        o->tensors[i] = e->t;
+    }
+    const obm_tensor *first = &o->tensors[j->reference];
+    for (size_t i = 0; i < j->n_inputs; i++) {
+        const obm_tensor *t = &o->tensors[i];
+        if (t->ndim != first->ndim || memcmp(t->shape, first->shape, (size_t)t->ndim * sizeof *t->shape))
+            return fail_shape(j, o, i, err);
+        if (is_float(first->dtype) != is_float(t->dtype) || (!is_float(t->dtype) && t->dtype != first->dtype))
+            return obm__fail(err, OBM_E_DTYPE, "%.200s: %s in %.150s, %s in %.150s", o->name,
+                             obm_dtype_name(first->dtype), j->refs[j->reference], obm_dtype_name(t->dtype), j->refs[i]);
+    }
+    o->copy = !is_float(first->dtype);
+    return OBM_OK;
+}
+
+static obm_dtype written_dtype(const obm__recipe *r, const obm_tensor *reference) {
+    if (r->has_out_dtype) return r->out_dtype;
+    if (r->has_dtype) return r->dtype;
+    return reference->dtype == OBM_F64 ? OBM_F32 : reference->dtype;
+}
+
+/* ---- settings ---- */
+
+static obm_status resolve_steps(const job *j, output *o, obm_error *err) {
+    const obm__recipe *r = j->recipe;
+    obm_param *params = obm__alloc(obm__recipe_params_capacity(r), sizeof *params);
+    if (!params) return obm__fail_nomem(err, obm__recipe_params_capacity(r) * sizeof *params);
+    size_t n = obm__recipe_params(r, o->name, obm__recipe_depth(o->name, j->n_layers), params);
+    obm_error why;
+    obm_status status = obm__steps_new(r->method, r->profile, r->n_models, params, n, j->seed, &o->steps, &why);
+    if (status != OBM_OK) obm__fail(err, status, "%.200s: %.500s", o->name, why.message);
+    obm_free(params);
+    return status;
+}
+
+static obm_status plan_output(job *j, output *o, obm_error *err) {
+    const obm__recipe *r = j->recipe;
+    bool deltas = r->method->deltas;
+    OBM_TRY(match_tensors(j, o, err));
+    const obm_tensor *base = deltas ? &o->tensors[0] : NULL, *models = o->tensors + deltas;
+    o->dtype = o->copy ? o->tensors[j->reference].dtype : written_dtype(r, &o->tensors[j->reference]);
+    if (o->copy) return OBM_OK;
+    OBM_TRY(resolve_steps(j, o, err));
+    o->group = (obm__group){.name = o->name,
+                            .base = base,
+                            .models = models,
+                            .base_label = j->refs[0],
+                            .labels = j->refs + deltas,
+                            .work = r->has_dtype ? r->dtype : obm__group_common_dtype(base, models, r->n_models),
+                            .count = (uint64_t)obm_tensor_count(&o->tensors[0]),
+                            .mapped = true,
+                            .steps = &o->steps};
+    return OBM_OK;
+}
+
+/* Statistics of the whole model have one density per model, not one per tensor. */
+static obm_status check_scopes(const job *j, obm_error *err) {
+    const output *first = NULL;
+    for (size_t i = 0; i < j->n_outputs; i++) {
+        const output *o = &j->outputs[i];
+        if (o->copy) continue;
+        if (!first) first = o;
+        if (o->steps.model_scope != first->steps.model_scope)
+            return obm__fail(err, OBM_E_ARG,
+                             "recipe: scope must be the same for all tensors, it differs in %.150s and %.150s",
+                             first->name, o->name);
+        for (size_t m = 0; o->steps.model_scope && o->steps.mask == OBM_MASK_MAGNITUDE && m < o->steps.n; m++)
+            if (o->steps.density[m] != first->steps.density[m])
+                return obm__fail(err, OBM_E_ARG,
+                                 "recipe: a trim over the whole model takes one density per model, but %.150s has %g "
+                                 "and %.150s %g (scope: tensor allows it)",
+                                 first->name, first->steps.density[m], o->name, o->steps.density[m]);
+    }
+    return OBM_OK;
+}
+
+/* ---- sizes ---- */
+
+static uint64_t tensor_bytes(const obm_tensor *t) { return (uint64_t)obm_tensor_count(t) * obm_dtype_size(t->dtype); }
+
+/* Everything but the output tile: scratch of the passes, histograms, per-block records of the largest tensor. */
+static uint64_t fixed_memory(const job *j) {
+    uint64_t threads = (uint64_t)j->ctx->threads, models = j->recipe->n_models, largest = 0;
+    for (size_t i = 0; i < j->n_outputs; i++)
+        if (j->outputs[i].group.count > largest) largest = j->outputs[i].group.count;
+    uint64_t blocks = largest / OBM_MERGE_BLOCK + 1;
+    return threads * (obm__group_scratch(models) + (65536 + 3 * OBM_MERGE_BLOCK) * 4) + 65536 * 8 +
+           blocks * models * 3 * 8;
+}
+
+static obm_status choose_tile(job *j, obm_error *err) {
+    uint64_t fixed = fixed_memory(j), least = fixed + 4 * OBM_MERGE_BLOCK;
+    if (j->memory < least)
+        return obm__fail(err, OBM_E_ARG, "memory: this merge needs at least %llu bytes, got %llu",
+                         (unsigned long long)least, (unsigned long long)j->memory);
+    uint64_t elements = (j->memory - fixed) / 4 / OBM_MERGE_BLOCK * OBM_MERGE_BLOCK;
+    j->tile = elements < OBM_MERGE_SPAN ? elements : OBM_MERGE_SPAN;
+    return OBM_OK;
+}
+
+static bool whole_model(const job *j) {
+    for (size_t i = 0; i < j->n_outputs; i++)
+        if (!j->outputs[i].copy) return j->outputs[i].steps.model_scope;
+    return false;
+}
+
+static obm_plan sizes(const job *j) {
+    obm_plan p = {.tensors = j->n_outputs, .peak_memory = fixed_memory(j) + 4 * j->tile};
+    double passes = 0;
+    for (size_t i = 0; i < j->n_outputs; i++) {
+        const output *o = &j->outputs[i];
+        for (size_t t = 0; t < j->n_inputs; t++) p.bytes_read += tensor_bytes(&o->tensors[t]);
+        p.bytes_written += (uint64_t)obm_tensor_count(&o->tensors[0]) * obm_dtype_size(o->dtype);
+        passes += (double)o->group.count * (double)o->steps.n * (o->steps.mask == OBM_MASK_MAGNITUDE ? 3 : 1);
+    }
+    if (whole_model(j)) p.bytes_read *= 3; /* the statistics read everything before the merge does */
+    p.seconds = (double)(p.bytes_read + p.bytes_written) / BYTES_PER_SECOND +
+                passes * PASS_NANOSECONDS * 1e-9 / j->ctx->threads;
+    return p;
+}
+
+static obm_status plan_job(job *j, obm_error *err) {
+    OBM_TRY(open_inputs(j, err));
+    OBM_TRY(check_architectures(j, err));
+    OBM_TRY(list_outputs(j, err));
+    j->n_layers = count_layers(j);
+    for (size_t i = 0; i < j->n_outputs; i++) {
+        j->outputs[i].tensors = j->tensors + i * j->n_inputs;
+        OBM_TRY(plan_output(j, &j->outputs[i], err));
+    }
+    OBM_TRY(check_scopes(j, err));
+    return choose_tile(j, err);
+}
+
+/* ---- config and model card ---- */
+
+static const char *config_dtype(obm_dtype dtype) {
+    return dtype == OBM_F32 ? "float32" : dtype == OBM_F16 ? "float16" : dtype == OBM_BF16 ? "bfloat16" : NULL;
+}
+
+/* The dtype that all written float tensors share, NULL if they differ. */
+static const char *common_config_dtype(const job *j) {
+    const output *first = NULL;
+    for (size_t i = 0; i < j->n_outputs; i++) {
+        const output *o = &j->outputs[i];
+        if (o->copy) continue;
+        if (!first) first = o;
+        if (o->dtype != first->dtype) return NULL;
+    }
+    return first ? config_dtype(first->dtype) : NULL;
+}
+
+/* The reference's config with what the merge changed; *out is owned, NULL without a config. */
+static obm_status build_config(const job *j, obm_json **out, obm_error *err) {
+    const obm_json *source = j->inputs[j->reference]->config;
+    *out = NULL;
+    if (!source) return OBM_OK;
+    obm_json *config = obm__json_copy(source);
+    const char *dtype = common_config_dtype(j);
+    bool fine = config != NULL, tied = false;
+    /* transformers renamed torch_dtype to dtype; the file keeps the name it has. */
+    if (fine && dtype && obm__json_get(config, "dtype"))
+        fine = obm__json_set(config, "dtype", obm__json_new_string(dtype));
+    if (fine && dtype && (obm__json_get(config, "torch_dtype") || !obm__json_get(config, "dtype")))
+        fine = obm__json_set(config, "torch_dtype", obm__json_new_string(dtype));
+    obm__json_bool(obm__json_get(config, "tie_word_embeddings"), &tied);
+    /* transformers ties by default where the key is absent, so a written head needs an explicit false. */
+    if (fine && j->writes_head && (tied || !obm__json_get(config, "tie_word_embeddings")))
+        fine = obm__json_set(config, "tie_word_embeddings", obm__json_new_bool(false));
+    if (fine) {
+        *out = config;
+        return OBM_OK;
+    }
+    obm__json_free(config);
+    return obm__fail_nomem(err, 0);
+}
+
+/* A fence longer than any run of backquotes in the recipe. */
+static void add_recipe(obm__buffer *b, const char *text) {
+    size_t longest = 2, run = 0;
+    for (const char *p = text; *p; p++) {
+        run = *p == '`' ? run + 1 : 0;
+        if (run > longest) longest = run;
+    }
+    for (size_t i = 0; i <= longest; i++) obm__buffer_add(b, "`", 1);
+    obm__buffer_text(b, "yaml\n");
+    obm__buffer_text(b, text);
+    obm__buffer_text(b, text[0] && text[strlen(text) - 1] == '\n' ? "" : "\n");
+    for (size_t i = 0; i <= longest; i++) obm__buffer_add(b, "`", 1);
+    obm__buffer_text(b, "\n");
+}
+
+static char *build_card(const job *j) {
+    const obm__recipe *r = j->recipe;
+    obm__buffer b = {0};
+    obm__buffer_text(&b, "---\nlibrary_name: transformers\ntags:\n- merge\n- onebitmerge\n---\n");
+    obm__buffer_printf(&b, "# %s\n\n", r->name ? r->name : "Merged model");
+    obm__buffer_printf(&b, "Merged with onebitmerge %s by %s (%s; %s), profile %s, random seed %llu.\n\n",
+                       obm_version(), r->method->info.name, r->method->info.doc, r->method->info.source,
+                       r->profile == OBM_PROFILE_PAPER ? "paper" : "mergekit", (unsigned long long)j->seed);
+    for (size_t i = 0; i < j->n_inputs; i++)
+        obm__buffer_printf(&b, "- %s%s\n", j->refs[i], i == 0 && r->method->deltas ? " (base)" : "");
+    obm__buffer_text(&b, "\n");
+    add_recipe(&b, r->text);
+    if (!b.failed) return b.data;
+    obm__buffer_free(&b);
+    return NULL;
+}
+
+/* ---- the merge ---- */
+
+static obm_status write_copy(const job *j, const output *o, obm__model_writer *w, obm_error *err) {
+    const obm_tensor *t = &o->tensors[j->reference];
+    uint64_t bytes = tensor_bytes(t);
+    for (size_t i = 0; i < j->n_inputs; i++)
+        if (bytes && memcmp(t->data, o->tensors[i].data, bytes))
+            return obm__fail(err, OBM_E_DTYPE, "%.200s: %s tensors cannot be merged, and %.150s and %.150s differ",
+                             o->name, obm_dtype_name(t->dtype), j->refs[j->reference], j->refs[i]);
+    return obm__model_writer_write(w, t->data, bytes, err);
+}
+
+static obm_status write_merged(const job *j, output *o, obm__run *run, obm__model_writer *w, char *tile,
+                               obm_error *err) {
+    size_t size = obm_dtype_size(o->dtype);
+    if (!o->group.cuts) OBM_TRY(obm__statistics(run, &o->group, 1, err));
+    for (uint64_t at = 0; at < o->group.count; at += j->tile) {
+        uint64_t n = o->group.count - at < j->tile ? o->group.count - at : j->tile;
+        OBM_TRY(obm__group_run(run, &o->group, at, n, o->dtype, tile, err));
+        OBM_TRY(obm__model_writer_write(w, tile, (size_t)n * size, err));
+        run->done += n * size;
+    }
+    return obm__run_report(run, err);
+}
+
+static void release_inputs(const job *j, const output *o) {
+    for (size_t i = 0; i < j->n_inputs; i++) obm__pages_release(o->tensors[i].data, tensor_bytes(&o->tensors[i]));
+}
+
+/* Statistics over the concatenation of all tensors, in the order of their names. */
+static obm_status model_statistics(job *j, const obm__run *run, obm_error *err) {
+    obm__group *groups = obm__alloc(j->n_outputs, sizeof *groups);
+    if (!groups) return obm__fail_nomem(err, j->n_outputs * sizeof *groups);
+    size_t n = 0;
+    for (size_t i = 0; i < j->n_outputs; i++)
+        if (!j->outputs[i].copy) groups[n++] = j->outputs[i].group;
+    obm_status status = obm__statistics(run, groups, n, err);
+    n = 0;
+    for (size_t i = 0; i < j->n_outputs; i++)
+        if (!j->outputs[i].copy) j->outputs[i].group = groups[n++];
+    obm_free(groups);
+    return status;
+}
+
+static obm_status write_outputs(job *j, obm__run *run, obm__model_writer *w, obm_error *err) {
+    char *tile = obm__alloc(j->tile, sizeof(float));
+    if (!tile) return obm__fail_nomem(err, j->tile * sizeof(float));
+    obm_status status = OBM_OK;
+    if (whole_model(j)) status = model_statistics(j, run, err);
+    for (size_t i = 0; status == OBM_OK && i < j->n_outputs; i++) {
+        output *o = &j->outputs[i];
+        status = o->copy ? write_copy(j, o, w, err) : write_merged(j, o, run, w, tile, err);
+        if (!o->copy) obm__group_clear(&o->group);
+        release_inputs(j, o);
+    }
+    obm_free(tile);
+    return status;
+}
+
+static obm_status declare_outputs(const job *j, obm__model_writer *w, obm_error *err) {
+    for (size_t i = 0; i < j->n_outputs; i++) {
+        const output *o = &j->outputs[i];
+        OBM_TRY(obm__model_writer_declare(w, o->name, o->dtype, o->tensors[0].ndim, o->tensors[0].shape, err));
+    }
+    return obm__model_writer_begin(w, err);
+}
+
+/* Replacing an input while it is read would be the end of it. */
+static obm_status check_out_path(const job *j, const char *out_path, obm_error *err) {
+    char out[PATH_MAX], in[PATH_MAX];
+    if (!realpath(out_path, out)) return OBM_OK;
+    for (size_t i = 0; i < j->n_inputs; i++)
+        if (realpath(j->inputs[i]->directory, in) && !strcmp(in, out))
+            return obm__fail(err, OBM_E_ARG, "%.300s is an input of the merge, it cannot be the output", out_path);
+    return OBM_OK;
+}
+
+static obm_status write_folder(job *j, const obm_merge_options *options, const char *out_path, uint64_t total,
+                               obm_error *err) {
+    const obm_checkpoint *reference = j->inputs[j->reference];
+    obm__run run = {j->ctx,
+                    OBM_OPT(options, obm_merge_options, progress, NULL),
+                    OBM_OPT(options, obm_merge_options, progress_user, NULL),
+                    "merge",
+                    0,
+                    total};
+    obm__model_writer *w = NULL;
+    obm_json *config = NULL;
+    obm_status status;
+    char *card = build_card(j);
+    if (!card) return obm__fail_nomem(err, strlen(j->recipe->text));
+    OBM_GO(check_out_path(j, out_path, err));
+    OBM_GO(build_config(j, &config, err));
+    obm__model_writer_options o = {.shard_bytes = OBM_OPT(options, obm_merge_options, shard_bytes, 0),
+                                   .overwrite = OBM_OPT(options, obm_merge_options, overwrite, false),
+                                   .copy_from = reference->config ? reference->directory : NULL,
+                                   .config = config,
+                                   .card = card};
+    OBM_GO(obm__model_writer_new(out_path, &o, &w, err));
+    OBM_GO(declare_outputs(j, w, err));
+    OBM_GO(write_outputs(j, &run, w, err));
+    OBM_GO(obm__model_writer_finish(w, err));
+done:
+    obm__model_writer_free(w);
+    obm__json_free(config);
+    obm_free(card);
+    return status;
+}
+
+static void free_job(job *j) {
+    for (size_t i = 0; j->outputs && i < j->n_outputs; i++) {
+        obm__group_clear(&j->outputs[i].group);
+        obm__steps_free(&j->outputs[i].steps);
+    }
+    for (size_t i = 0; i < j->n_inputs; i++) obm_checkpoint_free(j->inputs[i]);
+    obm_free(j->outputs);
+    obm_free(j->tensors);
+    obm_free(j->inputs);
+    obm_free(j->refs);
+}
+
+obm_status obm_merge(obm_context *ctx, const char *recipe, const obm_merge_options *options, const char *out_path,
+                     obm_plan *plan, obm_error *err) {
+    obm__recipe *r;
+    OBM_TRY(obm__recipe_parse(ctx, recipe, OBM_OPT(options, obm_merge_options, profile, OBM_PROFILE_DEFAULT), &r, err));
+    uint64_t memory = OBM_OPT(options, obm_merge_options, memory, 0);
+    job j = {.ctx = ctx,
+             .recipe = r,
+             .directory = OBM_OPT(options, obm_merge_options, directory, NULL),
+             .memory = memory ? memory : DEFAULT_MEMORY,
+             .seed = r->seed};
+    if (OBM_OPT(options, obm_merge_options, has_seed, false)) j.seed = options->seed;
+    obm_plan planned = {0};
+    obm_status status = plan_job(&j, err);
+    if (status == OBM_OK) planned = sizes(&j);
+    if (status == OBM_OK && !OBM_OPT(options, obm_merge_options, dry_run, false))
+        status = write_folder(&j, options, out_path, planned.bytes_written, err);
+    if (status == OBM_OK && plan) *plan = planned;
+    free_job(&j);
+    obm__recipe_free(r);
+    return status;
+}
