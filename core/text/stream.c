@@ -1,5 +1,6 @@
 /* Decoding while ids arrive: bytes wait until they make up whole characters. */
 #include "stream.h"
+#include "text.h"
 
 #include <string.h>
 

@@ -2,7 +2,7 @@
 #ifndef OBM_TEXT_STREAM_H
 #define OBM_TEXT_STREAM_H
 
-#include "text.h"
+#include "../sys/sys.h"
 
 typedef struct obm__decode_stream obm__decode_stream;   /* one thread at a time; borrows the tokenizer */
 
