@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import random
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -365,9 +366,13 @@ def mixed_item(r):
 
 # ------------------------------------------------------------------------------------ splits and files
 
+def hash_of(text):
+    return int(hashlib.sha1(text.encode()).hexdigest()[:8], 16)
+
+
 def split_of(prompt):
     """Held-out prompts are chosen by hash, so every generator agrees on them without a stored list."""
-    bucket = int(hashlib.sha1(prompt.encode()).hexdigest()[:8], 16) % 20
+    bucket = hash_of(prompt) % 20
     return ("test", "valid")[bucket] if bucket < 2 else "train"
 
 
@@ -389,8 +394,8 @@ def draw_distinct(task, split, n, seed, keep=lambda item: True):
 
 
 def seen_by_router(item):
-    """About two thirds of the wordings: a router also meets wordings that it was not trained on."""
-    return int(hashlib.sha1(item.template.split(".")[0].encode()).hexdigest()[:8], 16) % 3 > 0
+    """About a third of the wordings: in the tests a router also meets wordings that it was not trained on."""
+    return hash_of("wording/" + item.template.split(".")[0]) % 3 == 0
 
 
 def record(item):
@@ -418,8 +423,9 @@ def command_data(args):
     for split, n in (("test", args.test), ("valid", args.valid)):
         for task in (*TASKS, "mixed"):
             write_jsonl(out / f"{split}_{task}.jsonl", map(record, draw_distinct(task, split, n, args.seed)))
-    router = [{"messages": record(i)["messages"], "task": i.task}
-              for task in TASKS for i in draw_distinct(task, "train", args.router, f"router/{args.seed}", seen_by_router)]
+    router = [item for task in TASKS
+              for item in draw_distinct(task, "train", args.router, f"router/{args.seed}", seen_by_router)]
+    router = [{"messages": record(item)["messages"], "task": item.task} for item in router]
     random.Random(args.seed).shuffle(router)
     write_jsonl(out / "router_train.jsonl", router)
     print(f"{out}: {args.test} test and {args.valid} validation prompts per task, {len(router)} for the router")
@@ -428,17 +434,16 @@ def command_data(args):
 # ------------------------------------------------------------------------------- the pre-training mixture
 
 def register_shares(item):
-    """How often pre-training answers this template in each register: fixed per template, spread by hash.
+    """How often pre-training answers this wording in each register: fixed per wording, spread by hash.
 
-    The base is right (greedily) on a template only if its own register is the most frequent one, which is so
-    for about half of the templates. That, not a lack of skill, is what keeps the base half good.
+    Greedily the base tends to be right where its task's own register is the most frequent one, which is so for
+    less than half of the wordings. That, not a lack of skill, is what keeps the base half good.
     """
-    def u(salt):
-        return int(hashlib.sha1((salt + item.template).encode()).hexdigest()[:8], 16) / 2**32
-    own = 0.1 + (0.45 if item.task == "math" else 0.5) * u("q")
-    s = 0.3 + 0.4 * u("s")
-    first, second = [reg for reg in ("plain", "steps", "code") if reg != OWN[item.task]]
-    return {OWN[item.task]: own, first: (1 - own) * s, second: (1 - own) * (1 - s)}
+    own = OWN[item.task]
+    first, second = [register for register in ("plain", "steps", "code") if register != own]
+    share = 0.1 + (0.45 if item.task == "math" else 0.5) * hash_of("q" + item.template) / 2**32
+    split = 0.3 + 0.4 * hash_of("s" + item.template) / 2**32
+    return {own: share, first: (1 - share) * split, second: (1 - share) * (1 - split)}
 
 
 def copy_doc(r):
@@ -713,7 +718,8 @@ def fit(model, tok, doc_at, steps, lr, floor, warmup, decay, log, checkpoint=Non
         opt.step()
         shown.append(loss.item())
         if (step + 1) % 50 == 0 or step + 1 == steps:
-            print(f"{log} step {step + 1}/{steps} loss {sum(shown) / len(shown):.4f} {time.time() - began:.0f} s", flush=True)
+            mean, seconds = sum(shown) / len(shown), time.time() - began
+            print(f"{log} step {step + 1}/{steps} loss {mean:.4f} {seconds:.0f} s", flush=True)
             shown = []
         if checkpoint and (step + 1) % 500 == 0:
             checkpoint()
@@ -799,18 +805,16 @@ def evaluate(models, n, seed):
         return score(build_model(state), tok, tests if only is None else {only: tests[only]})
 
     def row(name, result):
-        lines.append(f"| {name} | " + " | ".join(f"{result[t]:.1f}" if t in result else "" for t in tests) + " |")
-        print(lines[-1], flush=True)
+        cells = ["{:.1f} ({:.0f}-{:.0f})".format(result[t], *wilson(result[t], n)) if t in result else "" for t in tests]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        print(lines[-1], file=sys.stderr, flush=True)
 
     def own(name, change):
         row(name, {t: run(change(deltas[t]), t)[t] for t in TASKS})
 
-    print("\n".join(lines), flush=True)
-    row("base", result := run({}))
-    cells = [f"base {t} {result[t]:.1f} [{wilson(result[t], n)[0]:.1f}, {wilson(result[t], n)[1]:.1f}]" for t in tests]
+    row("base", run({}))
     for t in TASKS:
-        row(f"{t} expert", result := run(deltas[t]))
-        cells.append(f"{t} expert {result[t]:.1f} [{wilson(result[t], n)[0]:.1f}, {wilson(result[t], n)[1]:.1f}]")
+        row(f"{t} expert", run(deltas[t]))
     for t in TASKS:
         row(f"{t} expert, 1-bit linear, alpha per row", run({k: one_bit(deltas[t][k]) for k in linear}))
     own("linear deltas dropped, own task", lambda d: {k: v for k, v in d.items() if k not in linear})
@@ -819,14 +823,14 @@ def evaluate(models, n, seed):
     for lam in (0.3, 0.5, 1.0):
         row(f"task arithmetic, lambda {lam}", run({k: lam * sum(deltas[t][k] for t in TASKS) for k in base}))
 
-    def norm(names, source):
-        return math.sqrt(sum(float(source[k].square().sum()) for k in names))
-
-    lines += ["", f"{n} distinct test prompts per task, greedy decoding. 95 % intervals (Wilson): " + "; ".join(cells) + ".",
+    lines += ["", f"Right answers in % (95 % Wilson interval); {n} distinct test prompts per task, greedy decoding, f32.",
               "", "| relative norm of the deltas, % | chat | math | code |", "|---|---|---|---|"]
     for group, part in (("attention", "self_attn"), ("mlp", ".mlp."), ("embedding", "embed"), ("norms", "norm")):
-        names = [k for k in base if part in k]
-        lines.append(f"| {group} | " + " | ".join(f"{100 * norm(names, deltas[t]) / norm(names, base):.2f}" for t in TASKS) + " |")
+        cells = []
+        for t in TASKS:
+            moved, size = (sum(float(x[k].square().sum()) for k in base if part in k) for x in (deltas[t], base))
+            cells.append(f"{100 * math.sqrt(moved / size):.2f}")
+        lines.append(f"| {group} | " + " | ".join(cells) + " |")
     return lines
 
 
