@@ -78,8 +78,8 @@ static size_t held_out_of(size_t n, double holdout) {
 }
 
 /* Task by task: shuffled by (seed, task), the first share is held out.  train and held: room for n each. */
-static void split_task(const uint32_t *label, size_t n, uint32_t task, const obm__split_options *o, uint32_t *scratch,
-                       obm__split *s) {
+static void split_task(const uint32_t *label, size_t n, uint32_t task, const obm__holdout_options *o, uint32_t *scratch,
+                       obm__holdout *s) {
     size_t count = 0;
     uint64_t state = o->seed + task * 0x9e3779b97f4a7c15u;
     for (size_t i = 0; i < n; i++) {
@@ -93,11 +93,11 @@ static void split_task(const uint32_t *label, size_t n, uint32_t task, const obm
     }
 }
 
-obm_status obm__split_new(const uint32_t *label, size_t n, size_t tasks, const obm__split_options *o, obm__split *out, obm_error *err) {
-    obm__split s = {.train = obm__calloc(n, sizeof *s.train), .held = obm__calloc(n, sizeof *s.held)};
+obm_status obm__holdout_new(const uint32_t *label, size_t n, size_t tasks, const obm__holdout_options *o, obm__holdout *out, obm_error *err) {
+    obm__holdout s = {.train = obm__calloc(n, sizeof *s.train), .held = obm__calloc(n, sizeof *s.held)};
     uint32_t *scratch = obm__calloc(n, sizeof *scratch);
     if (!s.train || !s.held || !scratch) {
-        obm__split_clear(&s);
+        obm__holdout_clear(&s);
         obm_free(scratch);
         return obm__fail_nomem(err, n * sizeof *scratch);
     }
@@ -107,10 +107,10 @@ obm_status obm__split_new(const uint32_t *label, size_t n, size_t tasks, const o
     return OBM_OK;
 }
 
-void obm__split_clear(obm__split *s) {
+void obm__holdout_clear(obm__holdout *s) {
     obm_free(s->train);
     obm_free(s->held);
-    *s = (obm__split){0};
+    *s = (obm__holdout){0};
 }
 
 /* ---- the report ---- */
@@ -136,7 +136,7 @@ static double calibration_error(const calibration *c, size_t n) {
     return n ? sum / (double)n : 0;
 }
 
-void obm__router_measure(const obm__router *r, const float *features, const uint32_t *label, const obm__split *s,
+void obm__router_measure(const obm__router *r, const float *features, const uint32_t *label, const obm__holdout *s,
                          obm_router_report *out) {
     calibration c = {{0}, {0}, {0}};
     double probabilities[OBM_MAX_REPORT_TASKS];
@@ -158,21 +158,21 @@ void obm__router_measure(const obm__router *r, const float *features, const uint
 obm_status obm__router_fit(obm_context *ctx, const float *features, int64_t width, const uint32_t *label, size_t n, size_t tasks,
                            int layer, const obm_router_options *options, obm__router **out, obm_error *err) {
     double l2 = OBM_OPT(options, obm_router_options, l2, 0), holdout = OBM_OPT(options, obm_router_options, holdout, 0);
-    obm__split_options how = {holdout == 0 ? DEFAULT_HOLDOUT : holdout, OBM_OPT(options, obm_router_options, seed, 0)};
+    obm__holdout_options how = {holdout == 0 ? DEFAULT_HOLDOUT : holdout, OBM_OPT(options, obm_router_options, seed, 0)};
     obm__regression_options o = {l2 == 0 ? DEFAULT_L2 : l2, OBM_OPT(options, obm_router_options, progress, NULL),
                                  OBM_OPT(options, obm_router_options, progress_user, NULL)};
     obm__router *r = NULL;
-    obm__split split = {0};
+    obm__holdout split = {0};
     OBM_TRY(router_alloc(width, tasks, &r, err));
     r->layer = layer;
-    obm_status status = obm__split_new(label, n, tasks, &how, &split, err);
+    obm_status status = obm__holdout_new(label, n, tasks, &how, &split, err);
     if (status == OBM_OK) {
         obm__examples e = {features, label, split.train, split.n_train, (size_t)width, tasks};
         obm__standardise(&e, r->mean, r->scale);
         status = obm__regression_fit(ctx, &e, r->mean, r->scale, &o, r->weight, r->bias, err);
     }
     if (status == OBM_OK) obm__router_measure(r, features, label, &split, &r->report);
-    obm__split_clear(&split);
+    obm__holdout_clear(&split);
     if (status == OBM_OK) *out = r;
     else obm__router_free(r);
     return status;

@@ -32,12 +32,12 @@ size_t obm__router_argmax(const double *probabilities, size_t tasks);   /* the f
 /* ---- training (router.c) ---- */
 
 /* Stratified by task, deterministic in the seed; at least one example of each task on either side.  Rows of the data. */
-typedef struct obm__split_options { double holdout; uint64_t seed; } obm__split_options;
-typedef struct obm__split { uint32_t *train, *held; size_t n_train, n_held; } obm__split;
-obm_status obm__split_new(const uint32_t *label, size_t n, size_t tasks, const obm__split_options *o, obm__split *out, obm_error *err);
-void obm__split_clear(obm__split *s);
+typedef struct obm__holdout_options { double holdout; uint64_t seed; } obm__holdout_options;
+typedef struct obm__holdout { uint32_t *train, *held; size_t n_train, n_held; } obm__holdout;
+obm_status obm__holdout_new(const uint32_t *label, size_t n, size_t tasks, const obm__holdout_options *o, obm__holdout *out, obm_error *err);
+void obm__holdout_clear(obm__holdout *s);
 /* Accuracy, confusion and calibration of the held-out rows. */
-void obm__router_measure(const obm__router *r, const float *features, const uint32_t *label, const obm__split *s, obm_router_report *out);
+void obm__router_measure(const obm__router *r, const float *features, const uint32_t *label, const obm__holdout *s, obm_router_report *out);
 /* Everything of obm_router_train that comes after the features, (n, width), and before the pack.  options as there. */
 obm_status obm__router_fit(obm_context *ctx, const float *features, int64_t width, const uint32_t *label, size_t n, size_t tasks,
                            int layer, const obm_router_options *options, obm__router **out, obm_error *err);
