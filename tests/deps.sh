@@ -2,7 +2,7 @@
 #   need_packages PACKAGE...   Debian packages
 #   need_python VENV           a virtual environment with CPython >= 3.11
 
-BUILD_PACKAGES="build-essential cmake pkg-config libopenblas-dev libhwloc-dev libjansson-dev libpcre2-dev libyaml-dev libxxhash-dev
+BUILD_PACKAGES="build-essential cmake pkg-config libopenblas-dev libhwloc-dev libjansson-dev libpcre2-dev libutf8proc-dev libyaml-dev libxxhash-dev
 python3-dev python3-venv"
 LUA_PACKAGES="lua5.4 liblua5.4-dev"
 TEST_PACKAGES="libcmocka-dev lua-busted luarocks lua-check"

@@ -101,7 +101,7 @@ static obm_status load_merge(obm__bpe *m, const obm_json *merge, size_t rank, ob
 
 static obm_status load_merges(obm__bpe *m, const obm_json *merges, const char *where, obm_error *err) {
     size_t n = obm__json_size(merges), capacity = 16;
-    if (obm__json_kind(merges) != OBM_JSON_ARRAY) return obm__fail(err, OBM_E_FORMAT, "%s: model.merges is not an array", where);
+    if (!merges || obm__json_kind(merges) != OBM_JSON_ARRAY) return obm__fail(err, OBM_E_FORMAT, "%s: model.merges is not an array", where);
     if (n >= INT32_MAX) return obm__fail(err, OBM_E_FORMAT, "%s: %zu merges are too many", where, n);
     while (capacity < 2 * n) capacity *= 2;
     m->merges = obm__alloc(capacity, sizeof *m->merges);

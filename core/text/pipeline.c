@@ -22,6 +22,8 @@ static const char *type_of(const obm_json *part) {
 
 static bool is_null(const obm_json *v) { return !v || obm__json_kind(v) == OBM_JSON_NULL; }
 
+static bool is_array(const obm_json *v) { return v && obm__json_kind(v) == OBM_JSON_ARRAY; }
+
 static obm_status unsupported(const loader *l, const char *part, const char *type, const char *known) {
     return obm__fail(l->err, OBM_E_UNSUPPORTED, "%s: %s of type %.64s is not supported (%s)", l->where, part, type, known);
 }
@@ -32,7 +34,7 @@ typedef obm_status (*part_fn)(loader *l, const obm_json *part, int depth);
 static obm_status each(loader *l, const obm_json *sequence, const char *key, int depth, part_fn fn) {
     const obm_json *parts = obm__json_get(sequence, key);
     if (depth >= MAX_DEPTH) return obm__fail(l->err, OBM_E_UNSUPPORTED, "%s: Sequence nested more than %d deep", l->where, MAX_DEPTH);
-    if (obm__json_kind(parts) != OBM_JSON_ARRAY) return obm__fail(l->err, OBM_E_FORMAT, "%s: a Sequence has no \"%s\" array", l->where, key);
+    if (!is_array(parts)) return obm__fail(l->err, OBM_E_FORMAT, "%s: a Sequence has no \"%s\" array", l->where, key);
     for (size_t i = 0; i < obm__json_size(parts); i++) OBM_TRY(fn(l, obm__json_at(parts, i), depth + 1));
     return OBM_OK;
 }
@@ -131,7 +133,7 @@ static obm_status grow_ids(loader *l, int32_t **ids, size_t n) {
 /* Appends the ids of special token `name`. */
 static obm_status special_ids(loader *l, const obm_json *processor, const char *name, int32_t **ids, size_t *n) {
     const obm_json *values = obm__json_get(obm__json_get(obm__json_get(processor, "special_tokens"), name), "ids");
-    if (obm__json_kind(values) != OBM_JSON_ARRAY) {
+    if (!is_array(values)) {
         return obm__fail(l->err, OBM_E_FORMAT, "%s: post_processor uses special token \"%.64s\" without ids", l->where, name);
     }
     for (size_t i = 0; i < obm__json_size(values); i++) {
@@ -164,7 +166,7 @@ static obm_status load_template(loader *l, const obm_json *part) {
     size_t n[2] = {0, 0};
     int side = 0;
     obm_status status = OBM_OK;
-    if (obm__json_kind(single) != OBM_JSON_ARRAY) return obm__fail(l->err, OBM_E_FORMAT, "%s: TemplateProcessing has no \"single\" array", l->where);
+    if (!is_array(single)) return obm__fail(l->err, OBM_E_FORMAT, "%s: TemplateProcessing has no \"single\" array", l->where);
     for (size_t i = 0; i < obm__json_size(single); i++) {
         const obm_json *piece = obm__json_at(single, i);
         const char *name = obm__json_string(obm__json_get(obm__json_get(piece, "SpecialToken"), "id"));

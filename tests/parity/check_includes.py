@@ -30,6 +30,7 @@ ONE_PLACE = {
     "lapacke.h": (["core/sys/blas.c"], CORE),
     "pthread.h": (["core/sys/threads.c"], CORE),
     "pcre2.h": (["core/text/regex.c"], CORE),
+    "utf8proc.h": (["core/text/unicode.c"], CORE),
     "yaml.h": (["core/merge/yaml.c"], CORE),
     "immintrin.h": (["kernels/"], EVERYWHERE),
     "arm_neon.h": (["kernels/"], EVERYWHERE),
