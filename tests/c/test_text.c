@@ -1,6 +1,7 @@
 /* Text: the vectors of the tokenizers package, decoding in pieces, regexes that hang or differ, hostile files, chat templates. */
 #include "io/io.h"
 #include "text/stream.h"
+#include "text/text.h"
 
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,5 +1,6 @@
 /* Bytes as a tokenizer.json: refused with a message, or opened and then able to encode and decode without a crash or a hang. */
 #include "text/stream.h"
+#include "text/text.h"
 
 #include <stdlib.h>
 #include <string.h>
