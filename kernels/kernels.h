@@ -8,7 +8,7 @@
  *
  * NaN and Inf: conversions pass them on; sign_pack treats NaN as bit 0 (callers refuse non-finite values before).  Where
  * arithmetic meets NaN operands, which payload comes out is open.
- * Pointers need no alignment beyond their element's unless stated.  n may be 0.  Inputs and outputs must not overlap
+ * Inputs need no alignment (tensors of mapped files may have none), outputs that of their element.  n may be 0.  Inputs and outputs must not overlap
  * unless stated.
  */
 #ifndef OBM_KERNELS_H

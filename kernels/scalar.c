@@ -16,6 +16,19 @@ static float from_bits(uint32_t u) {
     return x;
 }
 
+/* Inputs may lie anywhere: tensors of mapped files need not be aligned. */
+static uint16_t half_at(const uint16_t *p) {
+    uint16_t h;
+    memcpy(&h, p, sizeof h);
+    return h;
+}
+
+static float float_at(const float *p) {
+    float x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
 static float widen_bf16(uint16_t h) { return from_bits((uint32_t)h << 16); }
 
 /* A NaN comes out quiet, as vcvtph2ps and fcvt do. */
@@ -48,60 +61,60 @@ static uint16_t narrow_f16(float x) {
 }
 
 void obm__scalar_bf16_to_f32(float *dst, const uint16_t *src, size_t n) {
-    for (size_t i = 0; i < n; i++) dst[i] = widen_bf16(src[i]);
+    for (size_t i = 0; i < n; i++) dst[i] = widen_bf16(half_at(src + i));
 }
 
 void obm__scalar_f16_to_f32(float *dst, const uint16_t *src, size_t n) {
-    for (size_t i = 0; i < n; i++) dst[i] = widen_f16(src[i]);
+    for (size_t i = 0; i < n; i++) dst[i] = widen_f16(half_at(src + i));
 }
 
 void obm__scalar_f32_to_bf16(uint16_t *dst, const float *src, size_t n) {
-    for (size_t i = 0; i < n; i++) dst[i] = narrow_bf16(src[i]);
+    for (size_t i = 0; i < n; i++) dst[i] = narrow_bf16(float_at(src + i));
 }
 
 void obm__scalar_f32_to_f16(uint16_t *dst, const float *src, size_t n) {
-    for (size_t i = 0; i < n; i++) dst[i] = narrow_f16(src[i]);
+    for (size_t i = 0; i < n; i++) dst[i] = narrow_f16(float_at(src + i));
 }
 
 void obm__scalar_sub_f32(float *d, const float *a, const float *b, size_t n) {
-    for (size_t i = 0; i < n; i++) d[i] = a[i] - b[i];
+    for (size_t i = 0; i < n; i++) d[i] = float_at(a + i) - float_at(b + i);
 }
 
 void obm__scalar_axpy_f32(float *y, float a, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
-        float product = a * x[i];
+        float product = a * float_at(x + i);
         y[i] += product;
     }
 }
 
 size_t obm__scalar_find_nonfinite(const float *x, size_t n) {
     size_t i = 0;
-    while (i < n && (bits_of(x[i]) & 0x7fffffff) < 0x7f800000) i++;
+    while (i < n && (bits_of(float_at(x + i)) & 0x7fffffff) < 0x7f800000) i++;
     return i;
 }
 
 double obm__scalar_abs_sum(const float *x, size_t n) {
     double lane[16] = {0};
-    for (size_t i = 0; i < n; i++) lane[i % 16] += fabs((double)x[i]);
+    for (size_t i = 0; i < n; i++) lane[i % 16] += fabs((double)float_at(x + i));
     return obm__lane_sum(lane);
 }
 
 double obm__scalar_dot(const float *x, const float *y, size_t n) {
     double lane[16] = {0};
-    for (size_t i = 0; i < n; i++) lane[i % 16] += (double)x[i] * (double)y[i];
+    for (size_t i = 0; i < n; i++) lane[i % 16] += (double)float_at(x + i) * (double)float_at(y + i);
     return obm__lane_sum(lane);
 }
 
 size_t obm__scalar_count_zero(const float *x, size_t n) {
     size_t count = 0;
-    for (size_t i = 0; i < n; i++) count += x[i] == 0;
+    for (size_t i = 0; i < n; i++) count += float_at(x + i) == 0;
     return count;
 }
 
 void obm__scalar_sign_pack(uint8_t *bits, const float *d, size_t n) {
     for (size_t byte = 0; byte < n / 8 + (n % 8 != 0); byte++) {
         unsigned value = 0;
-        for (size_t i = byte * 8; i < n && i < byte * 8 + 8; i++) value |= (unsigned)(d[i] >= 0) << i % 8;
+        for (size_t i = byte * 8; i < n && i < byte * 8 + 8; i++) value |= (unsigned)(float_at(d + i) >= 0) << i % 8;
         bits[byte] = (uint8_t)value;
     }
 }
@@ -111,24 +124,27 @@ void obm__scalar_sign_axpy(float *y, const uint8_t *bits, float alpha, size_t n)
 }
 
 void obm__scalar_magnitude_histogram(uint32_t *histogram, const float *x, size_t n) {
-    for (size_t i = 0; i < n; i++) histogram[bits_of(x[i]) >> 16 & 0x7fff]++;
+    for (size_t i = 0; i < n; i++) histogram[bits_of(float_at(x + i)) >> 16 & 0x7fff]++;
 }
 
+static float widen_bf16_at(const uint16_t *p) { return widen_bf16(half_at(p)); }
+static float widen_f16_at(const uint16_t *p) { return widen_f16(half_at(p)); }
+
 /* Eight lanes, so that the rounding error grows with n / 8 and a compiler can use whatever vectors the baseline has. */
-#define ROWS(name, type, widen)                                                                               \
+#define ROWS(name, type, at)                                                                                  \
     void name(float *y, const type *w, size_t ld, size_t rows, const float *x, size_t n) {                    \
         for (size_t r = 0; r < rows; r++) {                                                                   \
             float lane[8] = {0};                                                                              \
             size_t j = 0;                                                                                     \
             for (; j + 8 <= n; j += 8)                                                                        \
-                for (int l = 0; l < 8; l++) lane[l] += widen(w[r * ld + j + (size_t)l]) * x[j + (size_t)l];   \
-            for (; j < n; j++) lane[j % 8] += widen(w[r * ld + j]) * x[j];                                    \
+                for (size_t l = 0; l < 8; l++) lane[l] += at(w + r * ld + j + l) * float_at(x + j + l);       \
+            for (; j < n; j++) lane[j % 8] += at(w + r * ld + j) * float_at(x + j);                           \
             y[r] = ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7])); \
         }                                                                                                     \
     }
-ROWS(obm__scalar_rows_bf16, uint16_t, widen_bf16)
-ROWS(obm__scalar_rows_f16, uint16_t, widen_f16)
-ROWS(obm__scalar_rows_f32, float, )
+ROWS(obm__scalar_rows_bf16, uint16_t, widen_bf16_at)
+ROWS(obm__scalar_rows_f16, uint16_t, widen_f16_at)
+ROWS(obm__scalar_rows_f32, float, float_at)
 
 const obm_kernels obm__kernels_scalar = {
     .isa = "scalar",

@@ -101,7 +101,9 @@ FN static double NAME(abs_sum)(const float *x, size_t n) {
 #define X(k) STORE_D(lane + k * DL, sum##k);
     EACH_D(X)
 #undef X
-    for (size_t j = 0; i + j < n; j++) lane[j] += fabs((double)x[i + j]);
+    float end[16] = {0};
+    memcpy(end, x + i, (n - i) * sizeof *x);
+    for (size_t j = 0; i + j < n; j++) lane[j] += fabs((double)end[j]);
     return obm__lane_sum(lane);
 }
 
@@ -119,8 +121,11 @@ FN static double NAME(dot)(const float *x, const float *y, size_t n) {
 #define X(k) STORE_D(lane + k * DL, sum##k);
     EACH_D(X)
 #undef X
+    float end_x[16] = {0}, end_y[16] = {0};
+    memcpy(end_x, x + i, (n - i) * sizeof *x);
+    memcpy(end_y, y + i, (n - i) * sizeof *y);
     for (size_t j = 0; i + j < n; j++) {
-        double product = (double)x[i + j] * (double)y[i + j];
+        double product = (double)end_x[j] * (double)end_y[j];
         lane[j] += product;
     }
     return obm__lane_sum(lane);
