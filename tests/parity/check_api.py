@@ -116,8 +116,7 @@ def check_methods_documented():
     """Every merge method of the registry is named in the README."""
     readme = read("README.md")
     for path in sorted((ROOT / "core/merge").glob("*.c")):
-        for name in re.findall(r"\.info\.name = \"(\w+)\"|\.name = \"(\w+)\", \.doc", path.read_text(encoding="utf-8")):
-            name = name[0] or name[1]
+        for name in re.findall(r"\.info = \{\"(\w+)\"", path.read_text(encoding="utf-8")):
             if f"`{name}`" not in readme:
                 problems.append(f"merge method {name} is not in README.md")
 
