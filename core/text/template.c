@@ -115,8 +115,28 @@ static obm_status load_from(obm__chat *c, const char *directory, const char *nam
     return status;
 }
 
+/* A token is its text, or {"content": text, ...}. */
+static bool copy_token(const obm_json *value, char **out) {
+    const char *text = obm__json_string(value);
+    if (!text) text = obm__json_string(obm__json_get(value, "content"));
+    return !text || (*out = obm__strdup(text)) != NULL;
+}
+
+static obm_status load_tokens(obm__chat *c, const char *directory, obm_error *err) {
+    char *path = obm__path_join(directory, "tokenizer_config.json");
+    if (!path) return obm__fail_nomem(err, strlen(directory));
+    obm_json *config = NULL;
+    obm_status status = obm__file_exists(path) ? obm__json_load(path, &config, err) : OBM_OK;
+    obm_free(path);
+    if (config && !(copy_token(obm__json_get(config, "bos_token"), &c->bos) && copy_token(obm__json_get(config, "eos_token"), &c->eos)))
+        status = obm__fail_nomem(err, 0);
+    obm__json_free(config);
+    return status;
+}
+
 /* The file of its own wins, as in transformers. */
 obm_status obm__chat_load(obm__chat *c, const char *directory, obm_error *err) {
+    OBM_TRY(load_tokens(c, directory, err));
     OBM_TRY(load_from(c, directory, "chat_template.jinja", load_jinja, err));
     OBM_TRY(load_from(c, directory, "tokenizer_config.json", load_config, err));
     return c->source ? obm__chat_use(c, err) : OBM_OK;
@@ -126,6 +146,8 @@ void obm__chat_free(obm__chat *c) {
     obm_free(c->source);
     obm_free(c->name);
     obm_free(c->system);
+    obm_free(c->bos);
+    obm_free(c->eos);
     *c = (obm__chat){0};
 }
 

@@ -140,11 +140,12 @@ void obm__pipeline_free(obm__pipeline *p);
 typedef struct obm__chat {
     char *source;            /* the Jinja text, NULL without */
     char *name;              /* of where it came from, for messages */
+    char *bos, *eos;         /* bos_token and eos_token of tokenizer_config.json, NULL without */
     char *system;            /* what the template says when no system message comes first, NULL: nothing */
     bool chatml;
     const char *obstacle;    /* why the built-in cannot stand in for it; static, NULL if it can */
 } obm__chat;
-/* Reads chat_template.jinja or tokenizer_config.json in `directory`; neither is fine. */
+/* Reads chat_template.jinja and tokenizer_config.json in `directory`; neither is fine. */
 obm_status obm__chat_load(obm__chat *c, const char *directory, obm_error *err);
 obm_status obm__chat_use(obm__chat *c, obm_error *err);   /* recognises c->source */
 void obm__chat_free(obm__chat *c);

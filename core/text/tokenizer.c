@@ -332,3 +332,5 @@ done:
 /* ---- chat ---- */
 
 const char *obm_tokenizer_template(const obm_tokenizer *t) { return t->chat.source; }
+const char *obm_tokenizer_bos(const obm_tokenizer *t) { return t->chat.bos; }
+const char *obm_tokenizer_eos(const obm_tokenizer *t) { return t->chat.eos; }
