@@ -42,42 +42,41 @@ typedef struct vector_case {
     obm_param params[MAX_PARAMS];
     char param_names[MAX_PARAMS][32];
     size_t n_params, n_models;
-    obm_tensor base, models[MAX_MODELS];
+    obm_tensor shape, base, models[MAX_MODELS];
     void *buffers[MAX_MODELS + 1];
     size_t n_buffers;
 } vector_case;
 
+/* "bf16 0x1.8p-3 ..." in the case's shape. */
 static obm_tensor read_tensor(vector_case *c, char *text) {
-    obm_tensor t = {0};
-    char *save, *dtype = strtok_r(text, " ", &save), *shape = strtok_r(NULL, " ", &save);
-    t.dtype = !strcmp(dtype, "f32") ? OBM_F32 : !strcmp(dtype, "bf16") ? OBM_BF16 : OBM_F16;
-    for (char *p = shape; *p; p += *p == 'x') t.shape[t.ndim++] = strtol(p, &p, 10);
-    size_t count = (size_t)obm_tensor_count(&t), size = obm_dtype_size(t.dtype);
-    char *data = malloc(count * size);
-    for (size_t i = 0; i < count; i++) {
-        uint32_t u = (uint32_t)strtoul(strtok_r(NULL, " \n", &save), NULL, 16);
-        memcpy(data + i * size, &u, size);
-    }
+    obm_tensor t = c->shape;
+    char *end = strchr(text, ' ');
+    *end++ = 0;
+    t.dtype = !strcmp(text, "f32") ? OBM_F32 : !strcmp(text, "bf16") ? OBM_BF16 : OBM_F16;
+    size_t count = (size_t)obm_tensor_count(&t);
+    float *x = malloc(count * sizeof *x);
+    void *data = malloc(count * sizeof *x);
+    for (size_t i = 0; i < count; i++) x[i] = strtof(end, &end);
+    obm__narrow(obm_kernels_find("scalar"), t.dtype, x, (int64_t)count, data);
+    free(x);
     t.data = data;
     c->buffers[c->n_buffers++] = data;
     return t;
 }
 
 static void check_case(obm_context *ctx, vector_case *c, char *expected) {
-    char *tol = strstr(expected, " tol ");
-    bool exact = !strncmp(tol + 5, "exact", 5);
-    double bound = exact ? 0 : strtod(tol + 9, NULL);
-    *tol = 0;
-    obm_tensor want = read_tensor(c, expected + strlen("merged "));
-    size_t n = (size_t)obm_tensor_count(&want);
+    bool exact = !strncmp(expected, "exact", 5);
+    double bound = strtod(expected, NULL);
+    char *end = strchr(expected, ' ');
+    size_t n = (size_t)obm_tensor_count(&c->shape);
     float *got = malloc(n * sizeof *got);
     obm_error err;
     if (obm_merge_tensors(ctx, c->method, c->profile, c->base.data ? &c->base : NULL, c->models, c->n_models, c->params,
                           c->n_params, c->seed, got, &err) != OBM_OK)
         fail_msg("%s: %s", c->name, err.message);
     for (size_t i = 0; i < n; i++) {
-        float w = ((const float *)want.data)[i];
-        if (exact ? memcmp(&w, &got[i], 4) && !(w == 0 && got[i] == 0) : !(fabs((double)w - got[i]) <= bound))
+        float w = strtof(end, &end);
+        if (exact ? w != got[i] : !(fabs((double)w - got[i]) <= bound))
             fail_msg("%s: element %zu is %.9g, expected %.9g", c->name, i, got[i], w);
     }
     free(got);
@@ -102,11 +101,13 @@ static void case_line(obm_context *ctx, vector_case *c, char *line, size_t *done
         obm_param *p = &c->params[c->n_params];
         p->name = c->param_names[c->n_params];
         assert_int_equal(sscanf(rest, "%31s %d %lf", c->param_names[c->n_params++], &p->model, &p->value), 3);
-    } else if (!strcmp(line, "in") && !strncmp(rest, "base ", 5)) {
-        c->base = read_tensor(c, rest + 5);
-    } else if (!strcmp(line, "in")) {
-        c->models[c->n_models++] = read_tensor(c, rest + strlen("model "));
-    } else if (!strcmp(line, "out")) {
+    } else if (!strcmp(line, "shape")) {
+        for (char *p = rest; *p; p += *p == ' ') c->shape.shape[c->shape.ndim++] = strtol(p, &p, 10);
+    } else if (!strcmp(line, "base")) {
+        c->base = read_tensor(c, rest);
+    } else if (!strcmp(line, "model")) {
+        c->models[c->n_models++] = read_tensor(c, rest);
+    } else if (!strcmp(line, "merged")) {
         check_case(ctx, c, rest);
         ++*done;
     }
@@ -335,6 +336,42 @@ static void test_model_scope(void **state) {
     }
 }
 
+/* Cutting one long tensor into two changes nothing under model scope; the whole crosses a span. */
+static void test_spans(void **state) {
+    (void)state;
+    enum { N = (1 << 22) + 5000, CUT = 3 * OBM_MERGE_BLOCK + 17 };
+    obm_context *ctx = new_context(2);
+    float *base = calloc(N, sizeof *base), *x = malloc(N * sizeof *x), *whole = malloc(N * sizeof *x),
+          *parts = malloc(N * sizeof *x);
+    rng_state = 21;
+    for (size_t j = 0; j < N; j++) x[j] = (float)(int)(uniform() * 40) / 8;
+    const obm_param params[] = {{"weight", 0, 1}, {"density", 0, 0.45}, {"scope", -1, 1}};
+    obm__steps steps;
+    assert_int_equal(obm__steps_new(&obm__method_ties, OBM_PROFILE_MERGEKIT, 1, params, 3, 0, &steps, NULL), OBM_OK);
+    const size_t at[] = {0, 0, CUT}, count[] = {N, CUT, N - CUT};
+    obm_tensor b[3], m[3];
+    obm__group g[3];
+    for (int i = 0; i < 3; i++) {
+        b[i] = vector_f32(base + at[i], count[i]);
+        m[i] = vector_f32(x + at[i], count[i]);
+        g[i] = (obm__group){.name = "t", .base = &b[i], .models = &m[i], .count = count[i], .steps = &steps};
+    }
+    obm__run run = {.ctx = ctx};
+    assert_int_equal(obm__statistics(&run, g, 1, NULL), OBM_OK);
+    assert_int_equal(obm__statistics(&run, g + 1, 2, NULL), OBM_OK);
+    for (int i = 0; i < 3; i++) {
+        assert_int_equal(obm__group_run(&run, &g[i], 0, count[i], OBM_F32, (i ? parts : whole) + at[i], NULL), OBM_OK);
+        obm__group_clear(&g[i]);
+    }
+    size_t kept = 0;
+    for (size_t j = 0; j < N; j++) kept += whole[j] != 0;
+    assert_int_equal(kept, (size_t)(0.45 * N)); /* more than that are not zero, so the cut decides */
+    assert_memory_equal(whole, parts, N * sizeof *x);
+    obm__steps_free(&steps);
+    free(base), free(x), free(whole), free(parts);
+    obm_context_free(ctx);
+}
+
 /* ---- properties ---- */
 
 #define BIG 100003
@@ -494,10 +531,15 @@ static void test_errors(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_vectors),       cmocka_unit_test(test_vector_coverage),
-        cmocka_unit_test(test_golden),        cmocka_unit_test(test_model_scope),
-        cmocka_unit_test(test_threads_agree), cmocka_unit_test(test_dare_mask),
-        cmocka_unit_test(test_dare_values),   cmocka_unit_test(test_half_deltas_are_rounded),
+        cmocka_unit_test(test_vectors),
+        cmocka_unit_test(test_vector_coverage),
+        cmocka_unit_test(test_golden),
+        cmocka_unit_test(test_model_scope),
+        cmocka_unit_test(test_spans),
+        cmocka_unit_test(test_threads_agree),
+        cmocka_unit_test(test_dare_mask),
+        cmocka_unit_test(test_dare_values),
+        cmocka_unit_test(test_half_deltas_are_rounded),
         cmocka_unit_test(test_errors),
     };
     return cmocka_run_group_tests_name("merge", tests, NULL, NULL);

@@ -38,12 +38,12 @@ def f16(x):
 ROUND = {"f32": f32, "bf16": bf16, "f16": f16}
 
 
-def hex_of(dtype, x):
-    if dtype == "f32":
-        return "%08x" % bits32(x)
-    if dtype == "bf16":
-        return "%04x" % (bits32(x) >> 16)
-    return "%04x" % struct.unpack("<H", struct.pack("<e", x))[0]
+def word(x):
+    """C99 hexadecimal float, without trailing zeros."""
+    mantissa, exponent = float(x).hex().split("p")
+    if "." in mantissa:
+        mantissa = mantissa.rstrip("0").rstrip(".")
+    return ("-0" if math.copysign(1, x) < 0 else "0") if x == 0 else f"{mantissa}p{exponent}"
 
 
 # ---- random masks: the algorithm stated in core/merge/random.c ----
@@ -178,9 +178,9 @@ def tensors(seed, shape, n, dtype, steps):
     return [ROUND[dtype](b) for b in base], [[ROUND[dtype](x) for x in m] for m in models]
 
 
-def case(name, method, shape=(4, 6), n=3, dtype="f32", profile="mergekit", seed=0, steps=None, tol="exact", data=1, **params):
+def case(name, method, shape=(4, 6), n=3, dtype="f32", profile="mergekit", seed=0, steps=None, tolerance="exact", data=1, **params):
     base, models = tensors(data, shape, n, dtype, steps)
-    return dict(name=name, method=method, shape=shape, dtype=dtype, profile=profile, seed=seed, tol=tol, params=params,
+    return dict(name=name, method=method, shape=shape, dtype=dtype, profile=profile, seed=seed, tolerance=tolerance, params=params,
                 base=None if method == "linear" else base, models=models)
 
 
@@ -209,13 +209,13 @@ CASES = [
     case("ties/negative-weight", "ties", weight=[0.5, -0.3, 0.7], density=[0.5] * 3, normalize=0),
     case("ties/negative-weight-normalised", "ties", weight=[0.5, -0.3, 0.7], density=[0.5] * 3),
     case("ties/lambda", "ties", weight=[1.0] * 3, density=[0.3] * 3, **{"lambda": 0.6}),
-    case("ties/rescale", "ties", weight=[1.0] * 3, density=[0.3] * 3, rescale=1, tol="abs 1e-6"),
+    case("ties/rescale", "ties", weight=[1.0] * 3, density=[0.3] * 3, rescale=1, tolerance="0x1p-20"),
     case("ties/bf16", "ties", shape=(9, 11), dtype="bf16", weight=W, density=[0.4] * 3, data=10),
     case("ties/bf16-paper", "ties", shape=(9, 11), dtype="bf16", profile="paper", weight=W, density=[0.4] * 3, data=10),
     case("ties/weights-outside-the-election", "ties", shape=(9, 11), profile="paper", weight=[3.0, 0.1, 0.1], density=[0.4] * 3, data=11),
     case("dare_linear/density-0.5", "dare_linear", shape=(8, 9), weight=W, density=[0.5] * 3, seed=42, data=12),
     case("dare_linear/no-rescale", "dare_linear", shape=(8, 9), weight=W, density=[0.5] * 3, seed=42, rescale=0, data=12),
-    case("dare_linear/rescale-l1", "dare_linear", shape=(8, 9), weight=W, density=[0.5] * 3, seed=42, rescale_l1=1, tol="abs 1e-6", data=12),
+    case("dare_linear/rescale-l1", "dare_linear", shape=(8, 9), weight=W, density=[0.5] * 3, seed=42, rescale_l1=1, tolerance="0x1p-20", data=12),
     case("dare_linear/bf16", "dare_linear", shape=(8, 9), dtype="bf16", weight=W, density=[0.1, 0.5, 0.9], seed=7, data=12),
     case("dare_ties/density-0.5", "dare_ties", shape=(8, 9), weight=W, density=[0.5] * 3, seed=1, data=13),
     case("dare_ties/normalised", "dare_ties", shape=(8, 9), weight=W, density=[0.3, 0.6, 1.0], seed=2, normalize=1, data=13),
@@ -224,29 +224,27 @@ CASES = [
 
 
 def write(c):
-    shape = "x".join(map(str, c["shape"]))
-    print(f"case {c['name']}")
-    print("op merge")
-    print(f"method {c['method']}")
-    print(f"profile {c['profile']}")
-    print(f"seed {c['seed']}")
+    print("case", c["name"])
+    print("method", c["method"])
+    print("profile", c["profile"])
+    print("seed", c["seed"])
     for name, value in c["params"].items():
         if isinstance(value, list):
             for i, v in enumerate(value):
-                print(f"param {name} {i} {v!r}")
+                print("param", name, i, word(v))
         else:
-            print(f"param {name} -1 {value!r}")
+            print("param", name, -1, word(value))
+    print("shape", *c["shape"])
     if c["base"] is not None:
-        print("in base", c["dtype"], shape, *(hex_of(c["dtype"], x) for x in c["base"]))
+        print("base", c["dtype"], *map(word, c["base"]))
     for m in c["models"]:
-        print("in model", c["dtype"], shape, *(hex_of(c["dtype"], x) for x in m))
-    print("out merged f32", shape, *(hex_of("f32", x) for x in merge(c)), "tol", c["tol"])
-    print()
+        print("model", c["dtype"], *map(word, m))
+    print("merged", c["tolerance"], *map(word, merge(c)))
+    print("end")
 
 
 def main():
-    print("# Static merges of one tensor.  Written by tests/reference/merge_reference.py; the format is in README.md.")
-    print()
+    print("# Static merges of one tensor; written by tests/reference/merge_reference.py, the format is in README.md.")
     for c in CASES:
         write(c)
 
