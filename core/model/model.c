@@ -61,6 +61,7 @@ static void count_params(obm_model *m) {
 
 static obm_status prepare(obm_model *m, const obm_model_options *options, obm_error *err) {
     obm__weights *base;
+    m->tasks = obm__model_tasks(m);
     m->kv = OBM_OPT(options, obm_model_options, kv, OBM_F32);
     m->route_budget = OBM_OPT(options, obm_model_options, route_budget, 0);
     if (m->kv != OBM_F32 && m->kv != OBM_F16)

@@ -63,7 +63,8 @@ typedef struct obm__matrix { const void *data; obm_dtype dtype; int64_t rows, co
 /* Everything the forward pass multiplies with, for one route: the base's mapping where the route changes nothing. */
 typedef struct obm__weights obm__weights;
 struct obm__weights {
-    double *route;              /* (tasks), NULL for a plain model */
+    double *route;              /* (tasks), NULL: the base alone */
+    obm_pack_settings settings; /* of the pack when the route was prepared */
     obm__matrix *tensors;       /* (layers, OBM_LAYER_ROLES), then the three of the model; data NULL: absent */
     int64_t layers;
     void **owned; size_t n_owned;
@@ -181,6 +182,7 @@ struct obm_model {
     obm_checkpoint *own_checkpoint;
     const obm_pack *pack;               /* NULL for a plain model */
     obm_pack *own_pack;
+    size_t tasks;                       /* of the pack at opening */
     obm_tokenizer *tokenizer;           /* NULL without tokenizer.json */
     obm__config config;
     int64_t vocab;                      /* the largest of base and experts */

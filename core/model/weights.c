@@ -252,6 +252,7 @@ static obm_status build(obm_model *m, const double *route, obm__weights **out, o
     if (!w || !w->tensors || (route && !w->route)) OBM_GO(obm__fail_nomem(err, sizeof *w));
     if (route) {
         memcpy(w->route, route, tasks * sizeof *route);
+        w->settings = m->pack->settings;
         OBM_GO(obm__route_plan_new(m->pack, route, &plan, err));
     }
     OBM_GO(build_all(&(builder){m, w, plan, err}));
@@ -271,29 +272,45 @@ static bool is_base(const double *route, size_t tasks) {
     return true;
 }
 
+/* lambda and the reading may be changed on a pack that is open: routes made before that are not found again. */
+static bool is_current(const obm_model *m, const obm__weights *w) {
+    if (!w->route) return true;
+    const obm_pack_settings *a = &w->settings, *b = &m->pack->settings;
+    return a->lambda == b->lambda && a->reading == b->reading && a->profile == b->profile && a->density == b->density;
+}
+
 static obm__weights *find(obm_model *m, const double *route) {
-    size_t bytes = obm__model_tasks(m) * sizeof *route;
-    for (obm__weights *w = m->routes; w; w = w->next)
-        if (route ? w->route && !memcmp(w->route, route, bytes) : !w->route) return w;
+    for (obm__weights *w = m->routes; w; w = w->next) {
+        if (!is_current(m, w)) continue;
+        if (route ? w->route && !memcmp(w->route, route, m->tasks * sizeof *route) : !w->route) return w;
+    }
     return NULL;
 }
 
-/* The base alone is never dropped: it is the mapping. */
+/* The base alone is never dropped: it is the mapping.  Routes of older settings go first. */
+static bool goes_before(const obm_model *m, const obm__weights *a, const obm__weights *b) {
+    bool current = is_current(m, a);
+    return current != is_current(m, b) ? !current : a->used < b->used;
+}
+
 static void evict(obm_model *m) {
-    while (m->route_budget && m->overlay_bytes > m->route_budget) {
-        obm__weights **oldest = NULL;
+    for (;;) {
+        obm__weights **first = NULL;
         for (obm__weights **at = &m->routes; *at; at = &(*at)->next)
-            if ((*at)->route && !(*at)->refs && (!oldest || (*at)->used < (*oldest)->used)) oldest = at;
-        if (!oldest) return;
-        obm__weights *w = *oldest;
-        *oldest = w->next;
+            if ((*at)->route && !(*at)->refs && (!first || goes_before(m, *at, *first))) first = at;
+        bool over = m->route_budget && m->overlay_bytes > m->route_budget;
+        if (!first || (!over && is_current(m, *first))) return;
+        obm__weights *w = *first;
+        *first = w->next;
         m->overlay_bytes -= w->bytes;
         weights_free(w);
     }
 }
 
 obm_status obm__weights_acquire(obm_model *m, const double *route, obm__weights **out, obm_error *err) {
-    if (is_base(route, obm__model_tasks(m))) route = NULL;
+    if (m->pack && m->pack->n_experts != m->tasks)
+        return obm__fail(err, OBM_E_ARG, "%s: experts were added or removed since the model was opened: open it again", m->pack->path);
+    if (is_base(route, m->tasks)) route = NULL;
     obm__weights *w = find(m, route);
     if (!w) {
         OBM_TRY(build(m, route, &w, err));

@@ -1,0 +1,364 @@
+/* Models that run packs: weights under routes, their cache, mixed batches, extra vocabulary, routers. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include "model/model.h"
+#include "tiny_model.h"
+
+#include <dirent.h>
+
+#define T 70
+#define TASKS 3
+
+static void check_ok(obm_status status, const obm_error *err) {
+    if (status != OBM_OK) fail_msg("%s: %s", obm_status_name(status), err->message);
+}
+
+/* A pack of three experts: `chat` moves every weight, `math` one weight in 50 (tiny alphas), `code` has more vocabulary. */
+typedef struct fixture {
+    tiny c;
+    tiny_weights base;
+    char *dir[TASKS + 1], *pack_dir;
+    obm_context *ctx;
+    obm_pack *pack;
+    int32_t ids[T];
+} fixture;
+
+#define EXTRA 3
+static const char *const names[TASKS] = {"chat", "math", "code"};
+
+static bool is_vocabulary(const tiny_tensor *t) { return strstr(t->name, "embed_tokens") || strstr(t->name, "lm_head"); }
+
+static void write_expert(fixture *f, int task) {
+    tiny c = f->c;
+    tiny_weights w;
+    obm_error err;
+    unsigned state = 1000 + (unsigned)task;
+    tiny_weights_new(&c, &w);
+    if (task == 2) c.vocab += EXTRA;
+    for (int i = 0; i < w.n; i++) {
+        tiny_tensor *t = &w.t[i];
+        size_t count = (size_t)(t->rows ? t->rows : 1) * (size_t)t->cols;
+        for (size_t j = 0; j < count; j++)
+            if (task != 1 || tiny_random(&state) % 50 == 0) t->data[j] += (float)((int)(tiny_random(&state) % 3) - 1) / 64.0f;
+        if (task != 2 || !is_vocabulary(t)) continue;
+        size_t more = (size_t)EXTRA * (size_t)t->cols;
+        t->data = realloc(t->data, (count + more) * sizeof *t->data);
+        for (size_t j = 0; j < more; j++) t->data[count + j] = (float)((int)(tiny_random(&state) % 41) - 20) / 64.0f;
+        t->rows += EXTRA;
+    }
+    f->dir[task + 1] = tiny_folder();
+    if (tiny_write(&c, &w, f->dir[task + 1], &err)) fail_msg("%s", err.message);
+    tiny_weights_free(&w);
+}
+
+static void open_fixture(fixture *f, obm_dtype dtype, int tied) {
+    obm_error err;
+    obm_context_options options = OBM_INIT(obm_context_options);
+    obm_expert experts[TASKS];
+    f->c = (tiny){"llama", 131, 30, 45, 2, 6, 2, 10, 0, tied, dtype, 2, NULL};
+    tiny_weights_new(&f->c, &f->base);
+    f->dir[0] = tiny_folder();
+    if (tiny_write(&f->c, &f->base, f->dir[0], &err)) fail_msg("%s", err.message);
+    options.threads = 2;
+    check_ok(obm_context_new(&options, &f->ctx, &err), &err);
+    for (int i = 0; i < TASKS; i++) {
+        write_expert(f, i);
+        experts[i] = OBM_INIT(obm_expert);
+        experts[i].name = names[i];
+        experts[i].path = f->dir[i + 1];
+    }
+    f->pack_dir = tiny_folder();
+    obm_compress_options compress = OBM_INIT(obm_compress_options);
+    compress.overwrite = true;
+    check_ok(obm_compress(f->ctx, f->dir[0], experts, TASKS, &compress, f->pack_dir, NULL, &f->pack, &err), &err);
+    unsigned state = 5;
+    for (int i = 0; i < T; i++) f->ids[i] = (int32_t)(tiny_random(&state) % 131);
+}
+
+static void remove_pack(char *dir) {
+    DIR *d = opendir(dir);
+    struct dirent *e;
+    char path[1024];
+    while (d && (e = readdir(d))) {
+        snprintf(path, sizeof path, "%s/%s", dir, e->d_name);
+        if (e->d_name[0] != '.') unlink(path);
+    }
+    if (d) closedir(d);
+    rmdir(dir);
+    free(dir);
+}
+
+static void close_fixture(fixture *f) {
+    obm_pack_free(f->pack);
+    obm_context_free(f->ctx);
+    tiny_weights_free(&f->base);
+    for (int i = 0; i <= TASKS; i++) tiny_remove(f->dir[i]);
+    remove_pack(f->pack_dir);
+}
+
+static obm_model *open_model(const fixture *f, uint64_t budget) {
+    obm_model_options options = OBM_INIT(obm_model_options);
+    obm_model *m;
+    obm_error err;
+    options.route_budget = budget;
+    check_ok(obm_model_from_pack(f->ctx, f->pack, &options, &m, &err), &err);
+    return m;
+}
+
+/* The merged weights as the pack states them, in f32. */
+static void materialise(const fixture *f, const double *route, tiny *c, tiny_weights *w) {
+    obm_error err;
+    obm_tensor shape;
+    *c = f->c;
+    tiny_weights_new(&f->c, w);
+    for (int i = 0; i < w->n; i++) {
+        tiny_tensor *t = &w->t[i];
+        check_ok(obm_pack_route_shape(f->pack, route, t->name, &shape, &err), &err);
+        if (t->rows) t->rows = (int)shape.shape[0];
+        if (strstr(t->name, "embed_tokens")) c->vocab = (int)shape.shape[0];
+        t->data = realloc(t->data, (size_t)obm_tensor_count(&shape) * sizeof *t->data);
+        check_ok(obm_pack_materialise(f->pack, route, t->name, t->data, &err), &err);
+    }
+}
+
+static double distance(const float *a, const double *b, size_t rows, size_t width_a, size_t width_b) {
+    double worst = 0, scale = 0;
+    for (size_t r = 0; r < rows; r++)
+        for (size_t i = 0; i < width_b; i++) {
+            double d = fabs(a[r * width_a + i] - b[r * width_b + i]);
+            if (!(d <= worst)) worst = d;
+            scale = fmax(scale, fabs(b[r * width_b + i]));
+        }
+    return worst / scale;
+}
+
+static const double routes[][TASKS] = {{0, 0, 0}, {1, 0, 0}, {0, 1, 0}, {0, 0, 1}, {0.7, 0.3, 0}, {0.2, 0.2, 0.2}};
+#define N_ROUTES (sizeof routes / sizeof *routes)
+/* Weights rounded to bf16 are off by 2^-9 of themselves; errors of many terms average out.  f32: as in test_model.c. */
+#define BF16_BOUND 2e-2
+#define F32_BOUND 1e-4
+
+static void logits_are_those_of_the_merged_weights(void **state) {
+    (void)state;
+    const struct { obm_dtype dtype; int tied; } cases[] = {{OBM_F32, 0}, {OBM_F32, 1}, {OBM_BF16, 0}, {OBM_F16, 1}};
+    for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
+        fixture f;
+        obm_error err;
+        open_fixture(&f, cases[k].dtype, cases[k].tied);
+        obm_model *m = open_model(&f, 0);
+        obm_model_info info;
+        obm_model_describe(m, &info);
+        assert_int_equal(info.vocab, f.c.vocab + EXTRA);
+        float *got = malloc((size_t)T * (size_t)info.vocab * sizeof *got);
+        double *expected = malloc((size_t)T * (size_t)info.vocab * sizeof *expected);
+        for (size_t r = 0; r < N_ROUTES; r++) {
+            tiny c;
+            tiny_weights w;
+            obm_run_options options = OBM_INIT(obm_run_options);
+            options.route = routes[r];
+            options.all = true;
+            materialise(&f, routes[r], &c, &w);
+            assert_int_equal(c.vocab, f.c.vocab + (r == 3 ? EXTRA : 0));
+            tiny_reference(&c, &w, f.ids, T, expected, NULL);
+            check_ok(obm_model_logits(m, f.ids, T, &options, got, &err), &err);
+            double d = distance(got, expected, T, (size_t)info.vocab, (size_t)c.vocab);
+            if (!(d < (cases[k].dtype == OBM_F32 || r == 0 ? F32_BOUND : BF16_BOUND))) fail_msg("case %zu, route %zu: %g", k, r, d);
+            for (int64_t i = c.vocab; i < info.vocab; i++) assert_true(got[i] == -INFINITY);
+            tiny_weights_free(&w);
+        }
+        free(got);
+        free(expected);
+        obm_model_free(m);
+        close_fixture(&f);
+    }
+}
+
+static void set_lambda(fixture *f, double lambda) {
+    obm_pack_settings settings;
+    obm_error err;
+    obm_pack_get_settings(f->pack, &settings);
+    settings.lambda = lambda;
+    check_ok(obm_pack_set_settings(f->pack, &settings, &err), &err);
+}
+
+/* A pack's lambda may change while a model runs it: what was prepared before is not used again. */
+static void changed_settings_are_noticed(void **state) {
+    (void)state;
+    fixture f;
+    obm_error err;
+    float before[134], after[134], fresh[134];
+    open_fixture(&f, OBM_F32, 0);
+    obm_model *m = open_model(&f, 0);
+    obm_run_options options = OBM_INIT(obm_run_options);
+    options.route = routes[1];
+    check_ok(obm_model_logits(m, f.ids, 9, &options, before, &err), &err);
+    set_lambda(&f, 1);
+    check_ok(obm_model_logits(m, f.ids, 9, &options, after, &err), &err);
+    assert_int_equal(m->routes->next ? m->routes->next->next != NULL : 0, 0);   /* the old one is gone */
+    obm_model_free(m);
+    m = open_model(&f, 0);
+    check_ok(obm_model_logits(m, f.ids, 9, &options, fresh, &err), &err);
+    assert_memory_equal(after, fresh, 131 * sizeof *after);
+    assert_memory_not_equal(after, before, 131 * sizeof *after);
+    obm_model_free(m);
+    close_fixture(&f);
+}
+
+/* Tiny alphas would be lost in bf16, so those matrices stay f32; others keep the base's dtype. */
+static void dtypes_of_materialised_weights(void **state) {
+    (void)state;
+    fixture f;
+    obm_error err;
+    obm__weights *w;
+    open_fixture(&f, OBM_BF16, 0);
+    obm_model *m = open_model(&f, 0);
+    check_ok(obm__weights_acquire(m, routes[1], &w, &err), &err);
+    assert_int_equal(obm__weights_at(w, 1, OBM_GATE)->dtype, OBM_BF16);
+    obm__weights_release(m, w);
+    set_lambda(&f, 0);
+    check_ok(obm__weights_acquire(m, routes[2], &w, &err), &err);
+    assert_int_equal(obm__weights_at(w, 1, OBM_GATE)->dtype, OBM_F32);
+    obm__weights_release(m, w);
+    check_ok(obm__weights_acquire(m, NULL, &w, &err), &err);
+    const obm__st_entry *e = obm__checkpoint_find(m->base, "model.layers.1.mlp.gate_proj.weight");
+    assert_ptr_equal(obm__weights_at(w, 1, OBM_GATE)->data, e->t.data);   /* a view */
+    obm__weights_release(m, w);
+    obm_model_free(m);
+    close_fixture(&f);
+}
+
+static void ids_of_extra_vocabulary(void **state) {
+    (void)state;
+    fixture f;
+    obm_error err;
+    float logits[134];
+    const int32_t extra = 131, beyond = 134;
+    open_fixture(&f, OBM_F32, 1);
+    obm_model *m = open_model(&f, 0);
+    obm_run_options options = OBM_INIT(obm_run_options);
+    options.route = routes[3];
+    check_ok(obm_model_logits(m, &extra, 1, &options, logits, &err), &err);
+    assert_true(isfinite(logits[133]));
+    assert_int_equal(obm_model_logits(m, &beyond, 1, &options, logits, &err), OBM_E_ARG);
+    options.route = routes[1];
+    assert_int_equal(obm_model_logits(m, &extra, 1, &options, logits, &err), OBM_E_ARG);
+    obm_model_free(m);
+    close_fixture(&f);
+}
+
+/* ---- the cache of routes ---- */
+
+static void routes_are_kept_within_the_budget(void **state) {
+    (void)state;
+    fixture f;
+    obm_error err;
+    float logits[134];
+    obm_model_memory one, now;
+    open_fixture(&f, OBM_F32, 0);
+    obm_model *m = open_model(&f, 0);
+    obm_run_options options = OBM_INIT(obm_run_options);
+    options.route = routes[1];
+    check_ok(obm_model_logits(m, f.ids, 3, &options, logits, &err), &err);
+    obm_model_account(m, &one);
+    assert_true(one.overlays > 0 && one.planes > 0 && one.kv == 0);
+    obm__weights *kept = m->routes;
+    check_ok(obm_model_logits(m, f.ids, 3, &options, logits, &err), &err);
+    assert_ptr_equal(m->routes, kept);   /* found, not made again */
+    obm_model_free(m);
+
+    m = open_model(&f, one.overlays * 5 / 2);   /* two routes */
+    obm__weights *running;
+    check_ok(obm__weights_acquire(m, routes[1], &running, &err), &err);
+    for (size_t r = 2; r < N_ROUTES; r++) {
+        options.route = routes[r];
+        check_ok(obm_model_logits(m, f.ids, 3, &options, logits, &err), &err);
+        obm_model_account(m, &now);
+        assert_true(now.overlays <= one.overlays * 5 / 2);
+        bool there = false;
+        for (obm__weights *w = m->routes; w; w = w->next) there |= w == running;
+        assert_true(there);   /* a running sequence's weights stay */
+    }
+    obm__weights_release(m, running);
+    obm_model_free(m);
+    close_fixture(&f);
+}
+
+/* ---- generation ---- */
+
+static void routes_in_a_batch_do_not_disturb_each_other(void **state) {
+    (void)state;
+    fixture f;
+    obm_error err;
+    obm_prompt p[N_ROUTES];
+    obm_completion together[N_ROUTES], alone;
+    open_fixture(&f, OBM_BF16, 0);
+    obm_model *m = open_model(&f, 1);   /* nothing is kept but what runs */
+    obm_generate_options o = OBM_INIT(obm_generate_options);
+    o.max_tokens = 12;
+    o.ignore_eos = true;
+    o.routes = &routes[0][0];
+    o.n_routes = N_ROUTES;
+    for (size_t i = 0; i < N_ROUTES; i++) p[i] = (obm_prompt){.ids = f.ids + i, .n_ids = 10 + i};
+    check_ok(obm_model_generate_batch(m, p, N_ROUTES, &o, together, &err), &err);
+    for (size_t i = 0; i < N_ROUTES; i++) {
+        o.routes = routes[i];
+        o.n_routes = 1;
+        check_ok(obm_model_generate_batch(m, &p[i], 1, &o, &alone, &err), &err);
+        assert_int_equal(alone.n_ids, together[i].n_ids);
+        assert_memory_equal(alone.ids, together[i].ids, alone.n_ids * sizeof *alone.ids);
+        assert_int_equal(alone.n_route, TASKS);
+        assert_memory_equal(alone.route, routes[i], sizeof routes[i]);
+        obm_completion_clear(&alone);
+        obm_completion_clear(&together[i]);
+    }
+    o.n_routes = 2;
+    assert_int_equal(obm_model_generate_batch(m, p, N_ROUTES, &o, together, &err), OBM_E_ARG);
+    const double wrong[] = {1, -1, 0};
+    o.routes = wrong;
+    o.n_routes = 1;
+    assert_int_equal(obm_model_generate_batch(m, p, 1, &o, together, &err), OBM_E_ARG);
+    obm_model_free(m);
+    close_fixture(&f);
+}
+
+static void scores_take_routes(void **state) {
+    (void)state;
+    fixture f;
+    obm_error err;
+    obm_score s[2];
+    float logits[134];
+    open_fixture(&f, OBM_F32, 0);
+    obm_model *m = open_model(&f, 0);
+    obm_score_item items[2] = {{.prompt = {.ids = f.ids, .n_ids = 9}, .continuation_ids = f.ids + 9, .n_continuation_ids = 1, .route = routes[1]},
+                               {.prompt = {.ids = f.ids, .n_ids = 9}, .continuation_ids = f.ids + 9, .n_continuation_ids = 1, .route = routes[4]}};
+    check_ok(obm_model_score(m, items, 2, NULL, NULL, s, &err), &err);
+    for (int i = 0; i < 2; i++) {
+        obm_run_options options = OBM_INIT(obm_run_options);
+        double total = 0;
+        options.route = items[i].route;
+        check_ok(obm_model_logits(m, f.ids, 9, &options, logits, &err), &err);
+        for (int j = 0; j < 131; j++) total += exp(logits[j]);
+        assert_true(fabs(s[i].logprob - (logits[f.ids[9]] - log(total))) < 1e-9);
+        assert_memory_equal(s[i].route, items[i].route, sizeof routes[1]);
+        obm_score_clear(&s[i]);
+    }
+    obm_model_free(m);
+    close_fixture(&f);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(logits_are_those_of_the_merged_weights),
+        cmocka_unit_test(changed_settings_are_noticed),
+        cmocka_unit_test(dtypes_of_materialised_weights),
+        cmocka_unit_test(ids_of_extra_vocabulary),
+        cmocka_unit_test(routes_are_kept_within_the_budget),
+        cmocka_unit_test(routes_in_a_batch_do_not_disturb_each_other),
+        cmocka_unit_test(scores_take_routes),
+    };
+    return cmocka_run_group_tests_name("model_routes", tests, NULL, NULL);
+}
