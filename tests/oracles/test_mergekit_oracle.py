@@ -1,0 +1,228 @@
+"""Against mergekit 0.1.5, live: its merge methods on tensors, and whole merges of tiny random LLaMAs.
+
+f32 inputs hold no equal magnitudes, so values are compared; bf16 deltas tie in masses and mergekit keeps whichever its
+unstable sort puts first, so there counts and kept magnitudes are compared instead.
+"""
+import json
+import math
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("mergekit")
+obm = pytest.importorskip("onebitmerge")
+
+from mergekit.config import MergeConfiguration  # noqa: E402
+from mergekit.merge import run_merge  # noqa: E402
+from mergekit.merge_methods import registry  # noqa: E402
+from mergekit.merge_methods.base import PerInputValues, TensorGroup  # noqa: E402
+from mergekit.options import MergeOptions  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+WEIGHTS = [0.5, 0.3, 0.7]
+LAYERS = 4
+
+
+# ---- tensors ----
+
+def their_group(method, base, models, weight, density, **shared):
+    ids = [f"m{i}" for i in range(len(models))]
+    group = TensorGroup.from_tensors([base, *models], ids=["base", *ids], base_index=0)
+    spec = {"int8_mask": False, "lambda": 1.0, "normalize": method == "ties", "rescale": False, **shared}
+    per_model = {"weight": weight, "density": density}
+    spec.update({name: PerInputValues(list(zip(ids, values))) for name, values in per_model.items()})
+    return registry.get(method).merge_group(group, **spec)
+
+
+@pytest.mark.parametrize("method, weight, density, shared", [
+    ("ties", WEIGHTS, [0.2] * 3, {}),
+    ("ties", WEIGHTS, [0.2, 0.5, 0.9], {"normalize": False}),
+    ("ties", [0.5, -0.3, 0.7], [0.5] * 3, {"normalize": False}),
+    ("ties", [0.5, -0.3, 0.7], [0.5] * 3, {"int8_mask": True}),
+    ("ties", WEIGHTS, [0.3] * 3, {"rescale": True, "lambda": 0.6}),
+    ("ties", WEIGHTS, [1e-9] * 3, {}),
+    ("ties", WEIGHTS, [0.0, 1.0, 0.5], {}),
+    ("task_arithmetic", WEIGHTS, [1.0] * 3, {"lambda": 0.8}),
+    ("task_arithmetic", WEIGHTS, [1.0] * 3, {"normalize": True}),
+    ("task_arithmetic", [1.0, -1.0, 0.0], [1.0] * 3, {"normalize": True}),
+])
+def test_tensors(method, weight, density, shared):
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(173, 211, generator=generator)
+    models = [base + 0.1 * torch.randn(base.shape, generator=generator) for _ in weight]
+    for i, x in enumerate(models):   # distinct magnitudes, so that trims agree to the element
+        assert method != "ties" or not 0 < density[i] < 1 or (x - base).abs().unique().numel() > 0.9 * base.numel()
+    want = their_group(method, base, models, weight, density, **shared).numpy()
+    params = {"weight": weight, "density": density, **shared}
+    got = np.asarray(obm.merge_tensors(method, [x.numpy() for x in models], base.numpy(), params))
+    differs = np.abs(got - want) > 1e-5
+    # An f32 delta may still tie at the threshold: one element of each model may be another one.
+    assert differs.sum() <= 2 * len(weight), f"{differs.sum()} elements differ by up to {np.abs(got - want).max()}"
+
+
+# ---- folders ----
+
+def tiny_model(seed, path, dtype=torch.float32, tied=False, around=None, noise=0.02):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=LAYERS, num_attention_heads=4,
+                                      num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied)
+    model = transformers.LlamaForCausalLM(config)
+    if around is not None:
+        with torch.no_grad():
+            ours = dict(model.named_parameters())
+            for name, parameter in transformers.LlamaForCausalLM.from_pretrained(around, dtype=torch.float32).named_parameters():
+                if name in ours:
+                    ours[name].copy_(parameter + noise * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    made = {}
+
+    def make(dtype, tied=(False, False, False)):
+        key = (dtype, tied)
+        if key not in made:
+            root = tmp_path_factory.mktemp("models")
+            base = tiny_model(0, root / "base", dtype, tied[0])
+            made[key] = [base] + [tiny_model(i, root / f"m{i}", dtype, tied[i], around=base) for i in (1, 2)]
+        return made[key]
+
+    return make
+
+
+def theirs(recipe, out):
+    run_merge(MergeConfiguration.model_validate(recipe), str(out), MergeOptions(copy_tokenizer=False, quiet=True, random_seed=1))
+    return load_file(out / "model.safetensors")
+
+
+def ours(recipe, out, **kwargs):
+    obm.merge(recipe, out, **kwargs)
+    return load_file(out / "model.safetensors")
+
+
+def recipe_for(method, models, first, second, **rest):
+    base, one, two = models
+    with_base = {} if method == "linear" else {"base_model": base}
+    return {"merge_method": method, **with_base, "models": [{"model": one, "parameters": first}, {"model": two, "parameters": second}], **rest}
+
+
+RECIPES = {
+    "linear": ("linear", {"weight": 0.7}, {"weight": 0.5}, {}),
+    "linear-sum": ("linear", {"weight": 0.7}, {"weight": -0.5}, {"parameters": {"normalize": False}}),
+    "linear-gradient": ("linear", {"weight": [0, 1, 0.25]}, {"weight": [1, 0.5]}, {}),
+    "task_arithmetic": ("task_arithmetic", {"weight": 0.7}, {"weight": 0.5}, {"parameters": {"lambda": 0.9}}),
+    "ties": ("ties", {"weight": 0.7, "density": 0.3}, {"weight": 0.5, "density": 0.6}, {}),
+    "ties-global": ("ties", {}, {"weight": 0.5}, {"parameters": {"weight": 1, "density": [0.9, 0.1], "normalize": False}}),
+    "ties-filters": ("ties", {"weight": [{"filter": "mlp", "value": [0.1, 1]}, {"filter": "norm", "value": 0.5}, {"value": 1}]},
+                     {"weight": [{"filter": "self_attn", "value": 0.3}], "density": [{"filter": "up_proj", "value": 0.2}, {"filter": "*", "value": 0.8}]},
+                     {"parameters": {"weight": 0.9, "density": 0.5}}),
+    "ties-normalize-gradient": ("ties", {"weight": 0.7}, {"weight": 0.5}, {"parameters": {"normalize": [True, False], "density": 0.4}}),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(models, tmp_path, name):
+    method, first, second, rest = RECIPES[name]
+    recipe = recipe_for(method, models(torch.float32), first, second, **rest)
+    want, got = theirs(recipe, tmp_path / "theirs"), ours(recipe, tmp_path / "ours")
+    assert got.keys() == want.keys()
+    for key in want:
+        assert got[key].dtype == want[key].dtype
+        differs = ((got[key] - want[key]).abs() > 1e-5).sum().item()
+        assert differs <= 4, f"{key}: {differs} elements differ by up to {(got[key] - want[key]).abs().max()}"
+
+
+@pytest.mark.parametrize("dtypes", [{"dtype": "float32", "out_dtype": "bfloat16"}, {"dtype": "float32"}, {"dtype": "bfloat16"}, {"out_dtype": "float16"}, {}],
+                         ids=lambda d: "-".join(f"{k}={v}" for k, v in d.items()) or "none")
+def test_dtypes(models, tmp_path, dtypes):
+    """mergekit rounds after every operation in the working dtype, ours once at the end: a few units in the last place apart."""
+    recipe = recipe_for("task_arithmetic", models(torch.bfloat16), {"weight": 0.7}, {"weight": 0.5}, **dtypes)
+    want, got = theirs(recipe, tmp_path / "theirs"), ours(recipe, tmp_path / "ours")
+    work = dtypes.get("dtype", "bfloat16")
+    for key in want:
+        assert got[key].dtype == want[key].dtype
+        bound = 2.0**-7 if work == "bfloat16" else 2.0**-8
+        assert ((got[key].float() - want[key].float()).abs() <= bound * want[key].float().abs().clamp(min=2.0**-4)).all(), key
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    written = next(iter(got.values())).dtype
+    assert config.get("dtype", config.get("torch_dtype")) == str(written).removeprefix("torch.")
+
+
+def test_bf16_trim_is_tie_aware(models, tmp_path):
+    base, one, _ = models(torch.bfloat16)
+    recipe = {"merge_method": "ties", "base_model": base, "models": [{"model": one}], "parameters": {"weight": 1, "density": 0.3}}
+    want, got = theirs(recipe, tmp_path / "theirs"), ours(recipe, tmp_path / "ours")
+    before, expert = load_file(base + "/model.safetensors"), load_file(one + "/model.safetensors")
+    for key in want:
+        magnitude = (expert[key] - before[key]).abs().float()
+        kept = [magnitude[merged[key] != before[key]].sort().values for merged in (want, got)]
+        assert len(kept[0]) == len(kept[1]) == max(1, int(0.3 * magnitude.numel())), key
+        assert torch.equal(kept[0], kept[1]), key
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare(models, tmp_path, method):
+    """Other random numbers than torch's, the same law: keep rate, and the L1 norm that mergekit matches."""
+    base, one, _ = models(torch.float32)
+    recipe = {"merge_method": method, "base_model": base, "models": [{"model": one}], "parameters": {"weight": 1, "density": 0.4}}
+    want = theirs(recipe, tmp_path / "theirs")
+    recipe["parameters"]["rescale_l1"] = True
+    got, again, other = (ours(recipe, tmp_path / str(i), seed=seed) for i, seed in enumerate((5, 5, 6)))
+    before, expert = load_file(base + "/model.safetensors"), load_file(one + "/model.safetensors")
+    assert all(torch.equal(got[key], again[key]) for key in got)
+    assert any(not torch.equal(got[key], other[key]) for key in got)
+    total = kept = 0
+    for key in want:
+        delta = expert[key] - before[key]
+        total += delta.numel()
+        kept += (got[key] != before[key]).sum().item()
+        for merged in (want[key], got[key]):
+            assert math.isclose((merged - before[key]).abs().sum(), delta.abs().sum(), rel_tol=1e-4), key
+    assert abs(kept - 0.4 * total) < 5 * math.sqrt(total * 0.4 * 0.6)
+
+
+@pytest.mark.parametrize("tied", [(True, True, True), (True, False, True), (False, False, False)], ids=["tied", "mixed", "untied"])
+def test_result_loads_as_merged(models, tmp_path, tied):
+    """What transformers holds after loading is what was merged, also where only some inputs have a head of their own."""
+    base, one, two = models(torch.float32, tied)
+    obm.merge(recipe_for("linear", (base, one, two), {"weight": 1}, {"weight": 3}), tmp_path / "out")
+    states = [transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict() for path in (one, two, tmp_path / "out")]
+    for key, value in states[2].items():
+        assert torch.allclose(value, (states[0][key] + 3 * states[1][key]) / 4, atol=1e-6), key
+    if not all(tied[1:]):
+        assert not torch.equal(states[2]["lm_head.weight"], states[2]["model.embed_tokens.weight"])
+
+
+def test_text_recipe(models, tmp_path):
+    """The file that mergekit-yaml takes."""
+    base, one, two = models(torch.float32)
+    text = f"""# a comment
+models:
+  - model: {base}
+  - model: {one}
+    parameters: {{density: [1, 0.7, 0.1], weight: 1.0}}
+  - model: {two}
+    parameters:
+      density: 0.33
+      weight:
+        - filter: mlp
+          value: 0.5
+        - value: 5e-1
+merge_method: ties
+base_model: {base}
+parameters:
+  normalize: true
+  int8_mask: yes
+dtype: float32
+"""
+    import yaml
+    (tmp_path / "recipe.yml").write_text(text)
+    want = theirs(yaml.safe_load(text), tmp_path / "theirs")
+    obm.merge(tmp_path / "recipe.yml", tmp_path / "ours")
+    got = load_file(tmp_path / "ours" / "model.safetensors")
+    for key in want:
+        assert ((got[key] - want[key]).abs() > 1e-5).sum() <= 4, key
