@@ -216,6 +216,40 @@ static void test_unaligned(void **state) {
     }
 }
 
+/* The kernels that are handed file data directly give the same bits at odd addresses, on every ISA. */
+static void test_unaligned_kernels(void **state) {
+    (void)state;
+    enum { ROWS = 5, N = 83 };
+    static uint16_t w16[ROWS * N];
+    static float w32[ROWS * N], x[N];
+    static uint8_t moved[sizeof w32 + 8];
+    for (size_t i = 0; i < ROWS * N; i++) w16[i] = (uint16_t)(0x3c00 + i * 7919 % 500), w32[i] = (float)(i * 7919 % 500) - 250.0f;
+    for (size_t i = 0; i < N; i++) x[i] = 1.0f / (float)(i + 1);
+    for (const obm_kernels *const *k = obm_kernels_list(); *k; k++) {
+        float expected[3][ROWS], wide[2][ROWS * N], y[ROWS], out[ROWS * N];
+        (*k)->rows_bf16(expected[0], w16, N, ROWS, x, N);
+        (*k)->rows_f16(expected[1], w16, N, ROWS, x, N);
+        (*k)->rows_f32(expected[2], w32, N, ROWS, x, N);
+        (*k)->bf16_to_f32(wide[0], w16, ROWS * N);
+        (*k)->f16_to_f32(wide[1], w16, ROWS * N);
+        for (size_t shift = 1; shift < 8; shift++) {
+            const void *at = moved + shift;
+            memcpy(moved + shift, w16, sizeof w16);
+            (*k)->rows_bf16(y, at, N, ROWS, x, N);
+            assert_memory_equal(y, expected[0], sizeof y);
+            (*k)->rows_f16(y, at, N, ROWS, x, N);
+            assert_memory_equal(y, expected[1], sizeof y);
+            (*k)->bf16_to_f32(out, at, ROWS * N);
+            assert_memory_equal(out, wide[0], sizeof out);
+            (*k)->f16_to_f32(out, at, ROWS * N);
+            assert_memory_equal(out, wide[1], sizeof out);
+            memcpy(moved + shift, w32, sizeof w32);
+            (*k)->rows_f32(y, at, N, ROWS, x, N);
+            assert_memory_equal(y, expected[2], sizeof y);
+        }
+    }
+}
+
 static void test_open(void **state) {
     (void)state;
     obm__safetensors *s = (obm__safetensors *)&s;
@@ -365,6 +399,7 @@ int main(void) {
         cmocka_unit_test(test_deep_header),      cmocka_unit_test(test_every_truncation), cmocka_unit_test(test_every_bit_flip),
         cmocka_unit_test(test_unaligned),        cmocka_unit_test(test_open),            cmocka_unit_test(test_write),
         cmocka_unit_test(test_write_misuse),     cmocka_unit_test(test_files),
+        cmocka_unit_test(test_unaligned_kernels),
     };
     return cmocka_run_group_tests(tests, fixture_make, fixture_remove);
 }
