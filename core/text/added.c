@@ -45,8 +45,10 @@ static size_t lower(const obm__added_set *s, size_t low, size_t high, size_t dep
     while (low < high) {
         size_t middle = (low + high) / 2;
         const obm__added *t = &s->tokens[middle];
-        if (t->len <= depth || (uint8_t)t->text[depth] < byte) low = middle + 1;
-        else high = middle;
+        if (t->len <= depth || (uint8_t)t->text[depth] < byte)
+            low = middle + 1;
+        else
+            high = middle;
     }
     return low;
 }
@@ -98,7 +100,8 @@ static size_t skip_space(const char *text, size_t n, size_t at) {
     return at;
 }
 
-const obm__added *obm__added_next(const obm__added_set *s, const char *text, size_t n, size_t taken, size_t *at, obm__span *span) {
+const obm__added *obm__added_next(const obm__added_set *s, const char *text, size_t n, size_t taken, size_t *at,
+                                  obm__span *span) {
     while (*at < n) {
         size_t begin = *at;
         const obm__added *t = longest(s, text + begin, n - begin);

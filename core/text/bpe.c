@@ -1,5 +1,5 @@
-/* Byte-level byte-pair encoding (Sennrich et al. 2016; over bytes: Radford et al. 2019): a word's bytes are merged pair by pair,
- * lowest rank first, leftmost first among equals. */
+/* Byte-level byte-pair encoding (Sennrich et al. 2016; over bytes: Radford et al. 2019): a word's bytes are merged pair
+ * by pair, lowest rank first, leftmost first among equals. */
 #include "text.h"
 
 #include <limits.h>
@@ -13,7 +13,7 @@ static bool is_plain(int b) { return (b >= 0x21 && b <= 0x7e) || (b >= 0xa1 && b
 static uint32_t char_of(uint8_t byte) {
     if (is_plain(byte)) return byte;
     if (byte <= 0x20) return 0x100u + byte;
-    return byte <= 0xa0 ? 0x100u + 33 + (byte - 0x7fu) : 0x100u + 67;   // 0x7f .. 0xa0, then 0xad
+    return byte <= 0xa0 ? 0x100u + 33 + (byte - 0x7fu) : 0x100u + 67; // 0x7f .. 0xa0, then 0xad
 }
 
 size_t obm__byte_to_char(uint8_t byte, char out[2]) {
@@ -78,7 +78,8 @@ static bool read_pair(const obm_json *merge, const char *half[2], size_t len[2])
     return memchr(half[1], ' ', len[1]) == NULL;
 }
 
-static obm_status load_merge(obm__bpe *m, const obm_json *merge, size_t rank, obm__buffer *joined, const char *where, obm_error *err) {
+static obm_status load_merge(obm__bpe *m, const obm_json *merge, size_t rank, obm__buffer *joined, const char *where,
+                             obm_error *err) {
     const char *half[2];
     size_t len[2];
     if (!read_pair(merge, half, len)) {
@@ -91,17 +92,21 @@ static obm_status load_merge(obm__bpe *m, const obm_json *merge, size_t rank, ob
     int32_t a = obm__vocab_find(m->vocab, half[0], len[0]), b = obm__vocab_find(m->vocab, half[1], len[1]);
     int32_t id = obm__vocab_find(m->vocab, joined->data, joined->size);
     if (a < 0 || b < 0 || id < 0) {
-        return obm__fail(err, OBM_E_FORMAT, "%s: model.merges[%zu] names \"%.64s\", which is not in the vocabulary", where, rank,
-                         a < 0 ? half[0] : b < 0 ? half[1] : joined->data);
+        return obm__fail(err, OBM_E_FORMAT, "%s: model.merges[%zu] names \"%.64s\", which is not in the vocabulary",
+                         where, rank,
+                         a < 0   ? half[0]
+                         : b < 0 ? half[1]
+                                 : joined->data);
     }
     uint64_t pair = pair_of(a, b);
-    *merge_of(m, pair) = (obm__merge){pair, (uint32_t)rank, id};   /* of duplicates the last counts, as in the library */
+    *merge_of(m, pair) = (obm__merge){pair, (uint32_t)rank, id}; /* of duplicates the last counts, as in the library */
     return OBM_OK;
 }
 
 static obm_status load_merges(obm__bpe *m, const obm_json *merges, const char *where, obm_error *err) {
     size_t n = obm__json_size(merges), capacity = 16;
-    if (!merges || obm__json_kind(merges) != OBM_JSON_ARRAY) return obm__fail(err, OBM_E_FORMAT, "%s: model.merges is not an array", where);
+    if (!merges || obm__json_kind(merges) != OBM_JSON_ARRAY)
+        return obm__fail(err, OBM_E_FORMAT, "%s: model.merges is not an array", where);
     if (n >= INT32_MAX) return obm__fail(err, OBM_E_FORMAT, "%s: %zu merges are too many", where, n);
     while (capacity < 2 * n) capacity *= 2;
     m->merges = obm__alloc(capacity, sizeof *m->merges);
@@ -110,7 +115,8 @@ static obm_status load_merges(obm__bpe *m, const obm_json *merges, const char *w
     m->mask = capacity - 1;
     obm__buffer joined = {0};
     obm_status status = OBM_OK;
-    for (size_t i = 0; i < n && status == OBM_OK; i++) status = load_merge(m, obm__json_at(merges, i), i, &joined, where, err);
+    for (size_t i = 0; i < n && status == OBM_OK; i++)
+        status = load_merge(m, obm__json_at(merges, i), i, &joined, where, err);
     obm__buffer_free(&joined);
     return status;
 }
@@ -127,17 +133,21 @@ static obm_status check_options(const obm_json *model, const char *where, obm_er
     double dropout = 0;
     for (size_t i = 0; i < 2; i++) {
         if (!is_unset(obm__json_get(model, affixes[i]))) {
-            return obm__fail(err, OBM_E_UNSUPPORTED, "%s: model.%s is not supported by byte-level BPE", where, affixes[i]);
+            return obm__fail(err, OBM_E_UNSUPPORTED, "%s: model.%s is not supported by byte-level BPE", where,
+                             affixes[i]);
         }
     }
     obm__json_bool(obm__json_get(model, "byte_fallback"), &fallback);
-    if (fallback) return obm__fail(err, OBM_E_UNSUPPORTED, "%s: model.byte_fallback (SentencePiece-style BPE) is not supported", where);
+    if (fallback)
+        return obm__fail(err, OBM_E_UNSUPPORTED, "%s: model.byte_fallback (SentencePiece-style BPE) is not supported",
+                         where);
     obm__json_real(obm__json_get(model, "dropout"), &dropout);
     if (dropout != 0) return obm__fail(err, OBM_E_UNSUPPORTED, "%s: model.dropout must be null or 0", where);
     return OBM_OK;
 }
 
-obm_status obm__bpe_load(obm__bpe *m, const obm__vocab *vocab, const obm_json *model, const char *where, obm_error *err) {
+obm_status obm__bpe_load(obm__bpe *m, const obm__vocab *vocab, const obm_json *model, const char *where,
+                         obm_error *err) {
     *m = (obm__bpe){.vocab = vocab, .unk = -1};
     OBM_TRY(check_options(model, where, err));
     for (int b = 0; b < 256; b++) {
@@ -165,13 +175,19 @@ void obm__bpe_free(obm__bpe *m) {
 
 /* ---- encoding ---- */
 
-typedef struct symbol { int32_t id, previous, next; } symbol;              /* id -1: merged into its left neighbour */
-typedef struct candidate { uint32_t rank; int32_t at; int32_t id; } candidate;   /* merge symbol `at` with its right neighbour */
+typedef struct symbol {
+    int32_t id, previous, next;
+} symbol; /* id -1: merged into its left neighbour */
+typedef struct candidate {
+    uint32_t rank;
+    int32_t at;
+    int32_t id;
+} candidate; /* merge symbol `at` with its right neighbour */
 
 struct obm__bpe_work {
     symbol *symbols;
-    candidate *heap;     // binary, smallest (rank, at) first
-    size_t capacity;     /* symbols; the heap has three times as many */
+    candidate *heap; // binary, smallest (rank, at) first
+    size_t capacity; /* symbols; the heap has three times as many */
     size_t n_symbols, n_heap;
     obm__buffer chars;
 };
@@ -201,7 +217,9 @@ static obm_status reserve(obm__bpe_work *w, size_t n, obm_error *err) {
     return OBM_OK;
 }
 
-static bool before(const candidate *a, const candidate *b) { return a->rank != b->rank ? a->rank < b->rank : a->at < b->at; }
+static bool before(const candidate *a, const candidate *b) {
+    return a->rank != b->rank ? a->rank < b->rank : a->at < b->at;
+}
 
 static void heap_push(obm__bpe_work *w, candidate c) {
     size_t i = w->n_heap++;
@@ -238,7 +256,7 @@ static void add_symbol(obm__bpe_work *w, int32_t id) {
 }
 
 static void start_symbols(const obm__bpe *m, obm__bpe_work *w, const char *word, size_t n) {
-    bool unknown = false;   /* the byte before had no piece either */
+    bool unknown = false; /* the byte before had no piece either */
     w->n_symbols = w->n_heap = 0;
     for (size_t i = 0; i < n; i++) {
         int32_t id = m->byte_ids[(uint8_t)word[i]];
@@ -260,7 +278,7 @@ static void merge_symbols(const obm__bpe *m, obm__bpe_work *w) {
         if (left->id < 0 || left->next < 0) continue;
         symbol *right = &w->symbols[left->next];
         const obm__merge *merge = merge_of(m, pair_of(left->id, right->id));
-        if (merge->rank != c.rank || merge->id != c.id) continue;   /* a neighbour has changed since */
+        if (merge->rank != c.rank || merge->id != c.id) continue; /* a neighbour has changed since */
         left->id = c.id;
         left->next = right->next;
         right->id = -1;
@@ -283,7 +301,8 @@ static int32_t find_whole(const obm__bpe *m, obm__bpe_work *w, const char *word,
     return id >= 0 && m->vocab->pieces[id].in_model ? id : -1;
 }
 
-obm_status obm__bpe_encode(const obm__bpe *m, obm__bpe_work *w, const char *word, size_t n, obm__ids *out, obm_error *err) {
+obm_status obm__bpe_encode(const obm__bpe *m, obm__bpe_work *w, const char *word, size_t n, obm__ids *out,
+                           obm_error *err) {
     if (n == 0) return OBM_OK;
     int32_t whole = m->ignore_merges ? find_whole(m, w, word, n) : -1;
     if (w->chars.failed) return obm__fail_nomem(err, 2 * (uint64_t)n);

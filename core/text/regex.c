@@ -1,5 +1,5 @@
-/* Regexes of tokenizer.json, which are written for Oniguruma, on PCRE2 (the only file that includes pcre2.h): patterns are
- * rewritten where the two differ and refused where the difference cannot be bridged. */
+/* Regexes of tokenizer.json, which are written for Oniguruma, on PCRE2 (the only file that includes pcre2.h): patterns
+ * are rewritten where the two differ and refused where the difference cannot be bridged. */
 #define PCRE2_CODE_UNIT_WIDTH 8
 
 #include "text.h"
@@ -19,8 +19,8 @@ struct obm__matching {
     pcre2_jit_stack *stack;
 };
 
-/* Backtracking steps of one match.  The patterns in use need a few per character of one word (a run of a million spaces is
- * one word); nested quantifiers, (a+)+, reach this within a second. */
+/* Backtracking steps of one match.  The patterns in use need a few per character of one word (a run of a million spaces
+ * is one word); nested quantifiers, (a+)+, reach this within a second. */
 #define MATCH_LIMIT_BASE 1000000u
 #define MATCH_LIMIT_PER_BYTE 16u
 #define HEAP_LIMIT_KIB (256u * 1024u)
@@ -28,50 +28,42 @@ struct obm__matching {
 /* Unicode's White_Space; PCRE2's \s has U+180E on top. */
 #define SPACE "\\t-\\r\\x{85}\\p{Z}"
 
-/* Characters of a general category that Unicode 15, 15.1 and 16 assigned (UnicodeData.txt of both).  The tokenizers library
- * knows them, PCRE2 10.42 does not; naming them twice is harmless. */
-static const struct { const char *category, *ranges; } newer[] = {
-    {"L",
-     "\\x{1c89}-\\x{1c8a}\\x{a7cb}-\\x{a7cd}\\x{a7da}-\\x{a7dc}\\x{105c0}-\\x{105f3}\\x{10d4a}-\\x{10d65}"
-     "\\x{10d6f}-\\x{10d85}\\x{10ec2}-\\x{10ec4}\\x{1123f}-\\x{11240}\\x{11380}-\\x{11389}\\x{1138b}\\x{1138e}"
-     "\\x{11390}-\\x{113b5}\\x{113b7}\\x{113d1}\\x{113d3}\\x{11bc0}-\\x{11be0}\\x{11f02}\\x{11f04}-\\x{11f10}"
-     "\\x{11f12}-\\x{11f33}\\x{1342f}\\x{13441}-\\x{13446}\\x{13460}-\\x{143fa}\\x{16100}-\\x{1611d}"
-     "\\x{16d40}-\\x{16d6c}\\x{18cff}\\x{1b132}\\x{1b155}\\x{1df25}-\\x{1df2a}\\x{1e030}-\\x{1e06d}"
-     "\\x{1e4d0}-\\x{1e4eb}\\x{1e5d0}-\\x{1e5ed}\\x{1e5f0}\\x{2b739}\\x{2ebf0}-\\x{2ee5d}\\x{31350}-\\x{323af}"},
-    {"Lu",
-     "\\x{1c89}\\x{a7cb}-\\x{a7cc}\\x{a7da}\\x{a7dc}\\x{10d50}-\\x{10d65}"},
-    {"Ll",
-     "\\x{1c8a}\\x{a7cd}\\x{a7db}\\x{10d70}-\\x{10d85}\\x{1df25}-\\x{1df2a}"},
-    {"Lm",
-     "\\x{10d4e}\\x{10d6f}\\x{16d40}-\\x{16d42}\\x{16d6b}-\\x{16d6c}\\x{1e030}-\\x{1e06d}\\x{1e4eb}"},
-    {"Lo",
-     "\\x{105c0}-\\x{105f3}\\x{10d4a}-\\x{10d4d}\\x{10d4f}\\x{10ec2}-\\x{10ec4}\\x{1123f}-\\x{11240}"
-     "\\x{11380}-\\x{11389}\\x{1138b}\\x{1138e}\\x{11390}-\\x{113b5}\\x{113b7}\\x{113d1}\\x{113d3}"
-     "\\x{11bc0}-\\x{11be0}\\x{11f02}\\x{11f04}-\\x{11f10}\\x{11f12}-\\x{11f33}\\x{1342f}\\x{13441}-\\x{13446}"
-     "\\x{13460}-\\x{143fa}\\x{16100}-\\x{1611d}\\x{16d43}-\\x{16d6a}\\x{18cff}\\x{1b132}\\x{1b155}"
-     "\\x{1e4d0}-\\x{1e4ea}\\x{1e5d0}-\\x{1e5ed}\\x{1e5f0}\\x{2b739}\\x{2ebf0}-\\x{2ee5d}\\x{31350}-\\x{323af}"},
-    {"M",
-     "\\x{897}\\x{cf3}\\x{ece}\\x{10d69}-\\x{10d6d}\\x{10efc}-\\x{10eff}\\x{11241}\\x{113b8}-\\x{113c0}"
-     "\\x{113c2}\\x{113c5}\\x{113c7}-\\x{113ca}\\x{113cc}-\\x{113d0}\\x{113d2}\\x{113e1}-\\x{113e2}"
-     "\\x{11f00}-\\x{11f01}\\x{11f03}\\x{11f34}-\\x{11f3a}\\x{11f3e}-\\x{11f42}\\x{11f5a}\\x{13440}"
-     "\\x{13447}-\\x{13455}\\x{1611e}-\\x{1612f}\\x{1e08f}\\x{1e4ec}-\\x{1e4ef}\\x{1e5ee}-\\x{1e5ef}"},
-    {"N",
-     "\\x{10d40}-\\x{10d49}\\x{116d0}-\\x{116e3}\\x{11bf0}-\\x{11bf9}\\x{11f50}-\\x{11f59}"
-     "\\x{16130}-\\x{16139}\\x{16d70}-\\x{16d79}\\x{1ccf0}-\\x{1ccf9}\\x{1d2c0}-\\x{1d2d3}"
-     "\\x{1e4f0}-\\x{1e4f9}\\x{1e5f1}-\\x{1e5fa}"},
-    {"Nd",
-     "\\x{10d40}-\\x{10d49}\\x{116d0}-\\x{116e3}\\x{11bf0}-\\x{11bf9}\\x{11f50}-\\x{11f59}"
-     "\\x{16130}-\\x{16139}\\x{16d70}-\\x{16d79}\\x{1ccf0}-\\x{1ccf9}\\x{1e4f0}-\\x{1e4f9}"
-     "\\x{1e5f1}-\\x{1e5fa}"},
-    {"P",
-     "\\x{1b4e}-\\x{1b4f}\\x{1b7f}\\x{10d6e}\\x{113d4}-\\x{113d5}\\x{113d7}-\\x{113d8}\\x{11b00}-\\x{11b09}"
-     "\\x{11be1}\\x{11f43}-\\x{11f4f}\\x{16d6d}-\\x{16d6f}\\x{1e5ff}"},
-    {"S",
-     "\\x{2427}-\\x{2429}\\x{2ffc}-\\x{2fff}\\x{31e4}-\\x{31e5}\\x{31ef}\\x{10d8e}-\\x{10d8f}"
-     "\\x{1cc00}-\\x{1ccef}\\x{1cd00}-\\x{1ceb3}\\x{1f6dc}\\x{1f774}-\\x{1f776}\\x{1f77b}-\\x{1f77f}\\x{1f7d9}"
-     "\\x{1f8b2}-\\x{1f8bb}\\x{1f8c0}-\\x{1f8c1}\\x{1fa75}-\\x{1fa77}\\x{1fa87}-\\x{1fa89}\\x{1fa8f}"
-     "\\x{1faad}-\\x{1faaf}\\x{1fabb}-\\x{1fabf}\\x{1fac6}\\x{1face}-\\x{1facf}\\x{1fada}-\\x{1fadc}\\x{1fadf}"
-     "\\x{1fae8}-\\x{1fae9}\\x{1faf7}-\\x{1faf8}\\x{1fbcb}-\\x{1fbef}"},
+/* Characters of a general category that Unicode 15, 15.1 and 16 assigned (UnicodeData.txt of both).  The tokenizers
+ * library knows them, PCRE2 10.42 does not; naming them twice is harmless. */
+static const struct {
+    const char *category, *ranges;
+} newer[] = {
+    {"L", "\\x{1c89}-\\x{1c8a}\\x{a7cb}-\\x{a7cd}\\x{a7da}-\\x{a7dc}\\x{105c0}-\\x{105f3}\\x{10d4a}-\\x{10d65}"
+          "\\x{10d6f}-\\x{10d85}\\x{10ec2}-\\x{10ec4}\\x{1123f}-\\x{11240}\\x{11380}-\\x{11389}\\x{1138b}\\x{1138e}"
+          "\\x{11390}-\\x{113b5}\\x{113b7}\\x{113d1}\\x{113d3}\\x{11bc0}-\\x{11be0}\\x{11f02}\\x{11f04}-\\x{11f10}"
+          "\\x{11f12}-\\x{11f33}\\x{1342f}\\x{13441}-\\x{13446}\\x{13460}-\\x{143fa}\\x{16100}-\\x{1611d}"
+          "\\x{16d40}-\\x{16d6c}\\x{18cff}\\x{1b132}\\x{1b155}\\x{1df25}-\\x{1df2a}\\x{1e030}-\\x{1e06d}"
+          "\\x{1e4d0}-\\x{1e4eb}\\x{1e5d0}-\\x{1e5ed}\\x{1e5f0}\\x{2b739}\\x{2ebf0}-\\x{2ee5d}\\x{31350}-\\x{323af}"},
+    {"Lu", "\\x{1c89}\\x{a7cb}-\\x{a7cc}\\x{a7da}\\x{a7dc}\\x{10d50}-\\x{10d65}"},
+    {"Ll", "\\x{1c8a}\\x{a7cd}\\x{a7db}\\x{10d70}-\\x{10d85}\\x{1df25}-\\x{1df2a}"},
+    {"Lm", "\\x{10d4e}\\x{10d6f}\\x{16d40}-\\x{16d42}\\x{16d6b}-\\x{16d6c}\\x{1e030}-\\x{1e06d}\\x{1e4eb}"},
+    {"Lo", "\\x{105c0}-\\x{105f3}\\x{10d4a}-\\x{10d4d}\\x{10d4f}\\x{10ec2}-\\x{10ec4}\\x{1123f}-\\x{11240}"
+           "\\x{11380}-\\x{11389}\\x{1138b}\\x{1138e}\\x{11390}-\\x{113b5}\\x{113b7}\\x{113d1}\\x{113d3}"
+           "\\x{11bc0}-\\x{11be0}\\x{11f02}\\x{11f04}-\\x{11f10}\\x{11f12}-\\x{11f33}\\x{1342f}\\x{13441}-\\x{13446}"
+           "\\x{13460}-\\x{143fa}\\x{16100}-\\x{1611d}\\x{16d43}-\\x{16d6a}\\x{18cff}\\x{1b132}\\x{1b155}"
+           "\\x{1e4d0}-\\x{1e4ea}\\x{1e5d0}-\\x{1e5ed}\\x{1e5f0}\\x{2b739}\\x{2ebf0}-\\x{2ee5d}\\x{31350}-\\x{323af}"},
+    {"M", "\\x{897}\\x{cf3}\\x{ece}\\x{10d69}-\\x{10d6d}\\x{10efc}-\\x{10eff}\\x{11241}\\x{113b8}-\\x{113c0}"
+          "\\x{113c2}\\x{113c5}\\x{113c7}-\\x{113ca}\\x{113cc}-\\x{113d0}\\x{113d2}\\x{113e1}-\\x{113e2}"
+          "\\x{11f00}-\\x{11f01}\\x{11f03}\\x{11f34}-\\x{11f3a}\\x{11f3e}-\\x{11f42}\\x{11f5a}\\x{13440}"
+          "\\x{13447}-\\x{13455}\\x{1611e}-\\x{1612f}\\x{1e08f}\\x{1e4ec}-\\x{1e4ef}\\x{1e5ee}-\\x{1e5ef}"},
+    {"N", "\\x{10d40}-\\x{10d49}\\x{116d0}-\\x{116e3}\\x{11bf0}-\\x{11bf9}\\x{11f50}-\\x{11f59}"
+          "\\x{16130}-\\x{16139}\\x{16d70}-\\x{16d79}\\x{1ccf0}-\\x{1ccf9}\\x{1d2c0}-\\x{1d2d3}"
+          "\\x{1e4f0}-\\x{1e4f9}\\x{1e5f1}-\\x{1e5fa}"},
+    {"Nd", "\\x{10d40}-\\x{10d49}\\x{116d0}-\\x{116e3}\\x{11bf0}-\\x{11bf9}\\x{11f50}-\\x{11f59}"
+           "\\x{16130}-\\x{16139}\\x{16d70}-\\x{16d79}\\x{1ccf0}-\\x{1ccf9}\\x{1e4f0}-\\x{1e4f9}"
+           "\\x{1e5f1}-\\x{1e5fa}"},
+    {"P", "\\x{1b4e}-\\x{1b4f}\\x{1b7f}\\x{10d6e}\\x{113d4}-\\x{113d5}\\x{113d7}-\\x{113d8}\\x{11b00}-\\x{11b09}"
+          "\\x{11be1}\\x{11f43}-\\x{11f4f}\\x{16d6d}-\\x{16d6f}\\x{1e5ff}"},
+    {"S", "\\x{2427}-\\x{2429}\\x{2ffc}-\\x{2fff}\\x{31e4}-\\x{31e5}\\x{31ef}\\x{10d8e}-\\x{10d8f}"
+          "\\x{1cc00}-\\x{1ccef}\\x{1cd00}-\\x{1ceb3}\\x{1f6dc}\\x{1f774}-\\x{1f776}\\x{1f77b}-\\x{1f77f}\\x{1f7d9}"
+          "\\x{1f8b2}-\\x{1f8bb}\\x{1f8c0}-\\x{1f8c1}\\x{1fa75}-\\x{1fa77}\\x{1fa87}-\\x{1fa89}\\x{1fa8f}"
+          "\\x{1faad}-\\x{1faaf}\\x{1fabb}-\\x{1fabf}\\x{1fac6}\\x{1face}-\\x{1facf}\\x{1fada}-\\x{1fadc}\\x{1fadf}"
+          "\\x{1fae8}-\\x{1fae9}\\x{1faf7}-\\x{1faf8}\\x{1fbcb}-\\x{1fbef}"},
 };
 
 /* ---- rewriting ---- */
@@ -115,7 +107,7 @@ static obm_status put_property(rewrite *w, bool negated) {
         negated = !negated;
     }
     const char *ranges = newer_ranges(name, (size_t)(close - name));
-    if (w->in_class && negated) {   /* here the newer characters stay in the set: a class has no difference */
+    if (w->in_class && negated) { /* here the newer characters stay in the set: a class has no difference */
         obm__buffer_text(&w->out, "\\P{");
         obm__buffer_add(&w->out, name, (size_t)(close - name));
         obm__buffer_text(&w->out, "}");
@@ -143,18 +135,37 @@ static obm_status put_escape(rewrite *w) {
     char c = w->p[1], name[3] = {'\\', c, 0};
     w->p += 2;
     switch (c) {
-    case 's': return put_set(w, false, SPACE, strlen(SPACE), "");
+    case 's':
+        return put_set(w, false, SPACE, strlen(SPACE), "");
     case 'S':
         if (w->in_class) obm__buffer_text(&w->out, "\\S\\x{180e}");
         return w->in_class ? OBM_OK : put_set(w, true, SPACE, strlen(SPACE), "");
-    case 'd': case 'D': return put_set(w, c == 'D', "\\p{Nd}", 6, newer_ranges("Nd", 2));
-    case 'p': case 'P': return put_property(w, c == 'P');
-    case 'u': return put_code_point(w);
-    case 'v': obm__buffer_text(&w->out, "\\x0b"); return OBM_OK;
+    case 'd':
+    case 'D':
+        return put_set(w, c == 'D', "\\p{Nd}", 6, newer_ranges("Nd", 2));
+    case 'p':
+    case 'P':
+        return put_property(w, c == 'P');
+    case 'u':
+        return put_code_point(w);
+    case 'v':
+        obm__buffer_text(&w->out, "\\x0b");
+        return OBM_OK;
     case 'x':
-        if (w->p == w->end || (*w->p != '{' && !(*w->p >= '0' && *w->p <= '7'))) return refuse(w, "\\x of a single byte");
+        if (w->p == w->end || (*w->p != '{' && !(*w->p >= '0' && *w->p <= '7')))
+            return refuse(w, "\\x of a single byte");
         break;
-    case 'n': case 'r': case 't': case 'f': case 'a': case 'e': case 'A': case 'z': case 'Z': case '0': break;
+    case 'n':
+    case 'r':
+    case 't':
+    case 'f':
+    case 'a':
+    case 'e':
+    case 'A':
+    case 'z':
+    case 'Z':
+    case '0':
+        break;
     default:
         if ((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z')) return refuse(w, name);
     }
@@ -209,7 +220,8 @@ static obm_status rewrite_one(rewrite *w) {
 
 /* ---- compiling ---- */
 
-static obm_status compile(const char *pattern, size_t n, uint32_t options, const char *where, obm__regex **out, obm_error *err) {
+static obm_status compile(const char *pattern, size_t n, uint32_t options, const char *where, obm__regex **out,
+                          obm_error *err) {
     int code = 0;
     PCRE2_SIZE offset = 0;
     pcre2_compile_context *context = pcre2_compile_context_create(NULL);
@@ -229,7 +241,7 @@ static obm_status compile(const char *pattern, size_t n, uint32_t options, const
         obm__regex_free(r);
         return obm__fail(err, OBM_E_FORMAT, "%s: a regex does not compile: %s", where, (const char *)reason);
     }
-    pcre2_jit_compile(r->code, PCRE2_JIT_COMPLETE);   /* a build or system without JIT interprets */
+    pcre2_jit_compile(r->code, PCRE2_JIT_COMPLETE); /* a build or system without JIT interprets */
     *out = r;
     return OBM_OK;
 }
@@ -267,7 +279,7 @@ obm__matching *obm__matching_new(void) {
     if (!m) return NULL;
     m->data = pcre2_match_data_create(1, NULL);
     m->context = pcre2_match_context_create(NULL);
-    m->stack = pcre2_jit_stack_create(32 * 1024, 8 * 1024 * 1024, NULL);   /* NULL without JIT */
+    m->stack = pcre2_jit_stack_create(32 * 1024, 8 * 1024 * 1024, NULL); /* NULL without JIT */
     if (!m->data || !m->context) {
         obm__matching_free(m);
         return NULL;
@@ -299,8 +311,8 @@ obm_status obm__regex_find(const obm__regex *r, obm__matching *m, const char *s,
     if (code < 0 || at[0] < start || at[1] < at[0] || at[1] > n) {
         PCRE2_UCHAR reason[160] = "the match ends before it starts";
         if (code < 0) pcre2_get_error_message(code, reason, sizeof reason);
-        return obm__fail(err, OBM_E_FORMAT, "%s: a regex cannot be matched at byte %zu of a text of %zu: %s", r->where, start,
-                         n, (const char *)reason);
+        return obm__fail(err, OBM_E_FORMAT, "%s: a regex cannot be matched at byte %zu of a text of %zu: %s", r->where,
+                         start, n, (const char *)reason);
     }
     *found = true;
     *begin = at[0];

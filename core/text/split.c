@@ -23,8 +23,8 @@ void obm__spans_free(obm__spans *s) {
 /* Decides, piece by piece from left to right, which neighbours belong together. */
 typedef struct cutter {
     const obm__split *split;
-    size_t base;             /* of the span in the text */
-    obm__span pending;       /* not yet appended */
+    size_t base;       /* of the span in the text */
+    obm__span pending; /* not yet appended */
     bool has_pending, pending_matched, previous_match;
     obm__spans *out;
 } cutter;
@@ -38,11 +38,15 @@ static bool emit(cutter *c) {
 
 static bool joins(const cutter *c, bool match) {
     switch (c->split->behavior) {
-    case OBM__CONTIGUOUS: return match == c->previous_match;
-    case OBM__MERGED_WITH_PREVIOUS: return match && !c->previous_match;
+    case OBM__CONTIGUOUS:
+        return match == c->previous_match;
+    case OBM__MERGED_WITH_PREVIOUS:
+        return match && !c->previous_match;
     /* The library goes from right to left here: a match takes in what follows it unless that is a match itself. */
-    case OBM__MERGED_WITH_NEXT: return !match && c->pending_matched;
-    default: return false;
+    case OBM__MERGED_WITH_NEXT:
+        return !match && c->pending_matched;
+    default:
+        return false;
     }
 }
 
@@ -62,11 +66,11 @@ static bool cut(cutter *c, size_t begin, size_t end, bool match) {
     return ok;
 }
 
-obm_status obm__split_apply(const obm__split *split, obm__matching *m, const char *text, obm__span span, obm__spans *out,
-                            obm_error *err) {
+obm_status obm__split_apply(const obm__split *split, obm__matching *m, const char *text, obm__span span,
+                            obm__spans *out, obm_error *err) {
     const char *s = text + span.begin;
     size_t n = span.end - span.begin, from = 0, done = 0;
-    bool matched = false, ok = true;   /* matched: `done` is the end of a match, where an empty one does not count */
+    bool matched = false, ok = true; /* matched: `done` is the end of a match, where an empty one does not count */
     cutter c = {.split = split, .base = span.begin, .out = out};
     while (ok && from <= n) {
         bool found;

@@ -7,8 +7,8 @@
 struct obm__decode_stream {
     const obm_tokenizer *tokenizer;
     bool skip_special;
-    obm__buffer bytes;   /* of pieces, not yet decoded: at most 3 between calls */
-    obm__buffer text;    /* what the last call returned */
+    obm__buffer bytes; /* of pieces, not yet decoded: at most 3 between calls */
+    obm__buffer text;  /* what the last call returned */
 };
 
 obm_status obm__decode_stream_new(const obm_tokenizer *t, bool skip_special, obm__decode_stream **out, obm_error *err) {

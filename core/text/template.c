@@ -10,7 +10,9 @@
 /* ---- recognising ---- */
 
 /* Words of templates that print something else than plain ChatML somewhere. */
-static const struct { const char *word, *obstacle; } obstacles[] = {
+static const struct {
+    const char *word, *obstacle;
+} obstacles[] = {
     {"bos_token", "it prints bos_token"},
     {"trim", "it trims messages"},
     {"strip(", "it strips messages"},
@@ -52,8 +54,10 @@ static obm_status note_system(obm__chat *c, const char *at, obm_error *err) {
     if (end) {
         *end = 0;
         const char *system = literal.data + strlen(head);
-        if (c->system && strcmp(c->system, system) != 0) c->obstacle = "it has several default system messages";
-        else if (!c->system && !(c->system = obm__strdup(system))) status = obm__fail_nomem(err, strlen(system));
+        if (c->system && strcmp(c->system, system) != 0)
+            c->obstacle = "it has several default system messages";
+        else if (!c->system && !(c->system = obm__strdup(system)))
+            status = obm__fail_nomem(err, strlen(system));
     }
     obm__buffer_free(&literal);
     return status;
@@ -95,7 +99,8 @@ static obm_status load_jinja(obm__chat *c, const char *path, obm_error *err) {
     OBM_TRY(obm__file_read(path, &c->source, &size, err));
     size_t bad = obm__utf8_check(c->source, size);
     if (bad < size || strlen(c->source) != size) {
-        return obm__fail(err, OBM_E_FORMAT, "%s: not UTF-8 text at byte %zu", path, bad < size ? bad : strlen(c->source));
+        return obm__fail(err, OBM_E_FORMAT, "%s: not UTF-8 text at byte %zu", path,
+                         bad < size ? bad : strlen(c->source));
     }
     return OBM_OK;
 }
@@ -128,7 +133,8 @@ static obm_status load_tokens(obm__chat *c, const char *directory, obm_error *er
     obm_json *config = NULL;
     obm_status status = obm__file_exists(path) ? obm__json_load(path, &config, err) : OBM_OK;
     obm_free(path);
-    if (config && !(copy_token(obm__json_get(config, "bos_token"), &c->bos) && copy_token(obm__json_get(config, "eos_token"), &c->eos)))
+    if (config && !(copy_token(obm__json_get(config, "bos_token"), &c->bos) &&
+                    copy_token(obm__json_get(config, "eos_token"), &c->eos)))
         status = obm__fail_nomem(err, 0);
     obm__json_free(config);
     return status;
@@ -155,10 +161,13 @@ void obm__chat_free(obm__chat *c) {
 
 static obm_status check_template(const obm__chat *c, obm_error *err) {
     if (!c->source) {
-        return obm__fail(err, OBM_E_UNSUPPORTED, "the model has no chat template (neither chat_template.jinja nor chat_template in tokenizer_config.json)");
+        return obm__fail(
+            err, OBM_E_UNSUPPORTED,
+            "the model has no chat template (neither chat_template.jinja nor chat_template in tokenizer_config.json)");
     }
     if (!c->chatml) {
-        return obm__fail(err, OBM_E_UNSUPPORTED, "%s: the chat template is not ChatML (%s, %s), the one that is built in", c->name, START, END);
+        return obm__fail(err, OBM_E_UNSUPPORTED,
+                         "%s: the chat template is not ChatML (%s, %s), the one that is built in", c->name, START, END);
     }
     if (c->obstacle) {
         return obm__fail(err, OBM_E_UNSUPPORTED, "%s: the chat template is not plain ChatML: %s", c->name, c->obstacle);
@@ -171,7 +180,8 @@ static obm_status check_messages(const obm_message *messages, size_t n, obm_erro
     for (size_t i = 0; i < n; i++) {
         const char *role = messages[i].role;
         if (!role || !messages[i].content) return obm__fail(err, OBM_E_ARG, "message %zu has no role or no content", i);
-        if (strcmp(role, "tool") == 0) return obm__fail(err, OBM_E_UNSUPPORTED, "message %zu: the role tool is not supported", i);
+        if (strcmp(role, "tool") == 0)
+            return obm__fail(err, OBM_E_UNSUPPORTED, "message %zu: the role tool is not supported", i);
         if (strcmp(role, "system") && strcmp(role, "user") && strcmp(role, "assistant")) {
             return obm__fail(err, OBM_E_ARG, "message %zu: unknown role \"%.64s\" (system, user, assistant)", i, role);
         }
@@ -187,8 +197,8 @@ static void add_turn(obm__buffer *out, const char *role, const char *content) {
     obm__buffer_text(out, END "\n");
 }
 
-obm_status obm_tokenizer_apply_template(const obm_tokenizer *t, const obm_message *messages, size_t n, bool add_generation,
-                                        char **text, obm_error *err) {
+obm_status obm_tokenizer_apply_template(const obm_tokenizer *t, const obm_message *messages, size_t n,
+                                        bool add_generation, char **text, obm_error *err) {
     obm__buffer out = {0};
     OBM_TRY(check_template(&t->chat, err));
     OBM_TRY(check_messages(messages, n, err));

@@ -1,5 +1,5 @@
-/* tokenizer.json of the byte-level BPE kind: opening, text to ids, ids to text.  Truncation and padding that a file may ask for
- * are not applied: they belong to training, and models are run without. */
+/* tokenizer.json of the byte-level BPE kind: opening, text to ids, ids to text.  Truncation and padding that a file may
+ * ask for are not applied: they belong to training, and models are run without. */
 #include "../io/io.h"
 #include "text.h"
 
@@ -9,7 +9,8 @@
 /* ---- opening ---- */
 
 /* What of an added token is looked for in the text. */
-static obm_status read_added(const obm_tokenizer *t, const obm_json *token, bool *normalized, obm__added *out, obm_error *err) {
+static obm_status read_added(const obm_tokenizer *t, const obm_json *token, bool *normalized, obm__added *out,
+                             obm_error *err) {
     size_t len = 0;
     bool special = false;
     int64_t id = 0;
@@ -67,7 +68,8 @@ static obm_status check_processor_ids(const obm_tokenizer *t, const char *where,
     for (size_t i = 0; i < p->n_before + p->n_after; i++) {
         int32_t id = i < p->n_before ? p->before[i] : p->after[i - p->n_before];
         if ((size_t)id >= t->vocab.size) {
-            return obm__fail(err, OBM_E_FORMAT, "%s: post_processor adds id %d, the vocabulary has %zu", where, (int)id, t->vocab.size);
+            return obm__fail(err, OBM_E_FORMAT, "%s: post_processor adds id %d, the vocabulary has %zu", where, (int)id,
+                             t->vocab.size);
         }
     }
     return OBM_OK;
@@ -78,11 +80,15 @@ static obm_status load(obm_tokenizer *t, const obm_json *root, const char *where
     const char *type = obm__json_string(obm__json_get(model, "type"));
     /* Old files do not say the type; only BPE has merges. */
     if (type ? strcmp(type, "BPE") != 0 : !obm__json_get(model, "merges")) {
-        return obm__fail(err, model ? OBM_E_UNSUPPORTED : OBM_E_FORMAT, "%s: expected a model of type BPE, found %.64s", where,
-                         type ? type : model ? "another" : "none");
+        return obm__fail(err, model ? OBM_E_UNSUPPORTED : OBM_E_FORMAT, "%s: expected a model of type BPE, found %.64s",
+                         where,
+                         type    ? type
+                         : model ? "another"
+                                 : "none");
     }
     const obm_json *vocab = obm__json_get(model, "vocab");
-    if (!vocab || obm__json_kind(vocab) != OBM_JSON_OBJECT) return obm__fail(err, OBM_E_FORMAT, "%s: model.vocab is not an object", where);
+    if (!vocab || obm__json_kind(vocab) != OBM_JSON_OBJECT)
+        return obm__fail(err, OBM_E_FORMAT, "%s: model.vocab is not an object", where);
     OBM_TRY(obm__vocab_load(&t->vocab, vocab, added, where, err));
     OBM_TRY(obm__bpe_load(&t->bpe, &t->vocab, model, where, err));
     OBM_TRY(obm__pipeline_load(&t->pipeline, root, where, err));
@@ -96,8 +102,10 @@ obm_status obm__tokenizer_parse(const char *json, size_t size, const char *where
     obm_tokenizer *t = obm__calloc(1, sizeof *t);
     obm_status status = t ? load(t, root, where, err) : obm__fail_nomem(err, sizeof *t);
     obm__json_free(root);
-    if (status == OBM_OK) *out = t;
-    else obm_tokenizer_free(t);
+    if (status == OBM_OK)
+        *out = t;
+    else
+        obm_tokenizer_free(t);
     return status;
 }
 
@@ -124,7 +132,9 @@ obm_status obm_tokenizer_open(obm_context *ctx, const char *path, obm_tokenizer 
     bool folder = obm__is_directory(path);
     const char *slash = strrchr(path, '/');
     char *file = folder ? obm__path_join(path, "tokenizer.json") : obm__strdup(path);
-    char *directory = folder ? obm__strdup(path) : slash ? obm__strndup(path, (size_t)(slash - path) + 1) : obm__strdup(".");
+    char *directory = folder  ? obm__strdup(path)
+                      : slash ? obm__strndup(path, (size_t)(slash - path) + 1)
+                              : obm__strdup(".");
     obm_status status = file && directory ? open_in(directory, file, out, err) : obm__fail_nomem(err, strlen(path));
     obm_free(file);
     obm_free(directory);
@@ -261,19 +271,20 @@ static obm_status encode(encoder *e, const char *text, size_t len, bool special)
     return e->ids.failed ? obm__fail_nomem(e->err, e->ids.count * sizeof(int32_t)) : OBM_OK;
 }
 
-obm_status obm_tokenizer_encode(const obm_tokenizer *t, const char *text, size_t len, bool special, int32_t **ids, size_t *n,
-                                obm_error *err) {
+obm_status obm_tokenizer_encode(const obm_tokenizer *t, const char *text, size_t len, bool special, int32_t **ids,
+                                size_t *n, obm_error *err) {
     encoder e;
     obm_status status;
     if (!text) text = "";
     if (len > INT_MAX) return obm__fail(err, OBM_E_ARG, "a text of %zu bytes is too long", len);
     size_t bad = obm__utf8_check(text, len);
     if (bad < len) {
-        return obm__fail(err, OBM_E_FORMAT, "the text is not UTF-8: byte 0x%02x at offset %zu", (unsigned)(uint8_t)text[bad], bad);
+        return obm__fail(err, OBM_E_FORMAT, "the text is not UTF-8: byte 0x%02x at offset %zu",
+                         (unsigned)(uint8_t)text[bad], bad);
     }
     OBM_GO(encoder_start(&e, t, err));
     OBM_GO(encode(&e, text, len, special));
-    if (!e.ids.data) e.ids.data = obm__calloc(1, sizeof *e.ids.data);   /* no ids are a block of their own too */
+    if (!e.ids.data) e.ids.data = obm__calloc(1, sizeof *e.ids.data); /* no ids are a block of their own too */
     if (!e.ids.data) OBM_GO(obm__fail_nomem(err, sizeof *e.ids.data));
     *n = e.ids.count;
     *ids = e.ids.data;
@@ -302,17 +313,19 @@ static void add_bytes(const obm__piece *p, obm__buffer *out) {
     }
 }
 
-obm_status obm__tokenizer_bytes(const obm_tokenizer *t, int32_t id, bool skip_special, obm__buffer *out, obm_error *err) {
+obm_status obm__tokenizer_bytes(const obm_tokenizer *t, int32_t id, bool skip_special, obm__buffer *out,
+                                obm_error *err) {
     if (id < 0 || (size_t)id >= t->vocab.size) {
-        return obm__fail(err, OBM_E_ARG, "id %d is out of range: the tokenizer has ids 0 to %zu", (int)id, t->vocab.size - 1);
+        return obm__fail(err, OBM_E_ARG, "id %d is out of range: the tokenizer has ids 0 to %zu", (int)id,
+                         t->vocab.size - 1);
     }
     const obm__piece *p = &t->vocab.pieces[id];
     if (p->text && !(skip_special && p->special)) add_bytes(p, out);
     return out->failed ? obm__fail_nomem(err, p->len) : OBM_OK;
 }
 
-obm_status obm_tokenizer_decode(const obm_tokenizer *t, const int32_t *ids, size_t n, bool skip_special, char **text, size_t *len,
-                                obm_error *err) {
+obm_status obm_tokenizer_decode(const obm_tokenizer *t, const int32_t *ids, size_t n, bool skip_special, char **text,
+                                size_t *len, obm_error *err) {
     obm__buffer bytes = {0}, out = {0};
     obm_status status = OBM_OK;
     obm__buffer_add(&bytes, "", 0);

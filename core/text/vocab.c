@@ -34,15 +34,19 @@ void obm__vocab_free(obm__vocab *v) {
 }
 
 /* Ids may have holes, but a file of n pieces must not make us allocate for billions. */
-static obm_status check_id(const obm_json *value, size_t n, const char *piece, const char *where, int64_t *id, obm_error *err) {
+static obm_status check_id(const obm_json *value, size_t n, const char *piece, const char *where, int64_t *id,
+                           obm_error *err) {
     if (!obm__json_int(value, id) || *id < 0 || (uint64_t)*id >= 16 * (uint64_t)n + 4096) {
-        return obm__fail(err, OBM_E_FORMAT, "%s: the id of piece \"%.64s\" is not an integer that fits %zu pieces", where, piece, n);
+        return obm__fail(err, OBM_E_FORMAT, "%s: the id of piece \"%.64s\" is not an integer that fits %zu pieces",
+                         where, piece, n);
     }
     return OBM_OK;
 }
 
 /* What the loops below need to know before anything is stored. */
-typedef struct extent { size_t pieces, size, model_bytes, added_bytes; } extent;
+typedef struct extent {
+    size_t pieces, size, model_bytes, added_bytes;
+} extent;
 
 static obm_status measure_model(const obm_json *model, const char *where, extent *x, obm_error *err) {
     for (void *it = obm__json_first(model); it; it = obm__json_next(model, it)) {
@@ -121,11 +125,12 @@ static obm_status store_added(obm__vocab *v, const obm_json *added, const char *
         const char *text = obm__json_string_n(obm__json_get(token, "content"), &len);
         obm__json_int(obm__json_get(token, "id"), &id);
         obm__json_bool(obm__json_get(token, "special"), &special);
-        if (len == 0) continue;   /* the tokenizers library ignores these */
+        if (len == 0) continue; /* the tokenizers library ignores these */
         size_t slot = slot_of(v, text, len);
         int32_t other = v->slots[slot];
         if (other < 0 ? v->pieces[id].text != NULL : other != (int32_t)id) {
-            return obm__fail(err, OBM_E_FORMAT, "%s: added token \"%.64s\" has id %lld, but %s", where, text, (long long)id,
+            return obm__fail(err, OBM_E_FORMAT, "%s: added token \"%.64s\" has id %lld, but %s", where, text,
+                             (long long)id,
                              other < 0 ? "another piece has it too" : "the vocabulary gives it another one");
         }
         if (other < 0) put(v, (int32_t)id, slot, text, len, &to);
@@ -134,7 +139,8 @@ static obm_status store_added(obm__vocab *v, const obm_json *added, const char *
     return OBM_OK;
 }
 
-obm_status obm__vocab_load(obm__vocab *v, const obm_json *model, const obm_json *added, const char *where, obm_error *err) {
+obm_status obm__vocab_load(obm__vocab *v, const obm_json *model, const obm_json *added, const char *where,
+                           obm_error *err) {
     extent x = {.pieces = obm__json_size(model) + obm__json_size(added)};
     OBM_TRY(measure_model(model, where, &x, err));
     OBM_TRY(measure_added(added, where, &x, err));

@@ -1,4 +1,5 @@
-/* Text: the vectors of the tokenizers package, decoding in pieces, regexes that hang or differ, hostile files, chat templates. */
+/* Text: the vectors of the tokenizers package, decoding in pieces, regexes that hang or differ, hostile files, chat
+ * templates. */
 #include "io/io.h"
 #include "text/stream.h"
 #include "text/text.h"
@@ -111,10 +112,22 @@ static void check_vectors(const char *name) {
     obm_tokenizer_free(t);
 }
 
-static void test_gpt2(void **state) { (void)state; check_vectors("gpt2"); }
-static void test_llama3(void **state) { (void)state; check_vectors("llama3"); }
-static void test_smollm2(void **state) { (void)state; check_vectors("smollm2"); }
-static void test_qwen2(void **state) { (void)state; check_vectors("qwen2"); }
+static void test_gpt2(void **state) {
+    (void)state;
+    check_vectors("gpt2");
+}
+static void test_llama3(void **state) {
+    (void)state;
+    check_vectors("llama3");
+}
+static void test_smollm2(void **state) {
+    (void)state;
+    check_vectors("smollm2");
+}
+static void test_qwen2(void **state) {
+    (void)state;
+    check_vectors("qwen2");
+}
 
 /* ---- UTF-8 ---- */
 
@@ -158,7 +171,8 @@ static void test_invalid_text(void **state) {
 static void test_pieces(void **state) {
     (void)state;
     obm_tokenizer *t = open_tokenizer(VECTORS "smollm2.json");
-    int32_t eot = obm_tokenizer_id(t, "<|endoftext|>"), the = obm_tokenizer_id(t, "\xc4\xa0the"), size = (int32_t)obm_tokenizer_size(t);
+    int32_t eot = obm_tokenizer_id(t, "<|endoftext|>"), the = obm_tokenizer_id(t, "\xc4\xa0the"),
+            size = (int32_t)obm_tokenizer_size(t);
     char *text = NULL;
     size_t len;
     obm_error err;
@@ -177,7 +191,8 @@ static void test_pieces(void **state) {
 
 /* ---- small tokenizers ---- */
 
-#define TAIL "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false},\"decoder\":{\"type\":\"ByteLevel\"}"
+#define TAIL \
+    "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false},\"decoder\":{\"type\":\"ByteLevel\"}"
 #define MODEL(vocab, merges) "\"model\":{\"type\":\"BPE\",\"vocab\":" vocab ",\"merges\":" merges "}"
 
 static void expect(const char *json, const char *text, size_t n, const int32_t *expected) {
@@ -192,18 +207,25 @@ static void expect(const char *json, const char *text, size_t n, const int32_t *
     obm_tokenizer_free(t);
 }
 
-#define EXPECT(json, text, ...)                                                                                        \
+#define EXPECT(json, text, ...) \
     expect(json, text, sizeof((int32_t[]){__VA_ARGS__}) / sizeof(int32_t), (int32_t[]){__VA_ARGS__})
 
 static void test_merge_order(void **state) {
     (void)state;
     /* "aaa": of equal ranks the leftmost goes first; "abc": rank decides, not position. */
-    EXPECT("{" MODEL("{\"a\":0,\"b\":1,\"c\":2,\"aa\":3,\"bc\":4,\"ab\":5}", "[\"a a\",[\"b\",\"c\"],\"a b\"]") "," TAIL "}", "aaa", 3, 0);
-    EXPECT("{" MODEL("{\"a\":0,\"b\":1,\"c\":2,\"aa\":3,\"bc\":4,\"ab\":5}", "[\"a a\",[\"b\",\"c\"],\"a b\"]") "," TAIL "}", "abcab", 0, 4, 5);
+    EXPECT("{" MODEL("{\"a\":0,\"b\":1,\"c\":2,\"aa\":3,\"bc\":4,\"ab\":5}", "[\"a a\",[\"b\",\"c\"],\"a b\"]") "," TAIL
+                                                                                                                "}",
+           "aaa", 3, 0);
+    EXPECT("{" MODEL("{\"a\":0,\"b\":1,\"c\":2,\"aa\":3,\"bc\":4,\"ab\":5}", "[\"a a\",[\"b\",\"c\"],\"a b\"]") "," TAIL
+                                                                                                                "}",
+           "abcab", 0, 4, 5);
     /* No piece for d, no unknown token: it is dropped; with one it is that, or one for a run of them. */
     EXPECT("{" MODEL("{\"a\":0,\"b\":1}", "[]") "," TAIL "}", "addb", 0, 1);
-    EXPECT("{\"model\":{\"type\":\"BPE\",\"unk_token\":\"b\",\"vocab\":{\"a\":0,\"b\":1},\"merges\":[]}," TAIL "}", "adda", 0, 1, 1, 0);
-    EXPECT("{\"model\":{\"type\":\"BPE\",\"unk_token\":\"b\",\"fuse_unk\":true,\"vocab\":{\"a\":0,\"b\":1},\"merges\":[]}," TAIL "}", "adda", 0, 1, 0);
+    EXPECT("{\"model\":{\"type\":\"BPE\",\"unk_token\":\"b\",\"vocab\":{\"a\":0,\"b\":1},\"merges\":[]}," TAIL "}",
+           "adda", 0, 1, 1, 0);
+    EXPECT("{\"model\":{\"type\":\"BPE\",\"unk_token\":\"b\",\"fuse_unk\":true,\"vocab\":{\"a\":0,\"b\":1},\"merges\":["
+           "]}," TAIL "}",
+           "adda", 0, 1, 0);
 }
 
 /* A word of a million letters: quadratic merging would take hours. */
@@ -235,7 +257,8 @@ static obm_status compile(const char *pattern, obm_error *err) {
 
 static void test_regex_refused(void **state) {
     (void)state;
-    static const char *const unsupported[] = {"\\w+", "a\\b", "\\h", "[a[b]]", "[a-z&&[aeiou]]", "a{1,3}+", "a{,3}", "(?m:.)", "(?x)a", "\\x80", "[^\\D]"};
+    static const char *const unsupported[] = {"\\w+",  "a\\b",   "\\h",   "[a[b]]", "[a-z&&[aeiou]]", "a{1,3}+",
+                                              "a{,3}", "(?m:.)", "(?x)a", "\\x80",  "[^\\D]"};
     static const char *const broken[] = {"(", "[a", "a\\", "\\p{", "\\p{Nope}", "\\u12", "*"};
     obm_error err;
     for (size_t i = 0; i < sizeof unsupported / sizeof *unsupported; i++) {
@@ -283,13 +306,17 @@ static void test_refused(void **state) {
     refuse("[]", OBM_E_FORMAT, "found none");
     refuse("{\"model\":{\"type\":\"Unigram\",\"vocab\":[]}," TAIL "}", OBM_E_UNSUPPORTED, "Unigram");
     refuse("{\"model\":{\"type\":\"WordPiece\",\"vocab\":{}}," TAIL "}", OBM_E_UNSUPPORTED, "WordPiece");
-    refuse("{\"model\":{\"type\":\"BPE\",\"byte_fallback\":true,\"vocab\":{},\"merges\":[]}," TAIL "}", OBM_E_UNSUPPORTED, "byte_fallback");
-    refuse("{\"model\":{\"type\":\"BPE\",\"dropout\":0.1,\"vocab\":{},\"merges\":[]}," TAIL "}", OBM_E_UNSUPPORTED, "dropout");
-    refuse("{\"model\":{\"type\":\"BPE\",\"end_of_word_suffix\":\"</w>\",\"vocab\":{},\"merges\":[]}," TAIL "}", OBM_E_UNSUPPORTED, "end_of_word_suffix");
+    refuse("{\"model\":{\"type\":\"BPE\",\"byte_fallback\":true,\"vocab\":{},\"merges\":[]}," TAIL "}",
+           OBM_E_UNSUPPORTED, "byte_fallback");
+    refuse("{\"model\":{\"type\":\"BPE\",\"dropout\":0.1,\"vocab\":{},\"merges\":[]}," TAIL "}", OBM_E_UNSUPPORTED,
+           "dropout");
+    refuse("{\"model\":{\"type\":\"BPE\",\"end_of_word_suffix\":\"</w>\",\"vocab\":{},\"merges\":[]}," TAIL "}",
+           OBM_E_UNSUPPORTED, "end_of_word_suffix");
     refuse("{" AB ",\"pre_tokenizer\":{\"type\":\"Metaspace\"}}", OBM_E_UNSUPPORTED, "Metaspace");
     refuse("{" AB ",\"normalizer\":{\"type\":\"Lowercase\"}," TAIL "}", OBM_E_UNSUPPORTED, "Lowercase");
     refuse("{" AB ",\"post_processor\":{\"type\":\"BertProcessing\"}," TAIL "}", OBM_E_UNSUPPORTED, "BertProcessing");
-    refuse("{" AB ",\"pre_tokenizer\":{\"type\":\"ByteLevel\"},\"decoder\":{\"type\":\"WordPiece\"}}", OBM_E_UNSUPPORTED, "WordPiece");
+    refuse("{" AB ",\"pre_tokenizer\":{\"type\":\"ByteLevel\"},\"decoder\":{\"type\":\"WordPiece\"}}",
+           OBM_E_UNSUPPORTED, "WordPiece");
     refuse("{" AB "}", OBM_E_UNSUPPORTED, "no ByteLevel");
     refuse("{" MODEL("{\"a\":0,\"b\":0}", "[]") "," TAIL "}", OBM_E_FORMAT, "same id");
     refuse("{" MODEL("{\"a\":-1}", "[]") "," TAIL "}", OBM_E_FORMAT, "\"a\"");
@@ -297,8 +324,10 @@ static void test_refused(void **state) {
     refuse("{" MODEL("{\"a\":0,\"b\":1}", "[\"a b\"]") "," TAIL "}", OBM_E_FORMAT, "\"ab\"");
     refuse("{" MODEL("{\"a\":0,\"b\":1}", "[\"a\"]") "," TAIL "}", OBM_E_FORMAT, "merges[0]");
     refuse("{" AB ",\"added_tokens\":[{\"id\":1,\"content\":\"x\"}]," TAIL "}", OBM_E_FORMAT, "added token \"x\"");
-    refuse("{" AB ",\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"s\"}},{\"Sequence\":{\"id\":\"A\"}}],"
-           "\"special_tokens\":{\"s\":{\"ids\":[9]}}}," TAIL "}", OBM_E_FORMAT, "id 9");
+    refuse("{" AB ",\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"s\"}},{"
+                  "\"Sequence\":{\"id\":\"A\"}}],"
+           "\"special_tokens\":{\"s\":{\"ids\":[9]}}}," TAIL "}",
+           OBM_E_FORMAT, "id 9");
 }
 
 /* ---- chat templates ---- */
@@ -335,14 +364,16 @@ static void renders(obm_tokenizer *t, const obm_message *messages, size_t n, boo
 static const obm_message hello[] = {{"user", "Hi"}, {"assistant", "Ho"}};
 static const obm_message with_system[] = {{"system", "S"}, {"user", "Hi"}};
 
-#define LOOP "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}" \
-             "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+#define LOOP                                                                                               \
+    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}" \
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 
 static void test_template_plain(void **state) {
     (void)state;
     obm_tokenizer *t = open_with(NULL, "{% for message in messages %}" LOOP);
     renders(t, hello, 2, false, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n");
-    renders(t, with_system, 2, true, "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+    renders(t, with_system, 2, true,
+            "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
     assert_non_null(strstr(obm_tokenizer_template(t), "message['role']"));
     obm_tokenizer_free(t);
 }
@@ -350,10 +381,14 @@ static void test_template_plain(void **state) {
 /* SmolLM2-Instruct's form: the default sits in one literal, here with an escaped quote. */
 static void test_template_default(void **state) {
     (void)state;
-    obm_tokenizer *t = open_with("{\"chat_template\":\"{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-                                 "{{ '<|im_start|>system\\nYou\\\\'re a helpful AI assistant<|im_end|>\\n' }}{% endif %}"
-                                 "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}\"}", NULL);
-    renders(t, hello, 1, true, "<|im_start|>system\nYou're a helpful AI assistant<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+    obm_tokenizer *t = open_with(
+        "{\"chat_template\":\"{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\\nYou\\\\'re a helpful AI assistant<|im_end|>\\n' }}{% endif %}"
+        "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}\"}",
+        NULL);
+    renders(t, hello, 1, true,
+            "<|im_start|>system\nYou're a helpful AI "
+            "assistant<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
     renders(t, with_system, 2, false, "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n");
     obm_tokenizer_free(t);
 }
@@ -361,13 +396,19 @@ static void test_template_default(void **state) {
 /* Qwen2.5's form: a branch for tools, and a system message that is concatenated is no default. */
 static void test_template_branches(void **state) {
     (void)state;
-    obm_tokenizer *t = open_with(
-        "{\"chat_template\":[{\"name\":\"tool_use\",\"template\":\"x\"},{\"name\":\"default\",\"template\":\""
-        "{%- if tools %}{{- '<|im_start|>system\\\\n' }}{{- 'You are Qwen.' }}{{- '# Tools<|im_end|>\\\\n' }}{%- else %}"
-        "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\\\n' + messages[0]['content'] + '<|im_end|>\\\\n' }}{%- else %}"
-        "{{- '<|im_start|>system\\\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\\\n' }}{%- endif %}{%- endif %}"
-        "\"}]}", NULL);
-    renders(t, hello, 1, false, "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n");
+    obm_tokenizer *t =
+        open_with("{\"chat_template\":[{\"name\":\"tool_use\",\"template\":\"x\"},{\"name\":\"default\",\"template\":\""
+                  "{%- if tools %}{{- '<|im_start|>system\\\\n' }}{{- 'You are Qwen.' }}{{- '# Tools<|im_end|>\\\\n' "
+                  "}}{%- else %}"
+                  "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\\\n' + messages[0]['content'] + "
+                  "'<|im_end|>\\\\n' }}{%- else %}"
+                  "{{- '<|im_start|>system\\\\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
+                  "assistant.<|im_end|>\\\\n' }}{%- endif %}{%- endif %}"
+                  "\"}]}",
+                  NULL);
+    renders(t, hello, 1, false,
+            "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
+            "assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n");
     obm_tokenizer_free(t);
 }
 
@@ -386,7 +427,8 @@ static void test_template_refused(void **state) {
     refuses(NULL, "no chat template");
     refuses("{{ '[INST] ' + content }}", "is not ChatML");
     refuses("{{ bos_token }}{% for message in messages %}" LOOP, "bos_token");
-    refuses("{{ '<|im_start|>system\\nA<|im_end|>\\n' }}{{ '<|im_start|>system\\nB<|im_end|>\\n' }}", "several default system messages");
+    refuses("{{ '<|im_start|>system\\nA<|im_end|>\\n' }}{{ '<|im_start|>system\\nB<|im_end|>\\n' }}",
+            "several default system messages");
     obm_tokenizer *t = open_with(NULL, "{% for message in messages %}" LOOP);
     const obm_message tool = {"tool", "x"}, unknown = {"narrator", "x"};
     char *text = NULL;
@@ -398,14 +440,22 @@ static void test_template_refused(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_gpt2),           cmocka_unit_test(test_llama3),
-        cmocka_unit_test(test_smollm2),        cmocka_unit_test(test_qwen2),
-        cmocka_unit_test(test_lossy),          cmocka_unit_test(test_invalid_text),
-        cmocka_unit_test(test_pieces),         cmocka_unit_test(test_merge_order),
-        cmocka_unit_test(test_long_word),      cmocka_unit_test(test_regex_refused),
-        cmocka_unit_test(test_regex_backtracking), cmocka_unit_test(test_refused),
-        cmocka_unit_test(test_template_plain), cmocka_unit_test(test_template_default),
-        cmocka_unit_test(test_template_branches), cmocka_unit_test(test_template_refused),
+        cmocka_unit_test(test_gpt2),
+        cmocka_unit_test(test_llama3),
+        cmocka_unit_test(test_smollm2),
+        cmocka_unit_test(test_qwen2),
+        cmocka_unit_test(test_lossy),
+        cmocka_unit_test(test_invalid_text),
+        cmocka_unit_test(test_pieces),
+        cmocka_unit_test(test_merge_order),
+        cmocka_unit_test(test_long_word),
+        cmocka_unit_test(test_regex_refused),
+        cmocka_unit_test(test_regex_backtracking),
+        cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_template_plain),
+        cmocka_unit_test(test_template_default),
+        cmocka_unit_test(test_template_branches),
+        cmocka_unit_test(test_template_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

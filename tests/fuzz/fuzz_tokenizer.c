@@ -1,11 +1,12 @@
-/* Bytes as a tokenizer.json: refused with a message, or opened and then able to encode and decode without a crash or a hang. */
+/* Bytes as a tokenizer.json: refused with a message, or opened and then able to encode and decode without a crash or a
+ * hang. */
 #include "text/stream.h"
 #include "text/text.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#define MAX_INPUT 65536   /* compiling many regexes is slow, not interesting */
+#define MAX_INPUT 65536 /* compiling many regexes is slow, not interesting */
 
 static void round_trip(const obm_tokenizer *t, const char *text, size_t n) {
     int32_t *ids = NULL;
@@ -15,13 +16,15 @@ static void round_trip(const obm_tokenizer *t, const char *text, size_t n) {
     for (size_t i = 0; i < count; i++) {
         if (ids[i] < 0 || (size_t)ids[i] >= obm_tokenizer_size(t)) abort();
     }
-    if (obm_tokenizer_decode(t, ids, count, false, &back, &len, NULL) == OBM_OK && obm__utf8_check(back, len) != len) abort();
+    if (obm_tokenizer_decode(t, ids, count, false, &back, &len, NULL) == OBM_OK && obm__utf8_check(back, len) != len)
+        abort();
     obm_free(back);
     obm_free(ids);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    static const char *const texts[] = {"", "Hello, it's 1234 o'clock\n\n  x\t", "e\xcc\x81\xe4\xbd\xa0\xf0\x9f\x98\x80 <|im_start|>",
+    static const char *const texts[] = {"", "Hello, it's 1234 o'clock\n\n  x\t",
+                                        "e\xcc\x81\xe4\xbd\xa0\xf0\x9f\x98\x80 <|im_start|>",
                                         "aaaaaaaaaaaaaaaaaaaaaaaa          "};
     obm_tokenizer *t = NULL;
     obm_error err;
