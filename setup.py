@@ -26,7 +26,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         suffix = target.name[len("_core"):]
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-DOBM_PYTHON=ON",
+            "cmake", "-S", str(ROOT), "-B", str(build), "-DOBM_PYTHON=ON", "-DOBM_INSTALL=OFF",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DPython_EXECUTABLE={os.sys.executable}",
             f"-DOBM_PY_OUTDIR={target.parent}", f"-DOBM_PY_SUFFIX={suffix}",
