@@ -42,7 +42,7 @@ static int stop_at_three(void *user, const char *what, uint64_t done, uint64_t t
 
 static void test_lbfgs(void **state) {
     (void)state;
-    obm__lbfgs s = {.objective = quadratic, .n = 20, .history = 5, .max_iterations = 200, .tolerance = 1e-9};
+    obm__lbfgs s = {.objective = quadratic, .n = 20, .history = 5, .max_iterations = 2000, .tolerance = 1e-9};
     obm__lbfgs_result result;
     double x[20] = {0}, y[2] = {-1.2, 1};
     OK(obm__lbfgs_run(&s, x, &result, err));
@@ -194,10 +194,10 @@ static void test_regression_threads(void **state) {
 /* ---- split and report ---- */
 
 static void check_split(const uint32_t *label, size_t n, double holdout, uint64_t seed) {
-    obm__split s, again;
-    obm__split_options o = {holdout, seed};
+    obm__holdout s, again;
+    obm__holdout_options o = {holdout, seed};
     int seen[256] = {0}, sides[TASKS][2] = {{0}}, count[TASKS] = {0};
-    OK(obm__split_new(label, n, TASKS, &o, &s, err));
+    OK(obm__holdout_new(label, n, TASKS, &o, &s, err));
     assert_int_equal(s.n_train + s.n_held, n);
     for (size_t i = 0; i < s.n_train; i++) seen[s.train[i]]++, sides[label[s.train[i]]][0]++;
     for (size_t i = 0; i < s.n_held; i++) seen[s.held[i]]++, sides[label[s.held[i]]][1]++;
@@ -207,10 +207,10 @@ static void check_split(const uint32_t *label, size_t n, double holdout, uint64_
         assert_true(sides[t][0] >= 1 && sides[t][1] >= 1);
         assert_true(fabs(sides[t][1] - holdout * count[t]) <= 1);
     }
-    OK(obm__split_new(label, n, TASKS, &o, &again, err));
+    OK(obm__holdout_new(label, n, TASKS, &o, &again, err));
     assert_memory_equal(s.train, again.train, s.n_train * sizeof *s.train);
-    obm__split_clear(&again);
-    obm__split_clear(&s);
+    obm__holdout_clear(&again);
+    obm__holdout_clear(&s);
 }
 
 static void test_split(void **state) {
@@ -220,12 +220,12 @@ static void test_split(void **state) {
     check_split(label, 200, 0.2, 0);
     check_split(label, 200, 0.5, 9);
     check_split(label, 200, 0.01, 9);
-    obm__split a, b;
-    OK(obm__split_new(label, 200, TASKS, &(obm__split_options){0.2, 1}, &a, err));
-    OK(obm__split_new(label, 200, TASKS, &(obm__split_options){0.2, 2}, &b, err));
+    obm__holdout a, b;
+    OK(obm__holdout_new(label, 200, TASKS, &(obm__holdout_options){0.2, 1}, &a, err));
+    OK(obm__holdout_new(label, 200, TASKS, &(obm__holdout_options){0.2, 2}, &b, err));
     assert_memory_not_equal(a.held, b.held, a.n_held * sizeof *a.held);
-    obm__split_clear(&a);
-    obm__split_clear(&b);
+    obm__holdout_clear(&a);
+    obm__holdout_clear(&b);
 }
 
 /* One feature x, two tasks, p(1) = 1 / (1 + exp(-x)): confidences and answers are known. */
@@ -238,7 +238,7 @@ static void test_report_by_hand(void **state) {
     float x[6];
     uint32_t held[] = {0, 1, 2, 3, 4, 5};
     for (int i = 0; i < 6; i++) x[i] = (float)log(p[i] / (1 - p[i]));
-    obm__split s = {.held = held, .n_held = 6};
+    obm__holdout s = {.held = held, .n_held = 6};
     obm_router_report report;
     obm__router_measure(&r, x, label, &s, &report);
     assert_true(fabs(report.accuracy - 4.0 / 6) <= 1e-12);
