@@ -12,7 +12,9 @@ static obm_status check_version(const obm_json *manifest, const char *where, obm
     if (obm__json_kind(manifest) != OBM_JSON_OBJECT) return obm__fail(err, OBM_E_FORMAT, "%s: must be an object", where);
     OBM_TRY(obm__field_string(manifest, "format", where, &format, err));
     if (strcmp(format, OBM_PACK_FORMAT)) {
-        return obm__fail(err, OBM_E_FORMAT, "%s: \"format\" is \"%.40s\", expected \"" OBM_PACK_FORMAT "\"", where, format);
+        char shown[40];
+        return obm__fail(err, OBM_E_FORMAT, "%s: \"format\" is \"%s\", expected \"" OBM_PACK_FORMAT "\"", where,
+                         obm__printable(format, shown, sizeof shown));
     }
     OBM_TRY(obm__field_int(manifest, "version", 1, INT32_MAX, where, &version, err));
     if (version == OBM_PACK_VERSION) return OBM_OK;

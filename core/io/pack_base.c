@@ -221,12 +221,14 @@ obm_status obm__base_open(obm_context *ctx, const obm_json *record, const char *
     if (path) return obm_checkpoint_open(ctx, path, out, err);
     const char *relative = obm__json_string(obm__json_get(record, "path"));
     const char *absolute = obm__json_string(obm__json_get(record, "absolute"));
+    char seen[200], far[200];
     char *joined = relative ? obm__path_join(pack_path, relative) : NULL;
     const char *found = exists(joined) ? joined : exists(absolute) ? absolute : NULL;
     obm_status status = found ? obm_checkpoint_open(ctx, found, out, err)
                               : obm__fail(err, OBM_E_IO,
-                                          "the base of pack %s is neither at %.200s (seen from the pack) nor at %.200s; give its place with base=",
-                                          pack_path, relative ? relative : "(unknown)", absolute ? absolute : "(unknown)");
+                                          "the base of pack %s is neither at %s (seen from the pack) nor at %s; give its place with base=", pack_path,
+                                          obm__printable(relative ? relative : "(unknown)", seen, sizeof seen),
+                                          obm__printable(absolute ? absolute : "(unknown)", far, sizeof far));
     obm_free(joined);
     return status;
 }
@@ -236,8 +238,9 @@ obm_status obm__base_open(obm_context *ctx, const obm_json *record, const char *
 typedef struct check_place { const char *base, *pack, *name; } check_place;
 
 static obm_status mismatch(const check_place *p, obm_error *err, const char *how) {
-    return obm__fail(err, OBM_E_MISMATCH, "%.200s is not the base that pack %.200s was made from: tensor %.160s %s", p->base, p->pack,
-                     p->name, how);
+    char name[160];
+    return obm__fail(err, OBM_E_MISMATCH, "%.200s is not the base that pack %.200s was made from: tensor %s %s", p->base, p->pack,
+                     obm__printable(p->name, name, sizeof name), how);
 }
 
 static obm_status check_form(const obm_tensor *have, const obm_json *record, const check_place *place, obm_error *err) {
@@ -271,7 +274,9 @@ static obm_status check_names(const obm_checkpoint *base, const obm_json *tensor
         place.name = obm__json_key(it);
         if (!obm__checkpoint_find(base, place.name)) return mismatch(&place, err, "is missing");
         if (obm__json_kind(obm__json_value(it)) != OBM_JSON_OBJECT) {
-            return obm__fail(err, OBM_E_FORMAT, "%s/" OBM_PACK_MANIFEST ": base tensor %.160s must be an object", pack_path, place.name);
+            char name[160];
+            return obm__fail(err, OBM_E_FORMAT, "%s/" OBM_PACK_MANIFEST ": base tensor %s must be an object", pack_path,
+                             obm__printable(place.name, name, sizeof name));
         }
     }
     for (size_t i = 0; i < base->count; i++) {

@@ -133,10 +133,17 @@ obm_status obm__pack_read_router(const obm_pack *p, obm__safetensors **out, obm_
         return OBM_OK;
     }
     char *path;
+    uint64_t bytes;
     if (obm__json_kind(router) != OBM_JSON_OBJECT) return obm__fail(err, OBM_E_FORMAT, "%s/" OBM_PACK_MANIFEST ": \"router\" must be an object or null", p->path);
-    OBM_TRY(obm__file_of(router, p->path, OBM_PACK_MANIFEST ": router", &path, NULL, NULL, err));
-    obm_status status = obm__safetensors_open(path, out, err);
+    OBM_TRY(obm__file_of(router, p->path, OBM_PACK_MANIFEST ": router", &path, &bytes, NULL, err));
+    obm__safetensors *file = NULL;
+    obm_status status = obm__safetensors_open(path, &file, err);
+    if (status == OBM_OK && file->map.size != bytes) {
+        status = obm__fail(err, OBM_E_FORMAT, "%s is %zu bytes long, pack.json says %llu", path, file->map.size, (unsigned long long)bytes);
+    }
     obm_free(path);
+    if (status == OBM_OK) *out = file;
+    else obm__safetensors_free(file);
     return status;
 }
 

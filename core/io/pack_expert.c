@@ -60,7 +60,9 @@ static bool is_task_name(const char *s) {
 obm_status obm__expert_check(const obm_expert *e, obm_error *err) {
     if (!e || e->struct_size < offsetof(obm_expert, policy)) return obm__fail(err, OBM_E_ARG, "an expert without struct_size");
     if (!is_task_name(e->name)) {
-        return obm__fail(err, OBM_E_ARG, "task name \"%.80s\": 1 to 64 letters, digits, _ and - are possible", e->name ? e->name : "");
+        char shown[80];
+        return obm__fail(err, OBM_E_ARG, "task name \"%s\": 1 to 64 letters, digits, _ and - are possible",
+                         obm__printable(e->name ? e->name : "", shown, sizeof shown));
     }
     /* Both are words of the route syntax. */
     if (!strcmp(e->name, "base") || !strcmp(e->name, "auto")) return obm__fail(err, OBM_E_ARG, "task name \"%s\" is reserved", e->name);

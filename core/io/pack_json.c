@@ -11,6 +11,14 @@ obm_status obm__tick(obm__ticker *t, uint64_t done, obm_error *err) {
     return obm__fail(err, OBM_E_USER, "stopped by the progress callback");
 }
 
+const char *obm__printable(const char *s, char *buf, size_t size) {
+    size_t n = 0;
+    for (; s[n] && n + 1 < size; n++) buf[n] = (unsigned char)s[n] < 0x20 || s[n] == 0x7f ? '?' : s[n];
+    while (s[n] && n > 0 && ((unsigned char)s[n] & 0xc0) == 0x80) n--;   /* cut between characters */
+    buf[n] = 0;
+    return buf;
+}
+
 static obm_status wrong_kind(const obm_json *v, const char *key, const char *where, const char *expected, obm_error *err) {
     return obm__fail(err, OBM_E_FORMAT, "%s: \"%s\" must be %s, found %s", where, key, expected,
                      v ? obm__json_kind_name(v) : "nothing");
@@ -64,7 +72,8 @@ static obm_status parse_dtype(const char *name, const char *where, obm_dtype *ou
         *out = (obm_dtype)i;
         return OBM_OK;
     }
-    return obm__fail(err, OBM_E_FORMAT, "%s: unknown dtype \"%.40s\"", where, name);
+    char shown[40];
+    return obm__fail(err, OBM_E_FORMAT, "%s: unknown dtype \"%s\"", where, obm__printable(name, shown, sizeof shown));
 }
 
 static obm_status parse_shape(const obm_json *shape, const char *where, obm_tensor *t, obm_error *err) {
@@ -132,7 +141,9 @@ obm_status obm__file_of(const obm_json *record, const char *dir, const char *whe
     int64_t size;
     OBM_TRY(obm__field_string(record, "file", where, &name, err));
     if (!is_plain_name(name)) {
-        return obm__fail(err, OBM_E_FORMAT, "%s: \"file\" must be the name of a .safetensors file in the pack, found \"%.80s\"", where, name);
+        char shown[80];
+        return obm__fail(err, OBM_E_FORMAT, "%s: \"file\" must be the name of a .safetensors file in the pack, found \"%s\"", where,
+                         obm__printable(name, shown, sizeof shown));
     }
     OBM_TRY(obm__field_int(record, "bytes", 0, INT64_MAX, where, &size, err));
     OBM_TRY(obm__field_string(record, "xxh3", where, &hash, err));
@@ -190,7 +201,9 @@ static obm_status choice(const obm_json *object, const char *key, const char *wh
         *out = i;
         return OBM_OK;
     }
-    return obm__fail(err, OBM_E_FORMAT, "%s: \"%s\" is \"%.40s\", expected \"%s\" or \"%s\"", where, key, s, names[first], names[n - 1]);
+    char shown[40];
+    return obm__fail(err, OBM_E_FORMAT, "%s: \"%s\" is \"%s\", expected \"%s\" or \"%s\"", where, key,
+                     obm__printable(s, shown, sizeof shown), names[first], names[n - 1]);
 }
 
 obm_status obm__settings_parse(const obm_json *manifest, const char *where, obm_pack_settings *out, obm_error *err) {

@@ -78,11 +78,13 @@ static obm_status load_planes(place *at, const obm_json *record, const obm_tenso
     int64_t n;
     obm__planes p = {0};
     obm_error why = {0};
+    char shown[160];
     if (base->ndim != 2 || obm_tensor_count(base) == 0 || !obm__is_float(base->dtype)) return bad_entry(at, err, "cannot be 1bit: it is no float matrix");
     OBM_TRY(obm__field_int(record, "planes", 0, OBM_MAX_PLANES, at->manifest, &n, err));
     OBM_TRY(obm__field_string(record, "scale", at->manifest, &scale, err));
     if (obm__scale_parse(scale, &p.scale, &why) != OBM_OK) {
-        return obm__fail(err, OBM_E_FORMAT, "%s: expert %s: tensor %s: %.120s", at->manifest, at->task, at->name, why.message);
+        return obm__fail(err, OBM_E_FORMAT, "%s: expert %s: tensor %s: %s", at->manifest, at->task, at->name,
+                         obm__printable(why.message, shown, sizeof shown));
     }
     p.rows = base->shape[0];
     p.cols = base->shape[1];

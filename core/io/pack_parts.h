@@ -32,6 +32,9 @@ obm_status obm__base_open(obm_context *ctx, const obm_json *record, const char *
 obm_status obm__base_check(obm_context *ctx, const obm_checkpoint *base, const obm_json *record, const char *pack_path, bool full,
                            obm__ticker *ticker, obm_error *err);
 
+/* Text from a file for a message: control characters become '?', at most size - 1 bytes.  Returns buf. */
+const char *obm__printable(const char *s, char *buf, size_t size);
+
 /* ---- JSON fields (pack_json.c); all errors are FORMAT and name `where` and the key ---- */
 
 obm_status obm__field(const obm_json *object, const char *key, obm_json_kind kind, const char *where, const obm_json **out,
