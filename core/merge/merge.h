@@ -12,6 +12,7 @@
 
 #include <math.h>
 #include <stdatomic.h>
+#include <string.h>
 
 /* The kernels' reduction length; OBM_TILE is a multiple of it.  A block of every lane fits the second-level cache. */
 #define OBM_MERGE_BLOCK 4096
@@ -141,6 +142,20 @@ void obm__group_base(const obm_kernels *k, const obm__group *g, uint64_t begin, 
 /* The delta (or the weights, for methods without deltas).  Returns the first index that is not finite, n if all are. */
 size_t obm__group_delta(const obm_kernels *k, const obm__group *g, size_t model, uint64_t begin, size_t n,
                         const float *base, float *d, float *scratch);
+/* Masks as bits: what an element keeps is random, and a mispredicted branch costs more than the arithmetic around it.
+ */
+static inline uint32_t obm__bits_of(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+/* x where keep is true, else +0. */
+static inline float obm__keep_if(float x, bool keep) {
+    uint32_t u = obm__bits_of(x) & -(uint32_t)keep;
+    memcpy(&x, &u, sizeof u);
+    return x;
+}
+
 /* Keeps the lowest index that any worker meets, so that the error does not depend on threads. */
 static inline void obm__note_lowest(_Atomic uint64_t *lowest, uint64_t index) {
     uint64_t seen = atomic_load_explicit(lowest, memory_order_relaxed);

@@ -6,8 +6,6 @@
  */
 #include "merge.h"
 
-#include <string.h>
-
 /* mergekit does not rescale what has practically no norm, and does not divide by practically no weight. */
 #define LEAST_NORM 1e-7
 #define LEAST_WEIGHT 1e-8f
@@ -124,10 +122,10 @@ static void reduce_agreeing(const walk *w, const lanes *l, size_t n) {
         const float *d = l->deltas + i * OBM_MERGE_BLOCK;
         float weight = s->weight[i], vote = s->weighted_election ? weight : 1.0f;
         for (size_t j = 0; j < n; j++) {
-            float e = vote * d[j];
-            bool agrees = (e > 0 && l->sum[j] > 0) || (e < 0 && l->sum[j] < 0);
-            l->mixed[j] += agrees ? weight * d[j] : 0.0f;
-            l->divisor[j] += agrees ? weight : 0.0f;
+            uint32_t e = obm__bits_of(vote * d[j]), elected = obm__bits_of(l->sum[j]);
+            bool agrees = (((e ^ elected) >> 31) == 0) & (e << 1 != 0);
+            l->mixed[j] += obm__keep_if(weight * d[j], agrees);
+            l->divisor[j] += obm__keep_if(weight, agrees);
         }
     }
     for (size_t j = 0; s->normalize && j < n; j++) l->mixed[j] /= l->divisor[j] == 0 ? 1.0f : l->divisor[j];

@@ -35,6 +35,6 @@ void obm__random_mask(uint64_t key, uint64_t begin, double keep, float *d, size_
     uint64_t state = key + begin * GOLDEN;
     for (size_t j = 0; j < n; j++) {
         uint64_t draw = mix(state + ((uint64_t)j + 1) * GOLDEN);
-        d[j] = draw >> 11 < limit ? d[j] : 0.0f;
+        d[j] = obm__keep_if(d[j], draw >> 11 < limit);
     }
 }

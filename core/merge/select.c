@@ -5,8 +5,6 @@
  */
 #include "merge.h"
 
-#include <string.h>
-
 #define HIGH_BINS 32768
 #define LOW_BINS 65536
 
@@ -36,11 +34,7 @@ typedef struct selection {
     uint64_t *total; /* (LOW_BINS) */
 } selection;
 
-static uint32_t magnitude_bits(float x) {
-    uint32_t u;
-    memcpy(&u, &x, sizeof u);
-    return u & 0x7fffffffu;
-}
+static inline uint32_t magnitude_bits(float x) { return obm__bits_of(x) & 0x7fffffffu; }
 
 static void count_low(uint32_t *histogram, uint32_t high, const float *d, size_t n) {
     for (size_t j = 0; j < n; j++) {
@@ -201,22 +195,30 @@ obm_status obm__select(const obm__run *run, obm__group *groups, size_t n_groups,
     return status;
 }
 
+static void keep_from(uint32_t least, float *d, size_t n) {
+    for (size_t j = 0; j < n; j++) d[j] = obm__keep_if(d[j], magnitude_bits(d[j]) >= least);
+}
+
+/* The block in which the last equal elements that stay end. */
+static void keep_some(uint32_t bits, uint64_t left, float *d, size_t n) {
+    for (size_t j = 0; j < n; j++) {
+        uint32_t u = magnitude_bits(d[j]);
+        bool equal = u == bits && left > 0;
+        left -= equal;
+        d[j] = obm__keep_if(d[j], u > bits || equal);
+    }
+}
+
 void obm__cut_apply(const obm__cut *c, uint64_t block, float *d, size_t n) {
     if (c->all) return;
     if (c->none) {
         memset(d, 0, n * sizeof *d);
         return;
     }
-    if (!c->before) {
-        uint32_t least = c->equal ? c->bits : c->bits + 1;
-        for (size_t j = 0; j < n; j++) d[j] = magnitude_bits(d[j]) >= least ? d[j] : 0.0f;
-        return;
-    }
-    uint64_t left = c->equal > c->before[block] ? c->equal - c->before[block] : 0;
-    for (size_t j = 0; j < n; j++) {
-        uint32_t u = magnitude_bits(d[j]);
-        bool equal = u == c->bits, keep = u > c->bits || (equal && left > 0);
-        left -= equal && left > 0;
-        d[j] = keep ? d[j] : 0.0f;
+    uint64_t before = c->before ? c->before[block] : 0, left = c->equal > before ? c->equal - before : 0;
+    if (left > 0 && left < n) {
+        keep_some(c->bits, left, d, n);
+    } else {
+        keep_from(left ? c->bits : c->bits + 1, d, n);
     }
 }

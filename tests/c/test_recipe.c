@@ -458,6 +458,97 @@ static void test_dtypes(void **state) {
     }
 }
 
+/* `dtype` casts the inputs before deltas are taken, and deltas are rounded to it too. */
+static void test_working_dtype(void **state) {
+    (void)state;
+    three_models(OBM_F32);
+    obm_checkpoint *c = merged("merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: one}]\n"
+                               "parameters: {weight: 0.5}\ndtype: bfloat16\nout_dtype: float32\n",
+                               "working", NULL);
+    for (int t = 0; t < N_NAMES; t++) {
+        float want[MOST];
+        for (size_t j = 0; j < count_of(t); j++) {
+            float in[2] = {base.x[t][j], one.x[t][j]}, d;
+            uint16_t bits[2];
+            ctx->k->f32_to_bf16(bits, in, 2);
+            ctx->k->bf16_to_f32(in, bits, 2);
+            d = in[1] - in[0];
+            ctx->k->f32_to_bf16(bits, &d, 1);
+            ctx->k->bf16_to_f32(&d, bits, 1);
+            want[j] = in[0] + 0.5f * d;
+        }
+        expect_tensor(c, t, OBM_F32, want, 0);
+    }
+    obm_checkpoint_free(c);
+}
+
+typedef struct loose {
+    const char *name;
+    obm_dtype dtype;
+    const void *data;
+} loose; /* eight bytes each */
+
+static void write_loose(const char *name, const loose *tensors, size_t n) {
+    obm_error err;
+    char *dir = in_folder(name), *path = obm__path_join(dir, "model.safetensors");
+    ok(obm__make_directory(dir, &err), &err);
+    obm__st_writer *w;
+    ok(obm__st_writer_new(path, &w, &err), &err);
+    for (size_t i = 0; i < n; i++)
+        ok(obm__st_writer_declare(w, tensors[i].name, tensors[i].dtype, 1,
+                                  (int64_t[]){8 / (int64_t)obm_dtype_size(tensors[i].dtype)}, &err),
+           &err);
+    ok(obm__st_writer_begin(w, &err), &err);
+    for (size_t i = 0; i < n; i++) ok(obm__st_writer_write(w, tensors[i].data, 8, &err), &err);
+    ok(obm__st_writer_finish(w, NULL, &err), &err);
+    obm__st_writer_free(w);
+    obm_free(dir), obm_free(path);
+}
+
+static void expect_merge_error(const char *recipe, const char *out, obm_status status, const char *part) {
+    obm_error err;
+    obm_status got = merge_to(recipe, out, NULL, NULL, &err);
+    if (got != status)
+        fail_msg("expected %s, got %s: %s", obm_status_name(status), obm_status_name(got), got ? err.message : "");
+    if (!strstr(err.message, part)) fail_msg("`%s` is not in: %s", part, err.message);
+}
+
+/* Integers are carried over if they agree; derived buffers are left out; a tensor that only a model has is not dropped
+ * in silence. */
+static void test_other_tensors(void **state) {
+    (void)state;
+    const float x[2] = {1, 2}, y[2] = {3, 5};
+    const int64_t ids = 42, others = 43;
+    const double wide = 0.5;
+    write_loose("loose-base",
+                (loose[]){{"ids", OBM_I64, &ids},
+                          {"layers.0.rotary_emb.inv_freq", OBM_F32, x},
+                          {"w", OBM_F32, x},
+                          {"wide", OBM_F64, &wide}},
+                4);
+    write_loose("loose", (loose[]){{"ids", OBM_I64, &ids}, {"w", OBM_F32, y}, {"wide", OBM_F64, &wide}}, 3);
+    const char recipe[] =
+        "merge_method: task_arithmetic\nbase_model: loose-base\nmodels: [{model: loose}]\nparameters: {weight: 0.5}\n";
+    obm_checkpoint *c = merged(recipe, "loose-out", NULL);
+    obm_tensor t;
+    assert_int_equal(c->count, 3);
+    assert_int_equal(obm_checkpoint_get(c, "ids", &t, NULL), OBM_OK);
+    assert_int_equal(t.dtype, OBM_I64);
+    assert_memory_equal(t.data, &ids, 8);
+    assert_int_equal(obm_checkpoint_get(c, "w", &t, NULL), OBM_OK);
+    assert_memory_equal(t.data, ((float[]){2, 3.5f}), 8);
+    assert_int_equal(obm_checkpoint_get(c, "wide", &t, NULL), OBM_OK);
+    assert_true(t.dtype == OBM_F32 && *(const float *)t.data == 0.5f);
+    obm_checkpoint_free(c);
+
+    write_loose("loose", (loose[]){{"ids", OBM_I64, &others}, {"w", OBM_F32, y}, {"wide", OBM_F64, &wide}}, 3);
+    expect_merge_error(recipe, "never", OBM_E_DTYPE, "ids: I64 tensors cannot be merged");
+    write_loose("loose",
+                (loose[]){{"ids", OBM_I64, &ids}, {"more", OBM_F32, x}, {"w", OBM_F32, y}, {"wide", OBM_F64, &wide}},
+                4);
+    expect_merge_error(recipe, "never", OBM_E_NOTFOUND, "tensor more of loose is not in loose-base");
+}
+
 static void test_tied_embeddings(void **state) {
     (void)state;
     three_models(OBM_F32);
@@ -558,14 +649,6 @@ static void test_plan_and_progress(void **state) {
     assert_non_null(strstr(err.message, "needs at least"));
 }
 
-static void expect_merge_error(const char *recipe, const char *out, obm_status status, const char *part) {
-    obm_error err;
-    obm_status got = merge_to(recipe, out, NULL, NULL, &err);
-    if (got != status)
-        fail_msg("expected %s, got %s: %s", obm_status_name(status), obm_status_name(got), got ? err.message : "");
-    if (!strstr(err.message, part)) fail_msg("`%s` is not in: %s", part, err.message);
-}
-
 static void test_merge_errors(void **state) {
     (void)state;
     const char recipe[] =
@@ -637,6 +720,8 @@ int main(void) {
         cmocka_unit_test(test_ties_folder),
         cmocka_unit_test(test_paper_differs),
         cmocka_unit_test(test_dtypes),
+        cmocka_unit_test(test_working_dtype),
+        cmocka_unit_test(test_other_tensors),
         cmocka_unit_test(test_tied_embeddings),
         cmocka_unit_test(test_same_bytes),
         cmocka_unit_test(test_plan_and_progress),
