@@ -34,6 +34,7 @@ static bool sample_tensor(const obm_tensor *t, digest out) {
         obm__xxh3_add(h, (const uint8_t *)t->data + sample_offset(n - SAMPLE_BYTES, i), SAMPLE_BYTES);
     }
     obm__xxh3_end(h, out);
+    obm__release_pages(t->data, n);   /* a fault maps the cached neighbours too, up to the whole tensor */
     return true;
 }
 
@@ -97,6 +98,11 @@ static size_t cut_into_chunks(const obm_checkpoint *base, chunk *out) {
         } while (at < bytes);
     }
     return n;
+}
+
+uint64_t obm__base_memory(const obm_context *ctx, const obm_checkpoint *base) {
+    uint64_t window = (uint64_t)ctx->threads * CHUNK, all = obm__expert_bytes(base);
+    return window < all ? window : all;
 }
 
 static obm_status hash_chunks(obm_context *ctx, const hash_job *all, size_t n, obm__ticker *ticker, obm_error *err) {

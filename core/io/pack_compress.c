@@ -152,9 +152,11 @@ static obm_status run(compression *c, const char *base_path, obm_plan *plan, obm
     uint64_t bytes = 0;
     if (!(c->checkpoints = obm__calloc(c->n, sizeof(*c->checkpoints)))) return obm__fail_nomem(err, c->n * sizeof(*c->checkpoints));
     OBM_TRY(open_all(c, base_path, &bytes, err));
+    uint64_t hashing = obm__base_memory(c->ctx, c->base);
     OBM_TRY(c->dry_run ? add_experts(c, NULL, bytes, err) : write_pack(c, bytes, out, err));
     /* A guess for a dry run: a gigabyte a second, a common SSD's reading speed, which is what bounds this. */
     c->plan.seconds = c->dry_run ? (double)(c->plan.bytes_read + c->plan.bytes_written) / 1e9 : now() - begin;
+    if (c->plan.peak_memory < hashing) c->plan.peak_memory = hashing;
     if (plan) *plan = c->plan;
     return OBM_OK;
 }

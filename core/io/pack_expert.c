@@ -414,14 +414,22 @@ static uint64_t slot_bytes(const job *j, const slot *s) {
     return (uint64_t)it->planes * (uint64_t)(it->rows * it->row_bytes + it->n_scales * (int64_t)sizeof(float));
 }
 
+/* Buffers, the scales of all planes, and the mapped stripe of both models. */
+static uint64_t item_memory(const job *j, const item *it) {
+    uint64_t threads = (uint64_t)j->r->ctx->threads, sizes = obm_dtype_size(it->pair->base.dtype) + obm_dtype_size(it->pair->expert.dtype);
+    uint64_t mapped = threads * CHUNK * sizes, tensor = pair_bytes(it->pair) + obm__tensor_bytes(&it->pair->base);
+    uint64_t buffers = it->planes ? obm__onebit_memory(j->r->ctx, it->rows, it->cols) : 0;
+    return buffers + (uint64_t)it->planes * (uint64_t)it->n_scales * sizeof(float) + (mapped < tensor ? mapped : tensor);
+}
+
 static void add_to_plan(job *j) {
     obm_plan *plan = j->r->plan;
     lay_out(j);
     for (size_t i = 0; i < j->n; i++) {
         const item *it = &j->items[i];
+        uint64_t memory = item_memory(j, it);
         plan->tensors++;
         plan->bytes_read += pair_bytes(it->pair) + obm__tensor_bytes(&it->pair->base);
-        uint64_t memory = it->planes ? obm__onebit_memory(j->r->ctx, it->rows, it->cols) + (uint64_t)it->planes * (uint64_t)it->n_scales * 4 : 0;
         if (memory > plan->peak_memory) plan->peak_memory = memory;
     }
     for (size_t i = 0; i < j->n_slots; i++) plan->bytes_written += slot_bytes(j, &j->slots[i]);

@@ -25,6 +25,7 @@ obm_status obm__tick(obm__ticker *t, uint64_t done, obm_error *err);   /* USER w
 /* The "base" member: where it lies, seen from the folder `dir` (which exists), and its fingerprint with full hashes. */
 obm_status obm__base_record(obm_context *ctx, const obm_checkpoint *base, const char *dir, obm__ticker *ticker, obm_json **out,
                             obm_error *err);
+uint64_t obm__base_memory(const obm_context *ctx, const obm_checkpoint *base);   /* resident while hashing, about */
 /* path NULL: the record's relative path, then the absolute one.  Does not check the fingerprint. */
 obm_status obm__base_open(obm_context *ctx, const obm_json *record, const char *pack_path, const char *path,
                           obm_checkpoint **out, obm_error *err);

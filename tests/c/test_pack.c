@@ -445,6 +445,100 @@ static void test_map_drop_and_extra_rows(void **state) {
     obm_pack_free(p);
 }
 
+/* ---- memory ---- */
+
+static size_t mapped_now(void) {
+    char line[256];
+    size_t kb = 0;
+    FILE *f = fopen("/proc/self/status", "r");
+    assert_non_null(f);
+    while (fgets(line, sizeof line, f)) sscanf(line, "RssFile: %zu", &kb);
+    fclose(f);
+    return kb * 1024;
+}
+
+static int watch_memory(void *user, const char *what, uint64_t done, uint64_t total) {
+    (void)what;
+    (void)done;
+    (void)total;
+    size_t now = mapped_now(), *most = user;
+    if (now > *most) *most = now;
+    return 0;
+}
+
+/* 4 matrices of 16 MB on either side; what stays resident is a window of them. */
+static void test_resident_memory_is_bounded(void **state) {
+    world *w = *state;
+    const int64_t side = 2896;
+    float *base = fixture_values((size_t)(side * side), 3), *expert = fixture_values((size_t)(side * side), 4);
+    static const char *const many[] = {EMBED, Q, UP, DOWN};
+    fixture_tensor tb[4], te[4];
+    obm_expert e[1] = {OBM_INIT(obm_expert)};
+    obm_compress_options o = OBM_INIT(obm_compress_options);
+    size_t before, most = 0;
+    for (int i = 0; i < 4; i++) {
+        tb[i] = (fixture_tensor){many[i], OBM_BF16, 2, {side, side}, base, NULL};
+        te[i] = (fixture_tensor){many[i], OBM_BF16, 2, {side, side}, expert, NULL};
+    }
+    char *b = fixture_model(w->ctx, w->dir, "wide", tb, 4), *x = fixture_model(w->ctx, w->dir, "wide-x", te, 4);
+    e[0].name = "x";
+    e[0].path = x;
+    o.progress = watch_memory;
+    o.progress_user = &most;
+    before = mapped_now();
+    OK(obm_compress(w->ctx, b, e, 1, &o, w->pack, NULL, NULL, err));
+    assert_true(most > 0);
+    if (most > before + (48u << 20)) fail_msg("%zu bytes of 134 MB stay mapped", most - before);
+    obm_free(base);
+    obm_free(expert);
+    obm_free(b);
+    obm_free(x);
+}
+
+/* ---- the router's file ---- */
+
+static obm_json *router_report(void) {
+    static const char text[] = "{\"layer\": 0, \"tasks\": [\"chat\", \"math\"], \"n_train\": 4, \"n_held_out\": 2, \"accuracy\": 1.0,"
+                               " \"calibration_error\": 0.0, \"confusion\": [[1, 0], [0, 1]]}";
+    obm_json *v = NULL;
+    OK(obm__json_parse(text, strlen(text), "report", &v, err));
+    return v;
+}
+
+static void test_router_file(void **state) {
+    world *w = *state;
+    const float four[] = {1, 2, 3, 4};
+    const obm__named_array arrays[] = {{"mean", four, 1, {2, 0}}, {"scale", four, 1, {2, 0}}, {"weight", four, 2, {2, 2}}, {"bias", four, 1, {2, 0}}};
+    obm_pack *p = compress(w);
+    obm__safetensors *file = NULL;
+    char files[16][128];
+    obm_expert e[2];
+    obm_compress_options o = OBM_INIT(obm_compress_options);
+    OK(obm__pack_read_router(p, &file, err));
+    assert_null(file);
+    OK(obm__pack_write_router(p, arrays, 4, router_report(), err));
+    OK(obm__pack_write_router(p, arrays, 4, router_report(), err));   /* the same contents again: the same file */
+    assert_int_equal(list(w->pack, files), 4);
+    OK(obm_pack_verify(p, NULL, NULL, err));
+    obm_pack_free(p);
+    OK(obm_pack_open(w->ctx, w->pack, NULL, &p, err));
+    OK(obm__pack_read_router(p, &file, err));
+    const obm__st_entry *weight = obm__safetensors_find(file, "weight");
+    assert_non_null(weight);
+    assert_memory_equal(weight->t.data, four, sizeof four);
+    obm__safetensors_free(file);
+    assert_non_null(p->router);
+    two_experts(w, e);
+    e[0].policy = "mlp";
+    o.overwrite = true;
+    OK(obm_pack_add(p, &e[0], &o, err));   /* the tasks stay, so does the router */
+    assert_non_null(p->router);
+    OK(obm_pack_remove(p, "math", err));
+    assert_null(p->router);
+    assert_int_equal(list(w->pack, files), 2);
+    obm_pack_free(p);
+}
+
 /* ---- settings ---- */
 
 static void test_settings(void **state) {
@@ -769,7 +863,8 @@ int main(void) {
         TEST(test_wrong_base),        TEST(test_verify_reads_everything),
         TEST(test_truncation),        TEST(test_flipped_byte_is_found_by_verify),
         TEST(test_hostile_manifests), TEST(test_hostile_scale),
-        TEST(test_no_pack),
+        TEST(test_no_pack),           TEST(test_router_file),
+        TEST(test_resident_memory_is_bounded),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
