@@ -39,14 +39,15 @@ size_t obm__group_delta(const obm_kernels *k, const obm__group *g, size_t model,
     return k->find_nonfinite(d, n);
 }
 
-static void release_tensor(const obm_tensor *t) {
-    obm__pages_release(t->data, (size_t)obm_tensor_count(t) * obm_dtype_size(t->dtype));
+static void release_tensor(const obm_tensor *t, uint64_t begin, uint64_t n) {
+    size_t size = obm_dtype_size(t->dtype);
+    obm__pages_release((const char *)t->data + begin * size, (size_t)n * size);
 }
 
-void obm__group_release(const obm__group *g) {
+void obm__group_release(const obm__group *g, uint64_t begin, uint64_t n) {
     if (!g->mapped) return;
-    if (g->base) release_tensor(g->base);
-    for (size_t i = 0; i < g->steps->n; i++) release_tensor(&g->models[i]);
+    if (g->base) release_tensor(g->base, begin, n);
+    for (size_t i = 0; i < g->steps->n; i++) release_tensor(&g->models[i], begin, n);
 }
 
 /* True if element `index` of t alone is at fault; the message then names whose it is. */

@@ -128,7 +128,7 @@ typedef struct obm__group {
     const char *base_label, *const *labels; /* for messages, nullable */
     obm_dtype work; /* what inputs, and in the mergekit profile deltas, are rounded to; F32: nothing is */
     uint64_t count; /* elements */
-    bool mapped;    /* inputs lie in file mappings: their pages may go after each pass over the model */
+    bool mapped;    /* inputs lie in file mappings: their pages may go once they are read */
     const obm__steps *steps;
     obm__cut *cuts;  /* (n), from obm__statistics */
     float *factors;  /* (n), rescale factors */
@@ -162,8 +162,9 @@ static inline void obm__note_lowest(_Atomic uint64_t *lowest, uint64_t index) {
     while (index < seen && !atomic_compare_exchange_weak(lowest, &seen, index)) {
     }
 }
-/* Drops the inputs' pages, if they are mapped, from resident memory. */
-void obm__group_release(const obm__group *g);
+/* Drops the pages of elements [begin, begin + n) of mapped inputs from resident memory: every pass does so behind
+ * itself. */
+void obm__group_release(const obm__group *g, uint64_t begin, uint64_t n);
 /* The error for an element that is not finite, naming tensor, model and index. */
 obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t index, obm_error *err);
 

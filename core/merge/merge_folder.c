@@ -262,14 +262,15 @@ static obm_status check_scopes(const job *j, obm_error *err) {
 
 static uint64_t tensor_bytes(const obm_tensor *t) { return (uint64_t)obm_tensor_count(t) * obm_dtype_size(t->dtype); }
 
-/* Everything but the output tile: scratch of the passes, histograms, per-block records of the largest tensor. */
+/* Everything but the output tile: scratch of the passes, histograms, per-block records of the largest tensor, and the
+ * pages of the inputs that one span touches. */
 static uint64_t fixed_memory(const job *j) {
     uint64_t threads = (uint64_t)j->ctx->threads, models = j->recipe->n_models, largest = 0;
     for (size_t i = 0; i < j->n_outputs; i++)
         if (j->outputs[i].group.count > largest) largest = j->outputs[i].group.count;
-    uint64_t blocks = largest / OBM_MERGE_BLOCK + 1;
+    uint64_t blocks = largest / OBM_MERGE_BLOCK + 1, span = largest < OBM_MERGE_SPAN ? largest : OBM_MERGE_SPAN;
     return threads * (obm__group_scratch(models) + (65536 + 3 * OBM_MERGE_BLOCK) * 4) + 65536 * 8 +
-           blocks * models * 3 * 8;
+           blocks * models * 3 * 8 + span * j->n_inputs * 4;
 }
 
 static obm_status choose_tile(job *j, obm_error *err) {
@@ -400,7 +401,9 @@ static obm_status write_copy(const job *j, const output *o, obm__model_writer *w
         if (bytes && memcmp(t->data, o->tensors[i].data, bytes))
             return obm__fail(err, OBM_E_DTYPE, "%.200s: %s tensors cannot be merged, and %.150s and %.150s differ",
                              o->name, obm_dtype_name(t->dtype), j->refs[j->reference], j->refs[i]);
-    return obm__model_writer_write(w, t->data, bytes, err);
+    OBM_TRY(obm__model_writer_write(w, t->data, bytes, err));
+    for (size_t i = 0; i < j->n_inputs; i++) obm__pages_release(o->tensors[i].data, bytes);
+    return OBM_OK;
 }
 
 static obm_status write_merged(const job *j, output *o, obm__run *run, obm__model_writer *w, char *tile,
@@ -414,10 +417,6 @@ static obm_status write_merged(const job *j, output *o, obm__run *run, obm__mode
         run->done += n * size;
     }
     return obm__run_report(run, err);
-}
-
-static void release_inputs(const job *j, const output *o) {
-    for (size_t i = 0; i < j->n_inputs; i++) obm__pages_release(o->tensors[i].data, tensor_bytes(&o->tensors[i]));
 }
 
 /* Statistics over the concatenation of all tensors, in the order of their names. */
@@ -444,7 +443,6 @@ static obm_status write_outputs(job *j, obm__run *run, obm__model_writer *w, obm
         output *o = &j->outputs[i];
         status = o->copy ? write_copy(j, o, w, err) : write_merged(j, o, run, w, tile, err);
         if (!o->copy) obm__group_clear(&o->group);
-        release_inputs(j, o);
     }
     obm_free(tile);
     return status;

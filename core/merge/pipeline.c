@@ -53,6 +53,7 @@ static obm_status walk_spans(const obm__run *run, walk *w, obm__range_fn fn, obm
         w->until = w->end - w->at < OBM_MERGE_SPAN ? w->end : w->at + OBM_MERGE_SPAN;
         obm__parallel(run->ctx, (size_t)((w->until - w->at + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK), 1, fn, w);
         if (w->bad != UINT64_MAX) return obm__group_bad(w->k, w->g, w->bad, err);
+        obm__group_release(w->g, w->at, w->until - w->at);
         OBM_TRY(obm__run_report(run, err));
     }
     return OBM_OK;
@@ -260,7 +261,6 @@ static obm_status find_majority(const obm__run *run, obm__group *groups, size_t 
     for (size_t i = 0; status == OBM_OK && i < n_groups; i++) {
         walk w = {.g = &groups[i], .end = groups[i].count, .votes = votes};
         status = walk_blocks(run, &w, vote_blocks, err);
-        if (n_groups > 1) obm__group_release(&groups[i]);
     }
     for (int t = 0; t < run->ctx->threads; t++) sum += votes[t];
     obm_free(votes);
@@ -297,10 +297,7 @@ obm_status obm__statistics(const obm__run *run, obm__group *groups, size_t n_gro
     const obm__steps *s = groups[0].steps;
     for (size_t i = 0; i < n_groups; i++) OBM_TRY(group_prepare(&groups[i], err));
     if (s->mask == OBM_MASK_MAGNITUDE) OBM_TRY(find_cuts(run, groups, n_groups, err));
-    for (size_t i = 0; i < n_groups; i++) {
-        OBM_TRY(find_factors(run, &groups[i], err));
-        if (n_groups > 1) obm__group_release(&groups[i]);
-    }
+    for (size_t i = 0; i < n_groups; i++) OBM_TRY(find_factors(run, &groups[i], err));
     return s->consensus == OBM_CONSENSUS_SIGN && s->majority_zero ? find_majority(run, groups, n_groups, err) : OBM_OK;
 }
 

@@ -89,9 +89,9 @@ static obm_status count_group(const selection *s, pass *p, obm_error *err) {
                       count_blocks, p);
         if (p->bad != UINT64_MAX) return obm__group_bad(p->k, p->g, p->bad, err);
         flush_histograms(s, p);
+        obm__group_release(p->g, p->begin, p->end - p->begin);
         OBM_TRY(obm__run_report(s->run, err));
     }
-    if (s->n_groups > 1) obm__group_release(p->g);
     return OBM_OK;
 }
 
