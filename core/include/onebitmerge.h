@@ -325,7 +325,8 @@ typedef struct obm_export_options {
     obm_progress_fn progress;
     void *progress_user;
 } obm_export_options;
-typedef struct obm_export_report { obm_plan plan; uint64_t changed, lost; /* elements with d~ != 0, and of those lost by rounding */ } obm_export_report;
+/* changed: elements that the route changes in f32; lost: those of them that the output dtype rounds back to the base's. */
+typedef struct obm_export_report { obm_plan plan; uint64_t changed, lost; } obm_export_report;
 /* Writes the dense Hugging Face folder of one route.  report nullable. */
 OBM_API obm_status obm_pack_export(const obm_pack *p, const double *weights, const obm_export_options *options,
                                    const char *out_path, obm_export_report *report, obm_error *err);

@@ -98,16 +98,24 @@ static uint64_t spread(uint8_t byte) {
     return (bits + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
 }
 
-void obm__plane_set_patterns(const obm__plane_set *s, int64_t row, int64_t col, int64_t m, uint8_t *pattern) {
-    for (int64_t i = 0; i < m; i += 8) {
-        uint64_t word = 0;
-        for (int p = 0; p < s->n; p++) {
-            const obm__planes *from = s->from[p];
-            word |= spread(from->signs[s->plane[p]][row * from->row_bytes + (col + i) / 8]) << p;
-        }
-        int64_t last = m - i < 8 ? m - i : 8;
-        for (int64_t j = 0; j < last; j++) pattern[i + j] = (uint8_t)(word >> 8 * j);
+/* The patterns of the eight columns of byte `at` of a row, one byte each. */
+static uint64_t eight_patterns(const obm__plane_set *s, int64_t row, int64_t at) {
+    uint64_t word = 0;
+    for (int p = 0; p < s->n; p++) {
+        const obm__planes *from = s->from[p];
+        word |= spread(from->signs[s->plane[p]][row * from->row_bytes + at]) << p;
     }
+    return word;
+}
+
+void obm__plane_set_patterns(const obm__plane_set *s, int64_t row, int64_t col, int64_t m, uint8_t *pattern) {
+    int64_t whole = m & ~(int64_t)7;
+    for (int64_t i = 0; i < whole; i += 8) {
+        uint64_t word = eight_patterns(s, row, (col + i) / 8);
+        for (int j = 0; j < 8; j++) pattern[i + j] = (uint8_t)(word >> 8 * j);
+    }
+    uint64_t word = whole < m ? eight_patterns(s, row, (col + whole) / 8) : 0;
+    for (int64_t i = whole; i < m; i++, word >>= 8) pattern[i] = (uint8_t)word;
 }
 
 /* The K task-vector values of one sign pattern. */

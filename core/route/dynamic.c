@@ -20,36 +20,86 @@ double obm__ties_remainder(const double *d, size_t n) {
     return kept / (double)agreeing;
 }
 
+/* What expert j adds to the remainder of a route to expert k. */
+static double other_delta(const obm__merge_rule *rule, double other, double routed) {
+    return rule->reading == OBM_READING_RECOMPUTED ? other - routed : other;
+}
+
+/* theta(k) - theta_base: the routed expert as it is, and the others as the reading takes them. */
+static double routed_delta(const obm__merge_rule *rule, const double *d, size_t k) {
+    if (rule->lambda == 0) return d[k];
+    double others[OBM_ROUTE_TASKS];
+    size_t n = 0;
+    for (size_t j = 0; j < rule->n_tasks; j++) {
+        if (j != k) others[n++] = other_delta(rule, d[j], d[k]);
+    }
+    return d[k] + rule->lambda * obm__ties_remainder(others, n);
+}
+
+double obm__merged_delta(const double *d, size_t n_tasks, const double *weights, double lambda, obm_reading reading) {
+    obm__merge_rule rule = {.n_tasks = n_tasks, .weights = weights, .lambda = lambda, .reading = reading};
+    double sum = 0;
+    for (size_t k = 0; k < n_tasks; k++) {
+        if (weights[k] != 0) sum += weights[k] * routed_delta(&rule, d, k);
+    }
+    return sum;
+}
+
+/* ---- the rule over a chunk of columns, with trims: the same operations in the same order, element for element ---- */
+
+typedef struct chunk {
+    double d[OBM_ROUTE_TASKS][OBM_ROUTE_CHUNK];        /* of every expert; only the first n_tasks are touched */
+    double others[OBM_ROUTE_TASKS][OBM_ROUTE_CHUNK];   /* the remainder of the route at hand */
+    double ties[OBM_ROUTE_CHUNK], sum[OBM_ROUTE_CHUNK];
+    float base[OBM_ROUTE_CHUNK];
+} chunk;
+
 static bool keeps(const obm__route_cut *cut, double x, int64_t index) {
     uint32_t bits = obm__magnitude_bits((float)x);
     return bits > cut->threshold || (bits == cut->threshold && index <= cut->last);
 }
 
-/* theta(k) - theta_base of one element: the routed expert as it is, the others as the reading takes them, trimmed. */
-static double routed_delta(const obm__merge_rule *rule, const double *d, size_t k, const obm__route_cut *cuts, int64_t index) {
-    if (rule->lambda == 0) return d[k];
-    double others[OBM_ROUTE_TASKS];
-    size_t n = 0;
+/* The others of expert k at elements [index, index + n); returns how many. */
+static size_t collect_others(const obm__merge_rule *rule, const obm__route_cut *cuts, size_t k, int64_t index, int64_t n, chunk *c) {
+    size_t count = 0;
     for (size_t j = 0; j < rule->n_tasks; j++) {
         if (j == k) continue;
-        double x = rule->reading == OBM_READING_RECOMPUTED ? d[j] - d[k] : d[j];
+        double *x = c->others[count++];
         const obm__route_cut *cut = cuts ? &cuts[obm__route_cut_index(rule, k, j)] : NULL;
-        others[n++] = cut && cut->active && !keeps(cut, x, index) ? 0 : x;
+        for (int64_t i = 0; i < n; i++) x[i] = other_delta(rule, c->d[j][i], c->d[k][i]);
+        for (int64_t i = 0; cut && cut->active && i < n; i++) x[i] = keeps(cut, x[i], index + i) ? x[i] : 0;
     }
-    return d[k] + rule->lambda * obm__ties_remainder(others, n);
+    return count;
 }
 
-static double merged(const obm__merge_rule *rule, const double *d, const obm__route_cut *cuts, int64_t index) {
-    double sum = 0;
+/* obm__ties_remainder of every column; x * sum > 0 says that x is no zero and agrees (f32 magnitudes cannot underflow in the
+ * product), and adding 0 for the others changes no bit. */
+static void ties_of_others(chunk *c, size_t count, int64_t n) {
+    double sum[OBM_ROUTE_CHUNK] = {0}, agreeing[OBM_ROUTE_CHUNK] = {0};
+    memset(c->ties, 0, sizeof c->ties);
+    for (size_t j = 0; j < count; j++) {
+        for (int64_t i = 0; i < n; i++) sum[i] += c->others[j][i];
+    }
+    for (size_t j = 0; j < count; j++) {
+        for (int64_t i = 0; i < n; i++) {
+            bool agrees = c->others[j][i] * sum[i] > 0;
+            c->ties[i] += agrees ? c->others[j][i] : 0.0;
+            agreeing[i] += agrees ? 1.0 : 0.0;
+        }
+    }
+    for (int64_t i = 0; i < n; i++) c->ties[i] = agreeing[i] > 0 ? c->ties[i] / agreeing[i] : 0.0;
+}
+
+/* c->sum = theta(w) - theta_base of elements [index, index + n). */
+static void merge_chunk(const obm__merge_rule *rule, const obm__route_cut *cuts, int64_t index, int64_t n, chunk *c) {
+    memset(c->sum, 0, sizeof c->sum);
     for (size_t k = 0; k < rule->n_tasks; k++) {
-        if (rule->weights[k] != 0) sum += rule->weights[k] * routed_delta(rule, d, k, cuts, index);
+        double w = rule->weights[k], lambda = rule->lambda;
+        if (w == 0) continue;
+        if (lambda != 0) ties_of_others(c, collect_others(rule, cuts, k, index, n, c), n);
+        if (lambda != 0) for (int64_t i = 0; i < n; i++) c->sum[i] += w * (c->d[k][i] + lambda * c->ties[i]);
+        else for (int64_t i = 0; i < n; i++) c->sum[i] += w * c->d[k][i];
     }
-    return sum;
-}
-
-double obm__merged_delta(const double *d, size_t n_tasks, const double *weights, double lambda, obm_reading reading) {
-    obm__merge_rule rule = {.n_tasks = n_tasks, .weights = weights, .lambda = lambda, .reading = reading};
-    return merged(&rule, d, NULL, 0);
 }
 
 /* ---- reading base and task vectors ---- */
@@ -106,19 +156,14 @@ static void row_by_patterns(const obm__route_plan *r, size_t tensor, int64_t row
     }
 }
 
-static void row_by_elements(const obm__route_plan *r, size_t tensor, int64_t row, double *values /* (tasks, chunk) */, float *out) {
+static void row_by_elements(const obm__route_plan *r, size_t tensor, int64_t row, chunk *c, float *out) {
     const obm__route_tensor *t = &r->tensors[tensor];
-    size_t tasks = r->rule.n_tasks;
-    float base[OBM_ROUTE_CHUNK];
-    double d[OBM_ROUTE_TASKS];
     for (int64_t col = 0, n; col < t->cols; col += n) {
         n = t->cols - col < OBM_ROUTE_CHUNK ? t->cols - col : OBM_ROUTE_CHUNK;
-        obm__route_read_base(r, tensor, row, col, n, base);
-        for (size_t j = 0; j < tasks; j++) obm__route_read(r, j, tensor, row, col, n, base, values + j * OBM_ROUTE_CHUNK);
-        for (int64_t i = 0; i < n; i++) {
-            for (size_t j = 0; j < tasks; j++) d[j] = values[j * OBM_ROUTE_CHUNK + (size_t)i];
-            out[col + i] = (float)(base[i] + merged(&r->rule, d, t->cuts, row * t->cols + col + i));
-        }
+        obm__route_read_base(r, tensor, row, col, n, c->base);
+        for (size_t j = 0; j < r->rule.n_tasks; j++) obm__route_read(r, j, tensor, row, col, n, c->base, c->d[j]);
+        merge_chunk(&r->rule, t->cuts, row * t->cols + col, n, c);
+        for (int64_t i = 0; i < n; i++) out[col + i] = (float)(c->base[i] + c->sum[i]);
     }
 }
 
@@ -137,10 +182,10 @@ static obm_status base_rows(const obm__route_plan *r, size_t tensor, int64_t row
         break;
     }
     case OBM_ROUTE_ELEMENTS: {
-        double *values = obm__alloc(r->rule.n_tasks, OBM_ROUTE_CHUNK * sizeof *values);
-        if (!values) return obm__fail_nomem(err, r->rule.n_tasks * OBM_ROUTE_CHUNK * sizeof *values);
-        for (int64_t i = 0; i < n; i++) row_by_elements(r, tensor, row + i, values, out + i * t->cols);
-        obm_free(values);
+        chunk *c = obm__alloc(1, sizeof *c);
+        if (!c) return obm__fail_nomem(err, sizeof *c);
+        for (int64_t i = 0; i < n; i++) row_by_elements(r, tensor, row + i, c, out + i * t->cols);
+        obm_free(c);
     }
     }
     return OBM_OK;
@@ -175,7 +220,7 @@ obm_status obm__route_materialise(const obm__route_plan *r, size_t tensor, float
     row_job job = {.plan = r, .tensor = tensor, .out = out};
     obm__parallel(r->pack->ctx, (size_t)(t->rows + t->n_extra), 1, run_rows, &job);
     /* Running out of memory is the only way in which rows fail. */
-    return job.failed ? obm__fail_nomem(err, r->rule.n_tasks * OBM_ROUTE_CHUNK * sizeof(double)) : OBM_OK;
+    return job.failed ? obm__fail_nomem(err, sizeof(chunk)) : OBM_OK;
 }
 
 /* ---- for running on the planes ---- */

@@ -184,14 +184,17 @@ static void count_lost(export_job *j, int64_t row, const float *values, const ui
 static void run_tile(void *arg, size_t begin, size_t end, int worker) {
     export_job *j = arg;
     const obm_kernels *k = j->pack->ctx->k;
+    float *values = j->values + begin * (size_t)j->cols;
+    uint8_t *bytes = j->bytes + begin * (size_t)j->cols * obm_dtype_size(j->out);
+    int64_t row = j->row + (int64_t)begin, n = (int64_t)(end - begin);
     (void)worker;
-    for (size_t i = begin; i < end; i++) {
-        float *values = j->values + i * (size_t)j->cols;
-        uint8_t *bytes = j->bytes + i * (size_t)j->cols * obm_dtype_size(j->out);
-        int64_t row = j->row + (int64_t)i;
-        if (obm__route_rows(j->plan, j->tensor, row, 1, values, NULL) != OBM_OK) j->failed = 1;
-        obm__narrow(k, j->out, values, j->cols, bytes);
-        count_lost(j, row, values, bytes);
+    if (obm__route_rows(j->plan, j->tensor, row, n, values, NULL) != OBM_OK) {
+        j->failed = 1;
+        return;
+    }
+    obm__narrow(k, j->out, values, n * j->cols, bytes);
+    for (int64_t i = 0; i < n; i++, values += j->cols, bytes += (size_t)j->cols * obm_dtype_size(j->out)) {
+        count_lost(j, row + i, values, bytes);
     }
 }
 
