@@ -11,6 +11,7 @@
 #include <dirent.h>
 
 #define T 70
+#define VOCAB 450   /* of the tokenizer */
 #define TASKS 3
 
 static void check_ok(obm_status status, const obm_error *err) {
@@ -59,10 +60,15 @@ static void open_fixture(fixture *f, obm_dtype dtype, int tied) {
     obm_error err;
     obm_context_options options = OBM_INIT(obm_context_options);
     obm_expert experts[TASKS];
-    f->c = (tiny){"llama", 131, 30, 45, 2, 6, 2, 10, 0, tied, dtype, 2, NULL};
+    f->c = (tiny){"llama", VOCAB, 30, 45, 2, 6, 2, 10, 0, tied, dtype, 2, NULL};
     tiny_weights_new(&f->c, &f->base);
     f->dir[0] = tiny_folder();
     if (tiny_write(&f->c, &f->base, f->dir[0], &err)) fail_msg("%s", err.message);
+    char *tokenizer;
+    size_t size;
+    check_ok(obm__file_read(OBM_SOURCE_DIR "/tests/vectors/tokenizers/smollm2.json", &tokenizer, &size, &err), &err);
+    assert_int_equal(tiny_write_text(f->dir[0], "tokenizer.json", tokenizer), 0);
+    obm_free(tokenizer);
     options.threads = 2;
     check_ok(obm_context_new(&options, &f->ctx, &err), &err);
     for (int i = 0; i < TASKS; i++) {
@@ -76,7 +82,7 @@ static void open_fixture(fixture *f, obm_dtype dtype, int tied) {
     compress.overwrite = true;
     check_ok(obm_compress(f->ctx, f->dir[0], experts, TASKS, &compress, f->pack_dir, NULL, &f->pack, &err), &err);
     unsigned state = 5;
-    for (int i = 0; i < T; i++) f->ids[i] = (int32_t)(tiny_random(&state) % 131);
+    for (int i = 0; i < T; i++) f->ids[i] = (int32_t)(tiny_random(&state) % VOCAB);
 }
 
 static void remove_pack(char *dir) {
@@ -190,7 +196,7 @@ static void changed_settings_are_noticed(void **state) {
     (void)state;
     fixture f;
     obm_error err;
-    float before[134], after[134], fresh[134];
+    float before[VOCAB + EXTRA], after[VOCAB + EXTRA], fresh[VOCAB + EXTRA];
     open_fixture(&f, OBM_F32, 0);
     obm_model *m = open_model(&f, 0);
     obm_run_options options = OBM_INIT(obm_run_options);
@@ -202,8 +208,8 @@ static void changed_settings_are_noticed(void **state) {
     obm_model_free(m);
     m = open_model(&f, 0);
     check_ok(obm_model_logits(m, f.ids, 9, &options, fresh, &err), &err);
-    assert_memory_equal(after, fresh, 131 * sizeof *after);
-    assert_memory_not_equal(after, before, 131 * sizeof *after);
+    assert_memory_equal(after, fresh, VOCAB * sizeof *after);
+    assert_memory_not_equal(after, before, VOCAB * sizeof *after);
     obm_model_free(m);
     close_fixture(&f);
 }
@@ -235,14 +241,14 @@ static void ids_of_extra_vocabulary(void **state) {
     (void)state;
     fixture f;
     obm_error err;
-    float logits[134];
-    const int32_t extra = 131, beyond = 134;
+    float logits[VOCAB + EXTRA];
+    const int32_t extra = VOCAB, beyond = VOCAB + EXTRA;
     open_fixture(&f, OBM_F32, 1);
     obm_model *m = open_model(&f, 0);
     obm_run_options options = OBM_INIT(obm_run_options);
     options.route = routes[3];
     check_ok(obm_model_logits(m, &extra, 1, &options, logits, &err), &err);
-    assert_true(isfinite(logits[133]));
+    assert_true(isfinite(logits[VOCAB + EXTRA - 1]));
     assert_int_equal(obm_model_logits(m, &beyond, 1, &options, logits, &err), OBM_E_ARG);
     options.route = routes[1];
     assert_int_equal(obm_model_logits(m, &extra, 1, &options, logits, &err), OBM_E_ARG);
@@ -256,7 +262,7 @@ static void routes_are_kept_within_the_budget(void **state) {
     (void)state;
     fixture f;
     obm_error err;
-    float logits[134];
+    float logits[VOCAB + EXTRA];
     obm_model_memory one, now;
     open_fixture(&f, OBM_F32, 0);
     obm_model *m = open_model(&f, 0);
@@ -330,7 +336,7 @@ static void scores_take_routes(void **state) {
     fixture f;
     obm_error err;
     obm_score s[2];
-    float logits[134];
+    float logits[VOCAB + EXTRA];
     open_fixture(&f, OBM_F32, 0);
     obm_model *m = open_model(&f, 0);
     obm_score_item items[2] = {{.prompt = {.ids = f.ids, .n_ids = 9}, .continuation_ids = f.ids + 9, .n_continuation_ids = 1, .route = routes[1]},
@@ -341,11 +347,84 @@ static void scores_take_routes(void **state) {
         double total = 0;
         options.route = items[i].route;
         check_ok(obm_model_logits(m, f.ids, 9, &options, logits, &err), &err);
-        for (int j = 0; j < 131; j++) total += exp(logits[j]);
+        for (int j = 0; j < VOCAB; j++) total += exp(logits[j]);
         assert_true(fabs(s[i].logprob - (logits[f.ids[9]] - log(total))) < 1e-9);
         assert_memory_equal(s[i].route, items[i].route, sizeof routes[1]);
         obm_score_clear(&s[i]);
     }
+    obm_model_free(m);
+    close_fixture(&f);
+}
+
+/* ---- routers ---- */
+
+typedef struct seen { int calls, stop_at; char text[64]; } seen;
+
+/* Prompts that hold an "e" go to the expert with more vocabulary, others to a mixture. */
+static obm_status route_by_letter(void *user, obm_request *request, double *weights, obm_error *err) {
+    seen *s = user;
+    const char *text = obm_request_text(request);
+    (void)err;
+    snprintf(s->text, sizeof s->text, "%s", text);
+    if (++s->calls == s->stop_at) return OBM_E_USER;
+    memcpy(weights, strchr(text, 'e') ? routes[3] : routes[4], sizeof routes[3]);
+    return OBM_OK;
+}
+
+static void a_router_decides_where_no_route_is_given(void **state) {
+    (void)state;
+    fixture f;
+    obm_error err;
+    seen s = {0};
+    const bool routed[3] = {false, true, false};
+    const double given[3][TASKS] = {{9, 9, 9}, {0, 1, 0}, {9, 9, 9}};
+    const obm_prompt p[3] = {{.text = "in the sea"}, {.text = "in the sea"}, {.text = "in a box"}};
+    obm_completion c[3];
+    open_fixture(&f, OBM_BF16, 0);
+    obm_model *m = open_model(&f, 0);
+    obm_generate_options o = OBM_INIT(obm_generate_options);
+    o.max_tokens = 4;
+    o.router = route_by_letter;
+    o.router_user = &s;
+    o.routes = &given[0][0];
+    o.n_routes = 3;
+    o.routed = routed;
+    check_ok(obm_model_generate_batch(m, p, 3, &o, c, &err), &err);
+    assert_int_equal(s.calls, 2);
+    assert_string_equal(s.text, "in a box");
+    assert_memory_equal(c[0].route, routes[3], sizeof routes[3]);
+    assert_memory_equal(c[1].route, given[1], sizeof routes[3]);
+    assert_memory_equal(c[2].route, routes[4], sizeof routes[3]);
+    for (int i = 0; i < 3; i++) obm_completion_clear(&c[i]);
+    s = (seen){.stop_at = 2};
+    assert_int_equal(obm_model_generate_batch(m, p, 3, &o, c, &err), OBM_E_USER);
+    o.router = NULL;   /* and the pack has none of its own */
+    assert_int_equal(obm_model_generate_batch(m, p, 3, &o, c, &err), OBM_E_NOTFOUND);
+    obm_model_free(m);
+    close_fixture(&f);
+}
+
+/* Features are the mean hidden states of the base over the ids of the user's words. */
+static void features_of_prompts(void **state) {
+    (void)state;
+    fixture f;
+    obm_error err;
+    float got[2 * 30], expected[30];
+    const char *text = "in the sea";
+    const obm_message turns[] = {{"system", "ignored"}, {"user", text}};
+    const obm_prompt p[2] = {{.text = text}, {.messages = turns, .n_messages = 2}};
+    int32_t *ids;
+    size_t n;
+    open_fixture(&f, OBM_BF16, 0);
+    obm_model *m = open_model(&f, 0);
+    check_ok(obm_tokenizer_encode(obm_model_tokenizer(m), text, strlen(text), false, &ids, &n, &err), &err);
+    for (int layer = 0; layer <= 2; layer++) {
+        check_ok(obm__model_pool(m, ids, n, layer, expected, &err), &err);
+        check_ok(obm_model_embed(m, p, 2, layer, NULL, NULL, got, &err), &err);
+        assert_memory_equal(got, expected, sizeof expected);
+        assert_memory_equal(got + 30, expected, sizeof expected);
+    }
+    obm_free(ids);
     obm_model_free(m);
     close_fixture(&f);
 }
@@ -359,6 +438,8 @@ int main(void) {
         cmocka_unit_test(routes_are_kept_within_the_budget),
         cmocka_unit_test(routes_in_a_batch_do_not_disturb_each_other),
         cmocka_unit_test(scores_take_routes),
+        cmocka_unit_test(a_router_decides_where_no_route_is_given),
+        cmocka_unit_test(features_of_prompts),
     };
     return cmocka_run_group_tests_name("model_routes", tests, NULL, NULL);
 }
