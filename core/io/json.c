@@ -54,6 +54,9 @@ static obm_status parse_failure(json_error_t *e, const char *where, obm_error *e
 
 obm_status obm__json_parse(const char *text, size_t size, const char *where, obm_json **out, obm_error *err) {
     json_error_t e;
+    /* jansson's reader skips a raw NUL after a number; JSON allows it nowhere. */
+    const char *nul = size ? memchr(text, 0, size) : NULL;
+    if (nul) return obm__fail(err, OBM_E_FORMAT, "%s: not valid JSON: a NUL at byte %zu", where, (size_t)(nul - text));
     json_t *v = json_loadb(text ? text : "", size, PARSE_FLAGS, &e);
     if (!v && json_error_code(&e) == json_error_numeric_overflow) {
         obm__buffer widened = {0};

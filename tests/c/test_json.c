@@ -101,6 +101,19 @@ static void test_refusals(void **state) {
     refuse("{\"a\\u0000\": 1}", 14, "NUL");
 }
 
+/* Also behind a number, where jansson alone would skip it. */
+static void test_raw_nul(void **state) {
+    (void)state;
+    static const struct { const char *text; size_t size; const char *said; } cases[] = {
+        {"[2\0,3]", 6, "a NUL at byte 2"}, {"\0", 1, "byte 0"}, {"[\0]", 3, "byte 1"}, {"\"a\0\"", 4, "byte 2"}, {"{}\0", 3, "byte 2"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        obm_json *v;
+        obm_error err;
+        assert_int_equal(obm__json_parse(cases[i].text, cases[i].size, "t", &v, &err), OBM_E_FORMAT);
+        assert_non_null(strstr(err.message, cases[i].said));
+    }
+}
+
 static void test_depth(void **state) {
     (void)state;
     enum { DEPTH = 100000 };
@@ -151,7 +164,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_kinds),   cmocka_unit_test(test_integers), cmocka_unit_test(test_long_integers),
         cmocka_unit_test(test_strings), cmocka_unit_test(test_refusals), cmocka_unit_test(test_depth),
-        cmocka_unit_test(test_text),
+        cmocka_unit_test(test_raw_nul),  cmocka_unit_test(test_text),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
