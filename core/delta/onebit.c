@@ -1,11 +1,13 @@
 /*
  * 1-bit planes of a task vector: d ~ sum over p of alpha_p * sign(r_p), r_0 = d, r_{p+1} = r_p - alpha_p * sign(r_p)
- * (BitDelta, arXiv 2402.10193, section 3.1 and its multi-mask fidelity study).  alpha = mean |r| minimises the squared error
- * for given signs; sign(0) = +1.  Streams over stripes of rows: nothing here grows with the matrix but its scales.
+ * (BitDelta, arXiv 2402.10193, section 3.1 and its multi-mask fidelity study).  alpha = mean |r| minimises the squared
+ * error for given signs; sign(0) = +1.  Streams over stripes of rows: nothing here grows with the matrix but its
+ * scales.
  *
- * Order of every sum, so that any implementation can reproduce alpha to the bit: a segment (the columns of one row, or of
- * one group of a row) is cut into blocks of OBM_BLOCK; a block is obm_kernels.abs_sum (16 lanes); the blocks of a segment
- * are joined by obm__tree_sum; for a scale per matrix the rows are joined by obm__tree_sum.  alpha = (float)(sum / count).
+ * Order of every sum, so that any implementation can reproduce alpha to the bit: a segment (the columns of one row, or
+ * of one group of a row) is cut into blocks of OBM_BLOCK; a block is obm_kernels.abs_sum (16 lanes); the blocks of a
+ * segment are joined by obm__tree_sum; for a scale per matrix the rows are joined by obm__tree_sum.  alpha =
+ * (float)(sum / count).
  */
 #include "delta.h"
 
@@ -70,7 +72,8 @@ static void add_signs(const obm_kernels *k, float *y, const uint8_t *bits, int64
     if (i < n) k->sign_axpy(y + i, bits + (col + i) / 8, alpha, (size_t)(n - i));
 }
 
-static void add_plane(const obm_kernels *k, const obm__planes *p, int plane, int64_t row, int64_t col, int64_t n, float *out) {
+static void add_plane(const obm_kernels *k, const obm__planes *p, int plane, int64_t row, int64_t col, int64_t n,
+                      float *out) {
     const uint8_t *bits = p->signs[plane] + row * p->row_bytes;
     const float *alphas = p->alphas[plane];
     if (p->scale.kind != OBM_SCALE_GROUP) {
@@ -95,7 +98,7 @@ void obm__planes_read_row(const obm_kernels *k, const obm__planes *p, int64_t ro
 typedef struct worker {
     float d[OBM_BLOCK], base[OBM_BLOCK];
     uint8_t bits[OBM_BLOCK / 8];
-    double *partial;           /* one per block of a segment */
+    double *partial; /* one per block of a segment */
 } worker;
 
 typedef struct plane_job {
@@ -110,12 +113,13 @@ typedef struct plane_job {
     double *row_sums;          /* (rows), scale per matrix only */
     uint8_t *signs;            /* (rows of the stripe, row_bytes) */
     worker *workers;
-    _Atomic int64_t bad;       /* lowest index of a NaN or Inf, INT64_MAX for none */
+    _Atomic int64_t bad; /* lowest index of a NaN or Inf, INT64_MAX for none */
 } plane_job;
 
 static void note_bad(plane_job *job, int64_t index) {
     int64_t seen = atomic_load(&job->bad);
-    while (index < seen && !atomic_compare_exchange_weak(&job->bad, &seen, index)) {}
+    while (index < seen && !atomic_compare_exchange_weak(&job->bad, &seen, index)) {
+    }
 }
 
 /* Subtracts the planes before this one; their signs are computed again, which is cheaper than keeping them. */
@@ -158,7 +162,7 @@ static void do_rows(void *arg, size_t begin, size_t end, int id) {
     for (size_t i = begin; i < end; i++) {
         int64_t row = job->stripe + (int64_t)i;
         uint8_t *bits = job->signs + i * (size_t)job->row_bytes;
-        memset(bits, 0, (size_t)job->row_bytes);   /* the padding up to 64 columns */
+        memset(bits, 0, (size_t)job->row_bytes); /* the padding up to 64 columns */
         for (int64_t s = 0; s < job->segments; s++) {
             double sum = do_segment(job, row, s, bits, &job->workers[id]);
             if (job->row_sums) job->row_sums[row] = sum;
@@ -173,8 +177,8 @@ static int64_t stripe_rows(const obm_context *ctx, int64_t rows, int64_t cols) {
 
 uint64_t obm__onebit_memory(const obm_context *ctx, int64_t rows, int64_t cols) {
     uint64_t worker_bytes = sizeof(worker) + ((uint64_t)cols / OBM_BLOCK + 1) * sizeof(double);
-    return (uint64_t)stripe_rows(ctx, rows, cols) * (uint64_t)obm__row_bytes(cols) + (uint64_t)ctx->threads * worker_bytes +
-           (uint64_t)rows * sizeof(double);
+    return (uint64_t)stripe_rows(ctx, rows, cols) * (uint64_t)obm__row_bytes(cols) +
+           (uint64_t)ctx->threads * worker_bytes + (uint64_t)rows * sizeof(double);
 }
 
 static void job_clear(plane_job *job, int threads) {
@@ -221,7 +225,7 @@ obm_status obm__onebit_plane(obm_context *ctx, const obm__pair *pair, obm__scale
     job.rows = pair->base.shape[0];
     job.cols = pair->base.shape[1];
     job.row_bytes = obm__row_bytes(job.cols);
-    job.segment = scale.kind == OBM_SCALE_GROUP ? scale.group : job.cols;
+    job.segment = scale.kind == OBM_SCALE_GROUP && scale.group < job.cols ? scale.group : job.cols;
     job.segments = scale.kind == OBM_SCALE_GROUP ? groups_of(scale, job.cols) : 1;
     obm_status status = job_alloc(&job, ctx) ? run_stripes(&job, ctx, sink, user, err)
                                              : obm__fail_nomem(err, obm__onebit_memory(ctx, job.rows, job.cols));

@@ -14,29 +14,34 @@ const char *obm_mode_name(obm_mode mode) {
     return (unsigned)mode < sizeof names / sizeof *names ? names[mode] : "unknown";
 }
 
-/* Liu et al., section 3.2: chat keeps its knowledge in attention, math and code in the MLPs; the other part is binarised. */
+/* Liu et al., section 3.2: chat keeps its knowledge in attention, math and code in the MLPs; the other part is
+ * binarised. */
 static obm_status paper_classes(const char *task, unsigned *out, obm_error *err) {
     if (!strcmp(task, "chat")) {
         *out = MLP;
     } else if (!strcmp(task, "math") || !strcmp(task, "code")) {
         *out = ATTENTION;
     } else {
-        return obm__fail(err, OBM_E_ARG,
-                         "expert %s: policy paper knows the tasks chat, math and code only; use attention, mlp or linear", task);
+        return obm__fail(
+            err, OBM_E_ARG,
+            "expert %s: policy paper knows the tasks chat, math and code only; use attention, mlp or linear", task);
     }
     return OBM_OK;
 }
 
 static obm_status preset_classes(const char *preset, const char *task, unsigned *out, obm_error *err) {
-    static const struct { const char *name; unsigned classes; } table[] = {
-        {"linear", ATTENTION | MLP}, {"attention", ATTENTION}, {"mlp", MLP}, {"full", 0}};
+    static const struct {
+        const char *name;
+        unsigned classes;
+    } table[] = {{"linear", ATTENTION | MLP}, {"attention", ATTENTION}, {"mlp", MLP}, {"full", 0}};
     if (!strcmp(preset, "paper")) return paper_classes(task, out, err);
     for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
         if (strcmp(preset, table[i].name)) continue;
         *out = table[i].classes;
         return OBM_OK;
     }
-    return obm__fail(err, OBM_E_ARG, "expert %s: unknown policy \"%s\": linear, attention, mlp, paper or full", task, preset);
+    return obm__fail(err, OBM_E_ARG, "expert %s: unknown policy \"%s\": linear, attention, mlp, paper or full", task,
+                     preset);
 }
 
 static obm_status check_map(const char *task, const obm__policy *p, obm_error *err) {
@@ -44,7 +49,8 @@ static obm_status check_map(const char *task, const obm__policy *p, obm_error *e
         const obm_map_rule *r = &p->map[i];
         if (!r->glob || !*r->glob) return obm__fail(err, OBM_E_ARG, "expert %s: map rule %zu has no glob", task, i);
         if (r->mode != OBM_MODE_1BIT && r->mode != OBM_MODE_FULL && r->mode != OBM_MODE_DROP) {
-            return obm__fail(err, OBM_E_ARG, "expert %s: map rule %s: the mode must be 1bit, full or drop", task, r->glob);
+            return obm__fail(err, OBM_E_ARG, "expert %s: map rule %s: the mode must be 1bit, full or drop", task,
+                             r->glob);
         }
     }
     return OBM_OK;
@@ -72,7 +78,8 @@ obm_status obm__policy_parse(const obm_expert *e, obm_profile profile, obm__poli
     p.n_map = p.map ? OBM_OPT(e, obm_expert, n_map, 0) : 0;
     if (!p.planes) p.planes = 1;
     if (p.planes < 1 || p.planes > OBM_MAX_PLANES) {
-        return obm__fail(err, OBM_E_ARG, "expert %s: %d planes asked for, 1 to %d are possible", e->name, p.planes, OBM_MAX_PLANES);
+        return obm__fail(err, OBM_E_ARG, "expert %s: %d planes asked for, 1 to %d are possible", e->name, p.planes,
+                         OBM_MAX_PLANES);
     }
     OBM_TRY(preset_classes(preset, e->name, &p.classes, err));
     OBM_TRY(obm__scale_parse(scale, &p.scale, err));
@@ -92,7 +99,8 @@ obm_status obm__policy_mode(const obm__policy *p, const obm__pair *pair, obm_mod
         if (!obm__glob_matches(p->map[i].glob, pair->name)) continue;
         if (p->map[i].mode == OBM_MODE_1BIT && !matrix) {
             char shape[160];
-            return obm__fail(err, OBM_E_ARG, "map rule %s=1bit matches tensor %s of shape %s: only matrices can be 1bit",
+            return obm__fail(err, OBM_E_ARG,
+                             "map rule %s=1bit matches tensor %s of shape %s: only matrices can be 1bit",
                              p->map[i].glob, pair->name, obm__shape_text(&pair->base, shape, sizeof shape));
         }
         *out = p->map[i].mode;

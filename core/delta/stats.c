@@ -1,5 +1,6 @@
-/* Statistics of task vectors by class and tensor.  Sums are f64 in the fixed order of onebit.c (blocks of a row, rows of a
- * tensor, tensors by name), so they do not depend on threads.  Extra vocabulary rows have no base and are left out. */
+/* Statistics of task vectors by class and tensor.  Sums are f64 in the fixed order of onebit.c (blocks of a row, rows
+ * of a tensor, tensors by name), so they do not depend on threads.  Extra vocabulary rows have no base and are left
+ * out. */
 #include "delta.h"
 
 #include <math.h>
@@ -13,15 +14,15 @@ enum { SUM_A, SUM_B, SUM_C, SUM_ERROR, SUMS };
 typedef struct scan_worker {
     float x[OBM_BLOCK], y[OBM_BLOCK], scratch[OBM_BLOCK];
     uint8_t bits_x[OBM_BLOCK / 8], bits_y[OBM_BLOCK / 8];
-    double *partial[3];        /* one per block of a row */
+    double *partial[3]; /* one per block of a row */
 } scan_worker;
 
 typedef struct scan {
     const obm_kernels *k;
-    const obm__pair *a, *b;    /* b: the second task vector of a comparison, else NULL */
+    const obm__pair *a, *b; /* b: the second task vector of a comparison, else NULL */
     int64_t rows, cols;
-    double *sums[SUMS];        /* (rows) each */
-    uint64_t *counts;          /* (rows): zeros, or agreeing signs */
+    double *sums[SUMS]; /* (rows) each */
+    uint64_t *counts;   /* (rows): zeros, or agreeing signs */
     scan_worker *workers;
     int threads;
     _Atomic int64_t bad;
@@ -29,7 +30,8 @@ typedef struct scan {
 
 static void note_bad(scan *s, int64_t index) {
     int64_t seen = atomic_load(&s->bad);
-    while (index < seen && !atomic_compare_exchange_weak(&s->bad, &seen, index)) {}
+    while (index < seen && !atomic_compare_exchange_weak(&s->bad, &seen, index)) {
+    }
 }
 
 static void check(scan *s, const float *x, int64_t begin, size_t n) {
@@ -39,7 +41,7 @@ static void check(scan *s, const float *x, int64_t begin, size_t n) {
 
 /* A: theta^2, B: d^2, C: |d|; count: zeros. */
 static uint64_t stats_block(scan *s, scan_worker *w, int64_t begin, size_t n, size_t block) {
-    obm__pair_read(s->k, s->a, begin, (int64_t)n, w->x, w->y);   /* y: the base's values */
+    obm__pair_read(s->k, s->a, begin, (int64_t)n, w->x, w->y); /* y: the base's values */
     check(s, w->x, begin, n);
     w->partial[SUM_A][block] = s->k->dot(w->y, w->y, n);
     w->partial[SUM_B][block] = s->k->dot(w->x, w->x, n);
@@ -153,8 +155,8 @@ static void finish_stats(const totals *t, obm_delta_stats *out) {
     out->delta_norm = sqrt(t->sums[SUM_B]);
     out->relative_norm = out->base_norm > 0 ? out->delta_norm / out->base_norm : NAN;
     out->zero_share = t->params ? (double)t->count / (double)t->params : 0;
-    out->onebit_error_matrix = sqrt(t->error_matrix / t->sums[SUM_B]);
-    out->onebit_error_row = sqrt(t->sums[SUM_ERROR] / t->sums[SUM_B]);
+    out->onebit_error_matrix = t->sums[SUM_B] > 0 ? sqrt(t->error_matrix / t->sums[SUM_B]) : NAN;
+    out->onebit_error_row = t->sums[SUM_B] > 0 ? sqrt(t->sums[SUM_ERROR] / t->sums[SUM_B]) : NAN;
 }
 
 static uint64_t float_bytes(const obm_task_vector *v) {
@@ -163,7 +165,8 @@ static uint64_t float_bytes(const obm_task_vector *v) {
     return n;
 }
 
-static obm_status report(obm_progress_fn progress, void *user, const char *what, uint64_t done, uint64_t total, obm_error *err) {
+static obm_status report(obm_progress_fn progress, void *user, const char *what, uint64_t done, uint64_t total,
+                         obm_error *err) {
     if (!progress || !progress(user, what, done, total)) return OBM_OK;
     return obm__fail(err, OBM_E_USER, "stopped by the progress callback");
 }
@@ -182,8 +185,8 @@ obm_status obm_task_vector_stats(obm_context *ctx, const obm_task_vector *v, obm
     return OBM_OK;
 }
 
-obm_status obm_task_vector_tensor_stats(obm_context *ctx, const obm_task_vector *v, const char *name, obm_delta_stats *out,
-                                        obm_error *err) {
+obm_status obm_task_vector_tensor_stats(obm_context *ctx, const obm_task_vector *v, const char *name,
+                                        obm_delta_stats *out, obm_error *err) {
     const obm__pair *p = obm__task_vector_find(v, name, err);
     if (!p) return OBM_E_NOTFOUND;
     totals t = {0};
@@ -192,13 +195,16 @@ obm_status obm_task_vector_tensor_stats(obm_context *ctx, const obm_task_vector 
     return OBM_OK;
 }
 
-static obm_status compare_tensor(obm_context *ctx, const obm__pair *a, const obm_task_vector *vb, totals *t, obm_error *err) {
+static obm_status compare_tensor(obm_context *ctx, const obm__pair *a, const obm_task_vector *vb, totals *t,
+                                 obm_error *err) {
     const obm__pair *b = obm__task_vector_find(vb, a->name, NULL);
-    if (!b) return OBM_OK;   /* a head of its own on one side only */
+    if (!b) return OBM_OK; /* a head of its own on one side only */
     char have[160], want[160];
-    if (a->base.ndim != b->base.ndim || memcmp(a->base.shape, b->base.shape, (size_t)a->base.ndim * sizeof *a->base.shape)) {
-        return obm__fail(err, OBM_E_SHAPE, "tensor %s: the bases of the two task vectors have shapes %s and %s", a->name,
-                         obm__shape_text(&a->base, have, sizeof have), obm__shape_text(&b->base, want, sizeof want));
+    if (a->base.ndim != b->base.ndim ||
+        memcmp(a->base.shape, b->base.shape, (size_t)a->base.ndim * sizeof *a->base.shape)) {
+        return obm__fail(err, OBM_E_SHAPE, "tensor %s: the bases of the two task vectors have shapes %s and %s",
+                         a->name, obm__shape_text(&a->base, have, sizeof have),
+                         obm__shape_text(&b->base, want, sizeof want));
     }
     if (!obm__is_float(b->base.dtype)) return OBM_OK;
     return scan_tensor(ctx, a, b, t, err);

@@ -51,9 +51,13 @@ static void widen_odd(const obm_kernels *k, obm_dtype dtype, const void *src, in
 void obm__widen(const obm_kernels *k, const obm_tensor *t, int64_t begin, int64_t n, float *out) {
     const uint8_t *src = (const uint8_t *)t->data + (size_t)begin * obm_dtype_size(t->dtype);
     switch (t->dtype) {
-    case OBM_F32: memcpy(out, src, (size_t)n * sizeof *out); break;
+    case OBM_F32:
+        memcpy(out, src, (size_t)n * sizeof *out);
+        break;
     case OBM_BF16:
-    case OBM_F16: ((uintptr_t)src % 2 ? widen_odd : widen_half)(k, t->dtype, src, n, out); break;
+    case OBM_F16:
+        ((uintptr_t)src % 2 ? widen_odd : widen_half)(k, t->dtype, src, n, out);
+        break;
     default:
         for (int64_t i = 0; i < n; i++) {
             double x;
@@ -65,9 +69,14 @@ void obm__widen(const obm_kernels *k, const obm_tensor *t, int64_t begin, int64_
 
 void obm__narrow(const obm_kernels *k, obm_dtype dtype, const float *in, int64_t n, void *out) {
     switch (dtype) {
-    case OBM_BF16: k->f32_to_bf16(out, in, (size_t)n); break;
-    case OBM_F16: k->f32_to_f16(out, in, (size_t)n); break;
-    default: memcpy(out, in, (size_t)n * sizeof *in);
+    case OBM_BF16:
+        k->f32_to_bf16(out, in, (size_t)n);
+        break;
+    case OBM_F16:
+        k->f32_to_f16(out, in, (size_t)n);
+        break;
+    default:
+        memcpy(out, in, (size_t)n * sizeof *in);
     }
 }
 
@@ -116,8 +125,9 @@ static obm_status check_dtypes(const obm__pair *p, obm_error *err) {
     const obm_tensor *b = &p->base, *e = &p->expert;
     if (obm__is_float(b->dtype) && obm__is_float(e->dtype)) return OBM_OK;
     if (b->dtype == e->dtype && !p->extra_rows && !memcmp(b->data, e->data, obm__tensor_bytes(b))) return OBM_OK;
-    return obm__fail(err, OBM_E_DTYPE, "tensor %s: %s in base and %s in expert; only F32, F16, BF16 and F64 have differences",
-                     p->name, obm_dtype_name(b->dtype), obm_dtype_name(e->dtype));
+    return obm__fail(err, OBM_E_DTYPE,
+                     "tensor %s: %s in base and %s in expert; only F32, F16, BF16 and F64 have differences", p->name,
+                     obm_dtype_name(b->dtype), obm_dtype_name(e->dtype));
 }
 
 static obm_status fill_pair(obm__pair *p, const obm__st_entry *named, const obm_tensor *base, const obm_tensor *expert,
@@ -201,10 +211,11 @@ obm_status obm__fail_nonfinite(obm_error *err, const obm__pair *p, int64_t index
     int64_t rows, cols;
     obm__tensor_rows(&p->base, &rows, &cols);
     if (p->base.ndim < 2) {
-        return obm__fail(err, OBM_E_VALUE, "tensor %s: NaN or Inf in expert - base at index %lld", p->name, (long long)index);
+        return obm__fail(err, OBM_E_VALUE, "tensor %s: NaN or Inf in expert - base at index %lld", p->name,
+                         (long long)index);
     }
-    return obm__fail(err, OBM_E_VALUE, "tensor %s: NaN or Inf in expert - base at index %lld (row %lld, column %lld)", p->name,
-                     (long long)index, (long long)(index / cols), (long long)(index % cols));
+    return obm__fail(err, OBM_E_VALUE, "tensor %s: NaN or Inf in expert - base at index %lld (row %lld, column %lld)",
+                     p->name, (long long)index, (long long)(index / cols), (long long)(index % cols));
 }
 
 obm_status obm_task_vector_read(const obm_task_vector *v, const char *name, float *out, obm_error *err) {
@@ -212,7 +223,7 @@ obm_status obm_task_vector_read(const obm_task_vector *v, const char *name, floa
     if (!p) return OBM_E_NOTFOUND;
     int64_t n = obm_tensor_count(&p->base);
     if (!obm__is_float(p->base.dtype)) {
-        memset(out, 0, (size_t)n * sizeof *out);   /* an integer buffer, equal on both sides */
+        memset(out, 0, (size_t)n * sizeof *out); /* an integer buffer, equal on both sides */
         return OBM_OK;
     }
     const obm_kernels *k = v->base->ctx->k;

@@ -9,7 +9,8 @@
 static obm_status check_version(const obm_json *manifest, const char *where, obm_error *err) {
     const char *format;
     int64_t version;
-    if (obm__json_kind(manifest) != OBM_JSON_OBJECT) return obm__fail(err, OBM_E_FORMAT, "%s: must be an object", where);
+    if (obm__json_kind(manifest) != OBM_JSON_OBJECT)
+        return obm__fail(err, OBM_E_FORMAT, "%s: must be an object", where);
     OBM_TRY(obm__field_string(manifest, "format", where, &format, err));
     if (strcmp(format, OBM_PACK_FORMAT)) {
         char shown[40];
@@ -18,7 +19,8 @@ static obm_status check_version(const obm_json *manifest, const char *where, obm
     }
     OBM_TRY(obm__field_int(manifest, "version", 1, INT32_MAX, where, &version, err));
     if (version == OBM_PACK_VERSION) return OBM_OK;
-    return obm__fail(err, OBM_E_UNSUPPORTED, "%s: version %lld of the format; this build reads version %d", where, (long long)version, OBM_PACK_VERSION);
+    return obm__fail(err, OBM_E_UNSUPPORTED, "%s: version %lld of the format; this build reads version %d", where,
+                     (long long)version, OBM_PACK_VERSION);
 }
 
 static obm_status read_manifest(const char *path, obm_json **out, obm_error *err) {
@@ -31,8 +33,10 @@ static obm_status read_manifest(const char *path, obm_json **out, obm_error *err
     if (status == OBM_OK) status = obm__json_load(where, &manifest, err);
     if (status == OBM_OK) status = check_version(manifest, where, err);
     obm_free(where);
-    if (status == OBM_OK) *out = manifest;
-    else obm__json_free(manifest);
+    if (status == OBM_OK)
+        *out = manifest;
+    else
+        obm__json_free(manifest);
     return status;
 }
 
@@ -76,7 +80,7 @@ void obm_pack_bytes(const obm_pack *p, size_t task, obm_class_bytes *out) {
     for (size_t i = 0; i < p->n_tensors; i++) {
         const obm__pack_entry *e = &p->experts[task].entries[i];
         obm_class_bytes *c = &out[p->tensors[i].cls];
-        if (!e->bytes_expert) continue;   /* a head that is its embedding, a buffer that the expert lacks */
+        if (!e->bytes_expert) continue; /* a head that is its embedding, a buffer that the expert lacks */
         c->tensors++;
         c->params += (uint64_t)obm_tensor_count(&p->tensors[i].base);
         c->bytes_expert += e->bytes_expert;
@@ -123,8 +127,8 @@ static obm_status verify_file(const obm_pack *p, const obm_json *record, obm__ti
     }
     if (h) obm__xxh3_end(h, have);
     if (status == OBM_OK && (map.size != bytes || strcmp(have, want))) {
-        status = obm__fail(err, OBM_E_FORMAT, "%s: checksum %s of %zu bytes, pack.json says %s of %llu", path, have, map.size, want,
-                           (unsigned long long)bytes);
+        status = obm__fail(err, OBM_E_FORMAT, "%s: checksum %s of %zu bytes, pack.json says %s of %llu", path, have,
+                           map.size, want, (unsigned long long)bytes);
     }
     obm__map_close(&map);
     obm_free(path);

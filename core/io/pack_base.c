@@ -6,8 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Samples: 64 blocks of a page each, evenly spread, first and last bytes included: 256 KiB a tensor, so that opening a pack
- * of a large model reads some tens of MB, and a fine-tune posing as the base is caught (it differs nearly everywhere). */
+/* Samples: 64 blocks of a page each, evenly spread, first and last bytes included: 256 KiB a tensor, so that opening a
+ * pack of a large model reads some tens of MB, and a fine-tune posing as the base is caught (it differs nearly
+ * everywhere). */
 #define SAMPLES 64
 #define SAMPLE_BYTES 4096
 /* Full hashes are trees of one level over chunks of this size, so that one large tensor keeps all threads busy. */
@@ -34,7 +35,7 @@ static bool sample_tensor(const obm_tensor *t, digest out) {
         obm__xxh3_add(h, (const uint8_t *)t->data + sample_offset(n - SAMPLE_BYTES, i), SAMPLE_BYTES);
     }
     obm__xxh3_end(h, out);
-    obm__release_pages(t->data, n);   /* a fault maps the cached neighbours too, up to the whole tensor */
+    obm__release_pages(t->data, n); /* a fault maps the cached neighbours too, up to the whole tensor */
     return true;
 }
 
@@ -66,10 +67,13 @@ static obm_status sample_all(obm_context *ctx, const obm_checkpoint *base, diges
 
 /* ---- full hashes ---- */
 
-typedef struct chunk { const uint8_t *data; size_t n; } chunk;
+typedef struct chunk {
+    const uint8_t *data;
+    size_t n;
+} chunk;
 typedef struct hash_job {
     const chunk *chunks;
-    digest *digests;           /* of the chunks */
+    digest *digests; /* of the chunks */
 } hash_job;
 
 static size_t chunks_of(const obm_tensor *t) {
@@ -125,11 +129,12 @@ static void join_digests(const obm_checkpoint *base, const digest *chunks, diges
         for (size_t c = chunks_of(&base->tensors[i]->t); c > 0; c--, chunks++) {
             if (h) obm__xxh3_add(h, *chunks, 32);
         }
-        if (h) obm__xxh3_end(h, out[i]);   /* without memory the digest stays "", which hash_all sees */
+        if (h) obm__xxh3_end(h, out[i]); /* without memory the digest stays "", which hash_all sees */
     }
 }
 
-static obm_status hash_all(obm_context *ctx, const obm_checkpoint *base, obm__ticker *ticker, digest **out, obm_error *err) {
+static obm_status hash_all(obm_context *ctx, const obm_checkpoint *base, obm__ticker *ticker, digest **out,
+                           obm_error *err) {
     size_t n = 0;
     for (size_t i = 0; i < base->count; i++) n += chunks_of(&base->tensors[i]->t);
     chunk *chunks = obm__calloc(n, sizeof *chunks);
@@ -147,8 +152,10 @@ static obm_status hash_all(obm_context *ctx, const obm_checkpoint *base, obm__ti
     }
     obm_free(chunks);
     obm_free(parts);
-    if (status == OBM_OK) *out = whole;
-    else obm_free(whole);
+    if (status == OBM_OK)
+        *out = whole;
+    else
+        obm_free(whole);
     return status;
 }
 
@@ -196,14 +203,16 @@ static bool put_tensors(obm_json *record, const obm_checkpoint *base, const dige
         ok = t && obm__put_tensor(t, &base->tensors[i]->t);
         ok = ok && obm__json_set(t, "sample", obm__json_new_string(samples[i]));
         ok = ok && obm__json_set(t, "hash", obm__json_new_string(hashes[i]));
-        if (!ok) obm__json_free(t);
-        else ok = obm__json_set(tensors, base->tensors[i]->name, t);
+        if (!ok)
+            obm__json_free(t);
+        else
+            ok = obm__json_set(tensors, base->tensors[i]->name, t);
     }
     return obm__json_set(record, "tensors", tensors) && ok;
 }
 
-obm_status obm__base_record(obm_context *ctx, const obm_checkpoint *base, const char *dir, obm__ticker *ticker, obm_json **out,
-                            obm_error *err) {
+obm_status obm__base_record(obm_context *ctx, const obm_checkpoint *base, const char *dir, obm__ticker *ticker,
+                            obm_json **out, obm_error *err) {
     digest *samples = NULL, *hashes = NULL;
     obm_status status = sample_all(ctx, base, &samples, err);
     if (status == OBM_OK) status = hash_all(ctx, base, ticker, &hashes, err);
@@ -213,8 +222,10 @@ obm_status obm__base_record(obm_context *ctx, const obm_checkpoint *base, const 
     }
     obm_free(samples);
     obm_free(hashes);
-    if (status == OBM_OK) *out = record;
-    else obm__json_free(record);
+    if (status == OBM_OK)
+        *out = record;
+    else
+        obm__json_free(record);
     return status;
 }
 
@@ -230,23 +241,27 @@ obm_status obm__base_open(obm_context *ctx, const obm_json *record, const char *
     char seen[200], far[200];
     char *joined = relative ? obm__path_join(pack_path, relative) : NULL;
     const char *found = exists(joined) ? joined : exists(absolute) ? absolute : NULL;
-    obm_status status = found ? obm_checkpoint_open(ctx, found, out, err)
-                              : obm__fail(err, OBM_E_IO,
-                                          "the base of pack %s is neither at %s (seen from the pack) nor at %s; give its place with base=", pack_path,
-                                          obm__printable(relative ? relative : "(unknown)", seen, sizeof seen),
-                                          obm__printable(absolute ? absolute : "(unknown)", far, sizeof far));
+    obm_status status =
+        found ? obm_checkpoint_open(ctx, found, out, err)
+              : obm__fail(
+                    err, OBM_E_IO,
+                    "the base of pack %s is neither at %s (seen from the pack) nor at %s; give its place with base=",
+                    pack_path, obm__printable(relative ? relative : "(unknown)", seen, sizeof seen),
+                    obm__printable(absolute ? absolute : "(unknown)", far, sizeof far));
     obm_free(joined);
     return status;
 }
 
 /* ---- checking ---- */
 
-typedef struct check_place { const char *base, *pack, *name; } check_place;
+typedef struct check_place {
+    const char *base, *pack, *name;
+} check_place;
 
 static obm_status mismatch(const check_place *p, obm_error *err, const char *how) {
     char name[160];
-    return obm__fail(err, OBM_E_MISMATCH, "%.200s is not the base that pack %.200s was made from: tensor %s %s", p->base, p->pack,
-                     obm__printable(p->name, name, sizeof name), how);
+    return obm__fail(err, OBM_E_MISMATCH, "%.200s is not the base that pack %.200s was made from: tensor %s %s",
+                     p->base, p->pack, obm__printable(p->name, name, sizeof name), how);
 }
 
 static obm_status check_form(const obm_tensor *have, const obm_json *record, const check_place *place, obm_error *err) {
@@ -259,7 +274,8 @@ static obm_status check_form(const obm_tensor *have, const obm_json *record, con
         return mismatch(place, err, how);
     }
     if (want.ndim != have->ndim || memcmp(want.shape, have->shape, (size_t)want.ndim * sizeof *want.shape)) {
-        snprintf(how, sizeof how, "has shape %s, expected %s", obm__shape_text(have, a, sizeof a), obm__shape_text(&want, b, sizeof b));
+        snprintf(how, sizeof how, "has shape %s, expected %s", obm__shape_text(have, a, sizeof a),
+                 obm__shape_text(&want, b, sizeof b));
         return mismatch(place, err, how);
     }
     return OBM_OK;
@@ -274,7 +290,8 @@ static obm_status check_one(const obm__st_entry *e, const obm_json *record, cons
 }
 
 /* Names first: a tensor that one side lacks is the clearest difference there is. */
-static obm_status check_names(const obm_checkpoint *base, const obm_json *tensors, const char *pack_path, obm_error *err) {
+static obm_status check_names(const obm_checkpoint *base, const obm_json *tensors, const char *pack_path,
+                              obm_error *err) {
     check_place place = {base->path, pack_path, NULL};
     for (void *it = obm__json_first(tensors); it; it = obm__json_next(tensors, it)) {
         place.name = obm__json_key(it);
@@ -292,12 +309,12 @@ static obm_status check_names(const obm_checkpoint *base, const obm_json *tensor
     return OBM_OK;
 }
 
-obm_status obm__base_check(obm_context *ctx, const obm_checkpoint *base, const obm_json *record, const char *pack_path, bool full,
-                           obm__ticker *ticker, obm_error *err) {
+obm_status obm__base_check(obm_context *ctx, const obm_checkpoint *base, const obm_json *record, const char *pack_path,
+                           bool full, obm__ticker *ticker, obm_error *err) {
     const obm_json *tensors;
     OBM_TRY(obm__field(record, "tensors", OBM_JSON_OBJECT, OBM_PACK_MANIFEST ": base", &tensors, err));
     OBM_TRY(check_names(base, tensors, pack_path, err));
-    for (size_t i = 0; i < base->count; i++) {   /* shapes before contents: nothing need be read for them */
+    for (size_t i = 0; i < base->count; i++) { /* shapes before contents: nothing need be read for them */
         check_place place = {base->path, pack_path, base->tensors[i]->name};
         OBM_TRY(check_form(&base->tensors[i]->t, obm__json_get(tensors, place.name), &place, err));
     }
@@ -306,7 +323,8 @@ obm_status obm__base_check(obm_context *ctx, const obm_checkpoint *base, const o
     obm_status status = OBM_OK;
     for (size_t i = 0; i < base->count && status == OBM_OK; i++) {
         check_place place = {base->path, pack_path, base->tensors[i]->name};
-        status = check_one(base->tensors[i], obm__json_get(tensors, place.name), have[i], full ? "hash" : "sample", &place, err);
+        status = check_one(base->tensors[i], obm__json_get(tensors, place.name), have[i], full ? "hash" : "sample",
+                           &place, err);
     }
     obm_free(have);
     return status;

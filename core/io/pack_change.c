@@ -1,6 +1,7 @@
 /*
- * Everything that changes a pack on disk.  Files get names that derive from their contents, so nothing that a reader may
- * hold open is ever rewritten; renaming pack.json is the commit; what the new pack.json no longer names goes after it.
+ * Everything that changes a pack on disk.  Files get names that derive from their contents, so nothing that a reader
+ * may hold open is ever rewritten; renaming pack.json is the commit; what the new pack.json no longer names goes after
+ * it.
  */
 #include "pack_parts.h"
 
@@ -22,8 +23,8 @@ static bool is_named(const obm_json *manifest, const char *file) {
 
 static bool starts_with(const char *s, const char *prefix) { return !strncmp(s, prefix, strlen(prefix)); }
 
-/* "<stem>-<16 hex digits>.safetensors", "<stem>" OBM_PACK_PARTIAL, and the temporary names of both and of pack.json.  Nothing
- * else in the folder is ours to remove. */
+/* "<stem>-<16 hex digits>.safetensors", "<stem>" OBM_PACK_PARTIAL, and the temporary names of both and of pack.json.
+ * Nothing else in the folder is ours to remove. */
 bool obm__pack_owns(const char *file) {
     size_t n = strlen(file);
     if (starts_with(file, OBM_PACK_MANIFEST ".tmp-") || strstr(file, OBM_PACK_PARTIAL)) return true;
@@ -59,14 +60,17 @@ obm_status obm__pack_commit(obm_pack *p, obm_error *err) { return obm__manifest_
 static obm_status change_member(obm_pack *p, const char *key, obm_json *value, obm_error *err) {
     const obm_json *now = obm__json_get(p->manifest, key);
     obm_json *before = now ? obm__json_copy(now) : obm__json_new_null();
-    if (!before || !value || !obm__json_set(p->manifest, key, value)) {   /* value is NULL or gone now, or before is NULL */
+    if (!before || !value ||
+        !obm__json_set(p->manifest, key, value)) { /* value is NULL or gone now, or before is NULL */
         if (!before) obm__json_free(value);
         obm__json_free(before);
         return obm__fail_nomem(err, 0);
     }
     obm_status status = obm__pack_commit(p, err);
-    if (status == OBM_OK) obm__json_free(before);
-    else (void)obm__json_set(p->manifest, key, before);
+    if (status == OBM_OK)
+        obm__json_free(before);
+    else
+        (void)obm__json_set(p->manifest, key, before);
     return status;
 }
 
@@ -99,7 +103,8 @@ static obm_status write_arrays(obm__st_writer *w, const obm__named_array *arrays
 }
 
 /* *record owned: the router's member without the report. */
-static obm_status write_router_file(const obm_pack *p, const obm__named_array *arrays, size_t n, obm_json **record, obm_error *err) {
+static obm_status write_router_file(const obm_pack *p, const obm__named_array *arrays, size_t n, obm_json **record,
+                                    obm_error *err) {
     char xxh3[33], *name = NULL;
     obm__st_writer *w;
     uint64_t bytes = 0;
@@ -112,7 +117,8 @@ static obm_status write_router_file(const obm_pack *p, const obm__named_array *a
     return status;
 }
 
-obm_status obm__pack_write_router(obm_pack *p, const obm__named_array *arrays, size_t n, obm_json *report, obm_error *err) {
+obm_status obm__pack_write_router(obm_pack *p, const obm__named_array *arrays, size_t n, obm_json *report,
+                                  obm_error *err) {
     obm_json *record = NULL;
     obm_status status = write_router_file(p, arrays, n, &record, err);
     if (status == OBM_OK) {
@@ -134,25 +140,31 @@ obm_status obm__pack_read_router(const obm_pack *p, obm__safetensors **out, obm_
     }
     char *path;
     uint64_t bytes;
-    if (obm__json_kind(router) != OBM_JSON_OBJECT) return obm__fail(err, OBM_E_FORMAT, "%s/" OBM_PACK_MANIFEST ": \"router\" must be an object or null", p->path);
+    if (obm__json_kind(router) != OBM_JSON_OBJECT)
+        return obm__fail(err, OBM_E_FORMAT, "%s/" OBM_PACK_MANIFEST ": \"router\" must be an object or null", p->path);
     OBM_TRY(obm__file_of(router, p->path, OBM_PACK_MANIFEST ": router", &path, &bytes, NULL, err));
     obm__safetensors *file = NULL;
     obm_status status = obm__safetensors_open(path, &file, err);
     if (status == OBM_OK && file->map.size != bytes) {
-        status = obm__fail(err, OBM_E_FORMAT, "%s is %zu bytes long, pack.json says %llu", path, file->map.size, (unsigned long long)bytes);
+        status = obm__fail(err, OBM_E_FORMAT, "%s is %zu bytes long, pack.json says %llu", path, file->map.size,
+                           (unsigned long long)bytes);
     }
     obm_free(path);
-    if (status == OBM_OK) *out = file;
-    else obm__safetensors_free(file);
+    if (status == OBM_OK)
+        *out = file;
+    else
+        obm__safetensors_free(file);
     return status;
 }
 
 /* ---- experts ---- */
 
-/* The in-memory pack is built from the new manifest first, so that after the commit nothing can fail.  manifest is stolen. */
+/* The in-memory pack is built from the new manifest first, so that after the commit nothing can fail.  manifest is
+ * stolen. */
 static obm_status replace(obm_pack *p, obm_json *manifest, obm_error *err) {
     obm_pack *next = NULL;
-    obm_status status = manifest ? obm__pack_load(p->ctx, p->path, manifest, p->base, &next, err) : obm__fail_nomem(err, 0);
+    obm_status status =
+        manifest ? obm__pack_load(p->ctx, p->path, manifest, p->base, &next, err) : obm__fail_nomem(err, 0);
     if (status == OBM_OK) status = obm__manifest_write(p->path, manifest, err);
     if (status != OBM_OK) {
         obm__pack_unload(next);
@@ -175,14 +187,16 @@ static size_t find_task(const obm_pack *p, const char *name) {
     return i;
 }
 
-/* A copy of the manifest with expert `at` replaced (at < n), appended (at == n) or left out (record NULL).  When the number of
- * tasks changes the router goes: it answers for other tasks.  record is stolen; NULL without memory. */
+/* A copy of the manifest with expert `at` replaced (at < n), appended (at == n) or left out (record NULL).  When the
+ * number of tasks changes the router goes: it answers for other tasks.  record is stolen; NULL without memory. */
 static obm_json *edit_manifest(const obm_pack *p, size_t at, obm_json *record) {
     obm_json *manifest = obm__json_copy(p->manifest), *experts = obm__json_new_array();
     bool ok = manifest && experts, stays = record && at < p->n_experts;
     for (size_t i = 0; i < p->n_experts; i++) {
-        if (i != at) ok = ok && obm__json_append(experts, obm__json_copy(p->experts[i].record));
-        else if (record) ok = obm__json_append(experts, record) && ok;
+        if (i != at)
+            ok = ok && obm__json_append(experts, obm__json_copy(p->experts[i].record));
+        else if (record)
+            ok = obm__json_append(experts, record) && ok;
     }
     if (record && at == p->n_experts) ok = obm__json_append(experts, record) && ok;
     ok = obm__json_set(manifest, "experts", experts) && ok;
@@ -195,12 +209,15 @@ static obm_json *edit_manifest(const obm_pack *p, size_t at, obm_json *record) {
 obm_status obm_pack_remove(obm_pack *p, const char *name, obm_error *err) {
     size_t at = find_task(p, name);
     if (at == p->n_experts) return obm__fail(err, OBM_E_NOTFOUND, "pack %s has no expert %s", p->path, name);
-    if (p->n_experts == 1) return obm__fail(err, OBM_E_ARG, "expert %s is the last of pack %s; delete the folder instead", name, p->path);
+    if (p->n_experts == 1)
+        return obm__fail(err, OBM_E_ARG, "expert %s is the last of pack %s; delete the folder instead", name, p->path);
     return replace(p, edit_manifest(p, at, NULL), err);
 }
 
 static obm__ticker make_ticker(const obm_compress_options *o, const char *what, uint64_t total) {
-    return (obm__ticker){.fn = OBM_OPT(o, obm_compress_options, progress, NULL), .what = what, .total = total,
+    return (obm__ticker){.fn = OBM_OPT(o, obm_compress_options, progress, NULL),
+                         .what = what,
+                         .total = total,
                          .user = OBM_OPT(o, obm_compress_options, progress_user, NULL)};
 }
 
@@ -210,7 +227,8 @@ obm_status obm_pack_add(obm_pack *p, const obm_expert *expert, const obm_compres
     if (at < p->n_experts && !OBM_OPT(options, obm_compress_options, overwrite, false)) {
         return obm__fail(err, OBM_E_EXISTS, "pack %s has an expert %s already", p->path, expert->name);
     }
-    if (at == OBM_PACK_MAX_TASKS) return obm__fail(err, OBM_E_UNSUPPORTED, "a pack holds at most %d experts", OBM_PACK_MAX_TASKS);
+    if (at == OBM_PACK_MAX_TASKS)
+        return obm__fail(err, OBM_E_UNSUPPORTED, "a pack holds at most %d experts", OBM_PACK_MAX_TASKS);
     obm_checkpoint *checkpoint = NULL;
     obm_json *record = NULL;
     OBM_TRY(obm__expert_open(p->ctx, expert, &checkpoint, err));

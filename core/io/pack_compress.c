@@ -15,8 +15,8 @@ typedef struct compression {
     bool dry_run, made_dir;
     obm_profile profile;
     obm_checkpoint *base;
-    obm_checkpoint **checkpoints;   /* (n) */
-    obm_json *manifest, *before;    /* before: the pack that is being replaced, NULL without */
+    obm_checkpoint **checkpoints; /* (n) */
+    obm_json *manifest, *before;  /* before: the pack that is being replaced, NULL without */
     obm_plan plan;
 } compression;
 
@@ -62,7 +62,7 @@ static obm_status make_output(compression *c, obm_error *err) {
     OBM_TRY(obm__make_directory(c->dir, err));
     char *path = obm__path_join(c->dir, OBM_PACK_MANIFEST);
     if (!path) return obm__fail_nomem(err, strlen(c->dir));
-    if (obm__file_exists(path)) (void)obm__json_load(path, &c->before, NULL);   /* only to know which files it names */
+    if (obm__file_exists(path)) (void)obm__json_load(path, &c->before, NULL); /* only to know which files it names */
     obm_free(path);
     return OBM_OK;
 }
@@ -79,13 +79,21 @@ static obm_status open_all(compression *c, const char *base_path, uint64_t *byte
 }
 
 static obm_status add_experts(compression *c, obm_json *list, uint64_t bytes, obm_error *err) {
-    obm__ticker ticker = {.fn = OBM_OPT(c->options, obm_compress_options, progress, NULL), .what = "compress", .total = bytes,
+    obm__ticker ticker = {.fn = OBM_OPT(c->options, obm_compress_options, progress, NULL),
+                          .what = "compress",
+                          .total = bytes,
                           .user = OBM_OPT(c->options, obm_compress_options, progress_user, NULL)};
     uint64_t done = 0;
     for (size_t i = 0; i < c->n; i++) {
         obm_json *record = NULL;
-        obm__expert_request r = {.ctx = c->ctx, .base = c->base, .expert = &c->experts[i], .profile = c->profile, .dir = c->dir,
-                                 .dry_run = c->dry_run, .ticker = &ticker, .plan = &c->plan};
+        obm__expert_request r = {.ctx = c->ctx,
+                                 .base = c->base,
+                                 .expert = &c->experts[i],
+                                 .profile = c->profile,
+                                 .dir = c->dir,
+                                 .dry_run = c->dry_run,
+                                 .ticker = &ticker,
+                                 .plan = &c->plan};
         ticker.done = done;
         OBM_TRY(obm__expert_write(&r, c->checkpoints[i], &record, err));
         if (!c->dry_run && !obm__json_append(list, record)) return obm__fail_nomem(err, 0);
@@ -107,8 +115,10 @@ static bool put_head(obm_json *m) {
 static obm_status make_manifest(compression *c, uint64_t bytes, obm_error *err) {
     obm_pack_settings settings;
     obm_json *base = NULL, *list = NULL;
-    obm__ticker ticker = {.fn = OBM_OPT(c->options, obm_compress_options, progress, NULL), .what = "fingerprint",
-                          .user = OBM_OPT(c->options, obm_compress_options, progress_user, NULL), .total = obm__expert_bytes(c->base)};
+    obm__ticker ticker = {.fn = OBM_OPT(c->options, obm_compress_options, progress, NULL),
+                          .what = "fingerprint",
+                          .user = OBM_OPT(c->options, obm_compress_options, progress_user, NULL),
+                          .total = obm__expert_bytes(c->base)};
     obm__settings_default(c->profile, &settings);
     if (!(c->manifest = obm__json_new_object()) || !put_head(c->manifest)) return obm__fail_nomem(err, 0);
     if (!(list = obm__json_new_array())) return obm__fail_nomem(err, 0);
@@ -134,10 +144,12 @@ static obm_status write_pack(compression *c, uint64_t bytes, obm_pack **out, obm
         if (c->made_dir) (void)rmdir(c->dir);
         return status;
     }
-    c->base = NULL;   /* the pack's now, and so is the manifest */
+    c->base = NULL; /* the pack's now, and so is the manifest */
     c->manifest = NULL;
-    if (out) *out = pack;
-    else obm_pack_free(pack);
+    if (out)
+        *out = pack;
+    else
+        obm_pack_free(pack);
     return OBM_OK;
 }
 
@@ -150,7 +162,8 @@ static double now(void) {
 static obm_status run(compression *c, const char *base_path, obm_plan *plan, obm_pack **out, obm_error *err) {
     double begin = now();
     uint64_t bytes = 0;
-    if (!(c->checkpoints = obm__calloc(c->n, sizeof(*c->checkpoints)))) return obm__fail_nomem(err, c->n * sizeof(*c->checkpoints));
+    if (!(c->checkpoints = obm__calloc(c->n, sizeof(*c->checkpoints))))
+        return obm__fail_nomem(err, c->n * sizeof(*c->checkpoints));
     OBM_TRY(open_all(c, base_path, &bytes, err));
     uint64_t hashing = obm__base_memory(c->ctx, c->base);
     OBM_TRY(c->dry_run ? add_experts(c, NULL, bytes, err) : write_pack(c, bytes, out, err));
@@ -162,12 +175,14 @@ static obm_status run(compression *c, const char *base_path, obm_plan *plan, obm
 }
 
 obm_status obm_compress(obm_context *ctx, const char *base_path, const obm_expert *experts, size_t n,
-                        const obm_compress_options *options, const char *out_path, obm_plan *plan, obm_pack **out, obm_error *err) {
+                        const obm_compress_options *options, const char *out_path, obm_plan *plan, obm_pack **out,
+                        obm_error *err) {
     compression c = {.ctx = ctx, .experts = experts, .n = n, .options = options, .dir = out_path};
     c.dry_run = OBM_OPT(options, obm_compress_options, dry_run, false);
     c.profile = OBM_OPT(options, obm_compress_options, profile, OBM_PROFILE_DEFAULT);
     OBM_TRY(check_experts(&c, err));
-    if ((unsigned)c.profile > OBM_PROFILE_MERGEKIT) return obm__fail(err, OBM_E_ARG, "unknown profile %d", (int)c.profile);
+    if ((unsigned)c.profile > OBM_PROFILE_MERGEKIT)
+        return obm__fail(err, OBM_E_ARG, "unknown profile %d", (int)c.profile);
     if (!out_path || !*out_path) return obm__fail(err, OBM_E_ARG, "no output path");
     OBM_TRY(check_output(&c, err));
     obm_status status = run(&c, base_path, plan, out, err);

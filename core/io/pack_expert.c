@@ -1,8 +1,8 @@
 /*
- * Compresses one expert into one safetensors file, streaming: planes by stripes of rows, full tensors by chunks straight
- * from the mapping.  Which tensors exist must be known before the first byte is written; that a plane's scales are all 0
- * shows only afterwards.  Such planes are rare, so the file is written on the assumption that there are none, and once more
- * without them when there were.
+ * Compresses one expert into one safetensors file, streaming: planes by stripes of rows, full tensors by chunks
+ * straight from the mapping.  Which tensors exist must be known before the first byte is written; that a plane's scales
+ * are all 0 shows only afterwards.  Such planes are rare, so the file is written on the assumption that there are none,
+ * and once more without them when there were.
  */
 #include "pack_parts.h"
 
@@ -19,13 +19,17 @@ typedef struct item {
     const obm__pair *pair;
     obm_mode mode;
     int planes;
-    int empty;                 /* planes found to be all 0 in the last pass, counted from the end */
+    int empty; /* planes found to be all 0 in the last pass, counted from the end */
     int64_t rows, cols, row_bytes, n_scales;
 } item;
 
 /* One thing the file holds, in the order of the file. */
 typedef enum { SLOT_PLANES, SLOT_FULL, SLOT_EXTRA } slot_kind;
-typedef struct slot { size_t item; slot_kind kind; size_t align; } slot;
+typedef struct slot {
+    size_t item;
+    slot_kind kind;
+    size_t align;
+} slot;
 
 typedef struct job {
     const obm__expert_request *r;
@@ -37,13 +41,14 @@ typedef struct job {
     slot *slots;
     size_t n_slots;
     obm__st_writer *writer;
-    uint64_t ticks;            /* bytes of expert tensors that are done */
+    uint64_t ticks; /* bytes of expert tensors that are done */
 } job;
 
 void obm__release_pages(const void *data, size_t bytes) {
     static const uintptr_t page = 4096;
     uintptr_t begin = ((uintptr_t)data + page - 1) & ~(page - 1), end = ((uintptr_t)data + bytes) & ~(page - 1);
-    /* Read-only file mappings only: the pages come back from the file when they are touched again.  Failure is harmless. */
+    /* Read-only file mappings only: the pages come back from the file when they are touched again.  Failure is
+     * harmless. */
     if (begin < end) (void)madvise((void *)begin, end - begin, MADV_DONTNEED);
 }
 
@@ -58,14 +63,16 @@ static bool is_task_name(const char *s) {
 }
 
 obm_status obm__expert_check(const obm_expert *e, obm_error *err) {
-    if (!e || e->struct_size < offsetof(obm_expert, policy)) return obm__fail(err, OBM_E_ARG, "an expert without struct_size");
+    if (!e || e->struct_size < offsetof(obm_expert, policy))
+        return obm__fail(err, OBM_E_ARG, "an expert without struct_size");
     if (!is_task_name(e->name)) {
         char shown[80];
         return obm__fail(err, OBM_E_ARG, "task name \"%s\": 1 to 64 letters, digits, _ and - are possible",
                          obm__printable(e->name ? e->name : "", shown, sizeof shown));
     }
     /* Both are words of the route syntax. */
-    if (!strcmp(e->name, "base") || !strcmp(e->name, "auto")) return obm__fail(err, OBM_E_ARG, "task name \"%s\" is reserved", e->name);
+    if (!strcmp(e->name, "base") || !strcmp(e->name, "auto"))
+        return obm__fail(err, OBM_E_ARG, "task name \"%s\" is reserved", e->name);
     if (!e->path || !*e->path) return obm__fail(err, OBM_E_ARG, "expert %s: no path", e->name);
     return OBM_OK;
 }
@@ -76,7 +83,8 @@ obm_status obm__expert_open(obm_context *ctx, const obm_expert *e, obm_checkpoin
     bool lora = obm__file_exists(adapter);
     obm_free(adapter);
     if (lora) {
-        return obm__fail(err, OBM_E_UNSUPPORTED, "expert %s: %s is a LoRA adapter; merge it into a full checkpoint first", e->name, e->path);
+        return obm__fail(err, OBM_E_UNSUPPORTED,
+                         "expert %s: %s is a LoRA adapter; merge it into a full checkpoint first", e->name, e->path);
     }
     return obm_checkpoint_open(ctx, e->path, out, err);
 }
@@ -91,7 +99,8 @@ static uint64_t pair_bytes(const obm__pair *p) { return obm__tensor_bytes(&p->ex
 
 static obm_tensor extra_of(const obm__pair *p) {
     obm_tensor t = p->expert;
-    t.data = (const uint8_t *)t.data + obm__tensor_bytes(&p->base) / obm_dtype_size(p->base.dtype) * obm_dtype_size(t.dtype);
+    t.data =
+        (const uint8_t *)t.data + obm__tensor_bytes(&p->base) / obm_dtype_size(p->base.dtype) * obm_dtype_size(t.dtype);
     t.shape[0] = p->extra_rows;
     return t;
 }
@@ -141,7 +150,8 @@ static obm_status find_same(job *j, item *it, obm_error *err) {
     size_t total = obm__tensor_bytes(&p->base), batch = (size_t)j->r->ctx->threads * 8 * CHUNK;
     for (size_t at = 0; at < total; at += batch) {
         size_t n = total - at < batch ? total - at : batch;
-        same_job s = {.a = (const uint8_t *)p->base.data + at, .b = (const uint8_t *)p->expert.data + at, .n = n, .step = CHUNK};
+        same_job s = {
+            .a = (const uint8_t *)p->base.data + at, .b = (const uint8_t *)p->expert.data + at, .n = n, .step = CHUNK};
         obm__parallel(j->r->ctx, (n - 1) / CHUNK + 1, 1, same_range, &s);
         if (s.differ) return OBM_OK;
         obm__release_pages(s.a, n);
@@ -155,8 +165,8 @@ static obm_status find_same(job *j, item *it, obm_error *err) {
 
 /* ---- layout of the file ---- */
 
-/* Planes first, by name: their sizes are multiples of 4, so every scale is aligned.  Then whole tensors by falling element
- * size, which aligns them as far as their base offset allows. */
+/* Planes first, by name: their sizes are multiples of 4, so every scale is aligned.  Then whole tensors by falling
+ * element size, which aligns them as far as their base offset allows. */
 static int compare_slots(const void *x, const void *y) {
     const slot *a = x, *b = y;
     if ((a->kind == SLOT_PLANES) != (b->kind == SLOT_PLANES)) return a->kind == SLOT_PLANES ? -1 : 1;
@@ -171,13 +181,16 @@ static void lay_out(job *j) {
         const item *it = &j->items[i];
         size_t align = obm_dtype_size(it->pair->expert.dtype);
         if (it->mode == OBM_MODE_1BIT && it->planes) j->slots[j->n_slots++] = (slot){i, SLOT_PLANES, 0};
-        if (it->mode == OBM_MODE_FULL) j->slots[j->n_slots++] = (slot){i, SLOT_FULL, align};
-        else if (it->pair->extra_rows) j->slots[j->n_slots++] = (slot){i, SLOT_EXTRA, align};
+        if (it->mode == OBM_MODE_FULL)
+            j->slots[j->n_slots++] = (slot){i, SLOT_FULL, align};
+        else if (it->pair->extra_rows)
+            j->slots[j->n_slots++] = (slot){i, SLOT_EXTRA, align};
     }
     if (j->n_slots) qsort(j->slots, j->n_slots, sizeof *j->slots, compare_slots);
 }
 
-static obm_status declare(obm__st_writer *w, const char *name, const char *suffix, int plane, const obm_tensor *t, obm_error *err) {
+static obm_status declare(obm__st_writer *w, const char *name, const char *suffix, int plane, const obm_tensor *t,
+                          obm_error *err) {
     char *full = plane < 0 ? obm__format("%s%s", name, suffix) : obm__format("%s%s.%d", name, suffix, plane);
     if (!full) return obm__fail_nomem(err, strlen(name));
     obm_status status = obm__st_writer_declare(w, full, t->dtype, t->ndim, t->shape, err);
@@ -216,8 +229,8 @@ typedef struct plane_sink {
     job *j;
     const item *it;
     int plane;
-    uint64_t ticks;            /* at the begin of the tensor */
-    int64_t released;          /* rows whose pages are let go */
+    uint64_t ticks;   /* at the begin of the tensor */
+    int64_t released; /* rows whose pages are let go */
 } plane_sink;
 
 static void release_rows(const obm_tensor *t, int64_t cols, int64_t begin, int64_t end) {
@@ -248,10 +261,12 @@ static obm_status write_planes(job *j, item *it, obm_error *err) {
         plane_sink sink = {j, it, p, j->ticks, 0};
         bool zero = false;
         alphas[p] = obm__calloc((size_t)it->n_scales, sizeof(float));
-        status = alphas[p] ? obm__onebit_plane(j->r->ctx, it->pair, j->policy.scale, p, alphas, take_signs, &sink, &zero, err)
-                           : obm__fail_nomem(err, (uint64_t)it->n_scales * sizeof(float));
-        if (status == OBM_OK) status = obm__st_writer_write(j->writer, alphas[p], (size_t)it->n_scales * sizeof(float), err);
-        it->empty += zero;   /* a plane of zeros is followed by planes of zeros only */
+        status = alphas[p]
+                     ? obm__onebit_plane(j->r->ctx, it->pair, j->policy.scale, p, alphas, take_signs, &sink, &zero, err)
+                     : obm__fail_nomem(err, (uint64_t)it->n_scales * sizeof(float));
+        if (status == OBM_OK)
+            status = obm__st_writer_write(j->writer, alphas[p], (size_t)it->n_scales * sizeof(float), err);
+        it->empty += zero; /* a plane of zeros is followed by planes of zeros only */
     }
     free_alphas(alphas, it->planes);
     j->ticks += pair_bytes(it->pair);
@@ -263,7 +278,7 @@ static obm_status write_planes(job *j, item *it, obm_error *err) {
 typedef struct finite_job {
     const obm_kernels *k;
     const obm__pair *pair;
-    int64_t begin, end, in_base;   /* elements; from in_base on there is no base */
+    int64_t begin, end, in_base; /* elements; from in_base on there is no base */
     _Atomic int64_t bad;
 } finite_job;
 
@@ -277,13 +292,19 @@ static void finite_range(void *arg, size_t begin, size_t end, int id) {
         obm__pair_read(f->k, f->pair, at, paired, d, scratch);
         obm__widen(f->k, &f->pair->expert, at + paired, n - paired, d + paired);
         int64_t bad = (int64_t)f->k->find_nonfinite(d, (size_t)n), seen = atomic_load(&f->bad);
-        while (bad < n && at + bad < seen && !atomic_compare_exchange_weak(&f->bad, &seen, at + bad)) {}
+        while (bad < n && at + bad < seen && !atomic_compare_exchange_weak(&f->bad, &seen, at + bad)) {
+        }
     }
 }
 
 /* Elements [begin, end) of the expert's tensor: checked, then written as they are. */
 static obm_status write_chunk(job *j, const obm__pair *p, int64_t begin, int64_t end, obm_error *err) {
-    finite_job f = {.k = j->r->ctx->k, .pair = p, .begin = begin, .end = end, .in_base = obm_tensor_count(&p->base), .bad = INT64_MAX};
+    finite_job f = {.k = j->r->ctx->k,
+                    .pair = p,
+                    .begin = begin,
+                    .end = end,
+                    .in_base = obm_tensor_count(&p->base),
+                    .bad = INT64_MAX};
     obm__parallel(j->r->ctx, (size_t)((end - begin - 1) / OBM_BLOCK + 1), OBM_TILE / OBM_BLOCK, finite_range, &f);
     if (f.bad != INT64_MAX) return obm__fail_nonfinite(err, p, f.bad);
     size_t size = obm_dtype_size(p->expert.dtype), n = (size_t)(end - begin) * size;
@@ -301,7 +322,8 @@ static obm_status write_chunk(job *j, const obm__pair *p, int64_t begin, int64_t
 
 static obm_status write_whole(job *j, const obm__pair *p, int64_t begin, obm_error *err) {
     int64_t end = obm_tensor_count(&p->expert), step = (int64_t)j->r->ctx->threads * CHUNK;
-    for (int64_t at = begin; at < end; at += step) OBM_TRY(write_chunk(j, p, at, end - at < step ? end : at + step, err));
+    for (int64_t at = begin; at < end; at += step)
+        OBM_TRY(write_chunk(j, p, at, end - at < step ? end : at + step, err));
     return OBM_OK;
 }
 
@@ -332,15 +354,17 @@ static bool drop_empty_planes(job *j) {
     return any;
 }
 
-obm_status obm__pack_publish(obm__st_writer *w, const char *dir, const char *stem, char xxh3[33], uint64_t *bytes, char **name,
-                             obm_error *err) {
+obm_status obm__pack_publish(obm__st_writer *w, const char *dir, const char *stem, char xxh3[33], uint64_t *bytes,
+                             char **name, obm_error *err) {
     *bytes = obm__st_writer_size(w);
     OBM_TRY(obm__st_writer_seal(w, xxh3, err));
     char *file = obm__format("%s-%.16s.safetensors", stem, xxh3), *path = file ? obm__path_join(dir, file) : NULL;
     obm_status status = path ? obm__st_writer_publish(w, path, err) : obm__fail_nomem(err, strlen(dir));
     obm_free(path);
-    if (status == OBM_OK) *name = file;
-    else obm_free(file);
+    if (status == OBM_OK)
+        *name = file;
+    else
+        obm_free(file);
     return status;
 }
 
@@ -360,7 +384,8 @@ static obm_status write_file(job *j, char xxh3[33], uint64_t *bytes, char **name
         OBM_TRY(obm__pack_writer(j->r->dir, j->r->expert->name, &j->writer, err));
         obm_status status = write_all(j, err);
         bool again = status == OBM_OK && drop_empty_planes(j);
-        if (status == OBM_OK && !again) status = obm__pack_publish(j->writer, j->r->dir, j->r->expert->name, xxh3, bytes, name, err);
+        if (status == OBM_OK && !again)
+            status = obm__pack_publish(j->writer, j->r->dir, j->r->expert->name, xxh3, bytes, name, err);
         obm__st_writer_free(j->writer);
         if (!again) return status;
     }
@@ -370,7 +395,8 @@ static obm_status write_file(job *j, char xxh3[33], uint64_t *bytes, char **name
 
 static obm_json *item_record(const job *j, const item *it) {
     obm_json *r = obm__json_new_object();
-    bool ok = obm__json_set(r, "mode", obm__json_new_string(obm_mode_name(it->mode))) && obm__put_tensor(r, &it->pair->expert);
+    bool ok = obm__json_set(r, "mode", obm__json_new_string(obm_mode_name(it->mode))) &&
+              obm__put_tensor(r, &it->pair->expert);
     if (it->mode == OBM_MODE_1BIT) {
         char *scale = obm__scale_text(j->policy.scale);
         ok = ok && obm__json_set(r, "planes", obm__json_new_int(it->planes));
@@ -384,12 +410,13 @@ static obm_json *item_record(const job *j, const item *it) {
 
 static obm_json *make_record(const job *j, const char *file, uint64_t bytes, const char *xxh3) {
     obm_json *r = obm__file_record(file, bytes, xxh3), *tensors = obm__json_new_object();
-    obm_json *source = obm__json_new_string(j->r->expert->path);   /* NULL for a path that is not UTF-8 */
+    obm_json *source = obm__json_new_string(j->r->expert->path); /* NULL for a path that is not UTF-8 */
     bool ok = r && tensors;
     ok = obm__json_set(r, "name", obm__json_new_string(j->r->expert->name)) && ok;
     ok = obm__json_set(r, "policy", obm__json_new_string(j->policy_text)) && ok;
     ok = obm__json_set(r, "source", source ? source : obm__json_new_null()) && ok;
-    for (size_t i = 0; i < j->n && ok; i++) ok = obm__json_set(tensors, j->items[i].pair->name, item_record(j, &j->items[i]));
+    for (size_t i = 0; i < j->n && ok; i++)
+        ok = obm__json_set(tensors, j->items[i].pair->name, item_record(j, &j->items[i]));
     ok = obm__json_set(r, "tensors", tensors) && ok;
     if (ok) return r;
     obm__json_free(r);
@@ -416,10 +443,12 @@ static uint64_t slot_bytes(const job *j, const slot *s) {
 
 /* Buffers, the scales of all planes, and the mapped stripe of both models. */
 static uint64_t item_memory(const job *j, const item *it) {
-    uint64_t threads = (uint64_t)j->r->ctx->threads, sizes = obm_dtype_size(it->pair->base.dtype) + obm_dtype_size(it->pair->expert.dtype);
+    uint64_t threads = (uint64_t)j->r->ctx->threads,
+             sizes = obm_dtype_size(it->pair->base.dtype) + obm_dtype_size(it->pair->expert.dtype);
     uint64_t mapped = threads * CHUNK * sizes, tensor = pair_bytes(it->pair) + obm__tensor_bytes(&it->pair->base);
     uint64_t buffers = it->planes ? obm__onebit_memory(j->r->ctx, it->rows, it->cols) : 0;
-    return buffers + (uint64_t)it->planes * (uint64_t)it->n_scales * sizeof(float) + (mapped < tensor ? mapped : tensor);
+    return buffers + (uint64_t)it->planes * (uint64_t)it->n_scales * sizeof(float) +
+           (mapped < tensor ? mapped : tensor);
 }
 
 static void add_to_plan(job *j) {
@@ -453,12 +482,14 @@ static obm_status compress_items(job *j, obm_json **record, obm_error *err) {
     j->ticks = j->r->ticker ? j->r->ticker->done : 0;
     for (size_t i = 0; i < j->n; i++) {
         OBM_TRY(find_same(j, &j->items[i], err));
-        if (j->items[i].mode == OBM_MODE_SAME || j->items[i].mode == OBM_MODE_DROP) j->ticks += pair_bytes(j->items[i].pair);
+        if (j->items[i].mode == OBM_MODE_SAME || j->items[i].mode == OBM_MODE_DROP)
+            j->ticks += pair_bytes(j->items[i].pair);
     }
     return produce(j, record, err);
 }
 
-obm_status obm__expert_write(const obm__expert_request *r, const obm_checkpoint *checkpoint, obm_json **record, obm_error *err) {
+obm_status obm__expert_write(const obm__expert_request *r, const obm_checkpoint *checkpoint, obm_json **record,
+                             obm_error *err) {
     job j = {.r = r};
     obm_status status = obm_task_vector_new(r->base, checkpoint, &j.v, err);
     if (status == OBM_OK) status = compress_items(&j, record, err);

@@ -14,18 +14,19 @@ obm_status obm__tick(obm__ticker *t, uint64_t done, obm_error *err) {
 const char *obm__printable(const char *s, char *buf, size_t size) {
     size_t n = 0;
     for (; s[n] && n + 1 < size; n++) buf[n] = (unsigned char)s[n] < 0x20 || s[n] == 0x7f ? '?' : s[n];
-    while (s[n] && n > 0 && ((unsigned char)s[n] & 0xc0) == 0x80) n--;   /* cut between characters */
+    while (s[n] && n > 0 && ((unsigned char)s[n] & 0xc0) == 0x80) n--; /* cut between characters */
     buf[n] = 0;
     return buf;
 }
 
-static obm_status wrong_kind(const obm_json *v, const char *key, const char *where, const char *expected, obm_error *err) {
+static obm_status wrong_kind(const obm_json *v, const char *key, const char *where, const char *expected,
+                             obm_error *err) {
     return obm__fail(err, OBM_E_FORMAT, "%s: \"%s\" must be %s, found %s", where, key, expected,
                      v ? obm__json_kind_name(v) : "nothing");
 }
 
-obm_status obm__field(const obm_json *object, const char *key, obm_json_kind kind, const char *where, const obm_json **out,
-                      obm_error *err) {
+obm_status obm__field(const obm_json *object, const char *key, obm_json_kind kind, const char *where,
+                      const obm_json **out, obm_error *err) {
     const obm_json *v = obm__json_get(object, key);
     if (!v || obm__json_kind(v) != kind) {
         return wrong_kind(v, key, where, kind == OBM_JSON_ARRAY ? "an array" : "an object", err);
@@ -34,7 +35,8 @@ obm_status obm__field(const obm_json *object, const char *key, obm_json_kind kin
     return OBM_OK;
 }
 
-obm_status obm__field_string(const obm_json *object, const char *key, const char *where, const char **out, obm_error *err) {
+obm_status obm__field_string(const obm_json *object, const char *key, const char *where, const char **out,
+                             obm_error *err) {
     const obm_json *v = obm__json_get(object, key);
     size_t n = 0;
     const char *s = v ? obm__json_string_n(v, &n) : NULL;
@@ -43,14 +45,14 @@ obm_status obm__field_string(const obm_json *object, const char *key, const char
     return OBM_OK;
 }
 
-obm_status obm__field_int(const obm_json *object, const char *key, int64_t min, int64_t max, const char *where, int64_t *out,
-                          obm_error *err) {
+obm_status obm__field_int(const obm_json *object, const char *key, int64_t min, int64_t max, const char *where,
+                          int64_t *out, obm_error *err) {
     const obm_json *v = obm__json_get(object, key);
     int64_t i;
     if (!obm__json_int(v, &i)) return wrong_kind(v, key, where, "an integer", err);
     if (i < min || i > max) {
-        return obm__fail(err, OBM_E_FORMAT, "%s: \"%s\" is %lld, expected %lld to %lld", where, key, (long long)i, (long long)min,
-                         (long long)max);
+        return obm__fail(err, OBM_E_FORMAT, "%s: \"%s\" is %lld, expected %lld to %lld", where, key, (long long)i,
+                         (long long)min, (long long)max);
     }
     *out = i;
     return OBM_OK;
@@ -78,7 +80,8 @@ static obm_status parse_dtype(const char *name, const char *where, obm_dtype *ou
 
 static obm_status parse_shape(const obm_json *shape, const char *where, obm_tensor *t, obm_error *err) {
     size_t n = obm__json_size(shape), bytes = obm_dtype_size(t->dtype);
-    if (n > OBM_MAX_DIM) return obm__fail(err, OBM_E_FORMAT, "%s: %zu dimensions, at most %d are possible", where, n, OBM_MAX_DIM);
+    if (n > OBM_MAX_DIM)
+        return obm__fail(err, OBM_E_FORMAT, "%s: %zu dimensions, at most %d are possible", where, n, OBM_MAX_DIM);
     t->ndim = (int32_t)n;
     for (size_t i = 0; i < n; i++) {
         if (!obm__json_int(obm__json_at(shape, i), &t->shape[i]) || t->shape[i] < 0) {
@@ -142,7 +145,8 @@ obm_status obm__file_of(const obm_json *record, const char *dir, const char *whe
     OBM_TRY(obm__field_string(record, "file", where, &name, err));
     if (!is_plain_name(name)) {
         char shown[80];
-        return obm__fail(err, OBM_E_FORMAT, "%s: \"file\" must be the name of a .safetensors file in the pack, found \"%s\"", where,
+        return obm__fail(err, OBM_E_FORMAT,
+                         "%s: \"file\" must be the name of a .safetensors file in the pack, found \"%s\"", where,
                          obm__printable(name, shown, sizeof shown));
     }
     OBM_TRY(obm__field_int(record, "bytes", 0, INT64_MAX, where, &size, err));
@@ -172,12 +176,15 @@ void obm__settings_default(obm_profile profile, obm_pack_settings *out) {
 }
 
 obm_status obm__settings_check(const obm_pack_settings *s, obm_error *err) {
-    if (!isfinite(s->lambda) || s->lambda < 0) return obm__fail(err, OBM_E_ARG, "lambda is %g, expected a number >= 0", s->lambda);
+    if (!isfinite(s->lambda) || s->lambda < 0)
+        return obm__fail(err, OBM_E_ARG, "lambda is %g, expected a number >= 0", s->lambda);
     if (!(s->density > 0 && s->density <= 1)) {
         return obm__fail(err, OBM_E_ARG, "density is %g, expected more than 0 and at most 1", s->density);
     }
-    if ((unsigned)s->reading > OBM_READING_RECOMPUTED) return obm__fail(err, OBM_E_ARG, "unknown reading %d", (int)s->reading);
-    if ((unsigned)s->profile > OBM_PROFILE_MERGEKIT) return obm__fail(err, OBM_E_ARG, "unknown profile %d", (int)s->profile);
+    if ((unsigned)s->reading > OBM_READING_RECOMPUTED)
+        return obm__fail(err, OBM_E_ARG, "unknown reading %d", (int)s->reading);
+    if ((unsigned)s->profile > OBM_PROFILE_MERGEKIT)
+        return obm__fail(err, OBM_E_ARG, "unknown profile %d", (int)s->profile);
     return OBM_OK;
 }
 
@@ -192,8 +199,8 @@ obm_json *obm__settings_record(const obm_pack_settings *s) {
     return NULL;
 }
 
-static obm_status choice(const obm_json *object, const char *key, const char *where, const char *const *names, int first, int n,
-                         int *out, obm_error *err) {
+static obm_status choice(const obm_json *object, const char *key, const char *where, const char *const *names,
+                         int first, int n, int *out, obm_error *err) {
     const char *s;
     OBM_TRY(obm__field_string(object, key, where, &s, err));
     for (int i = first; i < n; i++) {
@@ -218,7 +225,8 @@ obm_status obm__settings_parse(const obm_json *manifest, const char *where, obm_
     s.reading = (obm_reading)reading;
     s.profile = (obm_profile)profile;
     obm_error why = {0};
-    if (obm__settings_check(&s, &why) != OBM_OK) return obm__fail(err, OBM_E_FORMAT, "%s: \"settings\": %s", where, why.message);
+    if (obm__settings_check(&s, &why) != OBM_OK)
+        return obm__fail(err, OBM_E_FORMAT, "%s: \"settings\": %s", where, why.message);
     *out = s;
     return OBM_OK;
 }

@@ -1,5 +1,5 @@
-/* From pack.json and the experts' files to the opened pack.  Both may be hostile: every field is checked here, once, so that
- * nobody behind has to.  Checksums are left to verify: they would read everything. */
+/* From pack.json and the experts' files to the opened pack.  Both may be hostile: every field is checked here, once, so
+ * that nobody behind has to.  Checksums are left to verify: they would read everything. */
 #include "../route/router.h"
 #include "pack_parts.h"
 
@@ -11,9 +11,9 @@
 /* Where one tensor of one expert is being read, for messages. */
 typedef struct place {
     const obm__safetensors *file;
-    const char *manifest;      /* path of pack.json */
+    const char *manifest; /* path of pack.json */
     const char *task, *name;
-    size_t used;               /* tensors of the file that are accounted for */
+    size_t used; /* tensors of the file that are accounted for */
 } place;
 
 static obm_status bad_entry(const place *at, obm_error *err, const char *what) {
@@ -32,9 +32,9 @@ static obm_status find_stored(place *at, const char *suffix, const obm_tensor *w
     bool same = e->t.dtype == want->dtype && e->t.ndim == want->ndim &&
                 !memcmp(e->t.shape, want->shape, (size_t)want->ndim * sizeof *want->shape);
     if (!same) {
-        return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s%s is %s %s, expected %s %s", at->file->path, at->name, suffix,
-                         obm_dtype_name(e->t.dtype), obm__shape_text(&e->t, have, sizeof have), obm_dtype_name(want->dtype),
-                         obm__shape_text(want, expected, sizeof expected));
+        return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s%s is %s %s, expected %s %s", at->file->path, at->name,
+                         suffix, obm_dtype_name(e->t.dtype), obm__shape_text(&e->t, have, sizeof have),
+                         obm_dtype_name(want->dtype), obm__shape_text(want, expected, sizeof expected));
     }
     *out = e->t;
     at->used++;
@@ -43,13 +43,14 @@ static obm_status find_stored(place *at, const char *suffix, const obm_tensor *w
 
 static obm_status check_alphas(const place *at, int plane, const obm_tensor *t, obm_error *err) {
     if ((uintptr_t)t->data % sizeof(float)) {
-        return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s.scale.%d is not aligned to 4 bytes", at->file->path, at->name, plane);
+        return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s.scale.%d is not aligned to 4 bytes", at->file->path,
+                         at->name, plane);
     }
     const float *alphas = t->data;
     for (int64_t i = 0, n = obm_tensor_count(t); i < n; i++) {
         if (isfinite(alphas[i]) && alphas[i] >= 0) continue;
-        return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s.scale.%d[%lld] is %g, expected a finite number >= 0", at->file->path,
-                         at->name, plane, (long long)i, (double)alphas[i]);
+        return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s.scale.%d[%lld] is %g, expected a finite number >= 0",
+                         at->file->path, at->name, plane, (long long)i, (double)alphas[i]);
     }
     return OBM_OK;
 }
@@ -73,13 +74,15 @@ static obm_status load_plane(place *at, obm__planes *planes, int plane, obm_erro
     return check_alphas(at, plane, &found, err);
 }
 
-static obm_status load_planes(place *at, const obm_json *record, const obm_tensor *base, obm__planes *out, obm_error *err) {
+static obm_status load_planes(place *at, const obm_json *record, const obm_tensor *base, obm__planes *out,
+                              obm_error *err) {
     const char *scale;
     int64_t n;
     obm__planes p = {0};
     obm_error why = {0};
     char shown[160];
-    if (base->ndim != 2 || obm_tensor_count(base) == 0 || !obm__is_float(base->dtype)) return bad_entry(at, err, "cannot be 1bit: it is no float matrix");
+    if (base->ndim != 2 || obm_tensor_count(base) == 0 || !obm__is_float(base->dtype))
+        return bad_entry(at, err, "cannot be 1bit: it is no float matrix");
     OBM_TRY(obm__field_int(record, "planes", 0, OBM_MAX_PLANES, at->manifest, &n, err));
     OBM_TRY(obm__field_string(record, "scale", at->manifest, &scale, err));
     if (obm__scale_parse(scale, &p.scale, &why) != OBM_OK) {
@@ -97,18 +100,21 @@ static obm_status load_planes(place *at, const obm_json *record, const obm_tenso
 
 /* ---- one tensor ---- */
 
-static obm_status check_against_base(const place *at, const obm_tensor *t, const obm__pack_tensor_info *info, int64_t *extra, obm_error *err) {
+static obm_status check_against_base(const place *at, const obm_tensor *t, const obm__pack_tensor_info *info,
+                                     int64_t *extra, obm_error *err) {
     char have[160], want[160];
     const obm_tensor *b = &info->base;
     bool vocabulary = (info->cls == OBM_CLASS_EMBEDDING || info->cls == OBM_CLASS_HEAD) && b->ndim == 2;
     bool same = t->ndim == b->ndim;
     for (int i = vocabulary ? 1 : 0; i < t->ndim && same; i++) same = t->shape[i] == b->shape[i];
     if (!same || (vocabulary && t->shape[0] < b->shape[0])) {
-        return obm__fail(err, OBM_E_FORMAT, "%s: expert %s: tensor %s has shape %s, the base has %s", at->manifest, at->task, at->name,
-                         obm__shape_text(t, have, sizeof have), obm__shape_text(b, want, sizeof want));
+        return obm__fail(err, OBM_E_FORMAT, "%s: expert %s: tensor %s has shape %s, the base has %s", at->manifest,
+                         at->task, at->name, obm__shape_text(t, have, sizeof have),
+                         obm__shape_text(b, want, sizeof want));
     }
     *extra = vocabulary ? t->shape[0] - b->shape[0] : 0;
-    if (t->dtype != b->dtype && !(obm__is_float(t->dtype) && obm__is_float(b->dtype))) return bad_entry(at, err, "has a dtype that does not fit the base's");
+    if (t->dtype != b->dtype && !(obm__is_float(t->dtype) && obm__is_float(b->dtype)))
+        return bad_entry(at, err, "has a dtype that does not fit the base's");
     return OBM_OK;
 }
 
@@ -128,7 +134,8 @@ static uint64_t planes_bytes(const obm__planes *p) {
     return (uint64_t)p->n * ((uint64_t)p->rows * (uint64_t)p->row_bytes + scales);
 }
 
-static obm_status load_entry(place *at, const obm_json *record, const obm__pack_tensor_info *info, obm__pack_entry *out, obm_error *err) {
+static obm_status load_entry(place *at, const obm_json *record, const obm__pack_tensor_info *info, obm__pack_entry *out,
+                             obm_error *err) {
     obm__pack_entry e = {0};
     obm_tensor t;
     int64_t extra = 0;
@@ -186,7 +193,8 @@ static obm_status fill_tensors(obm_pack *p, const obm_json *experts, obm_error *
 
 size_t obm__pack_find(const obm_pack *p, const char *name) {
     obm__pack_tensor_info key = {.name = name};
-    const obm__pack_tensor_info *t = p->n_tensors ? bsearch(&key, p->tensors, p->n_tensors, sizeof key, compare_info) : NULL;
+    const obm__pack_tensor_info *t =
+        p->n_tensors ? bsearch(&key, p->tensors, p->n_tensors, sizeof key, compare_info) : NULL;
     return t ? (size_t)(t - p->tensors) : SIZE_MAX;
 }
 
@@ -201,7 +209,8 @@ static void tie_head(const obm_pack *p, obm__pack_expert *x, size_t head) {
 
 static bool may_be_absent(const char *name) { return strstr(name, "rotary_emb.inv_freq") != NULL; }
 
-static obm_status load_entries(const obm_pack *p, obm__pack_expert *x, place *at, const obm_json *tensors, obm_error *err) {
+static obm_status load_entries(const obm_pack *p, obm__pack_expert *x, place *at, const obm_json *tensors,
+                               obm_error *err) {
     size_t found = 0, head = SIZE_MAX;
     for (size_t i = 0; i < p->n_tensors; i++) {
         const obm_json *record = obm__json_get(tensors, p->tensors[i].name);
@@ -222,18 +231,21 @@ static obm_status load_entries(const obm_pack *p, obm__pack_expert *x, place *at
         return obm__fail(err, OBM_E_FORMAT, "%s: expert %s has tensors that the base lacks", at->manifest, at->task);
     }
     if (at->used != at->file->count) {
-        return obm__fail(err, OBM_E_FORMAT, "%s: %zu tensors, pack.json accounts for %zu", at->file->path, at->file->count, at->used);
+        return obm__fail(err, OBM_E_FORMAT, "%s: %zu tensors, pack.json accounts for %zu", at->file->path,
+                         at->file->count, at->used);
     }
     return OBM_OK;
 }
 
-static obm_status open_file(const obm_pack *p, const obm_json *record, const char *where, obm__safetensors **out, obm_error *err) {
+static obm_status open_file(const obm_pack *p, const obm_json *record, const char *where, obm__safetensors **out,
+                            obm_error *err) {
     char *path;
     uint64_t bytes;
     OBM_TRY(obm__file_of(record, p->path, where, &path, &bytes, NULL, err));
     obm_status status = obm__safetensors_open(path, out, err);
     if (status == OBM_OK && (*out)->map.size != bytes) {
-        status = obm__fail(err, OBM_E_FORMAT, "%s is %zu bytes long, pack.json says %llu", path, (*out)->map.size, (unsigned long long)bytes);
+        status = obm__fail(err, OBM_E_FORMAT, "%s is %zu bytes long, pack.json says %llu", path, (*out)->map.size,
+                           (unsigned long long)bytes);
     }
     obm_free(path);
     return status;
@@ -244,9 +256,11 @@ static obm_status check_name(const obm_pack *p, const char *name, const char *wh
     obm_error why = {0};
     probe.name = name;
     probe.path = ".";
-    if (obm__expert_check(&probe, &why) != OBM_OK) return obm__fail(err, OBM_E_FORMAT, "%s: %.200s", where, why.message);
+    if (obm__expert_check(&probe, &why) != OBM_OK)
+        return obm__fail(err, OBM_E_FORMAT, "%s: %.200s", where, why.message);
     for (size_t i = 0; i < p->n_experts; i++) {
-        if (!strcmp(p->experts[i].name, name)) return obm__fail(err, OBM_E_FORMAT, "%s: two experts are named %s", where, name);
+        if (!strcmp(p->experts[i].name, name))
+            return obm__fail(err, OBM_E_FORMAT, "%s: two experts are named %s", where, name);
     }
     return OBM_OK;
 }
@@ -254,12 +268,13 @@ static obm_status check_name(const obm_pack *p, const char *name, const char *wh
 static obm_status load_expert(obm_pack *p, const obm_json *record, const char *where, obm_error *err) {
     const char *name, *policy;
     const obm_json *tensors;
-    if (obm__json_kind(record) != OBM_JSON_OBJECT) return obm__fail(err, OBM_E_FORMAT, "%s: an expert must be an object", where);
+    if (obm__json_kind(record) != OBM_JSON_OBJECT)
+        return obm__fail(err, OBM_E_FORMAT, "%s: an expert must be an object", where);
     OBM_TRY(obm__field_string(record, "name", where, &name, err));
     OBM_TRY(check_name(p, name, where, err));
     OBM_TRY(obm__field_string(record, "policy", where, &policy, err));
     OBM_TRY(obm__field(record, "tensors", OBM_JSON_OBJECT, where, &tensors, err));
-    obm__pack_expert *x = &p->experts[p->n_experts++];   /* from here on obm__pack_unload cleans up */
+    obm__pack_expert *x = &p->experts[p->n_experts++]; /* from here on obm__pack_unload cleans up */
     x->record = (obm_json *)record;
     x->name = obm__strdup(name);
     x->policy = obm__strdup(policy);
@@ -286,7 +301,8 @@ static obm_status load_all(obm_pack *p, const char *where, obm_error *err) {
     return obm__router_load(p, &p->router, err);
 }
 
-obm_status obm__pack_load(obm_context *ctx, const char *path, obm_json *manifest, obm_checkpoint *base, obm_pack **out, obm_error *err) {
+obm_status obm__pack_load(obm_context *ctx, const char *path, obm_json *manifest, obm_checkpoint *base, obm_pack **out,
+                          obm_error *err) {
     obm_pack *p = obm__calloc(1, sizeof *p);
     if (!p) return obm__fail_nomem(err, sizeof *p);
     *p = (obm_pack){.ctx = ctx, .path = obm__strdup(path), .manifest = manifest, .base = base};

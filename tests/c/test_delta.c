@@ -7,7 +7,7 @@ typedef struct vector_case {
     char name[64], scale[32];
     int64_t rows, cols;
     int planes, stored;
-    long long bad;             /* -1: no error expected */
+    long long bad; /* -1: no error expected */
     float *base, *expert, *alphas[OBM_MAX_PLANES], *value;
     uint8_t *signs[OBM_MAX_PLANES];
 } vector_case;
@@ -35,17 +35,28 @@ static uint8_t *read_hex(const char *text) {
 }
 
 static void read_line(vector_case *c, char *word, char *rest) {
-    if (!strcmp(word, "shape")) assert_int_equal(sscanf(rest, "%ld %ld", &c->rows, &c->cols), 2);
-    else if (!strcmp(word, "scale")) sscanf(rest, "%31s", c->scale);
-    else if (!strcmp(word, "planes")) c->planes = atoi(rest);
-    else if (!strcmp(word, "stored")) c->stored = atoi(rest);
-    else if (!strcmp(word, "base")) c->base = read_floats(rest, NULL);
-    else if (!strcmp(word, "expert")) c->expert = read_floats(rest, NULL);
-    else if (!strcmp(word, "value")) c->value = read_floats(rest, NULL);
-    else if (!strcmp(word, "alpha")) c->alphas[rest[0] - '0'] = read_floats(rest + 1, NULL);
-    else if (!strcmp(word, "sign")) c->signs[rest[0] - '0'] = read_hex(rest + 2);
-    else if (!strcmp(word, "error")) c->bad = atoll(rest + strlen("VALUE "));
-    else fail_msg("unknown line %s", word);
+    if (!strcmp(word, "shape"))
+        assert_int_equal(sscanf(rest, "%ld %ld", &c->rows, &c->cols), 2);
+    else if (!strcmp(word, "scale"))
+        sscanf(rest, "%31s", c->scale);
+    else if (!strcmp(word, "planes"))
+        c->planes = atoi(rest);
+    else if (!strcmp(word, "stored"))
+        c->stored = atoi(rest);
+    else if (!strcmp(word, "base"))
+        c->base = read_floats(rest, NULL);
+    else if (!strcmp(word, "expert"))
+        c->expert = read_floats(rest, NULL);
+    else if (!strcmp(word, "value"))
+        c->value = read_floats(rest, NULL);
+    else if (!strcmp(word, "alpha"))
+        c->alphas[rest[0] - '0'] = read_floats(rest + 1, NULL);
+    else if (!strcmp(word, "sign"))
+        c->signs[rest[0] - '0'] = read_hex(rest + 2);
+    else if (!strcmp(word, "error"))
+        c->bad = atoll(rest + strlen("VALUE "));
+    else
+        fail_msg("unknown line %s", word);
 }
 
 static void free_case(vector_case *c) {
@@ -58,7 +69,10 @@ static void free_case(vector_case *c) {
     }
 }
 
-typedef struct memory_sink { uint8_t *bytes; size_t n; } memory_sink;
+typedef struct memory_sink {
+    uint8_t *bytes;
+    size_t n;
+} memory_sink;
 static obm_status to_memory(void *user, const void *bytes, size_t n, int64_t rows_done, obm_error *err) {
     (void)rows_done;
     (void)err;
@@ -82,7 +96,7 @@ static void check_value(const obm_context *ctx, const vector_case *c, const obm_
         const float *want = c->value + r * c->cols;
         obm__planes_read_row(ctx->k, p, r, 0, c->cols, row);
         assert_memory_equal(row, want, (size_t)c->cols * sizeof *row);
-        int64_t from = c->cols / 3, n = c->cols - from - c->cols / 5;   /* a part that begins inside a byte */
+        int64_t from = c->cols / 3, n = c->cols - from - c->cols / 5; /* a part that begins inside a byte */
         obm__planes_read_row(ctx->k, p, r, from, n, row);
         assert_memory_equal(row, want + from, (size_t)n * sizeof *row);
     }
@@ -234,7 +248,11 @@ static void test_scale_parse(void **unused) {
 #define UP "model.layers.0.mlp.up_proj.weight"
 #define NORM "model.norm.weight"
 
-typedef struct world { obm_context *ctx; char *dir; float *a, *b; } world;
+typedef struct world {
+    obm_context *ctx;
+    char *dir;
+    float *a, *b;
+} world;
 
 static int setup(void **state) {
     world *w = calloc(1, sizeof *w);
@@ -265,8 +283,8 @@ static obm_checkpoint *model(const world *w, const char *name, const fixture_ten
     return c;
 }
 
-static void pair_up(const world *w, const fixture_tensor *b, size_t nb, const fixture_tensor *e, size_t ne, obm_checkpoint **base,
-                    obm_checkpoint **expert, obm_task_vector **v) {
+static void pair_up(const world *w, const fixture_tensor *b, size_t nb, const fixture_tensor *e, size_t ne,
+                    obm_checkpoint **base, obm_checkpoint **expert, obm_task_vector **v) {
     *base = model(w, "base", b, nb);
     *expert = model(w, "expert", e, ne);
     OK(obm_task_vector_new(*base, *expert, v, err));
@@ -302,7 +320,8 @@ static void test_differences(void **state) {
             pair_up(w, b, 2, e, 2, &base, &expert, &v);
             assert_int_equal(obm_task_vector_count(v), 2);
             OK(obm_task_vector_read(v, Q, d, err));
-            for (int k = 0; k < 15; k++) assert_true(d[k] == round_to(w, types[j], w->b[k]) - round_to(w, types[i], w->a[k]));
+            for (int k = 0; k < 15; k++)
+                assert_true(d[k] == round_to(w, types[j], w->b[k]) - round_to(w, types[i], w->a[k]));
             OK(obm_task_vector_read(v, "a.bias", d, err));
             assert_true(d[0] == 0);
             FAILS(obm_task_vector_read(v, "nothing", d, err), OBM_E_NOTFOUND, "nothing");
@@ -311,8 +330,8 @@ static void test_differences(void **state) {
     }
 }
 
-static void expect_refusal(const world *w, const fixture_tensor *b, size_t nb, const fixture_tensor *e, size_t ne, obm_status status,
-                           const char *part) {
+static void expect_refusal(const world *w, const fixture_tensor *b, size_t nb, const fixture_tensor *e, size_t ne,
+                           obm_status status, const char *part) {
     obm_checkpoint *base = model(w, "base", b, nb), *expert = model(w, "expert", e, ne);
     obm_task_vector *v = NULL;
     FAILS(obm_task_vector_new(base, expert, &v, err), status, part);
@@ -327,20 +346,23 @@ static void test_refusals(void **state) {
     e[0].shape[1] = 5;
     expect_refusal(w, b, 2, e, 2, OBM_E_SHAPE, "tensor " UP ": expert has shape (4, 5), base has (4, 6)");
     e[0].shape[1] = 6;
-    e[0].shape[0] = 5;   /* extra rows are for vocabularies only */
+    e[0].shape[0] = 5; /* extra rows are for vocabularies only */
     expect_refusal(w, b, 2, e, 2, OBM_E_SHAPE, "(5, 6)");
     expect_refusal(w, b, 2, b, 1, OBM_E_NOTFOUND, "tensor " Q " is in ");
     expect_refusal(w, b, 1, b, 2, OBM_E_NOTFOUND, "tensor " Q " is in ");
-    const fixture_tensor bi[] = {{"ids", OBM_I32, 1, {2}, NULL, "12345678"}}, ei[] = {{"ids", OBM_I32, 1, {2}, NULL, "12345679"}};
+    const fixture_tensor bi[] = {{"ids", OBM_I32, 1, {2}, NULL, "12345678"}},
+                         ei[] = {{"ids", OBM_I32, 1, {2}, NULL, "12345679"}};
     expect_refusal(w, bi, 1, ei, 1, OBM_E_DTYPE, "tensor ids: I32");
-    const fixture_tensor small[] = {{EMBED, OBM_F32, 2, {4, 6}, w->a, NULL}}, fewer[] = {{EMBED, OBM_F32, 2, {3, 6}, w->a, NULL}};
+    const fixture_tensor small[] = {{EMBED, OBM_F32, 2, {4, 6}, w->a, NULL}},
+                         fewer[] = {{EMBED, OBM_F32, 2, {3, 6}, w->a, NULL}};
     expect_refusal(w, small, 1, fewer, 1, OBM_E_SHAPE, "(3, 6)");
 }
 
 static void test_vocabulary_and_ties(void **state) {
     const world *w = *state;
     const fixture_tensor tied[] = {{EMBED, OBM_F32, 2, {4, 6}, w->a, NULL}};
-    const fixture_tensor untied[] = {{EMBED, OBM_F32, 2, {6, 6}, w->b, NULL}, {HEAD, OBM_F32, 2, {6, 6}, w->b + 36, NULL}};
+    const fixture_tensor untied[] = {{EMBED, OBM_F32, 2, {6, 6}, w->b, NULL},
+                                     {HEAD, OBM_F32, 2, {6, 6}, w->b + 36, NULL}};
     obm_checkpoint *base, *expert;
     obm_task_vector *v;
     const char *name;
@@ -353,14 +375,15 @@ static void test_vocabulary_and_ties(void **state) {
     assert_string_equal(name, HEAD);
     assert_int_equal(tb.shape[0], 4);
     assert_int_equal(te.shape[0], 6);
-    OK(obm_task_vector_read(v, HEAD, d, err));   /* the base's head is its embedding */
+    OK(obm_task_vector_read(v, HEAD, d, err)); /* the base's head is its embedding */
     for (int k = 0; k < 24; k++) assert_true(d[k] == w->b[36 + k] - w->a[k]);
     drop(base, expert, v);
 
-    const fixture_tensor base_own[] = {{EMBED, OBM_F32, 2, {4, 6}, w->a, NULL}, {HEAD, OBM_F32, 2, {4, 6}, w->a + 24, NULL}};
+    const fixture_tensor base_own[] = {{EMBED, OBM_F32, 2, {4, 6}, w->a, NULL},
+                                       {HEAD, OBM_F32, 2, {4, 6}, w->a + 24, NULL}};
     const fixture_tensor expert_tied[] = {{EMBED, OBM_F32, 2, {4, 6}, w->b, NULL}};
     pair_up(w, base_own, 2, expert_tied, 1, &base, &expert, &v);
-    OK(obm_task_vector_read(v, HEAD, d, err));   /* the expert's head is its embedding */
+    OK(obm_task_vector_read(v, HEAD, d, err)); /* the expert's head is its embedding */
     for (int k = 0; k < 24; k++) assert_true(d[k] == w->b[k] - w->a[24 + k]);
     drop(base, expert, v);
 
@@ -371,7 +394,8 @@ static void test_vocabulary_and_ties(void **state) {
 
 static void test_rotary_buffer_may_be_absent(void **state) {
     const world *w = *state;
-    const fixture_tensor b[] = {{"model.layers.0.self_attn.rotary_emb.inv_freq", OBM_F32, 1, {4}, w->a, NULL}, {Q, OBM_F32, 2, {4, 4}, w->a, NULL}};
+    const fixture_tensor b[] = {{"model.layers.0.self_attn.rotary_emb.inv_freq", OBM_F32, 1, {4}, w->a, NULL},
+                                {Q, OBM_F32, 2, {4, 4}, w->a, NULL}};
     obm_checkpoint *base, *expert;
     obm_task_vector *v;
     pair_up(w, b, 2, b + 1, 1, &base, &expert, &v);
@@ -391,14 +415,18 @@ static void test_nonfinite(void **state) {
     float d[16];
     obm_delta_stats stats[OBM_CLASS_COUNT];
     pair_up(w, b, 1, e, 1, &base, &expert, &v);
-    FAILS(obm_task_vector_read(v, Q, d, err), OBM_E_VALUE, "tensor " Q ": NaN or Inf in expert - base at index 9 (row 2, column 1)");
+    FAILS(obm_task_vector_read(v, Q, d, err), OBM_E_VALUE,
+          "tensor " Q ": NaN or Inf in expert - base at index 9 (row 2, column 1)");
     FAILS(obm_task_vector_stats(w->ctx, v, NULL, NULL, stats, err), OBM_E_VALUE, "index 9");
     drop(base, expert, v);
 }
 
 /* ---- statistics ---- */
 
-typedef struct plain { double base2, d2, abs, error_matrix, error_row, ab, other2; uint64_t zeros, agree, params; } plain;
+typedef struct plain {
+    double base2, d2, abs, error_matrix, error_row, ab, other2;
+    uint64_t zeros, agree, params;
+} plain;
 
 static void plain_stats(const float *a, const float *b, int64_t rows, int64_t cols, plain *p) {
     double total = 0;
@@ -432,8 +460,10 @@ static int count_calls(void *user, const char *what, uint64_t done, uint64_t tot
 static void test_stats(void **state) {
     world *w = *state;
     for (int i = 0; i < 40; i++) w->b[i * 7] = w->a[i * 7];
-    const fixture_tensor b[] = {{UP, OBM_F32, 2, {20, 30}, w->a, NULL}, {"model.layers.1.mlp.up_proj.weight", OBM_F32, 2, {10, 5}, w->a + 700, NULL},
-                                {Q, OBM_F32, 2, {9, 9}, w->a, NULL}, {NORM, OBM_F32, 1, {33}, w->a, NULL}};
+    const fixture_tensor b[] = {{UP, OBM_F32, 2, {20, 30}, w->a, NULL},
+                                {"model.layers.1.mlp.up_proj.weight", OBM_F32, 2, {10, 5}, w->a + 700, NULL},
+                                {Q, OBM_F32, 2, {9, 9}, w->a, NULL},
+                                {NORM, OBM_F32, 1, {33}, w->a, NULL}};
     fixture_tensor e[4];
     memcpy(e, b, sizeof e);
     for (int i = 0; i < 4; i++) e[i].values = w->b + (b[i].values - w->a);
@@ -462,6 +492,13 @@ static void test_stats(void **state) {
     OK(obm_task_vector_tensor_stats(w->ctx, v, NORM, &one, err));
     assert_memory_equal(&one, &s[OBM_CLASS_NORM], sizeof one);
     FAILS(obm_task_vector_tensor_stats(w->ctx, v, "x", &one, err), OBM_E_NOTFOUND, "x");
+    for (int threads = 1; threads <= 5; threads += 4) {
+        obm_context *ctx = fixture_context(threads);
+        obm_delta_stats again[OBM_CLASS_COUNT];
+        OK(obm_task_vector_stats(ctx, v, NULL, NULL, again, err));
+        assert_memory_equal(&again[OBM_CLASS_MLP], m, sizeof *m);
+        obm_context_free(ctx);
+    }
     int calls = 2;
     FAILS(obm_task_vector_stats(w->ctx, v, count_calls, &calls, s, err), OBM_E_USER, "progress");
     drop(base, expert, v);
@@ -470,8 +507,8 @@ static void test_stats(void **state) {
 static void test_compare(void **state) {
     world *w = *state;
     float *c = fixture_values(4096, 13);
-    const fixture_tensor b[] = {{UP, OBM_F32, 2, {1, 4096}, w->a, NULL}}, x[] = {{UP, OBM_F32, 2, {1, 4096}, w->b, NULL}},
-                         y[] = {{UP, OBM_F32, 2, {1, 4096}, c, NULL}};
+    const fixture_tensor b[] = {{UP, OBM_F32, 2, {1, 4096}, w->a, NULL}},
+                         x[] = {{UP, OBM_F32, 2, {1, 4096}, w->b, NULL}}, y[] = {{UP, OBM_F32, 2, {1, 4096}, c, NULL}};
     obm_checkpoint *base, *first, *second = model(w, "second", y, 1);
     obm_task_vector *v, *u;
     obm_delta_pair p[OBM_CLASS_COUNT];
@@ -503,13 +540,15 @@ static void test_compare(void **state) {
 /* ---- policies ---- */
 
 static obm_mode mode_of(const obm__policy *p, const char *name, int32_t ndim) {
-    obm__pair pair = {.name = name, .cls = obm_class_of(name, ndim), .base = {.dtype = OBM_BF16, .ndim = ndim, .shape = {2, 2, 2}}};
+    obm__pair pair = {
+        .name = name, .cls = obm_class_of(name, ndim), .base = {.dtype = OBM_BF16, .ndim = ndim, .shape = {2, 2, 2}}};
     obm_mode mode = OBM_MODE_SAME;
     OK(obm__policy_mode(p, &pair, &mode, err));
     return mode;
 }
 
-static void check_policy(const char *task, const char *preset, obm_profile profile, const char *want_text, const char *want) {
+static void check_policy(const char *task, const char *preset, obm_profile profile, const char *want_text,
+                         const char *want) {
     static const char *const names[] = {Q, UP, EMBED, HEAD, NORM};
     obm_expert e = OBM_INIT(obm_expert);
     obm__policy p;
@@ -520,7 +559,8 @@ static void check_policy(const char *task, const char *preset, obm_profile profi
     assert_string_equal(text, want_text);
     for (int i = 0; i < 5; i++) {
         obm_mode mode = mode_of(&p, names[i], i == 4 ? 1 : 2);
-        if (mode != (want[i] == '1' ? OBM_MODE_1BIT : OBM_MODE_FULL)) fail_msg("%s under %s: %s", names[i], text, obm_mode_name(mode));
+        if (mode != (want[i] == '1' ? OBM_MODE_1BIT : OBM_MODE_FULL))
+            fail_msg("%s under %s: %s", names[i], text, obm_mode_name(mode));
     }
     obm_free(text);
 }
@@ -538,7 +578,8 @@ static void test_presets(void **unused) {
 
 static void test_maps_and_errors(void **unused) {
     (void)unused;
-    const obm_map_rule map[] = {{"model.layers.0.*_proj.weight", OBM_MODE_DROP}, {"*embed*", OBM_MODE_1BIT}, {"*norm*", OBM_MODE_1BIT}};
+    const obm_map_rule map[] = {
+        {"model.layers.0.*_proj.weight", OBM_MODE_DROP}, {"*embed*", OBM_MODE_1BIT}, {"*norm*", OBM_MODE_1BIT}};
     obm_expert e = OBM_INIT(obm_expert);
     obm__policy p;
     char *text = NULL;
@@ -548,7 +589,8 @@ static void test_maps_and_errors(void **unused) {
     e.map = map;
     e.n_map = 3;
     OK(obm__policy_parse(&e, OBM_PROFILE_DEFAULT, &p, &text, err));
-    assert_string_equal(text, "linear, scale group:64, planes 2, map model.layers.0.*_proj.weight=drop *embed*=1bit *norm*=1bit");
+    assert_string_equal(
+        text, "linear, scale group:64, planes 2, map model.layers.0.*_proj.weight=drop *embed*=1bit *norm*=1bit");
     obm_free(text);
     assert_int_equal(mode_of(&p, Q, 2), OBM_MODE_DROP);
     assert_int_equal(mode_of(&p, EMBED, 2), OBM_MODE_1BIT);

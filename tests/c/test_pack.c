@@ -20,7 +20,7 @@ static const char *const names[N_ALL] = {EMBED, Q, O, UP, DOWN, NORM, HEAD};
 typedef struct world {
     obm_context *ctx;
     char *dir, *base, *chat, *math, *pack;
-    float *values[3][N_ALL];   /* base, chat, math */
+    float *values[3][N_ALL]; /* base, chat, math */
 } world;
 
 static size_t count_of(int t) { return (size_t)(shapes[t][0] * (shapes[t][1] ? shapes[t][1] : 1)); }
@@ -50,7 +50,8 @@ static int setup(void **state) {
     w->ctx = fixture_context(2);
     w->dir = fixture_folder();
     for (int who = 0; who < 3; who++) {
-        for (int t = 0; t < N_ALL; t++) w->values[who][t] = fixture_values(count_of(t) + 140, (uint64_t)(1 + who * N_ALL + t));
+        for (int t = 0; t < N_ALL; t++)
+            w->values[who][t] = fixture_values(count_of(t) + 140, (uint64_t)(1 + who * N_ALL + t));
     }
     memcpy(w->values[1][T_O], w->values[0][T_O], count_of(T_O) * sizeof(float));
     write_models(w);
@@ -103,7 +104,8 @@ static float bf16(const world *w, float x) {
 
 /* ---- contents ---- */
 
-/* Plain planes with one scale per group of `group` columns; few enough columns for one block, so alpha is one lane sum. */
+/* Plain planes with one scale per group of `group` columns; few enough columns for one block, so alpha is one lane sum.
+ */
 static void plain_planes(const world *w, int who, int t, int64_t group, int planes, float *out) {
     int64_t rows = shapes[t][0], cols = shapes[t][1];
     for (int64_t r = 0; r < rows; r++) {
@@ -146,7 +148,7 @@ static void check_planes(const world *w, const obm_pack *p, size_t task, int t, 
     for (int64_t r = 0; r < shapes[t][0]; r++) {
         obm__planes_read_row(w->ctx->k, &e->planes, r, 0, cols, have);
         assert_memory_equal(have, want + r * cols, (size_t)cols * sizeof *have);
-        assert_int_equal(e->planes.signs[0][(r + 1) * e->planes.row_bytes - 1], 0);   /* the padding */
+        assert_int_equal(e->planes.signs[0][(r + 1) * e->planes.row_bytes - 1], 0); /* the padding */
     }
     obm_free(want);
 }
@@ -405,7 +407,7 @@ static void test_planes_that_vanish(void **state) {
     for (int i = 0; i < N_BASE; i++) t[i] = tensor_of(w, 0, i);
     char *base = fixture_model(w->ctx, w->dir, "zero", t, N_BASE);
     for (int i = 0; i < N_BASE; i++) t[i] = tensor_of(w, 1, i);
-    t[T_UP].dtype = OBM_F32;   /* equal values in another dtype: not the same tensor, but no difference either */
+    t[T_UP].dtype = OBM_F32; /* equal values in another dtype: not the same tensor, but no difference either */
     char *expert = fixture_model(w->ctx, w->dir, "signs", t, N_BASE);
     e[0].name = "x";
     e[0].path = expert;
@@ -498,8 +500,9 @@ static void test_resident_memory_is_bounded(void **state) {
 /* ---- the router's file ---- */
 
 static obm_json *router_report(void) {
-    static const char text[] = "{\"layer\": 0, \"tasks\": [\"chat\", \"math\"], \"n_train\": 4, \"n_held_out\": 2, \"accuracy\": 1.0,"
-                               " \"calibration_error\": 0.0, \"confusion\": [[1, 0], [0, 1]]}";
+    static const char text[] =
+        "{\"layer\": 0, \"tasks\": [\"chat\", \"math\"], \"n_train\": 4, \"n_held_out\": 2, \"accuracy\": 1.0,"
+        " \"calibration_error\": 0.0, \"confusion\": [[1, 0], [0, 1]]}";
     obm_json *v = NULL;
     OK(obm__json_parse(text, strlen(text), "report", &v, err));
     return v;
@@ -508,7 +511,8 @@ static obm_json *router_report(void) {
 static void test_router_file(void **state) {
     world *w = *state;
     const float four[] = {1, 2, 3, 4};
-    const obm__named_array arrays[] = {{"mean", four, 1, {2, 0}}, {"scale", four, 1, {2, 0}}, {"weight", four, 2, {2, 2}}, {"bias", four, 1, {2, 0}}};
+    const obm__named_array arrays[] = {
+        {"mean", four, 1, {2, 0}}, {"scale", four, 1, {2, 0}}, {"weight", four, 2, {2, 2}}, {"bias", four, 1, {2, 0}}};
     obm_pack *p = compress(w);
     obm__safetensors *file = NULL;
     char files[16][128];
@@ -517,7 +521,7 @@ static void test_router_file(void **state) {
     OK(obm__pack_read_router(p, &file, err));
     assert_null(file);
     OK(obm__pack_write_router(p, arrays, 4, router_report(), err));
-    OK(obm__pack_write_router(p, arrays, 4, router_report(), err));   /* the same contents again: the same file */
+    OK(obm__pack_write_router(p, arrays, 4, router_report(), err)); /* the same contents again: the same file */
     assert_int_equal(list(w->pack, files), 4);
     OK(obm_pack_verify(p, NULL, NULL, err));
     obm_pack_free(p);
@@ -531,7 +535,7 @@ static void test_router_file(void **state) {
     two_experts(w, e);
     e[0].policy = "mlp";
     o.overwrite = true;
-    OK(obm_pack_add(p, &e[0], &o, err));   /* the tasks stay, so does the router */
+    OK(obm_pack_add(p, &e[0], &o, err)); /* the tasks stay, so does the router */
     assert_non_null(p->router);
     OK(obm_pack_remove(p, "math", err));
     assert_null(p->router);
@@ -546,7 +550,8 @@ static void test_settings(void **state) {
     obm_pack *p = compress(w);
     obm_pack_settings s, back;
     obm_pack_get_settings(p, &s);
-    assert_true(s.lambda == 0.3 && s.density == 1 && s.profile == OBM_PROFILE_MERGEKIT && s.reading == OBM_READING_ONTO_BASE);
+    assert_true(s.lambda == 0.3 && s.density == 1 && s.profile == OBM_PROFILE_MERGEKIT &&
+                s.reading == OBM_READING_ONTO_BASE);
     s.lambda = 0.125;
     s.reading = OBM_READING_RECOMPUTED;
     s.profile = OBM_PROFILE_PAPER;
@@ -562,7 +567,8 @@ static void test_settings(void **state) {
     obm_pack_free(p);
     OK(obm_pack_open(w->ctx, w->pack, NULL, &p, err));
     obm_pack_get_settings(p, &back);
-    assert_true(back.lambda == 0.125 && back.density == 0.5 && back.profile == OBM_PROFILE_PAPER && back.reading == OBM_READING_RECOMPUTED);
+    assert_true(back.lambda == 0.125 && back.density == 0.5 && back.profile == OBM_PROFILE_PAPER &&
+                back.reading == OBM_READING_RECOMPUTED);
     obm_pack_free(p);
     obm_compress_options o = OBM_INIT(obm_compress_options);
     obm_expert e[2];
@@ -585,12 +591,13 @@ static void test_add_and_remove(void **state) {
     char files[16][128];
     two_experts(w, e);
     OK(obm_compress(w->ctx, w->base, e, 1, NULL, w->pack, NULL, &p, err));
-    char *stray = obm__path_join(w->pack, "old-0123456789abcdef.safetensors"), *note = obm__path_join(w->pack, "note.txt");
+    char *stray = obm__path_join(w->pack, "old-0123456789abcdef.safetensors"),
+         *note = obm__path_join(w->pack, "note.txt");
     OK(obm__file_write(stray, "x", 1, err));
     OK(obm__file_write(note, "x", 1, err));
     OK(obm_pack_add(p, &e[1], NULL, err));
-    assert_false(obm__file_exists(stray));   /* a killed run's left-over */
-    assert_true(obm__file_exists(note));     /* somebody else's file */
+    assert_false(obm__file_exists(stray)); /* a killed run's left-over */
+    assert_true(obm__file_exists(note));   /* somebody else's file */
     check_contents(w, p);
     FAILS(obm_pack_add(p, &e[1], NULL, err), OBM_E_EXISTS, "math already");
     e[0].name = "law";
@@ -639,9 +646,10 @@ static void test_where_the_base_lies(void **state) {
     world *w = *state;
     obm_pack *p = compress(w);
     obm_pack_free(p);
-    char *moved = obm__path_join(w->dir, "elsewhere"), *sub = obm__path_join(w->dir, "sub"), *pack = obm__path_join(sub, "p");
+    char *moved = obm__path_join(w->dir, "elsewhere"), *sub = obm__path_join(w->dir, "sub"),
+         *pack = obm__path_join(sub, "p");
     OK(obm__make_directory(sub, err));
-    move(w->pack, pack);   /* the relative path leads nowhere now, the absolute one does */
+    move(w->pack, pack); /* the relative path leads nowhere now, the absolute one does */
     OK(obm_pack_open(w->ctx, pack, NULL, &p, err));
     obm_pack_free(p);
     move(pack, w->pack);
@@ -687,7 +695,7 @@ static void test_wrong_base(void **state) {
 /* A difference between the samples of a large tensor passes open and is caught by verify. */
 static void test_verify_reads_everything(void **state) {
     world *w = *state;
-    const int64_t rows = 600, cols = 600;   /* 720 kB in bf16; 256 KiB are sampled */
+    const int64_t rows = 600, cols = 600; /* 720 kB in bf16; 256 KiB are sampled */
     float *base = fixture_values((size_t)(rows * cols), 3), *expert = fixture_values((size_t)(rows * cols), 4);
     fixture_tensor tb = {UP, OBM_BF16, 2, {rows, cols}, base, NULL}, te = {UP, OBM_BF16, 2, {rows, cols}, expert, NULL};
     obm_expert e[1] = {OBM_INIT(obm_expert)};
@@ -698,7 +706,7 @@ static void test_verify_reads_everything(void **state) {
     OK(obm_compress(w->ctx, b, e, 1, NULL, w->pack, NULL, &p, err));
     OK(obm_pack_verify(p, NULL, NULL, err));
     obm_pack_free(p);
-    base[3000] += 1;   /* byte 6000: between the first block (0 to 4095) and the second (from 11363 on) */
+    base[3000] += 1; /* byte 6000: between the first block (0 to 4095) and the second (from 11363 on) */
     obm_free(b);
     b = fixture_model(w->ctx, w->dir, "large", &tb, 1);
     OK(obm_pack_open(w->ctx, w->pack, NULL, &p, err));
@@ -737,7 +745,7 @@ static void test_truncation(void **state) {
             obm_error err;
             write_bytes(path, text, k < 30 ? k : k < 60 ? size - 1 - (k - 30) : size * (k - 60) / 30);
             obm_status s = obm_pack_open(w->ctx, w->pack, NULL, &p, &err);
-            if (s == OBM_OK) {   /* pack.json ends in white space, which may go */
+            if (s == OBM_OK) { /* pack.json ends in white space, which may go */
                 assert_string_equal(files[i], "pack.json");
                 assert_true(k >= 30 && k < 32);
                 obm_pack_free(p);
@@ -787,14 +795,18 @@ static void edit(const world *w, const char *from, const char *to) {
 
 static void test_hostile_manifests(void **state) {
     world *w = *state;
-    static const struct { const char *from, *to, *part; obm_status status; } edits[] = {
+    static const struct {
+        const char *from, *to, *part;
+        obm_status status;
+    } edits[] = {
         {"\"version\": 1", "\"version\": 2", "version 2", OBM_E_UNSUPPORTED},
         {"\"version\": 1", "\"version\": \"1\"", "\"version\" must be an integer", OBM_E_FORMAT},
         {"onebitmerge pack", "something", "\"format\" is \"something\"", OBM_E_FORMAT},
         {"\"lambda\": 0.", "\"lambda\": -0.", "lambda", OBM_E_FORMAT},
         {"\"density\": 1.0", "\"density\": 1e999", "", OBM_E_FORMAT},
         {"onto_base", "elsewhere", "\"reading\" is \"elsewhere\"", OBM_E_FORMAT},
-        {"\"file\": \"chat-", "\"file\": \"../chat-", "must be the name of a .safetensors file in the pack", OBM_E_FORMAT},
+        {"\"file\": \"chat-", "\"file\": \"../chat-", "must be the name of a .safetensors file in the pack",
+         OBM_E_FORMAT},
         {"\"name\": \"math\"", "\"name\": \"chat\"", "two experts are named chat", OBM_E_FORMAT},
         {"\"name\": \"math\"", "\"name\": \"\"", "task name", OBM_E_FORMAT},
         {"\"mode\": \"1bit\"", "\"mode\": \"2bit\"", "unknown mode", OBM_E_FORMAT},
@@ -816,8 +828,10 @@ static void test_hostile_manifests(void **state) {
     for (size_t i = 0; i < sizeof edits / sizeof *edits; i++) {
         obm_pack *p = NULL;
         edit(w, edits[i].from, edits[i].to);
-        if (edits[i].status == OBM_OK) OK(obm_pack_open(w->ctx, w->pack, NULL, &p, err));
-        else FAILS(obm_pack_open(w->ctx, w->pack, NULL, &p, err), edits[i].status, edits[i].part);
+        if (edits[i].status == OBM_OK)
+            OK(obm_pack_open(w->ctx, w->pack, NULL, &p, err));
+        else
+            FAILS(obm_pack_open(w->ctx, w->pack, NULL, &p, err), edits[i].status, edits[i].part);
         obm_pack_free(p);
         write_bytes(path, text, size);
     }
@@ -829,7 +843,8 @@ static void test_hostile_scale(void **state) {
     world *w = *state;
     char files[16][128];
     obm_pack *p = compress(w);
-    size_t size, offset = (size_t)((const uint8_t *)&entry(p, 0, Q)->planes.alphas[0][2] - p->experts[0].file->map.data);
+    size_t size,
+        offset = (size_t)((const uint8_t *)&entry(p, 0, Q)->planes.alphas[0][2] - p->experts[0].file->map.data);
     const float bad[] = {NAN, INFINITY, -1.0f};
     obm_pack_free(p);
     list(w->pack, files);
@@ -853,17 +868,28 @@ static void test_no_pack(void **state) {
 int main(void) {
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(test_contents),          TEST(test_tied_base),
-        TEST(test_accounting),        TEST(test_threads),
-        TEST(test_exists_and_overwrite), TEST(test_dry_run),
-        TEST(test_stopping_leaves_nothing), TEST(test_refusals),
-        TEST(test_planes_that_vanish), TEST(test_map_drop_and_extra_rows),
-        TEST(test_settings),          TEST(test_add_and_remove),
-        TEST(test_replacing_an_expert), TEST(test_where_the_base_lies),
-        TEST(test_wrong_base),        TEST(test_verify_reads_everything),
-        TEST(test_truncation),        TEST(test_flipped_byte_is_found_by_verify),
-        TEST(test_hostile_manifests), TEST(test_hostile_scale),
-        TEST(test_no_pack),           TEST(test_router_file),
+        TEST(test_contents),
+        TEST(test_tied_base),
+        TEST(test_accounting),
+        TEST(test_threads),
+        TEST(test_exists_and_overwrite),
+        TEST(test_dry_run),
+        TEST(test_stopping_leaves_nothing),
+        TEST(test_refusals),
+        TEST(test_planes_that_vanish),
+        TEST(test_map_drop_and_extra_rows),
+        TEST(test_settings),
+        TEST(test_add_and_remove),
+        TEST(test_replacing_an_expert),
+        TEST(test_where_the_base_lies),
+        TEST(test_wrong_base),
+        TEST(test_verify_reads_everything),
+        TEST(test_truncation),
+        TEST(test_flipped_byte_is_found_by_verify),
+        TEST(test_hostile_manifests),
+        TEST(test_hostile_scale),
+        TEST(test_no_pack),
+        TEST(test_router_file),
         TEST(test_resident_memory_is_bounded),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,5 +1,5 @@
-/* Bytes as the pack.json of a folder whose other files are sound: refused with a message of one line, or opened, and then
- * everything that the pack shows can be read. */
+/* Bytes as the pack.json of a folder whose other files are sound: refused with a message of one line, or opened, and
+ * then everything that the pack shows can be read. */
 #include "io/pack.h"
 
 #include <ftw.h>
@@ -20,13 +20,19 @@ static void need(obm_status status) {
 
 /* ---- the folder: base/, chat.safetensors, math.safetensors, router.safetensors ---- */
 
-typedef struct tensor { const char *name; obm_dtype dtype; int32_t ndim; int64_t shape[2]; } tensor;
+typedef struct tensor {
+    const char *name;
+    obm_dtype dtype;
+    int32_t ndim;
+    int64_t shape[2];
+} tensor;
 
 static const tensor model[] = {{"model.embed_tokens.weight", OBM_BF16, 2, {3, 8}},
                                {"model.layers.0.self_attn.q_proj.weight", OBM_BF16, 2, {4, 70}},
                                {"model.layers.0.mlp.up_proj.weight", OBM_F32, 2, {5, 8}},
                                {"model.norm.weight", OBM_F32, 1, {8}}};
-static const tensor router[] = {{"mean", OBM_F32, 1, {2}}, {"scale", OBM_F32, 1, {2}}, {"weight", OBM_F32, 2, {2, 2}}, {"bias", OBM_F32, 1, {2}}};
+static const tensor router[] = {
+    {"mean", OBM_F32, 1, {2}}, {"scale", OBM_F32, 1, {2}}, {"weight", OBM_F32, 2, {2, 2}}, {"bias", OBM_F32, 1, {2}}};
 
 /* Every byte below 0x40: small finite numbers in any dtype. */
 static void write_tensors(const char *path, const tensor *t, size_t n, uint8_t salt) {
@@ -110,9 +116,12 @@ static void look(const obm_pack *p) {
         for (size_t i = 0; i < obm_pack_tensor_count(p); i++) {
             const obm__pack_entry *e = &p->experts[k].entries[i];
             obm_pack_tensor_at(p, k, i, &t);
-            for (int64_t r = 0; e->mode == OBM_MODE_1BIT && r < t.rows; r++) obm__planes_read_row(ctx->k, &e->planes, r, 0, t.cols, row);
-            if (e->full.data && obm_tensor_count(&e->full) > 0) obm__widen(ctx->k, &e->full, obm_tensor_count(&e->full) - 1, 1, row);
-            if (e->extra.data && obm_tensor_count(&e->extra) > 0) obm__widen(ctx->k, &e->extra, obm_tensor_count(&e->extra) - 1, 1, row);
+            for (int64_t r = 0; e->mode == OBM_MODE_1BIT && r < t.rows; r++)
+                obm__planes_read_row(ctx->k, &e->planes, r, 0, t.cols, row);
+            if (e->full.data && obm_tensor_count(&e->full) > 0)
+                obm__widen(ctx->k, &e->full, obm_tensor_count(&e->full) - 1, 1, row);
+            if (e->extra.data && obm_tensor_count(&e->extra) > 0)
+                obm__widen(ctx->k, &e->extra, obm_tensor_count(&e->extra) - 1, 1, row);
         }
     }
     (void)obm_pack_verify(p, NULL, NULL, NULL);
