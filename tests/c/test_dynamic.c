@@ -1,6 +1,8 @@
 /* The dynamic merge over packs made by hand, against a plain reference that knows nothing of tables, tiles or streams. */
 #include "pack_fixture.h"
 
+#include "route/kth.h"
+
 /* chat: 1-bit matrices; math: 1-bit by other scales; code: partly full.  Every kind of tensor comes up. */
 static fixture *mixed_pack(int threads) {
     fixture *f = fixture_new(3, 6, threads);
@@ -284,6 +286,59 @@ static void test_coefficients_of_a_plan(void **state) {
     fixture_free(f);
 }
 
+/* The k largest by counting, against sorting; few bits, so that many are equal. */
+static void check_kth(fixture *f, size_t n, uint64_t k) {
+    float x[300];
+    magnitude m[300];
+    obm__kth s;
+    for (size_t i = 0; i < n; i++) {
+        x[i] = (float)(round(fixture_random(f) * 20) / 64);
+        m[i] = (magnitude){fabs(x[i]), i};
+    }
+    qsort(m, n, sizeof *m, by_magnitude);
+    assert_int_equal(obm__kth_begin(&s, k, NULL), OBM_OK);
+    for (int pass = 0; pass < 2; pass++) {
+        obm__kth_add(&s, f->pack.ctx->k, x, n / 3);
+        obm__kth_add(&s, f->pack.ctx->k, x + n / 3, n - n / 3);
+        obm__kth_turn(&s);
+    }
+    obm__kth_end(&s);
+    bool kept[300] = {false};
+    uint64_t equal = s.equal, held = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits = obm__magnitude_bits(x[i]);
+        kept[i] = bits > s.threshold || (bits == s.threshold && equal > 0 && equal--);
+        held += kept[i];
+    }
+    assert_int_equal(held, k < n ? k : n);
+    for (size_t i = 0; i < held; i++) assert_true(kept[m[i].at]);
+}
+
+static void test_kth(void **state) {
+    (void)state;
+    fixture *f = fixture_new(1, 1, 1);
+    static const size_t counts[] = {0, 1, 2, 7, 64, 300};
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
+        for (uint64_t k = 1; k <= counts[i] + 2; k++) check_kth(f, counts[i], k);
+    }
+    fixture_free(f);
+}
+
+/* Nothing to count for one expert, and a threshold that keeps one element for another. */
+static void test_paper_trim_without_full_tensors(void **state) {
+    (void)state;
+    fixture *f = fixture_new(3, 2, 1);
+    size_t a = fixture_tensor(f, "a", 3, 70), b = fixture_tensor(f, "b", 2, 9);
+    for (size_t k = 0; k < 3; k++) fixture_planes(f, k, a, 1, OBM_SCALE_ROW, 0);
+    fixture_full(f, 1, b, 0);
+    f->pack.settings.profile = OBM_PROFILE_PAPER;
+    f->pack.settings.density = 0.01;
+    check_settings(f);
+    f->pack.settings.reading = OBM_READING_RECOMPUTED;
+    check_settings(f);
+    fixture_free(f);
+}
+
 static void check_parse(fixture *f, const char *text, const double *expected, const char *canonical) {
     double weights[3] = {9, 9, 9};
     obm_error err;
@@ -345,6 +400,8 @@ int main(void) {
         cmocka_unit_test(test_soft_is_linear),
         cmocka_unit_test(test_recomputed_with_two_is_the_other),
         cmocka_unit_test(test_coefficients_of_a_plan),
+        cmocka_unit_test(test_kth),
+        cmocka_unit_test(test_paper_trim_without_full_tensors),
         cmocka_unit_test(test_route_texts),
         cmocka_unit_test(test_wrong_use),
     };

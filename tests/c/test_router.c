@@ -492,6 +492,35 @@ static void test_requests(void **state) {
     family_free(&f);
 }
 
+/* A route in the pack and its exported folder are one model. */
+static void test_exported_route_runs_the_same(void **state) {
+    (void)state;
+    family f = family_new();
+    char *out = obm__path_join(f.dir, "out");
+    static const double routes[][2] = {{1, 0}, {0, 1}, {0.25, 0.5}, {0, 0}};
+    static const int32_t ids[] = {5, 80, 200, 7, 7, 31};
+    obm_model *pack, *dense;
+    OK(obm_model_from_pack(f.ctx, f.pack, NULL, &pack, err));
+    obm_model_info info;
+    obm_model_describe(pack, &info);
+    float *a = obm__alloc((size_t)info.vocab, sizeof *a), *b = obm__alloc((size_t)info.vocab, sizeof *b);
+    for (int i = 0; i < 4; i++) {
+        obm_export_options o = OBM_INIT(obm_export_options);
+        obm_run_options run = OBM_INIT(obm_run_options);
+        o.overwrite = true;
+        run.route = routes[i];
+        OK(obm_pack_export(f.pack, routes[i], &o, out, NULL, err));
+        OK(obm_model_open(f.ctx, out, NULL, &dense, err));
+        OK(obm_model_logits(pack, ids, 6, &run, a, err));
+        OK(obm_model_logits(dense, ids, 6, NULL, b, err));
+        assert_memory_equal(a, b, (size_t)info.vocab * sizeof *a);
+        obm_model_free(dense);
+    }
+    obm_free(a), obm_free(b), obm_free(out);
+    obm_model_free(pack);
+    family_free(&f);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_lbfgs),
@@ -504,6 +533,7 @@ int main(void) {
         cmocka_unit_test(test_train_and_reopen),
         cmocka_unit_test(test_train_refusals),
         cmocka_unit_test(test_requests),
+        cmocka_unit_test(test_exported_route_runs_the_same),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
