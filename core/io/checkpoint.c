@@ -1,5 +1,5 @@
-/* Checkpoints: which files of a folder hold the weights, and their tensors as one sorted list.  Headers only are read; tensors
- * stay in the mappings.  Says nothing about architectures. */
+/* Checkpoints: which files of a folder hold the weights, and their tensors as one sorted list.  Headers only are read;
+ * tensors stay in the mappings.  Says nothing about architectures. */
 #include "io.h"
 
 #include <dirent.h>
@@ -51,8 +51,8 @@ static obm_status list_all(obm_checkpoint *c, obm_error *err) {
     if (n > 1) qsort(c->tensors, n, sizeof *c->tensors, by_name);
     for (size_t i = 1; i < n; i++) {
         if (!strcmp(c->tensors[i - 1]->name, c->tensors[i]->name))
-            return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s is in two files (%s, %s) and there is no " INDEX_FILE, c->path,
-                             c->tensors[i]->name, file_of(c, c->tensors[i - 1]), file_of(c, c->tensors[i]));
+            return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s is in two files (%s, %s) and there is no " INDEX_FILE,
+                             c->path, c->tensors[i]->name, file_of(c, c->tensors[i - 1]), file_of(c, c->tensors[i]));
     }
     return OBM_OK;
 }
@@ -92,11 +92,13 @@ static obm_status indexed_file(obm_checkpoint *c, const char *name, obm__safeten
     return OBM_OK;
 }
 
-static obm_status list_entry(obm_checkpoint *c, const char *index, const char *name, const obm_json *v, obm_error *err) {
+static obm_status list_entry(obm_checkpoint *c, const char *index, const char *name, const obm_json *v,
+                             obm_error *err) {
     const char *file = obm__json_string(v);
     if (!safe_file_name(file))
-        return obm__fail(err, OBM_E_FORMAT, "%s: weight_map.%s: expected the name of a file in this folder, found %s%s%s", index,
-                         name, file ? "\"" : "", file ? file : obm__json_kind_name(v), file ? "\"" : "");
+        return obm__fail(err, OBM_E_FORMAT,
+                         "%s: weight_map.%s: expected the name of a file in this folder, found %s%s%s", index, name,
+                         file ? "\"" : "", file ? file : obm__json_kind_name(v), file ? "\"" : "");
     obm__safetensors *s;
     OBM_TRY(indexed_file(c, file, &s, err));
     const obm__st_entry *e = obm__safetensors_find(s, name);
@@ -108,7 +110,8 @@ static obm_status list_entry(obm_checkpoint *c, const char *index, const char *n
 static obm_status list_indexed(obm_checkpoint *c, const char *index, const obm_json *root, obm_error *err) {
     const obm_json *map = obm__json_get(root, "weight_map");
     if (!map || obm__json_kind(map) != OBM_JSON_OBJECT)
-        return obm__fail(err, OBM_E_FORMAT, "%s: weight_map: expected an object, found %s", index, obm__json_kind_name(map));
+        return obm__fail(err, OBM_E_FORMAT, "%s: weight_map: expected an object, found %s", index,
+                         obm__json_kind_name(map));
     OBM_TRY(reserve_tensors(c, obm__json_size(map), err));
     for (void *it = obm__json_first(map); it; it = obm__json_next(map, it))
         OBM_TRY(list_entry(c, index, obm__json_key(it), obm__json_value(it), err));
@@ -126,7 +129,10 @@ static obm_status open_indexed(obm_checkpoint *c, const char *index, obm_error *
 
 /* ---- folders without one ---- */
 
-typedef struct { char **names; size_t count; } name_list;
+typedef struct {
+    char **names;
+    size_t count;
+} name_list;
 
 static int by_string(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
 
@@ -159,10 +165,11 @@ static bool torch_file(const char *name) {
 }
 
 static obm_status refuse_torch(const char *path, const char *name, obm_error *err) {
-    return obm__fail(err, OBM_E_UNSUPPORTED,
-                     "%s: %s holds pickled torch weights, which are not read; convert them in Python with "
-                     "transformers.AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT, safe_serialization=True)",
-                     path, name);
+    return obm__fail(
+        err, OBM_E_UNSUPPORTED,
+        "%s: %s holds pickled torch weights, which are not read; convert them in Python with "
+        "transformers.AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT, safe_serialization=True)",
+        path, name);
 }
 
 /* name-00001-of-00003.safetensors: one of several, so that a folder without their index is incomplete. */
@@ -170,8 +177,8 @@ static bool shard_name(const char *name) {
     size_t n = strlen(name), tail = strlen("-00001-of-00003.safetensors");
     if (n < tail || !ends_with(name, ".safetensors")) return false;
     const char *s = name + n - tail;
-    return s[0] == '-' && strspn(s + 1, "0123456789") == 5 && !strncmp(s + 6, "-of-", 4) && strspn(s + 10, "0123456789") == 5 &&
-           strncmp(s + 10, "00001", 5) != 0;
+    return s[0] == '-' && strspn(s + 1, "0123456789") == 5 && !strncmp(s + 6, "-of-", 4) &&
+           strspn(s + 10, "0123456789") == 5 && strncmp(s + 10, "00001", 5) != 0;
 }
 
 static obm_status open_listed(obm_checkpoint *c, const name_list *l, obm_error *err) {
@@ -181,13 +188,14 @@ static obm_status open_listed(obm_checkpoint *c, const name_list *l, obm_error *
         if (torch_file(name)) torch = name;
         if (!ends_with(name, ".safetensors")) continue;
         if (shard_name(name))
-            return obm__fail(err, OBM_E_FORMAT, "%s: %s is one of several files, and " INDEX_FILE " is missing", c->path, name);
+            return obm__fail(err, OBM_E_FORMAT, "%s: %s is one of several files, and " INDEX_FILE " is missing",
+                             c->path, name);
         OBM_TRY(add_file_in_folder(c, name, err));
     }
     if (c->n_files > 0) return list_all(c, err);
     if (torch) return refuse_torch(c->path, torch, err);
-    return obm__fail(err, OBM_E_FORMAT, "%s: no weights here: expected " ONE_FILE ", " INDEX_FILE " or other .safetensors files",
-                     c->path);
+    return obm__fail(err, OBM_E_FORMAT,
+                     "%s: no weights here: expected " ONE_FILE ", " INDEX_FILE " or other .safetensors files", c->path);
 }
 
 static obm_status open_unindexed(obm_checkpoint *c, obm_error *err) {
@@ -206,8 +214,10 @@ static obm_status open_weights(obm_checkpoint *c, obm_error *err) {
     if (!one || !index || !adapter) {
         status = obm__fail_nomem(err, strlen(c->directory));
     } else if (obm__file_exists(adapter)) {
-        status = obm__fail(err, OBM_E_UNSUPPORTED, "%s: LoRA adapters (adapter_config.json) are not supported in this version; merge "
-                           "the adapter into its base with peft's merge_and_unload first", c->path);
+        status = obm__fail(err, OBM_E_UNSUPPORTED,
+                           "%s: LoRA adapters (adapter_config.json) are not supported in this version; merge "
+                           "the adapter into its base with peft's merge_and_unload first",
+                           c->path);
     } else if (obm__file_exists(one)) {
         status = add_file(c, one, err);
         if (status == OBM_OK) status = list_all(c, err);

@@ -23,7 +23,8 @@ static obm_status open_regular(const char *path, int *fd, struct stat *st, obm_e
     }
     if (!S_ISREG(st->st_mode)) {
         close(f);
-        return obm__fail(err, OBM_E_IO, "%s is %s, expected a file", path, S_ISDIR(st->st_mode) ? "a folder" : "not a regular file");
+        return obm__fail(err, OBM_E_IO, "%s is %s, expected a file", path,
+                         S_ISDIR(st->st_mode) ? "a folder" : "not a regular file");
     }
     *fd = f;
     return OBM_OK;

@@ -17,7 +17,8 @@ static size_t scan_number(const char *text, size_t size, bool *long_integer) {
     size_t sign = size > 0 && text[0] == '-', digits = 0, n = sign;
     while (sign + digits < size && text[sign + digits] >= '0' && text[sign + digits] <= '9') digits++;
     for (n += digits; n < size && text[n] && strchr(".eE+-0123456789", text[n]); n++) continue;
-    *long_integer = n == sign + digits && (digits > 19 || (digits == 19 && memcmp(text + sign, "9223372036854775807", 19) > 0));
+    *long_integer =
+        n == sign + digits && (digits > 19 || (digits == 19 && memcmp(text + sign, "9223372036854775807", 19) > 0));
     return n;
 }
 
@@ -27,8 +28,8 @@ static size_t scan_string(const char *text, size_t size) {
     return n < size ? n + 1 : size;
 }
 
-/* Python writes integers of any length (int(1e30) as "no limit" in tokenizer_config.json); jansson refuses what int64 cannot
- * hold.  Appending ".0" makes those, and only those, reals. */
+/* Python writes integers of any length (int(1e30) as "no limit" in tokenizer_config.json); jansson refuses what int64
+ * cannot hold.  Appending ".0" makes those, and only those, reals. */
 static void widen_long_integers(const char *text, size_t size, obm__buffer *out) {
     for (size_t i = 0, n; i < size; i += n) {
         bool long_integer = false;
@@ -49,7 +50,8 @@ static void make_printable(char *s) {
 static obm_status parse_failure(json_error_t *e, const char *where, obm_error *err) {
     if (json_error_code(e) == json_error_out_of_memory) return obm__fail_nomem(err, 0);
     make_printable(e->text);
-    return obm__fail(err, OBM_E_FORMAT, "%s: not valid JSON at line %d, column %d: %s", where, e->line, e->column, e->text);
+    return obm__fail(err, OBM_E_FORMAT, "%s: not valid JSON at line %d, column %d: %s", where, e->line, e->column,
+                     e->text);
 }
 
 obm_status obm__json_parse(const char *text, size_t size, const char *where, obm_json **out, obm_error *err) {
@@ -107,19 +109,27 @@ char *obm__json_text(const obm_json *v, int indent) {
 
 obm_json_kind obm__json_kind(const obm_json *v) {
     switch (json_typeof(v)) {
-    case JSON_OBJECT: return OBM_JSON_OBJECT;
-    case JSON_ARRAY: return OBM_JSON_ARRAY;
-    case JSON_STRING: return OBM_JSON_STRING;
-    case JSON_INTEGER: return OBM_JSON_INT;
-    case JSON_REAL: return OBM_JSON_REAL;
+    case JSON_OBJECT:
+        return OBM_JSON_OBJECT;
+    case JSON_ARRAY:
+        return OBM_JSON_ARRAY;
+    case JSON_STRING:
+        return OBM_JSON_STRING;
+    case JSON_INTEGER:
+        return OBM_JSON_INT;
+    case JSON_REAL:
+        return OBM_JSON_REAL;
     case JSON_TRUE:
-    case JSON_FALSE: return OBM_JSON_BOOL;
-    default: return OBM_JSON_NULL;
+    case JSON_FALSE:
+        return OBM_JSON_BOOL;
+    default:
+        return OBM_JSON_NULL;
     }
 }
 
 const char *obm__json_kind_name(const obm_json *v) {
-    static const char *const names[] = {"null", "a boolean", "an integer", "a number", "a string", "an array", "an object"};
+    static const char *const names[] = {"null",     "a boolean", "an integer", "a number",
+                                        "a string", "an array",  "an object"};
     return v ? names[obm__json_kind(v)] : "nothing";
 }
 
@@ -177,6 +187,8 @@ obm_json *obm__json_new_int(int64_t i) { return json_integer(i); }
 obm_json *obm__json_new_real(double d) { return json_real(d); }
 obm_json *obm__json_new_bool(bool b) { return json_boolean(b); }
 obm_json *obm__json_new_null(void) { return json_null(); }
-bool obm__json_set(obm_json *object, const char *key, obm_json *value) { return json_object_set_new(object, key, value) == 0; }
+bool obm__json_set(obm_json *object, const char *key, obm_json *value) {
+    return json_object_set_new(object, key, value) == 0;
+}
 bool obm__json_append(obm_json *array, obm_json *value) { return json_array_append_new(array, value) == 0; }
 obm_json *obm__json_copy(const obm_json *v) { return json_deep_copy(v); }

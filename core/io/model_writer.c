@@ -1,15 +1,17 @@
-/* Model folders out: shards, their index, config, tokenizer files and model card.  Knows nothing about the tensors' meaning.
+/* Model folders out: shards, their index, config, tokenizer files and model card.  Knows nothing about the tensors'
+ * meaning.
  *
- * How the new state appears.  Readers (obm_checkpoint_open and transformers alike) take model.safetensors if it is there, else
- * the index.  Everything is first written and synced under temporary names; then shards get final names that nothing refers to
- * yet, then the small files are renamed, and last comes the commit:
+ * How the new state appears.  Readers (obm_checkpoint_open and transformers alike) take model.safetensors if it is
+ * there, else the index.  Everything is first written and synced under temporary names; then shards get final names
+ * that nothing refers to yet, then the small files are renamed, and last comes the commit:
  *
  *     one shard       rename of model.safetensors (an old index and its shards are removed afterwards)
  *     several         rename of the index; where an old model.safetensors stands before it, the removal of that
  *
- * Weights and config.json are two files, and no order of renames switches both at once.  So when an existing model is replaced
- * by one whose config or tokenizer differs, the old commit file is removed before the small files change: a run killed between
- * the two leaves a folder without a model, which every reader refuses, never the weights of one with the config of the other. */
+ * Weights and config.json are two files, and no order of renames switches both at once.  So when an existing model is
+ * replaced by one whose config or tokenizer differs, the old commit file is removed before the small files change: a
+ * run killed between the two leaves a folder without a model, which every reader refuses, never the weights of one with
+ * the config of the other. */
 #include "io.h"
 
 #include <dirent.h>
@@ -22,25 +24,50 @@
 #define DEFAULT_SHARD_BYTES 5000000000u
 
 static const char *const carried[] = {
-    "config.json",       "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-    "merges.txt",        "tokenizer.model",        "added_tokens.json", "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "added_tokens.json",
+    "chat_template.jinja",
 };
 #define N_CARRIED (sizeof carried / sizeof *carried)
 #define CARD "README.md"
 
-typedef struct { char *name; obm_dtype dtype; int32_t ndim; int64_t shape[OBM_MAX_DIM]; uint64_t bytes; size_t shard; } declared;
-typedef struct { obm__st_writer *file; char *name; char hash[33]; uint64_t bytes; bool ours; } shard;
+typedef struct {
+    char *name;
+    obm_dtype dtype;
+    int32_t ndim;
+    int64_t shape[OBM_MAX_DIM];
+    uint64_t bytes;
+    size_t shard;
+} declared;
+typedef struct {
+    obm__st_writer *file;
+    char *name;
+    char hash[33];
+    uint64_t bytes;
+    bool ours;
+} shard;
 /* A small file in transit: staged under temp, or to be removed because the new model has none. */
-typedef struct { const char *name; char *temp; bool stale; } small_file;
+typedef struct {
+    const char *name;
+    char *temp;
+    bool stale;
+} small_file;
 
 struct obm__model_writer {
     char *path, *copy_from, *config, *card;
     uint64_t shard_bytes, data_bytes;
     declared *tensors;
     size_t count, capacity;
-    shard *shards;            /* NULL before begin */
+    shard *shards; /* NULL before begin */
     size_t n_shards, current;
-    uint64_t left;            /* bytes that the current shard still needs */
+    uint64_t left; /* bytes that the current shard still needs */
     small_file small[N_CARRIED + 1];
     size_t n_small;
     char *index_temp;
@@ -59,7 +86,8 @@ static bool exists_in(const char *dir, const char *name) {
 static obm_status remove_in(const char *dir, const char *name, obm_error *err) {
     char *path = obm__path_join(dir, name);
     if (!path) return obm__fail_nomem(err, strlen(dir));
-    obm_status status = unlink(path) == 0 || access(path, F_OK) != 0 ? OBM_OK : obm__fail_errno(err, "cannot remove %s", path);
+    obm_status status =
+        unlink(path) == 0 || access(path, F_OK) != 0 ? OBM_OK : obm__fail_errno(err, "cannot remove %s", path);
     obm_free(path);
     return status;
 }
@@ -78,9 +106,11 @@ static bool holds_weights(const char *dir) {
 
 static obm_status refuse_existing(const char *path, bool overwrite, obm_error *err) {
     if (access(path, F_OK) != 0) return OBM_OK;
-    if (!obm__is_directory(path)) return obm__fail(err, OBM_E_EXISTS, "%s is a file, expected a folder or nothing", path);
+    if (!obm__is_directory(path))
+        return obm__fail(err, OBM_E_EXISTS, "%s is a file, expected a folder or nothing", path);
     if (overwrite) return OBM_OK;
-    if (holds_weights(path)) return obm__fail(err, OBM_E_EXISTS, "%s holds a model, and overwriting was not asked for", path);
+    if (holds_weights(path))
+        return obm__fail(err, OBM_E_EXISTS, "%s holds a model, and overwriting was not asked for", path);
     for (size_t i = 0; i <= N_CARRIED; i++) {
         const char *name = i < N_CARRIED ? carried[i] : CARD;
         if (exists_in(path, name))
@@ -101,7 +131,8 @@ static bool copy_options(obm__model_writer *w, const char *path, const obm__mode
     return ok;
 }
 
-obm_status obm__model_writer_new(const char *path, const obm__model_writer_options *o, obm__model_writer **out, obm_error *err) {
+obm_status obm__model_writer_new(const char *path, const obm__model_writer_options *o, obm__model_writer **out,
+                                 obm_error *err) {
     OBM_TRY(refuse_existing(path, o && o->overwrite, err));
     obm__model_writer *w = obm__calloc(1, sizeof *w);
     if (!w) return obm__fail_nomem(err, sizeof *w);
@@ -123,12 +154,13 @@ static obm_status grow(obm__model_writer *w, obm_error *err) {
     return OBM_OK;
 }
 
-obm_status obm__model_writer_declare(obm__model_writer *w, const char *name, obm_dtype dtype, int32_t ndim, const int64_t *shape,
-                                     obm_error *err) {
+obm_status obm__model_writer_declare(obm__model_writer *w, const char *name, obm_dtype dtype, int32_t ndim,
+                                     const int64_t *shape, obm_error *err) {
     if (w->shards) return obm__fail(err, OBM_E_ARG, "%s: tensor %s declared after writing began", w->path, name);
     uint64_t bytes;
     OBM_TRY(obm__st_bytes(name, dtype, ndim, shape, &bytes, err));
-    if (bytes > INT64_MAX - w->data_bytes) return obm__fail(err, OBM_E_ARG, "%s: more than 2^63 bytes declared", w->path);
+    if (bytes > INT64_MAX - w->data_bytes)
+        return obm__fail(err, OBM_E_ARG, "%s: more than 2^63 bytes declared", w->path);
     OBM_TRY(grow(w, err));
     declared d = {obm__strdup(name), dtype, ndim, {0}, bytes, 0};
     if (!d.name) return obm__fail_nomem(err, strlen(name));
@@ -140,8 +172,8 @@ obm_status obm__model_writer_declare(obm__model_writer *w, const char *name, obm
 
 /* ---- shards ---- */
 
-/* Tensors fill a shard until the next one would pass the limit; a tensor larger than the limit has a shard of its own, and empty
- * ones never open a shard. */
+/* Tensors fill a shard until the next one would pass the limit; a tensor larger than the limit has a shard of its own,
+ * and empty ones never open a shard. */
 static size_t assign_shards(declared *tensors, size_t count, uint64_t limit) {
     size_t at = 0;
     uint64_t filled = 0;
@@ -220,7 +252,8 @@ static obm_status check_names(const obm__model_writer *w, obm_error *err) {
     if (w->count > 1) qsort(names, w->count, sizeof *names, by_string);
     obm_status status = OBM_OK;
     for (size_t i = 1; i < w->count && status == OBM_OK; i++) {
-        if (!strcmp(names[i - 1], names[i])) status = obm__fail(err, OBM_E_ARG, "%s: tensor %s declared twice", w->path, names[i]);
+        if (!strcmp(names[i - 1], names[i]))
+            status = obm__fail(err, OBM_E_ARG, "%s: tensor %s declared twice", w->path, names[i]);
     }
     obm_free(names);
     return status;
@@ -377,7 +410,8 @@ static obm_status stage_index(obm__model_writer *w, obm_error *err) {
     ok = obm__json_set(root, "metadata", metadata) && ok;
     ok = obm__json_set(root, "weight_map", map) && ok;
     char *text = ok ? obm__json_text(root, 2) : NULL, *path = obm__path_join(w->path, INDEX_FILE);
-    obm_status status = text && path ? obm__file_stage(path, text, strlen(text), &w->index_temp, err) : obm__fail_nomem(err, 0);
+    obm_status status =
+        text && path ? obm__file_stage(path, text, strlen(text), &w->index_temp, err) : obm__fail_nomem(err, 0);
     obm__json_free(root);
     obm_free(text);
     obm_free(path);
@@ -439,7 +473,8 @@ static obm_status switch_over(obm__model_writer *w, obm_error *err) {
 
 obm_status obm__model_writer_finish(obm__model_writer *w, obm_error *err) {
     if (!w->shards || w->current < w->n_shards)
-        return obm__fail(err, OBM_E_ARG, "%s: fewer bytes written than the %llu declared", w->path, (unsigned long long)w->data_bytes);
+        return obm__fail(err, OBM_E_ARG, "%s: fewer bytes written than the %llu declared", w->path,
+                         (unsigned long long)w->data_bytes);
     OBM_TRY(stage_small(w, err));
     obm_json *old = old_index(w);
     obm_status status = switch_over(w, err);

@@ -1,10 +1,11 @@
-/* The safetensors container: 8 bytes of header length (little-endian), a JSON header, the tensors' bytes.  Reads by mapping,
- * writes as a stream.  Knows nothing about models.
+/* The safetensors container: 8 bytes of header length (little-endian), a JSON header, the tensors' bytes.  Reads by
+ * mapping, writes as a stream.  Knows nothing about models.
  *
- * The checks are those of the safetensors library (tensors cover the data part without holes or overlaps, sizes follow from
- * dtype and shape), and three of the format's own rules that the library leaves out: no duplicate names, the header begins with
- * '{', no bytes before or after.  Alignment is not required: files in circulation have headers of any length, so every reader
- * of a tensor's bytes goes through memcpy, unaligned loads, or obm_tensor_read_f32. */
+ * The checks are those of the safetensors library (tensors cover the data part without holes or overlaps, sizes follow
+ * from dtype and shape), and three of the format's own rules that the library leaves out: no duplicate names, the
+ * header begins with
+ * '{', no bytes before or after.  Alignment is not required: files in circulation have headers of any length, so every
+ * reader of a tensor's bytes goes through memcpy, unaligned loads, or obm_tensor_read_f32. */
 #include "io.h"
 
 #include <stdlib.h>
@@ -12,13 +13,17 @@
 #include <unistd.h>
 
 #define LENGTH_BYTES 8
-#define MAX_HEADER 100000000u   /* the library's limit */
+#define MAX_HEADER 100000000u /* the library's limit */
 #define METADATA_KEY "__metadata__"
 
 /* ---- reading: one entry ---- */
 
 /* What the checks of one file share: for messages, and to bound offsets. */
-typedef struct { const char *where; const uint8_t *data; size_t size; } source;
+typedef struct {
+    const char *where;
+    const uint8_t *data;
+    size_t size;
+} source;
 
 static obm_status parse_dtype(const source *s, const char *name, const obm_json *v, obm_dtype *out, obm_error *err) {
     const char *text = obm__json_string(v);
@@ -44,24 +49,27 @@ static obm_status parse_shape(const source *s, const char *name, const obm_json 
                          obm__json_kind_name(v));
     size_t n = obm__json_size(v);
     if (n > OBM_MAX_DIM)
-        return obm__fail(err, OBM_E_UNSUPPORTED, "%s: tensor %s has %zu dimensions, at most %d are supported", s->where, name, n,
-                         OBM_MAX_DIM);
+        return obm__fail(err, OBM_E_UNSUPPORTED, "%s: tensor %s has %zu dimensions, at most %d are supported", s->where,
+                         name, n, OBM_MAX_DIM);
     for (size_t i = 0; i < n; i++) {
         if (!non_negative(obm__json_at(v, i), &t->shape[i]))
-            return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s: shape[%zu]: expected an integer >= 0", s->where, name, i);
+            return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s: shape[%zu]: expected an integer >= 0", s->where, name,
+                             i);
     }
     t->ndim = (int32_t)n;
     return OBM_OK;
 }
 
-/* Zeros are left out of the overflow check's product: [0, 2^62, 2^62] is refused too, because readers multiply parts of a
- * shape (rows times columns) without looking at the rest. */
+/* Zeros are left out of the overflow check's product: [0, 2^62, 2^62] is refused too, because readers multiply parts of
+ * a shape (rows times columns) without looking at the rest. */
 static bool shape_bytes(const obm_tensor *t, size_t *out) {
     size_t bytes = obm_dtype_size(t->dtype);
     bool empty = false;
     for (int32_t i = 0; i < t->ndim; i++) {
-        if (t->shape[i] == 0) empty = true;
-        else if (!obm__mul(bytes, (size_t)t->shape[i], &bytes) || bytes > INT64_MAX) return false;
+        if (t->shape[i] == 0)
+            empty = true;
+        else if (!obm__mul(bytes, (size_t)t->shape[i], &bytes) || bytes > INT64_MAX)
+            return false;
     }
     *out = empty ? 0 : bytes;
     return true;
@@ -69,24 +77,28 @@ static bool shape_bytes(const obm_tensor *t, size_t *out) {
 
 static obm_status parse_offsets(const source *s, const char *name, const obm_json *v, obm_tensor *t, obm_error *err) {
     int64_t begin, end;
-    if (!v || obm__json_kind(v) != OBM_JSON_ARRAY || obm__json_size(v) != 2 || !non_negative(obm__json_at(v, 0), &begin) ||
-        !non_negative(obm__json_at(v, 1), &end))
+    if (!v || obm__json_kind(v) != OBM_JSON_ARRAY || obm__json_size(v) != 2 ||
+        !non_negative(obm__json_at(v, 0), &begin) || !non_negative(obm__json_at(v, 1), &end))
         return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s: data_offsets: expected two integers >= 0", s->where, name);
     if (begin > end || (uint64_t)end > s->size)
-        return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s: data_offsets [%lld, %lld] are outside of the %zu bytes of data", s->where,
+        return obm__fail(err, OBM_E_FORMAT,
+                         "%s: tensor %s: data_offsets [%lld, %lld] are outside of the %zu bytes of data", s->where,
                          name, (long long)begin, (long long)end, s->size);
     size_t bytes;
-    if (!shape_bytes(t, &bytes)) return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s: the shape's product is too large", s->where, name);
+    if (!shape_bytes(t, &bytes))
+        return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s: the shape's product is too large", s->where, name);
     if ((uint64_t)(end - begin) != bytes)
-        return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s: its shape needs %zu bytes, data_offsets hold %lld", s->where, name, bytes,
-                         (long long)(end - begin));
+        return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s: its shape needs %zu bytes, data_offsets hold %lld",
+                         s->where, name, bytes, (long long)(end - begin));
     t->data = s->data + begin;
     return OBM_OK;
 }
 
-static obm_status parse_tensor(const source *s, const char *name, const obm_json *v, obm__st_entry *out, obm_error *err) {
+static obm_status parse_tensor(const source *s, const char *name, const obm_json *v, obm__st_entry *out,
+                               obm_error *err) {
     if (obm__json_kind(v) != OBM_JSON_OBJECT)
-        return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s: expected an object, found %s", s->where, name, obm__json_kind_name(v));
+        return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s: expected an object, found %s", s->where, name,
+                         obm__json_kind_name(v));
     obm_tensor t = {0};
     OBM_TRY(parse_dtype(s, name, obm__json_get(v, "dtype"), &t.dtype, err));
     OBM_TRY(parse_shape(s, name, obm__json_get(v, "shape"), &t, err));
@@ -100,11 +112,12 @@ static obm_status parse_tensor(const source *s, const char *name, const obm_json
 static obm_status parse_metadata(const char *where, const obm_json *v, obm_json **out, obm_error *err) {
     if (obm__json_kind(v) == OBM_JSON_NULL) return OBM_OK;
     if (obm__json_kind(v) != OBM_JSON_OBJECT)
-        return obm__fail(err, OBM_E_FORMAT, "%s: " METADATA_KEY ": expected an object, found %s", where, obm__json_kind_name(v));
+        return obm__fail(err, OBM_E_FORMAT, "%s: " METADATA_KEY ": expected an object, found %s", where,
+                         obm__json_kind_name(v));
     for (void *it = obm__json_first(v); it; it = obm__json_next(v, it)) {
         if (obm__json_kind(obm__json_value(it)) != OBM_JSON_STRING)
-            return obm__fail(err, OBM_E_FORMAT, "%s: " METADATA_KEY ".%s: expected a string, found %s", where, obm__json_key(it),
-                             obm__json_kind_name(obm__json_value(it)));
+            return obm__fail(err, OBM_E_FORMAT, "%s: " METADATA_KEY ".%s: expected a string, found %s", where,
+                             obm__json_key(it), obm__json_kind_name(obm__json_value(it)));
     }
     *out = obm__json_copy(v);
     return *out ? OBM_OK : obm__fail_nomem(err, 0);
@@ -112,7 +125,9 @@ static obm_status parse_metadata(const char *where, const obm_json *v, obm_json 
 
 /* ---- reading: the whole ---- */
 
-static size_t entry_bytes(const obm__st_entry *e) { return (size_t)obm_tensor_count(&e->t) * obm_dtype_size(e->t.dtype); }
+static size_t entry_bytes(const obm__st_entry *e) {
+    return (size_t)obm_tensor_count(&e->t) * obm_dtype_size(e->t.dtype);
+}
 
 static int by_name(const void *a, const void *b) {
     return strcmp(((const obm__st_entry *)a)->name, ((const obm__st_entry *)b)->name);
@@ -133,12 +148,14 @@ static obm_status check_cover(const source *s, obm__st_entry *entries, size_t n,
     for (size_t i = 0; i < n; i++) {
         size_t begin = (size_t)((const uint8_t *)entries[i].t.data - s->data);
         if (begin != at)
-            return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s starts at byte %zu of the data, expected %zu (%s)", s->where,
-                             entries[i].name, begin, at, begin < at ? "it overlaps another" : "bytes that belong to no tensor");
+            return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s starts at byte %zu of the data, expected %zu (%s)",
+                             s->where, entries[i].name, begin, at,
+                             begin < at ? "it overlaps another" : "bytes that belong to no tensor");
         at += entry_bytes(&entries[i]);
     }
     if (at != s->size)
-        return obm__fail(err, OBM_E_FORMAT, "%s: the tensors cover %zu bytes, the file holds %zu bytes of data", s->where, at, s->size);
+        return obm__fail(err, OBM_E_FORMAT, "%s: the tensors cover %zu bytes, the file holds %zu bytes of data",
+                         s->where, at, s->size);
     return OBM_OK;
 }
 
@@ -150,7 +167,8 @@ static void free_entries(obm__st_entry *entries, size_t n) {
 /* Fills count, entries and metadata of *out step by step, so that the caller can free what is there on failure. */
 static obm_status parse_header(const source *s, const obm_json *header, obm__safetensors *out, obm_error *err) {
     if (obm__json_kind(header) != OBM_JSON_OBJECT)
-        return obm__fail(err, OBM_E_FORMAT, "%s: header: expected an object, found %s", s->where, obm__json_kind_name(header));
+        return obm__fail(err, OBM_E_FORMAT, "%s: header: expected an object, found %s", s->where,
+                         obm__json_kind_name(header));
     out->entries = obm__calloc(obm__json_size(header), sizeof *out->entries);
     if (!out->entries) return obm__fail_nomem(err, obm__json_size(header) * sizeof *out->entries);
     for (void *it = obm__json_first(header); it; it = obm__json_next(header, it)) {
@@ -169,12 +187,14 @@ static obm_status parse_header(const source *s, const obm_json *header, obm__saf
 
 static obm_status header_length(const uint8_t *data, size_t size, const char *where, size_t *out, obm_error *err) {
     if (size < LENGTH_BYTES)
-        return obm__fail(err, OBM_E_FORMAT, "%s: expected a safetensors file, found %zu bytes (shorter than the header's length)",
-                         where, size);
+        return obm__fail(err, OBM_E_FORMAT,
+                         "%s: expected a safetensors file, found %zu bytes (shorter than the header's length)", where,
+                         size);
     uint64_t n = 0;
     for (int i = 0; i < LENGTH_BYTES; i++) n |= (uint64_t)data[i] << 8 * i;
     if (n > MAX_HEADER)
-        return obm__fail(err, OBM_E_FORMAT, "%s: not a safetensors file: a header of %llu bytes is announced, at most %u are allowed",
+        return obm__fail(err, OBM_E_FORMAT,
+                         "%s: not a safetensors file: a header of %llu bytes is announced, at most %u are allowed",
                          where, (unsigned long long)n, MAX_HEADER);
     if (n > size - LENGTH_BYTES)
         return obm__fail(err, OBM_E_FORMAT, "%s: truncated: the header needs %llu bytes, the file has %zu", where,
@@ -185,7 +205,8 @@ static obm_status header_length(const uint8_t *data, size_t size, const char *wh
     return OBM_OK;
 }
 
-obm_status obm__safetensors_parse(const uint8_t *data, size_t size, const char *where, obm__safetensors *out, obm_error *err) {
+obm_status obm__safetensors_parse(const uint8_t *data, size_t size, const char *where, obm__safetensors *out,
+                                  obm_error *err) {
     size_t n = 0;
     OBM_TRY(header_length(data, size, where, &n, err));
     obm_json *header;
@@ -236,14 +257,20 @@ const obm__st_entry *obm__safetensors_find(const obm__safetensors *s, const char
 
 /* ---- writing ---- */
 
-typedef struct { char *name; obm_dtype dtype; int32_t ndim; int64_t shape[OBM_MAX_DIM]; uint64_t begin, end; } declared;
+typedef struct {
+    char *name;
+    obm_dtype dtype;
+    int32_t ndim;
+    int64_t shape[OBM_MAX_DIM];
+    uint64_t begin, end;
+} declared;
 
 struct obm__st_writer {
-    char *path, *temp;        /* temp: NULL before begin and after publishing */
+    char *path, *temp; /* temp: NULL before begin and after publishing */
     int fd;
     declared *tensors;
     size_t count, capacity;
-    obm_json *metadata;       /* NULL without */
+    obm_json *metadata; /* NULL without */
     uint64_t data_bytes, written;
     obm__xxh3 *hash;
 };
@@ -271,10 +298,12 @@ static obm_status grow(obm__st_writer *w, obm_error *err) {
     return OBM_OK;
 }
 
-obm_status obm__st_bytes(const char *name, obm_dtype dtype, int32_t ndim, const int64_t *shape, uint64_t *out, obm_error *err) {
+obm_status obm__st_bytes(const char *name, obm_dtype dtype, int32_t ndim, const int64_t *shape, uint64_t *out,
+                         obm_error *err) {
     obm_tensor t = {.dtype = dtype, .ndim = ndim};
     if (ndim < 0 || ndim > OBM_MAX_DIM || obm_dtype_size(dtype) == 0)
-        return obm__fail(err, OBM_E_ARG, "tensor %s: dtype %d with %d dimensions cannot be written", name, (int)dtype, (int)ndim);
+        return obm__fail(err, OBM_E_ARG, "tensor %s: dtype %d with %d dimensions cannot be written", name, (int)dtype,
+                         (int)ndim);
     for (int32_t i = 0; i < ndim; i++) {
         if (shape[i] < 0) return obm__fail(err, OBM_E_ARG, "tensor %s: shape[%d] is negative", name, (int)i);
         t.shape[i] = shape[i];
@@ -286,12 +315,13 @@ obm_status obm__st_bytes(const char *name, obm_dtype dtype, int32_t ndim, const 
 }
 
 /* A name declared twice is found in begin, where the header becomes one object. */
-obm_status obm__st_writer_declare(obm__st_writer *w, const char *name, obm_dtype dtype, int32_t ndim, const int64_t *shape,
-                                  obm_error *err) {
+obm_status obm__st_writer_declare(obm__st_writer *w, const char *name, obm_dtype dtype, int32_t ndim,
+                                  const int64_t *shape, obm_error *err) {
     if (w->fd >= 0) return obm__fail(err, OBM_E_ARG, "%s: tensor %s declared after writing began", w->path, name);
     uint64_t bytes;
     OBM_TRY(obm__st_bytes(name, dtype, ndim, shape, &bytes, err));
-    if (bytes > INT64_MAX - w->data_bytes) return obm__fail(err, OBM_E_ARG, "%s: more than 2^63 bytes declared", w->path);
+    if (bytes > INT64_MAX - w->data_bytes)
+        return obm__fail(err, OBM_E_ARG, "%s: more than 2^63 bytes declared", w->path);
     OBM_TRY(grow(w, err));
     declared d = {obm__strdup(name), dtype, ndim, {0}, w->data_bytes, w->data_bytes + bytes};
     if (!d.name) return obm__fail_nomem(err, strlen(name));
@@ -333,11 +363,13 @@ static obm_status header_bytes(const obm__st_writer *w, obm__buffer *out, obm_er
     obm_json *header = obm__json_new_object();
     char *text = NULL;
     obm_status status = OBM_OK;
-    if (w->metadata && !obm__json_set(header, METADATA_KEY, obm__json_copy(w->metadata))) OBM_GO(obm__fail_nomem(err, 0));
+    if (w->metadata && !obm__json_set(header, METADATA_KEY, obm__json_copy(w->metadata)))
+        OBM_GO(obm__fail_nomem(err, 0));
     for (size_t i = 0; i < w->count; i++) OBM_GO(add_record(w, &w->tensors[i], header, err));
     text = obm__json_text(header, 0);
     size_t n = text ? strlen(text) : 0, padded = (LENGTH_BYTES + n + 63) / 64 * 64 - LENGTH_BYTES;
-    if (padded > MAX_HEADER) OBM_GO(obm__fail(err, OBM_E_ARG, "%s: too many tensors: a header of %zu bytes", w->path, padded));
+    if (padded > MAX_HEADER)
+        OBM_GO(obm__fail(err, OBM_E_ARG, "%s: too many tensors: a header of %zu bytes", w->path, padded));
     for (int i = 0; i < LENGTH_BYTES; i++) obm__buffer_add(out, &(char){(char)((uint64_t)padded >> 8 * i)}, 1);
     obm__buffer_add(out, text, n);
     for (size_t i = n; i < padded; i++) obm__buffer_add(out, " ", 1);
@@ -384,8 +416,8 @@ obm_status obm__st_writer_write(obm__st_writer *w, const void *bytes, size_t n, 
 obm_status obm__st_writer_seal(obm__st_writer *w, char xxh3[33], obm_error *err) {
     if (w->fd < 0) return obm__fail(err, OBM_E_ARG, "%s: writing has not begun", w->path);
     if (w->written != w->data_bytes)
-        return obm__fail(err, OBM_E_ARG, "%s: %llu of %llu declared bytes written", w->path, (unsigned long long)w->written,
-                         (unsigned long long)w->data_bytes);
+        return obm__fail(err, OBM_E_ARG, "%s: %llu of %llu declared bytes written", w->path,
+                         (unsigned long long)w->written, (unsigned long long)w->data_bytes);
     int fd = w->fd;
     w->fd = -1;
     OBM_TRY(obm__fd_seal(fd, w->temp, err));

@@ -48,7 +48,8 @@ static inline void put_file(const char *path, const void *bytes, size_t n) {
 static inline void put_text(const char *path, const char *text) { put_file(path, text, strlen(text)); }
 
 /* Length, header, then n bytes: data, or 0, 1, 2, ... when it is NULL.  Free the result. */
-static inline uint8_t *build_safetensors(const char *header, size_t header_size, const void *data, size_t n, size_t *size) {
+static inline uint8_t *build_safetensors(const char *header, size_t header_size, const void *data, size_t n,
+                                         size_t *size) {
     uint8_t *bytes = malloc(8 + header_size + n + 1);
     if (!bytes) abort();
     for (int i = 0; i < 8; i++) bytes[i] = (uint8_t)((uint64_t)header_size >> 8 * i);

@@ -87,7 +87,8 @@ static void test_indexed(void **state) {
     put_weights(dir, "m-2.safetensors", "a", "aa");
     put_weights(dir, "unlisted.safetensors", "c", "cc");
     put(dir, "config.json", "{\"tie_word_embeddings\": false}\n");
-    put(dir, INDEX, "{\"metadata\":{\"total_size\":4},\"weight_map\":{\"b\":\"m-1.safetensors\",\"a\":\"m-2.safetensors\"}}");
+    put(dir, INDEX,
+        "{\"metadata\":{\"total_size\":4},\"weight_map\":{\"b\":\"m-1.safetensors\",\"a\":\"m-2.safetensors\"}}");
     obm_checkpoint *c = open_ok(dir);
     assert_string_equal(obm_checkpoint_config(c), "{\"tie_word_embeddings\": false}\n");
     assert_int_equal(obm_checkpoint_count(c), 2);
@@ -103,10 +104,13 @@ static void test_indexed(void **state) {
 
 static void test_bad_index(void **state) {
     (void)state;
-    static const struct { const char *text, *said; } cases[] = {
+    static const struct {
+        const char *text, *said;
+    } cases[] = {
         {"{\"weight_map\":{\"a\":\"m.safetensors\",\"z\":\"m.safetensors\"}}", "tensor z is not in"},
         {"{\"weight_map\":{\"a\":\"gone.safetensors\"}}", "No such file"},
-        {"{\"weight_map\":{\"a\":\"../bad/m.safetensors\"}}", "weight_map.a: expected the name of a file in this folder, found \"../bad"},
+        {"{\"weight_map\":{\"a\":\"../bad/m.safetensors\"}}",
+         "weight_map.a: expected the name of a file in this folder, found \"../bad"},
         {"{\"weight_map\":{\"a\":\"/etc/passwd\"}}", "found \"/etc/passwd\""},
         {"{\"weight_map\":{\"a\":\"..\"}}", "found \"..\""},
         {"{\"weight_map\":{\"a\":\"sub\\\\m.safetensors\"}}", "expected the name of a file"},
@@ -154,7 +158,8 @@ static void test_no_index(void **state) {
     put_weights(dir, "model-00001-of-00001.safetensors", "d", "44");
     obm_checkpoint_free(open_ok(dir));
     put_weights(dir, "model-00002-of-00003.safetensors", "e", "55");
-    refused(dir, OBM_E_FORMAT, "model-00002-of-00003.safetensors is one of several files, and model.safetensors.index.json is missing");
+    refused(dir, OBM_E_FORMAT,
+            "model-00002-of-00003.safetensors is one of several files, and model.safetensors.index.json is missing");
 }
 
 static void test_refused_kinds(void **state) {
@@ -183,7 +188,10 @@ static void test_config(void **state) {
 
 static void test_tied(void **state) {
     (void)state;
-    static const struct { const char *config, *second; bool embedding, tied; } cases[] = {
+    static const struct {
+        const char *config, *second;
+        bool embedding, tied;
+    } cases[] = {
         {NULL, "x", true, true},
         {NULL, OBM_HEAD_NAME, true, false},
         {"{}", OBM_HEAD_NAME, true, false},
@@ -215,9 +223,9 @@ static void test_message_is_one_line(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_single_file), cmocka_unit_test(test_indexed),       cmocka_unit_test(test_bad_index),
-        cmocka_unit_test(test_precedence),  cmocka_unit_test(test_no_index),      cmocka_unit_test(test_refused_kinds),
-        cmocka_unit_test(test_config),      cmocka_unit_test(test_tied),          cmocka_unit_test(test_message_is_one_line),
+        cmocka_unit_test(test_single_file), cmocka_unit_test(test_indexed),  cmocka_unit_test(test_bad_index),
+        cmocka_unit_test(test_precedence),  cmocka_unit_test(test_no_index), cmocka_unit_test(test_refused_kinds),
+        cmocka_unit_test(test_config),      cmocka_unit_test(test_tied),     cmocka_unit_test(test_message_is_one_line),
     };
     return cmocka_run_group_tests(tests, fixture_make, fixture_remove);
 }

@@ -40,7 +40,8 @@ static void test_kinds(void **state) {
 
 static void test_integers(void **state) {
     (void)state;
-    obm_json *v = parse("[9223372036854775807, -9223372036854775808, 4.0, 4.5, 9223372036854775808.0, -9223372036854775808.0, \"4\"]");
+    obm_json *v = parse(
+        "[9223372036854775807, -9223372036854775808, 4.0, 4.5, 9223372036854775808.0, -9223372036854775808.0, \"4\"]");
     int64_t i = -1;
     assert_true(obm__json_int(obm__json_at(v, 0), &i) && i == INT64_MAX);
     assert_true(obm__json_int(obm__json_at(v, 1), &i) && i == INT64_MIN);
@@ -61,8 +62,9 @@ static void test_integers(void **state) {
 /* transformers writes int(1e30) for "no limit"; the other integers of that document must stay integers. */
 static void test_long_integers(void **state) {
     (void)state;
-    obm_json *v = parse("{\"model_max_length\": 1000000000000000019884624838656, \"a\": 9223372036854775807, "
-                        "\"b\": -9223372036854775808, \"s\": \"9999999999999999999999 \\\" 99999999999999999999\", \"r\": 1e5}");
+    obm_json *v =
+        parse("{\"model_max_length\": 1000000000000000019884624838656, \"a\": 9223372036854775807, "
+              "\"b\": -9223372036854775808, \"s\": \"9999999999999999999999 \\\" 99999999999999999999\", \"r\": 1e5}");
     double d = 0;
     int64_t i = 0;
     assert_int_equal(obm__json_kind(obm__json_get(v, "model_max_length")), OBM_JSON_REAL);
@@ -104,8 +106,15 @@ static void test_refusals(void **state) {
 /* Also behind a number, where jansson alone would skip it. */
 static void test_raw_nul(void **state) {
     (void)state;
-    static const struct { const char *text; size_t size; const char *said; } cases[] = {
-        {"[2\0,3]", 6, "a NUL at byte 2"}, {"\0", 1, "byte 0"}, {"[\0]", 3, "byte 1"}, {"\"a\0\"", 4, "byte 2"}, {"{}\0", 3, "byte 2"}};
+    static const struct {
+        const char *text;
+        size_t size;
+        const char *said;
+    } cases[] = {{"[2\0,3]", 6, "a NUL at byte 2"},
+                 {"\0", 1, "byte 0"},
+                 {"[\0]", 3, "byte 1"},
+                 {"\"a\0\"", 4, "byte 2"},
+                 {"{}\0", 3, "byte 2"}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         obm_json *v;
         obm_error err;
@@ -164,7 +173,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_kinds),   cmocka_unit_test(test_integers), cmocka_unit_test(test_long_integers),
         cmocka_unit_test(test_strings), cmocka_unit_test(test_refusals), cmocka_unit_test(test_depth),
-        cmocka_unit_test(test_raw_nul),  cmocka_unit_test(test_text),
+        cmocka_unit_test(test_raw_nul), cmocka_unit_test(test_text),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,4 +1,5 @@
-/* Model folders out: shards, index, carried files, refusals, and a run killed before every single step of the commit. */
+/* Model folders out: shards, index, carried files, refusals, and a run killed before every single step of the commit.
+ */
 #include "io_fixture.h"
 
 #include <fcntl.h>
@@ -8,8 +9,8 @@
 
 #include <cmocka.h>
 
-/* rename and unlink of this program, so that a child can die just before the n-th of them (0: never), and an fsync that takes
- * no time: a dying process loses nothing that it has written. */
+/* rename and unlink of this program, so that a child can die just before the n-th of them (0: never), and an fsync that
+ * takes no time: a dying process loses nothing that it has written. */
 static int steps_left;
 
 static void step(void) {
@@ -56,8 +57,8 @@ static void write_ok(const char *path, const obm__model_writer_options *o, char 
     if (write_model(path, o, fill, &err) != OBM_OK) fail_msg("%s", err.message);
 }
 
-/* The byte that all tensors of the model are filled with and a tag from its config, 0 if it cannot be opened.  Fails on any
- * mixture. */
+/* The byte that all tensors of the model are filled with and a tag from its config, 0 if it cannot be opened.  Fails on
+ * any mixture. */
 static char model_state(const char *path, int *tag) {
     obm_checkpoint *c = NULL;
     if (obm_checkpoint_open(NULL, path, &c, NULL) != OBM_OK) return 0;
@@ -142,7 +143,10 @@ static void test_shard_limits(void **state) {
     obm__model_writer *w;
     obm_error err;
     assert_int_equal(obm__model_writer_new(dir, &(obm__model_writer_options){.shard_bytes = 1}, &w, &err), OBM_OK);
-    const struct { const char *name; int64_t n; } tensors[] = {{"e0", 0}, {"two", 2}, {"e1", 0}, {"one", 1}, {"e2", 0}, {"three", 3}, {"e3", 0}};
+    const struct {
+        const char *name;
+        int64_t n;
+    } tensors[] = {{"e0", 0}, {"two", 2}, {"e1", 0}, {"one", 1}, {"e2", 0}, {"three", 3}, {"e3", 0}};
     for (size_t i = 0; i < 7; i++)
         assert_int_equal(obm__model_writer_declare(w, tensors[i].name, OBM_U8, 1, &tensors[i].n, &err), OBM_OK);
     uint64_t planned = obm__model_writer_size(w);
@@ -189,9 +193,16 @@ static void same_text(const char *dir, const char *name, const char *text) {
 
 static void test_carried_files(void **state) {
     (void)state;
-    static const char *const all[] = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-                                      "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model",
-                                      "added_tokens.json", "chat_template.jinja"};
+    static const char *const all[] = {"config.json",
+                                      "generation_config.json",
+                                      "tokenizer.json",
+                                      "tokenizer_config.json",
+                                      "special_tokens_map.json",
+                                      "vocab.json",
+                                      "merges.txt",
+                                      "tokenizer.model",
+                                      "added_tokens.json",
+                                      "chat_template.jinja"};
     const char *from = in_dir("from"), *to = in_dir("to");
     assert_int_equal(mkdir(from, 0777), 0);
     for (size_t i = 0; i < 10; i++) {
@@ -233,7 +244,8 @@ static void test_exists(void **state) {
     write_ok(dir, &(obm__model_writer_options){.overwrite = true}, 'y');
     assert_int_equal(model_state(dir, &tag), 'y');
     put_text(in_dir("plain"), "a file");
-    assert_int_equal(write_model(in_dir("plain"), &(obm__model_writer_options){.overwrite = true}, 'y', &err), OBM_E_EXISTS);
+    assert_int_equal(write_model(in_dir("plain"), &(obm__model_writer_options){.overwrite = true}, 'y', &err),
+                     OBM_E_EXISTS);
     assert_int_equal(mkdir(in_dir("notes"), 0777), 0);
     put_text(in_dir("notes/notes.txt"), "mine");
     write_ok(in_dir("notes"), NULL, 'x');
@@ -250,7 +262,8 @@ static void test_unfinished(void **state) {
     obm_error err;
     assert_int_equal(obm__model_writer_new(dir, &(obm__model_writer_options){.shard_bytes = 5}, &w, &err), OBM_OK);
     assert_int_equal(obm__model_writer_write(w, "x", 1, &err), OBM_E_ARG);
-    for (int i = 0; i < 3; i++) assert_int_equal(obm__model_writer_declare(w, names[i], OBM_U8, 1, (int64_t[]){5}, &err), OBM_OK);
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(obm__model_writer_declare(w, names[i], OBM_U8, 1, (int64_t[]){5}, &err), OBM_OK);
     assert_int_equal(obm__model_writer_begin(w, &err), OBM_OK);
     assert_int_equal(obm__model_writer_declare(w, "late", OBM_U8, 1, (int64_t[]){5}, &err), OBM_E_ARG);
     assert_int_equal(obm__model_writer_write(w, "0123456", 7, &err), OBM_OK);
@@ -259,7 +272,8 @@ static void test_unfinished(void **state) {
     obm__model_writer_free(w);
     assert_int_equal(count_files(dir, "."), 0);
     assert_int_equal(obm__model_writer_new(dir, NULL, &w, &err), OBM_OK);
-    for (int i = 0; i < 2; i++) assert_int_equal(obm__model_writer_declare(w, "twice", OBM_U8, 1, (int64_t[]){5}, &err), OBM_OK);
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(obm__model_writer_declare(w, "twice", OBM_U8, 1, (int64_t[]){5}, &err), OBM_OK);
     assert_int_equal(obm__model_writer_begin(w, &err), OBM_E_ARG);
     assert_non_null(strstr(err.message, "tensor twice declared twice"));
     obm__model_writer_free(w);
@@ -281,8 +295,9 @@ static int replace_killed(const char *dir, uint64_t shard_bytes, int tag, int n)
         steps_left = n;
         obm_json *config = obm__json_new_object();
         obm__json_set(config, "tag", obm__json_new_int(tag));
-        obm_status status = write_model(dir, &(obm__model_writer_options){.shard_bytes = shard_bytes, .config = config, .overwrite = true},
-                                        'n', NULL);
+        obm_status status = write_model(
+            dir, &(obm__model_writer_options){.shard_bytes = shard_bytes, .config = config, .overwrite = true}, 'n',
+            NULL);
         _exit(status == OBM_OK ? 0 : 1);
     }
     int result = -1;
@@ -291,7 +306,8 @@ static int replace_killed(const char *dir, uint64_t shard_bytes, int tag, int n)
     return WEXITSTATUS(result);
 }
 
-/* With the same config every state is the old model or the new one.  With another there is also "no model", never a mixture. */
+/* With the same config every state is the old model or the new one.  With another there is also "no model", never a
+ * mixture. */
 static void kill_everywhere(const char *dir, uint64_t from, uint64_t to, bool same_config) {
     bool seen_new = false;
     int n = 1;
@@ -304,9 +320,12 @@ static void kill_everywhere(const char *dir, uint64_t from, uint64_t to, bool sa
             break;
         }
         assert_int_equal(code, 99);
-        if (fill == 'o') assert_true(tag == 1 && !seen_new);
-        else if (fill == 'n') assert_int_equal(tag, same_config ? 1 : 2);
-        else assert_false(same_config);
+        if (fill == 'o')
+            assert_true(tag == 1 && !seen_new);
+        else if (fill == 'n')
+            assert_int_equal(tag, same_config ? 1 : 2);
+        else
+            assert_false(same_config);
         seen_new = seen_new || fill == 'n';
         assert_true(n < 50);
     }
@@ -325,7 +344,7 @@ static void kill_everywhere(const char *dir, uint64_t from, uint64_t to, bool sa
 
 static void test_killed(void **state) {
     (void)state;
-    static const uint64_t sizes[] = {100, 1000};   /* three shards, one file */
+    static const uint64_t sizes[] = {100, 1000}; /* three shards, one file */
     for (int from = 0; from < 2; from++) {
         for (int to = 0; to < 2; to++) {
             for (int same = 0; same < 2; same++) kill_everywhere(in_dir("killed"), sizes[from], sizes[to], same);
@@ -352,9 +371,15 @@ static void test_killed_first_write(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_single),        cmocka_unit_test(test_sharded),          cmocka_unit_test(test_shard_limits),
-        cmocka_unit_test(test_nothing_declared), cmocka_unit_test(test_carried_files), cmocka_unit_test(test_exists),
-        cmocka_unit_test(test_unfinished),    cmocka_unit_test(test_killed),           cmocka_unit_test(test_killed_first_write),
+        cmocka_unit_test(test_single),
+        cmocka_unit_test(test_sharded),
+        cmocka_unit_test(test_shard_limits),
+        cmocka_unit_test(test_nothing_declared),
+        cmocka_unit_test(test_carried_files),
+        cmocka_unit_test(test_exists),
+        cmocka_unit_test(test_unfinished),
+        cmocka_unit_test(test_killed),
+        cmocka_unit_test(test_killed_first_write),
     };
     return cmocka_run_group_tests(tests, fixture_make, fixture_remove);
 }

@@ -6,7 +6,8 @@
 
 #include <cmocka.h>
 
-#define TENSOR(name, dtype, shape, offsets) "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":" shape ",\"data_offsets\":" offsets "}"
+#define TENSOR(name, dtype, shape, offsets) \
+    "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":" shape ",\"data_offsets\":" offsets "}"
 
 static obm_status parse(const char *header, size_t header_size, size_t n_data, obm__safetensors *out, obm_error *err) {
     size_t size;
@@ -24,7 +25,10 @@ static void release(obm__safetensors *s) {
 
 static void test_accepted(void **state) {
     (void)state;
-    static const struct { const char *header; size_t data, count; } cases[] = {
+    static const struct {
+        const char *header;
+        size_t data, count;
+    } cases[] = {
         {"{}", 0, 0},
         {"{\"__metadata__\":{\"format\":\"pt\"}}", 0, 0},
         {"{\"__metadata__\":null}", 0, 0},
@@ -32,7 +36,9 @@ static void test_accepted(void **state) {
         {"{" TENSOR("a", "F32", "[0]", "[0,0]") "}", 0, 1},
         {"{" TENSOR("", "U8", "[1]", "[0,1]") "}", 1, 1},
         {"{" TENSOR("b", "BF16", "[2,3]", "[4,16]") "," TENSOR("a", "F32", "[1]", "[0,4]") "}", 16, 2},
-        {"{" TENSOR("b", "U8", "[0]", "[2,2]") "," TENSOR("a", "U8", "[2]", "[0,2]") "," TENSOR("c", "U8", "[3]", "[2,5]") "}", 5, 3},
+        {"{" TENSOR("b", "U8", "[0]", "[2,2]") "," TENSOR("a", "U8", "[2]", "[0,2]") "," TENSOR("c", "U8", "[3]",
+                                                                                                "[2,5]") "}",
+         5, 3},
         {"{" TENSOR("a", "F64", "[1,1,1,1,1,1,1,1]", "[0,8]") "}      \n\t ", 8, 1},
         {"{\"a\":{\"data_offsets\":[0,1],\"more\":[1,{}],\"shape\":[1],\"dtype\":\"F8_E4M3\"}}", 1, 1},
         {"{" TENSOR("\\u00e4\\u0001", "BOOL", "[1]", "[0,1]") "}", 1, 1},
@@ -48,7 +54,12 @@ static void test_accepted(void **state) {
     }
 }
 
-static const struct { const char *header; size_t data; obm_status status; const char *said; } hostile[] = {
+static const struct {
+    const char *header;
+    size_t data;
+    obm_status status;
+    const char *said;
+} hostile[] = {
     /* not a header at all */
     {"", 0, OBM_E_FORMAT, "does not begin with '{'"},
     {" {}", 0, OBM_E_FORMAT, "byte 8"},
@@ -60,14 +71,16 @@ static const struct { const char *header; size_t data; obm_status status; const 
     {"{\"a\\u0000\":{}}", 0, OBM_E_FORMAT, "not valid JSON"},
     /* names */
     {"{" TENSOR("a", "U8", "[1]", "[0,1]") "," TENSOR("a", "U8", "[1]", "[1,2]") "}", 2, OBM_E_FORMAT, "duplicate"},
-    {"{" TENSOR("a", "U8", "[1]", "[0,1]") "," TENSOR("\\u0061", "U8", "[1]", "[1,2]") "}", 2, OBM_E_FORMAT, "duplicate"},
+    {"{" TENSOR("a", "U8", "[1]", "[0,1]") "," TENSOR("\\u0061", "U8", "[1]", "[1,2]") "}", 2, OBM_E_FORMAT,
+     "duplicate"},
     /* metadata */
     {"{\"__metadata__\":{\"a\":1}}", 0, OBM_E_FORMAT, "__metadata__.a: expected a string"},
     {"{\"__metadata__\":[]}", 0, OBM_E_FORMAT, "__metadata__: expected an object"},
     /* dtype */
     {"{" TENSOR("a", "F99", "[1]", "[0,1]") "}", 1, OBM_E_FORMAT, "unknown dtype \"F99\""},
     {"{" TENSOR("a", "f32", "[1]", "[0,4]") "}", 4, OBM_E_FORMAT, "unknown dtype"},
-    {"{\"a\":{\"dtype\":7,\"shape\":[1],\"data_offsets\":[0,1]}}", 1, OBM_E_FORMAT, "dtype: expected a string, found an integer"},
+    {"{\"a\":{\"dtype\":7,\"shape\":[1],\"data_offsets\":[0,1]}}", 1, OBM_E_FORMAT,
+     "dtype: expected a string, found an integer"},
     {"{\"a\":{\"shape\":[1],\"data_offsets\":[0,1]}}", 1, OBM_E_FORMAT, "dtype: expected a string, found nothing"},
     {"{\"a\":{\"dtype\":\"U8\",\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}", 1, OBM_E_FORMAT, "duplicate"},
     /* shape */
@@ -81,7 +94,8 @@ static const struct { const char *header; size_t data; obm_status status; const 
     {"{" TENSOR("a", "F32", "[4611686018427387904]", "[0,0]") "}", 0, OBM_E_FORMAT, "product is too large"},
     {"{" TENSOR("a", "U8", "[4294967296,4294967296]", "[0,0]") "}", 0, OBM_E_FORMAT, "product is too large"},
     {"{" TENSOR("a", "U8", "[0,4611686018427387904,8]", "[0,0]") "}", 0, OBM_E_FORMAT, "product is too large"},
-    {"{" TENSOR("a", "F32", "[2305843009213693951]", "[0,4]") "}", 4, OBM_E_FORMAT, "its shape needs 9223372036854775804 bytes"},
+    {"{" TENSOR("a", "F32", "[2305843009213693951]", "[0,4]") "}", 4, OBM_E_FORMAT,
+     "its shape needs 9223372036854775804 bytes"},
     {"{" TENSOR("a", "U8", "[1,1,1,1,1,1,1,1,1]", "[0,1]") "}", 1, OBM_E_UNSUPPORTED, "9 dimensions"},
     /* offsets of one tensor */
     {"{\"a\":{\"dtype\":\"U8\",\"shape\":[1]}}", 1, OBM_E_FORMAT, "data_offsets: expected two integers"},
@@ -98,11 +112,16 @@ static const struct { const char *header; size_t data; obm_status status; const 
     /* offsets of all tensors together */
     {"{}", 1, OBM_E_FORMAT, "cover 0 bytes, the file holds 1"},
     {"{" TENSOR("a", "U8", "[1]", "[0,1]") "}", 2, OBM_E_FORMAT, "cover 1 bytes, the file holds 2"},
-    {"{" TENSOR("a", "U8", "[1]", "[1,2]") "}", 2, OBM_E_FORMAT, "starts at byte 1 of the data, expected 0 (bytes that belong"},
-    {"{" TENSOR("a", "U8", "[1]", "[0,1]") "," TENSOR("b", "U8", "[1]", "[2,3]") "}", 3, OBM_E_FORMAT, "tensor b starts at byte 2"},
-    {"{" TENSOR("a", "U8", "[2]", "[0,2]") "," TENSOR("b", "U8", "[2]", "[1,3]") "}", 3, OBM_E_FORMAT, "overlaps another"},
-    {"{" TENSOR("a", "U8", "[2]", "[0,2]") "," TENSOR("b", "U8", "[2]", "[0,2]") "}", 2, OBM_E_FORMAT, "overlaps another"},
-    {"{" TENSOR("a", "U8", "[4]", "[0,4]") "," TENSOR("b", "U8", "[0]", "[2,2]") "}", 4, OBM_E_FORMAT, "overlaps another"},
+    {"{" TENSOR("a", "U8", "[1]", "[1,2]") "}", 2, OBM_E_FORMAT,
+     "starts at byte 1 of the data, expected 0 (bytes that belong"},
+    {"{" TENSOR("a", "U8", "[1]", "[0,1]") "," TENSOR("b", "U8", "[1]", "[2,3]") "}", 3, OBM_E_FORMAT,
+     "tensor b starts at byte 2"},
+    {"{" TENSOR("a", "U8", "[2]", "[0,2]") "," TENSOR("b", "U8", "[2]", "[1,3]") "}", 3, OBM_E_FORMAT,
+     "overlaps another"},
+    {"{" TENSOR("a", "U8", "[2]", "[0,2]") "," TENSOR("b", "U8", "[2]", "[0,2]") "}", 2, OBM_E_FORMAT,
+     "overlaps another"},
+    {"{" TENSOR("a", "U8", "[4]", "[0,4]") "," TENSOR("b", "U8", "[0]", "[2,2]") "}", 4, OBM_E_FORMAT,
+     "overlaps another"},
     {"{" TENSOR("a", "U8", "[0]", "[1,1]") "}", 0, OBM_E_FORMAT, "outside"},
 };
 
@@ -127,7 +146,7 @@ static void test_header_length(void **state) {
     obm_error err;
     assert_int_equal(obm__safetensors_parse(bytes, 10, "t", &s, &err), OBM_OK);
     release(&s);
-    for (int i = 1; i < 8; i++) {   /* every byte of the length counts */
+    for (int i = 1; i < 8; i++) { /* every byte of the length counts */
         bytes[i] = 0xff;
         assert_int_equal(obm__safetensors_parse(bytes, 10, "t", &s, &err), OBM_E_FORMAT);
         bytes[i] = 0;
@@ -147,7 +166,7 @@ static void test_deep_header(void **state) {
     assert_int_equal(parse(header, sizeof header, 0, &s, NULL), OBM_E_FORMAT);
 }
 
-#define SMALL                                                                                                                 \
+#define SMALL \
     "{\"__metadata__\":{\"k\":\"v\"}," TENSOR("w", "BF16", "[2,2]", "[0,8]") "," TENSOR("b", "F32", "[1]", "[8,12]") "}"
 
 /* A copy of exactly the prefix's size, so that a sanitizer sees any read beyond it. */
@@ -186,7 +205,7 @@ static void test_every_bit_flip(void **state) {
         }
         bytes[bit / 8] ^= (uint8_t)(1 << bit % 8);
     }
-    assert_in_range(accepted, 1, 8 * 16);   /* letters of names, keys that are ignored, "k" and "v" */
+    assert_in_range(accepted, 1, 8 * 16); /* letters of names, keys that are ignored, "k" and "v" */
     free(bytes);
 }
 
@@ -196,13 +215,17 @@ static void test_unaligned(void **state) {
     const float f32[3] = {1.5f, -2.0f, 0.25f};
     const double f64[3] = {1.5, -2.0, 0.25};
     const uint16_t f16[3] = {0x3e00, 0xc000, 0x3400}, bf16[3] = {0x3fc0, 0xc000, 0x3e80};
-    const struct { const char *dtype; const void *data; size_t size; } cases[] = {
+    const struct {
+        const char *dtype;
+        const void *data;
+        size_t size;
+    } cases[] = {
         {"F32", f32, sizeof f32}, {"F64", f64, sizeof f64}, {"F16", f16, sizeof f16}, {"BF16", bf16, sizeof bf16}};
     for (size_t i = 0; i < 4; i++) {
         for (int pad = 0; pad < 8; pad++) {
             char header[200];
-            snprintf(header, sizeof header, "{\"a\":{\"dtype\":\"%s\",\"shape\":[3],\"data_offsets\":[0,%zu]}}%*s", cases[i].dtype,
-                     cases[i].size, pad, "");
+            snprintf(header, sizeof header, "{\"a\":{\"dtype\":\"%s\",\"shape\":[3],\"data_offsets\":[0,%zu]}}%*s",
+                     cases[i].dtype, cases[i].size, pad, "");
             put_safetensors(in_dir("u.safetensors"), header, cases[i].data, cases[i].size);
             obm__safetensors *s;
             assert_int_equal(obm__safetensors_open(in_dir("u.safetensors"), &s, NULL), OBM_OK);
@@ -223,7 +246,8 @@ static void test_unaligned_kernels(void **state) {
     static uint16_t w16[ROWS * N];
     static float w32[ROWS * N], x[N];
     static uint8_t moved[sizeof w32 + 8];
-    for (size_t i = 0; i < ROWS * N; i++) w16[i] = (uint16_t)(0x3c00 + i * 7919 % 500), w32[i] = (float)(i * 7919 % 500) - 250.0f;
+    for (size_t i = 0; i < ROWS * N; i++)
+        w16[i] = (uint16_t)(0x3c00 + i * 7919 % 500), w32[i] = (float)(i * 7919 % 500) - 250.0f;
     for (size_t i = 0; i < N; i++) x[i] = 1.0f / (float)(i + 1);
     for (const obm_kernels *const *k = obm_kernels_list(); *k; k++) {
         float expected[3][ROWS], wide[2][ROWS * N], y[ROWS], out[ROWS * N];
@@ -395,10 +419,17 @@ static void test_files(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_accepted),         cmocka_unit_test(test_hostile_headers), cmocka_unit_test(test_header_length),
-        cmocka_unit_test(test_deep_header),      cmocka_unit_test(test_every_truncation), cmocka_unit_test(test_every_bit_flip),
-        cmocka_unit_test(test_unaligned),        cmocka_unit_test(test_open),            cmocka_unit_test(test_write),
-        cmocka_unit_test(test_write_misuse),     cmocka_unit_test(test_files),
+        cmocka_unit_test(test_accepted),
+        cmocka_unit_test(test_hostile_headers),
+        cmocka_unit_test(test_header_length),
+        cmocka_unit_test(test_deep_header),
+        cmocka_unit_test(test_every_truncation),
+        cmocka_unit_test(test_every_bit_flip),
+        cmocka_unit_test(test_unaligned),
+        cmocka_unit_test(test_open),
+        cmocka_unit_test(test_write),
+        cmocka_unit_test(test_write_misuse),
+        cmocka_unit_test(test_files),
         cmocka_unit_test(test_unaligned_kernels),
     };
     return cmocka_run_group_tests(tests, fixture_make, fixture_remove);

@@ -1,4 +1,5 @@
-/* Bytes as a safetensors file: refused with a message, or every tensor lies inside, is found by name and can be read. */
+/* Bytes as a safetensors file: refused with a message, or every tensor lies inside, is found by name and can be read.
+ */
 #include "io/io.h"
 
 #include <stdlib.h>

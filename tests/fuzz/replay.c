@@ -1,5 +1,6 @@
-/* Runs a fuzz target over files and folders given as arguments, without libFuzzer: the corpus as an ordinary test.  Small
- * inputs are also cut after every byte.  Each run gets a block of exactly its size, so that sanitizers see any read beyond. */
+/* Runs a fuzz target over files and folders given as arguments, without libFuzzer: the corpus as an ordinary test.
+ * Small inputs are also cut after every byte.  Each run gets a block of exactly its size, so that sanitizers see any
+ * read beyond. */
 #include <dirent.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -52,5 +53,5 @@ int main(int argc, char **argv) {
     size_t count = 0;
     for (int i = 1; i < argc; i++) count += run_path(argv[i]);
     printf("%zu inputs\n", count);
-    return count > 0 ? 0 : 1;   /* an empty corpus tests nothing */
+    return count > 0 ? 0 : 1; /* an empty corpus tests nothing */
 }
