@@ -7,113 +7,132 @@
 
 /* ---- files (file.c) ---- */
 
-/* A read-only mapping; size 0: data NULL.  The bytes are the file's: when somebody cuts the file short while it is mapped,
- * reading beyond its new end raises SIGBUS.  A library must not own that signal, so the rule is the callers': model files are
- * replaced by rename (which keeps the mapped file alive), never rewritten in place.  Everything written here does so. */
-typedef struct obm__map { const uint8_t *data; size_t size; } obm__map;
+/* A read-only mapping; size 0: data NULL.  The bytes are the file's: when somebody cuts the file short while it is
+ * mapped, reading beyond its new end raises SIGBUS.  A library must not own that signal, so the rule is the callers':
+ * model files are replaced by rename (which keeps the mapped file alive), never rewritten in place.  Everything written
+ * here does so. */
+typedef struct obm__map {
+    const uint8_t *data;
+    size_t size;
+} obm__map;
 obm_status obm__map_open(const char *path, obm__map *out, obm_error *err);
 void obm__map_close(obm__map *m);
-obm_status obm__file_read(const char *path, char **text, size_t *size, obm_error *err);   /* owned, NUL-terminated; size nullable */
+/* owned, NUL-terminated; size nullable */
+obm_status obm__file_read(const char *path, char **text, size_t *size, obm_error *err);
 bool obm__file_exists(const char *path);
 bool obm__is_directory(const char *path);
-char *obm__path_join(const char *dir, const char *name);   /* owned */
-char *obm__path_directory(const char *path);               /* owned; "." for a bare name */
-/* Writes through a temporary name in the same folder, fsyncs, renames, fsyncs the folder: the old file or the new one. */
+char *obm__path_join(const char *dir, const char *name); /* owned */
+char *obm__path_directory(const char *path);             /* owned; "." for a bare name */
+/* Writes through a temporary name in the same folder, fsyncs, renames, fsyncs the folder: the old file or the
+ * new one. */
 obm_status obm__file_write(const char *path, const void *bytes, size_t size, obm_error *err);
-obm_status obm__make_directory(const char *path, obm_error *err);   /* with parents; existing is fine */
-/* The steps of obm__file_write, for writers that publish several files together.  Temporary names are PATH.tmp-<pid>-<n>, in
- * the folder of PATH, and never end in ".safetensors" or ".json"; *name and *temp are owned. */
+obm_status obm__make_directory(const char *path, obm_error *err); /* with parents; existing is fine */
+/* The steps of obm__file_write, for writers that publish several files together.  Temporary names are
+ * PATH.tmp-<pid>-<n>, in the folder of PATH, and never end in ".safetensors" or ".json"; *name and *temp are owned. */
 obm_status obm__temp_create(const char *path, char **name, int *fd, obm_error *err);
-obm_status obm__fd_write(int fd, const char *path, const void *bytes, size_t n, obm_error *err);   /* all n bytes */
-obm_status obm__fd_seal(int fd, const char *path, obm_error *err);                                  /* fsync and close, also on failure */
-obm_status obm__file_stage(const char *path, const void *bytes, size_t size, char **temp, obm_error *err);   /* written and synced */
-obm_status obm__file_publish(const char *temp, const char *path, obm_error *err);                   /* rename, then sync the folder */
+obm_status obm__fd_write(int fd, const char *path, const void *bytes, size_t n, obm_error *err); /* all n bytes */
+obm_status obm__fd_seal(int fd, const char *path, obm_error *err); /* fsync and close, also on failure */
+/* written and synced */
+obm_status obm__file_stage(const char *path, const void *bytes, size_t size, char **temp, obm_error *err);
+obm_status obm__file_publish(const char *temp, const char *path, obm_error *err); /* rename, then sync the folder */
 obm_status obm__directory_sync(const char *dir, obm_error *err);
 
-/* Drops the whole pages inside [data, data + size) of a read-only file mapping from resident memory (pages.c); they are read
- * again when touched. */
+/* Drops the whole pages inside [data, data + size) of a read-only file mapping from resident memory (pages.c); they are
+ * read again when touched. */
 void obm__pages_release(const void *data, size_t size);
 
 /* ---- hashes (hash.c): the only file that includes xxhash.h ---- */
 
-typedef struct obm__xxh3 obm__xxh3;   /* streaming XXH3-128 */
-obm__xxh3 *obm__xxh3_new(void);                      /* NULL: out of memory */
+typedef struct obm__xxh3 obm__xxh3; /* streaming XXH3-128 */
+obm__xxh3 *obm__xxh3_new(void);     /* NULL: out of memory */
 void obm__xxh3_add(obm__xxh3 *h, const void *bytes, size_t n);
-void obm__xxh3_end(obm__xxh3 *h, char out[33]);   /* canonical big-endian hex; frees h; out NULL: frees only */
+void obm__xxh3_end(obm__xxh3 *h, char out[33]); /* canonical big-endian hex; frees h; out NULL: frees only */
 void obm__xxh3_of(const void *bytes, size_t n, char out[33]);
 void obm__sha256_of(const void *bytes, size_t n, char out[65]);
 
 /* ---- safetensors (safetensors.c) ---- */
 
-/* t views the mapping, and t.data may have any alignment: read it by memcpy, unaligned loads, obm__widen or the kernels. */
-typedef struct obm__st_entry { char *name; obm_tensor t; } obm__st_entry;
+/* t views the mapping, and t.data may have any alignment: read it by memcpy, unaligned loads, obm__widen or the
+ * kernels. */
+typedef struct obm__st_entry {
+    char *name;
+    obm_tensor t;
+} obm__st_entry;
 typedef struct obm__safetensors {
     char *path;
     obm__map map;
-    obm__st_entry *entries;   /* sorted by name (strcmp) */
+    obm__st_entry *entries; /* sorted by name (strcmp) */
     size_t count;
-    obm_json *metadata;       /* __metadata__ or NULL */
+    obm_json *metadata; /* __metadata__ or NULL */
 } obm__safetensors;
 obm_status obm__safetensors_open(const char *path, obm__safetensors **out, obm_error *err);
 /* The checks without a file: used by open and by the fuzzer. */
-obm_status obm__safetensors_parse(const uint8_t *data, size_t size, const char *where, obm__safetensors *out, obm_error *err);
+obm_status obm__safetensors_parse(const uint8_t *data, size_t size, const char *where, obm__safetensors *out,
+                                  obm_error *err);
 void obm__safetensors_free(obm__safetensors *s);
 const obm__st_entry *obm__safetensors_find(const obm__safetensors *s, const char *name);
 
-/* Streaming writer: declare all tensors first (the header needs every offset), then write them in that order.  Goes to a
- * temporary name beside PATH; finish syncs and renames to PATH; free before that removes it. */
+/* Streaming writer: declare all tensors first (the header needs every offset), then write them in that order.  Goes to
+ * a temporary name beside PATH; finish syncs and renames to PATH; free before that removes it. */
 typedef struct obm__st_writer obm__st_writer;
 obm_status obm__st_writer_new(const char *path, obm__st_writer **out, obm_error *err);
-obm_status obm__st_writer_declare(obm__st_writer *w, const char *name, obm_dtype dtype, int32_t ndim, const int64_t *shape, obm_error *err);
+obm_status obm__st_writer_declare(obm__st_writer *w, const char *name, obm_dtype dtype, int32_t ndim,
+                                  const int64_t *shape, obm_error *err);
 obm_status obm__st_writer_metadata(obm__st_writer *w, const char *key, const char *value, obm_error *err);
-obm_status obm__st_writer_begin(obm__st_writer *w, obm_error *err);                          /* writes the header, 64-byte aligned data */
-obm_status obm__st_writer_write(obm__st_writer *w, const void *bytes, size_t n, obm_error *err);   /* the next n bytes of the data part */
-uint64_t obm__st_writer_size(const obm__st_writer *w);                                       /* of the whole file; after all declares */
+obm_status obm__st_writer_begin(obm__st_writer *w, obm_error *err); /* writes the header, 64-byte aligned data */
+/* the next n bytes of the data part */
+obm_status obm__st_writer_write(obm__st_writer *w, const void *bytes, size_t n, obm_error *err);
+uint64_t obm__st_writer_size(const obm__st_writer *w); /* of the whole file; after all declares */
 obm_status obm__st_writer_finish(obm__st_writer *w, char xxh3[33] /* nullable */, obm_error *err);
-void obm__st_writer_free(obm__st_writer *w);                                                 /* aborts if not finished */
-/* finish in two steps, for files that appear together: seal syncs the temporary file, publish renames it to `path` (NULL: the
- * writer's own). */
+void obm__st_writer_free(obm__st_writer *w); /* aborts if not finished */
+/* finish in two steps, for files that appear together: seal syncs the temporary file, publish renames it to `path`
+ * (NULL: the writer's own). */
 obm_status obm__st_writer_seal(obm__st_writer *w, char xxh3[33] /* nullable */, obm_error *err);
 obm_status obm__st_writer_publish(obm__st_writer *w, const char *path, obm_error *err);
 /* Bytes of a tensor's data; ARG when it cannot be written. */
-obm_status obm__st_bytes(const char *name, obm_dtype dtype, int32_t ndim, const int64_t *shape, uint64_t *out, obm_error *err);
+obm_status obm__st_bytes(const char *name, obm_dtype dtype, int32_t ndim, const int64_t *shape, uint64_t *out,
+                         obm_error *err);
 
 /* ---- checkpoints (checkpoint.c) ---- */
 
 struct obm_checkpoint {
     obm_context *ctx;
-    char *path;               /* as given */
-    char *directory;          /* the folder, or the folder of the single file */
-    char *config_text;        /* NULL without config.json */
-    obm_json *config;         /* parsed, NULL without */
+    char *path;        /* as given */
+    char *directory;   /* the folder, or the folder of the single file */
+    char *config_text; /* NULL without config.json */
+    obm_json *config;  /* parsed, NULL without */
     obm__safetensors **files;
     size_t n_files;
-    const obm__st_entry **tensors;   /* all, sorted by name; borrowed from files */
+    const obm__st_entry **tensors; /* all, sorted by name; borrowed from files */
     size_t count;
-    bool tied;                /* no lm_head.weight here (or config says tied) and an embedding */
+    bool tied; /* no lm_head.weight here (or config says tied) and an embedding */
 };
 #define OBM_EMBEDDING_NAME "model.embed_tokens.weight"
 #define OBM_HEAD_NAME "lm_head.weight"
-const obm__st_entry *obm__checkpoint_find(const obm_checkpoint *c, const char *name);   /* NULL if absent */
+const obm__st_entry *obm__checkpoint_find(const obm_checkpoint *c, const char *name); /* NULL if absent */
 
 /* ---- model folders out (model_writer.c) ---- */
 
-/* A Hugging Face folder: shards, index, config, tokenizer files, model card.  The new state appears with the last rename
- * (index.json, or the single model.safetensors); a killed run leaves the old folder or none. */
+/* A Hugging Face folder: shards, index, config, tokenizer files, model card.  The new state appears with the last
+ * rename (index.json, or the single model.safetensors); a killed run leaves the old folder or none. */
 typedef struct obm__model_writer obm__model_writer;
 typedef struct obm__model_writer_options {
-    uint64_t shard_bytes;       /* 0: 5e9 */
+    uint64_t shard_bytes; /* 0: 5e9 */
     bool overwrite;
-    const char *copy_from;      /* folder whose config.json, tokenizer*, special_tokens_map.json, generation_config.json, ... are carried over */
-    obm_json *config;           /* replaces config.json (borrowed, nullable) */
-    const char *card;           /* text of README.md, nullable */
+    const char *copy_from; /* folder whose config.json, tokenizer*, special_tokens_map.json, generation_config.json, ...
+                              are carried over */
+    obm_json *config;      /* replaces config.json (borrowed, nullable) */
+    const char *card;      /* text of README.md, nullable */
 } obm__model_writer_options;
-obm_status obm__model_writer_new(const char *path, const obm__model_writer_options *o, obm__model_writer **out, obm_error *err);
-obm_status obm__model_writer_declare(obm__model_writer *w, const char *name, obm_dtype dtype, int32_t ndim, const int64_t *shape, obm_error *err);
+obm_status obm__model_writer_new(const char *path, const obm__model_writer_options *o, obm__model_writer **out,
+                                 obm_error *err);
+obm_status obm__model_writer_declare(obm__model_writer *w, const char *name, obm_dtype dtype, int32_t ndim,
+                                     const int64_t *shape, obm_error *err);
 obm_status obm__model_writer_begin(obm__model_writer *w, obm_error *err);
-obm_status obm__model_writer_write(obm__model_writer *w, const void *bytes, size_t n, obm_error *err);   /* in order of declaration, any chunking */
+/* in order of declaration, any chunking */
+obm_status obm__model_writer_write(obm__model_writer *w, const void *bytes, size_t n, obm_error *err);
 uint64_t obm__model_writer_size(const obm__model_writer *w);
 obm_status obm__model_writer_finish(obm__model_writer *w, obm_error *err);
-void obm__model_writer_free(obm__model_writer *w);   /* aborts if not finished */
+void obm__model_writer_free(obm__model_writer *w); /* aborts if not finished */
 
 #endif

@@ -5,18 +5,27 @@
 
 #include "../sys/sys.h"
 
-typedef struct json_t obm_json;   /* jansson's own type, opaque here */
+typedef struct json_t obm_json; /* jansson's own type, opaque here */
 
 /* text need not be NUL-terminated; `where` names the source in messages.  *out is owned: obm__json_free. */
 obm_status obm__json_parse(const char *text, size_t size, const char *where, obm_json **out, obm_error *err);
-obm_status obm__json_load(const char *path, obm_json **out, obm_error *err);   /* a file; IO, FORMAT */
+obm_status obm__json_load(const char *path, obm_json **out, obm_error *err); /* a file; IO, FORMAT */
 void obm__json_free(obm_json *v);
-/* Owned text, members in insertion order; indent 0: one line.  Reals come back as the same doubles.  NULL: out of memory. */
+/* Owned text, members in insertion order; indent 0: one line.  Reals come back as the same doubles.  NULL: out of
+ * memory. */
 char *obm__json_text(const obm_json *v, int indent);
 
-typedef enum { OBM_JSON_NULL, OBM_JSON_BOOL, OBM_JSON_INT, OBM_JSON_REAL, OBM_JSON_STRING, OBM_JSON_ARRAY, OBM_JSON_OBJECT } obm_json_kind;
+typedef enum {
+    OBM_JSON_NULL,
+    OBM_JSON_BOOL,
+    OBM_JSON_INT,
+    OBM_JSON_REAL,
+    OBM_JSON_STRING,
+    OBM_JSON_ARRAY,
+    OBM_JSON_OBJECT
+} obm_json_kind;
 obm_json_kind obm__json_kind(const obm_json *v);
-const char *obm__json_kind_name(const obm_json *v);   /* "a number", "an object", ... for messages */
+const char *obm__json_kind_name(const obm_json *v); /* "a number", "an object", ... for messages */
 
 /* Members and elements, borrowed; NULL when absent or when v is of another kind. */
 const obm_json *obm__json_get(const obm_json *object, const char *key);
@@ -32,11 +41,11 @@ const obm_json *obm__json_value(void *it);
 bool obm__json_bool(const obm_json *v, bool *out);
 bool obm__json_int(const obm_json *v, int64_t *out);
 bool obm__json_real(const obm_json *v, double *out);
-const char *obm__json_string(const obm_json *v);                       /* NULL if not a string or if it holds a NUL byte; borrowed */
-const char *obm__json_string_n(const obm_json *v, size_t *len);        /* may hold NUL bytes */
+const char *obm__json_string(const obm_json *v); /* NULL if not a string or if it holds a NUL byte; borrowed */
+const char *obm__json_string_n(const obm_json *v, size_t *len); /* may hold NUL bytes */
 
-/* Building; new_* return NULL when out of memory (new_string also for what is not UTF-8).  set and append steal the reference of
- * `value`; they take NULL for either argument and return false. */
+/* Building; new_* return NULL when out of memory (new_string also for what is not UTF-8).  set and append steal the
+ * reference of `value`; they take NULL for either argument and return false. */
 obm_json *obm__json_new_object(void);
 obm_json *obm__json_new_array(void);
 obm_json *obm__json_new_string(const char *s);
@@ -46,6 +55,6 @@ obm_json *obm__json_new_bool(bool b);
 obm_json *obm__json_new_null(void);
 bool obm__json_set(obm_json *object, const char *key, obm_json *value);
 bool obm__json_append(obm_json *array, obm_json *value);
-obm_json *obm__json_copy(const obm_json *v);   /* deep */
+obm_json *obm__json_copy(const obm_json *v); /* deep */
 
 #endif
