@@ -23,7 +23,7 @@ def mistral(**kw):
 
 CASES = {
     "tied": llama(vocab_size=97, hidden_size=48, intermediate_size=77, num_attention_heads=4, tie_word_embeddings=True),
-    "untied-gqa2": llama(vocab_size=131, hidden_size=36, intermediate_size=131, num_attention_heads=4, num_key_value_heads=2),
+    "untied-gqa2": llama(vocab_size=131, hidden_size=40, intermediate_size=131, num_attention_heads=4, num_key_value_heads=2),
     "gqa4-head-dim": llama(vocab_size=97, hidden_size=40, intermediate_size=51, num_attention_heads=4, num_key_value_heads=1,
                            head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
     "llama3-rope": llama(vocab_size=97, hidden_size=64, intermediate_size=51, num_attention_heads=8, num_key_value_heads=2,
