@@ -110,7 +110,7 @@ static void attend(void *arg, size_t begin, size_t end, int worker) {
     }
 }
 
-obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int64_t layer, obm__pulse *pulse, obm_error *err) {
+obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int64_t layer, obm_error *err) {
     const obm__config *c = &m->config;
     attention_job j = {.m = m, .rows = rows, .layer = layer};
     obm__parallel(m->ctx, n, 8, rotate_and_store, &j);
@@ -124,7 +124,7 @@ obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int6
     size_t step = slice < (double)threads ? threads : slice < (double)items ? (size_t)slice : items;
     for (j.offset = 0; j.offset < items; j.offset += step) {
         obm__parallel(m->ctx, items - j.offset < step ? items - j.offset : step, 4, attend, &j);
-        OBM_TRY(obm__pulse_check(pulse, err));
+        OBM_TRY(obm__pulse_check(m->pulse, err));
     }
     return OBM_OK;
 }

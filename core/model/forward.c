@@ -156,7 +156,7 @@ static void start_rows(obm_model *m, const obm__row *rows, size_t n) {
 
 /* ---- the pass ---- */
 
-obm_status obm__forward(obm_model *m, const obm__row *rows, size_t n, bool tiled, int64_t layers, obm__pulse *pulse, obm_error *err) {
+obm_status obm__forward(obm_model *m, const obm__row *rows, size_t n, bool tiled, int64_t layers, obm_error *err) {
     const obm__config *c = &m->config;
     int64_t q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim, wide = c->intermediate;
     OBM_TRY(reserve(m, rows, n, err));
@@ -167,31 +167,30 @@ obm_status obm__forward(obm_model *m, const obm__row *rows, size_t n, bool tiled
     for (int64_t layer = 0; layer < layers; layer++) {
         norm(m, n, layer, OBM_ATTENTION_NORM, NULL);                               // normed (n, hidden)
         const obm__linear qkv[] = {{OBM_Q, s->q, q}, {OBM_K, s->k, kv}, {OBM_V, s->v, kv}};
-        OBM_TRY(obm__linear_run(m, w, n, tiled, layer, qkv, 3, s->normed, pulse, err));
-        OBM_TRY(obm__attention_run(m, rows, n, layer, pulse, err));                // mixed (n, heads * head_dim)
+        OBM_TRY(obm__linear_run(m, w, n, tiled, layer, qkv, 3, s->normed, err));
+        OBM_TRY(obm__attention_run(m, rows, n, layer, err));                // mixed (n, heads * head_dim)
         const obm__linear o[] = {{OBM_O, s->normed, c->hidden}};
-        OBM_TRY(obm__linear_run(m, w, n, tiled, layer, o, 1, s->mixed, pulse, err));
+        OBM_TRY(obm__linear_run(m, w, n, tiled, layer, o, 1, s->mixed, err));
         obm__parallel(m->ctx, n, 8, add_rows, m);                                  // x += o
 
         norm(m, n, layer, OBM_MLP_NORM, NULL);
         const obm__linear gate_up[] = {{OBM_GATE, s->gate, wide}, {OBM_UP, s->up, wide}};
-        OBM_TRY(obm__linear_run(m, w, n, tiled, layer, gate_up, 2, s->normed, pulse, err));
+        OBM_TRY(obm__linear_run(m, w, n, tiled, layer, gate_up, 2, s->normed, err));
         obm__parallel(m->ctx, n, 8, swiglu_rows, m);                               // gate (n, intermediate)
         const obm__linear down[] = {{OBM_DOWN, s->normed, c->hidden}};
-        OBM_TRY(obm__linear_run(m, w, n, tiled, layer, down, 1, s->gate, pulse, err));
+        OBM_TRY(obm__linear_run(m, w, n, tiled, layer, down, 1, s->gate, err));
         obm__parallel(m->ctx, n, 8, add_rows, m);                                  // x += down
     }
     return OBM_OK;
 }
 
-obm_status obm__forward_logits(obm_model *m, const obm__row *rows, const size_t *which, size_t n, float *out, obm__pulse *pulse,
-                               obm_error *err) {
+obm_status obm__forward_logits(obm_model *m, const obm__row *rows, const size_t *which, size_t n, float *out, obm_error *err) {
     const obm__weights **weights = obm__calloc(n, sizeof *weights);
     if (!weights) return obm__fail_nomem(err, n * sizeof *weights);
     for (size_t i = 0; i < n; i++) weights[i] = rows[which[i]].sequence->weights;
     norm(m, n, 0, OBM_FINAL_NORM, which);                                          // normed (n, hidden)
     const obm__linear head[] = {{OBM_HEAD, out, m->vocab}};
-    obm_status status = obm__linear_run(m, weights, n, false, 0, head, 1, m->scratch.normed, pulse, err);
+    obm_status status = obm__linear_run(m, weights, n, false, 0, head, 1, m->scratch.normed, err);
     obm_free(weights);
     return status;
 }
@@ -208,14 +207,14 @@ static size_t fill_tiles(obm__sequence *s, int64_t position, const int32_t *ids,
 }
 
 obm_status obm__prefill(obm_model *m, obm__sequence *s, const int32_t *ids, size_t n, bool decode, int64_t layers,
-                        obm__visit_fn visit, void *arg, obm__pulse *pulse, obm_error *err) {
+                        obm__visit_fn visit, void *arg, obm_error *err) {
     obm__row rows[OBM_CHUNK_ROWS];
     if (layers > 0) OBM_TRY(obm__sequence_reserve(m, s, s->length + (int64_t)n, err));
     for (size_t done = 0; done < n;) {
         size_t take = 1, n_rows = 1;
         if (decode) rows[0] = (obm__row){s, s->length, ids[done]};
         else take = fill_tiles(s, s->length, ids + done, n - done, rows, &n_rows);
-        OBM_TRY(obm__forward(m, rows, n_rows, !decode, layers, pulse, err));
+        OBM_TRY(obm__forward(m, rows, n_rows, !decode, layers, err));
         if (visit) OBM_TRY(visit(arg, m, rows, n_rows, err));
         s->length += (int64_t)take;
         done += take;

@@ -37,7 +37,7 @@ static obm_status collect(batch *b, obm_error *err) {
 
 static obm_status refill(batch *b, obm_error *err) {
     while (b->running < b->size && b->next < b->n) {
-        OBM_TRY(obm__generation_new(b->m, &b->settings, &b->prompts[b->next], b->next, &b->pulse, &b->slots[b->running], err));
+        OBM_TRY(obm__generation_new(b->m, &b->settings, &b->prompts[b->next], b->next, &b->slots[b->running], err));
         b->index[b->running++] = b->next++;
         OBM_TRY(collect(b, err));
         OBM_TRY(obm__pulse_check(&b->pulse, err));
@@ -49,7 +49,7 @@ static obm_status run_batch(batch *b, obm_error *err) {
     while (b->done < b->n) {
         OBM_TRY(refill(b, err));
         if (!b->running) continue;
-        OBM_TRY(obm__generation_step(b->m, b->slots, b->running, b->logits, &b->pulse, err));
+        OBM_TRY(obm__generation_step(b->m, b->slots, b->running, b->logits, err));
         OBM_TRY(collect(b, err));
     }
     return OBM_OK;
@@ -84,7 +84,7 @@ static void clear_batch(batch *b) {
 obm_status obm_model_generate_batch(obm_model *m, const obm_prompt *prompts, size_t n, const obm_generate_options *options,
                                     obm_completion *out, obm_error *err) {
     batch b = {.m = m, .prompts = prompts, .n = n};
-    OBM_TRY(obm__guard_enter(&m->guard, "the model", err));
+    OBM_TRY(obm__model_enter(m, &b.pulse, err));
     obm_status status = start_batch(&b, options, err);
     if (status == OBM_OK) status = run_batch(&b, err);
     if (status == OBM_OK && n) {
@@ -92,7 +92,7 @@ obm_status obm_model_generate_batch(obm_model *m, const obm_prompt *prompts, siz
         memset(b.out, 0, n * sizeof *out);   /* they are the caller's now */
     }
     clear_batch(&b);
-    obm__guard_leave(&m->guard);
+    obm__model_leave(m);
     return status;
 }
 
@@ -122,19 +122,19 @@ static void let_go(obm_stream *s) {
     if (!s->holds_model) return;
     if (s->g) obm__sequence_free(s->m, s->g->sequence);
     if (s->g) s->g->sequence = NULL;
-    obm__guard_leave(&s->m->guard);
+    obm__model_leave(s->m);
     s->holds_model = false;
 }
 
 static obm_status open_stream(obm_stream *s, const obm_prompt *prompt, const obm_generate_options *o, obm_error *err) {
-    OBM_TRY(obm__guard_enter(&s->m->guard, "the model", err));
+    OBM_TRY(obm__model_enter(s->m, &s->pulse, err));
     s->holds_model = true;
     s->pulse = (obm__pulse){.fn = OBM_OPT(o, obm_generate_options, progress, NULL),
                             .user = OBM_OPT(o, obm_generate_options, progress_user, NULL), .what = "generate", .total = 1};
     OBM_TRY(obm__settings_init(&s->settings, s->m, o, 1, err));
     s->logits = obm__alloc((size_t)s->m->vocab, sizeof *s->logits);
     if (!s->logits) return obm__fail_nomem(err, (uint64_t)s->m->vocab * sizeof *s->logits);
-    OBM_TRY(obm__generation_new(s->m, &s->settings, prompt, 0, &s->pulse, &s->g, err));
+    OBM_TRY(obm__generation_new(s->m, &s->settings, prompt, 0, &s->g, err));
     s->settings.options = NULL;   /* the caller's struct may go now */
     return OBM_OK;
 }
@@ -152,7 +152,7 @@ obm_status obm_stream_open(obm_model *m, const obm_prompt *prompt, const obm_gen
 obm_status obm_stream_next(obm_stream *s, const char **text, size_t *len, obm_error *err) {
     obm__generation *g = s->g;
     while (!g->finished && g->safe == s->given)
-        OBM_TRY(obm__generation_step(s->m, &s->g, 1, s->logits, &s->pulse, err));
+        OBM_TRY(obm__generation_step(s->m, &s->g, 1, s->logits, err));
     *text = g->safe > s->given ? g->text.data + s->given : NULL;
     *len = g->safe - s->given;
     s->given = g->safe;

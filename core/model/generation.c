@@ -170,18 +170,18 @@ static obm_status choose_route(obm_model *m, obm__generation *g, const obm_promp
 static obm_status last_logits(void *arg, obm_model *m, const obm__row *rows, size_t n, obm_error *err) {
     size_t last = n - 1;
     while (!rows[last].sequence) last--;
-    return obm__forward_logits(m, rows, &last, 1, arg, NULL, err);
+    return obm__forward_logits(m, rows, &last, 1, arg, err);
 }
 
 /* Everything but the last token runs without the head. */
-static obm_status prefill_prompt(obm_model *m, obm__generation *g, float *logits, obm__pulse *pulse, obm_error *err) {
+static obm_status prefill_prompt(obm_model *m, obm__generation *g, float *logits, obm_error *err) {
     size_t tail = g->n_prompt > OBM_TILE_TOKENS ? (g->n_prompt - 1) % OBM_TILE_TOKENS + 1 : g->n_prompt;
     int64_t layers = m->config.layers;
-    OBM_TRY(obm__prefill(m, g->sequence, g->ids, g->n_prompt - tail, false, layers, NULL, NULL, pulse, err));
-    return obm__prefill(m, g->sequence, g->ids + g->n_prompt - tail, tail, false, layers, last_logits, logits, pulse, err);
+    OBM_TRY(obm__prefill(m, g->sequence, g->ids, g->n_prompt - tail, false, layers, NULL, NULL, err));
+    return obm__prefill(m, g->sequence, g->ids + g->n_prompt - tail, tail, false, layers, last_logits, logits, err);
 }
 
-static obm_status start(obm_model *m, obm__generation *g, const obm_prompt *prompt, size_t index, obm__pulse *pulse, obm_error *err) {
+static obm_status start(obm_model *m, obm__generation *g, const obm_prompt *prompt, size_t index, obm_error *err) {
     OBM_TRY(obm__prompt_ids(m, prompt, g->settings->chat, &g->ids, &g->n_ids, err));
     g->n_prompt = g->capacity = g->n_ids;
     OBM_TRY(choose_route(m, g, prompt, index, err));
@@ -191,18 +191,18 @@ static obm_status start(obm_model *m, obm__generation *g, const obm_prompt *prom
     if (m->tokenizer) OBM_TRY(obm__decode_stream_new(m->tokenizer, true, &g->decoder, err));
     float *logits = obm__alloc((size_t)m->vocab, sizeof *logits);
     if (!logits) return obm__fail_nomem(err, (uint64_t)m->vocab * sizeof *logits);
-    obm_status status = prefill_prompt(m, g, logits, pulse, err);
+    obm_status status = prefill_prompt(m, g, logits, err);
     if (status == OBM_OK) status = accept_logits(m, g, logits, err);
     obm_free(logits);
     return status;
 }
 
-obm_status obm__generation_new(obm_model *m, const obm__settings *s, const obm_prompt *prompt, size_t index, obm__pulse *pulse,
+obm_status obm__generation_new(obm_model *m, const obm__settings *s, const obm_prompt *prompt, size_t index,
                                obm__generation **out, obm_error *err) {
     obm__generation *g = obm__calloc(1, sizeof *g);
     if (!g) return obm__fail_nomem(err, sizeof *g);
     g->settings = s;
-    obm_status status = start(m, g, prompt, index, pulse, err);
+    obm_status status = start(m, g, prompt, index, err);
     if (status == OBM_OK) *out = g;
     else obm__generation_free(m, g);
     return status;
@@ -221,7 +221,7 @@ void obm__generation_free(obm_model *m, obm__generation *g) {
 
 /* ---- step ---- */
 
-obm_status obm__generation_step(obm_model *m, obm__generation *const *g, size_t n, float *logits, obm__pulse *pulse, obm_error *err) {
+obm_status obm__generation_step(obm_model *m, obm__generation *const *g, size_t n, float *logits, obm_error *err) {
     obm__row *rows = obm__calloc(n, sizeof *rows);
     size_t *which = obm__calloc(n, sizeof *which);
     obm_status status = OBM_OK;
@@ -232,8 +232,8 @@ obm_status obm__generation_step(obm_model *m, obm__generation *const *g, size_t 
         rows[i] = (obm__row){s, s->length, g[i]->ids[g[i]->n_ids - 1]};
         which[i] = i;
     }
-    OBM_GO(obm__forward(m, rows, n, false, m->config.layers, pulse, err));
-    OBM_GO(obm__forward_logits(m, rows, which, n, logits, pulse, err));
+    OBM_GO(obm__forward(m, rows, n, false, m->config.layers, err));
+    OBM_GO(obm__forward_logits(m, rows, which, n, logits, err));
     for (size_t i = 0; i < n; i++) {
         g[i]->sequence->length++;
         OBM_GO(accept_logits(m, g[i], logits + i * (size_t)m->vocab, err));

@@ -29,12 +29,12 @@ typedef struct obm__generation {
     obm_finish finish;
 } obm__generation;
 /* Encodes, routes and prefills prompt `index`, and draws its first token.  *out is owned. */
-obm_status obm__generation_new(obm_model *m, const obm__settings *s, const obm_prompt *prompt, size_t index, obm__pulse *pulse,
+obm_status obm__generation_new(obm_model *m, const obm__settings *s, const obm_prompt *prompt, size_t index,
                                obm__generation **out, obm_error *err);
 void obm__generation_free(obm_model *m, obm__generation *g);
 /* Decodes one token for each of n unfinished sequences in one forward call. */
 obm_status obm__generation_step(obm_model *m, obm__generation *const *g, size_t n, float *logits /* (n, vocab) */,
-                                obm__pulse *pulse, obm_error *err);
+                                obm_error *err);
 /* Moves the results out. */
 obm_status obm__generation_take(obm_model *m, obm__generation *g, obm_completion *out, obm_error *err);
 

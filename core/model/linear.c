@@ -123,20 +123,20 @@ static void run_panels(void *arg, size_t begin, size_t end, int worker) {
 /* ---- both ---- */
 
 /* Slices keep the time between two looks at the pulse short; items do not depend on the slicing. */
-static obm_status run_slices(linear_job *j, obm__range_fn fn, double item_flops, obm__pulse *pulse, obm_error *err) {
+static obm_status run_slices(linear_job *j, obm__range_fn fn, double item_flops, obm_error *err) {
     size_t total = j->first_item[j->count], threads = (size_t)j->m->ctx->threads;
     double items = OBM_SLICE_FLOPS / item_flops;
     size_t slice = items < (double)threads ? threads : items < (double)total ? (size_t)items : total;
     for (j->offset = 0; j->offset < total; j->offset += slice) {
         size_t n = total - j->offset < slice ? total - j->offset : slice;
         obm__parallel(j->m->ctx, n, 1, fn, j);
-        OBM_TRY(obm__pulse_check(pulse, err));
+        OBM_TRY(obm__pulse_check(j->m->pulse, err));
     }
     return OBM_OK;
 }
 
 obm_status obm__linear_run(obm_model *m, const obm__weights *const *weights, size_t n, bool tiled, int64_t layer,
-                           const obm__linear *layers, size_t count, const float *x, obm__pulse *pulse, obm_error *err) {
+                           const obm__linear *layers, size_t count, const float *x, obm_error *err) {
     linear_job j = {.m = m, .weights = weights, .n = n, .layer = layer, .layers = layers, .count = count, .x = x};
     int64_t per_item = tiled ? PANEL : ROW_BLOCK, rows, cols = 0;
     for (size_t l = 0; l < count; l++) {
@@ -144,9 +144,9 @@ obm_status obm__linear_run(obm_model *m, const obm__weights *const *weights, siz
         j.first_item[l + 1] = j.first_item[l] + (size_t)((layers[l].ld + per_item - 1) / per_item);
     }
     double item_flops = 2.0 * (double)n * (double)per_item * (double)cols;
-    if (!tiled) return run_slices(&j, run_rows, item_flops, pulse, err);
+    if (!tiled) return run_slices(&j, run_rows, item_flops, err);
     obm__blas_enter();
-    obm_status status = run_slices(&j, run_panels, item_flops, pulse, err);
+    obm_status status = run_slices(&j, run_panels, item_flops, err);
     obm__blas_leave();
     return status;
 }

@@ -135,6 +135,17 @@ void obm_model_free(obm_model *m) {
     obm_free(m);
 }
 
+obm_status obm__model_enter(obm_model *m, obm__pulse *pulse, obm_error *err) {
+    OBM_TRY(obm__guard_enter(&m->guard, "the model", err));
+    m->pulse = pulse;
+    return OBM_OK;
+}
+
+void obm__model_leave(obm_model *m) {
+    m->pulse = NULL;
+    obm__guard_leave(&m->guard);
+}
+
 /* ---- describing ---- */
 
 void obm_model_describe(const obm_model *m, obm_model_info *out) {
@@ -184,7 +195,7 @@ static obm_status collect(void *arg, obm_model *m, const obm__row *rows, size_t 
     if (!count) return OBM_OK;
     size_t width = (size_t)(c->logits ? m->vocab : m->config.hidden);
     float *out = c->out + (c->all ? (size_t)rows[which[0]].position * width : 0);
-    if (c->logits) return obm__forward_logits(m, rows, which, count, out, NULL, err);
+    if (c->logits) return obm__forward_logits(m, rows, which, count, out, err);
     for (size_t i = 0; i < count; i++) memcpy(out + i * width, m->scratch.x + which[i] * width, width * sizeof *out);
     return OBM_OK;
 }
@@ -194,13 +205,13 @@ static obm_status run(obm_model *m, const int32_t *ids, size_t n, int64_t layers
     obm__sequence *s = NULL;
     const double *route = OBM_OPT(options, obm_run_options, route, NULL);
     if (route && !m->pack) return obm__fail(err, OBM_E_ARG, "a route applies to a pack, and this is a plain model");
-    OBM_TRY(obm__guard_enter(&m->guard, "the model", err));
+    OBM_TRY(obm__model_enter(m, NULL, err));
     obm_status status = obm__sequence_new(m, route, OBM_OPT(options, obm_run_options, kv, m->kv), &s, err);
     if (status == OBM_OK) status = obm__model_check_ids(m, s->weights, ids, n, err);
     if (status == OBM_OK)
-        status = obm__prefill(m, s, ids, n, OBM_OPT(options, obm_run_options, decode, false), layers, collect, c, NULL, err);
+        status = obm__prefill(m, s, ids, n, OBM_OPT(options, obm_run_options, decode, false), layers, collect, c, err);
     obm__sequence_free(m, s);
-    obm__guard_leave(&m->guard);
+    obm__model_leave(m);
     return status;
 }
 
@@ -230,7 +241,7 @@ static obm_status add_hidden(void *arg, obm_model *m, const obm__row *rows, size
     return OBM_OK;
 }
 
-obm_status obm__model_pool_pulse(obm_model *m, const int32_t *ids, size_t n, int layer, float *out, obm__pulse *pulse, obm_error *err) {
+obm_status obm__model_pool(obm_model *m, const int32_t *ids, size_t n, int layer, float *out, obm_error *err) {
     obm__sequence *s = NULL;
     size_t hidden = (size_t)m->config.hidden;
     OBM_TRY(check_layer(m, layer, err));
@@ -238,25 +249,21 @@ obm_status obm__model_pool_pulse(obm_model *m, const int32_t *ids, size_t n, int
     if (!sum) return obm__fail_nomem(err, hidden * sizeof *sum);
     obm_status status = obm__sequence_new(m, NULL, OBM_F32, &s, err);
     if (status == OBM_OK && n) status = obm__model_check_ids(m, s->weights, ids, n, err);
-    if (status == OBM_OK && n) status = obm__prefill(m, s, ids, n, false, layer, add_hidden, sum, pulse, err);
+    if (status == OBM_OK && n) status = obm__prefill(m, s, ids, n, false, layer, add_hidden, sum, err);
     for (size_t h = 0; status == OBM_OK && h < hidden; h++) out[h] = n ? (float)(sum[h] / (double)n) : 0.0f;
     obm__sequence_free(m, s);
     obm_free(sum);
     return status;
 }
 
-obm_status obm__model_pool(obm_model *m, const int32_t *ids, size_t n, int layer, float *out, obm_error *err) {
-    return obm__model_pool_pulse(m, ids, n, layer, out, NULL, err);
-}
-
 /* The ids that the router sees: the user's words by the base tokenizer. */
-static obm_status embed_one(obm_model *m, const obm_prompt *prompt, int layer, float *out, obm__pulse *pulse, obm_error *err) {
+static obm_status embed_one(obm_model *m, const obm_prompt *prompt, int layer, float *out, obm_error *err) {
     char *text = NULL;
     int32_t *ids = NULL;
     size_t len, n;
     obm_status status = obm__prompt_user_text(m->tokenizer, prompt, &text, &len, err);
     if (status == OBM_OK) status = obm__prompt_router_ids(m->tokenizer, text, len, &ids, &n, err);
-    if (status == OBM_OK) status = obm__model_pool_pulse(m, ids, n, layer, out, pulse, err);
+    if (status == OBM_OK) status = obm__model_pool(m, ids, n, layer, out, err);
     obm_free(ids);
     obm_free(text);
     return status;
@@ -266,12 +273,12 @@ obm_status obm_model_embed(obm_model *m, const obm_prompt *prompts, size_t n, in
                            float *out, obm_error *err) {
     obm__pulse pulse = {.fn = progress, .user = user, .what = "embed", .total = n};
     if (!m->tokenizer) return obm__fail(err, OBM_E_ARG, "%s: no tokenizer.json here", obm_checkpoint_path(m->base));
-    OBM_TRY(obm__guard_enter(&m->guard, "the model", err));
+    OBM_TRY(obm__model_enter(m, &pulse, err));
     obm_status status = OBM_OK;
     for (size_t i = 0; i < n && status == OBM_OK; i++) {
-        status = embed_one(m, &prompts[i], layer, out + i * (size_t)m->config.hidden, &pulse, err);
+        status = embed_one(m, &prompts[i], layer, out + i * (size_t)m->config.hidden, err);
         if (status == OBM_OK) status = obm__pulse_done(&pulse, i + 1, err);
     }
-    obm__guard_leave(&m->guard);
+    obm__model_leave(m);
     return status;
 }

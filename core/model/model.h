@@ -155,23 +155,22 @@ typedef struct obm__linear { obm__role role; float *y; int64_t ld; } obm__linear
 /* `count` <= 3 layers that read the same x, (n, cols), as one parallel region; row i is multiplied with weights[i], rows
  * with NULL are skipped.  tiled: through GEMM on tiles of 64 rows, else row by row. */
 obm_status obm__linear_run(obm_model *m, const obm__weights *const *weights, size_t n, bool tiled, int64_t layer,
-                           const obm__linear *layers, size_t count, const float *x, obm__pulse *pulse, obm_error *err);
+                           const obm__linear *layers, size_t count, const float *x, obm_error *err);
 /* Rotates q and k, writes k and v of all rows to their caches, attends; the result is in m->scratch.mixed. */
-obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int64_t layer, obm__pulse *pulse, obm_error *err);
+obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int64_t layer, obm_error *err);
 
 /* Runs `layers` layers; the hidden states are in m->scratch.x, (n, hidden).  Sequences must have room for the positions. */
-obm_status obm__forward(obm_model *m, const obm__row *rows, size_t n, bool tiled, int64_t layers, obm__pulse *pulse, obm_error *err);
+obm_status obm__forward(obm_model *m, const obm__row *rows, size_t n, bool tiled, int64_t layers, obm_error *err);
 /* Logits of some rows of the last forward call over all layers.  out: (n, m->vocab), ids that the route lacks at -inf.  Always
  * row by row, so that a row's logits do not depend on which others are asked for. */
-obm_status obm__forward_logits(obm_model *m, const obm__row *rows, const size_t *which, size_t n, float *out, obm__pulse *pulse,
-                               obm_error *err);
+obm_status obm__forward_logits(obm_model *m, const obm__row *rows, const size_t *which, size_t n, float *out, obm_error *err);
 
 /* Called after each chunk of a prompt; rows with a sequence hold its tokens in order. */
 typedef obm_status (*obm__visit_fn)(void *arg, obm_model *m, const obm__row *rows, size_t n, obm_error *err);
 #define OBM_CHUNK_ROWS 512   /* 8 tiles: enough to reuse a converted panel, small enough to bound the buffers */
 /* Appends ids to a sequence through GEMM tiles, or one by one through the decode path; visit may be NULL. */
 obm_status obm__prefill(obm_model *m, obm__sequence *s, const int32_t *ids, size_t n, bool decode, int64_t layers,
-                        obm__visit_fn visit, void *arg, obm__pulse *pulse, obm_error *err);
+                        obm__visit_fn visit, void *arg, obm_error *err);
 
 /* ---- the model (model.c) ---- */
 
@@ -193,12 +192,14 @@ struct obm_model {
     uint64_t clock;
     uint64_t params, base_bytes, kv_bytes, overlay_bytes;
     obm__scratch scratch;
+    obm__pulse *pulse;                  /* of the running call, NULL if it cannot be stopped */
 };
+/* Enters the guard and sets the pulse (nullable) of this call; obm__model_leave undoes both. */
+obm_status obm__model_enter(obm_model *m, obm__pulse *pulse, obm_error *err);
+void obm__model_leave(obm_model *m);
 /* Mean of the hidden states after `layer` of the base alone over the ids (layer 0: the embeddings, no forward pass).
  * out: (hidden).  Does not enter the guard: for callers that hold the model. */
 obm_status obm__model_pool(obm_model *m, const int32_t *ids, size_t n, int layer, float *out, obm_error *err);
-/* The same with progress and Ctrl-C. */
-obm_status obm__model_pool_pulse(obm_model *m, const int32_t *ids, size_t n, int layer, float *out, obm__pulse *pulse, obm_error *err);
 obm_status obm__model_check_ids(const obm_model *m, const obm__weights *w, const int32_t *ids, size_t n, obm_error *err);
 size_t obm__model_tasks(const obm_model *m);   /* 0 for a plain model */
 

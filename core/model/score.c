@@ -75,7 +75,6 @@ static obm_status encode_item(const obm_model *m, const obm_score_item *item, to
 
 typedef struct scorer {
     const tokens *t;
-    obm__pulse *pulse;
     float *logits;     /* (SCORE_ROWS, vocab) */
     double *out;       /* (n - first) */
     bool greedy;
@@ -89,7 +88,7 @@ static double log_probability(const float *logits, int64_t vocab, int32_t id, in
 
 /* Rows which[0..n) predict the tokens after theirs. */
 static obm_status score_rows(scorer *s, obm_model *m, const obm__row *rows, const size_t *which, size_t n, obm_error *err) {
-    OBM_TRY(obm__forward_logits(m, rows, which, n, s->logits, s->pulse, err));
+    OBM_TRY(obm__forward_logits(m, rows, which, n, s->logits, err));
     for (size_t i = 0; i < n; i++) {
         const float *logits = s->logits + i * (size_t)m->vocab;
         size_t next = (size_t)rows[which[i]].position + 1;
@@ -122,7 +121,7 @@ static obm_status run(obm_model *m, const double *route, const tokens *t, scorer
     obm_status status = obm__sequence_new(m, route, m->kv, &sequence, err);
     if (status == OBM_OK) status = obm__model_check_ids(m, sequence->weights, t->ids, t->n, err);
     if (status == OBM_OK)
-        status = obm__prefill(m, sequence, t->ids, t->n - 1, false, m->config.layers, visit, s, s->pulse, err);
+        status = obm__prefill(m, sequence, t->ids, t->n - 1, false, m->config.layers, visit, s, err);
     obm__sequence_free(m, sequence);
     obm_free(s->logits);
     return status;
@@ -147,7 +146,7 @@ static void summarise(obm_score *out, bool greedy) {
     out->is_greedy = greedy;
 }
 
-static obm_status score_item(obm_model *m, const obm_score_item *item, obm__pulse *pulse, obm_score *out, obm_error *err) {
+static obm_status score_item(obm_model *m, const obm_score_item *item, obm_score *out, obm_error *err) {
     tokens t = {0};
     obm_score r = {0};
     obm_status status;
@@ -160,7 +159,7 @@ static obm_status score_item(obm_model *m, const obm_score_item *item, obm__puls
     r.route = m->pack ? obm__calloc(r.n_route, sizeof *r.route) : NULL;
     if (!r.token_logprobs || (m->pack && !r.route)) OBM_GO(obm__fail_nomem(err, r.n * sizeof *r.token_logprobs));
     if (m->pack) OBM_GO(choose_route(m, item, &t, r.route, err));
-    scorer s = {.t = &t, .pulse = pulse, .out = r.token_logprobs, .greedy = true};
+    scorer s = {.t = &t, .out = r.token_logprobs, .greedy = true};
     OBM_GO(run(m, r.route, &t, &s, err));
     summarise(&r, s.greedy);
     *out = r;
@@ -183,13 +182,13 @@ obm_status obm_model_score(obm_model *m, const obm_score_item *items, size_t n, 
     obm__pulse pulse = {.fn = progress, .user = user, .what = "score", .total = n};
     obm_score *scores = obm__calloc(n, sizeof *scores);
     if (!scores) return obm__fail_nomem(err, n * sizeof *scores);
-    obm_status status = obm__guard_enter(&m->guard, "the model", err);
+    obm_status status = obm__model_enter(m, &pulse, err);
     if (status == OBM_OK) {
         for (size_t i = 0; i < n && status == OBM_OK; i++) {
-            status = name_item(i, score_item(m, &items[i], &pulse, &scores[i], err), err);
+            status = name_item(i, score_item(m, &items[i], &scores[i], err), err);
             if (status == OBM_OK) status = obm__pulse_done(&pulse, i + 1, err);
         }
-        obm__guard_leave(&m->guard);
+        obm__model_leave(m);
     }
     for (size_t i = 0; i < n; i++) {
         if (status == OBM_OK) out[i] = scores[i];

@@ -25,16 +25,22 @@ static void tensor_name(const char *pattern, int64_t layer, char *buf, size_t si
     else snprintf(buf, size, "%s", pattern);
 }
 
-static obm_status own(builder *b, size_t count, size_t size, void **out) {
-    void *p = obm__alloc(count, size);
-    void **owned = obm__realloc(b->w->owned, b->w->n_owned + 1, sizeof *owned);
+/* Takes p over (NULL: out of memory), also on failure. */
+static obm_status own(builder *b, void *p, size_t bytes) {
+    void **owned = p ? obm__realloc(b->w->owned, b->w->n_owned + 1, sizeof *owned) : NULL;
     if (owned) b->w->owned = owned;
-    if (!p || !owned) {
+    if (!owned) {
         obm_free(p);
-        return obm__fail_nomem(b->err, (uint64_t)count * size);
+        return obm__fail_nomem(b->err, bytes);
     }
     b->w->owned[b->w->n_owned++] = p;
-    b->w->bytes += (uint64_t)count * size;
+    b->w->bytes += bytes;
+    return OBM_OK;
+}
+
+static obm_status own_new(builder *b, size_t count, size_t size, void **out) {
+    void *p = obm__alloc(count, size);
+    OBM_TRY(own(b, p, count * size));
     *out = p;
     return OBM_OK;
 }
@@ -70,11 +76,11 @@ static obm_status use_tensor(builder *b, const obm_tensor *t, bool vector, obm__
     *out = (obm__matrix){t->data, t->dtype, vector ? 1 : t->shape[0], vector ? t->shape[0] : t->shape[1]};
     void *copy;
     if (vector && t->dtype != OBM_F32) {
-        OBM_TRY(own(b, (size_t)count, sizeof(float), &copy));
+        OBM_TRY(own_new(b, (size_t)count, sizeof(float), &copy));
         obm__widen(b->m->ctx->k, t, 0, count, copy);
         out->dtype = OBM_F32;
     } else if ((uintptr_t)t->data % obm_dtype_size(t->dtype)) {
-        OBM_TRY(own(b, (size_t)count, obm_dtype_size(t->dtype), &copy));
+        OBM_TRY(own_new(b, (size_t)count, obm_dtype_size(t->dtype), &copy));
         memcpy(copy, t->data, (size_t)count * obm_dtype_size(t->dtype));
     } else {
         return OBM_OK;
@@ -91,6 +97,7 @@ typedef struct merge_job {
     size_t tensor;
     const obm_tensor *base;
     int64_t rows, cols, block;     /* rows per block */
+    size_t first;                  /* block of the current slice */
     int64_t base_count;            /* elements of the base; those after it are extra vocabulary rows */
     float *merged;                 /* (rows, cols) */
     uint16_t *rounded;             /* per worker: (block, cols) */
@@ -123,7 +130,7 @@ static void count_lost(merge_job *j, int64_t begin, int64_t n, uint16_t *rounded
 
 static void merge_blocks(void *arg, size_t begin, size_t end, int worker) {
     merge_job *j = arg;
-    for (size_t b = begin; b < end && !atomic_load(&j->failed); b++) {
+    for (size_t b = begin + j->first; b < end + j->first && !atomic_load(&j->failed); b++) {
         int64_t row = (int64_t)b * j->block, n = j->rows - row < j->block ? j->rows - row : j->block;
         obm_error err;
         if (obm__route_rows(j->plan, j->tensor, row, n, j->merged + row * j->cols, &err) != OBM_OK) {
@@ -134,15 +141,31 @@ static void merge_blocks(void *arg, size_t begin, size_t end, int worker) {
     }
 }
 
-/* merged (f32) keeps its dtype or goes to the base's: design.md, "Precision of dense results". */
+/* merged stays f32 or goes to the base's dtype: design.md, "Precision of dense results". */
 static obm_status keep_merged(builder *b, merge_job *j, bool vector, obm__matrix *out) {
-    int64_t count = j->rows * j->cols;
+    size_t count = (size_t)(j->rows * j->cols);
     void *data;
-    bool narrow = !vector && j->base->dtype != OBM_F32 && (double)j->lost <= MAX_LOST_SHARE * (double)j->changed;
-    obm_dtype dtype = narrow ? j->base->dtype : OBM_F32;
-    OBM_TRY(own(b, (size_t)count, obm_dtype_size(dtype), &data));
-    obm__narrow(b->m->ctx->k, dtype, j->merged, count, data);
-    *out = (obm__matrix){data, dtype, j->rows, j->cols};
+    if (vector || j->base->dtype == OBM_F32 || (double)j->lost > MAX_LOST_SHARE * (double)j->changed) {
+        *out = (obm__matrix){j->merged, OBM_F32, j->rows, j->cols};
+        j->merged = NULL;
+        return own(b, (void *)out->data, count * sizeof(float));
+    }
+    OBM_TRY(own_new(b, count, obm_dtype_size(j->base->dtype), &data));
+    obm__narrow(b->m->ctx->k, j->base->dtype, j->merged, (int64_t)count, data);
+    *out = (obm__matrix){data, j->base->dtype, j->rows, j->cols};
+    return OBM_OK;
+}
+
+/* Blocks between two looks at the pulse, per thread: about 10 ms each. */
+#define BLOCKS_PER_LOOK 16
+
+static obm_status merge_all(builder *b, merge_job *j) {
+    size_t blocks = (size_t)((j->rows + j->block - 1) / j->block), step = BLOCKS_PER_LOOK * (size_t)b->m->ctx->threads;
+    for (j->first = 0; j->first < blocks; j->first += step) {
+        obm__parallel(b->m->ctx, blocks - j->first < step ? blocks - j->first : step, 1, merge_blocks, j);
+        if (j->failed) return obm__fail(b->err, j->err.code, "%s", j->err.message);
+        OBM_TRY(obm__pulse_check(b->m->pulse, b->err));
+    }
     return OBM_OK;
 }
 
@@ -154,16 +177,12 @@ static obm_status materialise(builder *b, size_t tensor, const obm_tensor *shape
     j.cols = vector ? shape->shape[0] : shape->shape[1];
     j.block = j.cols < OBM_TILE ? OBM_TILE / j.cols : 1;
     j.base_count = obm_tensor_count(base);
-    size_t count = (size_t)(j.rows * j.cols), blocks = (size_t)((j.rows + j.block - 1) / j.block);
+    bool narrow = base->dtype != OBM_F32 && !vector;
+    size_t count = (size_t)(j.rows * j.cols);
     j.merged = obm__alloc(count, sizeof *j.merged);
-    if (base->dtype != OBM_F32) j.rounded = obm__alloc((size_t)(j.block * j.cols) * (size_t)b->m->ctx->threads, sizeof *j.rounded);
-    obm_status status = OBM_OK;
-    if (!j.merged || (base->dtype != OBM_F32 && !j.rounded)) {
-        status = obm__fail_nomem(b->err, count * sizeof *j.merged);
-    } else {
-        obm__parallel(b->m->ctx, blocks, 1, merge_blocks, &j);
-        status = j.failed ? obm__fail(b->err, j.err.code, "%s", j.err.message) : keep_merged(b, &j, vector, out);
-    }
+    if (narrow) j.rounded = obm__alloc((size_t)(j.block * j.cols) * (size_t)b->m->ctx->threads, sizeof *j.rounded);
+    obm_status status = j.merged && (!narrow || j.rounded) ? merge_all(b, &j) : obm__fail_nomem(b->err, count * sizeof *j.merged);
+    if (status == OBM_OK) status = keep_merged(b, &j, vector, out);
     obm_free(j.merged);
     obm_free(j.rounded);
     return status;

@@ -176,7 +176,7 @@ static obm_status take_logits(void *arg, obm_model *m, const obm__row *rows, siz
     taken *t = arg;
     for (size_t i = 0; i < n; i++) {
         if (!rows[i].sequence) continue;
-        OBM_TRY(obm__forward_logits(m, rows, &i, 1, t->out + t->n * (size_t)m->vocab, NULL, err));
+        OBM_TRY(obm__forward_logits(m, rows, &i, 1, t->out + t->n * (size_t)m->vocab, err));
         t->n++;
     }
     return OBM_OK;
@@ -195,7 +195,7 @@ static void chunks_of_a_prompt_do_not_matter(void **state) {
             taken t = {out, 0};
             check_ok(obm__sequence_new(f.m, NULL, OBM_F32, &q, &err), &err);
             for (size_t i = 0, from = 0; i < 3; from = cuts[c][i++])
-                check_ok(obm__prefill(f.m, q, f.ids + from, cuts[c][i] - from, false, f.c.layers, take_logits, &t, NULL, &err), &err);
+                check_ok(obm__prefill(f.m, q, f.ids + from, cuts[c][i] - from, false, f.c.layers, take_logits, &t, &err), &err);
             obm__sequence_free(f.m, q);
             assert_int_equal(t.n, T);
             assert_memory_equal(out, whole, (size_t)(T * f.c.vocab) * sizeof *out);
@@ -220,10 +220,10 @@ static void neighbouring_tiles_do_not_matter(void **state) {
     check_ok(obm__sequence_reserve(f.m, b, 13, &err), &err);
     for (int i = 0; i < 40; i++) rows[i] = (obm__row){a, i, f.ids[i]};
     for (int i = 0; i < 13; i++) rows[OBM_TILE_TOKENS + i] = (obm__row){b, i, f.ids[T - 1 - i]};
-    check_ok(obm__forward(f.m, rows, 2 * OBM_TILE_TOKENS, true, f.c.layers, NULL, &err), &err);
+    check_ok(obm__forward(f.m, rows, 2 * OBM_TILE_TOKENS, true, f.c.layers, &err), &err);
     float *out = malloc((size_t)(2 * f.c.vocab) * sizeof *out);
     const size_t which[] = {39, OBM_TILE_TOKENS + 12};
-    check_ok(obm__forward_logits(f.m, rows, which, 2, out, NULL, &err), &err);
+    check_ok(obm__forward_logits(f.m, rows, which, 2, out, &err), &err);
     int32_t other[13];
     for (int i = 0; i < 13; i++) other[i] = f.ids[T - 1 - i];
     float *alone_a = logits_of(f.m, f.ids, 40, NULL), *alone_b = logits_of(f.m, other, 13, NULL);
@@ -251,10 +251,10 @@ static void neighbours_in_decoding_do_not_matter(void **state) {
         for (int pass = 0; pass < 2; pass++) {
             for (int i = 0; i < 3; i++) {
                 check_ok(obm__sequence_new(f.m, NULL, OBM_F32, &q[i], &err), &err);
-                check_ok(obm__prefill(f.m, q[i], f.ids, length[i], false, f.c.layers, NULL, NULL, NULL, &err), &err);
+                check_ok(obm__prefill(f.m, q[i], f.ids, length[i], false, f.c.layers, NULL, NULL, &err), &err);
                 taken t = {alone + (size_t)i * steps * row, 0};
                 if (pass == 0)
-                    check_ok(obm__prefill(f.m, q[i], f.ids, steps, true, f.c.layers, take_logits, &t, NULL, &err), &err);
+                    check_ok(obm__prefill(f.m, q[i], f.ids, steps, true, f.c.layers, take_logits, &t, &err), &err);
             }
             for (size_t step = 0; pass == 1 && step < steps; step++) {
                 obm__row rows[3];
@@ -263,8 +263,8 @@ static void neighbours_in_decoding_do_not_matter(void **state) {
                     check_ok(obm__sequence_reserve(f.m, q[i], q[i]->length + 1, &err), &err);
                     rows[i] = (obm__row){q[i], q[i]->length++, f.ids[step]};
                 }
-                check_ok(obm__forward(f.m, rows, 3, false, f.c.layers, NULL, &err), &err);
-                check_ok(obm__forward_logits(f.m, rows, which, 3, together, NULL, &err), &err);
+                check_ok(obm__forward(f.m, rows, 3, false, f.c.layers, &err), &err);
+                check_ok(obm__forward_logits(f.m, rows, which, 3, together, &err), &err);
                 for (size_t i = 0; i < 3; i++)
                     assert_memory_equal(together + i * row, alone + (i * steps + step) * row, row * sizeof *alone);
             }
