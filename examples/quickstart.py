@@ -162,6 +162,14 @@ def train_router(pack, data):
     return pack.train_router([i["messages"] for i in items], [i["task"] for i in items], layer=0)
 
 
+def routed_right(pack, test):
+    """How often the built-in router names the task, on test prompts whose wordings it has mostly not seen."""
+    model = obm.Model(pack)
+    right = [list(model.route(item["messages"])[0]) == [s] for s in TASKS for item in test[s]]
+    low, high = wilson(sum(right), len(right))
+    print(f"on test prompts: {100 * sum(right) / len(right):.1f} % of {len(right)} routed right (95 % interval {100 * low:.1f}-{100 * high:.1f})\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fast", action="store_true", help="40 test and 20 validation prompts per set instead of 200 and 60")
@@ -180,7 +188,8 @@ def main():
         pack = obm.compress(MODELS / "base", {t: MODELS / t for t in TASKS}, out / "example.pack")
         print(pack, "\n")
         print("pack -> route")
-        print(train_router(pack, out / "data"), "\n")
+        print(train_router(pack, out / "data"))
+        routed_right(pack, test)
 
         print(f"route -> merged model -> text: greedy, {n_test} test prompts per set")
         table = Table()
