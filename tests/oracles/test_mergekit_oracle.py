@@ -9,10 +9,10 @@ import math
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("mergekit")
-obm = pytest.importorskip("onebitmerge")
+import torch  # noqa: E402
+import transformers  # noqa: E402
+import mergekit  # noqa: E402,F401
+import onebitmerge as obm  # noqa: E402
 
 from mergekit.config import MergeConfiguration  # noqa: E402
 from mergekit.merge import run_merge  # noqa: E402

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-safetensors = pytest.importorskip("safetensors")
-obm = pytest.importorskip("onebitmerge")
+import safetensors  # noqa: E402
+import onebitmerge as obm  # noqa: E402
 import safetensors.numpy  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "reference"))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-tokenizers = pytest.importorskip("tokenizers")
-obm = pytest.importorskip("onebitmerge")
+import tokenizers  # noqa: E402
+import onebitmerge as obm  # noqa: E402
 
 TESTS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TESTS / "reference"))
