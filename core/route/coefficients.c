@@ -1,29 +1,30 @@
 /*
- * TIES on planes: the merged value as a table over sign patterns, and as a few scalars per matrix.  Knows nothing of packs.
+ * TIES on planes: the merged value as a table over sign patterns, and as a few scalars per matrix.  Knows nothing of
+ * packs.
  *
- * Let n planes with scales a_1 .. a_n take part in a matrix (pack order; an expert with two planes brings both), and let
- * s in {-1, +1}^n be their signs at one element.  Every d~_k there is a signed sum of its own a_i, so the merged value is a
- * function v(s) of the pattern alone, with 2^n values: the table that materialising looks up.
+ * Let n planes with scales a_1 .. a_n take part in a matrix (pack order; an expert with two planes brings both), and
+ * let s in {-1, +1}^n be their signs at one element.  Every d~_k there is a signed sum of its own a_i, so the merged
+ * value is a function v(s) of the pattern alone, with 2^n values: the table that materialising looks up.
  *
  * Any function on {-1, +1}^n is a polynomial in which no sign is squared (the Walsh-Hadamard transform finds it):
  *
  *     v(s) = sum over M of c_M * prod_{i in M} s_i,        c_M = 2^-n * sum over s of v(s) * prod_{i in M} s_i.
  *
- * v is odd: v(-s) = -v(s).  Substituting s -> -s in the second formula gives c_M = (-1)^(|M| + 1) c_M, so c_M = 0 whenever
- * |M| is even, and half of the table is the other half negated.  Three properties of the rule are needed for that and for
- * c(w) = sum_k w_k c(k), and they are why the rule is as it is:
+ * v is odd: v(-s) = -v(s).  Substituting s -> -s in the second formula gives c_M = (-1)^(|M| + 1) c_M, so c_M = 0
+ * whenever |M| is even, and half of the table is the other half negated.  Three properties of the rule are needed for
+ * that and for c(w) = sum_k w_k c(k), and they are why the rule is as it is:
  *
  *   - a zero sum elects no sign and yields 0 (electing +1, as mergekit does, or the model's majority is not odd);
  *   - nothing is trimmed (all magnitudes of a plane are equal, so a trim would have to look at the index);
  *   - elections do not see the route's weights (they would stay odd, but v would no longer be linear in w).
  *
- * A product of signs is the parity of sign bits, so c_M with |M| = 3 belongs to the XOR of three planes.  Two planes are
- * linear, three add that one XOR plane: three experts' hard routes read three planes and nothing else, and what a route
- * changes are the scalars c_M.  For the disjoint mean of two planes, a > b > 0, the transform gives
+ * A product of signs is the parity of sign bits, so c_M with |M| = 3 belongs to the XOR of three planes.  Two planes
+ * are linear, three add that one XOR plane: three experts' hard routes read three planes and nothing else, and what a
+ * route changes are the scalars c_M.  For the disjoint mean of two planes, a > b > 0, the transform gives
  *
  *     TIES(a s1, b s2) = ((3a + b) / 4) s1 - ((a - b) / 4) s2      (agreeing: (a + b) / 2, else the larger one wins)
  *
- * and a = b needs no case of its own: the table holds 0 where the signs disagree, and the transform of it is a (s1 + s2) / 2.
+ * and a = b needs no case of its own: the table holds 0 where the signs disagree, and its transform is a (s1 + s2) / 2.
  * A scale of 0 is an absent plane: +0 and -0 agree with no elected sign, and every c_M with that plane is 0.
  */
 #include "coefficients.h"
@@ -38,9 +39,12 @@ static int64_t groups_per_row(const obm__planes *p) { return (p->cols + p->scale
 float obm__planes_alpha(const obm__planes *p, int plane, int64_t row, int64_t col) {
     const float *alpha = p->alphas[plane];
     switch (p->scale.kind) {
-    case OBM_SCALE_MATRIX: return alpha[0];
-    case OBM_SCALE_ROW: return alpha[row];
-    case OBM_SCALE_GROUP: break;
+    case OBM_SCALE_MATRIX:
+        return alpha[0];
+    case OBM_SCALE_ROW:
+        return alpha[row];
+    case OBM_SCALE_GROUP:
+        break;
     }
     return alpha[row * groups_per_row(p) + col / p->scale.group];
 }
@@ -91,8 +95,8 @@ void obm__plane_set_alphas(const obm__plane_set *s, int64_t row, int64_t col, fl
     for (int i = 0; i < s->n; i++) alpha[i] = obm__planes_alpha(s->from[i], s->plane[i], row, col);
 }
 
-/* Bit c of a byte becomes 0 or 1 in byte c of a word: copy the byte eight times, keep one bit in each, and carry it into
- * bit 7 (0x7f plus any single bit reaches 0x80 and never the next byte). */
+/* Bit c of a byte becomes 0 or 1 in byte c of a word: copy the byte eight times, keep one bit in each, and carry it
+ * into bit 7 (0x7f plus any single bit reaches 0x80 and never the next byte). */
 static uint64_t spread(uint8_t byte) {
     uint64_t bits = byte * 0x0101010101010101u & 0x8040201008040201u;
     return (bits + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
@@ -139,8 +143,9 @@ static double product_of_signs(unsigned mask, unsigned pattern) {
     return __builtin_parity(mask & ~pattern) ? -1.0 : 1.0;
 }
 
-/* Where the sum has no product of these signs (a hard route is d~_k plus a function of the others), rounding must not leave
- * a trace that a run would have to touch: 256 values, each a few units of 2^-53 off, stay below 2^-40 of the largest. */
+/* Where the sum has no product of these signs (a hard route is d~_k plus a function of the others), rounding must not
+ * leave a trace that a run would have to touch: 256 values, each a few units of 2^-53 off, stay below 2^-40 of the
+ * largest. */
 static double rounding_noise(const double *value, unsigned count) {
     double largest = 0;
     for (unsigned i = 0; i < count; i++) largest = fmax(largest, fabs(value[i]));

@@ -1,6 +1,6 @@
 /*
- * TIES on planes: where every expert of a matrix is 1-bit (or the base's), the merged value depends on nothing but the n
- * sign bits of the planes involved.  coefficients.c derives the two forms of that function.
+ * TIES on planes: where every expert of a matrix is 1-bit (or the base's), the merged value depends on nothing but the
+ * n sign bits of the planes involved.  coefficients.c derives the two forms of that function.
  */
 #ifndef OBM_COEFFICIENTS_H
 #define OBM_COEFFICIENTS_H
@@ -16,7 +16,7 @@
 /* What turns K task-vector values into a merged one: obm__merged_delta with these arguments. */
 typedef struct obm__merge_rule {
     size_t n_tasks;
-    const double *weights;   /* (n_tasks) the route */
+    const double *weights; /* (n_tasks) the route */
     double lambda;
     obm_reading reading;
 } obm__merge_rule;
@@ -24,13 +24,14 @@ typedef struct obm__merge_rule {
 /* The planes of one matrix that take part in a merge, in pack order (experts, then planes of an expert). */
 typedef struct obm__plane_set {
     int n;
-    size_t task[OBM_PATTERN_PLANES];              /* whose plane */
-    const obm__planes *from[OBM_PATTERN_PLANES];  /* its expert's matrix */
-    int plane[OBM_PATTERN_PLANES];                /* which of that expert's planes */
+    size_t task[OBM_PATTERN_PLANES];             /* whose plane */
+    const obm__planes *from[OBM_PATTERN_PLANES]; /* its expert's matrix */
+    int plane[OBM_PATTERN_PLANES];               /* which of that expert's planes */
 } obm__plane_set;
 /* False: there are OBM_PATTERN_PLANES already. */
 bool obm__plane_set_add(obm__plane_set *s, size_t task, const obm__planes *planes);
-/* Columns from `col` on over which no alpha of the row changes: the rest of the row, or up to the next group of any plane. */
+/* Columns from `col` on over which no alpha of the row changes: the rest of the row, or up to the next group of any
+ * plane. */
 int64_t obm__plane_set_span(const obm__plane_set *s, int64_t col);
 /* alpha[n]: the scale of each plane at (row, col). */
 void obm__plane_set_alphas(const obm__plane_set *s, int64_t row, int64_t col, float *alpha);

@@ -48,8 +48,8 @@ double obm__merged_delta(const double *d, size_t n_tasks, const double *weights,
 /* ---- the rule over a chunk of columns, with trims: the same operations in the same order, element for element ---- */
 
 typedef struct chunk {
-    double d[OBM_ROUTE_TASKS][OBM_ROUTE_CHUNK];        /* of every expert; only the first n_tasks are touched */
-    double others[OBM_ROUTE_TASKS][OBM_ROUTE_CHUNK];   /* the remainder of the route at hand */
+    double d[OBM_ROUTE_TASKS][OBM_ROUTE_CHUNK];      /* of every expert; only the first n_tasks are touched */
+    double others[OBM_ROUTE_TASKS][OBM_ROUTE_CHUNK]; /* the remainder of the route at hand */
     double ties[OBM_ROUTE_CHUNK], sum[OBM_ROUTE_CHUNK];
     float base[OBM_ROUTE_CHUNK];
 } chunk;
@@ -60,7 +60,8 @@ static bool keeps(const obm__route_cut *cut, double x, int64_t index) {
 }
 
 /* The others of expert k at elements [index, index + n); returns how many. */
-static size_t collect_others(const obm__merge_rule *rule, const obm__route_cut *cuts, size_t k, int64_t index, int64_t n, chunk *c) {
+static size_t collect_others(const obm__merge_rule *rule, const obm__route_cut *cuts, size_t k, int64_t index,
+                             int64_t n, chunk *c) {
     size_t count = 0;
     for (size_t j = 0; j < rule->n_tasks; j++) {
         if (j == k) continue;
@@ -72,8 +73,8 @@ static size_t collect_others(const obm__merge_rule *rule, const obm__route_cut *
     return count;
 }
 
-/* obm__ties_remainder of every column; x * sum > 0 says that x is no zero and agrees (f32 magnitudes cannot underflow in the
- * product), and adding 0 for the others changes no bit. */
+/* obm__ties_remainder of every column; x * sum > 0 says that x is no zero and agrees (f32 magnitudes cannot underflow
+ * in the product), and adding 0 for the others changes no bit. */
 static void ties_of_others(chunk *c, size_t count, int64_t n) {
     double sum[OBM_ROUTE_CHUNK] = {0}, agreeing[OBM_ROUTE_CHUNK] = {0};
     memset(c->ties, 0, sizeof c->ties);
@@ -97,8 +98,10 @@ static void merge_chunk(const obm__merge_rule *rule, const obm__route_cut *cuts,
         double w = rule->weights[k], lambda = rule->lambda;
         if (w == 0) continue;
         if (lambda != 0) ties_of_others(c, collect_others(rule, cuts, k, index, n, c), n);
-        if (lambda != 0) for (int64_t i = 0; i < n; i++) c->sum[i] += w * (c->d[k][i] + lambda * c->ties[i]);
-        else for (int64_t i = 0; i < n; i++) c->sum[i] += w * c->d[k][i];
+        if (lambda != 0)
+            for (int64_t i = 0; i < n; i++) c->sum[i] += w * (c->d[k][i] + lambda * c->ties[i]);
+        else
+            for (int64_t i = 0; i < n; i++) c->sum[i] += w * c->d[k][i];
     }
 }
 
@@ -133,7 +136,8 @@ typedef struct pattern_table {
     double value[OBM_PATTERNS];
 } pattern_table;
 
-static void tabulate(const obm__route_plan *r, const obm__plane_set *s, int64_t row, int64_t col, pattern_table *table) {
+static void tabulate(const obm__route_plan *r, const obm__plane_set *s, int64_t row, int64_t col,
+                     pattern_table *table) {
     float alpha[OBM_PATTERN_PLANES];
     obm__plane_set_alphas(s, row, col, alpha);
     size_t size = (size_t)s->n * sizeof *alpha;
@@ -167,15 +171,21 @@ static void row_by_elements(const obm__route_plan *r, size_t tensor, int64_t row
     }
 }
 
-static void widen_rows(const obm__route_plan *r, const obm_tensor *from, int64_t row, int64_t cols, int64_t n, float *out) {
+static void widen_rows(const obm__route_plan *r, const obm_tensor *from, int64_t row, int64_t cols, int64_t n,
+                       float *out) {
     obm__widen(r->pack->ctx->k, from, row * cols, n * cols, out);
 }
 
-static obm_status base_rows(const obm__route_plan *r, size_t tensor, int64_t row, int64_t n, float *out, obm_error *err) {
+static obm_status base_rows(const obm__route_plan *r, size_t tensor, int64_t row, int64_t n, float *out,
+                            obm_error *err) {
     const obm__route_tensor *t = &r->tensors[tensor];
     switch (t->kind) {
-    case OBM_ROUTE_BASE: widen_rows(r, &r->pack->tensors[tensor].base, row, t->cols, n, out); break;
-    case OBM_ROUTE_EXPERT: widen_rows(r, &obm__route_entry(r->pack, r->hard, tensor)->full, row, t->cols, n, out); break;
+    case OBM_ROUTE_BASE:
+        widen_rows(r, &r->pack->tensors[tensor].base, row, t->cols, n, out);
+        break;
+    case OBM_ROUTE_EXPERT:
+        widen_rows(r, &obm__route_entry(r->pack, r->hard, tensor)->full, row, t->cols, n, out);
+        break;
     case OBM_ROUTE_PATTERNS: {
         pattern_table table = {.filled = false};
         for (int64_t i = 0; i < n; i++) row_by_patterns(r, tensor, row + i, &table, out + i * t->cols);
@@ -191,7 +201,8 @@ static obm_status base_rows(const obm__route_plan *r, size_t tensor, int64_t row
     return OBM_OK;
 }
 
-obm_status obm__route_rows(const obm__route_plan *r, size_t tensor, int64_t row, int64_t n, float *out, obm_error *err) {
+obm_status obm__route_rows(const obm__route_plan *r, size_t tensor, int64_t row, int64_t n, float *out,
+                           obm_error *err) {
     const obm__route_tensor *t = &r->tensors[tensor];
     int64_t own = row >= t->rows ? 0 : row + n > t->rows ? t->rows - row : n;
     if (own > 0) OBM_TRY(base_rows(r, tensor, row, own, out, err));
@@ -212,7 +223,8 @@ static void run_rows(void *arg, size_t begin, size_t end, int worker) {
     row_job *job = arg;
     (void)worker;
     float *out = job->out + begin * (size_t)job->plan->tensors[job->tensor].cols;
-    if (obm__route_rows(job->plan, job->tensor, (int64_t)begin, (int64_t)(end - begin), out, NULL) != OBM_OK) job->failed = 1;
+    if (obm__route_rows(job->plan, job->tensor, (int64_t)begin, (int64_t)(end - begin), out, NULL) != OBM_OK)
+        job->failed = 1;
 }
 
 obm_status obm__route_materialise(const obm__route_plan *r, size_t tensor, float *out, obm_error *err) {

@@ -1,12 +1,13 @@
 /*
  * The dynamic merge: what the weights are under one route.
  *
- *     theta(k) = theta_base + d~_k + lambda * TIES({ d~_j : j != k })                      hard route, reading onto_base
- *     theta(w) = theta_base + sum_k w_k (theta(k) - theta_base)                            soft route
+ *     theta(k) = theta_base + d~_k + lambda * TIES({ d~_j : j != k })                      hard route, reading
+ * onto_base theta(w) = theta_base + sum_k w_k (theta(k) - theta_base)                            soft route
  *
- * Where all experts are 1-bit (or same, or dropped) in a matrix, theta depends on the n sign bits only: the table over the
- * 2^n patterns and its Walsh-Hadamard transform (coefficients.c) give the merged value and, later, the scalars for running
- * on the planes.  Everything else (full tensors) goes through the plain elementwise rule, with trims by the profile.
+ * Where all experts are 1-bit (or same, or dropped) in a matrix, theta depends on the n sign bits only: the table over
+ * the 2^n patterns and its Walsh-Hadamard transform (coefficients.c) give the merged value and, later, the scalars for
+ * running on the planes.  Everything else (full tensors) goes through the plain elementwise rule, with trims by the
+ * profile.
  */
 #ifndef OBM_DYNAMIC_H
 #define OBM_DYNAMIC_H
@@ -14,26 +15,28 @@
 #include "../io/pack.h"
 #include "coefficients.h"
 
-/* The elementwise TIES of the remainder (unit weights, disjoint mean, a zero sum yields 0), in f64 over values in pack order.
- * The specification that tables, tests and full tensors share. */
+/* The elementwise TIES of the remainder (unit weights, disjoint mean, a zero sum yields 0), in f64 over values in pack
+ * order. The specification that tables, tests and full tensors share. */
 double obm__ties_remainder(const double *d, size_t n);
 /* theta(w) - theta_base of one element, from the K task-vector values d[0..K) in f64. */
 double obm__merged_delta(const double *d, size_t n_tasks, const double *weights, double lambda, obm_reading reading);
 
-/* Weights are used as given, but they have to be numbers: ARG names the task of one that is negative, NaN or infinite. */
+/* Weights are used as given, but they have to be numbers: ARG names the task of one that is negative, NaN or infinite.
+ */
 obm_status obm__route_check(const obm_pack *p, const double *weights, obm_error *err);
 /* The expert of a hard route (one weight, 1), or SIZE_MAX: a soft route, or the base alone. */
 size_t obm__route_hard(const double *weights, size_t n);
 
-/* A prepared route: trim thresholds of full tensors and which tensors differ from the base.  Borrows the pack.  Immutable,
- * share freely. */
+/* A prepared route: trim thresholds of full tensors and which tensors differ from the base.  Borrows the pack.
+ * Immutable, share freely. */
 typedef struct obm__route_plan obm__route_plan;
 obm_status obm__route_plan_new(const obm_pack *p, const double *weights, obm__route_plan **out, obm_error *err);
-/* The same, but only tensor `only` gets its trims, which take passes over full tensors; NONE: shapes can be asked for, rows
- * cannot. */
+/* The same, but only tensor `only` gets its trims, which take passes over full tensors; NONE: shapes can be asked for,
+ * rows cannot. */
 #define OBM_ROUTE_ALL SIZE_MAX
 #define OBM_ROUTE_NONE (SIZE_MAX - 1)
-obm_status obm__route_plan_for(const obm_pack *p, const double *weights, size_t only, obm__route_plan **out, obm_error *err);
+obm_status obm__route_plan_for(const obm_pack *p, const double *weights, size_t only, obm__route_plan **out,
+                               obm_error *err);
 void obm__route_plan_free(obm__route_plan *r);
 /* False: the tensor is the base's under this route, use it as it is. */
 bool obm__route_changes(const obm__route_plan *r, size_t tensor);
@@ -47,14 +50,14 @@ obm_status obm__route_materialise(const obm__route_plan *r, size_t tensor, float
 
 /* How a tensor comes about under a route. */
 typedef enum obm__route_kind {
-    OBM_ROUTE_BASE = 0,       /* the base's own tensor */
-    OBM_ROUTE_EXPERT = 1,     /* the routed expert's own tensor, to the bit: full, and nothing of the others comes in */
-    OBM_ROUTE_PATTERNS = 2,   /* sign patterns (coefficients.c) */
-    OBM_ROUTE_ELEMENTS = 3    /* the elementwise rule */
+    OBM_ROUTE_BASE = 0,     /* the base's own tensor */
+    OBM_ROUTE_EXPERT = 1,   /* the routed expert's own tensor, to the bit: full, and nothing of the others comes in */
+    OBM_ROUTE_PATTERNS = 2, /* sign patterns (coefficients.c) */
+    OBM_ROUTE_ELEMENTS = 3  /* the elementwise rule */
 } obm__route_kind;
 obm__route_kind obm__route_kind_of(const obm__route_plan *r, size_t tensor);
-/* PATTERNS: the planes that a run touches, and c(w) of the stretch of columns at (row, col); c[2^n].  What running on the
- * planes is built on: a route changes these scalars and moves no weights. */
+/* PATTERNS: the planes that a run touches, and c(w) of the stretch of columns at (row, col); c[2^n].  What running on
+ * the planes is built on: a route changes these scalars and moves no weights. */
 const obm__plane_set *obm__route_planes(const obm__route_plan *r, size_t tensor);
 void obm__route_coefficients(const obm__route_plan *r, size_t tensor, int64_t row, int64_t col, double *c);
 

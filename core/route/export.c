@@ -2,8 +2,9 @@
  * Writes one route as a dense Hugging Face folder, tile by tile.  Decides dtypes, ties and the config; the values are
  * dynamic.c's, the files model_writer.c's.
  *
- * Rounding to a 16-bit dtype swallows deltas below half a step of the weight (at 0.3 % relative norm about 43 % of them), so
- * the loss is counted: elements that the route changes in f32, and of those the ones that end as the base's value.
+ * Rounding to a 16-bit dtype swallows deltas below half a step of the weight (at 0.3 % relative norm about 43 % of
+ * them), so the loss is counted: elements that the route changes in f32, and of those the ones that end as the base's
+ * value.
  */
 #include "dynamic.h"
 
@@ -25,22 +26,25 @@ typedef struct export_job {
     bool has_dtype;
     obm_dtype dtype;
     const obm_export_options *options;
-    uint64_t total, done;      /* bytes written */
+    uint64_t total, done; /* bytes written */
     obm_export_report report;
     _Atomic uint64_t changed, lost;
     _Atomic int failed;
     /* the tile at hand */
     size_t tensor;
     int64_t row, cols;
-    float *values;             /* (rows, cols) */
-    uint8_t *bytes;            /* the same in the output dtype */
+    float *values;  /* (rows, cols) */
+    uint8_t *bytes; /* the same in the output dtype */
     obm_dtype out;
 } export_job;
 
 /* ---- what is written ---- */
 
 static obm_status parse_dtype(export_job *j, const char *text, obm_error *err) {
-    static const struct { const char *name; obm_dtype dtype; } known[] = {{"f32", OBM_F32}, {"bf16", OBM_BF16}, {"f16", OBM_F16}};
+    static const struct {
+        const char *name;
+        obm_dtype dtype;
+    } known[] = {{"f32", OBM_F32}, {"bf16", OBM_BF16}, {"f16", OBM_F16}};
     if (!text) return OBM_OK;
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
         if (strcmp(known[i].name, text)) continue;
@@ -51,7 +55,8 @@ static obm_status parse_dtype(export_job *j, const char *text, obm_error *err) {
     return obm__fail(err, OBM_E_ARG, "export: dtype %.32s, expected f32, bf16 or f16", text);
 }
 
-/* The base's dtype by default.  F64 has no place in an f32 pipeline: such a tensor is written as F32 where it changes. */
+/* The base's dtype by default.  F64 has no place in an f32 pipeline: such a tensor is written as F32 where it changes.
+ */
 static obm_dtype dtype_of(const export_job *j, size_t tensor) {
     obm_dtype own = j->pack->tensors[tensor].base.dtype;
     if (!obm__is_float(own)) return own;
@@ -138,14 +143,19 @@ static obm_status make_card(const export_job *j, char **out, obm_error *err) {
     char *route;
     OBM_TRY(obm_pack_format_route(p, j->weights, &route, err));
     obm__buffer_printf(&b, "# Route `%s` of a onebitmerge pack\n\n", route);
-    obm__buffer_printf(&b, "Written by onebitmerge %s: the base plus the routed task vectors plus lambda times TIES of the others.\n\n",
-                       obm_version());
-    obm__buffer_printf(&b, "| | |\n|---|---|\n| pack | `%s` |\n| base | `%s` |\n| route | `%s` |\n", p->path, p->base->path, route);
-    obm__buffer_printf(&b, "| lambda | %g |\n| reading | %s |\n", p->settings.lambda, reading_text(p->settings.reading));
+    obm__buffer_printf(
+        &b,
+        "Written by onebitmerge %s: the base plus the routed task vectors plus lambda times TIES of the others.\n\n",
+        obm_version());
+    obm__buffer_printf(&b, "| | |\n|---|---|\n| pack | `%s` |\n| base | `%s` |\n| route | `%s` |\n", p->path,
+                       p->base->path, route);
+    obm__buffer_printf(&b, "| lambda | %g |\n| reading | %s |\n", p->settings.lambda,
+                       reading_text(p->settings.reading));
     obm__buffer_printf(&b, "| trim of full tensors | density %g, scope %s |\n", p->settings.density,
                        p->settings.profile == OBM_PROFILE_PAPER ? "model" : "tensor");
     for (size_t k = 0; k < p->n_experts; k++)
-        obm__buffer_printf(&b, "| expert %s | %s |\n", p->experts[k].name, p->experts[k].policy ? p->experts[k].policy : "");
+        obm__buffer_printf(&b, "| expert %s | %s |\n", p->experts[k].name,
+                           p->experts[k].policy ? p->experts[k].policy : "");
     obm__buffer_text(&b, "\nThe tokenizer is the base's.\n");
     obm_free(route);
     if (b.failed) {
@@ -166,7 +176,7 @@ static void count_lost(export_job *j, int64_t row, const float *values, const ui
     uint64_t changed = 0, lost = 0;
     float before[512];
     uint8_t rounded[512 * 4];
-    if ((row + 1) * j->cols > obm_tensor_count(base)) return;   /* an extra row has no base */
+    if ((row + 1) * j->cols > obm_tensor_count(base)) return; /* an extra row has no base */
     for (int64_t col = 0, n; col < j->cols; col += n) {
         n = j->cols - col < 512 ? j->cols - col : 512;
         obm__widen(k, base, row * j->cols + col, n, before);
@@ -292,7 +302,9 @@ static obm_status run_export(export_job *j, const char *path, obm_error *err) {
     obm_status status = make_card(j, &card, err);
     obm__model_writer_options o = {.shard_bytes = OBM_OPT(j->options, obm_export_options, shard_bytes, 0),
                                    .overwrite = OBM_OPT(j->options, obm_export_options, overwrite, false),
-                                   .copy_from = j->pack->base->directory, .config = config, .card = card};
+                                   .copy_from = j->pack->base->directory,
+                                   .config = config,
+                                   .card = card};
     if (status == OBM_OK) status = alloc_tile(j, err);
     if (status == OBM_OK) status = write_folder(j, path, &o, err);
     obm_free(j->values);
@@ -316,8 +328,8 @@ static obm_status refuse_own_folder(const obm_pack *p, const char *path, obm_err
     return OBM_OK;
 }
 
-obm_status obm_pack_export(const obm_pack *p, const double *weights, const obm_export_options *options, const char *out_path,
-                           obm_export_report *report, obm_error *err) {
+obm_status obm_pack_export(const obm_pack *p, const double *weights, const obm_export_options *options,
+                           const char *out_path, obm_export_report *report, obm_error *err) {
     bool dry = OBM_OPT(options, obm_export_options, dry_run, false);
     obm__route_plan *plan = NULL;
     export_job j = {.pack = p, .weights = weights, .options = options};

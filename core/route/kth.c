@@ -1,4 +1,5 @@
-/* Exact selection of the k-th magnitude in two counting passes over streamed values.  Does not decide what to do with it. */
+/* Exact selection of the k-th magnitude in two counting passes over streamed values.  Does not decide what to do with
+ * it. */
 #include "kth.h"
 
 #include <string.h>
@@ -41,7 +42,8 @@ void obm__kth_add(obm__kth *s, const obm_kernels *k, const float *x, size_t n) {
     }
 }
 
-/* The bucket, from the top, in which the count reaches `rank`; *above: how many lie over it.  BUCKETS if it never does. */
+/* The bucket, from the top, in which the count reaches `rank`; *above: how many lie over it.  BUCKETS if it never does.
+ */
 static uint32_t find_bucket(const uint64_t *count, uint64_t rank, uint64_t *above) {
     uint64_t seen = 0;
     for (uint32_t i = BUCKETS; i-- > 0;) {

@@ -1,7 +1,8 @@
 /*
- * Limited-memory BFGS: the two-loop recursion (Nocedal & Wright, Numerical Optimization, algorithm 7.4) with a bisection
- * line search for the weak Wolfe conditions (Lewis & Overton, Nonsmooth optimization via quasi-Newton methods, section 2).
- * The weak Wolfe condition makes <s, y> > 0, so every pair can be used.  Knows nothing of what it minimises.
+ * Limited-memory BFGS: the two-loop recursion (Nocedal & Wright, Numerical Optimization, algorithm 7.4) with a
+ * bisection line search for the weak Wolfe conditions (Lewis & Overton, Nonsmooth optimization via quasi-Newton
+ * methods, section 2). The weak Wolfe condition makes <s, y> > 0, so every pair can be used.  Knows nothing of what it
+ * minimises.
  */
 #include "lbfgs.h"
 
@@ -17,11 +18,11 @@
 
 typedef struct run {
     const obm__lbfgs *s;
-    double *x, *g;             /* now */
-    double *x_next, *g_next;   /* the trial */
+    double *x, *g;           /* now */
+    double *x_next, *g_next; /* the trial */
     double *direction;
-    double *steps, *changes;   /* (history, n): x and gradient differences, a ring */
-    double rho[MAX_HISTORY];   /* 1 / <step, change> */
+    double *steps, *changes; /* (history, n): x and gradient differences, a ring */
+    double rho[MAX_HISTORY]; /* 1 / <step, change> */
     int pairs, newest;
     double value;
 } run;
@@ -74,9 +75,12 @@ static bool line_search(run *r, double first, double *value) {
     for (int trial = 0; trial < MAX_TRIALS; trial++) {
         for (size_t i = 0; i < n; i++) r->x_next[i] = r->x[i] + t * r->direction[i];
         *value = r->s->objective(r->s->arg, r->x_next, r->g_next);
-        if (!(*value <= r->value + SUFFICIENT_DECREASE * t * slope)) high = t;
-        else if (dot(r->g_next, r->direction, n) < CURVATURE * slope) low = t;
-        else return true;
+        if (!(*value <= r->value + SUFFICIENT_DECREASE * t * slope))
+            high = t;
+        else if (dot(r->g_next, r->direction, n) < CURVATURE * slope)
+            low = t;
+        else
+            return true;
         t = isinf(high) ? 2 * t : 0.5 * (low + high);
     }
     return false;
@@ -94,7 +98,7 @@ static void accept(run *r, double value) {
     memcpy(r->x, r->x_next, n * sizeof *r->x);
     memcpy(r->g, r->g_next, n * sizeof *r->g);
     r->value = value;
-    if (!(curvature > 0)) return;   /* underflow at the very end */
+    if (!(curvature > 0)) return; /* underflow at the very end */
     r->rho[at] = 1 / curvature;
     r->newest = at;
     if (r->pairs < r->s->history) r->pairs++;
@@ -103,11 +107,13 @@ static void accept(run *r, double value) {
 static obm_status iterate(run *r, obm__lbfgs_result *result, obm_error *err) {
     const obm__lbfgs *s = r->s;
     r->value = s->objective(s->arg, r->x, r->g);
-    if (!isfinite(r->value)) return obm__fail(err, OBM_E_VALUE, "the function to minimise is %g at the start", r->value);
+    if (!isfinite(r->value))
+        return obm__fail(err, OBM_E_VALUE, "the function to minimise is %g at the start", r->value);
     for (; result->iterations < s->max_iterations; result->iterations++) {
         double value, gradient = largest(r->g, s->n);
         if (gradient <= s->tolerance) break;
-        if (s->progress && s->progress(s->progress_user, "train", (uint64_t)result->iterations, (uint64_t)s->max_iterations))
+        if (s->progress &&
+            s->progress(s->progress_user, "train", (uint64_t)result->iterations, (uint64_t)s->max_iterations))
             return obm__fail(err, OBM_E_USER, "training was stopped");
         find_direction(r);
         /* Without curvature yet, a first step of length 1 / |g| is a guess at the scale. */
@@ -123,7 +129,8 @@ static obm_status iterate(run *r, obm__lbfgs_result *result, obm_error *err) {
 obm_status obm__lbfgs_run(const obm__lbfgs *s, double *x, obm__lbfgs_result *result, obm_error *err) {
     size_t vectors = 5 + 2 * (size_t)s->history, total;
     obm__lbfgs_result own = {0};
-    if (s->history < 1 || s->history > MAX_HISTORY) return obm__fail(err, OBM_E_ARG, "history is %d, expected 1 to 32", s->history);
+    if (s->history < 1 || s->history > MAX_HISTORY)
+        return obm__fail(err, OBM_E_ARG, "history is %d, expected 1 to 32", s->history);
     if (!obm__mul(vectors, s->n, &total)) return obm__fail_nomem(err, SIZE_MAX);
     double *memory = obm__alloc(total, sizeof *memory);
     if (!memory) return obm__fail_nomem(err, total * sizeof *memory);

@@ -1,5 +1,5 @@
-/* Prepares a route: for every tensor of the pack, which experts come in and which way its values are found.  Reads no tensor
- * data, apart from the trims of full tensors (trim.c). */
+/* Prepares a route: for every tensor of the pack, which experts come in and which way its values are found.  Reads no
+ * tensor data, apart from the trims of full tensors (trim.c). */
 #include "plan.h"
 
 #include <math.h>
@@ -26,8 +26,8 @@ size_t obm__route_hard(const double *weights, size_t n) {
 
 /* ---- who comes in ---- */
 
-/* A tied expert of a tied base has no head of its own; where another expert has one, the pack lists it for all, and the tied
- * expert's head moves with its embedding. */
+/* A tied expert of a tied base has no head of its own; where another expert has one, the pack lists it for all, and the
+ * tied expert's head moves with its embedding. */
 static bool follows_embedding(const obm_pack *p, size_t task, size_t tensor) {
     return !p->tensors[tensor].in_base && p->experts[task].entries[tensor].bytes_expert == 0;
 }
@@ -58,9 +58,9 @@ bool obm__route_involves(const obm__merge_rule *rule, size_t task) {
 
 /* ---- what each tensor needs ---- */
 
-/* A full tensor under its own hard route is the expert's tensor, and base + (expert - base) would be it only up to rounding:
- * it is taken as it is when the remainder is nothing - lambda 0, no other expert, or (onto_base) no other has a task vector
- * here.  Under `recomputed` an expert that is the base's here still contributes -d~_k. */
+/* A full tensor under its own hard route is the expert's tensor, and base + (expert - base) would be it only up to
+ * rounding: it is taken as it is when the remainder is nothing - lambda 0, no other expert, or (onto_base) no other has
+ * a task vector here.  Under `recomputed` an expert that is the base's here still contributes -d~_k. */
 static bool remainder_is_nothing(const obm__route_plan *r, size_t tensor) {
     if (r->rule.lambda == 0 || r->rule.n_tasks == 1) return true;
     if (r->rule.reading == OBM_READING_RECOMPUTED) return false;
@@ -80,9 +80,12 @@ static void choose_kind(const obm__route_plan *r, size_t tensor, obm__route_tens
         if (e->mode == OBM_MODE_1BIT) fits &= obm__plane_set_add(&t->planes, j, &e->planes);
     }
     bool routed_full = r->hard != SIZE_MAX && obm__route_entry(r->pack, r->hard, tensor)->mode == OBM_MODE_FULL;
-    if (!any) t->kind = OBM_ROUTE_BASE;
-    else if (routed_full && remainder_is_nothing(r, tensor)) t->kind = OBM_ROUTE_EXPERT;
-    else t->kind = full || !fits ? OBM_ROUTE_ELEMENTS : OBM_ROUTE_PATTERNS;
+    if (!any)
+        t->kind = OBM_ROUTE_BASE;
+    else if (routed_full && remainder_is_nothing(r, tensor))
+        t->kind = OBM_ROUTE_EXPERT;
+    else
+        t->kind = full || !fits ? OBM_ROUTE_ELEMENTS : OBM_ROUTE_PATTERNS;
 }
 
 /* Vocabulary rows beyond the base's belong to one expert and have nothing to merge with. */
@@ -125,7 +128,8 @@ static void warn_once_of_other_expert(const obm_pack *p) {
     if (s->reading != OBM_READING_RECOMPUTED || s->lambda != 1 || p->n_experts != 2) return;
     /* The flag is no part of the pack's value, so a const pack may set it. */
     if (!((obm_pack *)p)->warned_of_other_expert++)
-        obm__warn(p->ctx, "pack %s: reading recomputed with two experts and lambda 1 gives the other expert for every route",
+        obm__warn(p->ctx,
+                  "pack %s: reading recomputed with two experts and lambda 1 gives the other expert for every route",
                   p->path);
 }
 
@@ -146,11 +150,12 @@ static obm_status plan_alloc(const obm_pack *p, const double *weights, obm__rout
     return OBM_OK;
 }
 
-obm_status obm__route_plan_for(const obm_pack *p, const double *weights, size_t only, obm__route_plan **out, obm_error *err) {
+obm_status obm__route_plan_for(const obm_pack *p, const double *weights, size_t only, obm__route_plan **out,
+                               obm_error *err) {
     obm__route_plan *r = NULL;
     if (p->n_experts > OBM_ROUTE_TASKS)
-        return obm__fail(err, OBM_E_UNSUPPORTED, "pack %s has %zu experts, routes take at most %d", p->path, p->n_experts,
-                         OBM_ROUTE_TASKS);
+        return obm__fail(err, OBM_E_UNSUPPORTED, "pack %s has %zu experts, routes take at most %d", p->path,
+                         p->n_experts, OBM_ROUTE_TASKS);
     OBM_TRY(obm__route_check(p, weights, err));
     OBM_TRY(plan_alloc(p, weights, &r, err));
     warn_once_of_other_expert(p);

@@ -1,4 +1,5 @@
-/* The inside of a prepared route, shared by plan.c (what has to be done), trim.c (thresholds) and dynamic.c (the values). */
+/* The inside of a prepared route, shared by plan.c (what has to be done), trim.c (thresholds) and dynamic.c (the
+ * values). */
 #ifndef OBM_ROUTE_PLAN_H
 #define OBM_ROUTE_PLAN_H
 
@@ -10,26 +11,26 @@
 /* A trimmed full tensor keeps |x| above the threshold, and equal magnitudes up to the element `last`. */
 typedef struct obm__route_cut {
     bool active;
-    uint32_t threshold;   /* f32 bits, sign cleared */
+    uint32_t threshold; /* f32 bits, sign cleared */
     int64_t last;
 } obm__route_cut;
 
 typedef struct obm__route_tensor {
     obm__route_kind kind;
     bool exists;
-    int64_t rows, cols;             /* of the base */
-    const obm_tensor *extra;        /* where the routed expert's extra rows lie, NULL without */
-    int64_t extra_first, n_extra;   /* from this row of `extra` on */
-    obm__plane_set planes;          /* PATTERNS */
-    obm__route_cut *cuts;           /* ELEMENTS with trims: obm__route_cut_index; NULL: nothing is trimmed */
+    int64_t rows, cols;           /* of the base */
+    const obm_tensor *extra;      /* where the routed expert's extra rows lie, NULL without */
+    int64_t extra_first, n_extra; /* from this row of `extra` on */
+    obm__plane_set planes;        /* PATTERNS */
+    obm__route_cut *cuts;         /* ELEMENTS with trims: obm__route_cut_index; NULL: nothing is trimmed */
 } obm__route_tensor;
 
 struct obm__route_plan {
     const obm_pack *pack;
     obm__merge_rule rule;
-    double *weights;                /* rule.weights, owned */
-    size_t hard;                    /* obm__route_hard */
-    obm__route_tensor *tensors;     /* (pack->n_tensors) */
+    double *weights;            /* rule.weights, owned */
+    size_t hard;                /* obm__route_hard */
+    obm__route_tensor *tensors; /* (pack->n_tensors) */
 };
 
 /* The entry that gives expert k's task vector in a tensor: its own, or its embedding's where its head is tied. */

@@ -42,8 +42,8 @@ static double softmax(double *logits, size_t n) {
     return top + log(sum);
 }
 
-void obm__regression_apply(const float *x, size_t width, size_t tasks, const float *mean, const float *scale, const float *weight,
-                           const float *bias, double *probabilities) {
+void obm__regression_apply(const float *x, size_t width, size_t tasks, const float *mean, const float *scale,
+                           const float *weight, const float *bias, double *probabilities) {
     for (size_t k = 0; k < tasks; k++) {
         double sum = bias[k];
         for (size_t d = 0; d < width; d++) sum += (double)weight[k * width + d] * (((double)x[d] - mean[d]) * scale[d]);
@@ -57,10 +57,10 @@ typedef struct problem {
     obm_context *ctx;
     const obm__examples *e;
     double l2;
-    float *z;                  /* (n_use, width) standardised */
-    double *error;             /* (n_use, tasks): probability - [label] */
-    double *loss;              /* (n_use) */
-    const double *x;           /* of the running evaluation */
+    float *z;        /* (n_use, width) standardised */
+    double *error;   /* (n_use, tasks): probability - [label] */
+    double *loss;    /* (n_use) */
+    const double *x; /* of the running evaluation */
     double *gradient;
 } problem;
 
@@ -129,8 +129,13 @@ static void fill_standardised(problem *p, const float *mean, const float *scale)
 }
 
 static obm_status minimise(problem *p, const obm__regression_options *o, double *x, obm_error *err) {
-    obm__lbfgs s = {.objective = evaluate, .arg = p, .n = p->e->tasks * (p->e->width + 1), .history = HISTORY,
-                    .max_iterations = MAX_ITERATIONS, .tolerance = TOLERANCE, .progress = o->progress,
+    obm__lbfgs s = {.objective = evaluate,
+                    .arg = p,
+                    .n = p->e->tasks * (p->e->width + 1),
+                    .history = HISTORY,
+                    .max_iterations = MAX_ITERATIONS,
+                    .tolerance = TOLERANCE,
+                    .progress = o->progress,
                     .progress_user = o->progress_user};
     return obm__lbfgs_run(&s, x, NULL, err);
 }

@@ -5,9 +5,9 @@
 #include "../sys/sys.h"
 
 typedef struct obm__examples {
-    const float *features;     /* (n, width) */
-    const uint32_t *label;     /* (n), < tasks */
-    const uint32_t *use;       /* (n_use) rows that take part */
+    const float *features; /* (n, width) */
+    const uint32_t *label; /* (n), < tasks */
+    const uint32_t *use;   /* (n_use) rows that take part */
     size_t n_use, width, tasks;
 } obm__examples;
 
@@ -26,7 +26,7 @@ typedef struct obm__regression_options {
 obm_status obm__regression_fit(obm_context *ctx, const obm__examples *e, const float *mean, const float *scale,
                                const obm__regression_options *o, float *weight, float *bias, obm_error *err);
 /* probabilities (tasks) of one row of features. */
-void obm__regression_apply(const float *x, size_t width, size_t tasks, const float *mean, const float *scale, const float *weight,
-                           const float *bias, double *probabilities);
+void obm__regression_apply(const float *x, size_t width, size_t tasks, const float *mean, const float *scale,
+                           const float *weight, const float *bias, double *probabilities);
 
 #endif

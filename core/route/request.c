@@ -16,8 +16,8 @@ struct obm_request {
     int32_t *ids;
     size_t n_ids;
     obm_model_info info;
-    float **features;          /* (layers + 1), NULL until asked for */
-    double *builtin;           /* NULL until asked for */
+    float **features; /* (layers + 1), NULL until asked for */
+    double *builtin;  /* NULL until asked for */
 };
 
 /* ---- what a router sees of a prompt ---- */
@@ -41,7 +41,8 @@ static obm_status join_user_turns(const obm_prompt *p, char **text, size_t *len,
     return OBM_OK;
 }
 
-obm_status obm__prompt_user_text(const obm_tokenizer *t, const obm_prompt *p, char **text, size_t *len, obm_error *err) {
+obm_status obm__prompt_user_text(const obm_tokenizer *t, const obm_prompt *p, char **text, size_t *len,
+                                 obm_error *err) {
     if (p->messages) return join_user_turns(p, text, len, err);
     if (!p->text && p->ids && t) return obm_tokenizer_decode(t, p->ids, p->n_ids, true, text, len, err);
     const char *own = p->text ? p->text : "";
@@ -59,8 +60,10 @@ static size_t keep_last(int32_t *ids, size_t n) {
     return OBM_ROUTER_TOKENS;
 }
 
-obm_status obm__prompt_router_ids(const obm_tokenizer *t, const char *text, size_t len, int32_t **ids, size_t *n, obm_error *err) {
-    if (!t) return obm__fail(err, OBM_E_NOTFOUND, "routing a text needs the base's tokenizer.json, and the base has none");
+obm_status obm__prompt_router_ids(const obm_tokenizer *t, const char *text, size_t len, int32_t **ids, size_t *n,
+                                  obm_error *err) {
+    if (!t)
+        return obm__fail(err, OBM_E_NOTFOUND, "routing a text needs the base's tokenizer.json, and the base has none");
     OBM_TRY(obm_tokenizer_encode(t, text, len, false, ids, n, err));
     *n = keep_last(*ids, *n);
     return OBM_OK;
@@ -132,12 +135,13 @@ obm_status obm_request_builtin(obm_request *r, const double **out, obm_error *er
     const float *features;
     size_t n;
     if (!router)
-        return obm__fail(err, OBM_E_NOTFOUND, "pack %s has no router: train one, or give a route or a router", r->pack->path);
+        return obm__fail(err, OBM_E_NOTFOUND, "pack %s has no router: train one, or give a route or a router",
+                         r->pack->path);
     if (!r->builtin) {
         OBM_TRY(obm_request_features(r, router->layer, &features, &n, err));
         if ((int64_t)n != router->width)
-            return obm__fail(err, OBM_E_FORMAT, "pack %s: its router reads %lld features, the base has %zu", r->pack->path,
-                             (long long)router->width, n);
+            return obm__fail(err, OBM_E_FORMAT, "pack %s: its router reads %lld features, the base has %zu",
+                             r->pack->path, (long long)router->width, n);
         double *probabilities = obm__calloc(router->tasks, sizeof *probabilities);
         if (!probabilities) return obm__fail_nomem(err, router->tasks * sizeof *probabilities);
         obm__router_probabilities(router, features, probabilities);
@@ -181,8 +185,8 @@ obm_status obm__route_prompt(obm_model *m, const obm_prompt *prompt, obm_router_
     double answer[OBM_ROUTE_TASKS] = {0};
     if (!r.pack) return obm__fail(err, OBM_E_ARG, "routing needs a pack, and this is a plain model");
     if (r.pack->n_experts > OBM_ROUTE_TASKS)
-        return obm__fail(err, OBM_E_UNSUPPORTED, "pack %s has %zu experts, routes take at most %d", r.pack->path, r.pack->n_experts,
-                         OBM_ROUTE_TASKS);
+        return obm__fail(err, OBM_E_UNSUPPORTED, "pack %s has %zu experts, routes take at most %d", r.pack->path,
+                         r.pack->n_experts, OBM_ROUTE_TASKS);
     obm_status status = fill_request(&r, prompt, err);
     if (status == OBM_OK) status = fn ? ask_callback(&r, fn, user, answer, err) : ask_builtin(&r, answer, err);
     if (status == OBM_OK && probabilities) status = fill_probabilities(&r, probabilities, err);

@@ -1,8 +1,8 @@
 /*
  * The built-in router: training with a held-out split, its report, and its way into the pack and back.
  *
- * The model that is stored is the one that was fitted on the training part and measured on the held-out part: the report is
- * about this model, not about a better-fed sibling that nobody measured.
+ * The model that is stored is the one that was fitted on the training part and measured on the held-out part: the
+ * report is about this model, not about a better-fed sibling that nobody measured.
  */
 #include "router.h"
 
@@ -88,12 +88,15 @@ static void split_task(const uint32_t *label, size_t n, uint32_t task, const obm
     shuffle(scratch, count, &state);
     size_t held = held_out_of(count, o->holdout);
     for (size_t i = 0; i < count; i++) {
-        if (i < held) s->held[s->n_held++] = scratch[i];
-        else s->train[s->n_train++] = scratch[i];
+        if (i < held)
+            s->held[s->n_held++] = scratch[i];
+        else
+            s->train[s->n_train++] = scratch[i];
     }
 }
 
-obm_status obm__holdout_new(const uint32_t *label, size_t n, size_t tasks, const obm__holdout_options *o, obm__holdout *out, obm_error *err) {
+obm_status obm__holdout_new(const uint32_t *label, size_t n, size_t tasks, const obm__holdout_options *o,
+                            obm__holdout *out, obm_error *err) {
     obm__holdout s = {.train = obm__calloc(n, sizeof *s.train), .held = obm__calloc(n, sizeof *s.held)};
     uint32_t *scratch = obm__calloc(n, sizeof *scratch);
     if (!s.train || !s.held || !scratch) {
@@ -115,8 +118,8 @@ void obm__holdout_clear(obm__holdout *s) {
 
 /* ---- the report ---- */
 
-/* Expected calibration error (Guo et al., On calibration of modern neural networks, equation 3): examples by confidence in
- * ten equal bins, |accuracy - mean confidence| weighted by their share. */
+/* Expected calibration error (Guo et al., On calibration of modern neural networks, equation 3): examples by confidence
+ * in ten equal bins, |accuracy - mean confidence| weighted by their share. */
 typedef struct calibration {
     double confidence[CALIBRATION_BINS];
     size_t correct[CALIBRATION_BINS], count[CALIBRATION_BINS];
@@ -155,10 +158,12 @@ void obm__router_measure(const obm__router *r, const float *features, const uint
     out->calibration_error = calibration_error(&c, s->n_held);
 }
 
-obm_status obm__router_fit(obm_context *ctx, const float *features, int64_t width, const uint32_t *label, size_t n, size_t tasks,
-                           int layer, const obm_router_options *options, obm__router **out, obm_error *err) {
+obm_status obm__router_fit(obm_context *ctx, const float *features, int64_t width, const uint32_t *label, size_t n,
+                           size_t tasks, int layer, const obm_router_options *options, obm__router **out,
+                           obm_error *err) {
     double l2 = OBM_OPT(options, obm_router_options, l2, 0), holdout = OBM_OPT(options, obm_router_options, holdout, 0);
-    obm__holdout_options how = {holdout == 0 ? DEFAULT_HOLDOUT : holdout, OBM_OPT(options, obm_router_options, seed, 0)};
+    obm__holdout_options how = {holdout == 0 ? DEFAULT_HOLDOUT : holdout,
+                                OBM_OPT(options, obm_router_options, seed, 0)};
     obm__regression_options o = {l2 == 0 ? DEFAULT_L2 : l2, OBM_OPT(options, obm_router_options, progress, NULL),
                                  OBM_OPT(options, obm_router_options, progress_user, NULL)};
     obm__router *r = NULL;
@@ -173,8 +178,10 @@ obm_status obm__router_fit(obm_context *ctx, const float *features, int64_t widt
     }
     if (status == OBM_OK) obm__router_measure(r, features, label, &split, &r->report);
     obm__holdout_clear(&split);
-    if (status == OBM_OK) *out = r;
-    else obm__router_free(r);
+    if (status == OBM_OK)
+        *out = r;
+    else
+        obm__router_free(r);
     return status;
 }
 
@@ -182,8 +189,10 @@ obm_status obm__router_fit(obm_context *ctx, const float *features, int64_t widt
 
 static obm_status check_options(const obm_router_options *options, obm_error *err) {
     double l2 = OBM_OPT(options, obm_router_options, l2, 0), holdout = OBM_OPT(options, obm_router_options, holdout, 0);
-    if (!(l2 >= 0) || isinf(l2)) return obm__fail(err, OBM_E_ARG, "router: l2 is %g, expected a finite number >= 0", l2);
-    if (!(holdout >= 0 && holdout < 1)) return obm__fail(err, OBM_E_ARG, "router: holdout is %g, expected 0 <= holdout < 1", holdout);
+    if (!(l2 >= 0) || isinf(l2))
+        return obm__fail(err, OBM_E_ARG, "router: l2 is %g, expected a finite number >= 0", l2);
+    if (!(holdout >= 0 && holdout < 1))
+        return obm__fail(err, OBM_E_ARG, "router: holdout is %g, expected 0 <= holdout < 1", holdout);
     return OBM_OK;
 }
 
@@ -205,7 +214,8 @@ static obm_status fill_labels(const obm_pack *p, const char *const *task, size_t
     }
     for (size_t k = 0; k < p->n_experts; k++) {
         if (count[k] < 2)
-            return obm__fail(err, OBM_E_ARG, "router: task %s has %zu examples, expected at least 2", p->experts[k].name, count[k]);
+            return obm__fail(err, OBM_E_ARG, "router: task %s has %zu examples, expected at least 2",
+                             p->experts[k].name, count[k]);
     }
     return OBM_OK;
 }
@@ -263,8 +273,8 @@ static obm_status store(obm_pack *p, const obm__router *r, obm_error *err) {
 }
 
 /* *features owned, (n, *width). */
-static obm_status collect_features(const obm_pack *p, const obm_prompt *prompts, size_t n, int layer, const obm_router_options *o,
-                                   float **features, int64_t *width, obm_error *err) {
+static obm_status collect_features(const obm_pack *p, const obm_prompt *prompts, size_t n, int layer,
+                                   const obm_router_options *o, float **features, int64_t *width, obm_error *err) {
     obm_model *m;
     obm_model_info info;
     OBM_TRY(obm_model_open(p->ctx, p->base->path, NULL, &m, err));
@@ -283,8 +293,8 @@ static obm_status collect_features(const obm_pack *p, const obm_prompt *prompts,
     return OBM_OK;
 }
 
-static obm_status train(obm_pack *p, const obm_prompt *prompts, const char *const *task, size_t n, const obm_router_options *o,
-                        uint32_t *label, obm__router **out, obm_error *err) {
+static obm_status train(obm_pack *p, const obm_prompt *prompts, const char *const *task, size_t n,
+                        const obm_router_options *o, uint32_t *label, obm__router **out, obm_error *err) {
     int layer = OBM_OPT(o, obm_router_options, layer, 0);
     float *features;
     int64_t width;
@@ -301,7 +311,8 @@ obm_status obm_router_train(obm_pack *p, const obm_prompt *prompts, const char *
     OBM_TRY(check_options(options, err));
     if (n > UINT32_MAX) return obm__fail(err, OBM_E_ARG, "router: %zu examples, expected at most %u", n, UINT32_MAX);
     if (p->n_experts > OBM_MAX_REPORT_TASKS)
-        return obm__fail(err, OBM_E_UNSUPPORTED, "router: %zu tasks, at most %d are possible", p->n_experts, OBM_MAX_REPORT_TASKS);
+        return obm__fail(err, OBM_E_UNSUPPORTED, "router: %zu tasks, at most %d are possible", p->n_experts,
+                         OBM_MAX_REPORT_TASKS);
     uint32_t *label = obm__calloc(n, sizeof *label);
     if (!label) return obm__fail_nomem(err, n * sizeof *label);
     obm_status status = train(p, prompts, task, n, options, label, &r, err);

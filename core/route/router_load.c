@@ -1,4 +1,5 @@
-/* Reads the router back from a pack.  Every shape, number and name is checked against the pack before it is believed. */
+/* Reads the router back from a pack.  Every shape, number and name is checked against the pack before it is believed.
+ */
 #include "router.h"
 
 #include <math.h>
@@ -11,8 +12,8 @@ static obm_status bad_array(const obm__safetensors *f, const char *name, const c
 }
 
 /* *out owned; dimensions of 0 take what the file has. */
-static obm_status read_array(obm_context *ctx, const obm__safetensors *f, const char *name, int64_t rows, int64_t cols, float **out,
-                             obm_error *err) {
+static obm_status read_array(obm_context *ctx, const obm__safetensors *f, const char *name, int64_t rows, int64_t cols,
+                             float **out, obm_error *err) {
     const obm__st_entry *e = obm__safetensors_find(f, name);
     char expected[96] = "F32 (";
     size_t at = strlen(expected);
@@ -92,10 +93,12 @@ static obm_status read_report(const obm_pack *p, obm__router *r, obm_error *err)
     if (!obm__json_int(obm__json_get(report, "layer"), &layer) || layer < 0 || layer > 100000)
         return bad_report(p, "layer", "a layer number", err);
     r->layer = r->report.layer = (int)layer;
-    if (!same_tasks(p, obm__json_get(report, "tasks"))) return bad_report(p, "tasks", "the pack's experts in their order", err);
+    if (!same_tasks(p, obm__json_get(report, "tasks")))
+        return bad_report(p, "tasks", "the pack's experts in their order", err);
     if (!read_size(report, "n_train", &r->report.n_train)) return bad_report(p, "n_train", "a count", err);
     if (!read_size(report, "n_held_out", &r->report.n_held_out)) return bad_report(p, "n_held_out", "a count", err);
-    if (!read_share(report, "accuracy", &r->report.accuracy)) return bad_report(p, "accuracy", "a number from 0 to 1", err);
+    if (!read_share(report, "accuracy", &r->report.accuracy))
+        return bad_report(p, "accuracy", "a number from 0 to 1", err);
     if (!read_share(report, "calibration_error", &r->report.calibration_error))
         return bad_report(p, "calibration_error", "a number from 0 to 1", err);
     if (!read_confusion(obm__json_get(report, "confusion"), &r->report))
@@ -117,7 +120,9 @@ obm_status obm__router_load(const obm_pack *p, obm__router **out, obm_error *err
     if (status == OBM_OK) status = read_arrays(p, file, r, err);
     if (status == OBM_OK) status = read_report(p, r, err);
     obm__safetensors_free(file);
-    if (status == OBM_OK) *out = r;
-    else obm__router_free(r);
+    if (status == OBM_OK)
+        *out = r;
+    else
+        obm__router_free(r);
     return status;
 }

@@ -12,7 +12,8 @@
 static obm_status unknown_task(const obm_pack *p, const char *name, obm_error *err) {
     obm__buffer known = {0};
     for (size_t k = 0; k < p->n_experts; k++) obm__buffer_printf(&known, "%s%s", k ? ", " : "", p->experts[k].name);
-    obm__fail(err, OBM_E_NOTFOUND, "route: no task named %.64s; this pack has %s", name, known.data ? known.data : "none");
+    obm__fail(err, OBM_E_NOTFOUND, "route: no task named %.64s; this pack has %s", name,
+              known.data ? known.data : "none");
     obm__buffer_free(&known);
     return OBM_E_NOTFOUND;
 }
@@ -28,7 +29,8 @@ static obm_status find_task(const obm_pack *p, const char *name, size_t *task, o
     if (!digits || name[digits] || digits > 9) return unknown_task(p, name, err);
     size_t k = (size_t)strtoul(name, NULL, 10);
     if (k >= p->n_experts)
-        return obm__fail(err, OBM_E_NOTFOUND, "route: no task %s, this pack has %zu (counted from 0)", name, p->n_experts);
+        return obm__fail(err, OBM_E_NOTFOUND, "route: no task %s, this pack has %zu (counted from 0)", name,
+                         p->n_experts);
     *task = k;
     return OBM_OK;
 }
@@ -92,7 +94,8 @@ obm_status obm_pack_parse_route(const obm_pack *p, const char *text, double *wei
     char *copy = obm__strdup(text);
     double *parsed = obm__calloc(p->n_experts, sizeof *parsed);
     bool *seen = obm__calloc(p->n_experts, sizeof *seen);
-    obm_status status = copy && parsed && seen ? parse_text(p, copy, parsed, seen, err) : obm__fail_nomem(err, strlen(text));
+    obm_status status =
+        copy && parsed && seen ? parse_text(p, copy, parsed, seen, err) : obm__fail_nomem(err, strlen(text));
     if (status == OBM_OK) memcpy(weights, parsed, p->n_experts * sizeof *weights);
     obm_free(copy);
     obm_free(parsed);
@@ -148,17 +151,20 @@ static obm_status find_tensor(const obm_pack *p, const char *name, size_t *tenso
     return OBM_OK;
 }
 
-static obm_status shape_of(const obm__route_plan *plan, const char *name, size_t tensor, obm_tensor *shape, obm_error *err) {
+static obm_status shape_of(const obm__route_plan *plan, const char *name, size_t tensor, obm_tensor *shape,
+                           obm_error *err) {
     bool exists;
     obm_tensor found;
     OBM_TRY(obm__route_shape(plan, tensor, &found, &exists));
     if (!exists)
-        return obm__fail(err, OBM_E_NOTFOUND, "tensor %s does not exist under this route: the head is the embedding", name);
+        return obm__fail(err, OBM_E_NOTFOUND, "tensor %s does not exist under this route: the head is the embedding",
+                         name);
     *shape = found;
     return OBM_OK;
 }
 
-obm_status obm_pack_route_shape(const obm_pack *p, const double *weights, const char *name, obm_tensor *shape, obm_error *err) {
+obm_status obm_pack_route_shape(const obm_pack *p, const double *weights, const char *name, obm_tensor *shape,
+                                obm_error *err) {
     size_t tensor;
     obm__route_plan *plan = NULL;
     OBM_TRY(find_tensor(p, name, &tensor, err));
@@ -168,7 +174,8 @@ obm_status obm_pack_route_shape(const obm_pack *p, const double *weights, const 
     return status;
 }
 
-obm_status obm_pack_materialise(const obm_pack *p, const double *weights, const char *name, float *out, obm_error *err) {
+obm_status obm_pack_materialise(const obm_pack *p, const double *weights, const char *name, float *out,
+                                obm_error *err) {
     size_t tensor;
     obm__route_plan *plan = NULL;
     obm_tensor shape;

@@ -1,12 +1,13 @@
 /*
- * The trim of full tensors in the remainder, by the profile: exact k-th magnitude, equal magnitudes kept by lowest index.
+ * The trim of full tensors in the remainder, by the profile: exact k-th magnitude, equal magnitudes kept by lowest
+ * index.
  *
  *     paper            one threshold per expert over all its full tensors in the order of their names
  *     mergekit, default    one threshold per expert and tensor
  *
- * k = max(1, floor(density * n)) in both.  1-bit matrices are never trimmed and are not counted: all their magnitudes are
- * equal, so a threshold would keep or delete a matrix as a whole, or pick elements by their index.  Under `recomputed` what
- * is trimmed is d~_j - d~_k, full where either of the two is.
+ * k = max(1, floor(density * n)) in both.  1-bit matrices are never trimmed and are not counted: all their magnitudes
+ * are equal, so a threshold would keep or delete a matrix as a whole, or pick elements by their index.  Under
+ * `recomputed` what is trimmed is d~_j - d~_k, full where either of the two is.
  */
 #include "kth.h"
 #include "plan.h"
@@ -24,8 +25,8 @@ size_t obm__route_cut_index(const obm__merge_rule *rule, size_t routed, size_t o
 /* One trimmed vector: d~_j, or d~_j - d~_k, over the tensors of one threshold. */
 typedef struct vector {
     obm__route_plan *plan;
-    size_t j, k;            /* k == SIZE_MAX: d~_j as it is */
-    size_t first, end;      /* tensors */
+    size_t j, k;       /* k == SIZE_MAX: d~_j as it is */
+    size_t first, end; /* tensors */
 } vector;
 
 static bool is_full(const obm__route_plan *r, size_t task, size_t tensor) {
@@ -190,7 +191,8 @@ static obm_status alloc_cuts(obm__route_plan *r, obm_error *err) {
 
 obm_status obm__route_trim(obm__route_plan *r, size_t only, obm_error *err) {
     const obm__merge_rule *rule = &r->rule;
-    if (only == OBM_ROUTE_NONE || rule->lambda == 0 || rule->n_tasks < 2 || r->pack->settings.density >= 1) return OBM_OK;
+    if (only == OBM_ROUTE_NONE || rule->lambda == 0 || rule->n_tasks < 2 || r->pack->settings.density >= 1)
+        return OBM_OK;
     OBM_TRY(alloc_cuts(r, err));
     for (size_t j = 0; j < rule->n_tasks; j++) {
         if (rule->reading == OBM_READING_ONTO_BASE) {

@@ -1,4 +1,5 @@
-/* Packs made by hand in memory, and an independent plain reference of the dynamic merge over them (no code of core/). */
+/* Packs made by hand in memory, and an independent plain reference of the dynamic merge over them (no code of core/).
+ */
 #ifndef PACK_FIXTURE_H
 #define PACK_FIXTURE_H
 
@@ -85,7 +86,9 @@ static inline size_t fixture_tensor(fixture *f, const char *name, int64_t rows, 
     return t;
 }
 
-static inline obm__pack_entry *fixture_entry(fixture *f, size_t task, size_t tensor) { return &f->pack.experts[task].entries[tensor]; }
+static inline obm__pack_entry *fixture_entry(fixture *f, size_t task, size_t tensor) {
+    return &f->pack.experts[task].entries[tensor];
+}
 
 /* A full tensor near the base; quantised so that magnitudes of the differences repeat. */
 static inline void fixture_full(fixture *f, size_t task, size_t tensor, int64_t extra_rows) {
@@ -150,7 +153,10 @@ static inline double reference_delta(const fixture *f, size_t task, size_t tenso
     return d;
 }
 
-typedef struct magnitude { double size; size_t at; } magnitude;
+typedef struct magnitude {
+    double size;
+    size_t at;
+} magnitude;
 static inline int by_magnitude(const void *a, const void *b) {
     const magnitude *x = a, *y = b;
     if (x->size != y->size) return x->size > y->size ? -1 : 1;

@@ -74,8 +74,10 @@ static void check_all_routes(const bench *b) {
     static const double soft[3][6] = {{0.7, 0.2, 0.1, 0.4, 1.5, 0}, {0, 0.5, 0.5, 0, 0, 0.25}, {0}};
     for (size_t route = 0; route < b->tasks + 3; route++) {
         double weights[6] = {0};
-        if (route < b->tasks) weights[route] = 1;
-        else memcpy(weights, soft[route - b->tasks], sizeof weights);
+        if (route < b->tasks)
+            weights[route] = 1;
+        else
+            memcpy(weights, soft[route - b->tasks], sizeof weights);
         for (int l = 0; l < 3; l++) {
             for (int reading = 0; reading < 2; reading++) {
                 obm__merge_rule rule = {b->tasks, weights, lambdas[l], (obm_reading)reading};
@@ -89,10 +91,10 @@ static void check_all_routes(const bench *b) {
 /* Every pattern of scales in which a sum can cancel, and one in which none does. */
 static const float special[][8] = {
     {0.011f, 0.023f, 0.017f, 0.031f, 0.0071f, 0.013f, 0.0057f, 0.0029f},
-    {0.5f, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f},                     /* a = b */
-    {0.25f, 0, 0.125f, 0, 0.5f, 0, 0.375f, 0},                            /* b = 0 */
-    {0.75f, 0.5f, 0.25f, 0.125f, 0.125f, 0.0625f, 0.0625f, 0.03125f},     /* a = b + c */
-    {0.25f, 0.75f, 0.5f, 0.625f, 0.375f, 0.5f, 0.125f, 0.875f},           /* a_i + a_j = 2 a_k */
+    {0.5f, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f},                 /* a = b */
+    {0.25f, 0, 0.125f, 0, 0.5f, 0, 0.375f, 0},                        /* b = 0 */
+    {0.75f, 0.5f, 0.25f, 0.125f, 0.125f, 0.0625f, 0.0625f, 0.03125f}, /* a = b + c */
+    {0.25f, 0.75f, 0.5f, 0.625f, 0.375f, 0.5f, 0.125f, 0.875f},       /* a_i + a_j = 2 a_k */
     {0, 0, 0, 0, 0, 0, 0, 0},
 };
 
@@ -150,14 +152,14 @@ static void test_masks(void **state) {
     bench_fill(&b, 3, 1, special[0]);
     for (size_t k = 0; k < 3; k++) {
         hard_coefficients(&b, k, 0.3, c);
-        assert_int_equal(obm__pattern_masks(c, 3), 3);   /* three planes and nothing else */
+        assert_int_equal(obm__pattern_masks(c, 3), 3); /* three planes and nothing else */
         assert_true(c[7] == 0);
         hard_coefficients(&b, k, 0, c);
-        assert_int_equal(obm__pattern_masks(c, 3), 1);   /* routing only: one plane */
+        assert_int_equal(obm__pattern_masks(c, 3), 1); /* routing only: one plane */
     }
     bench_fill(&b, 4, 1, special[0]);
     hard_coefficients(&b, 0, 0.3, c);
-    assert_int_equal(obm__pattern_masks(c, 4), 5);       /* the routed plane, three others, their XOR */
+    assert_int_equal(obm__pattern_masks(c, 4), 5); /* the routed plane, three others, their XOR */
     assert_true(c[14] != 0);
 }
 
@@ -196,8 +198,9 @@ static void test_patterns_of_bits(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_one_plane_each), cmocka_unit_test(test_two_planes_each), cmocka_unit_test(test_closed_form),
-        cmocka_unit_test(test_masks),          cmocka_unit_test(test_set_limit),       cmocka_unit_test(test_patterns_of_bits),
+        cmocka_unit_test(test_one_plane_each), cmocka_unit_test(test_two_planes_each),
+        cmocka_unit_test(test_closed_form),    cmocka_unit_test(test_masks),
+        cmocka_unit_test(test_set_limit),      cmocka_unit_test(test_patterns_of_bits),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,4 +1,5 @@
-/* The dynamic merge over packs made by hand, against a plain reference that knows nothing of tables, tiles or streams. */
+/* The dynamic merge over packs made by hand, against a plain reference that knows nothing of tables, tiles or streams.
+ */
 #include "pack_fixture.h"
 
 #include "route/kth.h"
@@ -30,9 +31,11 @@ static void check_route(fixture *f, const double *weights) {
         float *out = malloc(n * sizeof *out);
         assert_non_null(out);
         obm_error err;
-        if (obm_pack_materialise(&f->pack, weights, f->pack.tensors[t].name, out, &err) != OBM_OK) fail_msg("%s", err.message);
+        if (obm_pack_materialise(&f->pack, weights, f->pack.tensors[t].name, out, &err) != OBM_OK)
+            fail_msg("%s", err.message);
         for (size_t i = 0; i < n; i++) {
-            /* Both round an f64 once; the f64 values may differ in their last bits, so a rare neighbour is right too. */
+            /* Both round an f64 once; the f64 values may differ in their last bits, so a rare neighbour is right too.
+             */
             float want = expected[offsets[t] + i];
             if (fabsf(out[i] - want) > 1.2e-7f * fmaxf(1e-3f, fabsf(want)))
                 fail_msg("tensor %s, element %zu: %.9g, expected %.9g", f->pack.tensors[t].name, i, out[i], want);
@@ -43,7 +46,8 @@ static void check_route(fixture *f, const double *weights) {
 }
 
 static void check_settings(fixture *f) {
-    static const double routes[][3] = {{1, 0, 0}, {0, 1, 0}, {0, 0, 1}, {0.7, 0, 0.3}, {0.2, 0.3, 1.5}, {0, 0, 0.5}, {0, 0, 0}};
+    static const double routes[][3] = {{1, 0, 0},       {0, 1, 0},   {0, 0, 1}, {0.7, 0, 0.3},
+                                       {0.2, 0.3, 1.5}, {0, 0, 0.5}, {0, 0, 0}};
     for (size_t i = 0; i < sizeof routes / sizeof *routes; i++) check_route(f, routes[i]);
 }
 
@@ -77,7 +81,7 @@ static void test_many_planes(void **state) {
     assert_int_equal(obm__route_kind_of(plan, t), OBM_ROUTE_ELEMENTS);
     obm__route_plan_free(plan);
     check_settings(f);
-    f->pack.settings.lambda = 0;   /* routing only: three planes, a table again */
+    f->pack.settings.lambda = 0; /* routing only: three planes, a table again */
     assert_int_equal(obm__route_plan_new(&f->pack, weights, &plan, NULL), OBM_OK);
     assert_int_equal(obm__route_kind_of(plan, t), OBM_ROUTE_PATTERNS);
     obm__route_plan_free(plan);
@@ -102,7 +106,7 @@ static void test_kinds(void **state) {
     assert_int_equal(kind_under(f, chat, 2), OBM_ROUTE_ELEMENTS);
     assert_int_equal(kind_under(f, chat, 5), OBM_ROUTE_BASE);
     assert_int_equal(kind_under(f, base, 0), OBM_ROUTE_BASE);
-    assert_int_equal(kind_under(f, code, 4), OBM_ROUTE_EXPERT);     /* nobody else has a task vector here */
+    assert_int_equal(kind_under(f, code, 4), OBM_ROUTE_EXPERT); /* nobody else has a task vector here */
     assert_int_equal(kind_under(f, half, 4), OBM_ROUTE_ELEMENTS);
     assert_int_equal(kind_under(f, code, 3), OBM_ROUTE_ELEMENTS);
     f->pack.settings.lambda = 0;
@@ -110,7 +114,7 @@ static void test_kinds(void **state) {
     assert_int_equal(kind_under(f, code, 2), OBM_ROUTE_BASE);
     f->pack.settings.lambda = 0.3;
     f->pack.settings.reading = OBM_READING_RECOMPUTED;
-    assert_int_equal(kind_under(f, code, 4), OBM_ROUTE_ELEMENTS);   /* the others are -d~_code */
+    assert_int_equal(kind_under(f, code, 4), OBM_ROUTE_ELEMENTS); /* the others are -d~_code */
     fixture_free(f);
 }
 
@@ -129,7 +133,7 @@ static void test_expert_is_exact(void **state) {
     float out[4];
     assert_int_equal(obm_pack_materialise(&f->pack, (double[]){1, 0}, "norm", out, NULL), OBM_OK);
     assert_memory_equal(out, own, sizeof out);
-    f->pack.n_experts = 1;          /* K = 1: no remainder at any lambda */
+    f->pack.n_experts = 1; /* K = 1: no remainder at any lambda */
     f->pack.settings.lambda = 1;
     memset(out, 0, sizeof out);
     assert_int_equal(obm_pack_materialise(&f->pack, (double[]){1}, "norm", out, NULL), OBM_OK);
@@ -196,7 +200,8 @@ static void test_untied_head(void **state) {
         double d[60], kept[60];
         for (int i = 0; i < 60; i++) kept[i] = d[i] = other[i] - theta[i];
         reference_trim(kept, 60, 0.3);
-        for (int i = 0; i < 60; i++) assert_true(a[i] == (float)(theta[i] + ((double)(own[i] - theta[i]) + 0.5 * kept[i])));
+        for (int i = 0; i < 60; i++)
+            assert_true(a[i] == (float)(theta[i] + ((double)(own[i] - theta[i]) + 0.5 * kept[i])));
     }
     fixture_free(f);
 }
@@ -213,8 +218,10 @@ static void test_threads_agree(void **state) {
             float out[4096];
             size_t n = (size_t)obm_tensor_count(&f->pack.tensors[t].base);
             assert_int_equal(obm_pack_materialise(&f->pack, weights, f->pack.tensors[t].name, out, NULL), OBM_OK);
-            if (i == 0) memcpy(first[t], out, n * sizeof *out);
-            else assert_memory_equal(first[t], out, n * sizeof *out);
+            if (i == 0)
+                memcpy(first[t], out, n * sizeof *out);
+            else
+                assert_memory_equal(first[t], out, n * sizeof *out);
         }
         fixture_free(f);
     }
@@ -278,7 +285,8 @@ static void test_coefficients_of_a_plan(void **state) {
         obm__plane_set_patterns(set, r, 0, 200, pattern);
         for (int64_t i = 0; i < 200; i++) {
             obm__route_coefficients(plan, 0, r, i, c);
-            double theta = ((const float *)f->pack.tensors[0].base.data)[r * 200 + i] + obm__pattern_sum(c, 3, pattern[i]);
+            double theta =
+                ((const float *)f->pack.tensors[0].base.data)[r * 200 + i] + obm__pattern_sum(c, 3, pattern[i]);
             assert_true(fabs(theta - row[i]) <= 1e-7);
         }
     }
@@ -359,10 +367,13 @@ static void test_route_texts(void **state) {
     check_parse(f, "chat=.7,math=.3", (double[]){0.7, 0.3, 0}, "chat=0.7,math=0.3");
     check_parse(f, "code = 1", (double[]){0, 0, 1}, "code");
     check_parse(f, "1=2.5, 0=1e-3", (double[]){1e-3, 2.5, 0}, "chat=0.001,math=2.5");
-    static const struct { const char *text; obm_status status; } bad[] = {
-        {"law", OBM_E_NOTFOUND}, {"3", OBM_E_NOTFOUND},      {"", OBM_E_NOTFOUND},        {"chat=", OBM_E_ARG},
+    static const struct {
+        const char *text;
+        obm_status status;
+    } bad[] = {
+        {"law", OBM_E_NOTFOUND}, {"3", OBM_E_NOTFOUND},        {"", OBM_E_NOTFOUND},      {"chat=", OBM_E_ARG},
         {"chat=x", OBM_E_ARG},   {"chat=1,chat=2", OBM_E_ARG}, {"chat,math", OBM_E_ARG},  {"chat=-1", OBM_E_ARG},
-        {"chat=nan", OBM_E_ARG}, {"chat=inf", OBM_E_ARG},    {"law=1", OBM_E_NOTFOUND},   {"chat=1,", OBM_E_ARG},
+        {"chat=nan", OBM_E_ARG}, {"chat=inf", OBM_E_ARG},      {"law=1", OBM_E_NOTFOUND}, {"chat=1,", OBM_E_ARG},
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         double weights[3] = {5, 5, 5};

@@ -3,7 +3,9 @@
 
 enum { MAX_TENSORS = 4, MAX_TASKS = 4, MAX_VALUES = 1024 };
 
-typedef struct reader { char *text, *at; } reader;
+typedef struct reader {
+    char *text, *at;
+} reader;
 
 /* The next word, or NULL at the end of the line. */
 static char *next_word(char **line) {
@@ -35,7 +37,11 @@ static size_t read_values(char **line, float *out) {
     return n;
 }
 
-typedef struct model { char *task, *policy, *scale; int planes; float values[MAX_TENSORS][MAX_VALUES]; } model;
+typedef struct model {
+    char *task, *policy, *scale;
+    int planes;
+    float values[MAX_TENSORS][MAX_VALUES];
+} model;
 
 typedef struct family {
     obm_context *ctx;
@@ -58,7 +64,7 @@ static char *write_one(family *f, const char *name, const model *m) {
 static void compress_family(family *f, const char *name) {
     obm_expert experts[MAX_TASKS];
     char *paths[MAX_TASKS], *folder = obm__path_join(f->dir, name), *own = f->dir;
-    f->dir = folder;   /* a folder for each family */
+    f->dir = folder; /* a folder for each family */
     char *base = write_one(f, "base", &f->base), *pack = obm__path_join(folder, "pack");
     for (size_t k = 0; k < f->n_experts; k++) {
         paths[k] = write_one(f, f->experts[k].task, &f->experts[k]);
@@ -104,7 +110,8 @@ static void read_family(family *f, reader *r, char *line) {
             m->task = next_word(&line), m->policy = next_word(&line), m->scale = next_word(&line);
             m->planes = (int)strtol(next_word(&line), NULL, 10);
         }
-        if (!strcmp(key, "own")) read_values(&line, f->experts[f->n_experts - 1].values[tensor_index(f, next_word(&line))]);
+        if (!strcmp(key, "own"))
+            read_values(&line, f->experts[f->n_experts - 1].values[tensor_index(f, next_word(&line))]);
     }
     compress_family(f, name);
 }
@@ -125,7 +132,8 @@ static void check_value(family *f, const double *weights, char *line) {
     OK(obm_pack_materialise(f->pack, weights, name, found, err));
     for (size_t i = 0; i < n; i++) {
         if (found[i] != expected[i])
-            fail_msg("merge %zu, %s, element %zu: %a, expected %a", f->merges, name, i, (double)found[i], (double)expected[i]);
+            fail_msg("merge %zu, %s, element %zu: %a, expected %a", f->merges, name, i, (double)found[i],
+                     (double)expected[i]);
     }
 }
 
@@ -153,9 +161,12 @@ static void test_vectors(void **state) {
     f->dir = fixture_folder();
     for (char *line; (line = next_line(&r));) {
         char *key = next_word(&line);
-        if (!strcmp(key, "family")) read_family(f, &r, line);
-        else if (!strcmp(key, "merge")) read_merge(f, &r);
-        else fail_msg("unknown line %s", key);
+        if (!strcmp(key, "family"))
+            read_family(f, &r, line);
+        else if (!strcmp(key, "merge"))
+            read_merge(f, &r);
+        else
+            fail_msg("unknown line %s", key);
     }
     assert_true(f->merges > 40);
     obm_pack_free(f->pack);

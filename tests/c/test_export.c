@@ -12,10 +12,16 @@ typedef struct family {
 } family;
 
 /* head: an own one; extra: vocabulary rows beyond the base's. */
-static char *write_model(family *f, const char *name, obm_dtype dtype, uint64_t seed, float size, bool head, int64_t extra) {
+static char *write_model(family *f, const char *name, obm_dtype dtype, uint64_t seed, float size, bool head,
+                         int64_t extra) {
     float *values[4];
-    static const struct { const char *name; int64_t rows; } names[] = {
-        {"lm_head.weight", VOCAB}, {"model.embed_tokens.weight", VOCAB}, {"model.layers.0.mlp.up_proj.weight", 40}, {"model.norm.weight", 0}};
+    static const struct {
+        const char *name;
+        int64_t rows;
+    } names[] = {{"lm_head.weight", VOCAB},
+                 {"model.embed_tokens.weight", VOCAB},
+                 {"model.layers.0.mlp.up_proj.weight", 40},
+                 {"model.norm.weight", 0}};
     fixture_tensor t[4];
     size_t n = 0;
     for (int i = 0; i < 4; i++) {
@@ -27,12 +33,14 @@ static char *write_model(family *f, const char *name, obm_dtype dtype, uint64_t 
         for (size_t k = 0; k < count; k++) values[i][k] = values[i][k] * 0.1f + size * d[k];
         obm_free(d);
         if (i == 0 && !head) continue;
-        t[n++] = (fixture_tensor){names[i].name, dtype, i == 3 ? 1 : 2, {i == 3 ? WIDTH : rows, WIDTH}, values[i], NULL};
+        t[n++] =
+            (fixture_tensor){names[i].name, dtype, i == 3 ? 1 : 2, {i == 3 ? WIDTH : rows, WIDTH}, values[i], NULL};
     }
     char *path = fixture_model(f->ctx, f->dir, name, t, n), *config = obm__path_join(path, "config.json");
     for (int i = 0; i < 4; i++) obm_free(values[i]);
-    char *text = obm__format("{\"model_type\": \"llama\", \"vocab_size\": %d, \"tie_word_embeddings\": %s, \"torch_dtype\": \"bfloat16\"}",
-                             (int)(VOCAB + extra), head ? "false" : "true");
+    char *text = obm__format(
+        "{\"model_type\": \"llama\", \"vocab_size\": %d, \"tie_word_embeddings\": %s, \"torch_dtype\": \"bfloat16\"}",
+        (int)(VOCAB + extra), head ? "false" : "true");
     OK(obm__file_write(config, text, strlen(text), err));
     obm_free(text), obm_free(config);
     return path;
@@ -41,7 +49,8 @@ static char *write_model(family *f, const char *name, obm_dtype dtype, uint64_t 
 static family family_new(obm_dtype dtype, float size, bool untied, int64_t extra) {
     family f = {.ctx = fixture_context(2), .dir = fixture_folder()};
     f.base = write_model(&f, "base", dtype, 1, 0, false, 0);
-    char *chat = write_model(&f, "chat", dtype, 100, size, untied, extra), *math = write_model(&f, "math", dtype, 200, size, false, 0);
+    char *chat = write_model(&f, "chat", dtype, 100, size, untied, extra),
+         *math = write_model(&f, "math", dtype, 200, size, false, 0);
     obm_expert experts[2] = {OBM_INIT(obm_expert), OBM_INIT(obm_expert)};
     experts[0].name = "chat", experts[0].path = chat;
     experts[1].name = "math", experts[1].path = math;
@@ -59,7 +68,8 @@ static void family_free(family *f) {
     obm_free(f->dir), obm_free(f->base), obm_free(f->out);
 }
 
-/* Every tensor of the folder is the materialised one, rounded once; returns how many elements of `name` equal the base's. */
+/* Every tensor of the folder is the materialised one, rounded once; returns how many elements of `name` equal the
+ * base's. */
 static void check_folder(family *f, const double *weights, obm_dtype dtype, size_t tensors) {
     obm_checkpoint *c;
     OK(obm_checkpoint_open(f->ctx, f->out, &c, err));
@@ -96,7 +106,10 @@ static bool config_flag(family *f, const char *key) {
 static void test_export(void **state) {
     (void)state;
     static const double routes[][2] = {{1, 0}, {0, 1}, {0.6, 0.4}, {0, 0}};
-    static const struct { const char *text; obm_dtype dtype; } dtypes[] = {{NULL, OBM_BF16}, {"f32", OBM_F32}, {"f16", OBM_F16}};
+    static const struct {
+        const char *text;
+        obm_dtype dtype;
+    } dtypes[] = {{NULL, OBM_BF16}, {"f32", OBM_F32}, {"f16", OBM_F16}};
     family f = family_new(OBM_BF16, 0.01f, false, 0);
     for (int r = 0; r < 4; r++) {
         for (int d = 0; d < 3; d++) {
@@ -185,7 +198,7 @@ static void test_untied_expert(void **state) {
     OK(obm_pack_export(f.pack, (double[]){1, 0}, &o, f.out, NULL, err));
     check_folder(&f, (double[]){1, 0}, OBM_F32, 4);
     assert_false(config_flag(&f, "tie_word_embeddings"));
-    OK(obm_pack_export(f.pack, (double[]){0, 0}, &o, f.out, NULL, err));   /* the base: tied as it was */
+    OK(obm_pack_export(f.pack, (double[]){0, 0}, &o, f.out, NULL, err)); /* the base: tied as it was */
     check_folder(&f, (double[]){0, 0}, OBM_F32, 3);
     assert_true(config_flag(&f, "tie_word_embeddings"));
     family_free(&f);
@@ -244,9 +257,9 @@ static void test_refusals_and_dry_run(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_export),        cmocka_unit_test(test_full_tensors_are_the_experts),
-        cmocka_unit_test(test_lost_share),    cmocka_unit_test(test_untied_expert),
-        cmocka_unit_test(test_extra_rows),    cmocka_unit_test(test_refusals_and_dry_run),
+        cmocka_unit_test(test_export),     cmocka_unit_test(test_full_tensors_are_the_experts),
+        cmocka_unit_test(test_lost_share), cmocka_unit_test(test_untied_expert),
+        cmocka_unit_test(test_extra_rows), cmocka_unit_test(test_refusals_and_dry_run),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -62,7 +62,12 @@ static void test_lbfgs_failures(void **state) {
     (void)state;
     int calls = 0;
     double x[2] = {-1.2, 1};
-    obm__lbfgs s = {.objective = rosenbrock, .n = 2, .history = 5, .max_iterations = 200, .tolerance = 0, .progress = stop_at_three,
+    obm__lbfgs s = {.objective = rosenbrock,
+                    .n = 2,
+                    .history = 5,
+                    .max_iterations = 200,
+                    .tolerance = 0,
+                    .progress = stop_at_three,
                     .progress_user = &calls};
     FAILS(obm__lbfgs_run(&s, x, NULL, err), OBM_E_USER, "stopped");
     assert_int_equal(calls, 4);
@@ -140,7 +145,7 @@ static void reference_fit(const data *d, double l2, double w[TASKS][WIDTH], doub
 static void test_regression_against_descent(void **state) {
     (void)state;
     obm_context *ctx = fixture_context(2);
-    static const float shifts[] = {0, 1, 30};   /* inseparable, in between, separable */
+    static const float shifts[] = {0, 1, 30}; /* inseparable, in between, separable */
     static const double l2s[] = {1e-2, 1e-2, 0.1};
     for (int s = 0; s < 3; s++) {
         data d;
@@ -270,18 +275,40 @@ static char *write_model(family *f, const char *name, int64_t vocab, uint64_t se
         {"model.layers.0.mlp.gate_proj.weight", OBM_F32, 2, {8, HIDDEN}, fixture_values(HIDDEN * 8, seed + 1), NULL},
         {"model.layers.0.mlp.up_proj.weight", OBM_F32, 2, {8, HIDDEN}, fixture_values(HIDDEN * 8, seed + 2), NULL},
         {"model.layers.0.post_attention_layernorm.weight", OBM_F32, 1, {HIDDEN}, fixture_values(HIDDEN, 3), NULL},
-        {"model.layers.0.self_attn.k_proj.weight", OBM_F32, 2, {HIDDEN, HIDDEN}, fixture_values(HIDDEN * HIDDEN, 4), NULL},
-        {"model.layers.0.self_attn.o_proj.weight", OBM_F32, 2, {HIDDEN, HIDDEN}, fixture_values(HIDDEN * HIDDEN, 5), NULL},
-        {"model.layers.0.self_attn.q_proj.weight", OBM_F32, 2, {HIDDEN, HIDDEN}, fixture_values(HIDDEN * HIDDEN, 6), NULL},
-        {"model.layers.0.self_attn.v_proj.weight", OBM_F32, 2, {HIDDEN, HIDDEN}, fixture_values(HIDDEN * HIDDEN, seed + 3), NULL},
+        {"model.layers.0.self_attn.k_proj.weight",
+         OBM_F32,
+         2,
+         {HIDDEN, HIDDEN},
+         fixture_values(HIDDEN * HIDDEN, 4),
+         NULL},
+        {"model.layers.0.self_attn.o_proj.weight",
+         OBM_F32,
+         2,
+         {HIDDEN, HIDDEN},
+         fixture_values(HIDDEN * HIDDEN, 5),
+         NULL},
+        {"model.layers.0.self_attn.q_proj.weight",
+         OBM_F32,
+         2,
+         {HIDDEN, HIDDEN},
+         fixture_values(HIDDEN * HIDDEN, 6),
+         NULL},
+        {"model.layers.0.self_attn.v_proj.weight",
+         OBM_F32,
+         2,
+         {HIDDEN, HIDDEN},
+         fixture_values(HIDDEN * HIDDEN, seed + 3),
+         NULL},
         {"model.norm.weight", OBM_F32, 1, {HIDDEN}, fixture_values(HIDDEN, 7), NULL},
     };
     size_t n = sizeof t / sizeof *t;
     char *path = fixture_model(f->ctx, f->dir, name, t, n);
     for (size_t i = 0; i < n; i++) obm_free((void *)t[i].values);
-    char *text = obm__format("{\"model_type\": \"llama\", \"hidden_size\": %d, \"intermediate_size\": 8, \"num_hidden_layers\": 1, "
-                             "\"num_attention_heads\": 2, \"vocab_size\": %lld, \"rms_norm_eps\": 1e-5, \"hidden_act\": \"silu\", "
-                             "\"max_position_embeddings\": 2048, \"tie_word_embeddings\": true}", HIDDEN, (long long)vocab);
+    char *text = obm__format(
+        "{\"model_type\": \"llama\", \"hidden_size\": %d, \"intermediate_size\": 8, \"num_hidden_layers\": 1, "
+        "\"num_attention_heads\": 2, \"vocab_size\": %lld, \"rms_norm_eps\": 1e-5, \"hidden_act\": \"silu\", "
+        "\"max_position_embeddings\": 2048, \"tie_word_embeddings\": true}",
+        HIDDEN, (long long)vocab);
     char *config = obm__path_join(path, "config.json"), *copy = obm__path_join(path, "tokenizer.json"), *json;
     size_t size;
     OK(obm__file_write(config, text, strlen(text), err));
@@ -317,13 +344,19 @@ static void family_free(family *f) {
 
 /* Greetings against sums: words tell them apart. */
 enum { EXAMPLES = 60 };
-typedef struct corpus { obm_prompt prompts[EXAMPLES]; const char *task[EXAMPLES]; char text[EXAMPLES][64]; } corpus;
+typedef struct corpus {
+    obm_prompt prompts[EXAMPLES];
+    const char *task[EXAMPLES];
+    char text[EXAMPLES][64];
+} corpus;
 static void fill_corpus(corpus *c) {
     static const char *const words[] = {"hello", "friend", "please", "thanks", "morning", "tell me"};
     memset(c, 0, sizeof *c);
     for (int i = 0; i < EXAMPLES; i++) {
-        if (i % 2) snprintf(c->text[i], 64, "%d + %d * %d = ?", i * 7, i + 31, 90 - i);
-        else snprintf(c->text[i], 64, "%s, %s the %s", words[i % 6], words[i / 2 % 6], words[(i + 3) % 5]);
+        if (i % 2)
+            snprintf(c->text[i], 64, "%d + %d * %d = ?", i * 7, i + 31, 90 - i);
+        else
+            snprintf(c->text[i], 64, "%s, %s the %s", words[i % 6], words[i / 2 % 6], words[(i + 3) % 5]);
         c->prompts[i].text = c->text[i];
         c->task[i] = i % 2 ? "math" : "chat";
     }
@@ -351,7 +384,7 @@ static void test_train_and_reopen(void **state) {
     assert_memory_equal(&stored, &report, sizeof report);
     assert_memory_equal(again->router->weight, f.pack->router->weight, 2 * HIDDEN * sizeof(float));
     OK(obm_pack_verify(again, NULL, NULL, err));
-    OK(obm_pack_remove(again, "chat", err));   /* another set of tasks: the router goes */
+    OK(obm_pack_remove(again, "chat", err)); /* another set of tasks: the router goes */
     FAILS(obm_pack_router_report(again, &stored, err), OBM_E_NOTFOUND, "no router");
     obm_pack_free(again);
     family_free(&f);
