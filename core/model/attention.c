@@ -15,7 +15,7 @@ typedef struct attention_job {
 
 static void store(const obm_model *m, const obm__row *row, int64_t layer, int which, int64_t kv_head, const float *x) {
     int64_t dim = m->config.head_dim, slot = row->position % OBM_TILE_TOKENS;
-    void *page = obm__kv_at(m, row->sequence, row->position / OBM_TILE_TOKENS, layer, which, kv_head);   // (64, head_dim)
+    void *page = obm__kv_at(m, row->sequence, row->position / OBM_TILE_TOKENS, layer, which, kv_head); // (64, head_dim)
     if (row->sequence->kv == OBM_F16) m->ctx->k->f32_to_f16((uint16_t *)page + slot * dim, x, (size_t)dim);
     else memcpy((float *)page + slot * dim, x, (size_t)dim * sizeof *x);
 }
@@ -44,14 +44,15 @@ static void rotate_and_store(void *arg, size_t begin, size_t end, int worker) {
 /* ---- attend ---- */
 
 /* scores[p - from] = q . k[p] for p in [from, to), page by page. */
-static void score_keys(const obm_model *m, const obm__sequence *s, int64_t layer, int64_t kv_head, int64_t from, int64_t to,
-                       const float *q, float *scores) {
+static void score_keys(const obm_model *m, const obm__sequence *s, int64_t layer, int64_t kv_head, int64_t from,
+                       int64_t to, const float *q, float *scores) {
     int64_t dim = m->config.head_dim;
     for (int64_t p = from; p < to;) {
         int64_t slot = p % OBM_TILE_TOKENS, n = OBM_TILE_TOKENS - slot < to - p ? OBM_TILE_TOKENS - slot : to - p;
         const void *keys = obm__kv_at(m, s, p / OBM_TILE_TOKENS, layer, 0, kv_head);
         size_t d = (size_t)dim, rows = (size_t)n;
-        if (s->kv == OBM_F16) m->ctx->k->rows_f16(scores + (p - from), (const uint16_t *)keys + slot * dim, d, rows, q, d);
+        if (s->kv == OBM_F16)
+            m->ctx->k->rows_f16(scores + (p - from), (const uint16_t *)keys + slot * dim, d, rows, q, d);
         else m->ctx->k->rows_f32(scores + (p - from), (const float *)keys + slot * dim, d, rows, q, d);
         p += n;
     }
@@ -74,8 +75,8 @@ static void softmax(float *x, int64_t n, float scale) {
 }
 
 /* out = sum_p weights[p - from] * v[p], p increasing. */
-static void mix_values(const obm_model *m, const obm__sequence *s, int64_t layer, int64_t kv_head, int64_t from, int64_t to,
-                       const float *weights, float *widened, float *out) {
+static void mix_values(const obm_model *m, const obm__sequence *s, int64_t layer, int64_t kv_head, int64_t from,
+                       int64_t to, const float *weights, float *widened, float *out) {
     int64_t dim = m->config.head_dim;
     memset(out, 0, (size_t)dim * sizeof *out);
     for (int64_t p = from; p < to;) {

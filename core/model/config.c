@@ -31,8 +31,8 @@ static obm_status read_size(const reader *r, const char *key, int64_t dflt, int6
     if (!v) return obm__fail(r->err, OBM_E_FORMAT, "%s: key \"%s\" is missing", r->where, key);
     if (!obm__json_int(v, &value)) return wrong_kind(r, key, "an integer");
     if (value < 1 || value > MAX_SIZE)
-        return obm__fail(r->err, OBM_E_FORMAT, "%s: \"%s\" must be 1 to %lld, found %lld", r->where, key, (long long)MAX_SIZE,
-                         (long long)value);
+        return obm__fail(r->err, OBM_E_FORMAT, "%s: \"%s\" must be 1 to %lld, found %lld", r->where, key,
+                         (long long)MAX_SIZE, (long long)value);
     *out = value;
     return OBM_OK;
 }
@@ -62,17 +62,35 @@ static obm_status read_bool(const reader *r, const char *key, bool *out) {
 
 /* ---- what would change results and is not built ---- */
 
-/* Keys with the value at which they change nothing.  Any other value is refused, so that no model runs wrongly in silence. */
-static const struct { const char *key; double neutral; } neutral_keys[] = {
-    {"pretraining_tp", 1},        {"partial_rotary_factor", 1}, {"rope_interleaved", 0},     {"use_qk_norm", 0},
-    {"qk_norm", 0},               {"embedding_multiplier", 1},  {"residual_multiplier", 1},  {"logits_scaling", 1},
-    {"logit_scale", 1},           {"scale_embeddings", 0},      {"scale_embedding", 0},      {"use_alibi", 0},
-    {"parallel_attn", 0},         {"num_local_experts", 0},     {"num_experts", 0},          {"logit_softcapping", 0},
-    {"attn_logit_softcapping", 0},{"final_logit_softcapping", 0},{"clip_qkv", 0},            {"num_nextn_predict_layers", 0},
+/* Keys with the value at which they change nothing.  Any other value is refused, so that no model runs wrongly in
+ * silence. */
+static const struct { const char *key; double neutral;
+} neutral_keys[] = {
+    {"pretraining_tp", 1},
+    {"partial_rotary_factor", 1},
+    {"rope_interleaved", 0},
+    {"use_qk_norm", 0},
+    {"qk_norm", 0},
+    {"embedding_multiplier", 1},
+    {"residual_multiplier", 1},
+    {"logits_scaling", 1},
+    {"logit_scale", 1},
+    {"scale_embeddings", 0},
+    {"scale_embedding", 0},
+    {"use_alibi", 0},
+    {"parallel_attn", 0},
+    {"num_local_experts", 0},
+    {"num_experts", 0},
+    {"logit_softcapping", 0},
+    {"attn_logit_softcapping", 0},
+    {"final_logit_softcapping", 0},
+    {"clip_qkv", 0},
+    {"num_nextn_predict_layers", 0},
 };
 /* Objects or lists whose mere presence changes the model. */
-static const char *const foreign_keys[] = {"quantization_config", "compression_config", "attention_multiplier", "no_rope_layers",
-                                           "cross_attention_layers", "vision_config", "text_config"};
+static const char *const foreign_keys[] = {"quantization_config", "compression_config",     "attention_multiplier",
+                                           "no_rope_layers",      "cross_attention_layers", "vision_config",
+                                           "text_config"};
 
 static bool is_neutral(const obm_json *v, double neutral) {
     bool flag;
@@ -83,7 +101,8 @@ static bool is_neutral(const obm_json *v, double neutral) {
 
 static obm_status refuse(const reader *r, const char *key, const obm_json *v) {
     char *text = obm__json_text(v, 0);
-    obm_status status = obm__fail(r->err, OBM_E_UNSUPPORTED, "%s: \"%s\": %.120s is not supported", r->where, key, text ? text : "?");
+    obm_status status =
+        obm__fail(r->err, OBM_E_UNSUPPORTED, "%s: \"%s\": %.120s is not supported", r->where, key, text ? text : "?");
     obm_free(text);
     return status;
 }
@@ -111,8 +130,9 @@ static obm_status check_layer_types(const reader *r, const obm__config *c) {
     for (size_t i = 0; i < obm__json_size(types); i++) {
         const char *type = obm__json_string(obm__json_at(types, i));
         if (!type || strcmp(type, expected))
-            return obm__fail(r->err, OBM_E_UNSUPPORTED, "%s: \"layer_types\": layer %zu is \"%.40s\", only \"%s\" is supported here",
-                             r->where, i, type ? type : "?", expected);
+            return obm__fail(r->err, OBM_E_UNSUPPORTED,
+                             "%s: \"layer_types\": layer %zu is \"%.40s\", only \"%s\" is supported here", r->where, i,
+                             type ? type : "?", expected);
     }
     return OBM_OK;
 }
@@ -141,7 +161,8 @@ static obm_status read_llama3(const reader *rope, const reader *top, int64_t pos
     OBM_TRY(read_positive(rope, "low_freq_factor", -1, &out->low_freq_factor));
     OBM_TRY(read_positive(rope, "high_freq_factor", -1, &out->high_freq_factor));
     if (out->high_freq_factor <= out->low_freq_factor)
-        return obm__fail(rope->err, OBM_E_FORMAT, "%s: \"high_freq_factor\" must be above \"low_freq_factor\"", rope->where);
+        return obm__fail(rope->err, OBM_E_FORMAT, "%s: \"high_freq_factor\" must be above \"low_freq_factor\"",
+                         rope->where);
     return OBM_OK;
 }
 
@@ -160,8 +181,9 @@ static obm_status read_rope(const reader *r, int64_t positions, obm__rope *out) 
     const char *name = absent(type) ? "default" : obm__json_string(type);
     if (name && !strcmp(name, "default")) return OBM_OK;
     if (name && !strcmp(name, "llama3")) return read_llama3(&rope, r, positions, out);
-    return obm__fail(r->err, OBM_E_UNSUPPORTED, "%s: \"%s\" of type \"%.40s\" is not supported (default and llama3 are)", r->where,
-                     key, name ? name : "?");
+    return obm__fail(r->err, OBM_E_UNSUPPORTED,
+                     "%s: \"%s\" of type \"%.40s\" is not supported (default and llama3 are)", r->where, key,
+                     name ? name : "?");
 }
 
 /* ---- end of sequence ---- */
@@ -196,7 +218,8 @@ static obm_status read_arch(const reader *r, obm__config *c) {
     c->arch = obm__arch_find(type);
     if (c->arch) return OBM_OK;
     obm__arch_list(known, sizeof known);
-    return obm__fail(r->err, OBM_E_UNSUPPORTED, "%s: \"model_type\": \"%.60s\" is not supported (known: %s)", r->where, type, known);
+    return obm__fail(r->err, OBM_E_UNSUPPORTED, "%s: \"model_type\": \"%.60s\" is not supported (known: %s)", r->where,
+                     type, known);
 }
 
 static obm_status read_window(const reader *r, obm__config *c) {
@@ -213,10 +236,12 @@ static obm_status read_heads(const reader *r, obm__config *c) {
     OBM_TRY(read_size(r, "num_key_value_heads", dflt, &c->kv_heads));
     OBM_TRY(read_size(r, "head_dim", c->hidden / c->heads, &c->head_dim));
     if (c->heads % c->kv_heads)
-        return obm__fail(r->err, OBM_E_FORMAT, "%s: \"num_attention_heads\" (%lld) must be a multiple of \"num_key_value_heads\" (%lld)",
+        return obm__fail(r->err, OBM_E_FORMAT,
+                         "%s: \"num_attention_heads\" (%lld) must be a multiple of \"num_key_value_heads\" (%lld)",
                          r->where, (long long)c->heads, (long long)c->kv_heads);
     if (c->head_dim < 2 || c->head_dim % 2)
-        return obm__fail(r->err, OBM_E_FORMAT, "%s: \"head_dim\" must be even, found %lld", r->where, (long long)c->head_dim);
+        return obm__fail(r->err, OBM_E_FORMAT, "%s: \"head_dim\" must be even, found %lld", r->where,
+                         (long long)c->head_dim);
     return OBM_OK;
 }
 
@@ -241,7 +266,8 @@ static obm_status read_all(const reader *r, obm__config *c) {
     return read_eos(r, c);
 }
 
-obm_status obm__config_parse(const obm_json *config, const obm_json *generation, const char *where, obm__config *out, obm_error *err) {
+obm_status obm__config_parse(const obm_json *config, const obm_json *generation, const char *where, obm__config *out,
+                             obm_error *err) {
     obm__config c = {0};
     reader r = {config, where, err}, g = {generation, "generation_config.json", err};
     obm_status status = read_all(&r, &c);

@@ -80,7 +80,8 @@ typedef struct norm_job {
     const size_t *which;   /* NULL: all */
 } norm_job;
 
-/* Zhang and Sennrich 2019: x / sqrt(mean(x^2) + eps) * weight.  The sum of squares in f64, blocks of the kernel's limit. */
+/* Zhang and Sennrich 2019: x / sqrt(mean(x^2) + eps) * weight.  The sum of squares in f64, blocks of the kernel's
+ * limit. */
 static void rms_norm(const obm_kernels *k, const float *x, const float *weight, int64_t n, float eps, float *out) {
     double sum = 0;
     for (int64_t i = 0; i < n; i += 4096) {
@@ -101,7 +102,8 @@ static void norm_rows(void *arg, size_t begin, size_t end, int worker) {
         size_t row = j->which ? j->which[i] : i;
         if (!s->weights[row]) continue;
         const float *weight = obm__weights_at(s->weights[row], j->layer, j->role)->data;
-        rms_norm(j->m->ctx->k, s->x + (int64_t)row * hidden, weight, hidden, j->m->config.norm_eps, s->normed + (int64_t)i * hidden);
+        rms_norm(j->m->ctx->k, s->x + (int64_t)row * hidden, weight, hidden, j->m->config.norm_eps,
+                 s->normed + (int64_t)i * hidden);
     }
 }
 
@@ -150,7 +152,8 @@ static void start_rows(obm_model *m, const obm__row *rows, size_t n) {
             continue;
         }
         embed_row(m, &rows[i], s->x + (int64_t)i * hidden);
-        obm__rope_table(m->frequencies, half, rows[i].position, s->cosine + (int64_t)i * half, s->sine + (int64_t)i * half);
+        obm__rope_table(m->frequencies, half, rows[i].position, s->cosine + (int64_t)i * half,
+                        s->sine + (int64_t)i * half);
     }
 }
 
@@ -184,7 +187,8 @@ obm_status obm__forward(obm_model *m, const obm__row *rows, size_t n, bool tiled
     return OBM_OK;
 }
 
-obm_status obm__forward_logits(obm_model *m, const obm__row *rows, const size_t *which, size_t n, float *out, obm_error *err) {
+obm_status obm__forward_logits(obm_model *m, const obm__row *rows, const size_t *which, size_t n, float *out,
+                               obm_error *err) {
     const obm__weights **weights = obm__calloc(n, sizeof *weights);
     if (!weights) return obm__fail_nomem(err, n * sizeof *weights);
     for (size_t i = 0; i < n; i++) weights[i] = rows[which[i]].sequence->weights;
@@ -198,7 +202,8 @@ obm_status obm__forward_logits(obm_model *m, const obm__row *rows, const size_t 
 /* ---- prompts ---- */
 
 /* Rows for the next tokens from `position` on, in whole tiles; returns how many tokens fit. */
-static size_t fill_tiles(obm__sequence *s, int64_t position, const int32_t *ids, size_t n, obm__row *rows, size_t *n_rows) {
+static size_t fill_tiles(obm__sequence *s, int64_t position, const int32_t *ids, size_t n, obm__row *rows,
+                         size_t *n_rows) {
     size_t first = (size_t)(position % OBM_TILE_TOKENS), take = OBM_CHUNK_ROWS - first < n ? OBM_CHUNK_ROWS - first : n;
     *n_rows = (first + take + OBM_TILE_TOKENS - 1) / OBM_TILE_TOKENS * OBM_TILE_TOKENS;
     memset(rows, 0, *n_rows * sizeof *rows);

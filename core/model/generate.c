@@ -57,7 +57,9 @@ static obm_status run_batch(batch *b, obm_error *err) {
 
 static obm_status start_batch(batch *b, const obm_generate_options *o, obm_error *err) {
     b->pulse = (obm__pulse){.fn = OBM_OPT(o, obm_generate_options, progress, NULL),
-                            .user = OBM_OPT(o, obm_generate_options, progress_user, NULL), .what = "generate", .total = b->n};
+                            .user = OBM_OPT(o, obm_generate_options, progress_user, NULL),
+                            .what = "generate",
+                            .total = b->n};
     b->size = OBM_OPT(o, obm_generate_options, batch, 0);
     if (!b->size) b->size = 8;
     if (b->size > b->n) b->size = b->n;
@@ -67,7 +69,8 @@ static obm_status start_batch(batch *b, const obm_generate_options *o, obm_error
     b->index = obm__calloc(b->size, sizeof *b->index);
     b->out = obm__calloc(b->n, sizeof *b->out);
     b->logits = obm__mul(b->size, (size_t)b->m->vocab, &count) ? obm__alloc(count, sizeof *b->logits) : NULL;
-    if (!b->slots || !b->index || !b->out || !b->logits) return obm__fail_nomem(err, (uint64_t)b->size * (uint64_t)b->m->vocab * 4);
+    if (!b->slots || !b->index || !b->out || !b->logits)
+        return obm__fail_nomem(err, (uint64_t)b->size * (uint64_t)b->m->vocab * 4);
     return OBM_OK;
 }
 
@@ -81,8 +84,8 @@ static void clear_batch(batch *b) {
     obm_free(b->logits);
 }
 
-obm_status obm_model_generate_batch(obm_model *m, const obm_prompt *prompts, size_t n, const obm_generate_options *options,
-                                    obm_completion *out, obm_error *err) {
+obm_status obm_model_generate_batch(obm_model *m, const obm_prompt *prompts, size_t n,
+                                    const obm_generate_options *options, obm_completion *out, obm_error *err) {
     batch b = {.m = m, .prompts = prompts, .n = n};
     OBM_TRY(obm__model_enter(m, &b.pulse, err));
     obm_status status = start_batch(&b, options, err);
@@ -130,7 +133,9 @@ static obm_status open_stream(obm_stream *s, const obm_prompt *prompt, const obm
     OBM_TRY(obm__model_enter(s->m, &s->pulse, err));
     s->holds_model = true;
     s->pulse = (obm__pulse){.fn = OBM_OPT(o, obm_generate_options, progress, NULL),
-                            .user = OBM_OPT(o, obm_generate_options, progress_user, NULL), .what = "generate", .total = 1};
+                            .user = OBM_OPT(o, obm_generate_options, progress_user, NULL),
+                            .what = "generate",
+                            .total = 1};
     OBM_TRY(obm__settings_init(&s->settings, s->m, o, 1, err));
     s->logits = obm__alloc((size_t)s->m->vocab, sizeof *s->logits);
     if (!s->logits) return obm__fail_nomem(err, (uint64_t)s->m->vocab * sizeof *s->logits);
@@ -139,7 +144,8 @@ static obm_status open_stream(obm_stream *s, const obm_prompt *prompt, const obm
     return OBM_OK;
 }
 
-obm_status obm_stream_open(obm_model *m, const obm_prompt *prompt, const obm_generate_options *options, obm_stream **out, obm_error *err) {
+obm_status obm_stream_open(obm_model *m, const obm_prompt *prompt, const obm_generate_options *options,
+                           obm_stream **out, obm_error *err) {
     obm_stream *s = obm__calloc(1, sizeof *s);
     if (!s) return obm__fail_nomem(err, sizeof *s);
     s->m = m;
@@ -164,9 +170,14 @@ obm_status obm_stream_next(obm_stream *s, const char **text, size_t *len, obm_er
 const obm_completion *obm_stream_result(const obm_stream *s) {
     obm_stream *view = (obm_stream *)s;   /* `result` is a cache of views, not state */
     const obm__generation *g = s->g;
-    view->result = (obm_completion){.text = g->text.data, .text_len = g->safe, .ids = g->ids + g->n_prompt,
-                                    .n_ids = g->n_ids - g->n_prompt, .route = g->route,
-                                    .n_route = g->route ? obm__model_tasks(s->m) : 0, .n_prompt = g->n_prompt, .finish = g->finish};
+    view->result = (obm_completion){.text = g->text.data,
+                                    .text_len = g->safe,
+                                    .ids = g->ids + g->n_prompt,
+                                    .n_ids = g->n_ids - g->n_prompt,
+                                    .route = g->route,
+                                    .n_route = g->route ? obm__model_tasks(s->m) : 0,
+                                    .n_prompt = g->n_prompt,
+                                    .finish = g->finish};
     return &s->result;
 }
 
@@ -179,8 +190,8 @@ void obm_stream_free(obm_stream *s) {
     obm_free(s);
 }
 
-obm_status obm_model_generate(obm_model *m, const char *prompt, const obm_generate_options *options, obm_text_fn on_text,
-                              void *user, obm_error *err) {
+obm_status obm_model_generate(obm_model *m, const char *prompt, const obm_generate_options *options,
+                              obm_text_fn on_text, void *user, obm_error *err) {
     obm_prompt p = {.text = prompt};
     obm_stream *s;
     const char *text;

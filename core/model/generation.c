@@ -10,7 +10,8 @@ static obm_status copy_stops(obm__settings *s, const char *const *stop, size_t n
     s->stop_len = obm__calloc(n, sizeof *s->stop_len);
     if (!s->stop || !s->stop_len) return obm__fail_nomem(err, n * sizeof *s->stop);
     for (s->n_stop = 0; s->n_stop < n; s->n_stop++) {
-        if (!stop[s->n_stop] || !*stop[s->n_stop]) return obm__fail(err, OBM_E_ARG, "stop string %zu is empty", s->n_stop);
+        if (!stop[s->n_stop] || !*stop[s->n_stop])
+            return obm__fail(err, OBM_E_ARG, "stop string %zu is empty", s->n_stop);
         s->stop[s->n_stop] = obm__strdup(stop[s->n_stop]);
         if (!s->stop[s->n_stop]) return obm__fail_nomem(err, strlen(stop[s->n_stop]));
         s->stop_len[s->n_stop] = strlen(stop[s->n_stop]);
@@ -24,11 +25,13 @@ static obm_status check_routes(const obm_model *m, const obm_generate_options *o
     if (!m->pack && (routed || OBM_OPT(o, obm_generate_options, router, NULL)))
         return obm__fail(err, OBM_E_ARG, "routes and routers apply to a pack, and this is a plain model");
     if (routed && n_routes != 1 && n_routes != n_prompts)
-        return obm__fail(err, OBM_E_ARG, "expected one route, or one for each of the %zu prompts, got %zu", n_prompts, n_routes);
+        return obm__fail(err, OBM_E_ARG, "expected one route, or one for each of the %zu prompts, got %zu", n_prompts,
+                         n_routes);
     return OBM_OK;
 }
 
-obm_status obm__settings_init(obm__settings *s, const obm_model *m, const obm_generate_options *o, size_t n_prompts, obm_error *err) {
+obm_status obm__settings_init(obm__settings *s, const obm_model *m, const obm_generate_options *o, size_t n_prompts,
+                              obm_error *err) {
     *s = (obm__settings){.options = o,
                          .max_tokens = OBM_OPT(o, obm_generate_options, max_tokens, 0),
                          .ignore_eos = OBM_OPT(o, obm_generate_options, ignore_eos, false),
@@ -55,14 +58,15 @@ void obm__settings_clear(obm__settings *s) {
 
 /* ---- text and stop strings ---- */
 
-/* Where the first stop string that is complete begins, looking at bytes from `from` on as if they came one by one (so that
- * token boundaries do not matter); of several that end together the longest.  SIZE_MAX: none. */
+/* Where the first stop string that is complete begins, looking at bytes from `from` on as if they came one by one (so
+ * that token boundaries do not matter); of several that end together the longest.  SIZE_MAX: none. */
 static size_t find_stop(const obm__generation *g, size_t from) {
     for (size_t end = from + 1; end <= g->text.size; end++) {
         size_t longest = 0;
         for (size_t i = 0; i < g->settings->n_stop; i++) {
             size_t len = g->settings->stop_len[i];
-            if (len > longest && len <= end && !memcmp(g->text.data + end - len, g->settings->stop[i], len)) longest = len;
+            if (len > longest && len <= end && !memcmp(g->text.data + end - len, g->settings->stop[i], len))
+                longest = len;
         }
         if (longest) return end - longest;
     }
@@ -150,7 +154,8 @@ static obm_status accept_logits(obm_model *m, obm__generation *g, float *logits,
 
 /* ---- start ---- */
 
-static obm_status choose_route(obm_model *m, obm__generation *g, const obm_prompt *prompt, size_t index, obm_error *err) {
+static obm_status choose_route(obm_model *m, obm__generation *g, const obm_prompt *prompt, size_t index,
+                               obm_error *err) {
     const obm_generate_options *o = g->settings->options;
     size_t tasks = obm__model_tasks(m);
     if (!m->pack) return OBM_OK;
@@ -245,7 +250,8 @@ done:
 }
 
 obm_status obm__generation_take(obm_model *m, obm__generation *g, obm_completion *out, obm_error *err) {
-    obm_completion c = {.text_len = g->text.size, .n_ids = g->n_ids - g->n_prompt, .n_prompt = g->n_prompt, .finish = g->finish};
+    obm_completion c = {
+        .text_len = g->text.size, .n_ids = g->n_ids - g->n_prompt, .n_prompt = g->n_prompt, .finish = g->finish};
     c.text = obm__strndup(g->text.data ? g->text.data : "", g->text.size);
     c.ids = obm__calloc(c.n_ids, sizeof *c.ids);
     if (!c.text || !c.ids) {

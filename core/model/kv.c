@@ -5,8 +5,8 @@
 
 static bool page_bytes(const obm_model *m, obm_dtype kv, size_t *out) {
     const obm__config *c = &m->config;
-    return obm__mul((size_t)c->layers * 2, (size_t)(c->kv_heads * c->head_dim), out) && obm__mul(*out, OBM_TILE_TOKENS, out) &&
-           obm__mul(*out, obm_dtype_size(kv), out);
+    return obm__mul((size_t)c->layers * 2, (size_t)(c->kv_heads * c->head_dim), out) &&
+           obm__mul(*out, OBM_TILE_TOKENS, out) && obm__mul(*out, obm_dtype_size(kv), out);
 }
 
 obm_status obm__sequence_new(obm_model *m, const double *route, obm_dtype kv, obm__sequence **out, obm_error *err) {

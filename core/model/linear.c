@@ -36,7 +36,8 @@ static const void *matrix_row(const obm__matrix *w, int64_t row) {
 
 /* ---- row path: one vector at a time against a block of rows ---- */
 
-static void multiply_rows(const obm_kernels *k, const obm__matrix *w, int64_t row, int64_t rows, const float *x, float *y) {
+static void multiply_rows(const obm_kernels *k, const obm__matrix *w, int64_t row, int64_t rows, const float *x,
+                          float *y) {
     const void *data = matrix_row(w, row);
     size_t cols = (size_t)w->cols, n = (size_t)rows;
     if (w->dtype == OBM_BF16) k->rows_bf16(y, data, cols, n, x, cols);
@@ -68,7 +69,8 @@ static void run_rows(void *arg, size_t begin, size_t end, int worker) {
 
 /* ---- tiled path: GEMM of fixed shape (64 tokens, 128 weight rows, cols) ---- */
 
-/* The panel in f32, rows beyond the matrix zero: the shape of the call, and so its summation order, is always the same. */
+/* The panel in f32, rows beyond the matrix zero: the shape of the call, and so its summation order, is always the same.
+ */
 static const float *load_panel(const obm_kernels *k, const obm__matrix *w, int64_t row, float *panel) {
     int64_t rows = w->rows - row < PANEL ? w->rows - row : PANEL;
     size_t count = (size_t)(rows * w->cols);
@@ -88,7 +90,8 @@ static const obm__weights *tile_weights(const linear_job *j, size_t first) {
 }
 
 /* product: (64, 128) -> the tile's rows of y, with the bias. */
-static void store_product(const linear_job *j, const obm__linear *l, size_t first, int64_t row, int64_t rows, const float *product) {
+static void store_product(const linear_job *j, const obm__linear *l, size_t first, int64_t row, int64_t rows,
+                          const float *product) {
     for (size_t i = 0; i < OBM_TILE_TOKENS; i++) {
         if (!j->weights[first + i]) continue;
         float *y = l->y + (int64_t)(first + i) * l->ld + row;
@@ -113,8 +116,8 @@ static void run_panels(void *arg, size_t begin, size_t end, int worker) {
             const obm__matrix *w = obm__weights_at(weights, j->layer, l->role);
             if (w->data != loaded) panel = load_panel(j->m->ctx->k, w, row, s->panels + (size_t)worker * s->panel_size);
             loaded = w->data;
-            obm__sgemm_nt(OBM_TILE_TOKENS, PANEL, w->cols, 1, j->x + (int64_t)first * w->cols, w->cols, panel, w->cols, 0, product,
-                          PANEL);
+            obm__sgemm_nt(OBM_TILE_TOKENS, PANEL, w->cols, 1, j->x + (int64_t)first * w->cols, w->cols, panel, w->cols,
+                          0, product, PANEL);
             store_product(j, l, first, row, w->rows - row < PANEL ? w->rows - row : PANEL, product);
         }
     }

@@ -1,4 +1,5 @@
-/* A model as the caller holds it: opening, describing, logits, hidden states, features.  Generation is in generate.c. */
+/* A model as the caller holds it: opening, describing, logits, hidden states, features.  Generation is in generate.c.
+ */
 #include "model.h"
 
 #include <string.h>
@@ -18,10 +19,12 @@ static obm_status load_config(obm_model *m, obm_error *err) {
     const obm_checkpoint *c = m->base;
     obm_json *generation;
     if (!c->config)
-        return obm__fail(err, OBM_E_FORMAT, "%s: no config.json here, so it cannot be run as a model", obm_checkpoint_path(c));
+        return obm__fail(err, OBM_E_FORMAT, "%s: no config.json here, so it cannot be run as a model",
+                         obm_checkpoint_path(c));
     OBM_TRY(load_generation_config(c, &generation, err));
     char *where = obm__path_join(c->directory, "config.json");
-    obm_status status = where ? obm__config_parse(c->config, generation, where, &m->config, err) : obm__fail_nomem(err, 1);
+    obm_status status =
+        where ? obm__config_parse(c->config, generation, where, &m->config, err) : obm__fail_nomem(err, 1);
     if (status == OBM_OK && c->tied) m->config.tied = true;
     obm_free(where);
     obm__json_free(generation);
@@ -31,7 +34,8 @@ static obm_status load_config(obm_model *m, obm_error *err) {
 static obm_status load_tokenizer(obm_model *m, obm_error *err) {
     char *path = obm__path_join(m->base->directory, "tokenizer.json");
     if (!path) return obm__fail_nomem(err, strlen(m->base->directory));
-    obm_status status = obm__file_exists(path) ? obm_tokenizer_open(m->ctx, m->base->directory, &m->tokenizer, err) : OBM_OK;
+    obm_status status =
+        obm__file_exists(path) ? obm_tokenizer_open(m->ctx, m->base->directory, &m->tokenizer, err) : OBM_OK;
     obm_free(path);
     return status;
 }
@@ -42,7 +46,9 @@ static int64_t widest_vocabulary(const obm_model *m) {
     size_t e = m->pack ? obm__pack_find(m->pack, m->config.arch->names[OBM_EMBEDDING]) : SIZE_MAX;
     for (size_t i = 0; e != SIZE_MAX && i < m->pack->n_experts; i++) {
         const obm__pack_entry *entry = &m->pack->experts[i].entries[e];
-        int64_t rows = entry->full.data ? entry->full.shape[0] : entry->extra.data ? m->config.vocab + entry->extra.shape[0] : 0;
+        int64_t rows = entry->full.data    ? entry->full.shape[0]
+                       : entry->extra.data ? m->config.vocab + entry->extra.shape[0]
+                                           : 0;
         if (rows > vocab) vocab = rows;
     }
     return vocab;
@@ -73,7 +79,8 @@ static obm_status prepare(obm_model *m, const obm_model_options *options, obm_er
     obm__rope_frequencies(&m->config.rope, m->config.head_dim, m->frequencies);
     m->vocab = widest_vocabulary(m);
     count_params(m);
-    OBM_TRY(obm__weights_acquire(m, NULL, &base, err));   /* checks every tensor the config asks for; freed with the model */
+    OBM_TRY(
+        obm__weights_acquire(m, NULL, &base, err)); /* checks every tensor the config asks for; freed with the model */
     return OBM_OK;
 }
 
@@ -102,7 +109,8 @@ static obm_status open_source(obm_model *m, const char *path, const char *base, 
     return OBM_OK;
 }
 
-obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_options *options, obm_model **out, obm_error *err) {
+obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_options *options, obm_model **out,
+                          obm_error *err) {
     obm_model *m = obm__calloc(1, sizeof *m);
     if (!m) return obm__fail_nomem(err, sizeof *m);
     m->ctx = ctx;
@@ -112,7 +120,8 @@ obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_op
     return status;
 }
 
-obm_status obm_model_from_pack(obm_context *ctx, const obm_pack *pack, const obm_model_options *options, obm_model **out, obm_error *err) {
+obm_status obm_model_from_pack(obm_context *ctx, const obm_pack *pack, const obm_model_options *options,
+                               obm_model **out, obm_error *err) {
     if (OBM_OPT(options, obm_model_options, base, NULL))
         return obm__fail(err, OBM_E_ARG, "the pack is open already: its base cannot be changed here");
     obm_model *m = obm__calloc(1, sizeof *m);
@@ -150,10 +159,19 @@ void obm__model_leave(obm_model *m) {
 
 void obm_model_describe(const obm_model *m, obm_model_info *out) {
     const obm__config *c = &m->config;
-    *out = (obm_model_info){.architecture = c->arch->model_type, .vocab = m->vocab, .hidden = c->hidden,
-                            .intermediate = c->intermediate, .layers = c->layers, .heads = c->heads, .kv_heads = c->kv_heads,
-                            .head_dim = c->head_dim, .max_positions = c->max_positions, .sliding_window = c->window,
-                            .tied = c->tied, .params = m->params, .bytes = m->base_bytes};
+    *out = (obm_model_info){.architecture = c->arch->model_type,
+                            .vocab = m->vocab,
+                            .hidden = c->hidden,
+                            .intermediate = c->intermediate,
+                            .layers = c->layers,
+                            .heads = c->heads,
+                            .kv_heads = c->kv_heads,
+                            .head_dim = c->head_dim,
+                            .max_positions = c->max_positions,
+                            .sliding_window = c->window,
+                            .tied = c->tied,
+                            .params = m->params,
+                            .bytes = m->base_bytes};
 }
 
 const obm_pack *obm_model_pack(const obm_model *m) { return m->pack; }
@@ -162,21 +180,25 @@ size_t obm__model_tasks(const obm_model *m) { return m->pack ? m->pack->n_expert
 
 /* Planes are counted as stored; today they are read when a route is materialised. */
 void obm_model_account(const obm_model *m, obm_model_memory *out) {
-    *out = (obm_model_memory){.base = m->base_bytes, .overlays = m->overlay_bytes, .kv = m->kv_bytes, .scratch = m->scratch.bytes};
+    *out = (obm_model_memory){
+        .base = m->base_bytes, .overlays = m->overlay_bytes, .kv = m->kv_bytes, .scratch = m->scratch.bytes};
     for (size_t e = 0; m->pack && e < m->pack->n_experts; e++)
         for (size_t t = 0; t < m->pack->n_tensors; t++) out->planes += m->pack->experts[e].entries[t].bytes_pack;
 }
 
 /* ---- logits and hidden states ---- */
 
-obm_status obm__model_check_ids(const obm_model *m, const obm__weights *w, const int32_t *ids, size_t n, obm_error *err) {
+obm_status obm__model_check_ids(const obm_model *m, const obm__weights *w, const int32_t *ids, size_t n,
+                                obm_error *err) {
     int64_t vocab = obm__weights_vocab(w);
     if (!n) return obm__fail(err, OBM_E_ARG, "expected at least one token id, found none");
     if (n > (uint64_t)m->config.max_positions)
-        return obm__fail(err, OBM_E_ARG, "%zu tokens are more than the %lld positions of the model", n, (long long)m->config.max_positions);
+        return obm__fail(err, OBM_E_ARG, "%zu tokens are more than the %lld positions of the model", n,
+                         (long long)m->config.max_positions);
     for (size_t i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= vocab)
-            return obm__fail(err, OBM_E_ARG, "token id %d at index %zu is outside the vocabulary of %lld", ids[i], i, (long long)vocab);
+            return obm__fail(err, OBM_E_ARG, "token id %d at index %zu is outside the vocabulary of %lld", ids[i], i,
+                             (long long)vocab);
     return OBM_OK;
 }
 
@@ -200,8 +222,8 @@ static obm_status collect(void *arg, obm_model *m, const obm__row *rows, size_t 
     return OBM_OK;
 }
 
-static obm_status run(obm_model *m, const int32_t *ids, size_t n, int64_t layers, const obm_run_options *options, collector *c,
-                      obm_error *err) {
+static obm_status run(obm_model *m, const int32_t *ids, size_t n, int64_t layers, const obm_run_options *options,
+                      collector *c, obm_error *err) {
     obm__sequence *s = NULL;
     const double *route = OBM_OPT(options, obm_run_options, route, NULL);
     if (route && !m->pack) return obm__fail(err, OBM_E_ARG, "a route applies to a pack, and this is a plain model");
@@ -215,17 +237,20 @@ static obm_status run(obm_model *m, const int32_t *ids, size_t n, int64_t layers
     return status;
 }
 
-obm_status obm_model_logits(obm_model *m, const int32_t *ids, size_t n, const obm_run_options *options, float *out, obm_error *err) {
+obm_status obm_model_logits(obm_model *m, const int32_t *ids, size_t n, const obm_run_options *options, float *out,
+                            obm_error *err) {
     collector c = {.logits = true, .all = OBM_OPT(options, obm_run_options, all, false), .total = n, .out = out};
     return run(m, ids, n, m->config.layers, options, &c, err);
 }
 
 static obm_status check_layer(const obm_model *m, int layer, obm_error *err) {
     if (layer >= 0 && layer <= m->config.layers) return OBM_OK;
-    return obm__fail(err, OBM_E_ARG, "layer must be 0 (embeddings) to %lld, got %d", (long long)m->config.layers, layer);
+    return obm__fail(err, OBM_E_ARG, "layer must be 0 (embeddings) to %lld, got %d", (long long)m->config.layers,
+                     layer);
 }
 
-obm_status obm_model_hidden(obm_model *m, const int32_t *ids, size_t n, int layer, const obm_run_options *options, float *out, obm_error *err) {
+obm_status obm_model_hidden(obm_model *m, const int32_t *ids, size_t n, int layer, const obm_run_options *options,
+                            float *out, obm_error *err) {
     collector c = {.all = true, .total = n, .out = out};
     OBM_TRY(check_layer(m, layer, err));
     return run(m, ids, n, layer, options, &c, err);
@@ -237,7 +262,8 @@ static obm_status add_hidden(void *arg, obm_model *m, const obm__row *rows, size
     double *sum = arg;
     (void)err;
     for (size_t i = 0; i < n; i++)
-        for (int64_t h = 0; rows[i].sequence && h < m->config.hidden; h++) sum[h] += m->scratch.x[(int64_t)i * m->config.hidden + h];
+        for (int64_t h = 0; rows[i].sequence && h < m->config.hidden; h++)
+            sum[h] += m->scratch.x[(int64_t)i * m->config.hidden + h];
     return OBM_OK;
 }
 
@@ -269,8 +295,8 @@ static obm_status embed_one(obm_model *m, const obm_prompt *prompt, int layer, f
     return status;
 }
 
-obm_status obm_model_embed(obm_model *m, const obm_prompt *prompts, size_t n, int layer, obm_progress_fn progress, void *user,
-                           float *out, obm_error *err) {
+obm_status obm_model_embed(obm_model *m, const obm_prompt *prompts, size_t n, int layer, obm_progress_fn progress,
+                           void *user, float *out, obm_error *err) {
     obm__pulse pulse = {.fn = progress, .user = user, .what = "embed", .total = n};
     if (!m->tokenizer) return obm__fail(err, OBM_E_ARG, "%s: no tokenizer.json here", obm_checkpoint_path(m->base));
     OBM_TRY(obm__model_enter(m, &pulse, err));

@@ -5,10 +5,12 @@
 
 static obm_status need_tokenizer(const obm_model *m, obm_error *err) {
     if (m->tokenizer) return OBM_OK;
-    return obm__fail(err, OBM_E_ARG, "%s: no tokenizer.json here, so prompts must be token ids", obm_checkpoint_path(m->base));
+    return obm__fail(err, OBM_E_ARG, "%s: no tokenizer.json here, so prompts must be token ids",
+                     obm_checkpoint_path(m->base));
 }
 
-obm_status obm__prompt_text(const obm_model *m, const obm_prompt *p, bool chat, char **text, bool *special, obm_error *err) {
+obm_status obm__prompt_text(const obm_model *m, const obm_prompt *p, bool chat, char **text, bool *special,
+                            obm_error *err) {
     *text = NULL;
     *special = false;
     if (p->ids) return OBM_OK;
@@ -32,7 +34,8 @@ static obm_status copy_ids(const obm_prompt *p, int32_t **ids, size_t *n, obm_er
     return OBM_OK;
 }
 
-obm_status obm__prompt_ids(const obm_model *m, const obm_prompt *p, bool chat, int32_t **ids, size_t *n, obm_error *err) {
+obm_status obm__prompt_ids(const obm_model *m, const obm_prompt *p, bool chat, int32_t **ids, size_t *n,
+                           obm_error *err) {
     char *text;
     bool special;
     OBM_TRY(obm__prompt_text(m, p, chat, &text, &special, err));

@@ -1,4 +1,5 @@
-/* From logits to a token.  Random numbers are a function of (seed, prompt, step), so results do not depend on batching. */
+/* From logits to a token.  Random numbers are a function of (seed, prompt, step), so results do not depend on batching.
+ */
 #include "model.h"
 
 #include <math.h>
@@ -28,7 +29,8 @@ static obm_status check_range(const char *name, double value, double max, obm_er
     return obm__fail(err, OBM_E_ARG, "%s must be 0 to %g, got %g", name, max, value);
 }
 
-obm_status obm__sampler_init(obm__sampler *s, const obm_generate_options *o, uint64_t stream, int64_t vocab, obm_error *err) {
+obm_status obm__sampler_init(obm__sampler *s, const obm_generate_options *o, uint64_t stream, int64_t vocab,
+                             obm_error *err) {
     obm__sampler new = {.temperature = OBM_OPT(o, obm_generate_options, temperature, 0),
                         .top_k = OBM_OPT(o, obm_generate_options, top_k, 0),
                         .top_p = OBM_OPT(o, obm_generate_options, top_p, 0),
@@ -53,8 +55,8 @@ void obm__sampler_clear(obm__sampler *s) {
 
 /* ---- the processors, in the order in which transformers applies them ---- */
 
-/* Keskar et al. 2019 (CTRL), section 4.1, as transformers has it: positive logits are divided, negative multiplied; once per
- * distinct id.  The candidates' ids serve as marks. */
+/* Keskar et al. 2019 (CTRL), section 4.1, as transformers has it: positive logits are divided, negative multiplied;
+ * once per distinct id.  The candidates' ids serve as marks. */
 static void penalise(obm__sampler *s, float *logits, const int32_t *history, size_t n) {
     if (s->repetition_penalty == 0 || s->repetition_penalty == 1) return;
     float penalty = (float)s->repetition_penalty;
@@ -118,8 +120,8 @@ static size_t keep_above(struct obm__candidate *c, size_t n, double weight) {
     return kept;
 }
 
-/* Holtzman et al. 2020: the smallest set of the most likely tokens whose probability reaches top_p.  Tokens of less than
- * (1 - top_p) / n each cannot add up to more than 1 - top_p, so they are dropped before the sort. */
+/* Holtzman et al. 2020: the smallest set of the most likely tokens whose probability reaches top_p.  Tokens of less
+ * than (1 - top_p) / n each cannot add up to more than 1 - top_p, so they are dropped before the sort. */
 static size_t nucleus(struct obm__candidate *c, size_t n, double top_p) {
     double total = total_weight(c, n), before = 0;
     n = keep_above(c, n, total * (1 - top_p) / (double)n);

@@ -25,9 +25,10 @@ static obm_status append(tokens *t, const int32_t *ids, size_t n, obm_error *err
     return OBM_OK;
 }
 
-/* prompt + continuation as one text, so that the tokens at the seam are those a reader of the whole would see; what comes after
- * the prompt's own tokens is scored (lm-evaluation-harness does the same).  Where the whole starts with other tokens than the
- * prompt's, the seam lies inside a token, and the continuation is encoded on its own instead.  *done tells which. */
+/* prompt + continuation as one text, so that the tokens at the seam are those a reader of the whole would see; what
+ * comes after the prompt's own tokens is scored (lm-evaluation-harness does the same).  Where the whole starts with
+ * other tokens than the prompt's, the seam lies inside a token, and the continuation is encoded on its own instead.
+ * *done tells which. */
 static obm_status encode_whole(const obm_model *m, const obm_score_item *item, tokens *t, bool *done, obm_error *err) {
     char *text;
     bool special;
@@ -53,7 +54,8 @@ static obm_status encode_apart(const obm_model *m, const char *text, bool specia
     int32_t *ids;
     size_t n;
     if (!m->tokenizer)
-        return obm__fail(err, OBM_E_ARG, "%s: no tokenizer.json here, so continuations must be token ids", obm_checkpoint_path(m->base));
+        return obm__fail(err, OBM_E_ARG, "%s: no tokenizer.json here, so continuations must be token ids",
+                         obm_checkpoint_path(m->base));
     OBM_TRY(obm_tokenizer_encode(m->tokenizer, text, strlen(text), special, &ids, &n, err));
     obm_status status = append(t, ids, n, err);
     obm_free(ids);
@@ -87,7 +89,8 @@ static double log_probability(const float *logits, int64_t vocab, int32_t id, in
 }
 
 /* Rows which[0..n) predict the tokens after theirs. */
-static obm_status score_rows(scorer *s, obm_model *m, const obm__row *rows, const size_t *which, size_t n, obm_error *err) {
+static obm_status score_rows(scorer *s, obm_model *m, const obm__row *rows, const size_t *which, size_t n,
+                             obm_error *err) {
     OBM_TRY(obm__forward_logits(m, rows, which, n, s->logits, err));
     for (size_t i = 0; i < n; i++) {
         const float *logits = s->logits + i * (size_t)m->vocab;
@@ -128,7 +131,8 @@ static obm_status run(obm_model *m, const double *route, const tokens *t, scorer
 }
 
 /* A whole text has no prompt: the router sees the text itself. */
-static obm_status choose_route(obm_model *m, const obm_score_item *item, const tokens *t, double *route, obm_error *err) {
+static obm_status choose_route(obm_model *m, const obm_score_item *item, const tokens *t, double *route,
+                               obm_error *err) {
     size_t tasks = obm__model_tasks(m);
     if (item->route) {
         memcpy(route, item->route, tasks * sizeof *route);
@@ -150,7 +154,8 @@ static obm_status score_item(obm_model *m, const obm_score_item *item, obm_score
     tokens t = {0};
     obm_score r = {0};
     obm_status status;
-    if (item->route && !m->pack) return obm__fail(err, OBM_E_ARG, "a route applies to a pack, and this is a plain model");
+    if (item->route && !m->pack)
+        return obm__fail(err, OBM_E_ARG, "a route applies to a pack, and this is a plain model");
     OBM_GO(encode_item(m, item, &t, err));
     if (t.n <= t.first) OBM_GO(obm__fail(err, OBM_E_ARG, "the continuation has no tokens to score"));
     r.n = t.n - t.first;

@@ -1,5 +1,5 @@
-/* Weights under a route: the base's mapping where nothing changes, materialised tensors elsewhere.  It computes no merge:
- * core/route does. */
+/* Weights under a route: the base's mapping where nothing changes, materialised tensors elsewhere.  It computes no
+ * merge: core/route does. */
 #include "model.h"
 
 #include <stdatomic.h>
@@ -54,8 +54,10 @@ static void shape_text(const obm_tensor *t, char *buf, size_t size) {
         used += (size_t)snprintf(buf + used, size - used, "%s%lld", i ? ", " : "", (long long)t->shape[i]);
 }
 
-static obm_status check_tensor(builder *b, const char *name, const obm_tensor *t, const obm_tensor *expected, bool may_grow) {
-    bool fits = t->ndim == expected->ndim && (may_grow ? t->shape[0] >= expected->shape[0] : t->shape[0] == expected->shape[0]) &&
+static obm_status check_tensor(builder *b, const char *name, const obm_tensor *t, const obm_tensor *expected,
+                               bool may_grow) {
+    bool fits = t->ndim == expected->ndim &&
+                (may_grow ? t->shape[0] >= expected->shape[0] : t->shape[0] == expected->shape[0]) &&
                 (t->ndim < 2 || t->shape[1] == expected->shape[1]);
     if (!fits) {
         char want[48], found[128];
@@ -65,8 +67,8 @@ static obm_status check_tensor(builder *b, const char *name, const obm_tensor *t
                          obm_checkpoint_path(b->m->base), name, want, found);
     }
     if (t->dtype != OBM_F32 && t->dtype != OBM_F16 && t->dtype != OBM_BF16)
-        return obm__fail(b->err, OBM_E_DTYPE, "%s: tensor \"%s\": expected F32, F16 or BF16, found %s", obm_checkpoint_path(b->m->base),
-                         name, obm_dtype_name(t->dtype));
+        return obm__fail(b->err, OBM_E_DTYPE, "%s: tensor \"%s\": expected F32, F16 or BF16, found %s",
+                         obm_checkpoint_path(b->m->base), name, obm_dtype_name(t->dtype));
     return OBM_OK;
 }
 
@@ -106,7 +108,8 @@ typedef struct merge_job {
     obm_error err;
 } merge_job;
 
-/* Rounding loses a delta when the result is the base's value again; an extra row has no base and loses any change of value. */
+/* Rounding loses a delta when the result is the base's value again; an extra row has no base and loses any change of
+ * value. */
 static void count_lost(merge_job *j, int64_t begin, int64_t n, uint16_t *rounded) {
     const float *merged = j->merged + begin;
     obm_tensor view = {.data = rounded, .dtype = j->base->dtype, .ndim = 1, .shape = {n}};
@@ -137,7 +140,8 @@ static void merge_blocks(void *arg, size_t begin, size_t end, int worker) {
             if (!atomic_exchange(&j->failed, 1)) j->err = err;
             return;
         }
-        if (j->rounded) count_lost(j, row * j->cols, n * j->cols, j->rounded + (size_t)worker * (size_t)(j->block * j->cols));
+        if (j->rounded)
+            count_lost(j, row * j->cols, n * j->cols, j->rounded + (size_t)worker * (size_t)(j->block * j->cols));
     }
 }
 
@@ -181,7 +185,8 @@ static obm_status materialise(builder *b, size_t tensor, const obm_tensor *shape
     size_t count = (size_t)(j.rows * j.cols);
     j.merged = obm__alloc(count, sizeof *j.merged);
     if (narrow) j.rounded = obm__alloc((size_t)(j.block * j.cols) * (size_t)b->m->ctx->threads, sizeof *j.rounded);
-    obm_status status = j.merged && (!narrow || j.rounded) ? merge_all(b, &j) : obm__fail_nomem(b->err, count * sizeof *j.merged);
+    obm_status status =
+        j.merged && (!narrow || j.rounded) ? merge_all(b, &j) : obm__fail_nomem(b->err, count * sizeof *j.merged);
     if (status == OBM_OK) status = keep_merged(b, &j, vector, out);
     obm_free(j.merged);
     obm_free(j.rounded);
@@ -198,13 +203,15 @@ static void expected_shape(const obm__config *c, obm__role role, obm_tensor *t) 
 
 static obm_status base_tensor(builder *b, const char *name, const obm_tensor *expected, bool vector, obm__matrix *out) {
     const obm__st_entry *e = obm__checkpoint_find(b->m->base, name);
-    if (!e) return obm__fail(b->err, OBM_E_NOTFOUND, "%s: tensor \"%s\" is missing", obm_checkpoint_path(b->m->base), name);
+    if (!e)
+        return obm__fail(b->err, OBM_E_NOTFOUND, "%s: tensor \"%s\" is missing", obm_checkpoint_path(b->m->base), name);
     OBM_TRY(check_tensor(b, name, &e->t, expected, false));
     return use_tensor(b, &e->t, vector, out);
 }
 
 /* Sets *done when the route has its own version of the tensor. */
-static obm_status route_tensor(builder *b, const char *name, const obm_tensor *expected, bool vector, obm__matrix *out, bool *done) {
+static obm_status route_tensor(builder *b, const char *name, const obm_tensor *expected, bool vector, obm__matrix *out,
+                               bool *done) {
     size_t i = b->plan ? obm__pack_find(b->m->pack, name) : SIZE_MAX;
     obm_tensor shape;
     bool exists;
@@ -265,7 +272,8 @@ static obm_status build(obm_model *m, const double *route, obm__weights **out, o
     obm_status status = OBM_OK;
     if (w) {
         w->layers = m->config.layers;
-        if (obm__mul((size_t)w->layers, OBM_LAYER_ROLES, &count)) w->tensors = obm__calloc(count + OBM_ROLES, sizeof *w->tensors);
+        if (obm__mul((size_t)w->layers, OBM_LAYER_ROLES, &count))
+            w->tensors = obm__calloc(count + OBM_ROLES, sizeof *w->tensors);
         w->route = route ? obm__calloc(tasks, sizeof *w->route) : NULL;
     }
     if (!w || !w->tensors || (route && !w->route)) OBM_GO(obm__fail_nomem(err, sizeof *w));
@@ -328,7 +336,8 @@ static void evict(obm_model *m) {
 
 obm_status obm__weights_acquire(obm_model *m, const double *route, obm__weights **out, obm_error *err) {
     if (m->pack && m->pack->n_experts != m->tasks)
-        return obm__fail(err, OBM_E_ARG, "%s: experts were added or removed since the model was opened: open it again", m->pack->path);
+        return obm__fail(err, OBM_E_ARG, "%s: experts were added or removed since the model was opened: open it again",
+                         m->pack->path);
     if (is_base(route, m->tasks)) route = NULL;
     obm__weights *w = find(m, route);
     if (!w) {

@@ -39,10 +39,11 @@ static int setup(void **state) {
     check_ok(obm__file_read(OBM_SOURCE_DIR "/tests/vectors/tokenizers/smollm2.json", &text, &size, &err), &err);
     if (tiny_write_text(dir, "tokenizer.json", text)) return -1;
     obm_free(text);
-    if (tiny_write_text(dir, "tokenizer_config.json",
-                        "{\"chat_template\":\"{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + "
-                        "message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}"
-                        "{{ '<|im_start|>assistant\\n' }}{% endif %}\"}"))
+    if (tiny_write_text(
+            dir, "tokenizer_config.json",
+            "{\"chat_template\":\"{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + "
+            "message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}"
+            "{{ '<|im_start|>assistant\\n' }}{% endif %}\"}"))
         return -1;
     model = open_model();
     return 0;
@@ -69,7 +70,8 @@ static void plain_probabilities(const float *logits, double temperature, int k, 
     for (int i = 0; i < V; i++)
         for (int j = i + 1; j < V; j++)
             if (logits[order[j]] > logits[order[i]]) { int t = order[i]; order[i] = order[j]; order[j] = t; }
-    for (int r = 0; r < V; r++) out[order[r]] = k && r >= k ? 0 : exp((logits[order[r]] - logits[order[0]]) / temperature);
+    for (int r = 0; r < V; r++)
+        out[order[r]] = k && r >= k ? 0 : exp((logits[order[r]] - logits[order[0]]) / temperature);
     for (int i = 0; i < V; i++) total += out[i];
     if (p > 0)   /* ascending: drop while the sum of what is dropped stays within 1 - p */
         for (int r = V - 1; r > 0; r--) {
@@ -85,8 +87,9 @@ static void plain_probabilities(const float *logits, double temperature, int k, 
 
 static void samples_follow_the_distribution(void **state) {
     (void)state;
-    const struct { double temperature; size_t k; double p, min_p; } cases[] = {
-        {1, 0, 0, 0}, {0.7, 5, 0, 0}, {1.5, 0, 0.8, 0}, {1, 0, 0, 0.2}, {0.9, 12, 0.9, 0.05}, {1, 1, 0, 0}, {2, 0, 0.01, 0}, {1, 100, 0.999, 0}};
+    const struct { double temperature; size_t k; double p, min_p;
+    } cases[] = {{1, 0, 0, 0},         {0.7, 5, 0, 0}, {1.5, 0, 0.8, 0}, {1, 0, 0, 0.2},
+                 {0.9, 12, 0.9, 0.05}, {1, 1, 0, 0},   {2, 0, 0.01, 0},  {1, 100, 0.999, 0}};
     const int draws = 20000;
     unsigned random = 7;
     float logits[V], copy[V];
@@ -112,7 +115,8 @@ static void samples_follow_the_distribution(void **state) {
         for (int i = 0; i < V; i++) {
             double mean = draws * expected[i], deviation = sqrt(mean * (1 - expected[i]));
             if (expected[i] == 0) assert_int_equal(count[i], 0);
-            else if (fabs(count[i] - mean) > 5 * deviation + 1) fail_msg("case %zu, token %d: %d draws, expected %g", c, i, count[i], mean);
+            else if (fabs(count[i] - mean) > 5 * deviation + 1)
+                fail_msg("case %zu, token %d: %d draws, expected %g", c, i, count[i], mean);
         }
         obm__sampler_clear(&s);
     }
@@ -138,7 +142,8 @@ static void random_numbers_depend_on_seed_stream_and_step(void **state) {
     for (uint64_t i = 0; i < 1000; i++) {
         double u = obm__random_uniform(1, 2, i);
         assert_true(u >= 0 && u < 1);
-        assert_true(u != obm__random_uniform(2, 1, i) && u != obm__random_uniform(1, 3, i) && u != obm__random_uniform(1, 2, i + 1));
+        assert_true(u != obm__random_uniform(2, 1, i) && u != obm__random_uniform(1, 3, i) &&
+                    u != obm__random_uniform(1, 2, i + 1));
         sum += u;
     }
     assert_true(fabs(sum / 1000 - 0.5) < 0.05);   /* 5 standard deviations */
@@ -147,10 +152,19 @@ static void random_numbers_depend_on_seed_stream_and_step(void **state) {
 /* ---- generation ---- */
 
 #define N 11
-static const char *const words[N] = {"the sea", "a b c", "in", "Then she said: hello there", "1 + 2 =", "es", "x", "th th th th th",
-                                     "long long prompt that goes on and on and on until it is over one tile of positions, which takes a while, "
-                                     "and then some more words to be safe",
-                                     "\xc3\xa9t\xc3\xa9", "end"};
+static const char *const words[N] = {
+    "the sea",
+    "a b c",
+    "in",
+    "Then she said: hello there",
+    "1 + 2 =",
+    "es",
+    "x",
+    "th th th th th",
+    "long long prompt that goes on and on and on until it is over one tile of positions, which takes a while, "
+    "and then some more words to be safe",
+    "\xc3\xa9t\xc3\xa9",
+    "end"};
 
 static void make_prompts(obm_prompt *p) {
     memset(p, 0, N * sizeof *p);
@@ -401,7 +415,8 @@ static void the_context_ends(void **state) {
 static void forms_of_a_prompt(void **state) {
     (void)state;
     const obm_message turn = {"user", "in the sea"};
-    obm_prompt p[4] = {{.messages = &turn, .n_messages = 1}, {.text = "in the sea", .chat = true}, {.text = "in the sea"}, {0}};
+    obm_prompt p[4] = {
+        {.messages = &turn, .n_messages = 1}, {.text = "in the sea", .chat = true}, {.text = "in the sea"}, {0}};
     obm_completion c[4];
     obm_error err;
     char *text;
@@ -500,7 +515,8 @@ static void wrong_options_are_refused(void **state) {
     REFUSED(stop, empty, "stop string 0");
     const int32_t bad = 450;
     obm_prompt wrong[] = {{0}, {.ids = &bad, .n_ids = 1}, {.ids = &bad, .n_ids = 0}};
-    for (int i = 0; i < 3; i++) assert_int_equal(obm_model_generate_batch(model, &wrong[i], 1, NULL, out, &err), OBM_E_ARG);
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(obm_model_generate_batch(model, &wrong[i], 1, NULL, out, &err), OBM_E_ARG);
 }
 
 /* ---- scores ---- */
@@ -532,7 +548,8 @@ static void check_score(const obm_score *s, const int32_t *ids, size_t n, size_t
 
 static void scores_are_sums_of_log_probabilities(void **state) {
     (void)state;
-    const char *prompt = "Then she said", *continuation = " hello there in the sea", *whole = "Then she said hello there in the sea";
+    const char *prompt = "Then she said", *continuation = " hello there in the sea",
+               *whole = "Then she said hello there in the sea";
     const obm_tokenizer *t = obm_model_tokenizer(model);
     obm_error err;
     int32_t *ids;
@@ -571,7 +588,8 @@ static void a_seam_inside_a_token_is_encoded_apart(void **state) {
     obm_error err;
     int32_t *a, *b;
     size_t na, nb;
-    check_ok(obm_tokenizer_encode(t, "in t", 4, true, &a, &na, &err), &err);   /* " the" is one token, so this seam is inside it */
+    check_ok(obm_tokenizer_encode(t, "in t", 4, true, &a, &na, &err),
+             &err); /* " the" is one token, so this seam is inside it */
     check_ok(obm_tokenizer_encode(t, "he", 2, false, &b, &nb, &err), &err);
     int32_t all[16];
     memcpy(all, a, na * sizeof *a);
@@ -590,7 +608,8 @@ static void wrong_items_are_refused(void **state) {
     obm_error err;
     obm_score out[2];
     const double route[] = {1};
-    obm_score_item items[] = {{.prompt = {.text = "in"}, .continuation = " the"}, {.prompt = {.text = "in"}, .continuation = ""}};
+    obm_score_item items[] = {{.prompt = {.text = "in"}, .continuation = " the"},
+                              {.prompt = {.text = "in"}, .continuation = ""}};
     assert_int_equal(obm_model_score(model, items, 2, NULL, NULL, out, &err), OBM_E_ARG);
     assert_non_null(strstr(err.message, "item 1"));
     items[1].continuation = NULL;

@@ -11,10 +11,11 @@
 #define T 83   /* over a tile, not a multiple of anything */
 
 static const tiny shapes[] = {
-    {"llama", 71, 24, 37, 2, 4, 2, 6, 0, 1, OBM_F32, 1, NULL},      /* tied, groups of 2 */
-    {"llama", 131, 30, 45, 2, 6, 2, 10, 0, 0, OBM_F32, 2, NULL},    /* untied, head_dim != hidden / heads, more than a panel */
-    {"mistral", 53, 20, 33, 2, 4, 1, 8, 7, 0, OBM_F32, 3, NULL},    /* short window, groups of 4 */
-    {"mistral", 53, 18, 29, 2, 3, 3, 6, 0, 1, OBM_F32, 4, NULL},    /* no window, no groups */
+    {"llama", 71, 24, 37, 2, 4, 2, 6, 0, 1, OBM_F32, 1, NULL}, /* tied, groups of 2 */
+    {"llama", 131, 30, 45, 2, 6, 2, 10, 0, 0, OBM_F32, 2,
+     NULL}, /* untied, head_dim != hidden / heads, more than a panel */
+    {"mistral", 53, 20, 33, 2, 4, 1, 8, 7, 0, OBM_F32, 3, NULL}, /* short window, groups of 4 */
+    {"mistral", 53, 18, 29, 2, 3, 3, 6, 0, 1, OBM_F32, 4, NULL}, /* no window, no groups */
 };
 #define N_SHAPES (sizeof shapes / sizeof *shapes)
 
@@ -97,9 +98,11 @@ static double distance_f32(const float *a, const float *b, size_t n) {
     return d;
 }
 
-/* f32 carries 6e-8 per operation; sums of at most 45 products in 2 layers and the norms amplify it by at most a few hundred. */
+/* f32 carries 6e-8 per operation; sums of at most 45 products in 2 layers and the norms amplify it by at most a few
+ * hundred. */
 #define F32_BOUND 1e-4
-/* A key or value rounded to f16 is off by 2^-11 = 5e-4 of itself; errors average out over 83 positions, not over a window of 7. */
+/* A key or value rounded to f16 is off by 2^-11 = 5e-4 of itself; errors average out over 83 positions, not over a
+ * window of 7. */
 #define F16_BOUND 2e-2
 
 static void matches_the_reference(void **state) {
@@ -113,7 +116,8 @@ static void matches_the_reference(void **state) {
             double *expected = malloc(count * sizeof *expected);
             tiny_reference(&f.c, &f.w, f.ids, T, expected, NULL);
             for (int decode = 0; decode < 2; decode++) {
-                float *got = all_logits(f.m, f.ids, T, decode, OBM_F32), *half = all_logits(f.m, f.ids, T, decode, OBM_F16);
+                float *got = all_logits(f.m, f.ids, T, decode, OBM_F32),
+                      *half = all_logits(f.m, f.ids, T, decode, OBM_F16);
                 assert_true(distance(got, expected, count) < F32_BOUND);
                 assert_true(distance(half, expected, count) < F16_BOUND);
                 assert_true(distance(half, expected, count) > 0);
@@ -131,7 +135,8 @@ static void decode_agrees_with_prefill(void **state) {
         fixture f;
         open_fixture(&f, &shapes[s], OBM_BF16, 1);
         float *a = all_logits(f.m, f.ids, T, false, OBM_F32), *b = all_logits(f.m, f.ids, T, true, OBM_F32);
-        assert_true(distance_f32(a, b, (size_t)(T * f.c.vocab)) < 1e-5);   /* two summation orders of the same f32 products */
+        assert_true(distance_f32(a, b, (size_t)(T * f.c.vocab)) <
+                    1e-5); /* two summation orders of the same f32 products */
         free(a);
         free(b);
         close_fixture(&f);
@@ -195,7 +200,9 @@ static void chunks_of_a_prompt_do_not_matter(void **state) {
             taken t = {out, 0};
             check_ok(obm__sequence_new(f.m, NULL, OBM_F32, &q, &err), &err);
             for (size_t i = 0, from = 0; i < 3; from = cuts[c][i++])
-                check_ok(obm__prefill(f.m, q, f.ids + from, cuts[c][i] - from, false, f.c.layers, take_logits, &t, &err), &err);
+                check_ok(
+                    obm__prefill(f.m, q, f.ids + from, cuts[c][i] - from, false, f.c.layers, take_logits, &t, &err),
+                    &err);
             obm__sequence_free(f.m, q);
             assert_int_equal(t.n, T);
             assert_memory_equal(out, whole, (size_t)(T * f.c.vocab) * sizeof *out);
@@ -299,7 +306,8 @@ static void hidden_states(void **state) {
         }
     }
     check_ok(obm_model_hidden(f.m, f.ids, T, 0, NULL, out, &err), &err);
-    for (size_t t = 0; t < T; t++) assert_memory_equal(out + t * H, f.w.t[0].data + (size_t)f.ids[t] * H, H * sizeof *out);
+    for (size_t t = 0; t < T; t++)
+        assert_memory_equal(out + t * H, f.w.t[0].data + (size_t)f.ids[t] * H, H * sizeof *out);
     check_ok(obm__model_pool(f.m, f.ids, 0, 0, pooled, &err), &err);
     assert_true(pooled[0] == 0);
     assert_int_equal(obm_model_hidden(f.m, f.ids, T, 3, NULL, out, &err), OBM_E_ARG);
@@ -322,7 +330,8 @@ static void compare_with_transformers(const char *name) {
     check_ok(obm__safetensors_open(path, &expected, &err), &err);
     snprintf(path, sizeof path, OBM_SOURCE_DIR "/tests/vectors/models/%s", name);
     check_ok(obm_model_open(ctx, path, NULL, &m, &err), &err);
-    const obm_tensor *ids = &obm__safetensors_find(expected, "ids")->t, *logits = &obm__safetensors_find(expected, "logits")->t;
+    const obm_tensor *ids = &obm__safetensors_find(expected, "ids")->t,
+                     *logits = &obm__safetensors_find(expected, "logits")->t;
     size_t n = (size_t)ids->shape[0], count = n * (size_t)logits->shape[1];
     int32_t *tokens = malloc(n * sizeof *tokens);
     memcpy(tokens, ids->data, n * sizeof *tokens);
@@ -345,13 +354,16 @@ static void compare_with_transformers(const char *name) {
 
 static void matches_transformers(void **state) {
     (void)state;
-    const char *names[] = {"llama-tied", "llama-untied-bias", "llama3-rope", "llama3-rope-v5", "mistral-window", "mistral-full"};
+    const char *names[] = {"llama-tied",     "llama-untied-bias", "llama3-rope",
+                           "llama3-rope-v5", "mistral-window",    "mistral-full"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) compare_with_transformers(names[i]);
 }
 
 /* ---- config.json ---- */
 
-#define BASIC "\"model_type\":\"llama\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\"num_hidden_layers\":1,\"num_attention_heads\":2"
+#define BASIC                                                                                                      \
+    "\"model_type\":\"llama\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\"num_hidden_layers\":1," \
+    "\"num_attention_heads\":2"
 
 static obm_status parse(const char *text, obm__config *out, obm_error *err) {
     obm_json *json;
@@ -363,7 +375,8 @@ static obm_status parse(const char *text, obm__config *out, obm_error *err) {
 
 static void config_refuses(void **state) {
     (void)state;
-    static const struct { const char *text; obm_status status; const char *names; } bad[] = {
+    static const struct { const char *text; obm_status status; const char *names;
+    } bad[] = {
         {"{}", OBM_E_FORMAT, "model_type"},
         {"{\"model_type\":\"gpt2\"}", OBM_E_UNSUPPORTED, "llama, mistral"},
         {"{\"model_type\":\"llama\"}", OBM_E_FORMAT, "vocab_size"},
@@ -374,7 +387,8 @@ static void config_refuses(void **state) {
         {"{" BASIC ",\"quantization_config\":{\"bits\":4}}", OBM_E_UNSUPPORTED, "quantization_config"},
         {"{" BASIC ",\"rope_scaling\":{\"type\":\"linear\",\"factor\":2}}", OBM_E_UNSUPPORTED, "linear"},
         {"{" BASIC ",\"rope_parameters\":{\"rope_type\":\"yarn\",\"factor\":2}}", OBM_E_UNSUPPORTED, "yarn"},
-        {"{" BASIC ",\"rope_parameters\":{\"rope_type\":\"default\",\"partial_rotary_factor\":0.25}}", OBM_E_UNSUPPORTED, "partial_rotary_factor"},
+        {"{" BASIC ",\"rope_parameters\":{\"rope_type\":\"default\",\"partial_rotary_factor\":0.25}}",
+         OBM_E_UNSUPPORTED, "partial_rotary_factor"},
         {"{" BASIC ",\"rope_parameters\":{\"rope_type\":\"llama3\"}}", OBM_E_FORMAT, "factor"},
         {"{" BASIC ",\"rope_scaling\":3}", OBM_E_FORMAT, "rope_scaling"},
         {"{" BASIC ",\"num_key_value_heads\":3}", OBM_E_FORMAT, "num_key_value_heads"},
@@ -398,9 +412,15 @@ static void config_reads(void **state) {
     (void)state;
     obm__config c;
     obm_error err;
-    check_ok(parse("{" BASIC ",\"rope_theta\":5e5,\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1,"
-                   "\"high_freq_factor\":4,\"original_max_position_embeddings\":8192},\"eos_token_id\":[3,4],\"sliding_window\":5,"
-                   "\"hidden_act\":\"silu\",\"tie_word_embeddings\":true,\"partial_rotary_factor\":1.0,\"pretraining_tp\":1}", &c, &err), &err);
+    check_ok(
+        parse(
+            "{" BASIC
+            ",\"rope_theta\":5e5,\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1,"
+            "\"high_freq_factor\":4,\"original_max_position_embeddings\":8192},\"eos_token_id\":[3,4],\"sliding_"
+            "window\":5,"
+            "\"hidden_act\":\"silu\",\"tie_word_embeddings\":true,\"partial_rotary_factor\":1.0,\"pretraining_tp\":1}",
+            &c, &err),
+        &err);
     assert_int_equal(c.kv_heads, 2);
     assert_int_equal(c.head_dim, 4);
     assert_int_equal(c.window, 0);   /* LLaMA has none, whatever the file says */
@@ -409,8 +429,11 @@ static void config_reads(void **state) {
     assert_int_equal(c.n_eos, 2);
     assert_int_equal(c.eos[1], 4);
     obm__config_clear(&c);
-    check_ok(parse("{\"model_type\":\"mistral\",\"vocab_size\":9,\"hidden_size\":32,\"intermediate_size\":5,\"num_hidden_layers\":1,"
-                   "\"num_attention_heads\":8,\"rope_parameters\":{\"rope_theta\":7.0,\"rope_type\":\"default\"}}", &c, &err), &err);
+    check_ok(parse("{\"model_type\":\"mistral\",\"vocab_size\":9,\"hidden_size\":32,\"intermediate_size\":5,\"num_"
+                   "hidden_layers\":1,"
+                   "\"num_attention_heads\":8,\"rope_parameters\":{\"rope_theta\":7.0,\"rope_type\":\"default\"}}",
+                   &c, &err),
+             &err);
     assert_int_equal(c.window, 4096);
     assert_int_equal(c.kv_heads, 8);
     assert_true(c.rope.theta == 7 && !c.rope.llama3 && !c.n_eos);

@@ -18,7 +18,8 @@ static void check_ok(obm_status status, const obm_error *err) {
     if (status != OBM_OK) fail_msg("%s: %s", obm_status_name(status), err->message);
 }
 
-/* A pack of three experts: `chat` moves every weight, `math` one weight in 50 (tiny alphas), `code` has more vocabulary. */
+/* A pack of three experts: `chat` moves every weight, `math` one weight in 50 (tiny alphas), `code` has more
+ * vocabulary. */
 typedef struct fixture {
     tiny c;
     tiny_weights base;
@@ -31,7 +32,9 @@ typedef struct fixture {
 #define EXTRA 3
 static const char *const names[TASKS] = {"chat", "math", "code"};
 
-static bool is_vocabulary(const tiny_tensor *t) { return strstr(t->name, "embed_tokens") || strstr(t->name, "lm_head"); }
+static bool is_vocabulary(const tiny_tensor *t) {
+    return strstr(t->name, "embed_tokens") || strstr(t->name, "lm_head");
+}
 
 static void write_expert(fixture *f, int task) {
     tiny c = f->c;
@@ -44,7 +47,8 @@ static void write_expert(fixture *f, int task) {
         tiny_tensor *t = &w.t[i];
         size_t count = (size_t)(t->rows ? t->rows : 1) * (size_t)t->cols;
         for (size_t j = 0; j < count; j++)
-            if (task != 1 || tiny_random(&state) % 50 == 0) t->data[j] += (float)((int)(tiny_random(&state) % 3) - 1) / 64.0f;
+            if (task != 1 || tiny_random(&state) % 50 == 0)
+                t->data[j] += (float)((int)(tiny_random(&state) % 3) - 1) / 64.0f;
         if (task != 2 || !is_vocabulary(t)) continue;
         size_t more = (size_t)EXTRA * (size_t)t->cols;
         t->data = realloc(t->data, (count + more) * sizeof *t->data);
@@ -172,7 +176,8 @@ static void logits_are_those_of_the_merged_weights(void **state) {
             tiny_reference(&c, &w, f.ids, T, expected, NULL);
             check_ok(obm_model_logits(m, f.ids, T, &options, got, &err), &err);
             double d = distance(got, expected, T, (size_t)info.vocab, (size_t)c.vocab);
-            if (!(d < (cases[k].dtype == OBM_F32 || r == 0 ? F32_BOUND : BF16_BOUND))) fail_msg("case %zu, route %zu: %g", k, r, d);
+            if (!(d < (cases[k].dtype == OBM_F32 || r == 0 ? F32_BOUND : BF16_BOUND)))
+                fail_msg("case %zu, route %zu: %g", k, r, d);
             for (int64_t i = c.vocab; i < info.vocab; i++) assert_true(got[i] == -INFINITY);
             tiny_weights_free(&w);
         }
@@ -339,8 +344,14 @@ static void scores_take_routes(void **state) {
     float logits[VOCAB + EXTRA];
     open_fixture(&f, OBM_F32, 0);
     obm_model *m = open_model(&f, 0);
-    obm_score_item items[2] = {{.prompt = {.ids = f.ids, .n_ids = 9}, .continuation_ids = f.ids + 9, .n_continuation_ids = 1, .route = routes[1]},
-                               {.prompt = {.ids = f.ids, .n_ids = 9}, .continuation_ids = f.ids + 9, .n_continuation_ids = 1, .route = routes[4]}};
+    obm_score_item items[2] = {{.prompt = {.ids = f.ids, .n_ids = 9},
+                                .continuation_ids = f.ids + 9,
+                                .n_continuation_ids = 1,
+                                .route = routes[1]},
+                               {.prompt = {.ids = f.ids, .n_ids = 9},
+                                .continuation_ids = f.ids + 9,
+                                .n_continuation_ids = 1,
+                                .route = routes[4]}};
     check_ok(obm_model_score(m, items, 2, NULL, NULL, s, &err), &err);
     for (int i = 0; i < 2; i++) {
         obm_run_options options = OBM_INIT(obm_run_options);
