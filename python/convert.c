@@ -198,6 +198,9 @@ obm_status obm_py_router(void *user, obm_request *request, double *weights, obm_
 
 /* ---- ids, routes ---- */
 
+/* An integer; NumPy's arrays have __index__ too. */
+static bool is_index(PyObject *o) { return PyIndex_Check(o) && !PySequence_Check(o); }
+
 static int32_t *ids_from_buffer(PyObject *o, size_t *n) {
     Py_buffer b;
     if (PyObject_GetBuffer(o, &b, PyBUF_ND | PyBUF_FORMAT) < 0) return NULL;
@@ -220,7 +223,11 @@ static int32_t *ids_from_buffer(PyObject *o, size_t *n) {
 }
 
 int32_t *obm_py_ids(PyObject *o, size_t *n) {
-    if (PyObject_CheckBuffer(o) && !PyBytes_Check(o)) return ids_from_buffer(o, n);
+    if (PyObject_CheckBuffer(o) && !PyBytes_Check(o)) {
+        int32_t *ids = ids_from_buffer(o, n);
+        if (ids || !PyErr_ExceptionMatches(PyExc_BufferError)) return ids;
+        PyErr_Clear();   /* a strided array: item by item */
+    }
     Py_ssize_t count = PySequence_Check(o) && !PyUnicode_Check(o) ? PySequence_Size(o) : -1;
     if (count < 0) {
         if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "ids must be a sequence of integers");
@@ -280,7 +287,7 @@ int obm_py_weights(obm_py_state *st, const obm_pack *pack, PyObject *o, double *
         }
         return 0;
     }
-    if (PyIndex_Check(o)) {
+    if (is_index(o)) {
         Py_ssize_t i = PyNumber_AsSsize_t(o, PyExc_IndexError);
         if (i == -1 && PyErr_Occurred()) return -1;
         if (i < 0 || (size_t)i >= n) {
@@ -406,7 +413,7 @@ static int is_ids(PyObject *o) {
     if (PyObject_CheckBuffer(o)) return 1;
     if ((!PyList_Check(o) && !PyTuple_Check(o)) || PySequence_Size(o) < 1) return 0;
     PyObject *first = PySequence_GetItem(o, 0);
-    int yes = first && PyIndex_Check(first);
+    int yes = first && is_index(first);
     Py_XDECREF(first);
     return yes;
 }

@@ -361,7 +361,13 @@ typedef struct Stream {
     PyObject *model, *router, *progress;   /* references that the options point to */
     generation *g;
     obm_py_prompts prompts;
+    bool running;   /* inside next(): other threads, and what the callbacks do, must keep off */
 } Stream;
+
+static bool stream_is_free(Stream *self) {
+    if (self->running) PyErr_SetString(OBM_PY_STATE((PyObject *)self)->errors[-OBM_E_BUSY], "the stream is inside next()");
+    return !self->running;
+}
 
 static void stream_end(Stream *self) {
     obm_stream_free(self->s);
@@ -401,25 +407,30 @@ static PyObject *model_stream(PyObject *o, PyObject *args, PyObject *kwargs) {
 
 static PyObject *stream_next(PyObject *o) {
     Stream *self = (Stream *)o;
-    if (!self->s) return NULL;   /* StopIteration */
+    if (!stream_is_free(self) || !self->s) return NULL;   /* without an exception: StopIteration */
     const char *text = NULL;
     size_t len = 0;
     obm_error err;
+    self->running = true;
     obm_py_begin(&self->g->call);
     obm_status status = obm_stream_next(self->s, &text, &len, &err);
-    if (obm_py_end(&self->g->call, status, &err) < 0) return NULL;
+    int rc = obm_py_end(&self->g->call, status, &err);
+    self->running = false;
+    if (rc < 0) return NULL;
     return text ? PyUnicode_DecodeUTF8(text, (Py_ssize_t)len, "replace") : NULL;
 }
 
 static PyObject *stream_result(PyObject *o, void *unused) {
     (void)unused;
     Stream *self = (Stream *)o;
+    if (!stream_is_free(self)) return NULL;
     if (!self->s) return PyErr_SetString(PyExc_ValueError, "the stream is closed"), NULL;
     return completion_object(self->model, obm_stream_result(self->s));
 }
 
 static PyObject *stream_close(PyObject *o, PyObject *unused) {
     (void)unused;
+    if (!stream_is_free((Stream *)o)) return NULL;
     stream_end((Stream *)o);
     Py_RETURN_NONE;
 }

@@ -85,6 +85,7 @@ static void experts_clear(expert_args *e) {
     PyMem_Free(e->rules);
     PyMem_Free(e->items);
     Py_CLEAR(e->keep);
+    *e = (expert_args){0};
 }
 
 static int mode_from(obm_py_state *st, const char *name, obm_mode *out) {

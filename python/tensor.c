@@ -85,33 +85,42 @@ static int tensor_getbuffer(PyObject *o, Py_buffer *view, int flags) {
     return 0;
 }
 
-/* numpy asks for this where the buffer protocol refused: bf16 becomes f32 (exact). */
+/* A NumPy array of the whole tensor: a view, or for bf16 a widened copy (f32, exact). */
+static PyObject *array_of(PyObject *o) {
+    Tensor *self = (Tensor *)o;
+    if (buffer_format(self->t.dtype)) return obm_py_numpy(PyMemoryView_FromObject(o));
+    float *data;
+    PyObject *wide = obm_py_tensor_new(OBM_PY_STATE(o), self->t.ndim, self->t.shape, &data);
+    obm_error err;
+    if (wide && obm_tensor_read_f32(&self->t, 0, obm_tensor_count(&self->t), data, &err) != OBM_OK) {
+        Py_DECREF(wide);
+        return obm_py_raise(OBM_PY_STATE(o), &err);
+    }
+    return obm_py_numpy(wide);
+}
+
+/* numpy asks for this where the buffer protocol refused.  copy: True always, False never (an error where one is needed). */
 static PyObject *tensor_array(PyObject *o, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"dtype", "copy", NULL};
     PyObject *dtype = Py_None, *copy = Py_None;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OO", names, &dtype, &copy)) return NULL;
-    Tensor *self = (Tensor *)o;
-    if (copy == Py_False && !buffer_format(self->t.dtype)) {
-        PyErr_Format(PyExc_ValueError, "a NumPy array of a %s tensor needs a copy", obm_dtype_name(self->t.dtype));
-        return NULL;
+    bool widens = !buffer_format(((Tensor *)o)->t.dtype), copied = widens;
+    PyObject *array = copy == Py_False && widens ? NULL : array_of(o);
+    if (array && dtype != Py_None) {
+        PyObject *cast = PyObject_CallMethod(array, "astype", "OssOO", dtype, "K", "unsafe", Py_True, Py_False);   /* copy=False */
+        copied = copied || cast != array;
+        Py_DECREF(array);
+        array = cast;
     }
-    PyObject *array;
-    if (buffer_format(self->t.dtype)) {
-        array = obm_py_numpy(PyMemoryView_FromObject(o));
-    } else {
-        float *data;
-        PyObject *wide = obm_py_tensor_new(OBM_PY_STATE(o), self->t.ndim, self->t.shape, &data);
-        obm_error err;
-        if (wide && obm_tensor_read_f32(&self->t, 0, obm_tensor_count(&self->t), data, &err) != OBM_OK) {
-            Py_DECREF(wide);
-            return obm_py_raise(OBM_PY_STATE(o), &err);
-        }
-        array = obm_py_numpy(wide);
+    if (copy == Py_False && (copied || !array) && !PyErr_Occurred()) {
+        PyErr_Format(PyExc_ValueError, "this NumPy array of a %s tensor needs a copy", obm_dtype_name(((Tensor *)o)->t.dtype));
+        Py_CLEAR(array);
+    } else if (copy == Py_True && array && !copied) {
+        PyObject *fresh = PyObject_CallMethod(array, "copy", NULL);
+        Py_DECREF(array);
+        array = fresh;
     }
-    if (!array || dtype == Py_None) return array;
-    PyObject *cast = PyObject_CallMethod(array, "astype", "O", dtype);
-    Py_DECREF(array);
-    return cast;
+    return array;
 }
 
 static PyObject *tensor_numpy(PyObject *o, PyObject *unused) {
