@@ -225,8 +225,8 @@ static int32_t *ids_from_buffer(PyObject *o, size_t *n) {
 int32_t *obm_py_ids(PyObject *o, size_t *n) {
     if (PyObject_CheckBuffer(o) && !PyBytes_Check(o)) {
         int32_t *ids = ids_from_buffer(o, n);
-        if (ids || !PyErr_ExceptionMatches(PyExc_BufferError)) return ids;
-        PyErr_Clear();   /* a strided array: item by item */
+        if (ids || PyErr_ExceptionMatches(PyExc_TypeError) || PyErr_ExceptionMatches(PyExc_MemoryError)) return ids;
+        PyErr_Clear();   /* no buffer after all (NumPy refuses strided arrays with ValueError): item by item */
     }
     Py_ssize_t count = PySequence_Check(o) && !PyUnicode_Check(o) ? PySequence_Size(o) : -1;
     if (count < 0) {
@@ -438,7 +438,8 @@ int obm_py_prompts_from(obm_py_state *st, PyObject *o, PyObject *tokenizer, obm_
     *out = (obm_py_prompts){.keep = PyList_New(0)};
     if (!out->keep) return -1;
     out->single = PyUnicode_Check(o) || PyDict_Check(o) || is_messages(o) || is_ids(o);
-    Py_ssize_t n = out->single ? 1 : PySequence_Size(o);
+    Py_ssize_t n = out->single ? 1 : PySequence_Check(o) ? PySequence_Size(o) : -1;
+    if (n < 0 && !PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "expected a prompt or a list of prompts, got %R", (PyObject *)Py_TYPE(o));
     if (n >= 0) out->items = prompts_block(out, (size_t)n * sizeof *out->items);
     int rc = out->items ? 0 : -1;
     for (Py_ssize_t i = 0; rc == 0 && i < n; i++) {
