@@ -368,7 +368,8 @@ typedef struct obm_model_options {
     size_t struct_size;
     const char *base;           /* overrides where the pack's base lies */
     obm_dtype kv;               /* OBM_F32 (default) or OBM_F16 */
-    uint64_t route_budget;      /* bytes of materialised routes kept, least recently used go first; 0: no limit */
+    uint64_t route_budget;      /* bytes of materialised routes kept, least recently used go first, also the limit of
+                                 * those that one batch runs at a time (at least one); 0: a quarter of the memory */
 } obm_model_options;
 OBM_API obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_options *options, obm_model **out, obm_error *err);
 /* From a pack that is open already; borrows it. */

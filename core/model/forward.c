@@ -78,7 +78,11 @@ typedef struct norm_job {
     int64_t layer;
     obm__role role;
     const size_t *which;   /* NULL: all */
+    bool add;              /* x += normed first: the residual of the block before */
 } norm_job;
+
+/* Row-wise work: as many rows as outweigh a hand-over between threads (about 2 us), none split. */
+static size_t row_grain(int64_t width) { return width < 4096 ? (size_t)(4096 / width) : 1; }
 
 /* Zhang and Sennrich 2019: x / sqrt(mean(x^2) + eps) * weight.  The sum of squares in f64, blocks of the kernel's
  * limit. */
@@ -92,7 +96,7 @@ static void rms_norm(const obm_kernels *k, const float *x, const float *weight, 
     for (int64_t i = 0; i < n; i++) out[i] = weight[i] * (x[i] * scale);
 }
 
-/* normed[i] = norm(x[which[i]]) */
+/* normed[i] = norm(x[which[i]]), or x += normed and normed = norm(x) in one go over all rows. */
 static void norm_rows(void *arg, size_t begin, size_t end, int worker) {
     const norm_job *j = arg;
     const obm__scratch *s = &j->m->scratch;
@@ -102,14 +106,15 @@ static void norm_rows(void *arg, size_t begin, size_t end, int worker) {
         size_t row = j->which ? j->which[i] : i;
         if (!s->weights[row]) continue;
         const float *weight = obm__weights_at(s->weights[row], j->layer, j->role)->data;
-        rms_norm(j->m->ctx->k, s->x + (int64_t)row * hidden, weight, hidden, j->m->config.norm_eps,
-                 s->normed + (int64_t)i * hidden);
+        float *x = s->x + (int64_t)row * hidden, *normed = s->normed + (int64_t)i * hidden;
+        if (j->add) j->m->ctx->k->axpy_f32(x, 1, normed, (size_t)hidden);
+        rms_norm(j->m->ctx->k, x, weight, hidden, j->m->config.norm_eps, normed);
     }
 }
 
-static void norm(obm_model *m, size_t n, int64_t layer, obm__role role, const size_t *which) {
-    norm_job j = {m, layer, role, which};
-    obm__parallel(m->ctx, n, 8, norm_rows, &j);
+static void norm(obm_model *m, size_t n, int64_t layer, obm__role role, const size_t *which, bool add) {
+    norm_job j = {m, layer, role, which, add};
+    obm__parallel(m->ctx, n, row_grain(m->config.hidden), norm_rows, &j);
 }
 
 /* x += y, (rows, hidden) */
@@ -168,22 +173,20 @@ obm_status obm__forward(obm_model *m, const obm__row *rows, size_t n, bool tiled
 
     start_rows(m, rows, n);                                                        // x (n, hidden)
     for (int64_t layer = 0; layer < layers; layer++) {
-        norm(m, n, layer, OBM_ATTENTION_NORM, NULL);                               // normed (n, hidden)
+        norm(m, n, layer, OBM_ATTENTION_NORM, NULL, layer > 0);                    // x += down; normed (n, hidden)
         const obm__linear qkv[] = {{OBM_Q, s->q, q}, {OBM_K, s->k, kv}, {OBM_V, s->v, kv}};
         OBM_TRY(obm__linear_run(m, w, n, tiled, layer, qkv, 3, s->normed, err));
-        OBM_TRY(obm__attention_run(m, rows, n, layer, err));                // mixed (n, heads * head_dim)
+        OBM_TRY(obm__attention_run(m, rows, n, layer, err));                       // mixed (n, heads * head_dim)
         const obm__linear o[] = {{OBM_O, s->normed, c->hidden}};
         OBM_TRY(obm__linear_run(m, w, n, tiled, layer, o, 1, s->mixed, err));
-        obm__parallel(m->ctx, n, 8, add_rows, m);                                  // x += o
-
-        norm(m, n, layer, OBM_MLP_NORM, NULL);
+        norm(m, n, layer, OBM_MLP_NORM, NULL, true);                               // x += o; normed
         const obm__linear gate_up[] = {{OBM_GATE, s->gate, wide}, {OBM_UP, s->up, wide}};
         OBM_TRY(obm__linear_run(m, w, n, tiled, layer, gate_up, 2, s->normed, err));
-        obm__parallel(m->ctx, n, 8, swiglu_rows, m);                               // gate (n, intermediate)
+        obm__parallel(m->ctx, n, row_grain(8 * wide), swiglu_rows, m);           // gate (n, intermediate)
         const obm__linear down[] = {{OBM_DOWN, s->normed, c->hidden}};
         OBM_TRY(obm__linear_run(m, w, n, tiled, layer, down, 1, s->gate, err));
-        obm__parallel(m->ctx, n, 8, add_rows, m);                                  // x += down
     }
+    if (layers > 0) obm__parallel(m->ctx, n, row_grain(c->hidden), add_rows, m);   // x += down
     return OBM_OK;
 }
 
@@ -192,7 +195,7 @@ obm_status obm__forward_logits(obm_model *m, const obm__row *rows, const size_t 
     const obm__weights **weights = obm__calloc(n, sizeof *weights);
     if (!weights) return obm__fail_nomem(err, n * sizeof *weights);
     for (size_t i = 0; i < n; i++) weights[i] = rows[which[i]].sequence->weights;
-    norm(m, n, 0, OBM_FINAL_NORM, which);                                          // normed (n, hidden)
+    norm(m, n, 0, OBM_FINAL_NORM, which, false);                                   // normed (n, hidden)
     const obm__linear head[] = {{OBM_HEAD, out, m->vocab}};
     obm_status status = obm__linear_run(m, weights, n, false, 0, head, 1, m->scratch.normed, err);
     obm_free(weights);
@@ -201,13 +204,11 @@ obm_status obm__forward_logits(obm_model *m, const obm__row *rows, const size_t 
 
 /* ---- prompts ---- */
 
-/* Rows for the next tokens from `position` on, in whole tiles; returns how many tokens fit. */
-static size_t fill_tiles(obm__sequence *s, int64_t position, const int32_t *ids, size_t n, obm__row *rows,
-                         size_t *n_rows) {
-    size_t first = (size_t)(position % OBM_TILE_TOKENS), take = OBM_CHUNK_ROWS - first < n ? OBM_CHUNK_ROWS - first : n;
+size_t obm__fill_tiles(obm__sequence *s, const int32_t *ids, size_t n, obm__row *rows, size_t room, size_t *n_rows) {
+    size_t first = (size_t)(s->length % OBM_TILE_TOKENS), take = room - first < n ? room - first : n;
     *n_rows = (first + take + OBM_TILE_TOKENS - 1) / OBM_TILE_TOKENS * OBM_TILE_TOKENS;
     memset(rows, 0, *n_rows * sizeof *rows);
-    for (size_t i = 0; i < take; i++) rows[first + i] = (obm__row){s, position + (int64_t)i, ids[i]};
+    for (size_t i = 0; i < take; i++) rows[first + i] = (obm__row){s, s->length + (int64_t)i, ids[i]};
     return take;
 }
 
@@ -218,7 +219,7 @@ obm_status obm__prefill(obm_model *m, obm__sequence *s, const int32_t *ids, size
     for (size_t done = 0; done < n;) {
         size_t take = 1, n_rows = 1;
         if (decode) rows[0] = (obm__row){s, s->length, ids[done]};
-        else take = fill_tiles(s, s->length, ids + done, n - done, rows, &n_rows);
+        else take = obm__fill_tiles(s, ids + done, n - done, rows, OBM_CHUNK_ROWS, &n_rows);
         OBM_TRY(obm__forward(m, rows, n_rows, !decode, layers, err));
         if (visit) OBM_TRY(visit(arg, m, rows, n_rows, err));
         s->length += (int64_t)take;

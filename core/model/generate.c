@@ -12,6 +12,7 @@ typedef struct batch {
     obm__settings settings;
     obm__pulse pulse;
     obm__generation **slots;       /* [size], running ones first */
+    obm__generation *waiting;      /* prompt `next`, not admitted yet; NULL */
     size_t *index;                 /* prompt of each slot */
     size_t size, running;
     float *logits;                 /* (size, vocab) */
@@ -35,14 +36,28 @@ static obm_status collect(batch *b, obm_error *err) {
     return OBM_OK;
 }
 
+/* The next prompt, if its route fits; it waits in its slot, encoded and routed, until it does. */
+static obm_status admit_next(batch *b, bool *admitted, obm_error *err) {
+    if (!b->waiting) OBM_TRY(obm__generation_new(b->m, &b->settings, &b->prompts[b->next], b->next, &b->waiting, err));
+    OBM_TRY(obm__generation_admit(b->m, b->waiting, admitted, err));
+    if (!*admitted) return OBM_OK;
+    b->slots[b->running] = b->waiting;
+    b->waiting = NULL;
+    b->index[b->running++] = b->next++;
+    return OBM_OK;
+}
+
+/* A quarter of the slots is awaited, so that prompts come in together. */
 static obm_status refill(batch *b, obm_error *err) {
-    while (b->running < b->size && b->next < b->n) {
-        OBM_TRY(obm__generation_new(b->m, &b->settings, &b->prompts[b->next], b->next, &b->slots[b->running], err));
-        b->index[b->running++] = b->next++;
-        OBM_TRY(collect(b, err));
+    if (b->running && (b->size - b->running) * 4 < b->size) return OBM_OK;
+    size_t first = b->running;
+    bool admitted = true;
+    while (b->running < b->size && b->next < b->n && admitted) {
+        OBM_TRY(admit_next(b, &admitted, err));
         OBM_TRY(obm__pulse_check(&b->pulse, err));
     }
-    return OBM_OK;
+    OBM_TRY(obm__generation_prefill(b->m, b->slots + first, b->running - first, b->logits, err));
+    return collect(b, err);
 }
 
 static obm_status run_batch(batch *b, obm_error *err) {
@@ -76,6 +91,7 @@ static obm_status start_batch(batch *b, const obm_generate_options *o, obm_error
 
 static void clear_batch(batch *b) {
     for (size_t i = 0; i < b->running; i++) obm__generation_free(b->m, b->slots[i]);
+    obm__generation_free(b->m, b->waiting);
     for (size_t i = 0; b->out && i < b->n; i++) obm_completion_clear(&b->out[i]);
     obm__settings_clear(&b->settings);
     obm_free(b->slots);
@@ -139,7 +155,10 @@ static obm_status open_stream(obm_stream *s, const obm_prompt *prompt, const obm
     OBM_TRY(obm__settings_init(&s->settings, s->m, o, 1, err));
     s->logits = obm__alloc((size_t)s->m->vocab, sizeof *s->logits);
     if (!s->logits) return obm__fail_nomem(err, (uint64_t)s->m->vocab * sizeof *s->logits);
+    bool admitted;   /* always: nothing else runs */
     OBM_TRY(obm__generation_new(s->m, &s->settings, prompt, 0, &s->g, err));
+    OBM_TRY(obm__generation_admit(s->m, s->g, &admitted, err));
+    OBM_TRY(obm__generation_prefill(s->m, &s->g, 1, s->logits, err));
     s->settings.options = NULL;   /* the caller's struct may go now */
     return OBM_OK;
 }

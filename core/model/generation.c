@@ -172,34 +172,12 @@ static obm_status choose_route(obm_model *m, obm__generation *g, const obm_promp
                              OBM_OPT(o, obm_generate_options, router_user, NULL), g->route, NULL, err);
 }
 
-static obm_status last_logits(void *arg, obm_model *m, const obm__row *rows, size_t n, obm_error *err) {
-    size_t last = n - 1;
-    while (!rows[last].sequence) last--;
-    return obm__forward_logits(m, rows, &last, 1, arg, err);
-}
-
-/* Everything but the last token runs without the head. */
-static obm_status prefill_prompt(obm_model *m, obm__generation *g, float *logits, obm_error *err) {
-    size_t tail = g->n_prompt > OBM_TILE_TOKENS ? (g->n_prompt - 1) % OBM_TILE_TOKENS + 1 : g->n_prompt;
-    int64_t layers = m->config.layers;
-    OBM_TRY(obm__prefill(m, g->sequence, g->ids, g->n_prompt - tail, false, layers, NULL, NULL, err));
-    return obm__prefill(m, g->sequence, g->ids + g->n_prompt - tail, tail, false, layers, last_logits, logits, err);
-}
-
 static obm_status start(obm_model *m, obm__generation *g, const obm_prompt *prompt, size_t index, obm_error *err) {
     OBM_TRY(obm__prompt_ids(m, prompt, g->settings->chat, &g->ids, &g->n_ids, err));
     g->n_prompt = g->capacity = g->n_ids;
     OBM_TRY(choose_route(m, g, prompt, index, err));
-    OBM_TRY(obm__sequence_new(m, g->route, m->kv, &g->sequence, err));
-    OBM_TRY(obm__model_check_ids(m, g->sequence->weights, g->ids, g->n_ids, err));
     OBM_TRY(obm__sampler_init(&g->sampler, g->settings->options, index, m->vocab, err));
-    if (m->tokenizer) OBM_TRY(obm__decode_stream_new(m->tokenizer, true, &g->decoder, err));
-    float *logits = obm__alloc((size_t)m->vocab, sizeof *logits);
-    if (!logits) return obm__fail_nomem(err, (uint64_t)m->vocab * sizeof *logits);
-    obm_status status = prefill_prompt(m, g, logits, err);
-    if (status == OBM_OK) status = accept_logits(m, g, logits, err);
-    obm_free(logits);
-    return status;
+    return m->tokenizer ? obm__decode_stream_new(m->tokenizer, true, &g->decoder, err) : OBM_OK;
 }
 
 obm_status obm__generation_new(obm_model *m, const obm__settings *s, const obm_prompt *prompt, size_t index,
@@ -222,6 +200,59 @@ void obm__generation_free(obm_model *m, obm__generation *g) {
     obm_free(g->route);
     obm_free(g->ids);
     obm_free(g);
+}
+
+obm_status obm__generation_admit(obm_model *m, obm__generation *g, bool *admitted, obm_error *err) {
+    OBM_TRY(obm__sequence_admit(m, g->route, m->kv, &g->sequence, err));
+    *admitted = g->sequence != NULL;
+    if (!*admitted) return OBM_OK;
+    OBM_TRY(obm__model_check_ids(m, g->sequence->weights, g->ids, g->n_ids, err));
+    return obm__sequence_reserve(m, g->sequence, (int64_t)g->n_prompt, err);
+}
+
+/* ---- prefill ---- */
+
+/* Tiles of several prompts in one forward call: a panel of weights is loaded and converted once for all of them. */
+typedef struct chunk {
+    obm__row rows[OBM_CHUNK_ROWS];
+    size_t n;
+    size_t last[OBM_CHUNK_ROWS / OBM_TILE_TOKENS];             /* rows that end a prompt */
+    obm__generation *ended[OBM_CHUNK_ROWS / OBM_TILE_TOKENS];
+    size_t n_ended;
+} chunk;
+
+/* As many tiles of g as there is room for; true when its prompt is in. */
+static bool add_tiles(chunk *c, obm__generation *g) {
+    obm__sequence *s = g->sequence;
+    size_t done = (size_t)s->length, n_rows;
+    size_t take = obm__fill_tiles(s, g->ids + done, g->n_prompt - done, c->rows + c->n, OBM_CHUNK_ROWS - c->n, &n_rows);
+    s->length += (int64_t)take;
+    if (done + take == g->n_prompt) {
+        c->last[c->n_ended] = c->n + done % OBM_TILE_TOKENS + take - 1;
+        c->ended[c->n_ended++] = g;
+    }
+    c->n += n_rows;
+    return done + take == g->n_prompt;
+}
+
+/* The head runs for the last tokens only. */
+static obm_status run_chunk(obm_model *m, const chunk *c, float *logits, obm_error *err) {
+    OBM_TRY(obm__forward(m, c->rows, c->n, true, m->config.layers, err));
+    if (!c->n_ended) return OBM_OK;
+    OBM_TRY(obm__forward_logits(m, c->rows, c->last, c->n_ended, logits, err));
+    for (size_t i = 0; i < c->n_ended; i++) OBM_TRY(accept_logits(m, c->ended[i], logits + i * (size_t)m->vocab, err));
+    return OBM_OK;
+}
+
+obm_status obm__generation_prefill(obm_model *m, obm__generation *const *g, size_t n, float *logits, obm_error *err) {
+    for (size_t i = 0; i < n;) {
+        chunk c;
+        c.n = c.n_ended = 0;
+        while (i < n && c.n < OBM_CHUNK_ROWS)
+            if (add_tiles(&c, g[i])) i++;
+        OBM_TRY(run_chunk(m, &c, logits, err));
+    }
+    return OBM_OK;
 }
 
 /* ---- step ---- */

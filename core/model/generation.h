@@ -17,7 +17,7 @@ void obm__settings_clear(obm__settings *s);
 
 typedef struct obm__generation {
     const obm__settings *settings;
-    obm__sequence *sequence;
+    obm__sequence *sequence;       /* NULL until admitted */
     obm__sampler sampler;
     obm__decode_stream *decoder;   /* NULL without a tokenizer */
     double *route;                 /* (tasks), NULL for a plain model */
@@ -28,9 +28,15 @@ typedef struct obm__generation {
     bool finished;
     obm_finish finish;
 } obm__generation;
-/* Encodes, routes and prefills prompt `index`, and draws its first token.  *out is owned. */
+/* Encodes and routes prompt `index`; no memory of the model is taken yet.  *out is owned. */
 obm_status obm__generation_new(obm_model *m, const obm__settings *s, const obm_prompt *prompt, size_t index,
                                obm__generation **out, obm_error *err);
+/* Prepares the weights of its route.  *admitted false: they do not fit the route budget beside those in use; ask again
+ * later. */
+obm_status obm__generation_admit(obm_model *m, obm__generation *g, bool *admitted, obm_error *err);
+/* Prefills n admitted sequences together and draws the first token of each. */
+obm_status obm__generation_prefill(obm_model *m, obm__generation *const *g, size_t n, float *logits /* (n, vocab) */,
+                                   obm_error *err);
 void obm__generation_free(obm_model *m, obm__generation *g);
 /* Decodes one token for each of n unfinished sequences in one forward call. */
 obm_status obm__generation_step(obm_model *m, obm__generation *const *g, size_t n, float *logits /* (n, vocab) */,

@@ -9,16 +9,37 @@ static bool page_bytes(const obm_model *m, obm_dtype kv, size_t *out) {
            obm__mul(*out, OBM_TILE_TOKENS, out) && obm__mul(*out, obm_dtype_size(kv), out);
 }
 
-obm_status obm__sequence_new(obm_model *m, const double *route, obm_dtype kv, obm__sequence **out, obm_error *err) {
-    if (kv != OBM_F32 && kv != OBM_F16)
-        return obm__fail(err, OBM_E_ARG, "the KV cache can be F32 or F16, not %s", obm_dtype_name(kv));
+static obm_status check_kv(obm_dtype kv, obm_error *err) {
+    if (kv == OBM_F32 || kv == OBM_F16) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG, "the KV cache can be F32 or F16, not %s", obm_dtype_name(kv));
+}
+
+/* Takes the reference to w, also on failure. */
+static obm_status wrap(obm_model *m, obm__weights *w, obm_dtype kv, obm__sequence **out, obm_error *err) {
     obm__sequence *s = obm__calloc(1, sizeof *s);
-    if (!s) return obm__fail_nomem(err, sizeof *s);
-    s->kv = kv;
-    obm_status status = obm__weights_acquire(m, route, &s->weights, err);
-    if (status == OBM_OK) *out = s;
-    else obm_free(s);
-    return status;
+    if (!s) {
+        obm__weights_release(m, w);
+        return obm__fail_nomem(err, sizeof *s);
+    }
+    *s = (obm__sequence){.weights = w, .kv = kv};
+    *out = s;
+    return OBM_OK;
+}
+
+obm_status obm__sequence_new(obm_model *m, const double *route, obm_dtype kv, obm__sequence **out, obm_error *err) {
+    obm__weights *w;
+    OBM_TRY(check_kv(kv, err));
+    OBM_TRY(obm__weights_acquire(m, route, &w, err));
+    return wrap(m, w, kv, out, err);
+}
+
+obm_status obm__sequence_admit(obm_model *m, const double *route, obm_dtype kv, obm__sequence **out, obm_error *err) {
+    obm__weights *w;
+    OBM_TRY(check_kv(kv, err));
+    OBM_TRY(obm__weights_admit(m, route, &w, err));
+    if (w) return wrap(m, w, kv, out, err);
+    *out = NULL;
+    return OBM_OK;
 }
 
 void obm__sequence_free(obm_model *m, obm__sequence *s) {

@@ -5,6 +5,8 @@
 #include <string.h>
 
 #define PANEL 128       /* weight rows of one GEMM call */
+#define PANEL_STEP 16
+#define SHARE_FLOPS 1e5 /* least work of a worker: a few us, more than the hand-over costs */
 #define ROW_BLOCK 32    /* weight rows of one item of the row path: stays in L2 while all sequences pass over it */
 
 typedef struct linear_job {
@@ -67,19 +69,24 @@ static void run_rows(void *arg, size_t begin, size_t end, int worker) {
     }
 }
 
-/* ---- tiled path: GEMM of fixed shape (64 tokens, 128 weight rows, cols) ---- */
+/* ---- tiled path: GEMM of (64 tokens, 128 weight rows, cols); the last panel of a matrix may have fewer rows ---- */
 
-/* The panel in f32, rows beyond the matrix zero: the shape of the call, and so its summation order, is always the same.
- */
+static int64_t panel_rows(const obm__matrix *w, int64_t row) { return w->rows - row < PANEL ? w->rows - row : PANEL; }
+
+/* Rows of the call: whole lanes of GEMM's inner kernel.  They depend on the matrix alone, and so does the summation
+ * order. */
+static int64_t padded_rows(int64_t rows) { return (rows + PANEL_STEP - 1) / PANEL_STEP * PANEL_STEP; }
+
+/* The panel in f32, (padded_rows, cols), rows beyond the matrix zero. */
 static const float *load_panel(const obm_kernels *k, const obm__matrix *w, int64_t row, float *panel) {
-    int64_t rows = w->rows - row < PANEL ? w->rows - row : PANEL;
+    int64_t rows = panel_rows(w, row), padding = padded_rows(rows) - rows;
     size_t count = (size_t)(rows * w->cols);
     const void *data = matrix_row(w, row);
-    if (w->dtype == OBM_F32 && rows == PANEL) return data;
+    if (w->dtype == OBM_F32 && !padding) return data;
     if (w->dtype == OBM_BF16) k->bf16_to_f32(panel, data, count);
     else if (w->dtype == OBM_F16) k->f16_to_f32(panel, data, count);
     else memcpy(panel, data, count * sizeof *panel);
-    memset(panel + count, 0, (size_t)((PANEL - rows) * w->cols) * sizeof *panel);
+    memset(panel + count, 0, (size_t)(padding * w->cols) * sizeof *panel);
     return panel;
 }
 
@@ -116,9 +123,10 @@ static void run_panels(void *arg, size_t begin, size_t end, int worker) {
             const obm__matrix *w = obm__weights_at(weights, j->layer, l->role);
             if (w->data != loaded) panel = load_panel(j->m->ctx->k, w, row, s->panels + (size_t)worker * s->panel_size);
             loaded = w->data;
-            obm__sgemm_nt(OBM_TILE_TOKENS, PANEL, w->cols, 1, j->x + (int64_t)first * w->cols, w->cols, panel, w->cols,
-                          0, product, PANEL);
-            store_product(j, l, first, row, w->rows - row < PANEL ? w->rows - row : PANEL, product);
+            int64_t rows = panel_rows(w, row);
+            obm__sgemm_nt(OBM_TILE_TOKENS, padded_rows(rows), w->cols, 1, j->x + (int64_t)first * w->cols, w->cols,
+                          panel, w->cols, 0, product, PANEL);
+            store_product(j, l, first, row, rows, product);
         }
     }
 }
@@ -129,10 +137,11 @@ static void run_panels(void *arg, size_t begin, size_t end, int worker) {
 static obm_status run_slices(linear_job *j, obm__range_fn fn, double item_flops, obm_error *err) {
     size_t total = j->first_item[j->count], threads = (size_t)j->m->ctx->threads;
     double items = OBM_SLICE_FLOPS / item_flops;
+    size_t grain = SHARE_FLOPS > item_flops ? (size_t)(SHARE_FLOPS / item_flops) : 1;
     size_t slice = items < (double)threads ? threads : items < (double)total ? (size_t)items : total;
     for (j->offset = 0; j->offset < total; j->offset += slice) {
         size_t n = total - j->offset < slice ? total - j->offset : slice;
-        obm__parallel(j->m->ctx, n, 1, fn, j);
+        obm__parallel(j->m->ctx, n, grain, fn, j);
         OBM_TRY(obm__pulse_check(j->m->pulse, err));
     }
     return OBM_OK;

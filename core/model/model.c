@@ -65,11 +65,19 @@ static void count_params(obm_model *m) {
     }
 }
 
+/* A quarter of the machine: the rest is for the base's pages, the cache and everybody else. */
+static uint64_t default_budget(const obm_context *ctx) {
+    obm_context_info info;
+    obm_context_describe(ctx, &info);
+    return info.memory_total ? info.memory_total / 4 : UINT64_MAX;
+}
+
 static obm_status prepare(obm_model *m, const obm_model_options *options, obm_error *err) {
     obm__weights *base;
     m->tasks = obm__model_tasks(m);
     m->kv = OBM_OPT(options, obm_model_options, kv, OBM_F32);
     m->route_budget = OBM_OPT(options, obm_model_options, route_budget, 0);
+    if (!m->route_budget) m->route_budget = default_budget(m->ctx);
     if (m->kv != OBM_F32 && m->kv != OBM_F16)
         return obm__fail(err, OBM_E_ARG, "the KV cache can be F32 or F16, not %s", obm_dtype_name(m->kv));
     OBM_TRY(load_config(m, err));

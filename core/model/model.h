@@ -82,6 +82,8 @@ static inline int64_t obm__weights_vocab(const obm__weights *w) { return obm__we
 /* route NULL or all zero: the base alone.  Prepares or finds the route and takes a reference; obm__weights_release drops
  * it.  Unreferenced routes beyond the model's budget go, least recently used first. */
 obm_status obm__weights_acquire(obm_model *m, const double *route, obm__weights **out, obm_error *err);
+/* The same beside other routes that run: *out is NULL when it would take the routes in use over the budget. */
+obm_status obm__weights_admit(obm_model *m, const double *route, obm__weights **out, obm_error *err);
 void obm__weights_release(obm_model *m, obm__weights *w);
 void obm__weights_free_all(obm_model *m);
 
@@ -97,6 +99,8 @@ typedef struct obm__sequence {
     int64_t length;             /* positions filled */
 } obm__sequence;
 obm_status obm__sequence_new(obm_model *m, const double *route, obm_dtype kv, obm__sequence **out, obm_error *err);
+/* *out NULL: the route budget has no room beside what runs. */
+obm_status obm__sequence_admit(obm_model *m, const double *route, obm_dtype kv, obm__sequence **out, obm_error *err);
 void obm__sequence_free(obm_model *m, obm__sequence *s);
 obm_status obm__sequence_reserve(obm_model *m, obm__sequence *s, int64_t positions, obm_error *err);
 /* Keys (which 0) or values (which 1) of one page: (64, head_dim) of dtype s->kv. */
@@ -168,6 +172,8 @@ obm_status obm__forward_logits(obm_model *m, const obm__row *rows, const size_t 
 /* Called after each chunk of a prompt; rows with a sequence hold its tokens in order. */
 typedef obm_status (*obm__visit_fn)(void *arg, obm_model *m, const obm__row *rows, size_t n, obm_error *err);
 #define OBM_CHUNK_ROWS 512   /* 8 tiles: enough to reuse a converted panel, small enough to bound the buffers */
+/* Rows for the next tokens of s in whole tiles, at most `room` rows (a multiple of 64); returns how many tokens fit. */
+size_t obm__fill_tiles(obm__sequence *s, const int32_t *ids, size_t n, obm__row *rows, size_t room, size_t *n_rows);
 /* Appends ids to a sequence through GEMM tiles, or one by one through the decode path; visit may be NULL. */
 obm_status obm__prefill(obm_model *m, obm__sequence *s, const int32_t *ids, size_t n, bool decode, int64_t layers,
                         obm__visit_fn visit, void *arg, obm_error *err);
@@ -187,6 +193,7 @@ struct obm_model {
     int64_t vocab;                      /* the largest of base and experts */
     obm_dtype kv;
     uint64_t route_budget;
+    uint64_t largest_route;             /* bytes; what a new one is expected to take */
     float *frequencies;                 /* (head_dim / 2) */
     obm__weights *routes;               /* list; the base alone is the last */
     uint64_t clock;

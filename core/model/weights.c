@@ -320,12 +320,13 @@ static bool goes_before(const obm_model *m, const obm__weights *a, const obm__we
     return current != is_current(m, b) ? !current : a->used < b->used;
 }
 
-static void evict(obm_model *m) {
+/* Drops routes that do not run until `needed` more bytes fit. */
+static void evict(obm_model *m, uint64_t needed) {
     for (;;) {
         obm__weights **first = NULL;
         for (obm__weights **at = &m->routes; *at; at = &(*at)->next)
             if ((*at)->route && !(*at)->refs && (!first || goes_before(m, *at, *first))) first = at;
-        bool over = m->route_budget && m->overlay_bytes > m->route_budget;
+        bool over = needed > m->route_budget || m->overlay_bytes > m->route_budget - needed;
         if (!first || (!over && is_current(m, *first))) return;
         obm__weights *w = *first;
         *first = w->next;
@@ -334,29 +335,68 @@ static void evict(obm_model *m) {
     }
 }
 
+static obm_status build_and_keep(obm_model *m, const double *route, obm__weights **out, obm_error *err) {
+    obm__weights *w;
+    if (route) evict(m, m->largest_route);
+    OBM_TRY(build(m, route, &w, err));
+    w->next = m->routes;
+    m->routes = w;
+    m->overlay_bytes += w->bytes;
+    if (route && w->bytes > m->largest_route) m->largest_route = w->bytes;
+    *out = w;
+    return OBM_OK;
+}
+
 obm_status obm__weights_acquire(obm_model *m, const double *route, obm__weights **out, obm_error *err) {
     if (m->pack && m->pack->n_experts != m->tasks)
         return obm__fail(err, OBM_E_ARG, "%s: experts were added or removed since the model was opened: open it again",
                          m->pack->path);
     if (is_base(route, m->tasks)) route = NULL;
     obm__weights *w = find(m, route);
-    if (!w) {
-        OBM_TRY(build(m, route, &w, err));
-        w->next = m->routes;
-        m->routes = w;
-        m->overlay_bytes += w->bytes;
-    }
+    if (!w) OBM_TRY(build_and_keep(m, route, &w, err));
     w->refs++;
     w->used = ++m->clock;
-    evict(m);
+    evict(m, 0);
     *out = w;
+    return OBM_OK;
+}
+
+/* Bytes of routes that sequences run, without `except`. */
+static uint64_t bytes_in_use(const obm_model *m, const obm__weights *except) {
+    uint64_t bytes = 0;
+    for (const obm__weights *w = m->routes; w; w = w->next)
+        if (w->route && w->refs && w != except) bytes += w->bytes;
+    return bytes;
+}
+
+/* Never refused: the base, what runs already, and the only one. */
+static bool fits(const obm_model *m, const obm__weights *known, uint64_t bytes) {
+    uint64_t others = bytes_in_use(m, known);
+    if (!others || (known && (!known->route || known->refs))) return true;
+    return others <= m->route_budget && bytes <= m->route_budget - others;
+}
+
+obm_status obm__weights_admit(obm_model *m, const double *route, obm__weights **out, obm_error *err) {
+    obm__weights *w = find(m, is_base(route, m->tasks) ? NULL : route);
+    *out = NULL;
+    if (!fits(m, w, w ? w->bytes : m->largest_route)) return OBM_OK;
+    bool known = w != NULL;
+    OBM_TRY(obm__weights_acquire(m, route, &w, err));
+    *out = w;
+    if (known) return OBM_OK;
+    w->refs--;   /* a new one may turn out larger than any before */
+    bool stays = fits(m, w, w->bytes);
+    w->refs++;
+    if (stays) return OBM_OK;
+    obm__weights_release(m, w);
+    *out = NULL;
     return OBM_OK;
 }
 
 void obm__weights_release(obm_model *m, obm__weights *w) {
     if (!w) return;
     w->refs--;
-    evict(m);
+    evict(m, 0);
 }
 
 void obm__weights_free_all(obm_model *m) {

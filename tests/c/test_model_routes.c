@@ -300,14 +300,13 @@ static void routes_are_kept_within_the_budget(void **state) {
 
 /* ---- generation ---- */
 
-static void routes_in_a_batch_do_not_disturb_each_other(void **state) {
-    (void)state;
+static void check_mixed_batch(uint64_t budget) {
     fixture f;
     obm_error err;
     obm_prompt p[N_ROUTES];
     obm_completion together[N_ROUTES], alone;
     open_fixture(&f, OBM_BF16, 0);
-    obm_model *m = open_model(&f, 1);   /* nothing is kept but what runs */
+    obm_model *m = open_model(&f, budget);
     obm_generate_options o = OBM_INIT(obm_generate_options);
     o.max_tokens = 12;
     o.ignore_eos = true;
@@ -332,6 +331,84 @@ static void routes_in_a_batch_do_not_disturb_each_other(void **state) {
     o.routes = wrong;
     o.n_routes = 1;
     assert_int_equal(obm_model_generate_batch(m, p, 1, &o, together, &err), OBM_E_ARG);
+    obm_model_free(m);
+    close_fixture(&f);
+}
+
+static void routes_in_a_batch_do_not_disturb_each_other(void **state) {
+    (void)state;
+    check_mixed_batch(0);   /* all together */
+    check_mixed_batch(1);   /* nothing is kept but what runs, and only one runs at a time */
+}
+
+typedef struct watch { const obm_model *m; uint64_t most; } watch;
+
+/* Called when a sequence has ended, while the others still hold their routes. */
+static int watch_overlays(void *user, const char *what, uint64_t done, uint64_t total) {
+    watch *w = user;
+    obm_model_memory now;
+    (void)what, (void)done, (void)total;
+    obm_model_account(w->m, &now);
+    if (now.overlays > w->most) w->most = now.overlays;
+    return 0;
+}
+
+/* Bytes of routes at the busiest moment of a batch of soft routes, all of one size; out: ids of all. */
+static uint64_t most_overlays(const fixture *f, uint64_t budget, size_t n, size_t steps, int32_t *out) {
+    obm_error err;
+    obm_prompt p[8];
+    obm_completion c[8];
+    double soft[8][TASKS];
+    obm_model *m = open_model(f, budget);
+    watch w = {m, 0};
+    obm_generate_options o = OBM_INIT(obm_generate_options);
+    o.max_tokens = steps;
+    o.ignore_eos = true;
+    o.routes = soft[0];
+    o.n_routes = n;
+    o.batch = n;
+    o.progress = watch_overlays;
+    o.progress_user = &w;
+    for (size_t i = 0; i < n; i++) {
+        p[i] = (obm_prompt){.ids = f->ids + i, .n_ids = 10};
+        soft[i][0] = soft[i][1] = 0.1 + 0.05 * (double)i;
+        soft[i][2] = 0;
+    }
+    check_ok(obm_model_generate_batch(m, p, n, &o, c, &err), &err);
+    for (size_t i = 0; i < n; i++) {
+        memcpy(out + i * steps, c[i].ids, steps * sizeof *out);
+        obm_completion_clear(&c[i]);
+    }
+    obm_model_free(m);
+    return w.most;
+}
+
+static void a_batch_runs_no_more_routes_than_the_budget_holds(void **state) {
+    (void)state;
+    fixture f;
+    int32_t expected[8 * 5], got[8 * 5];
+    open_fixture(&f, OBM_F32, 0);
+    uint64_t one = most_overlays(&f, 0, 1, 5, got), all = most_overlays(&f, 0, 8, 5, expected);
+    assert_int_equal(all, 8 * one);
+    for (uint64_t routes_held = 1; routes_held < 8; routes_held += 2) {
+        uint64_t budget = one * routes_held + one / 2;
+        assert_int_equal(most_overlays(&f, budget, 8, 5, got), one * routes_held);
+        assert_memory_equal(got, expected, sizeof expected);
+    }
+    assert_true(most_overlays(&f, 1, 8, 5, got) <= one);   /* too small for any: one at a time */
+    assert_memory_equal(got, expected, sizeof expected);
+    close_fixture(&f);
+}
+
+static void the_default_budget_is_a_quarter_of_the_memory(void **state) {
+    (void)state;
+    fixture f;
+    obm_context_info info;
+    open_fixture(&f, OBM_F32, 0);
+    obm_model *m = open_model(&f, 0);
+    obm_context_describe(f.ctx, &info);
+    assert_true(info.memory_total > 0);
+    assert_int_equal(m->route_budget, info.memory_total / 4);
     obm_model_free(m);
     close_fixture(&f);
 }
@@ -447,6 +524,8 @@ int main(void) {
         cmocka_unit_test(dtypes_of_materialised_weights),
         cmocka_unit_test(ids_of_extra_vocabulary),
         cmocka_unit_test(routes_are_kept_within_the_budget),
+        cmocka_unit_test(the_default_budget_is_a_quarter_of_the_memory),
+        cmocka_unit_test(a_batch_runs_no_more_routes_than_the_budget_holds),
         cmocka_unit_test(routes_in_a_batch_do_not_disturb_each_other),
         cmocka_unit_test(scores_take_routes),
         cmocka_unit_test(a_router_decides_where_no_route_is_given),
