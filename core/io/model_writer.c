@@ -72,6 +72,7 @@ struct obm__model_writer {
     size_t n_small;
     char *index_temp;
     bool committed;
+    bool made_dir; /* the folder is this writer's: an unfinished one goes again */
 };
 
 /* ---- the folder as it is ---- */
@@ -277,6 +278,7 @@ static obm_status advance(obm__model_writer *w, obm_error *err) {
 obm_status obm__model_writer_begin(obm__model_writer *w, obm_error *err) {
     if (w->shards) return obm__fail(err, OBM_E_ARG, "%s: writing has begun already", w->path);
     OBM_TRY(check_names(w, err));
+    w->made_dir = access(w->path, F_OK) != 0;
     OBM_TRY(obm__make_directory(w->path, err));
     OBM_TRY(make_shards(w, &w->shards, &w->n_shards, err));
     OBM_TRY(begin_shard(w, err));
@@ -498,6 +500,7 @@ void obm__model_writer_free(obm__model_writer *w) {
     if (w->index_temp) unlink(w->index_temp);
     obm_free(w->index_temp);
     free_shards(w->shards, w->n_shards);
+    if (w->made_dir && !w->committed) (void)rmdir(w->path); /* fails where somebody else put something */
     for (size_t i = 0; i < w->count; i++) obm_free(w->tensors[i].name);
     obm_free(w->tensors);
     obm_free(w->path);

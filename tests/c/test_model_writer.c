@@ -270,7 +270,7 @@ static void test_unfinished(void **state) {
     assert_int_equal(obm__model_writer_finish(w, &err), OBM_E_ARG);
     assert_int_equal(count_files(dir, "tmp"), 2);
     obm__model_writer_free(w);
-    assert_int_equal(count_files(dir, "."), 0);
+    assert_int_not_equal(access(dir, F_OK), 0);
     assert_int_equal(obm__model_writer_new(dir, NULL, &w, &err), OBM_OK);
     for (int i = 0; i < 2; i++)
         assert_int_equal(obm__model_writer_declare(w, "twice", OBM_U8, 1, (int64_t[]){5}, &err), OBM_OK);

@@ -225,4 +225,6 @@ def test_export_refuses(pack, tmp_path):
         pack.export("math", tmp_path / "x", dtype="f64")
     with pytest.raises(obm.NotFoundError, match="poetry"):
         pack.export("poetry", tmp_path / "x")
+    with pytest.raises(ZeroDivisionError):
+        pack.export("math", tmp_path / "x", progress=lambda *call: 1 / 0)
     assert list(tmp_path.iterdir()) == []

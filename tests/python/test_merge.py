@@ -1,0 +1,226 @@
+"""Recipes to folders, and tensors to tensors, against NumPy formulas (float32 tensors, float64 sums)."""
+
+import json
+
+import numpy as np
+import pytest
+
+import onebitmerge as obm
+import plain
+
+WEIGHTS = {"chat": .5, "math": .3, "code": .7}
+
+
+@pytest.fixture(scope="module")
+def tensors(models):
+    return {name: plain.load(models / name) for name in ("base", *WEIGHTS)}
+
+
+@pytest.fixture
+def recipe(models):
+    def make(method, **parameters):
+        return {"merge_method": method, "base_model": str(models / "base"), "dtype": "float32", "parameters": parameters,
+                "models": [{"model": str(models / name), "parameters": {"weight": w}} for name, w in WEIGHTS.items()]}
+    return make
+
+
+def in_bf16(d):
+    """mergekit forms differences in the recipe's dtype."""
+    return plain.rounded(d.astype(np.float32), "BF16")
+
+
+def formula(method, t, name, **p):
+    base, models, w = t["base"][name], [t[m][name] for m in WEIGHTS], list(WEIGHTS.values())
+    if method == "linear":
+        total = sum(wi * m.astype(np.float64) for wi, m in zip(w, models))
+        return total / sum(w) if p.get("normalize", True) else total
+    d = [(in_bf16(m - base) if p.get("bf16") else m - base).astype(np.float64) for m in models]
+    if method == "task_arithmetic":
+        return base + p.get("lambda", 1) * sum(wi * di for wi, di in zip(w, d))
+    if method == "ties":   # trim, elect by the weighted sum (0 counts as +), mean of the agreeing by their weights
+        d = [plain.trim_top(di, p["density"]) for di in d]
+        total = sum(wi * di for wi, di in zip(w, d))
+        sign = np.where(total >= 0, 1, -1)
+        agrees = [np.sign(di) == sign for di in d]
+        kept = sum(wi * di * a for wi, di, a in zip(w, d, agrees))
+        share = sum(wi * a for wi, a in zip(w, agrees))
+        mass = sum(wi * np.abs(di) for wi, di in zip(w, d))
+        clear = (np.abs(total) > 1e-6 * mass) | (mass == 0)   # else rounding decides the sign
+        return np.where(clear, base + kept / np.where(share > 1e-8, share, 1), np.nan)
+    raise AssertionError(method)
+
+
+@pytest.mark.parametrize("method, parameters", [("linear", {}), ("linear", {"normalize": False}), ("task_arithmetic", {}),
+                                                ("task_arithmetic", {"lambda": .4}), ("ties", {"density": .3}), ("ties", {"density": 1.0})])
+def test_recipes(tensors, recipe, tmp_path, method, parameters):
+    given = recipe(method, **parameters)
+    if method == "linear":
+        del given["base_model"]
+    plan = obm.merge(given, tmp_path / "out")
+    got = plain.load(tmp_path / "out")
+    assert set(got) == set(tensors["base"]) and plan["tensors"] == len(got)
+    for name, x in got.items():
+        want = formula(method, tensors, name, **parameters)
+        assert np.nanmax(np.abs(x - want)) < 2e-6 and np.isnan(want).mean() < .01, name
+
+
+def test_the_folder_is_a_model(models, recipe, tmp_path, data):
+    obm.merge(recipe("task_arithmetic", **{"lambda": .5}), tmp_path / "out")
+    out = tmp_path / "out"
+    config = json.loads((out / "config.json").read_text())
+    assert config["torch_dtype"] == "float32" and config["hidden_size"] == 192
+    assert (out / "tokenizer.json").read_bytes() == (models / "base" / "tokenizer.json").read_bytes()
+    assert "task_arithmetic" in (out / "README.md").read_text()
+    m = obm.Model(out)
+    items = [item for task in WEIGHTS for item in data.test[task][:10]]
+    hits = sum(data.matches(t, i) for t, i in zip(m.generate([i["messages"] for i in items], max_tokens=64), items))
+    assert hits >= 15
+
+
+def test_dtype_of_the_output(tensors, recipe, tmp_path):
+    obm.merge({**recipe("task_arithmetic"), "dtype": "bfloat16"}, tmp_path / "out")
+    stored = plain.read_safetensors(tmp_path / "out" / "model.safetensors")
+    assert {dtype for dtype, _, _ in stored.values()} == {"BF16"}
+    name = "model.layers.0.mlp.up_proj.weight"
+    want = plain.rounded(formula("task_arithmetic", tensors, name, bf16=True).astype(np.float32), "BF16")
+    assert (plain.widen(*stored[name]) != want).mean() < 1e-3   # an f32 sum in another order may sit on a rounding edge
+
+
+def test_files_and_dicts_agree(models, recipe, tmp_path):
+    (tmp_path / "recipe.yml").write_text(f"""
+merge_method: ties   # a comment
+base_model: {models}/base
+dtype: float32
+models:
+  - model: {models}/chat
+    parameters: {{weight: 0.5, density: 0.3}}
+  - {{model: {models}/math, parameters: {{weight: 0.3, density: 0.3}}}}
+  - model: {models}/code
+    parameters:
+      weight: 0.7
+      density: 0.3
+""")
+    obm.merge(tmp_path / "recipe.yml", tmp_path / "a")
+    obm.merge(recipe("ties", density=.3), tmp_path / "b")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe("ties", density=.3)))
+    obm.merge(str(tmp_path / "recipe.json"), tmp_path / "c")
+    a, b, c = (plain.read_safetensors(tmp_path / x / "model.safetensors") for x in "abc")
+    assert a == b == c
+
+
+def test_relative_paths_start_at_the_recipe(models, tmp_path, monkeypatch):
+    (tmp_path / "models").symlink_to(models)
+    recipe = {"merge_method": "linear", "models": [{"model": f"models/{m}", "parameters": {"weight": 1}} for m in ("chat", "math")], "dtype": "float32"}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    obm.merge(tmp_path / "recipe.json", tmp_path / "a")
+    obm.merge(recipe, tmp_path / "b", directory=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    obm.merge(recipe, "c")
+    a, b, c = ((tmp_path / x / "model.safetensors").read_bytes() for x in "abc")
+    assert a == b == c
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_seeds(tensors, recipe, tmp_path, method, threads):
+    given = recipe(method, density=.5)
+    seen = {}
+    for name, seed, n in (("a", 1, 1), ("b", 1, 5), ("c", 2, 2)):
+        threads(n)
+        obm.merge(given, tmp_path / name, seed=seed)
+        seen[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert seen["a"] == seen["b"] != seen["c"]
+
+
+def test_dare_drops_and_rescales(models, tmp_path, tensors):
+    """One model at weight 1: every delta is dropped or divided by the density, about half of each."""
+    obm.merge({"merge_method": "dare_linear", "base_model": str(models / "base"), "dtype": "float32",
+               "models": [{"model": str(models / "math"), "parameters": {"weight": 1, "density": .5}}]}, tmp_path / "out", seed=4)
+    name = "model.layers.0.mlp.up_proj.weight"
+    got = plain.load(tmp_path / "out")[name].astype(np.float64) - tensors["base"][name]
+    d = (tensors["math"][name] - tensors["base"][name]).astype(np.float64)
+    kept = np.abs(got - 2 * d) < 1e-6
+    dropped = np.abs(got) < 1e-7
+    assert (kept | dropped).all()
+    n = (d != 0).sum()
+    assert abs((dropped & (d != 0)).sum() - n / 2) < 5 * np.sqrt(n) / 2
+
+
+def test_paper_profile_trims_the_model_as_a_whole(models, tmp_path, tensors):
+    given = {"merge_method": "ties", "base_model": str(models / "base"), "dtype": "float32",
+             "models": [{"model": str(models / "math"), "parameters": {"weight": 1, "density": .1}}]}
+    obm.merge(given, tmp_path / "out", profile="paper")
+    got = plain.load(tmp_path / "out")
+    names = sorted(tensors["base"])
+    d = np.concatenate([(tensors["math"][n] - tensors["base"][n]).ravel() for n in names])
+    want = plain.trim_top(d, .1)
+    at = 0
+    for n in names:
+        size = tensors["base"][n].size
+        expected = tensors["base"][n] + want[at:at + size].reshape(tensors["base"][n].shape)
+        assert np.abs(got[n] - expected).max() < 1e-6, n
+        at += size
+
+
+def test_dry_run_writes_nothing(recipe, tmp_path):
+    plan = obm.merge(recipe("ties", density=.3), tmp_path / "out", dry_run=True)
+    assert set(plan) == {"tensors", "bytes_read", "bytes_written", "peak_memory", "seconds"}
+    assert list(tmp_path.iterdir()) == []
+    assert plan["bytes_written"] == 4 * 1427136
+
+
+def test_shards_and_overwrite(recipe, tmp_path):
+    out = tmp_path / "out"
+    obm.merge(recipe("task_arithmetic"), out, shard_bytes=1_000_000)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) >= 5
+    assert index["metadata"]["total_size"] == 4 * 1427136
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(FileExistsError, match="out"):
+        obm.merge(recipe("ties"), out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    obm.merge(recipe("ties"), out, overwrite=True)
+    assert (out / "model.safetensors").exists() and not (out / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("change, error, message", [
+    ({"merge_metod": "ties"}, obm.Error, "merge_metod.*merge_method"),
+    ({"merge_method": "tise"}, obm.Error, "tise.*ties"),
+    ({"parameters": {"densty": .5}}, obm.Error, "densty.*density"),
+    ({"parameters": {"density": 1.5}}, obm.Error, "density.*1.5"),
+    ({"models": []}, obm.Error, "model"),
+    ({"base_model": "nowhere"}, OSError, "nowhere"),
+    ({"dtype": "int4"}, obm.Error, "int4"),
+])
+def test_recipes_that_are_refused(recipe, tmp_path, change, error, message):
+    with pytest.raises(error, match=message) as caught:
+        obm.merge({**recipe("ties"), **change}, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_broken_yaml_names_the_line(tmp_path):
+    (tmp_path / "bad.yml").write_text("merge_method: ties\nmodels: [1, 2\n")
+    with pytest.raises(obm.Error, match="line"):
+        obm.merge(tmp_path / "bad.yml", tmp_path / "out")
+    with pytest.raises(FileNotFoundError):
+        obm.merge(tmp_path / "none.yml", tmp_path / "out")
+
+
+def test_progress_and_what_it_raises(recipe, tmp_path):
+    calls = []
+    obm.merge(recipe("ties"), tmp_path / "a", progress=lambda *call: calls.append(call))
+    assert calls and calls[-1][1] == calls[-1][2]
+    with pytest.raises(ZeroDivisionError):
+        obm.merge(recipe("ties"), tmp_path / "b", progress=lambda *call: 1 / 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_methods():
+    methods = {m["name"]: m for m in obm.methods()}
+    assert set(methods) == {"linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"}
+    for m in methods.values():
+        assert m["doc"] and m["source"] and isinstance(m["needs_base"], bool) and m["min_models"] >= 1
+        for p in m["params"]:
+            assert p["min"] <= p["default"] <= p["max"] or p["required"]
+            assert p["scope"] in ("global", "model") and p["type"] in ("bool", "number") and p["doc"]
+    assert not methods["linear"]["needs_base"] and methods["ties"]["needs_base"]

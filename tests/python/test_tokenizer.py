@@ -1,0 +1,198 @@
+"""The byte-level tokenizer of the family, its template, and its pieces; tests/oracles compares with the tokenizers package."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import onebitmerge as obm
+
+MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "What is 1+1?\n"}, {"role": "assistant", "content": "2"},
+            {"role": "user", "content": "é 🙂"}]
+
+
+@pytest.fixture(scope="module")
+def tok(models):
+    return obm.Tokenizer(models / "base")
+
+
+@pytest.fixture(scope="module")
+def file(models):
+    return json.loads((models / "base" / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def byte_alphabet():
+    """GPT-2's map of bytes to printable characters: its own character where there is one, else from U+0100 on."""
+    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table, extra = {b: chr(b) for b in own}, 0
+    for b in range(256):
+        if b not in table:
+            table[b] = chr(256 + extra)
+            extra += 1
+    return table
+
+
+# Surrogates are no text; what would be taken for a special token of the family is.
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+BUSY = st.lists(st.sampled_from(["What ", "is", "  ", "\n", "\t", "\r\n", "17", "+", "é", "日本", "🙂", "a\u0301", "'ll", "x[::-1]", "\u00a0", " \n ", "0", "<|", "|>"]), max_size=25)
+
+
+@given(TEXT)
+@settings(max_examples=300, deadline=None)
+def test_round_trip(tok, text):
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text
+    assert all(0 <= i < len(tok) for i in ids)
+
+
+@given(BUSY.map("".join))
+@settings(max_examples=200, deadline=None)
+def test_round_trip_of_likely_text(tok, text):
+    assert tok.decode(tok.encode(text)) == text
+
+
+@given(TEXT)
+@settings(max_examples=100, deadline=None)
+def test_pieces_are_the_bytes(tok, text):
+    """Joined pieces are the UTF-8 bytes in GPT-2's alphabet."""
+    table = byte_alphabet()
+    assert "".join(tok.piece(i) for i in tok.encode(text)) == "".join(table[b] for b in text.encode())
+
+
+def merge_slowly(word, ranks, vocab):
+    """BPE as published: join the adjacent pair of the lowest rank until none is left."""
+    parts = list(word)
+    while len(parts) > 1:
+        pairs = [ranks.get((a, b), len(ranks)) for a, b in zip(parts, parts[1:])]
+        best = min(pairs)
+        if best == len(ranks):
+            break
+        at = pairs.index(best)
+        parts[at:at + 2] = [parts[at] + parts[at + 1]]
+    return [vocab[p] for p in parts]
+
+
+@given(st.text("abcdefghijklmnopqrstuvwxyzé", min_size=1, max_size=30))
+@settings(max_examples=200, deadline=None)
+def test_bpe(tok, file, word):
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in file["model"]["merges"]]
+    table = byte_alphabet()
+    spelled = "".join(table[b] for b in word.encode())
+    assert tok.encode(word) == merge_slowly(spelled, {m: i for i, m in enumerate(merges)}, file["model"]["vocab"])
+
+
+def test_vocabulary(tok, file):
+    assert len(tok) == 768
+    for piece, i in file["model"]["vocab"].items():
+        assert tok.id(piece) == i and tok.piece(i) == piece
+    assert tok.piece(len(tok)) is None and tok.piece(-1) is None and tok.piece(1 << 40) is None
+    assert tok.id("no such piece") is None
+    assert repr(tok) == "Tokenizer(768 ids)"
+
+
+def test_special_tokens(tok, models):
+    assert (tok.bos, tok.eos) == ("<|endoftext|>", "<|im_end|>")
+    ids = tok.encode("a<|im_end|>b")
+    assert ids == [*tok.encode("a"), tok.id("<|im_end|>"), *tok.encode("b")]
+    assert tok.decode(ids) == "a<|im_end|>b" and tok.decode(ids, skip_special=True) == "ab"
+    assert tok.encode("ab", special=False) == tok.encode("ab")   # this family's post-processor adds nothing
+    assert obm.Tokenizer(models / "base" / "tokenizer.json").encode("hello") == tok.encode("hello")
+
+
+def test_nul_and_empty(tok):
+    assert tok.encode("") == [] and tok.decode([]) == ""
+    assert tok.decode(tok.encode("a\0b")) == "a\0b"
+    assert tok.decode(tok.encode("🙂")[:1]) == "\ufffd"
+
+
+def test_refused(tok, tmp_path):
+    with pytest.raises(obm.ArgumentError, match="768"):
+        tok.decode([768])
+    with pytest.raises(UnicodeEncodeError):
+        tok.encode("\ud800")
+    with pytest.raises(TypeError):
+        tok.encode(3)
+    with pytest.raises(OSError, match="tokenizer.json"):
+        obm.Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{]")
+    with pytest.raises(obm.FormatError, match="tokenizer.json"):
+        obm.Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": []}}))
+    with pytest.raises(obm.Error, match="Unigram"):
+        obm.Tokenizer(tmp_path)
+
+
+# ---- the chat template ----
+
+def chatml(messages, add_generation=True):
+    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    return text + ("<|im_start|>assistant\n" if add_generation else "")
+
+
+def jinja(source, messages, add_generation, **values):
+    """As transformers renders: sandboxed, trim_blocks, lstrip_blocks."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return env.from_string(source).render(messages=messages, add_generation_prompt=add_generation, **values)
+
+
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("messages", [MESSAGES, MESSAGES[1:2]])
+def test_template(tok, models, messages, add):
+    source = json.loads((models / "base" / "tokenizer_config.json").read_text())["chat_template"]
+    assert tok.template == source
+    assert tok.apply_template(messages, add_generation=add) == chatml(messages, add) == jinja(source, messages, add)
+    assert tok.builtin_template(messages, add) == chatml(messages, add)
+
+
+def with_template(models, folder, template, **config):
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes((models / "base" / "tokenizer.json").read_bytes())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, **config}))
+    return obm.Tokenizer(folder)
+
+
+def test_another_template(models, tmp_path):
+    source = """{% for m in messages %}
+    {% if m.role == 'user' %}[{{ m.content | trim }}]{{ eos_token }}{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}{{ bos_token }}>{% endif %}"""
+    tok = with_template(models, tmp_path / "own", source, bos_token="<b>", eos_token={"content": "<e>"})
+    assert tok.apply_template(MESSAGES) == jinja(source, MESSAGES, True, bos_token="<b>", eos_token="<e>")
+    assert "[What is 1+1?]<e>" in tok.apply_template(MESSAGES)
+    with pytest.raises(obm.UnsupportedError, match="template"):
+        tok.builtin_template(MESSAGES)
+
+
+def test_templates_raise(models, tmp_path):
+    import jinja2
+    tok = with_template(models, tmp_path / "own", "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(jinja2.exceptions.TemplateError, match="alternate"):
+        tok.apply_template(MESSAGES)
+
+
+def test_templates_are_sandboxed(models, tmp_path):
+    import jinja2
+    tok = with_template(models, tmp_path / "own", "{{ messages.__class__.__mro__[1].__subclasses__() }}{{ messages.append(1) }}")
+    with pytest.raises(jinja2.exceptions.SecurityError):
+        tok.apply_template(MESSAGES)
+
+
+def test_without_jinja2_the_builtin_one_is_used(tok, monkeypatch):
+    import builtins
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("jinja2"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert tok.apply_template(MESSAGES) == chatml(MESSAGES)
+
+
+@pytest.mark.parametrize("wrong", ["text", [{"role": "user"}], [3], [{"role": "user", "content": 3}]])
+def test_messages_that_are_refused(tok, wrong):
+    with pytest.raises(TypeError):
+        tok.builtin_template(wrong)
