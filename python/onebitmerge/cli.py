@@ -528,9 +528,9 @@ def make_parser():
     parser.add_argument("--version", action="version", version=f"onebitmerge {obm.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(group, name, function, text, *, output=None, dry=False, base=False):
+    def verb(group, name, function, text, *, output=None, dry=False, base=False, rest=None):
         p = group.add_parser(name, parents=[common], help=text, description=text)
-        p.set_defaults(function=function)
+        p.set_defaults(function=function, rest=rest)
         if output:
             p.add_argument("-o", "--output", required=True, metavar=output)
             p.add_argument("--force", action="store_true", help="replace an existing output")
@@ -542,13 +542,14 @@ def make_parser():
 
     verb(verbs, "doctor", doctor, "build, instruction sets, BLAS, topology, memory; what is missing and how to get it")
 
-    p = verb(verbs, "inspect", inspect, "a model by module class; with experts norms, zeros, 1-bit error, cosines, sign agreement")
+    p = verb(verbs, "inspect", inspect, "a model by module class; with experts norms, zeros, 1-bit error, cosines, sign agreement",
+             rest="experts")
     p.add_argument("model", metavar="MODEL")
     p.add_argument("experts", nargs="*", metavar="EXPERT")
     p.add_argument("--tensors", action="store_true", help="list each tensor")
     p.add_argument("--checksums", action="store_true", help="with the sha256 of each tensor's bytes")
 
-    p = verb(verbs, "compress", compress, "experts to a pack", output="PACK")
+    p = verb(verbs, "compress", compress, "experts to a pack", output="PACK", rest="experts")
     p.add_argument("base", metavar="BASE")
     p.add_argument("experts", nargs="+", metavar="NAME=EXPERT[:POLICY]")
     p.add_argument("--profile", choices=("default", "paper", "mergekit"))
@@ -583,7 +584,7 @@ def make_parser():
     p.add_argument("--holdout", type=float, default=0, help="share held out for the report (default 0.2)")
     p.add_argument("--seed", type=int, default=0)
 
-    p = verb(verbs, "route", route, "task and probabilities of texts", base=True)
+    p = verb(verbs, "route", route, "task and probabilities of texts", base=True, rest="text")
     p.add_argument("pack", metavar="PACK")
     p.add_argument("text", nargs="*", metavar="TEXT")
     p.add_argument("--file", metavar="FILE", help="JSON lines: text|messages")
@@ -653,8 +654,19 @@ def fail(message, code):
     return code
 
 
+def parse(argv):
+    """argparse gives up on a list of positionals that options interrupt (PACK --router F TEXT...): `rest` names it."""
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (args.rest is None or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        setattr(args, args.rest, [*getattr(args, args.rest), *rest])
+    return args
+
+
 def main(argv=None):
-    args = make_parser().parse_args(argv)
+    args = parse(argv)
     warnings.showwarning = show_warning
     try:
         if args.threads < 0:

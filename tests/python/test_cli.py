@@ -1,0 +1,426 @@
+"""The command line: keys of the JSON lines, exit codes, what is refused, and that --dry-run writes nothing."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import onebitmerge as obm
+import plain
+from onebitmerge import cli
+
+PROMPT = "What is 17 plus 5?"
+
+
+@pytest.fixture
+def run(capsys):
+    """main(argv) -> (exit code, stdout, stderr)"""
+    def call(*argv):
+        capsys.readouterr()
+        try:
+            code = cli.main([str(a) for a in argv])
+        except SystemExit as e:
+            code = e.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+    return call
+
+
+@pytest.fixture
+def lines(run):
+    """main(argv + --json), which has to succeed -> the records"""
+    def call(*argv):
+        code, out, err = run(*argv, "--json")
+        assert code == 0, err
+        return [json.loads(line) for line in out.splitlines()]
+    return call
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    def write(*items, name="in.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(item) + "\n" for item in items))
+        return path
+    return write
+
+
+@pytest.fixture
+def fails(run):
+    """One clear line and the exit code"""
+    def call(*argv, code=1, match=""):
+        got, out, err = run(*argv)
+        assert got == code, (got, out, err)
+        assert match in err
+        if code == 1:
+            assert err.count("\n") == 1 and err.startswith("onebitmerge: "), err
+        return err
+    return call
+
+
+def in_shell(*argv, **options):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    return subprocess.run([sys.executable, "-m", "onebitmerge.cli", *map(str, argv)], capture_output=True, text=True, env=env, timeout=120, **options)
+
+
+# ---- doctor, inspect ----
+
+def test_doctor(run, lines):
+    record, = lines("doctor")
+    assert {"version", "isa", "isa_available", "blas", "topology", "compiler", "threads", "cores", "nodes", "memory_total", "memory_free",
+            "python", "lua", "missing"} == set(record)
+    assert record["version"] == obm.__version__ and record["isa"] in record["isa_available"].split(",")
+    code, out, _ = run("doctor")
+    assert code == 0 and "ISA in use" in out and "BLAS" in out
+
+
+def test_inspect(run, lines, models):
+    rows = lines("inspect", models / "base", models / "math", models / "code")
+    assert {r["kind"] for r in rows} == {"class", "delta", "pair"}
+    assert {r["class"] for r in rows if r["kind"] == "class"} == {"attention", "mlp", "embedding", "norm"}
+    mlp = next(r for r in rows if r["kind"] == "delta" and r["class"] == "mlp" and r["expert"].endswith("math"))
+    assert 0.02 < mlp["relative_norm"] < 0.04 and {"zero_share", "onebit_error_matrix", "onebit_error_row", "params"} <= set(mlp)
+    norm = next(r for r in rows if r["kind"] == "delta" and r["class"] == "norm")
+    assert norm["onebit_error_row"] is None   # no delta, no error: null, not NaN
+    pair = next(r for r in rows if r["kind"] == "pair" and r["class"] == "mlp")
+    assert len(pair["experts"]) == 2 and {"cosine", "sign_agreement"} <= set(pair)
+    code, out, _ = run("inspect", models / "base", models / "math")
+    assert code == 0 and "attention" in out and "||d||" in out
+
+
+def test_inspect_tensors(run, lines, models):
+    raw = plain.read_safetensors(models / "base" / "model.safetensors")
+    for model in (models / "base", models / "base" / "model.safetensors"):
+        rows = lines("inspect", model, "--checksums")
+        assert {r["name"]: (r["dtype"], tuple(r["shape"]), r["sha256"]) for r in rows} == {
+            name: (dtype, shape, hashlib.sha256(data).hexdigest()) for name, (dtype, shape, data) in raw.items()}
+    assert [set(r) for r in lines("inspect", models / "base", "--tensors")] == [{"name", "dtype", "shape"}] * len(raw)
+    assert run("inspect", models / "base", models / "chat", "--tensors")[1].count("%") == len(raw)
+
+
+# ---- packs ----
+
+def compress_args(models, out):
+    return ["compress", models / "base", f"chat={models / 'chat'}", f"math={models / 'math'}:attention", "-o", out]
+
+
+def test_compress(lines, run, models, tmp_path, fails):
+    out = tmp_path / "p"
+    plan, = lines(*compress_args(models, out), "--dry-run")
+    assert plan["dry_run"] is True and {"tensors", "bytes_read", "bytes_written", "peak_memory", "seconds"} <= set(plan)
+    assert list(tmp_path.iterdir()) == []
+    rows = lines(*compress_args(models, out))
+    assert {r["expert"] for r in rows[:-1]} == {"chat", "math"}
+    assert {"class", "tensors", "params", "bytes_expert", "bytes_pack", "policy"} <= set(rows[0])
+    assert rows[-1]["settings"]["lambda"] == 0.3 and "pack / K full experts" in rows[-1]
+    pack = obm.Pack(out)
+    assert pack.tasks == ["chat", "math"] and pack.policy("math").startswith("attention")
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in out.iterdir())
+    assert "--force" in fails(*compress_args(models, out), match="exists")
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in out.iterdir()) == before
+    assert run(*compress_args(models, out), "--force", "--scale", "matrix", "--planes", 2, "--map", "*.o_proj.weight=drop")[0] == 0
+    pack = obm.Pack(out)
+    assert "scale matrix, planes 2" in pack.policy("chat")
+    assert {t["mode"] for t in pack.tensors("chat") if "o_proj" in t["name"]} == {"drop"}
+
+
+@pytest.mark.parametrize("argv", [["chat"], ["=x"], ["chat=a", "chat=b"], ["chat=a", "--map", "x=2bit"], ["chat=a", "--policy", "x"], ["chat=a", "--threads", "-1"]])
+def test_compress_wrong_use(fails, models, tmp_path, argv):
+    fails("compress", models / "base", *argv, "-o", tmp_path / "p", code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pack_show(run, lines, pack_path):
+    rows = lines("pack", "show", pack_path)
+    assert [r["expert"] for r in rows[:-1:4]] == ["chat", "math", "code"]
+    scales = lines("pack", "show", pack_path, "--scales")
+    assert len(scales) == 3 * 28 and {"expert", "name", "alpha"} <= set(scales[0])
+    pack = obm.Pack(pack_path)
+    tensor = next(t for t in pack.tensors("chat") if t["name"] == scales[0]["name"])
+    assert np.allclose(scales[0]["alpha"], tensor["planes"][0][1], rtol=1e-7)
+    code, out, _ = run("pack", "show", pack_path)
+    assert code == 0 and "held-out accuracy" in out and "linear, scale row" in out
+    assert run("pack", "show", pack_path, "--scales")[0] == 0
+
+
+def test_pack_verify(run, lines, own_pack, fails, models, tmp_path):
+    assert lines("pack", "verify", own_pack.path) == [{"pack": own_pack.path, "verified": True}]
+    assert run("pack", "verify", own_pack.path, "--base", models / "base")[0] == 0
+    fails("pack", "verify", own_pack.path, "--base", models / "math", match="tensor")
+    file, = (tmp_path / "own.pack").glob("code-*")
+    blob = bytearray(file.read_bytes())
+    blob[-1] ^= 1
+    file.write_bytes(blob)
+    fails("pack", "verify", own_pack.path, match=file.name)
+
+
+def test_pack_changes(run, lines, own_pack, models, fails):
+    path = own_pack.path
+    assert lines("pack", "set", path, "--lambda", ".7", "--reading", "recomputed", "--profile", "paper", "--density", ".5") == [
+        {"lambda": .7, "reading": "recomputed", "profile": "paper", "density": .5}]
+    assert obm.Pack(path).settings["lambda"] == .7
+    lines("pack", "set", path, "--lambda", ".1", "--dry-run")
+    assert obm.Pack(path).settings["lambda"] == .7
+    assert lines("pack", "remove", path, "code", "--dry-run")[0]["bytes_freed"] > 100_000
+    assert obm.Pack(path).tasks == ["chat", "math", "code"]
+    lines("pack", "remove", path, "code")
+    assert obm.Pack(path).tasks == ["chat", "math"]
+    assert lines("pack", "add", path, f"code={models / 'code'}:mlp", "--dry-run")[0]["dry_run"] is True
+    assert obm.Pack(path).tasks == ["chat", "math"]
+    lines("pack", "add", path, f"code={models / 'code'}:mlp")
+    assert obm.Pack(path).policy("code").startswith("mlp")
+    fails("pack", "remove", path, "poetry", match="poetry")
+    fails("pack", "set", path, "--lambda", "-1", match="lambda")
+
+
+# ---- routers ----
+
+def test_router_train(lines, run, own_pack, data):
+    record, = lines("router", "train", own_pack.path, "--data", data.folder / "router_train.jsonl", "--layer", 1, "--holdout", .3)
+    assert set(record) == {"accuracy", "calibration_error", "tasks", "confusion", "layer", "n_train", "n_held_out"}
+    assert record["layer"] == 1 and record["n_held_out"] == 90 and record["accuracy"] > 0.9
+    assert obm.Pack(own_pack.path).router_report().layer == 1
+    code, out, _ = run("router", "train", own_pack.path, "--data", data.folder / "router_train.jsonl")
+    assert code == 0 and "true \\ routed" in out
+
+
+def test_route(lines, run, pack_path, jsonl, data, fails):
+    rows = lines("route", pack_path, PROMPT, "def f(x):")
+    assert [set(r) for r in rows] == [{"index", "text", "task", "weights"}] * 2
+    assert [r["index"] for r in rows] == [0, 1] and rows[0]["text"] == PROMPT and rows[0]["task"] == "math"
+    assert sum(rows[0]["weights"].values()) == pytest.approx(1)
+    items = [item for task in ("chat", "math", "code") for item in data.test[task][:5]]
+    rows = lines("route", pack_path, "--file", jsonl(*items))
+    assert [r["task"] for r in rows] == [i["task"] for i in items]
+    assert rows[0]["text"] == items[0]["messages"][0]["content"]
+    assert run("route", pack_path, PROMPT)[1].startswith("math\t")
+    fails("route", pack_path, code=2, match="either")
+
+
+def test_python_routers(lines, fails, pack_path, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def pick(request):\n    return 'code' if 'def ' in request.text else {'chat': .25, 'math': .75}\n"
+                    "def broken(request):\n    raise KeyError('from my router')\n")
+    rows = lines("route", pack_path, "--router", f"{file}:pick", "def f", "hello")
+    assert [(r["task"], r["weights"]) for r in rows] == [("code", {"code": 1}), ("math", {"chat": .25, "math": .75})]
+    row, = lines("generate", pack_path, "-p", "def f", "--router", f"{file}:pick", "--max-tokens", 2)
+    assert row["route"] == "code"
+    fails("generate", pack_path, "-p", "x", "--router", f"{file}:broken", match="from my router")
+    fails("route", pack_path, "x", "--router", f"{file}:nothing", match="nothing")
+    fails("route", pack_path, "x", "--router", tmp_path / "none.py:f", match="none.py")
+    fails("route", pack_path, "x", "--router", "nonsense", code=2)
+
+
+@pytest.mark.skipif(not (shutil.which("lua5.4") or shutil.which("lua")), reason="no Lua interpreter")
+def test_lua_routers(lines, fails, pack_path, tmp_path, model):
+    file = tmp_path / "mine.lua"
+    file.write_text("""return function(request)
+  print("for people")
+  if request.text:find("def ") then return "code" end
+  if request.text == "first" then return 1 end
+  if request.text == "builtin" then return request.builtin end
+  if request.text == "bad" then error("from my router") end
+  if request.text == "features" then return { chat = #request:features(1) / 192, math = #request.tokens } end
+  local best, most = nil, -1
+  for task, p in pairs(request.probabilities) do if p > most then best, most = task, p end end
+  return best
+end""")
+    rows = lines("route", pack_path, "--router", file, "def f", "first", "builtin", "features", PROMPT)
+    tokens = len(model.tokenizer.encode("features"))
+    assert [r["weights"] for r in rows] == [{"code": 1}, {"chat": 1}, model.route("builtin")[0], {"chat": 1, "math": tokens}, {"math": 1}]
+    fails("route", pack_path, "--router", file, "bad", match="from my router")
+    (tmp_path / "broken.lua").write_text("return 3")
+    fails("route", pack_path, "--router", tmp_path / "broken.lua", "x", match="must return a function")
+    fails("route", pack_path, "--router", tmp_path / "none.lua", "x", match="none.lua")
+
+
+# ---- running ----
+
+def test_generate(run, lines, pack_path, model, jsonl, fails, models):
+    row, = lines("generate", pack_path, "--chat", "-p", PROMPT, "--max-tokens", 40)
+    want = model.generate(PROMPT, chat=True, max_tokens=40)
+    assert row == {"index": 0, "text": str(want), "ids": want.ids, "route": "math", "finish_reason": "stop"}
+    code, out, err = run("generate", pack_path, "--chat", "-p", PROMPT, "--max-tokens", 40)
+    assert (code, out) == (0, want + "\n")
+    file = jsonl({"messages": [{"role": "user", "content": PROMPT}]}, {"prompt": "hello", "route": "chat=.7,math=.3"},
+                 {"ids": model.tokenizer.encode("hello"), "route": "code"}, {"prompt": "hello"})
+    rows = lines("generate", pack_path, "--file", file, "--max-tokens", 8, "--batch", 2, "--route", "chat")
+    assert [r["index"] for r in rows] == [0, 1, 2, 3]
+    assert [r["route"] for r in rows] == ["chat", "chat=0.7,math=0.3", "code", "chat"]
+    assert rows[1]["text"] == model.generate("hello", route={"chat": .7, "math": .3}, max_tokens=8)
+    assert lines("generate", pack_path, "--file", file, "--max-tokens", 8, "--threads", 1, "--route", "chat") == rows
+    plain_rows = lines("generate", models / "math", "-p", PROMPT, "--chat", "--max-tokens", 40, "--stop", " Answer")
+    assert plain_rows[0]["route"] is None and "Answer" not in plain_rows[0]["text"]
+    fails("generate", models / "math", "-p", "x", "--route", "chat", match="plain model")
+    fails("generate", pack_path, "-p", "x", "--route", "poetry", match="poetry")
+    fails("generate", pack_path, code=2, match="either")
+    fails("generate", models / "math", "-p", "x", "--base", "y", code=2, match="--base")
+
+
+def test_generate_samples_by_the_seed(lines, pack_path):
+    argv = ["generate", pack_path, "--chat", "-p", "hello", "--route", "chat", "--temperature", 3, "--top-k", 100, "--max-tokens", 12]
+    first = lines(*argv, "--seed", 5)
+    assert lines(*argv, "--seed", 5) == first != lines(*argv, "--seed", 6)
+
+
+def test_score(lines, run, pack_path, base_model, model, models, jsonl, fails):
+    p, c = model.tokenizer.encode(PROMPT), model.tokenizer.encode(" 22")
+    file = jsonl({"prompt": PROMPT, "continuation": " 22"}, {"ids": p, "continuation_ids": c}, {"text": PROMPT})
+    rows = lines("score", models / "base", "--file", file)
+    assert [set(r) for r in rows] == [{"index", "logprob", "token_logprobs", "is_greedy", "perplexity", "route"}] * 3
+    want = base_model.score(PROMPT, " 22")
+    assert rows[0]["logprob"] == rows[1]["logprob"] == want.logprob and rows[0]["route"] is None
+    assert rows[2]["perplexity"] == base_model.score(PROMPT).perplexity
+    rows = lines("score", pack_path, "--file", jsonl({"prompt": PROMPT, "continuation": " 22"}, {"prompt": PROMPT, "continuation": " 22", "route": "chat"}))
+    assert [r["route"] for r in rows] == ["math", "chat"]
+    assert rows[1]["logprob"] == model.score(PROMPT, " 22", route="chat").logprob
+    assert run("score", pack_path, "--file", file, "--route", "math")[1].count("route math") == 1   # an item's own route wins
+    fails("score", pack_path, "--file", jsonl({"prompt": "x"}), match="item 0: expected one of continuation")
+
+
+def test_logits(lines, run, pack_path, base_model, model, models, jsonl, tmp_path, fails):
+    ids = model.tokenizer.encode(PROMPT)
+    out = tmp_path / "x.npz"
+    file = jsonl({"ids": ids}, {"ids": ids[:3]})
+    assert lines("logits", models / "base", "--file", file, "-o", out, "--dry-run")[0]["bytes_written"] == 2 * 768 * 4
+    assert not out.exists()
+    assert lines("logits", models / "base", "--file", file, "-o", out) == [{"output": str(out), "arrays": 2}]
+    with np.load(out) as arrays:
+        assert arrays.files == ["logits_0", "logits_1"] and arrays["logits_0"].dtype == np.float32
+        assert np.array_equal(arrays["logits_0"], base_model.logits(ids, all=False))
+        assert np.array_equal(arrays["logits_1"], base_model.logits(ids[:3], all=False))
+    fails("logits", models / "base", "--file", file, "-o", out, match="exists")
+    assert run("logits", pack_path, "--file", jsonl({"ids": ids, "route": "code"}, {"ids": ids}), "-o", out, "--force", "--all", "--decode", "--kv", "f16")[0] == 0
+    with np.load(out) as arrays:
+        assert np.array_equal(arrays["logits_0"], model.logits(ids, route="code", decode=True, kv="f16"))
+        assert np.array_equal(arrays["logits_1"], model.logits(ids, route=model.route(ids)[0], decode=True, kv="f16"))
+    assert sorted(p.name for p in tmp_path.glob("*.npz*")) == ["x.npz"]
+
+
+def test_tokenize(lines, run, models, model, jsonl, fails):
+    ids = model.tokenizer.encode("a<|im_end|>")
+    rows = lines("tokenize", models / "base", "--file", jsonl({"text": "a<|im_end|>"}, {"ids": ids}))
+    assert rows == [{"index": 0, "ids": ids, "pieces": [model.tokenizer.piece(i) for i in ids]}, {"index": 1, "text": "a<|im_end|>"}]
+    assert lines("tokenize", models / "base", "--file", jsonl({"ids": ids}), "--skip-special") == [{"index": 0, "text": "a"}]
+    assert run("tokenize", models / "base", "--file", jsonl({"text": "a"}))[1].split() == [str(i) for i in model.tokenizer.encode("a")]
+    fails("tokenize", models / "base", "--file", jsonl({"ids": [9999]}), match="9999")
+
+
+# ---- merge, export, eval ----
+
+def test_merge(lines, fails, models, tmp_path, run):
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(f"merge_method: task_arithmetic\nbase_model: {models}/base\ndtype: float32\nmodels:\n  - model: {models}/math\n    parameters: {{weight: 1}}\n")
+    out = tmp_path / "out"
+    assert lines("merge", recipe, "-o", out, "--dry-run")[0]["dry_run"] is True and not out.exists()
+    record, = lines("merge", recipe, "-o", out, "--out-shard-size", "1MB", "--memory", "100MB")
+    assert record["output"] == str(out) and record["tensors"] == 38
+    assert len(list(out.glob("*.safetensors"))) > 3
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert np.abs(obm.Checkpoint(out)[name].numpy() - obm.Checkpoint(models / "math")[name].numpy()).max() < 1e-6
+    fails("merge", recipe, "-o", out, match="--force")
+    assert run("merge", recipe, "-o", out, "--force", "--profile", "paper")[0] == 0
+    recipe.write_text(recipe.read_text().replace("merge_method", "merge_metod"))
+    fails("merge", recipe, "-o", tmp_path / "other", match="merge_method")
+    fails("merge", tmp_path / "none.yml", "-o", tmp_path / "other", match="none.yml")
+    fails("merge", recipe, "-o", out, "--out-shard-size", "lots", code=2)
+    assert not (tmp_path / "other").exists()
+
+
+def test_export(lines, fails, pack_path, tmp_path, run):
+    out = tmp_path / "out"
+    assert lines("export", pack_path, "--route", "math", "-o", out, "--dry-run")[0]["dry_run"] is True and not out.exists()
+    record, = lines("export", pack_path, "--route", "math", "-o", out)
+    assert record["route"] == "math" and record["output"] == str(out) and 0 < record["lost_share"] < .1
+    fails("export", pack_path, "--route", "math", "-o", out, match="--force")
+    code, text, _ = run("export", pack_path, "--route", "chat=.5,math=.5", "-o", out, "--force", "--dtype", "f32")
+    assert code == 0 and "lost to rounding" in text
+    assert {t for t, _, _ in plain.read_safetensors(out / "model.safetensors").values()} == {"F32"}
+
+
+def test_eval(lines, run, pack_path, models, data, jsonl, fails):
+    items = [item for task in ("math", "code") for item in data.test[task][:10]]
+    rows = lines("eval", pack_path, "--task", jsonl(*items), "--route", "auto", "--route", "math", "--max-tokens", 64)
+    assert [set(r) for r in rows] == [{"task", "route", "n", "metric", "value", "low", "high"}] * 4
+    assert [(r["task"], r["route"], r["n"]) for r in rows] == [(t, r, 10) for r in ("auto", "math") for t in ("math", "code")]
+    assert rows[0]["value"] >= .7 and rows[1]["value"] >= .6 > rows[3]["value"]
+    for r in rows:   # Wilson's interval, from the formula
+        z, n, p = 1.959964, r["n"], r["value"]
+        centre, half = (p + z * z / 2 / n) / (1 + z * z / n), z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+        assert (r["low"], r["high"]) == pytest.approx((max(0, centre - half), min(1, centre + half)))
+    choices = [{"prompt": "What is 3 plus 4?\n", "choices": [" Look: 3+4=7.", "qqqqqq"], "correct": 0, "task": "pick"},
+               {"prompt": "What is 3 plus 4?\n", "choices": ["zzzz", "Look: 3+4=7."], "correct": 0, "task": "pick"}]
+    row, = lines("eval", models / "math", "--task", jsonl(*choices))
+    assert row["value"] == .5 and row["route"] is None
+    assert "Wilson" in run("eval", pack_path, "--task", jsonl(*choices))[1]
+    fails("eval", pack_path, "--task", jsonl({"prompt": "x"}), match="answer")
+    fails("eval", pack_path, "--task", jsonl(), match="no items")
+
+
+# ---- input, errors, exit codes ----
+
+def test_stdin(lines, models, model, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"text": "a"}\n\n{"text": "é"}\n'))
+    assert [r["ids"] for r in lines("tokenize", models / "base", "--file", "-")] == [model.tokenizer.encode(t) for t in ("a", "é")]
+
+
+@pytest.mark.parametrize("text, match", [("{]\n", "line 1: not JSON"), ('{"text": "a"}\n[1]\n', "line 2: expected an object, found list"), ('{"x": 1}\n', "expected one of text")])
+def test_bad_lines_are_named(fails, models, tmp_path, text, match):
+    (tmp_path / "in.jsonl").write_text(text)
+    assert "in.jsonl" in fails("tokenize", models / "base", "--file", tmp_path / "in.jsonl", match=match) or "item" in match or "one of" in match
+
+
+def test_exit_codes(fails, run, tmp_path, models):
+    assert run("--version") == (0, f"onebitmerge {obm.__version__}\n", "")
+    code, out, _ = run("--help")
+    assert code == 0 and all(verb in out for verb in ("doctor", "inspect", "compress", "pack", "router", "route", "generate", "score", "logits",
+                                                      "tokenize", "merge", "export", "eval"))
+    fails(code=2)
+    fails("nonsense", code=2)
+    fails("inspect", code=2)
+    fails("doctor", "more", code=2)
+    fails("route", "pack", "text", "--nonsense", code=2)
+    fails("inspect", tmp_path / "nowhere", match="nowhere")
+    fails("tokenize", models / "base", "--file", tmp_path / "none.jsonl", match="none.jsonl: No such file")
+
+
+def test_in_a_process(models, tmp_path):
+    done = in_shell("inspect", models / "base", "--json")
+    assert done.returncode == 0 and done.stderr == "" and all(json.loads(line) for line in done.stdout.splitlines())
+    done = in_shell("inspect", tmp_path / "nowhere")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    done = in_shell("tokenize", models / "base", "--file", "-", "--json", input='{"text": "a"}\n')
+    assert done.returncode == 0 and json.loads(done.stdout)["index"] == 0
+
+
+def test_interrupt_is_130(models, tmp_path):
+    prompts = tmp_path / "many.jsonl"
+    prompts.write_text('{"prompt": "hello", "route": "base"}\n' * 20000)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    process = subprocess.Popen([sys.executable, "-m", "onebitmerge.cli", "generate", str(models / "base"), "--json", "--chat", "--file", "-"],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True)
+    process.stdin.write('{"prompt": "hello"}\n' * 5000)
+    process.stdin.close()
+    assert json.loads(process.stdout.readline())["index"] == 0   # it runs
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.stdout.read()
+    assert process.wait(20) == 130
+    assert time.monotonic() - begun < 5
+    assert process.stderr.read() == "onebitmerge: interrupted\n"
+
+
+def test_a_closed_pipe_is_no_error(models):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(f"{sys.executable} -m onebitmerge.cli inspect {models}/base --checksums --json | head -n 1", shell=True, env=env,
+                          capture_output=True, text=True, timeout=60)
+    assert done.stderr == "" and json.loads(done.stdout)["name"] == "model.embed_tokens.weight"
