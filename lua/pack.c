@@ -80,6 +80,14 @@ static void expert_map(lua_State *L, int keep, int at, obm_expert *x) {
     qsort(rules, x->n_map, sizeof *rules, by_glob);
 }
 
+static bool is_expert_key(const char *key) {
+    static const char *const known[] = {"name", "path", "policy", "scale", "planes", "map"};
+    for (size_t i = 0; key && i < sizeof known / sizeof *known; i++) {
+        if (strcmp(key, known[i]) == 0) return true;
+    }
+    return false;
+}
+
 /* A path, or { path, policy =, scale =, planes =, map = }. */
 static void expert_from(lua_State *L, int keep, int at, obm_expert *x) {
     x->struct_size = sizeof *x;
@@ -88,6 +96,13 @@ static void expert_from(lua_State *L, int keep, int at, obm_expert *x) {
         return;
     }
     if (lua_type(L, at) != LUA_TTABLE) luaL_error(L, "an expert is a path or a table { path, policy = ... }, got %s", luaL_typename(L, at));
+    lua_pushnil(L);
+    while (lua_next(L, at)) {
+        lua_pop(L, 1);
+        if (lua_isinteger(L, -1)) continue;
+        if (lua_type(L, -1) != LUA_TSTRING || !is_expert_key(lua_tostring(L, -1)))
+            luaL_error(L, "an expert has no %s (known: name, path, policy, scale, planes, map)", luaL_tolstring(L, -1, NULL));
+    }
     x->path = obm_lua_field_string(L, at, keep, "path");
     if (!x->path && lua_geti(L, at, 1) != LUA_TSTRING) luaL_error(L, "an expert's path is missing");
     if (!x->path) x->path = obm_lua_keep(L, keep, lua_gettop(L)), lua_pop(L, 1);

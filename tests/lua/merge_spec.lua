@@ -1,0 +1,104 @@
+-- Static merges: recipes as tables and files, tensors, the method table.
+local obm = require "onebitmerge"
+local support = dofile(debug.getinfo(1, "S").source:match("^@(.*/)") .. "support.lua")
+
+teardown(support.clean)
+
+local function recipe()
+  return { merge_method = "ties", base_model = support.models .. "base", dtype = "float32",
+    models = { { model = support.models .. "chat", parameters = { weight = 0.5, density = 0.5 } },
+      { model = support.models .. "math", parameters = { weight = 1, density = 1e-1 } } } }
+end
+
+local yaml = [[
+merge_method: ties
+base_model: base
+dtype: float32
+models:
+  - model: chat
+    parameters: {weight: 0.5, density: 0.5}
+  - model: math
+    parameters: {weight: 1, density: 0.1}
+]]
+
+describe("merge", function()
+  it("gives the same folder from a table and from a file", function()
+    local folder = support.folder()
+    os.execute(("cp -r '%s'* '%s'"):format(support.models, folder))
+    local plan = assert(obm.merge(recipe(), folder .. "/a"))
+    assert.is_true(plan.tensors > 0)
+    assert(obm.merge(support.write(folder .. "/recipe.yml", yaml), folder .. "/b"))
+    local a, b = assert(obm.checkpoint(folder .. "/a")), assert(obm.checkpoint(folder .. "/b"))
+    assert.same(a:keys(), b:keys())
+    for _, name in ipairs(a:keys()) do assert.equal(a:sha256(name), b:sha256(name)) end
+    assert.equal("EXISTS", select(3, obm.merge(recipe(), folder .. "/a")))
+    assert.truthy(obm.merge(recipe(), folder .. "/a", { overwrite = true, memory = 64 << 20 }))
+    assert.is_true(assert(obm.merge(recipe(), folder .. "/c", { dry_run = true })).bytes_read > 0)
+    assert.is_false(support.exists(folder .. "/c/config.json"))
+    assert.truthy(obm.model(folder .. "/a"):generate("What is 17 plus 5?", { max_tokens = 2 }))
+  end)
+
+  it("equals merge_tensors on a tensor", function()
+    local folder = support.folder()
+    assert(obm.merge(recipe(), folder .. "/a"))
+    local name = "model.layers.0.mlp.up_proj.weight"
+    local function wide(folder_name)   -- dtype float32 in the recipe
+      local t = obm.checkpoint(support.models .. folder_name)[name]
+      return { shape = t.shape, data = t:totable() }
+    end
+    local out = assert(obm.merge_tensors("ties", { wide "chat", wide "math" }, wide "base",
+      { weight = { 0.5, 1 }, density = { 0.5, 0.1 } }))
+    assert.is_true(obm.checkpoint(folder .. "/a")[name]:tostring() == out:tostring())
+  end)
+
+  it("checks recipes", function()
+    local r = recipe()
+    r.merge_metod = "ties"
+    local plan, reason, name = obm.merge(r, support.folder() .. "/a")
+    assert.is_nil(plan)
+    assert.equal("NOTFOUND", name)
+    assert.truthy(reason:find("merge_metod", 1, true) and reason:find("did you mean `merge_method`", 1, true))
+    local missing, text, code = obm.merge("/no/such.yml", support.folder() .. "/a")
+    assert.is_nil(missing)
+    assert.equal("IO", code)
+    assert.truthy(text:find("/no/such.yml", 1, true))
+    assert.error_matches(function() obm.merge({ models = { "a", x = 1 } }, "out") end, "a list has the key x as well")
+    assert.error_matches(function() obm.merge({ [2] = 1 }, "out") end, "key 2 is not a string")
+    assert.error_matches(function() obm.merge({ a = print }, "out") end, "cannot be written")
+    assert.error_matches(function() obm.merge({ a = 0 / 0 }, "out") end, "cannot be written")
+    assert.error_matches(function() obm.merge(recipe(), "out", { sed = 1 }) end, "unknown option sed")
+  end)
+end)
+
+describe("merge_tensors", function()
+  local a, b = { shape = { 2, 2 }, data = { 1, 2, 3, 4 } }, { shape = { 2, 2 }, dtype = "F32", data = support.f32 { 3, 2, 1, 0 } }
+
+  it("takes tables of numbers and raw bytes", function()
+    local out = assert(obm.merge_tensors("linear", { a, b }, nil, { weight = { 1, 1 } }))
+    assert.same({ 2.0, 2.0, 2.0, 2.0 }, out:totable())
+    assert.same({ 2, 2 }, out.shape)
+    assert.equal("Tensor(F32, shape={2, 2})", tostring(out))
+  end)
+
+  it("checks what it is given", function()
+    assert.equal("NOTFOUND", select(3, obm.merge_tensors("linaer", { a, b })))
+    assert.equal("SHAPE", select(3, obm.merge_tensors("linear", { a, { shape = { 4 }, data = { 1, 2, 3, 4 } } }, nil, { weight = 1 })))
+    assert.error_matches(function() obm.merge_tensors("linear", { { shape = { 3 }, data = { 1 } } }) end, "has 1 numbers, its shape 3")
+    assert.error_matches(function() obm.merge_tensors("linear", { { shape = { 3 }, data = "abc" } }) end, "has 3 bytes")
+    assert.error_matches(function() obm.merge_tensors("linear", { { data = "abc" } }) end, "missing: shape")
+    assert.error_matches(function() obm.merge_tensors("linear", { { shape = { 1 }, dtype = "F33", data = "abc" } }) end, "unknown dtype")
+    assert.error_matches(function() obm.merge_tensors("linear", { { shape = { -1 }, data = "" } }) end, "negative")
+    assert.error_matches(function() obm.merge_tensors("linear", { 7 }) end, "expected a tensor")
+    assert.error_matches(function() obm.merge_tensors("linear", {}) end, "no models")
+  end)
+
+  it("has a documented method table", function()
+    local names = {}
+    for _, method in ipairs(obm.methods()) do
+      names[method.name] = true
+      assert.is_true(#method.doc > 0 and #method.source > 0)
+      for _, p in ipairs(method.params) do assert.is_true(#p.name > 0 and p.min <= p.max) end
+    end
+    for _, name in ipairs { "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties" } do assert.is_true(names[name]) end
+  end)
+end)
