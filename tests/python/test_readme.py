@@ -1,0 +1,110 @@
+"""Runs every program of README.md in a folder where models/ is examples/models and route.* are the router's prompts."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "tests"   # made by tests/run.sh before it runs these tests
+
+
+def blocks(language):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.M | re.S)
+
+
+@pytest.fixture
+def folder(tmp_path, data, models):
+    (tmp_path / "models").symlink_to(models)
+    (tmp_path / "route.jsonl").write_text("".join(json.dumps(item) + "\n" for item in data.router))
+    with open(tmp_path / "route.tsv", "w", encoding="utf-8") as file:
+        for item in data.router:
+            text = item["messages"][0]["content"].replace("\n", " ").replace("\t", " ")
+            file.write(f"{item['task']}\t{text}\n")
+    (tmp_path / "recipe.yml").write_text("merge_method: task_arithmetic\nbase_model: models/base\nmodels:\n"
+                                         "  - {model: models/chat, parameters: {weight: 0.5}}\n  - {model: models/math, parameters: {weight: 0.5}}\n")
+    return tmp_path
+
+
+def run(argv, folder, **env):
+    done = subprocess.run(list(map(str, argv)), cwd=folder, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{argv[0]}: {done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def python_path():
+    return os.pathsep.join(p for p in sys.path if p)
+
+
+def test_python(folder):
+    program = folder / "program.py"
+    program.write_text("\n".join(blocks("python")), encoding="utf-8")
+    out = run([sys.executable, program], folder, PYTHONPATH=python_path())
+    assert "Answer: 22" in out and "{'math': 1.0}" in out
+
+
+def lua_folders():
+    """lua/ of the sources and the compiled module that tests/run.sh builds."""
+    if not (BUILD / "lua").is_dir():
+        pytest.fail(f"{BUILD / 'lua'} is missing: tests/run.sh builds the Lua module before these tests")
+    built = BUILD / "lua"
+    return {"LUA_PATH": f"{ROOT}/lua/?.lua;{built}/?.lua;{built}/?/init.lua;;", "LUA_CPATH": f"{built}/?.so;;"}
+
+
+def test_lua(folder):
+    environment = lua_folders()
+    program = folder / "program.lua"
+    program.write_text("\n".join(blocks("lua")), encoding="utf-8")
+    out = run(["lua5.4", program], folder, **environment)
+    assert "Answer: 22" in out and "math" in out
+
+
+def static_library(tmp_path_factory):
+    found = sorted(BUILD.rglob("libonebitmerge*.a"))
+    if found:
+        return found[0].parent, BUILD
+    build = tmp_path_factory.mktemp("build")
+    run(["cmake", "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release"], ROOT)
+    run(["cmake", "--build", build, "-j2"], ROOT)
+    return sorted(build.rglob("libonebitmerge*.a"))[0].parent, build
+
+
+def test_c(folder, tmp_path_factory):
+    program, = blocks("c")
+    (folder / "program.c").write_text(program, encoding="utf-8")
+    library, build = static_library(tmp_path_factory)
+    project = f"""cmake_minimum_required(VERSION 3.16)
+project(readme C)
+set(OBM_INSTALL OFF)
+add_executable(program program.c)
+target_include_directories(program PRIVATE {ROOT}/core/include)
+find_package(PkgConfig REQUIRED)
+pkg_check_modules(DEPS REQUIRED openblas hwloc jansson libpcre2-8 libutf8proc yaml-0.1 libxxhash)
+target_link_libraries(program PRIVATE {next(iter(sorted(library.glob("libonebitmerge*.a"))))} ${{DEPS_LDFLAGS}} pthread m)
+"""
+    (folder / "CMakeLists.txt").write_text(project)
+    run(["cmake", "-S", ".", "-B", "made"], folder)
+    run(["cmake", "--build", "made"], folder)
+    assert run([folder / "made" / "program"], folder).endswith("Answer: 22")
+
+
+def test_shell(folder, tmp_path):
+    """The set-up commands (quickstart, tests) are run by CI; the others here, one after the other."""
+    programs = [b for b in blocks("sh") if "quickstart.sh" not in b and "tests/run.sh" not in b]
+    assert len(programs) >= 2
+    command = shutil.which("onebitmerge", path=os.path.dirname(sys.executable)) or ""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    if not command:   # the package is on sys.path without its script
+        (bin_folder / "onebitmerge").write_text(f"#!/bin/sh\nexec {sys.executable} -m onebitmerge.cli \"$@\"\n")
+        (bin_folder / "onebitmerge").chmod(0o755)
+    path = os.pathsep.join([str(bin_folder), os.path.dirname(sys.executable), os.environ["PATH"]])
+    out = run(["sh", "-ec", "\n".join(programs)], folder, PATH=path, PYTHONPATH=python_path())
+    assert "Answer: 22" in out and "held-out accuracy" in out
+    assert (folder / "math-dense" / "model.safetensors").exists() and (folder / "merged" / "config.json").exists()
