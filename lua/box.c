@@ -109,8 +109,10 @@ void obm_lua_type(lua_State *L, const char *type, const luaL_Reg *methods, const
     if (meta) luaL_setfuncs(L, meta, 0);
     push_functions(L, methods);
     push_functions(L, fields);
-    if (index) lua_pushcfunction(L, index);
-    else lua_pushnil(L);
+    if (index)
+        lua_pushcfunction(L, index);
+    else
+        lua_pushnil(L);
     lua_pushcclosure(L, box_index, 3);
     lua_setfield(L, -2, "__index");
     lua_pushstring(L, type);
@@ -150,7 +152,10 @@ const char *obm_lua_keep(lua_State *L, int keep, int at) {
     return s;
 }
 
-typedef struct scratch { void (*clear)(void *); long double align; } scratch;   /* aligned as malloc's memory is */
+typedef struct scratch {
+    void (*clear)(void *);
+    long double align;
+} scratch; /* aligned as malloc's memory is */
 
 void *obm_lua_scratch(lua_State *L, size_t size, void (*clear)(void *memory)) {
     scratch *s = lua_newuserdatauv(L, sizeof *s + size, 0);
@@ -199,7 +204,7 @@ static obm_context *context_new(lua_State *L, int threads) {
     if (obm_context_new(&options, &ctx, &err) != OBM_OK) luaL_error(L, "%s", err.message);
     obm_lua_box_fill(b, ctx);
     lua_pushvalue(L, -1);
-    lua_setfield(L, LUA_REGISTRYINDEX, "onebitmerge.default");   /* objects that are open keep the old one */
+    lua_setfield(L, LUA_REGISTRYINDEX, "onebitmerge.default"); /* objects that are open keep the old one */
     return ctx;
 }
 

@@ -25,7 +25,8 @@ void obm_lua_call_init(lua_State *L, obm_lua_call *c, int at, bool with_router) 
     *c = (obm_lua_call){.L = L};
     if (at) c->progress = push_callback(L, at, "progress");
     if (at && with_router) {
-        if (lua_getfield(L, at, "router") == LUA_TBOOLEAN) luaL_error(L, "option router: function expected, got boolean");
+        if (lua_getfield(L, at, "router") == LUA_TBOOLEAN)
+            luaL_error(L, "option router: function expected, got boolean");
         lua_pop(L, 1);
         c->router = push_callback(L, at, "router");
     }
@@ -57,8 +58,10 @@ static bool run(obm_lua_call *c, lua_CFunction body, int callback, void *argumen
     lua_State *L = c->L;
     if (c->failed || !lua_checkstack(L, 8)) return false;
     lua_pushcfunction(L, body);
-    if (callback) lua_pushvalue(L, callback);
-    else lua_pushnil(L);
+    if (callback)
+        lua_pushvalue(L, callback);
+    else
+        lua_pushnil(L);
     lua_pushlightuserdata(L, arguments);
     if (lua_pcall(L, 2, 0, 0) == LUA_OK) return true;
     lua_replace(L, c->raised);
@@ -66,9 +69,13 @@ static bool run(obm_lua_call *c, lua_CFunction body, int callback, void *argumen
     return false;
 }
 
-typedef struct progress_arguments { const char *what; uint64_t done, total; } progress_arguments;
+typedef struct progress_arguments {
+    const char *what;
+    uint64_t done, total;
+} progress_arguments;
 
-/* Also without a callback: the call of a C function is where a hook that waits (Ctrl-C of the lua program) gets to run. */
+/* Also without a callback: the call of a C function is where a hook that waits gets to run.  The lua program's Ctrl-C
+ * is such a hook of the main thread; a call inside a coroutine runs to its end first. */
 static int progress_body(lua_State *L) {
     const progress_arguments *a = lua_touserdata(L, 2);
     if (lua_isnil(L, 1)) return 0;
@@ -106,7 +113,7 @@ static int router_body(lua_State *L) {
     lua_pushvalue(L, 1);
     lua_pushvalue(L, -2);
     int status = lua_pcall(L, 1, 1, 0);
-    *slot = NULL;   /* a request that the router kept answers nothing any more */
+    *slot = NULL; /* a request that the router kept answers nothing any more */
     if (status != LUA_OK) return lua_error(L);
     a->status = obm_lua_weights(L, -1, a->call->pack, a->weights, a->err);
     return 0;
@@ -121,7 +128,11 @@ obm_status obm_lua_router(void *user, obm_request *request, double *weights, obm
 
 /* ---- Request: what a router sees, valid during its call ---- */
 
-typedef struct request { obm_lua_box box; obm_request *r; const obm_pack *pack; } request;
+typedef struct request {
+    obm_lua_box box;
+    obm_request *r;
+    const obm_pack *pack;
+} request;
 
 void obm_lua_request_push(lua_State *L, obm_request *r, const obm_pack *pack, obm_request ***slot) {
     request *self = obm_lua_box_new(L, sizeof *self, OBM_LUA_REQUEST, NULL);
@@ -201,9 +212,13 @@ static int request_features(lua_State *L) {
 }
 
 static const luaL_Reg request_methods[] = {{"features", request_features}, {NULL, NULL}};
-static const luaL_Reg request_fields[] = {
-    {"text", request_text},       {"tokens", request_tokens},
-    {"tasks", request_tasks},     {"builtin", request_builtin},
-    {"probabilities", request_probabilities}, {NULL, NULL}};
+static const luaL_Reg request_fields[] = {{"text", request_text},
+                                          {"tokens", request_tokens},
+                                          {"tasks", request_tasks},
+                                          {"builtin", request_builtin},
+                                          {"probabilities", request_probabilities},
+                                          {NULL, NULL}};
 
-void obm_lua_open_request(lua_State *L) { obm_lua_type(L, OBM_LUA_REQUEST, request_methods, request_fields, NULL, NULL); }
+void obm_lua_open_request(lua_State *L) {
+    obm_lua_type(L, OBM_LUA_REQUEST, request_methods, request_fields, NULL, NULL);
+}

@@ -17,8 +17,10 @@ static obm_status checkpoint_open(lua_State *L, const char *path, obm_error *err
     obm_lua_box_parent(L, b, 0, context);
     obm_checkpoint *c;
     obm_status status = obm_checkpoint_open(ctx, path, &c, err);
-    if (status == OBM_OK) obm_lua_box_fill(b, c);
-    else obm_lua_box_close(b);
+    if (status == OBM_OK)
+        obm_lua_box_fill(b, c);
+    else
+        obm_lua_box_close(b);
     lua_remove(L, context);
     return status;
 }
@@ -46,7 +48,9 @@ static int checkpoint_get(lua_State *L) {
 /* checkpoint[name]: the tensor, nil without one */
 static int checkpoint_index(lua_State *L) {
     obm_tensor t;
-    if (lua_type(L, 2) != LUA_TSTRING || obm_checkpoint_get(checkpoint_of(L, 1), lua_tostring(L, 2), &t, NULL) != OBM_OK) return 0;
+    if (lua_type(L, 2) != LUA_TSTRING ||
+        obm_checkpoint_get(checkpoint_of(L, 1), lua_tostring(L, 2), &t, NULL) != OBM_OK)
+        return 0;
     obm_lua_tensor_view(L, &t, 1);
     return 1;
 }
@@ -92,14 +96,19 @@ static int checkpoint_tied(lua_State *L) {
 static int checkpoint_sha256(lua_State *L) {
     char hex[65];
     obm_error err;
-    if (obm_checkpoint_sha256(checkpoint_of(L, 1), obm_lua_string(L, 2), hex, &err) != OBM_OK) return obm_lua_fail(L, &err);
+    if (obm_checkpoint_sha256(checkpoint_of(L, 1), obm_lua_string(L, 2), hex, &err) != OBM_OK)
+        return obm_lua_fail(L, &err);
     lua_pushstring(L, hex);
     return 1;
 }
 
-static const luaL_Reg checkpoint_methods[] = {
-    {"keys", checkpoint_keys}, {"get", checkpoint_get},   {"sha256", checkpoint_sha256}, {"path", checkpoint_path},
-    {"config", checkpoint_config}, {"tied", checkpoint_tied}, {NULL, NULL}};
+static const luaL_Reg checkpoint_methods[] = {{"keys", checkpoint_keys},
+                                              {"get", checkpoint_get},
+                                              {"sha256", checkpoint_sha256},
+                                              {"path", checkpoint_path},
+                                              {"config", checkpoint_config},
+                                              {"tied", checkpoint_tied},
+                                              {NULL, NULL}};
 static const luaL_Reg checkpoint_meta[] = {{"__len", checkpoint_len}, {NULL, NULL}};
 
 /* ---- TaskVector ---- */
@@ -178,7 +187,7 @@ static int vector_get(lua_State *L) {
     const char *name = obm_lua_string(L, 2);
     obm_tensor base;
     obm_error err;
-    find_base(v, name, &base);   /* an unknown name gets its error from the core below */
+    find_base(v, name, &base); /* an unknown name gets its error from the core below */
     float *data = obm_lua_tensor_new(L, base.ndim, base.shape);
     return obm_task_vector_read(v, name, data, &err) == OBM_OK ? 1 : obm_lua_fail(L, &err);
 }
@@ -232,7 +241,8 @@ static int vector_tensor_stats(lua_State *L) {
     const obm_task_vector *v = vector_of(L, 1);
     obm_delta_stats stats;
     obm_error err;
-    if (obm_task_vector_tensor_stats(context_of(L), v, obm_lua_string(L, 2), &stats, &err) != OBM_OK) return obm_lua_fail(L, &err);
+    if (obm_task_vector_tensor_stats(context_of(L), v, obm_lua_string(L, 2), &stats, &err) != OBM_OK)
+        return obm_lua_fail(L, &err);
     push_stats(L, &stats);
     return 1;
 }
@@ -264,9 +274,9 @@ static int vector_compare(lua_State *L) {
     return 1;
 }
 
-static const luaL_Reg task_vector_methods[] = {
-    {"keys", vector_keys}, {"get", vector_get}, {"stats", vector_stats}, {"tensor_stats", vector_tensor_stats},
-    {"compare", vector_compare}, {NULL, NULL}};
+static const luaL_Reg task_vector_methods[] = {{"keys", vector_keys},       {"get", vector_get},
+                                               {"stats", vector_stats},     {"tensor_stats", vector_tensor_stats},
+                                               {"compare", vector_compare}, {NULL, NULL}};
 static const luaL_Reg vector_meta[] = {{"__len", vector_len}, {NULL, NULL}};
 
 void obm_lua_open_checkpoint(lua_State *L) {

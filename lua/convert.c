@@ -89,8 +89,11 @@ obm_profile obm_lua_field_profile(lua_State *L, int at, const char *name) {
 }
 
 obm_dtype obm_lua_field_kv(lua_State *L, int at) {
-    static const struct { const char *name; obm_dtype dtype; } names[] = {
-        {"f32", OBM_F32}, {"float32", OBM_F32}, {"F32", OBM_F32}, {"f16", OBM_F16}, {"float16", OBM_F16}, {"F16", OBM_F16}};
+    static const struct {
+        const char *name;
+        obm_dtype dtype;
+    } names[] = {{"f32", OBM_F32}, {"float32", OBM_F32}, {"F32", OBM_F32},
+                 {"f16", OBM_F16}, {"float16", OBM_F16}, {"F16", OBM_F16}};
     int type = lua_getfield(L, at, "kv");
     if (type != LUA_TNIL && type != LUA_TSTRING) wrong_type(L, "kv", "string");
     const char *name = type == LUA_TNIL ? "f32" : lua_tostring(L, -1);
@@ -104,15 +107,17 @@ obm_dtype obm_lua_field_kv(lua_State *L, int at) {
 
 const int32_t *obm_lua_ids(lua_State *L, int keep, int at, size_t *n) {
     at = lua_absindex(L, at);
-    if (lua_type(L, at) != LUA_TTABLE) luaL_error(L, "ids must be a sequence of integers, got %s", luaL_typename(L, at));
+    if (lua_type(L, at) != LUA_TTABLE)
+        luaL_error(L, "ids must be a sequence of integers, got %s", luaL_typename(L, at));
     *n = (size_t)luaL_len(L, at);
     int32_t *ids = obm_lua_alloc(L, keep, *n, sizeof *ids);
     for (size_t i = 0; i < *n; i++) {
         int is_integer;
         lua_geti(L, at, (lua_Integer)i + 1);
         lua_Integer v = lua_tointegerx(L, -1, &is_integer);
-        if (!is_integer || lua_type(L, -1) != LUA_TNUMBER) luaL_error(L, "ids must be integers, got %s", luaL_typename(L, -1));
-        ids[i] = v < -1 || v > INT32_MAX ? -1 : (int32_t)v;   /* -1: the core reports it as out of range */
+        if (!is_integer || lua_type(L, -1) != LUA_TNUMBER)
+            luaL_error(L, "ids must be integers, got %s", luaL_typename(L, -1));
+        ids[i] = v < -1 || v > INT32_MAX ? -1 : (int32_t)v; /* -1: the core reports it as out of range */
         lua_pop(L, 1);
     }
     return ids;
@@ -163,11 +168,12 @@ double *obm_lua_weights_buffer(lua_State *L, int keep, const obm_pack *pack) {
     return obm_lua_alloc(L, keep, obm_pack_task_count(pack), sizeof(double));
 }
 
-static obm_status weight_of_name(const obm_pack *pack, const char *task, double value, double *weights, double *unused, obm_error *err) {
+static obm_status weight_of_name(const obm_pack *pack, const char *task, double value, double *weights, double *unused,
+                                 obm_error *err) {
     for (size_t i = 0; i < obm_pack_task_count(pack); i++) {
         if (strcmp(obm_pack_task_name(pack, i), task) == 0) return weights[i] = value, OBM_OK;
     }
-    obm_status status = obm_pack_parse_route(pack, task, unused, err);   /* the core words the error */
+    obm_status status = obm_pack_parse_route(pack, task, unused, err); /* the core words the error */
     if (status != OBM_OK) return status;
     *err = (obm_error){.code = OBM_E_NOTFOUND};
     strcpy(err->message, "a key of a route is one task's name");
@@ -178,8 +184,8 @@ static obm_status weights_by_name(lua_State *L, int at, const obm_pack *pack, do
     double *unused = lua_newuserdatauv(L, (obm_pack_task_count(pack) + 1) * sizeof *unused, 0);
     for (lua_pushnil(L); lua_next(L, at); lua_pop(L, 1)) {
         if (lua_type(L, -2) != LUA_TSTRING || lua_type(L, -1) != LUA_TNUMBER)
-            luaL_error(L, "a route's table has task names as keys and numbers as values, got [%s] = %s", luaL_typename(L, -2),
-                       luaL_typename(L, -1));
+            luaL_error(L, "a route's table has task names as keys and numbers as values, got [%s] = %s",
+                       luaL_typename(L, -2), luaL_typename(L, -1));
         obm_status status = weight_of_name(pack, lua_tostring(L, -2), lua_tonumber(L, -1), weights, unused, err);
         if (status != OBM_OK) return status;
     }
@@ -187,9 +193,12 @@ static obm_status weights_by_name(lua_State *L, int at, const obm_pack *pack, do
 }
 
 static void weights_in_order(lua_State *L, int at, size_t n, double *weights) {
-    if (lua_rawlen(L, at) != n) luaL_error(L, "a route as a sequence has one weight per task: expected %I, got %I", (lua_Integer)n, (lua_Integer)lua_rawlen(L, at));
+    if (lua_rawlen(L, at) != n)
+        luaL_error(L, "a route as a sequence has one weight per task: expected %I, got %I", (lua_Integer)n,
+                   (lua_Integer)lua_rawlen(L, at));
     for (size_t i = 0; i < n; i++) {
-        if (lua_rawgeti(L, at, (lua_Integer)i + 1) != LUA_TNUMBER) luaL_error(L, "a weight is a number, got %s", luaL_typename(L, -1));
+        if (lua_rawgeti(L, at, (lua_Integer)i + 1) != LUA_TNUMBER)
+            luaL_error(L, "a weight is a number, got %s", luaL_typename(L, -1));
         weights[i] = lua_tonumber(L, -1);
         lua_pop(L, 1);
     }
@@ -207,7 +216,9 @@ obm_status obm_lua_weights(lua_State *L, int at, const obm_pack *pack, double *w
         return OBM_OK;
     }
     if (lua_type(L, at) != LUA_TTABLE)
-        luaL_error(L, "a route is a task name, an index from 1, a table of weights by task name, or a sequence of %I weights; got %s",
+        luaL_error(L,
+                   "a route is a task name, an index from 1, a table of weights by task name, or a sequence of %I "
+                   "weights; got %s",
                    (lua_Integer)n, luaL_typename(L, at));
     if (lua_rawlen(L, at) == 0) return weights_by_name(L, at, pack, weights, err);
     weights_in_order(L, at, n, weights);
@@ -258,8 +269,10 @@ static int prompt_kind(lua_State *L, int at) {
         if (type != LUA_TNIL) return PROMPT_FIELDS;
     }
     int top = lua_gettop(L), kind = PROMPT_LIST;
-    if (lua_geti(L, at, 1) == LUA_TNUMBER) kind = PROMPT_IDS;
-    else if (lua_type(L, -1) == LUA_TTABLE && lua_getfield(L, -1, "role") != LUA_TNIL) kind = PROMPT_MESSAGES;
+    if (lua_geti(L, at, 1) == LUA_TNUMBER)
+        kind = PROMPT_IDS;
+    else if (lua_type(L, -1) == LUA_TTABLE && lua_getfield(L, -1, "role") != LUA_TNIL)
+        kind = PROMPT_MESSAGES;
     lua_settop(L, top);
     return kind;
 }
@@ -268,21 +281,35 @@ static void prompt_by_field(lua_State *L, int keep, int at, obm_prompt *out) {
     int i = 0;
     while (lua_getfield(L, at, prompt_fields[i]) == LUA_TNIL) lua_pop(L, 1), i++;
     int value = lua_gettop(L);
-    if (i == 0) out->ids = obm_lua_ids(L, keep, value, &out->n_ids);
-    else if (i == 1) prompt_messages(L, keep, value, out);
-    else if (lua_type(L, value) == LUA_TSTRING) out->text = obm_lua_keep(L, keep, value);
-    else luaL_error(L, "%s: string expected, got %s", prompt_fields[i], luaL_typename(L, value));
+    if (i == 0)
+        out->ids = obm_lua_ids(L, keep, value, &out->n_ids);
+    else if (i == 1)
+        prompt_messages(L, keep, value, out);
+    else if (lua_type(L, value) == LUA_TSTRING)
+        out->text = obm_lua_keep(L, keep, value);
+    else
+        luaL_error(L, "%s: string expected, got %s", prompt_fields[i], luaL_typename(L, value));
     lua_settop(L, value - 1);
 }
 
 static void prompt_from(lua_State *L, int keep, int at, obm_prompt *out) {
     switch (prompt_kind(L, at)) {
-    case PROMPT_TEXT: out->text = obm_lua_keep(L, keep, at); break;
-    case PROMPT_MESSAGES: prompt_messages(L, keep, at, out); break;
-    case PROMPT_IDS: out->ids = obm_lua_ids(L, keep, at, &out->n_ids); break;
-    case PROMPT_FIELDS: prompt_by_field(L, keep, at, out); break;
+    case PROMPT_TEXT:
+        out->text = obm_lua_keep(L, keep, at);
+        break;
+    case PROMPT_MESSAGES:
+        prompt_messages(L, keep, at, out);
+        break;
+    case PROMPT_IDS:
+        out->ids = obm_lua_ids(L, keep, at, &out->n_ids);
+        break;
+    case PROMPT_FIELDS:
+        prompt_by_field(L, keep, at, out);
+        break;
     default:
-        luaL_error(L, "a prompt is a string, a list of messages, a list of ids, or a table with one of prompt, text, messages, ids; got %s",
+        luaL_error(L,
+                   "a prompt is a string, a list of messages, a list of ids, or a table with one of prompt, text, "
+                   "messages, ids; got %s",
                    luaL_typename(L, at));
     }
 }
@@ -292,7 +319,7 @@ void obm_lua_prompts_from(lua_State *L, int keep, int at, obm_lua_prompts *out) 
     keep = lua_absindex(L, keep);
     luaL_checkstack(L, 16, "prompts");
     out->single = prompt_kind(L, at) != PROMPT_LIST;
-    if (!out->single && lua_type(L, at) != LUA_TTABLE) prompt_from(L, keep, at, NULL);   /* raises */
+    if (!out->single && lua_type(L, at) != LUA_TTABLE) prompt_from(L, keep, at, NULL); /* raises */
     out->n = out->single ? 1 : (size_t)luaL_len(L, at);
     out->items = obm_lua_alloc(L, keep, out->n, sizeof *out->items);
     if (out->single) return prompt_from(L, keep, at, out->items);

@@ -1,8 +1,8 @@
 /* Static merges: recipes to folders, tensors to tensors, the method table. */
 #include "obm_lua.h"
 
-/* merge(recipe text, out, {profile, directory, seed, shard_bytes, memory, overwrite, dry_run, progress}) -> plan; init.lua
- * makes the text out of a table or a file. */
+/* merge(recipe text, out, {profile, directory, seed, shard_bytes, memory, overwrite, dry_run, progress}) -> plan;
+ * init.lua makes the text out of a table or a file. */
 int obm_lua_merge(lua_State *L) {
     lua_settop(L, 3);
     obm_lua_options(L, 3, "profile directory seed shard_bytes memory overwrite dry_run progress");
@@ -32,11 +32,16 @@ int obm_lua_merge(lua_State *L) {
     return 1;
 }
 
-typedef struct param_list { obm_param *items; size_t n; } param_list;
+typedef struct param_list {
+    obm_param *items;
+    size_t n;
+} param_list;
 
 static double param_value(lua_State *L, const char *name) {
     if (lua_isboolean(L, -1)) return lua_toboolean(L, -1);
-    if (lua_type(L, -1) != LUA_TNUMBER) luaL_error(L, "parameter %s: number, boolean or a sequence of those expected, got %s", name, luaL_typename(L, -1));
+    if (lua_type(L, -1) != LUA_TNUMBER)
+        luaL_error(L, "parameter %s: number, boolean or a sequence of those expected, got %s", name,
+                   luaL_typename(L, -1));
     return lua_tonumber(L, -1);
 }
 
@@ -44,7 +49,8 @@ static double param_value(lua_State *L, const char *name) {
 static size_t read_params(lua_State *L, int at, int keep, obm_param *items) {
     size_t n = 0;
     for (lua_pushnil(L); lua_next(L, at); lua_pop(L, 1)) {
-        if (lua_type(L, -2) != LUA_TSTRING) luaL_error(L, "params is a table of names to a number, or one number per model");
+        if (lua_type(L, -2) != LUA_TSTRING)
+            luaL_error(L, "params is a table of names to a number, or one number per model");
         const char *name = items ? obm_lua_keep(L, keep, lua_absindex(L, -2)) : lua_tostring(L, -2);
         if (lua_type(L, -1) != LUA_TTABLE) {
             double v = param_value(L, name);
@@ -97,7 +103,8 @@ int obm_lua_merge_tensors(lua_State *L) {
     const obm_tensor *shape = n ? &models[0] : &base;
     float *out = obm_lua_tensor_new(L, shape->ndim, shape->shape);
     obm_error err;
-    obm_status status = obm_merge_tensors(ctx, method, profile, has_base ? &base : NULL, models, n, params.items, params.n, seed, out, &err);
+    obm_status status = obm_merge_tensors(ctx, method, profile, has_base ? &base : NULL, models, n, params.items,
+                                          params.n, seed, out, &err);
     return status == OBM_OK ? 1 : obm_lua_fail(L, &err);
 }
 

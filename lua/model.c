@@ -26,7 +26,8 @@ int obm_lua_model(lua_State *L) {
     if (from_pack) obm_lua_box_parent(L, b, 1, 1);
     obm_model *m;
     obm_error err;
-    obm_status status = from_pack ? obm_model_from_pack(ctx, pack, &options, &m, &err) : obm_model_open(ctx, path, &options, &m, &err);
+    obm_status status =
+        from_pack ? obm_model_from_pack(ctx, pack, &options, &m, &err) : obm_model_open(ctx, path, &options, &m, &err);
     if (status == OBM_OK) return obm_lua_box_fill(b, m), 1;
     obm_lua_box_close(b);
     return obm_lua_fail(L, &err);
@@ -34,8 +35,10 @@ int obm_lua_model(lua_State *L) {
 
 static int model_tokenizer(lua_State *L) {
     const obm_tokenizer *t = obm_model_tokenizer(model_of(L));
-    if (t) obm_lua_tokenizer_borrow(L, t, 1);
-    else lua_pushnil(L);
+    if (t)
+        obm_lua_tokenizer_borrow(L, t, 1);
+    else
+        lua_pushnil(L);
     return 1;
 }
 
@@ -51,14 +54,25 @@ static int model_pack(lua_State *L) {
 static int model_info(lua_State *L) {
     obm_model_info i;
     obm_model_describe(model_of(L), &i);
-    const struct { const char *name; int64_t value; } sizes[] = {
-        {"vocab", i.vocab}, {"hidden", i.hidden}, {"intermediate", i.intermediate}, {"layers", i.layers}, {"heads", i.heads},
-        {"kv_heads", i.kv_heads}, {"head_dim", i.head_dim}, {"max_positions", i.max_positions}, {"sliding_window", i.sliding_window},
-        {"params", (int64_t)i.params}, {"bytes", (int64_t)i.bytes}};
+    const struct {
+        const char *name;
+        int64_t value;
+    } sizes[] = {{"vocab", i.vocab},
+                 {"hidden", i.hidden},
+                 {"intermediate", i.intermediate},
+                 {"layers", i.layers},
+                 {"heads", i.heads},
+                 {"kv_heads", i.kv_heads},
+                 {"head_dim", i.head_dim},
+                 {"max_positions", i.max_positions},
+                 {"sliding_window", i.sliding_window},
+                 {"params", (int64_t)i.params},
+                 {"bytes", (int64_t)i.bytes}};
     lua_newtable(L);
     obm_lua_set_string(L, "architecture", i.architecture);
     obm_lua_set_boolean(L, "tied", i.tied);
-    for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) obm_lua_set_integer(L, sizes[k].name, (uint64_t)sizes[k].value);
+    for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++)
+        obm_lua_set_integer(L, sizes[k].name, (uint64_t)sizes[k].value);
     return 1;
 }
 
@@ -117,7 +131,8 @@ static int run(lua_State *L, int layer, int at, obm_run_options *options) {
     int64_t shape[2] = {(int64_t)n, layer < 0 ? info.vocab : info.hidden};
     bool all = layer >= 0 || options->all;
     float *data = all ? obm_lua_tensor_new(L, 2, shape) : obm_lua_tensor_new(L, 1, shape + 1);
-    obm_status status = layer < 0 ? obm_model_logits(m, ids, n, options, data, &err) : obm_model_hidden(m, ids, n, layer, options, data, &err);
+    obm_status status = layer < 0 ? obm_model_logits(m, ids, n, options, data, &err)
+                                  : obm_model_hidden(m, ids, n, layer, options, data, &err);
     return status == OBM_OK ? 1 : obm_lua_fail(L, &err);
 }
 
@@ -159,14 +174,16 @@ static int model_embed(lua_State *L) {
     float *data = obm_lua_tensor_new(L, 2, shape);
     obm_error err;
     obm_lua_begin(&call, lua_touserdata(L, 1));
-    int failed = obm_lua_end(&call, obm_model_embed(m, prompts.items, prompts.n, layer, obm_lua_progress, &call, data, &err), &err);
+    int failed = obm_lua_end(
+        &call, obm_model_embed(m, prompts.items, prompts.n, layer, obm_lua_progress, &call, data, &err), &err);
     return failed ? failed : 1;
 }
 
 /* ---- generation ---- */
 
-#define GENERATE_OPTIONS                                                                                                             \
-    "route router max_tokens temperature top_k top_p min_p repetition_penalty seed stop chat batch ignore_eos progress"
+#define GENERATE_OPTIONS                                                                                        \
+    "route router max_tokens temperature top_k top_p min_p repetition_penalty seed stop chat batch ignore_eos " \
+    "progress"
 
 static void stop_strings(lua_State *L, int at, int keep, obm_generate_options *o) {
     int type = lua_getfield(L, at, "stop");
@@ -179,7 +196,8 @@ static void stop_strings(lua_State *L, int at, int keep, obm_generate_options *o
         size_t n = (size_t)luaL_len(L, -1);
         const char **stop = obm_lua_alloc(L, keep, n, sizeof *stop);
         for (size_t i = 0; i < n; i++, lua_pop(L, 1)) {
-            if (lua_geti(L, -1, (lua_Integer)i + 1) != LUA_TSTRING) luaL_error(L, "option stop: strings expected, got %s", luaL_typename(L, -1));
+            if (lua_geti(L, -1, (lua_Integer)i + 1) != LUA_TSTRING)
+                luaL_error(L, "option stop: strings expected, got %s", luaL_typename(L, -1));
             stop[i] = obm_lua_keep(L, keep, lua_gettop(L));
         }
         o->stop = stop;
@@ -191,8 +209,8 @@ static void stop_strings(lua_State *L, int at, int keep, obm_generate_options *o
 }
 
 /* One route for all, or a sequence with one per prompt of a list; false and "auto" leave a row to the router. */
-static obm_status routes_from(lua_State *L, const obm_model *m, int at, int keep, const obm_lua_prompts *prompts, obm_generate_options *o,
-                              obm_error *err) {
+static obm_status routes_from(lua_State *L, const obm_model *m, int at, int keep, const obm_lua_prompts *prompts,
+                              obm_generate_options *o, obm_error *err) {
     lua_getfield(L, at, "route");
     int given = lua_gettop(L);
     bool many = !prompts->single && lua_type(L, given) == LUA_TTABLE && lua_rawlen(L, given) > 0;
@@ -200,13 +218,16 @@ static obm_status routes_from(lua_State *L, const obm_model *m, int at, int keep
     const obm_pack *pack = pack_for_route(L, m);
     size_t tasks = obm_pack_task_count(pack), n = many ? (size_t)lua_rawlen(L, given) : 1;
     if (many && n != prompts->n)
-        luaL_error(L, "%I routes for %I prompts (\"auto\" or false leaves one to the router)", (lua_Integer)n, (lua_Integer)prompts->n);
+        luaL_error(L, "%I routes for %I prompts (\"auto\" or false leaves one to the router)", (lua_Integer)n,
+                   (lua_Integer)prompts->n);
     double *routes = obm_lua_alloc(L, keep, n * tasks, sizeof *routes);
     bool *routed = obm_lua_alloc(L, keep, n, sizeof *routed);
     obm_status status = OBM_OK;
     for (size_t i = 0; status == OBM_OK && i < n; i++) {
-        if (many) lua_rawgeti(L, given, (lua_Integer)i + 1);
-        else lua_pushvalue(L, given);
+        if (many)
+            lua_rawgeti(L, given, (lua_Integer)i + 1);
+        else
+            lua_pushvalue(L, given);
         routed[i] = !is_auto(L, -1);
         if (routed[i]) status = obm_lua_weights(L, -1, pack, routes + i * tasks, err);
         lua_settop(L, given);
@@ -218,8 +239,10 @@ static obm_status routes_from(lua_State *L, const obm_model *m, int at, int keep
     return status;
 }
 
-/* model and prompts at 1 and 2, options at 3, the table that anchors everything at 4; names match the keys of the shell. */
-static obm_status generation_from(lua_State *L, const obm_model *m, obm_generate_options *o, obm_lua_prompts *prompts, obm_error *err) {
+/* model and prompts at 1 and 2, options at 3, the table that anchors everything at 4; names match the keys of the
+ * shell. */
+static obm_status generation_from(lua_State *L, const obm_model *m, obm_generate_options *o, obm_lua_prompts *prompts,
+                                  obm_error *err) {
     const int at = 3, keep = 4;
     o->struct_size = sizeof *o;
     o->max_tokens = obm_lua_field_size(L, at, "max_tokens");
@@ -245,7 +268,9 @@ static void use_callbacks(obm_lua_call *call, obm_generate_options *o, const obm
     call->pack = obm_model_pack(m);
 }
 
-static void push_text(lua_State *L, const obm_completion *c) { lua_pushlstring(L, c->text ? c->text : "", c->text_len); }
+static void push_text(lua_State *L, const obm_completion *c) {
+    lua_pushlstring(L, c->text ? c->text : "", c->text_len);
+}
 
 static void push_completion_info(lua_State *L, const obm_model *m, const obm_completion *c) {
     lua_createtable(L, 0, 5);
@@ -257,7 +282,10 @@ static void push_completion_info(lua_State *L, const obm_model *m, const obm_com
     obm_lua_set_integer(L, "prompt_tokens", c->n_prompt);
 }
 
-typedef struct completions { size_t n; obm_completion items[]; } completions;
+typedef struct completions {
+    size_t n;
+    obm_completion items[];
+} completions;
 
 static void completions_clear(void *memory) {
     completions *c = memory;
@@ -296,7 +324,8 @@ static int model_generate(lua_State *L) {
     completions *c = obm_lua_scratch(L, sizeof *c + prompts.n * sizeof *c->items, completions_clear);
     c->n = prompts.n;
     obm_lua_begin(&call, lua_touserdata(L, 1));
-    int failed = obm_lua_end(&call, obm_model_generate_batch(m, prompts.items, prompts.n, &options, c->items, &err), &err);
+    int failed =
+        obm_lua_end(&call, obm_model_generate_batch(m, prompts.items, prompts.n, &options, c->items, &err), &err);
     if (failed) return failed;
     int results = push_completions(L, m, c, prompts.single);
     obm_lua_scratch_end(c);
@@ -320,7 +349,8 @@ static int raise_failure(lua_State *L) {
     return lua_error(L);
 }
 
-/* model:stream(prompt, options) -> iterator, nil, nil, iterator: the for loop calls it, and closes it on every way out */
+/* model:stream(prompt, options) -> iterator, nil, nil, iterator: the for loop calls it, and closes it on every way out
+ */
 static int model_stream(lua_State *L) {
     obm_model *m = model_of(L);
     lua_settop(L, 3);
@@ -341,8 +371,10 @@ static int model_stream(lua_State *L) {
     obm_stream *s = NULL;
     obm_lua_begin(&self->call, lua_touserdata(L, 1));
     obm_status status = obm_stream_open(m, prompts.items, &self->options, &s, &err);
-    if (status == OBM_OK) obm_lua_box_fill(&self->box, s);
-    else obm_lua_box_close(&self->box);
+    if (status == OBM_OK)
+        obm_lua_box_fill(&self->box, s);
+    else
+        obm_lua_box_close(&self->box);
     int failed = obm_lua_end(&self->call, status, &err);
     if (failed) return raise_failure(L);
     lua_pushvalue(L, 5);
@@ -359,7 +391,7 @@ static int stream_next(lua_State *L) {
     lua_settop(L, 1);
     lua_getiuservalue(L, 1, 2);
     const obm_pack *pack = self->call.pack;
-    obm_lua_call_init(L, &self->call, 2, true);   /* of this thread of Lua, which need not be the one that opened it */
+    obm_lua_call_init(L, &self->call, 2, true); /* of this thread of Lua, which need not be the one that opened it */
     self->call.pack = pack;
     const char *text = NULL;
     size_t len = 0;
@@ -368,8 +400,10 @@ static int stream_next(lua_State *L) {
     obm_status status = obm_stream_next((obm_stream *)self->box.p, &text, &len, &err);
     int failed = obm_lua_end(&self->call, status, &err);
     if (failed) return raise_failure(L);
-    if (text) lua_pushlstring(L, text, len);
-    else lua_pushnil(L);
+    if (text)
+        lua_pushlstring(L, text, len);
+    else
+        lua_pushnil(L);
     return 1;
 }
 
@@ -377,7 +411,7 @@ static int stream_next(lua_State *L) {
 static int stream_result(lua_State *L) {
     obm_lua_box *b = obm_lua_box_check(L, 1, OBM_LUA_STREAM);
     lua_getiuservalue(L, 1, 1);
-    const obm_model *m = ((obm_lua_box *)lua_touserdata(L, -1))->own;   /* lent to the stream, even if closed */
+    const obm_model *m = ((obm_lua_box *)lua_touserdata(L, -1))->own; /* lent to the stream, even if closed */
     const obm_completion *c = obm_stream_result(b->p);
     push_text(L, c);
     push_completion_info(L, m, c);
@@ -395,7 +429,10 @@ static const luaL_Reg stream_meta[] = {{"__call", stream_next}, {NULL, NULL}};
 
 /* ---- scoring, routing ---- */
 
-typedef struct scores { size_t n; obm_score items[]; } scores;
+typedef struct scores {
+    size_t n;
+    obm_score items[];
+} scores;
 
 static void scores_clear(void *memory) {
     scores *s = memory;
@@ -420,7 +457,8 @@ static void push_score(lua_State *L, const obm_model *m, const obm_score *s) {
 /* prompt, continuation and route lie on the stack from `at` on. */
 static obm_status score_item(lua_State *L, const obm_model *m, int keep, int at, obm_score_item *out, obm_error *err) {
     obm_lua_prompts prompts;
-    if (is_auto(L, at + 1) && lua_type(L, at + 1) != LUA_TSTRING) {   /* one text as a whole: scored from its second token on */
+    if (is_auto(L, at + 1) &&
+        lua_type(L, at + 1) != LUA_TSTRING) { /* one text as a whole: scored from its second token on */
         lua_pushvalue(L, at);
         lua_replace(L, at + 1);
         lua_pushstring(L, "");
@@ -429,8 +467,10 @@ static obm_status score_item(lua_State *L, const obm_model *m, int keep, int at,
     obm_lua_prompts_from(L, keep, at, &prompts);
     if (!prompts.single) luaL_error(L, "a score item has one prompt");
     out->prompt = prompts.items[0];
-    if (lua_type(L, at + 1) == LUA_TSTRING) out->continuation = obm_lua_keep(L, keep, at + 1);
-    else out->continuation_ids = obm_lua_ids(L, keep, at + 1, &out->n_continuation_ids);
+    if (lua_type(L, at + 1) == LUA_TSTRING)
+        out->continuation = obm_lua_keep(L, keep, at + 1);
+    else
+        out->continuation_ids = obm_lua_ids(L, keep, at + 1, &out->n_continuation_ids);
     if (is_auto(L, at + 2)) return OBM_OK;
     const obm_pack *pack = pack_for_route(L, m);
     double *weights = obm_lua_weights_buffer(L, keep, pack);
@@ -467,7 +507,8 @@ static int model_score_items(lua_State *L) {
     obm_error err;
     obm_score_item *items = obm_lua_alloc(L, 4, n, sizeof *items);
     for (size_t i = 0; i < n; i++, lua_settop(L, 4)) {
-        if (lua_geti(L, 2, (lua_Integer)i + 1) != LUA_TTABLE) luaL_error(L, "a score item is a table { prompt, continuation, route }");
+        if (lua_geti(L, 2, (lua_Integer)i + 1) != LUA_TTABLE)
+            luaL_error(L, "a score item is a table { prompt, continuation, route }");
         push_item_field(L, 5, "prompt", 1);
         push_item_field(L, 5, "continuation", 2);
         push_item_field(L, 5, "route", 3);
@@ -527,7 +568,8 @@ static int model_route(lua_State *L) {
     bool own = call.router != 0;
     obm_error err;
     obm_lua_begin(&call, lua_touserdata(L, 1));
-    obm_status status = obm_model_route(m, prompts.items, own ? obm_lua_router : NULL, &call, weights, own ? NULL : probabilities, &err);
+    obm_status status = obm_model_route(m, prompts.items, own ? obm_lua_router : NULL, &call, weights,
+                                        own ? NULL : probabilities, &err);
     int failed = obm_lua_end(&call, status, &err);
     if (failed) return failed;
     obm_lua_push_route(L, pack, weights);
@@ -535,10 +577,19 @@ static int model_route(lua_State *L) {
     return 2;
 }
 
-static const luaL_Reg model_methods[] = {
-    {"generate", model_generate}, {"stream", model_stream}, {"logits", model_logits}, {"hidden", model_hidden},
-    {"embed", model_embed}, {"score", model_score}, {"score_items", model_score_items}, {"route", model_route},
-    {"tokenizer", model_tokenizer}, {"pack", model_pack}, {"info", model_info}, {"memory", model_memory}, {NULL, NULL}};
+static const luaL_Reg model_methods[] = {{"generate", model_generate},
+                                         {"stream", model_stream},
+                                         {"logits", model_logits},
+                                         {"hidden", model_hidden},
+                                         {"embed", model_embed},
+                                         {"score", model_score},
+                                         {"score_items", model_score_items},
+                                         {"route", model_route},
+                                         {"tokenizer", model_tokenizer},
+                                         {"pack", model_pack},
+                                         {"info", model_info},
+                                         {"memory", model_memory},
+                                         {NULL, NULL}};
 
 void obm_lua_open_model(lua_State *L) {
     obm_lua_type(L, OBM_LUA_MODEL, model_methods, NULL, NULL, NULL);

@@ -24,7 +24,8 @@ static int module_class_of(lua_State *L) {
     return 1;
 }
 
-/* _register(name, value): what init.lua lends to the C side: "json" reads JSON, "progress_bar" is what progress = true means. */
+/* _register(name, value): what init.lua lends to the C side: "json" reads JSON, "progress_bar" is what progress = true
+ * means. */
 static int module_register(lua_State *L) {
     lua_pushfstring(L, "onebitmerge.%s", luaL_checkstring(L, 1));
     lua_pushvalue(L, 2);
@@ -39,17 +40,27 @@ static int module_metatable(lua_State *L) {
     return 1;
 }
 
-static const luaL_Reg module_functions[] = {
-    {"checkpoint", obm_lua_checkpoint}, {"task_vector", obm_lua_task_vector}, {"compress", obm_lua_compress},
-    {"pack", obm_lua_pack}, {"model", obm_lua_model}, {"tokenizer", obm_lua_tokenizer},
-    {"merge", obm_lua_merge}, {"merge_tensors", obm_lua_merge_tensors}, {"methods", obm_lua_methods},
-    {"info", module_info}, {"set_threads", obm_lua_set_threads}, {"class_of", module_class_of},
-    {"_register", module_register}, {"_metatable", module_metatable}, {NULL, NULL}};
+static const luaL_Reg module_functions[] = {{"checkpoint", obm_lua_checkpoint},
+                                            {"task_vector", obm_lua_task_vector},
+                                            {"compress", obm_lua_compress},
+                                            {"pack", obm_lua_pack},
+                                            {"model", obm_lua_model},
+                                            {"tokenizer", obm_lua_tokenizer},
+                                            {"merge", obm_lua_merge},
+                                            {"merge_tensors", obm_lua_merge_tensors},
+                                            {"methods", obm_lua_methods},
+                                            {"info", module_info},
+                                            {"set_threads", obm_lua_set_threads},
+                                            {"class_of", module_class_of},
+                                            {"_register", module_register},
+                                            {"_metatable", module_metatable},
+                                            {NULL, NULL}};
 
 __attribute__((visibility("default"))) int luaopen_onebitmerge_core(lua_State *L) {
     luaL_checkversion(L);
     if (obm_abi_version() != OBM_ABI_VERSION)
-        return luaL_error(L, "onebitmerge: the library has ABI %d, this module was built for %d", obm_abi_version(), OBM_ABI_VERSION);
+        return luaL_error(L, "onebitmerge: the library has ABI %d, this module was built for %d", obm_abi_version(),
+                          OBM_ABI_VERSION);
     obm_lua_open_box(L);
     obm_lua_open_tensor(L);
     obm_lua_open_checkpoint(L);

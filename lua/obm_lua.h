@@ -1,8 +1,9 @@
 /*
  * What the files of the Lua module share.  Thin: check, call the core, convert the answer.
  *
- * A Lua error is a longjmp, so nothing that malloc made may be alive while a Lua function that can throw runs: buffers are
- * userdata (obm_lua_alloc, obm_lua_scratch), and what the core hands over as owned is put into a userdata that exists already.
+ * A Lua error is a longjmp, so nothing that malloc made may be alive while a Lua function that can throw runs: buffers
+ * are userdata (obm_lua_alloc, obm_lua_scratch), and what the core hands over as owned is put into a userdata that
+ * exists already.
  */
 #ifndef OBM_LUA_H
 #define OBM_LUA_H
@@ -13,30 +14,31 @@
 
 /* ---- handles ---- */
 
-/* Head of every userdata.  A handle is freed when it is closed and nothing that it lent (tensors, a model's tokenizer, ...)
- * is alive; lent objects hold a reference and, as user values, the userdata of their parents. */
+/* Head of every userdata.  A handle is freed when it is closed and nothing that it lent (tensors, a model's tokenizer,
+ * ...) is alive; lent objects hold a reference and, as user values, the userdata of their parents. */
 typedef struct obm_lua_box {
     const char *type;
-    void *own;                        /* what `release` frees; NULL when borrowed or freed */
-    const void *p;                    /* what methods use; NULL when closed */
+    void *own;     /* what `release` frees; NULL when borrowed or freed */
+    const void *p; /* what methods use; NULL when closed */
     void (*release)(void *own);
     struct obm_lua_box *parents[3];
-    int refs;                         /* children and running calls */
-    int calls;                        /* running calls of this object and of its children */
-    int views;                        /* of the children: tensors that point into this object's files */
+    int refs;  /* children and running calls */
+    int calls; /* running calls of this object and of its children */
+    int views; /* of the children: tensors that point into this object's files */
     bool is_view;
 } obm_lua_box;
 
 /* Pushes a zeroed userdata of `size` bytes that starts with an obm_lua_box and is closed. */
 void *obm_lua_box_new(lua_State *L, size_t size, const char *type, void (*release)(void *own));
 void obm_lua_box_fill(obm_lua_box *b, void *own);
-void obm_lua_box_parent(lua_State *L, obm_lua_box *b, int slot, int parent);   /* b is on top of the stack */
+void obm_lua_box_parent(lua_State *L, obm_lua_box *b, int slot, int parent); /* b is on top of the stack */
 void obm_lua_box_close(obm_lua_box *b);
-void obm_lua_box_hold(obm_lua_box *b);   /* while a call runs: not freed, whatever a callback closes */
+void obm_lua_box_hold(obm_lua_box *b); /* while a call runs: not freed, whatever a callback closes */
 void obm_lua_box_drop(obm_lua_box *b);
-obm_lua_box *obm_lua_box_check(lua_State *L, int at, const char *type);        /* raises when closed */
+obm_lua_box *obm_lua_box_check(lua_State *L, int at, const char *type); /* raises when closed */
 
-/* Metatable `type`: methods and fields by __index (then `index`, if any: name -> value), `meta` as they are, __gc and __close. */
+/* Metatable `type`: methods and fields by __index (then `index`, if any: name -> value), `meta` as they are, __gc and
+ * __close. */
 void obm_lua_type(lua_State *L, const char *type, const luaL_Reg *methods, const luaL_Reg *fields, const luaL_Reg *meta,
                   lua_CFunction index);
 
@@ -61,12 +63,12 @@ int obm_lua_fail(lua_State *L, const obm_error *err);
 
 /* ---- memory ---- */
 
-void *obm_lua_alloc(lua_State *L, int keep, size_t n, size_t size);   /* zeroed, anchored in the table at `keep` */
-const char *obm_lua_keep(lua_State *L, int keep, int at);             /* the string at `at`, anchored; without NULs */
+void *obm_lua_alloc(lua_State *L, int keep, size_t n, size_t size); /* zeroed, anchored in the table at `keep` */
+const char *obm_lua_keep(lua_State *L, int keep, int at);           /* the string at `at`, anchored; without NULs */
 /* Pushes zeroed memory; `clear` runs on it once: at obm_lua_scratch_end, or when it is collected. */
 void *obm_lua_scratch(lua_State *L, size_t size, void (*clear)(void *memory));
 void obm_lua_scratch_end(void *memory);
-void obm_lua_clear_pointer(void *memory);                             /* obm_free of the pointer that lies there */
+void obm_lua_clear_pointer(void *memory); /* obm_free of the pointer that lies there */
 
 /* ---- arguments ---- */
 
@@ -75,10 +77,10 @@ const char *obm_lua_string(lua_State *L, int at);
 /* nil or a table with none but these keys ("a b c"); raises.  Sets nil to an empty table. */
 void obm_lua_options(lua_State *L, int at, const char *known);
 /* One field of the table at `at`; `*_or` values where it is nil.  They raise on a wrong type. */
-const char *obm_lua_field_string(lua_State *L, int at, int keep, const char *name);   /* NULL without */
+const char *obm_lua_field_string(lua_State *L, int at, int keep, const char *name); /* NULL without */
 double obm_lua_field_number(lua_State *L, int at, const char *name);
 lua_Integer obm_lua_field_integer(lua_State *L, int at, const char *name);
-size_t obm_lua_field_size(lua_State *L, int at, const char *name);                    /* >= 0 */
+size_t obm_lua_field_size(lua_State *L, int at, const char *name); /* >= 0 */
 bool obm_lua_field_boolean(lua_State *L, int at, const char *name, bool otherwise);
 obm_profile obm_lua_field_profile(lua_State *L, int at, const char *name);
 obm_profile obm_lua_profile(lua_State *L, const char *name);
@@ -97,9 +99,14 @@ void obm_lua_push_plan(lua_State *L, const obm_plan *p);
 /* weights[task count] from a name, an index (from 1), a table of weights by name, or a sequence of all weights. */
 obm_status obm_lua_weights(lua_State *L, int at, const obm_pack *pack, double *weights, obm_error *err);
 double *obm_lua_weights_buffer(lua_State *L, int keep, const obm_pack *pack);
-void obm_lua_push_route(lua_State *L, const obm_pack *pack, const double *weights);   /* {task = weight}, zeros left out; or nil */
+void obm_lua_push_route(lua_State *L, const obm_pack *pack,
+                        const double *weights); /* {task = weight}, zeros left out; or nil */
 
-typedef struct obm_lua_prompts { obm_prompt *items; size_t n; bool single; } obm_lua_prompts;
+typedef struct obm_lua_prompts {
+    obm_prompt *items;
+    size_t n;
+    bool single;
+} obm_lua_prompts;
 void obm_lua_prompts_from(lua_State *L, int keep, int at, obm_lua_prompts *out);
 
 /* ---- long calls ---- */
@@ -107,11 +114,11 @@ void obm_lua_prompts_from(lua_State *L, int keep, int at, obm_lua_prompts *out);
 /* Callbacks run on the thread of the call, protected; what they raise waits at `raised` for obm_lua_end. */
 typedef struct obm_lua_call {
     lua_State *L;
-    int progress, router, raised;   /* places on the stack; 0: none */
-    const obm_pack *pack;           /* names of the router's answers */
-    obm_lua_box *held;              /* kept alive against a callback that closes it */
+    int progress, router, raised; /* places on the stack; 0: none */
+    const obm_pack *pack;         /* names of the router's answers */
+    obm_lua_box *held;            /* kept alive against a callback that closes it */
     bool failed;
-    double last;                    /* seconds, when the progress callback ran last */
+    double last; /* seconds, when the progress callback ran last */
 } obm_lua_call;
 
 /* Pushes the callbacks of the options at `at` (0: none) and a place for an error. */

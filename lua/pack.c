@@ -51,7 +51,9 @@ static size_t count_keys(lua_State *L, int at) {
     return n;
 }
 
-static int by_glob(const void *a, const void *b) { return strcmp(((const obm_map_rule *)a)->glob, ((const obm_map_rule *)b)->glob); }
+static int by_glob(const void *a, const void *b) {
+    return strcmp(((const obm_map_rule *)a)->glob, ((const obm_map_rule *)b)->glob);
+}
 
 static void rules_in_order(lua_State *L, int keep, int at, size_t n, obm_map_rule *rules) {
     for (size_t i = 0; i < n; i++) {
@@ -95,13 +97,15 @@ static void expert_from(lua_State *L, int keep, int at, obm_expert *x) {
         x->path = obm_lua_keep(L, keep, at);
         return;
     }
-    if (lua_type(L, at) != LUA_TTABLE) luaL_error(L, "an expert is a path or a table { path, policy = ... }, got %s", luaL_typename(L, at));
+    if (lua_type(L, at) != LUA_TTABLE)
+        luaL_error(L, "an expert is a path or a table { path, policy = ... }, got %s", luaL_typename(L, at));
     lua_pushnil(L);
     while (lua_next(L, at)) {
         lua_pop(L, 1);
         if (lua_isinteger(L, -1)) continue;
         if (lua_type(L, -1) != LUA_TSTRING || !is_expert_key(lua_tostring(L, -1)))
-            luaL_error(L, "an expert has no %s (known: name, path, policy, scale, planes, map)", luaL_tolstring(L, -1, NULL));
+            luaL_error(L, "an expert has no %s (known: name, path, policy, scale, planes, map)",
+                       luaL_tolstring(L, -1, NULL));
     }
     x->path = obm_lua_field_string(L, at, keep, "path");
     if (!x->path && lua_geti(L, at, 1) != LUA_TSTRING) luaL_error(L, "an expert's path is missing");
@@ -112,12 +116,15 @@ static void expert_from(lua_State *L, int keep, int at, obm_expert *x) {
     x->scale = obm_lua_field_string(L, at, keep, "scale");
     x->planes = (int)obm_lua_field_integer(L, at, "planes");
     int type = lua_getfield(L, at, "map");
-    if (type != LUA_TNIL && type != LUA_TTABLE) luaL_error(L, "map is a table of globs to \"1bit\", \"full\" or \"drop\"");
+    if (type != LUA_TNIL && type != LUA_TTABLE)
+        luaL_error(L, "map is a table of globs to \"1bit\", \"full\" or \"drop\"");
     if (type == LUA_TTABLE) expert_map(L, keep, lua_gettop(L), x);
     lua_pop(L, 1);
 }
 
-static int by_name(const void *a, const void *b) { return strcmp(((const obm_expert *)a)->name, ((const obm_expert *)b)->name); }
+static int by_name(const void *a, const void *b) {
+    return strcmp(((const obm_expert *)a)->name, ((const obm_expert *)b)->name);
+}
 
 /* { name = expert } in the order of the names' bytes, { { name =, path = }, ... } in its own. */
 static obm_expert *experts_from(lua_State *L, int keep, int at, size_t *n) {
@@ -132,7 +139,8 @@ static obm_expert *experts_from(lua_State *L, int keep, int at, size_t *n) {
     }
     if (sequence) return experts;
     for (lua_pushnil(L); lua_next(L, at); lua_pop(L, 1)) {
-        if (lua_type(L, -2) != LUA_TSTRING) luaL_error(L, "experts is a table of names to a path or a table { path, policy = ... }");
+        if (lua_type(L, -2) != LUA_TSTRING)
+            luaL_error(L, "experts is a table of names to a path or a table { path, policy = ... }");
         experts[i].name = obm_lua_keep(L, keep, lua_absindex(L, -2));
         expert_from(L, keep, lua_gettop(L), &experts[i++]);
     }
@@ -170,8 +178,10 @@ int obm_lua_compress(lua_State *L) {
     obm_error err;
     obm_lua_begin(&call, lua_touserdata(L, context));
     obm_status status = obm_compress(ctx, base, experts, n, &options, out, &plan, options.dry_run ? NULL : &pack, &err);
-    if (pack) obm_lua_box_fill(b, pack);
-    else obm_lua_box_close(b);
+    if (pack)
+        obm_lua_box_fill(b, pack);
+    else
+        obm_lua_box_close(b);
     int failed = obm_lua_end(&call, status, &err);
     if (failed) return failed;
     if (options.dry_run) obm_lua_push_plan(L, &plan);
@@ -189,8 +199,10 @@ static int busy(lua_State *L, const char *message) {
 /* The pack to change, or NULL with the failure pushed: a model's own pack is in use. */
 static obm_pack *pack_to_change(lua_State *L) {
     obm_lua_box *b = obm_lua_box_check(L, 1, OBM_LUA_PACK);
-    if (!b->own) busy(L, "this pack belongs to an open model: open it with pack(path) to change it");
-    else if (b->calls) busy(L, "this pack is in use by a call that is running");
+    if (!b->own)
+        busy(L, "this pack belongs to an open model: open it with pack(path) to change it");
+    else if (b->calls)
+        busy(L, "this pack is in use by a call that is running");
     return b->calls ? NULL : b->own;
 }
 
@@ -426,7 +438,8 @@ static int pack_format_route(lua_State *L) {
     lua_newtable(L);
     double *w = obm_lua_weights_buffer(L, 3, p);
     char **text = obm_lua_scratch(L, sizeof *text, obm_lua_clear_pointer);
-    if (obm_lua_weights(L, 2, p, w, &err) != OBM_OK || obm_pack_format_route(p, w, text, &err) != OBM_OK) return obm_lua_fail(L, &err);
+    if (obm_lua_weights(L, 2, p, w, &err) != OBM_OK || obm_pack_format_route(p, w, text, &err) != OBM_OK)
+        return obm_lua_fail(L, &err);
     lua_pushstring(L, *text);
     obm_lua_scratch_end(text);
     return 1;
@@ -507,7 +520,8 @@ static const char **labels_from(lua_State *L, int keep, int at, size_t n) {
     if ((size_t)luaL_len(L, at) != n) luaL_error(L, "%I texts but %I labels", (lua_Integer)n, luaL_len(L, at));
     const char **labels = obm_lua_alloc(L, keep, n, sizeof *labels);
     for (size_t i = 0; i < n; i++, lua_pop(L, 1)) {
-        if (lua_geti(L, at, (lua_Integer)i + 1) != LUA_TSTRING) luaL_error(L, "labels are task names, got %s", luaL_typename(L, -1));
+        if (lua_geti(L, at, (lua_Integer)i + 1) != LUA_TSTRING)
+            luaL_error(L, "labels are task names, got %s", luaL_typename(L, -1));
         labels[i] = obm_lua_keep(L, keep, lua_gettop(L));
     }
     return labels;
@@ -535,7 +549,8 @@ static int pack_train_router(lua_State *L) {
     obm_router_report *report = obm_lua_alloc(L, 5, 1, sizeof *report);
     obm_error err;
     obm_lua_begin(&call, lua_touserdata(L, 1));
-    int failed = obm_lua_end(&call, obm_router_train(p, prompts.items, labels, prompts.n, &options, report, &err), &err);
+    int failed =
+        obm_lua_end(&call, obm_router_train(p, prompts.items, labels, prompts.n, &options, report, &err), &err);
     if (failed) return failed;
     push_report(L, report);
     return 1;
@@ -550,13 +565,25 @@ static int pack_router_report(lua_State *L) {
     return 1;
 }
 
-static const luaL_Reg pack_methods[] = {
-    {"add", pack_add}, {"remove", pack_remove}, {"set", pack_set}, {"settings", pack_settings}, {"verify", pack_verify},
-    {"tasks", pack_tasks}, {"path", pack_path}, {"base", pack_base}, {"base_bytes", pack_base_bytes},
-    {"bytes", pack_bytes}, {"policy", pack_policy}, {"tensors", pack_tensors},
-    {"parse_route", pack_parse_route}, {"format_route", pack_format_route},
-    {"materialise", pack_materialise}, {"export", pack_export},
-    {"train_router", pack_train_router}, {"router_report", pack_router_report}, {NULL, NULL}};
+static const luaL_Reg pack_methods[] = {{"add", pack_add},
+                                        {"remove", pack_remove},
+                                        {"set", pack_set},
+                                        {"settings", pack_settings},
+                                        {"verify", pack_verify},
+                                        {"tasks", pack_tasks},
+                                        {"path", pack_path},
+                                        {"base", pack_base},
+                                        {"base_bytes", pack_base_bytes},
+                                        {"bytes", pack_bytes},
+                                        {"policy", pack_policy},
+                                        {"tensors", pack_tensors},
+                                        {"parse_route", pack_parse_route},
+                                        {"format_route", pack_format_route},
+                                        {"materialise", pack_materialise},
+                                        {"export", pack_export},
+                                        {"train_router", pack_train_router},
+                                        {"router_report", pack_router_report},
+                                        {NULL, NULL}};
 
 void obm_lua_open_pack(lua_State *L) {
     obm_lua_type(L, OBM_LUA_PACK, pack_methods, NULL, NULL, NULL);

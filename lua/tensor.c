@@ -5,7 +5,10 @@
 #include <string.h>
 #include <strings.h>
 
-typedef struct tensor { obm_lua_box box; obm_tensor t; } tensor;
+typedef struct tensor {
+    obm_lua_box box;
+    obm_tensor t;
+} tensor;
 
 static tensor *check(lua_State *L) { return (tensor *)obm_lua_box_check(L, 1, OBM_LUA_TENSOR); }
 
@@ -22,7 +25,8 @@ void obm_lua_tensor_view(lua_State *L, const obm_tensor *t, int owner) {
 /* The memory lies behind the head, so that the collector knows its size. */
 static tensor *tensor_alloc(lua_State *L, obm_tensor t) {
     int64_t n = obm_tensor_count(&t);
-    if (n < 0 || (uint64_t)n > (SIZE_MAX / 2 - sizeof(tensor)) / obm_dtype_size(t.dtype)) luaL_error(L, "not enough memory");
+    if (n < 0 || (uint64_t)n > (SIZE_MAX / 2 - sizeof(tensor)) / obm_dtype_size(t.dtype))
+        luaL_error(L, "not enough memory");
     tensor *self = obm_lua_box_new(L, sizeof *self + (size_t)n * obm_dtype_size(t.dtype), OBM_LUA_TENSOR, NULL);
     t.data = self + 1;
     self->t = t;
@@ -40,19 +44,47 @@ float *obm_lua_tensor_new(lua_State *L, int32_t ndim, const int64_t *shape) {
 
 static bool push_integer(lua_State *L, const obm_tensor *t, int64_t i) {
     const unsigned char *at = (const unsigned char *)t->data + (size_t)i * obm_dtype_size(t->dtype);
-    union { int8_t i8; int16_t i16; int32_t i32; int64_t i64; uint8_t u8; uint16_t u16; uint32_t u32; uint64_t u64; } v;
-    memcpy(&v, at, obm_dtype_size(t->dtype));   /* a mapped file guarantees no alignment */
+    union {
+        int8_t i8;
+        int16_t i16;
+        int32_t i32;
+        int64_t i64;
+        uint8_t u8;
+        uint16_t u16;
+        uint32_t u32;
+        uint64_t u64;
+    } v;
+    memcpy(&v, at, obm_dtype_size(t->dtype)); /* a mapped file guarantees no alignment */
     switch (t->dtype) {
-    case OBM_U8: lua_pushinteger(L, v.u8); return true;
-    case OBM_I8: lua_pushinteger(L, v.i8); return true;
-    case OBM_I16: lua_pushinteger(L, v.i16); return true;
-    case OBM_U16: lua_pushinteger(L, v.u16); return true;
-    case OBM_I32: lua_pushinteger(L, v.i32); return true;
-    case OBM_U32: lua_pushinteger(L, v.u32); return true;
-    case OBM_I64: lua_pushinteger(L, v.i64); return true;
-    case OBM_U64: lua_pushinteger(L, (lua_Integer)v.u64); return true;
-    case OBM_BOOL: lua_pushboolean(L, v.u8); return true;
-    default: return false;
+    case OBM_U8:
+        lua_pushinteger(L, v.u8);
+        return true;
+    case OBM_I8:
+        lua_pushinteger(L, v.i8);
+        return true;
+    case OBM_I16:
+        lua_pushinteger(L, v.i16);
+        return true;
+    case OBM_U16:
+        lua_pushinteger(L, v.u16);
+        return true;
+    case OBM_I32:
+        lua_pushinteger(L, v.i32);
+        return true;
+    case OBM_U32:
+        lua_pushinteger(L, v.u32);
+        return true;
+    case OBM_I64:
+        lua_pushinteger(L, v.i64);
+        return true;
+    case OBM_U64:
+        lua_pushinteger(L, (lua_Integer)v.u64);
+        return true;
+    case OBM_BOOL:
+        lua_pushboolean(L, v.u8);
+        return true;
+    default:
+        return false;
     }
 }
 
@@ -136,7 +168,8 @@ static obm_dtype check_dtype(lua_State *L, const char *name) {
 }
 
 static void read_shape(lua_State *L, int at, obm_tensor *t) {
-    if (lua_getfield(L, at, "shape") != LUA_TTABLE) luaL_error(L, "a tensor as a table has shape, dtype and data (missing: shape)");
+    if (lua_getfield(L, at, "shape") != LUA_TTABLE)
+        luaL_error(L, "a tensor as a table has shape, dtype and data (missing: shape)");
     lua_Integer ndim = luaL_len(L, -1);
     if (ndim > OBM_MAX_DIM) luaL_error(L, "a tensor has at most %d dimensions", OBM_MAX_DIM);
     t->ndim = (int32_t)ndim;
@@ -150,14 +183,19 @@ static void read_shape(lua_State *L, int at, obm_tensor *t) {
 }
 
 static void read_numbers(lua_State *L, int at, const obm_tensor *t, void *out) {
-    if (t->dtype != OBM_F32 && t->dtype != OBM_F64) luaL_error(L, "data of dtype %s is a string of raw bytes; numbers make F32 or F64", obm_dtype_name(t->dtype));
+    if (t->dtype != OBM_F32 && t->dtype != OBM_F64)
+        luaL_error(L, "data of dtype %s is a string of raw bytes; numbers make F32 or F64", obm_dtype_name(t->dtype));
     int64_t n = obm_tensor_count(t);
-    if (luaL_len(L, at) != n) luaL_error(L, "a tensor's data has %I numbers, its shape %I", luaL_len(L, at), (lua_Integer)n);
+    if (luaL_len(L, at) != n)
+        luaL_error(L, "a tensor's data has %I numbers, its shape %I", luaL_len(L, at), (lua_Integer)n);
     for (int64_t i = 0; i < n; i++) {
-        if (lua_geti(L, at, i + 1) != LUA_TNUMBER) luaL_error(L, "a tensor's data are numbers, got %s", luaL_typename(L, -1));
+        if (lua_geti(L, at, i + 1) != LUA_TNUMBER)
+            luaL_error(L, "a tensor's data are numbers, got %s", luaL_typename(L, -1));
         double v = lua_tonumber(L, -1);
-        if (t->dtype == OBM_F64) ((double *)out)[i] = v;
-        else ((float *)out)[i] = (float)v;
+        if (t->dtype == OBM_F64)
+            ((double *)out)[i] = v;
+        else
+            ((float *)out)[i] = (float)v;
         lua_pop(L, 1);
     }
 }
@@ -165,7 +203,8 @@ static void read_numbers(lua_State *L, int at, const obm_tensor *t, void *out) {
 obm_tensor obm_lua_tensor_import(lua_State *L, int keep, int at) {
     at = lua_absindex(L, at);
     if (luaL_testudata(L, at, OBM_LUA_TENSOR)) return ((tensor *)obm_lua_box_check(L, at, OBM_LUA_TENSOR))->t;
-    if (lua_type(L, at) != LUA_TTABLE) luaL_error(L, "expected a tensor or a table with shape, dtype and data, got %s", luaL_typename(L, at));
+    if (lua_type(L, at) != LUA_TTABLE)
+        luaL_error(L, "expected a tensor or a table with shape, dtype and data, got %s", luaL_typename(L, at));
     const char *dtype = obm_lua_field_string(L, at, keep, "dtype");
     obm_tensor t = {.dtype = dtype ? check_dtype(L, dtype) : OBM_F32};
     read_shape(L, at, &t);
@@ -174,7 +213,9 @@ obm_tensor obm_lua_tensor_import(lua_State *L, int keep, int at) {
     void *memory = obm_lua_alloc(L, keep, expected, 1);
     if (type == LUA_TSTRING) {
         const char *data = lua_tolstring(L, -1, &bytes);
-        if (bytes != expected) luaL_error(L, "a tensor's data has %I bytes, its shape and dtype need %I", (lua_Integer)bytes, (lua_Integer)expected);
+        if (bytes != expected)
+            luaL_error(L, "a tensor's data has %I bytes, its shape and dtype need %I", (lua_Integer)bytes,
+                       (lua_Integer)expected);
         memcpy(memory, data, bytes);
     } else if (type == LUA_TTABLE) {
         read_numbers(L, lua_gettop(L), &t, memory);
@@ -187,7 +228,10 @@ obm_tensor obm_lua_tensor_import(lua_State *L, int keep, int at) {
 }
 
 static const luaL_Reg tensor_methods[] = {{"totable", tensor_totable}, {"tostring", tensor_tostring}, {NULL, NULL}};
-static const luaL_Reg tensor_fields[] = {{"shape", tensor_shape}, {"dtype", tensor_dtype}, {"nbytes", tensor_nbytes}, {NULL, NULL}};
+static const luaL_Reg tensor_fields[] = {
+    {"shape", tensor_shape}, {"dtype", tensor_dtype}, {"nbytes", tensor_nbytes}, {NULL, NULL}};
 static const luaL_Reg tensor_meta[] = {{"__len", tensor_len}, {NULL, NULL}};
 
-void obm_lua_open_tensor(lua_State *L) { obm_lua_type(L, OBM_LUA_TENSOR, tensor_methods, tensor_fields, tensor_meta, tensor_element); }
+void obm_lua_open_tensor(lua_State *L) {
+    obm_lua_type(L, OBM_LUA_TENSOR, tensor_methods, tensor_fields, tensor_meta, tensor_element);
+}

@@ -66,10 +66,12 @@ static int tokenizer_apply_template(lua_State *L) {
     lua_newtable(L);
     obm_lua_prompts prompts;
     obm_lua_prompts_from(L, -1, 2, &prompts);
-    if (!prompts.single || !prompts.items[0].messages) return luaL_argerror(L, 2, "a list of messages expected ({ role = ..., content = ... })");
+    if (!prompts.single || !prompts.items[0].messages)
+        return luaL_argerror(L, 2, "a list of messages expected ({ role = ..., content = ... })");
     char **text = obm_lua_scratch(L, sizeof *text, obm_lua_clear_pointer);
     obm_error err;
-    if (obm_tokenizer_apply_template(t, prompts.items[0].messages, prompts.items[0].n_messages, add, text, &err) != OBM_OK)
+    if (obm_tokenizer_apply_template(t, prompts.items[0].messages, prompts.items[0].n_messages, add, text, &err) !=
+        OBM_OK)
         return obm_lua_fail(L, &err);
     lua_pushstring(L, *text);
     obm_lua_scratch_end(text);
@@ -86,8 +88,10 @@ static int tokenizer_piece(lua_State *L) {
 
 static int tokenizer_id(lua_State *L) {
     int32_t id = obm_tokenizer_id(check(L), obm_lua_string(L, 2));
-    if (id < 0) lua_pushnil(L);
-    else lua_pushinteger(L, id);
+    if (id < 0)
+        lua_pushnil(L);
+    else
+        lua_pushinteger(L, id);
     return 1;
 }
 
@@ -111,11 +115,18 @@ static int tokenizer_len(lua_State *L) {
     return 1;
 }
 
-static const luaL_Reg tokenizer_methods[] = {
-    {"encode", tokenizer_encode}, {"decode", tokenizer_decode},
-    {"apply_template", tokenizer_apply_template}, {"builtin_template", tokenizer_apply_template},
-    {"piece", tokenizer_piece}, {"id", tokenizer_id}, {"template", tokenizer_template},
-    {"bos", tokenizer_bos}, {"eos", tokenizer_eos}, {NULL, NULL}};
+static const luaL_Reg tokenizer_methods[] = {{"encode", tokenizer_encode},
+                                             {"decode", tokenizer_decode},
+                                             {"apply_template", tokenizer_apply_template},
+                                             {"builtin_template", tokenizer_apply_template},
+                                             {"piece", tokenizer_piece},
+                                             {"id", tokenizer_id},
+                                             {"template", tokenizer_template},
+                                             {"bos", tokenizer_bos},
+                                             {"eos", tokenizer_eos},
+                                             {NULL, NULL}};
 static const luaL_Reg tokenizer_meta[] = {{"__len", tokenizer_len}, {NULL, NULL}};
 
-void obm_lua_open_tokenizer(lua_State *L) { obm_lua_type(L, OBM_LUA_TOKENIZER, tokenizer_methods, NULL, tokenizer_meta, NULL); }
+void obm_lua_open_tokenizer(lua_State *L) {
+    obm_lua_type(L, OBM_LUA_TOKENIZER, tokenizer_methods, NULL, tokenizer_meta, NULL);
+}
