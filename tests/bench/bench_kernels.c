@@ -2,14 +2,10 @@
  * compares between runs: on a shared machine GB/s alone does not.
  *
  * Usage: bench_kernels [--threads N] [--isa NAME] [--mib N (per thread and buffer)] [--rounds N] */
+#include "bench.h"
 #include "kernels.h"
-#include "onebitmerge.h"
 
 #include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
 
 #define MAX_THREADS 256
 #define BLOCK 4096   /* elements per call of the reductions, as their contract says */
@@ -116,12 +112,6 @@ typedef struct member {
     int index;
 } member;
 
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 /* Filled by the thread that uses it: small finite values, so that no kernel meets denormals or overflows. */
 static bool slice_fill(slice *s, size_t n) {
     *s = (slice){.n = n};
@@ -165,15 +155,6 @@ static double measure(team *t, const op *o) {
     return seconds() - begin;
 }
 
-static int ascending(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-static double median(double *x, int n) {
-    qsort(x, (size_t)n, sizeof *x, ascending);
-    return n % 2 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2;
-}
-
 static void report(team *t, int rounds, double elements) {
     static double rate[N_OPS][MAX_ROUNDS], share[N_OPS][MAX_ROUNDS];
     for (size_t o = 0; o < N_OPS; o++) measure(t, &ops[o]); /* warm */
@@ -189,28 +170,6 @@ static void report(team *t, int rounds, double elements) {
         printf("%-20s %8.1f %8.1f %8.1f %8.2f\n", ops[o].name, middle, rate[o][0], rate[o][rounds - 1],
                median(share[o], rounds));
     }
-}
-
-static void print_processor(void) {
-    char line[256];
-    FILE *f = fopen("/proc/cpuinfo", "r");
-    while (f && fgets(line, sizeof line, f))
-        if (!strncmp(line, "model name", 10) && strchr(line, ':')) {
-            printf("machine   %s", strchr(line, ':') + 2);
-            break;
-        }
-    if (f) fclose(f);
-}
-
-static long number(int argc, char **argv, const char *name, long dflt) {
-    for (int i = 1; i + 1 < argc; i++)
-        if (!strcmp(argv[i], name)) return strtol(argv[i + 1], NULL, 10);
-    return dflt;
-}
-static const char *text(int argc, char **argv, const char *name, const char *dflt) {
-    for (int i = 1; i + 1 < argc; i++)
-        if (!strcmp(argv[i], name)) return argv[i + 1];
-    return dflt;
 }
 
 int main(int argc, char **argv) {
