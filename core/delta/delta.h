@@ -13,6 +13,8 @@
 
 bool obm__is_float(obm_dtype dtype);            /* F32, F16, BF16, F64 */
 size_t obm__tensor_bytes(const obm_tensor *t);
+/* Rotary frequencies follow from the config; old checkpoints carry them as a buffer, new ones do not. */
+bool obm__is_derived_buffer(const char *name);
 void obm__tensor_rows(const obm_tensor *t, int64_t *rows, int64_t *cols);   /* 1-D is one row; from 3-D on all but the first are columns */
 const char *obm__shape_text(const obm_tensor *t, char *buf, size_t size);   /* "(4, 8)" */
 

@@ -24,10 +24,10 @@ void obm__tensor_rows(const obm_tensor *t, int64_t *rows, int64_t *cols) {
 }
 
 const char *obm__shape_text(const obm_tensor *t, char *buf, size_t size) {
-    obm__buffer b = {0};
-    for (int i = 0; i < t->ndim; i++) obm__buffer_printf(&b, "%s%lld", i ? ", " : "", (long long)t->shape[i]);
-    snprintf(buf, size, "(%s)", b.data ? b.data : "");
-    obm__buffer_free(&b);
+    size_t used = (size_t)snprintf(buf, size, "(");
+    for (int i = 0; i < t->ndim && used < size; i++)
+        used += (size_t)snprintf(buf + used, size - used, "%s%lld", i ? ", " : "", (long long)t->shape[i]);
+    if (used < size) snprintf(buf + used, size - used, ")");
     return buf;
 }
 
@@ -88,8 +88,7 @@ void obm__pair_read(const obm_kernels *k, const obm__pair *p, int64_t begin, int
 
 /* ---- pairing ---- */
 
-/* Rotary frequencies are computed from the config; old checkpoints carry them as a buffer, new ones do not. */
-static bool is_derived_buffer(const char *name) {
+bool obm__is_derived_buffer(const char *name) {
     static const char suffix[] = "rotary_emb.inv_freq";
     size_t n = strlen(name), m = sizeof suffix - 1;
     return n >= m && !strcmp(name + n - m, suffix);
@@ -154,7 +153,7 @@ static obm_status match(obm_task_vector *v, obm_error *err) {
         if (!in_base) in_base = stand_in(b, named->name);
         if (!in_expert) in_expert = stand_in(e, named->name);
         if (!in_base || !in_expert) {
-            if (is_derived_buffer(named->name)) continue;
+            if (obm__is_derived_buffer(named->name)) continue;
             return in_base ? missing(named->name, b, e, err) : missing(named->name, e, b, err);
         }
         OBM_TRY(fill_pair(&v->pairs[v->count], named, &in_base->t, &in_expert->t, err));

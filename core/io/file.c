@@ -144,9 +144,14 @@ obm_status obm__fd_seal(int fd, const char *path, obm_error *err) {
     return status;
 }
 
+static obm_status open_directory(const char *dir, int *fd, obm_error *err) {
+    *fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    return *fd < 0 ? obm__fail_errno(err, "cannot open %s", dir) : OBM_OK;
+}
+
 obm_status obm__directory_sync(const char *dir, obm_error *err) {
-    int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0) return obm__fail_errno(err, "cannot open %s", dir);
+    int fd;
+    OBM_TRY(open_directory(dir, &fd, err));
     /* EINVAL: the file system has nothing to sync for folders. */
     obm_status status = fsync(fd) == 0 || errno == EINVAL ? OBM_OK : obm__fail_errno(err, "cannot sync %s", dir);
     close(fd);
@@ -161,9 +166,20 @@ static obm_status sync_parent(const char *path, obm_error *err) {
     return status;
 }
 
+/* Everything that can fail comes before the rename: after it readers see the new file, and a caller that heard of a
+ * failure would take back what the new file refers to.  A sync that fails there leaves the rename to the system. */
 obm_status obm__file_publish(const char *temp, const char *path, obm_error *err) {
-    if (rename(temp, path) != 0) return obm__fail_errno(err, "cannot rename %s to %s", temp, path);
-    return sync_parent(path, err);
+    char *dir = obm__path_directory(path);
+    int fd;
+    obm_status status = dir ? open_directory(dir, &fd, err) : obm__fail_nomem(err, strlen(path));
+    obm_free(dir);
+    OBM_TRY(status);
+    if (rename(temp, path) != 0)
+        status = obm__fail_errno(err, "cannot rename %s to %s", temp, path);
+    else
+        (void)fsync(fd);
+    close(fd);
+    return status;
 }
 
 obm_status obm__file_stage(const char *path, const void *bytes, size_t size, char **temp, obm_error *err) {

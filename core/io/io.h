@@ -82,7 +82,8 @@ obm_status obm__st_writer_metadata(obm__st_writer *w, const char *key, const cha
 obm_status obm__st_writer_begin(obm__st_writer *w, obm_error *err); /* writes the header, 64-byte aligned data */
 /* the next n bytes of the data part */
 obm_status obm__st_writer_write(obm__st_writer *w, const void *bytes, size_t n, obm_error *err);
-uint64_t obm__st_writer_size(const obm__st_writer *w); /* of the whole file; after all declares */
+/* of the whole file; after all declares; before begin 0 without memory */
+uint64_t obm__st_writer_size(const obm__st_writer *w);
 obm_status obm__st_writer_finish(obm__st_writer *w, char xxh3[33] /* nullable */, obm_error *err);
 void obm__st_writer_free(obm__st_writer *w); /* aborts if not finished */
 /* finish in two steps, for files that appear together: seal syncs the temporary file, publish renames it to `path`

@@ -1,6 +1,7 @@
 /* JSON values: thin, checked access to jansson.  Knows nothing about what the documents mean. */
 #include "json.h"
 
+#include "../text/text.h"
 #include "io.h"
 
 #include <jansson.h>
@@ -47,11 +48,20 @@ static void make_printable(char *s) {
     }
 }
 
-static obm_status parse_failure(json_error_t *e, const char *where, obm_error *err) {
-    if (json_error_code(e) == json_error_out_of_memory) return obm__fail_nomem(err, 0);
+/* No line: jansson fails without saying why, which it does only when an allocation fails. */
+static obm_status parse_failure(json_error_t *e, const char *where, size_t size, obm_error *err) {
+    if (json_error_code(e) == json_error_out_of_memory || e->line < 0) return obm__fail_nomem(err, size);
     make_printable(e->text);
     return obm__fail(err, OBM_E_FORMAT, "%s: not valid JSON at line %d, column %d: %s", where, e->line, e->column,
                      e->text);
+}
+
+/* jansson's reader does not look whether its token buffer grew: out of memory it drops characters.  So the memory that
+ * documents of this size commonly need (names, tensors, pieces: some ten times their text) has to be there beforehand. */
+static bool memory_is_there(size_t size) {
+    void *probe = obm__alloc(size, 10);
+    obm_free(probe);
+    return probe != NULL;
 }
 
 obm_status obm__json_parse(const char *text, size_t size, const char *where, obm_json **out, obm_error *err) {
@@ -59,6 +69,7 @@ obm_status obm__json_parse(const char *text, size_t size, const char *where, obm
     /* jansson's reader skips a raw NUL after a number; JSON allows it nowhere. */
     const char *nul = size ? memchr(text, 0, size) : NULL;
     if (nul) return obm__fail(err, OBM_E_FORMAT, "%s: not valid JSON: a NUL at byte %zu", where, (size_t)(nul - text));
+    if (!memory_is_there(size)) return obm__fail_nomem(err, size);
     json_t *v = json_loadb(text ? text : "", size, PARSE_FLAGS, &e);
     if (!v && json_error_code(&e) == json_error_numeric_overflow) {
         obm__buffer widened = {0};
@@ -70,7 +81,7 @@ obm_status obm__json_parse(const char *text, size_t size, const char *where, obm
         v = json_loadb(widened.data, widened.size, PARSE_FLAGS, &e);
         obm__buffer_free(&widened);
     }
-    if (!v) return parse_failure(&e, where, err);
+    if (!v) return parse_failure(&e, where, size, err);
     *out = v;
     return OBM_OK;
 }
@@ -88,26 +99,30 @@ void obm__json_free(obm_json *v) { json_decref(v); }
 
 /* ---- text ---- */
 
-/* 15 digits keep 1e-05 readable where they are exact; 17 are always exact. */
+/* NULL unless the text reads back as v: the digits may be too few, and json_dumps, out of memory, leaves out what its
+ * buffer had no room for. */
 static char *dump(const json_t *v, size_t flags) {
-    char *text = json_dumps(v, flags | JSON_REAL_PRECISION(15));
-    if (!text) return NULL;
-    json_t *back = json_loads(text, PARSE_FLAGS, NULL);
+    char *text = json_dumps(v, flags);
+    json_t *back = text ? json_loads(text, PARSE_FLAGS, NULL) : NULL;
     bool exact = back && json_equal(back, v);
     json_decref(back);
     if (exact) return text;
     free(text);
-    return json_dumps(v, flags | JSON_REAL_PRECISION(17));
+    return NULL;
 }
 
+/* 15 digits keep 1e-05 readable where they are exact; 17 are always exact. */
 char *obm__json_text(const obm_json *v, int indent) {
     size_t flags = JSON_ENCODE_ANY | (indent > 0 ? JSON_INDENT((size_t)indent) : 0);
-    return v ? dump(v, flags) : NULL;
+    if (!v) return NULL;
+    char *text = dump(v, flags | JSON_REAL_PRECISION(15));
+    return text ? text : dump(v, flags | JSON_REAL_PRECISION(17));
 }
 
 /* ---- reading ---- */
 
 obm_json_kind obm__json_kind(const obm_json *v) {
+    if (!v) return OBM_JSON_NULL;
     switch (json_typeof(v)) {
     case JSON_OBJECT:
         return OBM_JSON_OBJECT;
@@ -183,6 +198,7 @@ const char *obm__json_string_n(const obm_json *v, size_t *len) {
 obm_json *obm__json_new_object(void) { return json_object(); }
 obm_json *obm__json_new_array(void) { return json_array(); }
 obm_json *obm__json_new_string(const char *s) { return json_string(s); }
+bool obm__json_can_hold(const char *s) { return obm__utf8_check(s, strlen(s)) == strlen(s); }
 obm_json *obm__json_new_int(int64_t i) { return json_integer(i); }
 obm_json *obm__json_new_real(double d) { return json_real(d); }
 obm_json *obm__json_new_bool(bool b) { return json_boolean(b); }

@@ -24,7 +24,7 @@ typedef enum {
     OBM_JSON_ARRAY,
     OBM_JSON_OBJECT
 } obm_json_kind;
-obm_json_kind obm__json_kind(const obm_json *v);
+obm_json_kind obm__json_kind(const obm_json *v); /* NULL (absent) counts as null */
 const char *obm__json_kind_name(const obm_json *v); /* "a number", "an object", ... for messages */
 
 /* Members and elements, borrowed; NULL when absent or when v is of another kind. */
@@ -49,6 +49,7 @@ const char *obm__json_string_n(const obm_json *v, size_t *len); /* may hold NUL 
 obm_json *obm__json_new_object(void);
 obm_json *obm__json_new_array(void);
 obm_json *obm__json_new_string(const char *s);
+bool obm__json_can_hold(const char *s); /* false: not UTF-8; true and yet no new_string: out of memory */
 obm_json *obm__json_new_int(int64_t i);
 obm_json *obm__json_new_real(double d);
 obm_json *obm__json_new_bool(bool b);

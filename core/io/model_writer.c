@@ -77,11 +77,12 @@ struct obm__model_writer {
 
 /* ---- the folder as it is ---- */
 
-static bool exists_in(const char *dir, const char *name) {
+static obm_status exists_in(const char *dir, const char *name, bool *found, obm_error *err) {
     char *path = obm__path_join(dir, name);
-    bool found = path && access(path, F_OK) == 0;
+    if (!path) return obm__fail_nomem(err, strlen(dir));
+    *found = access(path, F_OK) == 0;
     obm_free(path);
-    return found;
+    return OBM_OK;
 }
 
 static obm_status remove_in(const char *dir, const char *name, obm_error *err) {
@@ -93,16 +94,16 @@ static obm_status remove_in(const char *dir, const char *name, obm_error *err) {
     return status;
 }
 
-static bool holds_weights(const char *dir) {
+static obm_status holds_weights(const char *dir, bool *found, obm_error *err) {
     DIR *d = opendir(dir);
-    if (!d) return false;
-    bool found = false;
-    for (struct dirent *e; !found && (e = readdir(d));) {
+    if (!d) return obm__fail_errno(err, "cannot read folder %s", dir);
+    *found = false;
+    for (struct dirent *e; !*found && (e = readdir(d));) {
         size_t n = strlen(e->d_name);
-        found = n > 12 && !strcmp(e->d_name + n - 12, ".safetensors");
+        *found = n > 12 && !strcmp(e->d_name + n - 12, ".safetensors");
     }
     closedir(d);
-    return found;
+    return OBM_OK;
 }
 
 static obm_status refuse_existing(const char *path, bool overwrite, obm_error *err) {
@@ -110,11 +111,14 @@ static obm_status refuse_existing(const char *path, bool overwrite, obm_error *e
     if (!obm__is_directory(path))
         return obm__fail(err, OBM_E_EXISTS, "%s is a file, expected a folder or nothing", path);
     if (overwrite) return OBM_OK;
-    if (holds_weights(path))
+    bool found;
+    OBM_TRY(holds_weights(path, &found, err));
+    if (found)
         return obm__fail(err, OBM_E_EXISTS, "%s holds a model, and overwriting was not asked for", path);
     for (size_t i = 0; i <= N_CARRIED; i++) {
         const char *name = i < N_CARRIED ? carried[i] : CARD;
-        if (exists_in(path, name))
+        OBM_TRY(exists_in(path, name, &found, err));
+        if (found)
             return obm__fail(err, OBM_E_EXISTS, "%s holds a %s, and overwriting was not asked for", path, name);
     }
     return OBM_OK;
@@ -322,8 +326,11 @@ static obm_status stage(obm__model_writer *w, const char *name, const char *text
 }
 
 /* A file that the old model has and the new one lacks (a chat template, say) would be read as the new one's. */
-static void mark_stale(obm__model_writer *w, const char *name) {
-    if (w->copy_from && exists_in(w->path, name)) w->small[w->n_small++] = (small_file){name, NULL, true};
+static obm_status mark_stale(obm__model_writer *w, const char *name, obm_error *err) {
+    bool found;
+    OBM_TRY(exists_in(w->path, name, &found, err));
+    if (found) w->small[w->n_small++] = (small_file){name, NULL, true};
+    return OBM_OK;
 }
 
 static obm_status stage_carried(obm__model_writer *w, const char *name, obm_error *err) {
@@ -332,7 +339,7 @@ static obm_status stage_carried(obm__model_writer *w, const char *name, obm_erro
     if (!source) return obm__fail_nomem(err, strlen(w->copy_from));
     obm_status status = OBM_OK;
     if (!obm__file_exists(source)) {
-        mark_stale(w, name);
+        status = mark_stale(w, name, err);
     } else {
         status = obm__file_read(source, &text, &size, err);
         if (status == OBM_OK) {
@@ -382,7 +389,7 @@ static bool model_changes(const obm__model_writer *w) {
 /* The plain names where they are free; beside an old model's shards, names derived from the content. */
 static obm_status name_shards(obm__model_writer *w, obm_error *err) {
     bool taken = false;
-    for (size_t i = 0; i < w->n_shards; i++) taken = taken || exists_in(w->path, w->shards[i].name);
+    for (size_t i = 0; i < w->n_shards && !taken; i++) OBM_TRY(exists_in(w->path, w->shards[i].name, &taken, err));
     if (w->n_shards == 1 || !taken) return OBM_OK;
     for (size_t i = 0; i < w->n_shards; i++) {
         char *name = shard_file_name(i, w->n_shards, w->shards[i].hash);

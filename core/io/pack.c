@@ -122,7 +122,7 @@ static obm_status verify_file(const obm_pack *p, const obm_json *record, obm__ti
     for (size_t at = 0; at < map.size && status == OBM_OK; at += PIECE) {
         size_t n = map.size - at < PIECE ? map.size - at : PIECE;
         obm__xxh3_add(h, map.data + at, n);
-        obm__release_pages(map.data + at, n);
+        obm__pages_release(map.data + at, n);
         status = obm__tick(ticker, done + at + n, err);
     }
     if (h) obm__xxh3_end(h, have);

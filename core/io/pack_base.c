@@ -1,6 +1,7 @@
 /* The base as a pack knows it: where it lies and how its tensors are recognised.  Reads the base, never writes it. */
 #include "pack_parts.h"
 
+#include <errno.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -35,7 +36,7 @@ static bool sample_tensor(const obm_tensor *t, digest out) {
         obm__xxh3_add(h, (const uint8_t *)t->data + sample_offset(n - SAMPLE_BYTES, i), SAMPLE_BYTES);
     }
     obm__xxh3_end(h, out);
-    obm__release_pages(t->data, n); /* a fault maps the cached neighbours too, up to the whole tensor */
+    obm__pages_release(t->data, n); /* a fault maps the cached neighbours too, up to the whole tensor */
     return true;
 }
 
@@ -86,7 +87,7 @@ static void hash_range(void *arg, size_t begin, size_t end, int id) {
     hash_job *job = arg;
     for (size_t i = begin; i < end; i++) {
         obm__xxh3_of(job->chunks[i].data, job->chunks[i].n, job->digests[i]);
-        obm__release_pages(job->chunks[i].data, job->chunks[i].n);
+        obm__pages_release(job->chunks[i].data, job->chunks[i].n);
     }
 }
 
@@ -179,16 +180,12 @@ static char *relative_path(const char *from, const char *to) {
     return b.data;
 }
 
-/* Paths that are not UTF-8 cannot stand in JSON; such a base is found through base= only. */
-static obm_json *path_value(const char *path) {
-    obm_json *v = path ? obm__json_new_string(path) : NULL;
-    return v ? v : obm__json_new_null();
-}
-
 static bool put_paths(obm_json *record, const obm_checkpoint *base, const char *dir) {
-    char *from = realpath(dir, NULL), *to = realpath(base->path, NULL);
+    errno = 0;
+    char *from = realpath(dir, NULL), *to = from ? realpath(base->path, NULL) : NULL;
     char *relative = from && to ? relative_path(from, to) : NULL;
-    bool ok = obm__json_set(record, "path", path_value(relative)) && obm__json_set(record, "absolute", path_value(to));
+    bool ok = errno != ENOMEM && (relative || !to) && obm__json_set(record, "path", obm__path_value(relative)) &&
+              obm__json_set(record, "absolute", obm__path_value(to));
     free(from);
     free(to);
     obm_free(relative);
@@ -240,6 +237,7 @@ obm_status obm__base_open(obm_context *ctx, const obm_json *record, const char *
     const char *absolute = obm__json_string(obm__json_get(record, "absolute"));
     char seen[200], far[200];
     char *joined = relative ? obm__path_join(pack_path, relative) : NULL;
+    if (relative && !joined) return obm__fail_nomem(err, strlen(pack_path));
     const char *found = exists(joined) ? joined : exists(absolute) ? absolute : NULL;
     obm_status status =
         found ? obm_checkpoint_open(ctx, found, out, err)

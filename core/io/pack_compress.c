@@ -62,9 +62,10 @@ static obm_status make_output(compression *c, obm_error *err) {
     OBM_TRY(obm__make_directory(c->dir, err));
     char *path = obm__path_join(c->dir, OBM_PACK_MANIFEST);
     if (!path) return obm__fail_nomem(err, strlen(c->dir));
-    if (obm__file_exists(path)) (void)obm__json_load(path, &c->before, NULL); /* only to know which files it names */
+    /* Only to know which files it names: a failed run must leave those. */
+    obm_status status = obm__file_exists(path) ? obm__json_load(path, &c->before, err) : OBM_OK;
     obm_free(path);
-    return OBM_OK;
+    return status == OBM_E_FORMAT ? OBM_OK : status;
 }
 
 /* ---- steps ---- */

@@ -10,7 +10,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 /* Elements of a chunk of a full tensor per thread: a few ms of work between two progress calls. */
 #define CHUNK (16 * OBM_TILE)
@@ -43,14 +42,6 @@ typedef struct job {
     obm__st_writer *writer;
     uint64_t ticks; /* bytes of expert tensors that are done */
 } job;
-
-void obm__release_pages(const void *data, size_t bytes) {
-    static const uintptr_t page = 4096;
-    uintptr_t begin = ((uintptr_t)data + page - 1) & ~(page - 1), end = ((uintptr_t)data + bytes) & ~(page - 1);
-    /* Read-only file mappings only: the pages come back from the file when they are touched again.  Failure is
-     * harmless. */
-    if (begin < end) (void)madvise((void *)begin, end - begin, MADV_DONTNEED);
-}
 
 static uint64_t add_u64(uint64_t a, uint64_t b) { return a > UINT64_MAX - b ? UINT64_MAX : a + b; }
 
@@ -154,8 +145,8 @@ static obm_status find_same(job *j, item *it, obm_error *err) {
             .a = (const uint8_t *)p->base.data + at, .b = (const uint8_t *)p->expert.data + at, .n = n, .step = CHUNK};
         obm__parallel(j->r->ctx, (n - 1) / CHUNK + 1, 1, same_range, &s);
         if (s.differ) return OBM_OK;
-        obm__release_pages(s.a, n);
-        obm__release_pages(s.b, n);
+        obm__pages_release(s.a, n);
+        obm__pages_release(s.b, n);
         OBM_TRY(obm__tick(j->r->ticker, 0, err));
     }
     it->mode = OBM_MODE_SAME;
@@ -235,7 +226,7 @@ typedef struct plane_sink {
 
 static void release_rows(const obm_tensor *t, int64_t cols, int64_t begin, int64_t end) {
     size_t row = (size_t)cols * obm_dtype_size(t->dtype);
-    obm__release_pages((const uint8_t *)t->data + (size_t)begin * row, (size_t)(end - begin) * row);
+    obm__pages_release((const uint8_t *)t->data + (size_t)begin * row, (size_t)(end - begin) * row);
 }
 
 static obm_status take_signs(void *user, const void *bytes, size_t n, int64_t rows_done, obm_error *err) {
@@ -310,11 +301,11 @@ static obm_status write_chunk(job *j, const obm__pair *p, int64_t begin, int64_t
     size_t size = obm_dtype_size(p->expert.dtype), n = (size_t)(end - begin) * size;
     const uint8_t *src = (const uint8_t *)p->expert.data + (size_t)begin * size;
     OBM_TRY(obm__st_writer_write(j->writer, src, n, err));
-    obm__release_pages(src, n);
+    obm__pages_release(src, n);
     if (begin < f.in_base) {
         size_t base = obm_dtype_size(p->base.dtype);
         int64_t last = end < f.in_base ? end : f.in_base;
-        obm__release_pages((const uint8_t *)p->base.data + (size_t)begin * base, (size_t)(last - begin) * base);
+        obm__pages_release((const uint8_t *)p->base.data + (size_t)begin * base, (size_t)(last - begin) * base);
     }
     j->ticks += n;
     return obm__tick(j->r->ticker, j->ticks, err);
@@ -410,11 +401,10 @@ static obm_json *item_record(const job *j, const item *it) {
 
 static obm_json *make_record(const job *j, const char *file, uint64_t bytes, const char *xxh3) {
     obm_json *r = obm__file_record(file, bytes, xxh3), *tensors = obm__json_new_object();
-    obm_json *source = obm__json_new_string(j->r->expert->path); /* NULL for a path that is not UTF-8 */
     bool ok = r && tensors;
     ok = obm__json_set(r, "name", obm__json_new_string(j->r->expert->name)) && ok;
     ok = obm__json_set(r, "policy", obm__json_new_string(j->policy_text)) && ok;
-    ok = obm__json_set(r, "source", source ? source : obm__json_new_null()) && ok;
+    ok = obm__json_set(r, "source", obm__path_value(j->r->expert->path)) && ok;
     for (size_t i = 0; i < j->n && ok; i++)
         ok = obm__json_set(tensors, j->items[i].pair->name, item_record(j, &j->items[i]));
     ok = obm__json_set(r, "tensors", tensors) && ok;

@@ -116,6 +116,10 @@ bool obm__put_tensor(obm_json *object, const obm_tensor *t) {
 
 /* ---- files ---- */
 
+obm_json *obm__path_value(const char *path) {
+    return path && obm__json_can_hold(path) ? obm__json_new_string(path) : obm__json_new_null();
+}
+
 obm_json *obm__file_record(const char *name, uint64_t bytes, const char *xxh3) {
     obm_json *r = obm__json_new_object();
     bool ok = obm__json_set(r, "file", obm__json_new_string(name));

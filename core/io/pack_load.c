@@ -207,8 +207,6 @@ static void tie_head(const obm_pack *p, obm__pack_expert *x, size_t head) {
     x->entries[head].bytes_expert = x->entries[head].bytes_pack = 0;
 }
 
-static bool may_be_absent(const char *name) { return strstr(name, "rotary_emb.inv_freq") != NULL; }
-
 static obm_status load_entries(const obm_pack *p, obm__pack_expert *x, place *at, const obm_json *tensors,
                                obm_error *err) {
     size_t found = 0, head = SIZE_MAX;
@@ -220,7 +218,7 @@ static obm_status load_entries(const obm_pack *p, obm__pack_expert *x, place *at
             OBM_TRY(load_entry(at, record, &p->tensors[i], &x->entries[i], err));
         } else if (!p->tensors[i].in_base) {
             head = i;
-        } else if (may_be_absent(at->name)) {
+        } else if (obm__is_derived_buffer(at->name)) {
             x->entries[i].mode = OBM_MODE_SAME;
         } else {
             return bad_entry(at, err, "is missing");

@@ -48,6 +48,8 @@ obm_status obm__field_real(const obm_json *object, const char *key, const char *
 obm_status obm__field_tensor(const obm_json *object, const char *where, obm_tensor *out, obm_error *err);
 bool obm__put_tensor(obm_json *object, const obm_tensor *t);
 obm_json *obm__file_record(const char *name, uint64_t bytes, const char *xxh3);   /* {"file", "bytes", "xxh3"} */
+/* A path, or null where JSON cannot hold it (not UTF-8) or there is none; NULL without memory. */
+obm_json *obm__path_value(const char *path);
 /* Checks such a record; *path owned. */
 obm_status obm__file_of(const obm_json *record, const char *dir, const char *where, char **path, uint64_t *bytes,
                         const char **xxh3, obm_error *err);
@@ -78,8 +80,6 @@ obm_status obm__expert_write(const obm__expert_request *r, const obm_checkpoint 
 obm_status obm__pack_writer(const char *dir, const char *stem, obm__st_writer **out, obm_error *err);
 obm_status obm__pack_publish(obm__st_writer *w, const char *dir, const char *stem, char xxh3[33], uint64_t *bytes, char **name,
                              obm_error *err);
-/* Lets go of mapped pages that a pass is done with, so that resident memory does not follow the size of a model. */
-void obm__release_pages(const void *data, size_t bytes);
 
 /* ---- the opened pack (pack_load.c) ---- */
 

@@ -271,6 +271,7 @@ struct obm__st_writer {
     declared *tensors;
     size_t count, capacity;
     obm_json *metadata; /* NULL without */
+    uint64_t header_bytes; /* 0 before begin */
     uint64_t data_bytes, written;
     obm__xxh3 *hash;
 };
@@ -334,7 +335,8 @@ obm_status obm__st_writer_declare(obm__st_writer *w, const char *name, obm_dtype
 obm_status obm__st_writer_metadata(obm__st_writer *w, const char *key, const char *value, obm_error *err) {
     if (!w->metadata) w->metadata = obm__json_new_object();
     if (obm__json_set(w->metadata, key, obm__json_new_string(value))) return OBM_OK;
-    return obm__fail(err, OBM_E_ARG, "%s: metadata %s: not UTF-8, or out of memory", w->path, key);
+    if (obm__json_can_hold(key) && obm__json_can_hold(value)) return obm__fail_nomem(err, strlen(value));
+    return obm__fail(err, OBM_E_ARG, "%s: metadata %s: not UTF-8", w->path, key);
 }
 
 static obm_json *tensor_record(const declared *d) {
@@ -355,7 +357,8 @@ static obm_status add_record(const obm__st_writer *w, const declared *d, obm_jso
     if (obm__json_get(header, d->name) || !strcmp(d->name, METADATA_KEY))
         return obm__fail(err, OBM_E_ARG, "%s: tensor %s: the name is taken", w->path, d->name);
     if (obm__json_set(header, d->name, tensor_record(d))) return OBM_OK;
-    return obm__fail(err, OBM_E_ARG, "%s: tensor %s: the name is not UTF-8, or out of memory", w->path, d->name);
+    if (obm__json_can_hold(d->name)) return obm__fail_nomem(err, strlen(d->name));
+    return obm__fail(err, OBM_E_ARG, "%s: tensor %s: the name is not UTF-8", w->path, d->name);
 }
 
 /* The bytes in front of the data: length, JSON, and spaces up to the next multiple of 64, so that data is aligned. */
@@ -381,6 +384,7 @@ done:
 }
 
 uint64_t obm__st_writer_size(const obm__st_writer *w) {
+    if (w->header_bytes) return w->header_bytes + w->data_bytes;
     obm__buffer header = {0};
     uint64_t size = header_bytes(w, &header, NULL) == OBM_OK ? header.size + w->data_bytes : 0;
     obm__buffer_free(&header);
@@ -397,6 +401,7 @@ obm_status obm__st_writer_begin(obm__st_writer *w, obm_error *err) {
     OBM_GO(obm__temp_create(w->path, &w->temp, &w->fd, err));
     obm__xxh3_add(w->hash, header.data, header.size);
     OBM_GO(obm__fd_write(w->fd, w->temp, header.data, header.size, err));
+    w->header_bytes = header.size;
 done:
     obm__buffer_free(&header);
     return status;

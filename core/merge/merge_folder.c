@@ -82,13 +82,6 @@ static obm_status check_architectures(const job *j, obm_error *err) {
 
 /* ---- names ---- */
 
-/* Buffers that old LLaMA checkpoints carry and that follow from the config. */
-static bool is_derived_buffer(const char *name) {
-    static const char suffix[] = "rotary_emb.inv_freq";
-    size_t n = strlen(name), m = sizeof suffix - 1;
-    return n >= m && !strcmp(name + n - m, suffix);
-}
-
 static bool has_own_head(const obm_checkpoint *c) { return !c->tied && obm__checkpoint_find(c, OBM_HEAD_NAME); }
 
 /* A tied input's head is its embedding, whatever else its files hold. */
@@ -100,7 +93,7 @@ static const obm__st_entry *find_tensor(const obm_checkpoint *c, const char *nam
 }
 
 static bool is_written(const job *j, const char *name) {
-    return !is_derived_buffer(name) && (strcmp(name, OBM_HEAD_NAME) || j->writes_head);
+    return !obm__is_derived_buffer(name) && (strcmp(name, OBM_HEAD_NAME) || j->writes_head);
 }
 
 static obm_status check_extra_names(const job *j, obm_error *err) {
@@ -156,26 +149,15 @@ static int64_t count_layers(const job *j) {
 
 /* ---- shapes and dtypes ---- */
 
-static void shape_text(const obm_tensor *t, char *buf, size_t size) {
-    size_t used = (size_t)snprintf(buf, size, "(");
-    for (int i = 0; i < t->ndim && used < size; i++)
-        used += (size_t)snprintf(buf + used, size - used, "%s%lld", i ? ", " : "", (long long)t->shape[i]);
-    if (used < size) snprintf(buf + used, size - used, ")");
-}
-
 static obm_status fail_shape(const job *j, const output *o, size_t i, obm_error *err) {
     const obm_tensor *a = &o->tensors[j->reference], *b = &o->tensors[i];
     obm_class cls = obm_class_of(o->name, a->ndim);
     const char *hint = cls == OBM_CLASS_EMBEDDING || cls == OBM_CLASS_HEAD ? ": the vocabularies must be the same" : "";
     char first[128], other[128];
-    shape_text(a, first, sizeof first);
-    shape_text(b, other, sizeof other);
+    obm__shape_text(a, first, sizeof first);
+    obm__shape_text(b, other, sizeof other);
     return obm__fail(err, OBM_E_SHAPE, "%.200s: shape %s in %.150s, %s in %.150s%s", o->name, first,
                      j->refs[j->reference], other, j->refs[i], hint);
-}
-
-static bool is_float(obm_dtype dtype) {
-    return dtype == OBM_F32 || dtype == OBM_F16 || dtype == OBM_BF16 || dtype == OBM_F64;
 }
 
 static obm_status match_tensors(const job *j, output *o, obm_error *err) {
@@ -189,11 +171,11 @@ static obm_status match_tensors(const job *j, output *o, obm_error *err) {
         const obm_tensor *t = &o->tensors[i];
         if (t->ndim != first->ndim || memcmp(t->shape, first->shape, (size_t)t->ndim * sizeof *t->shape))
             return fail_shape(j, o, i, err);
-        if (is_float(first->dtype) != is_float(t->dtype) || (!is_float(t->dtype) && t->dtype != first->dtype))
+        if (t->dtype != first->dtype && !(obm__is_float(first->dtype) && obm__is_float(t->dtype)))
             return obm__fail(err, OBM_E_DTYPE, "%.200s: %s in %.150s, %s in %.150s", o->name,
                              obm_dtype_name(first->dtype), j->refs[j->reference], obm_dtype_name(t->dtype), j->refs[i]);
     }
-    o->copy = !is_float(first->dtype);
+    o->copy = !obm__is_float(first->dtype);
     return OBM_OK;
 }
 
@@ -260,8 +242,6 @@ static obm_status check_scopes(const job *j, obm_error *err) {
 
 /* ---- sizes ---- */
 
-static uint64_t tensor_bytes(const obm_tensor *t) { return (uint64_t)obm_tensor_count(t) * obm_dtype_size(t->dtype); }
-
 /* Everything but the output tile: scratch of the passes, histograms, per-block records of the largest tensor, and the
  * pages of the inputs that one span touches. */
 static uint64_t fixed_memory(const job *j) {
@@ -294,7 +274,7 @@ static obm_plan sizes(const job *j) {
     double passes = 0;
     for (size_t i = 0; i < j->n_outputs; i++) {
         const output *o = &j->outputs[i];
-        for (size_t t = 0; t < j->n_inputs; t++) p.bytes_read += tensor_bytes(&o->tensors[t]);
+        for (size_t t = 0; t < j->n_inputs; t++) p.bytes_read += obm__tensor_bytes(&o->tensors[t]);
         p.bytes_written += (uint64_t)obm_tensor_count(&o->tensors[0]) * obm_dtype_size(o->dtype);
         passes += (double)o->group.count * (double)o->steps.n * (o->steps.mask == OBM_MASK_MAGNITUDE ? 3 : 1);
     }
@@ -396,7 +376,7 @@ static char *build_card(const job *j) {
 
 static obm_status write_copy(const job *j, const output *o, obm__model_writer *w, obm_error *err) {
     const obm_tensor *t = &o->tensors[j->reference];
-    uint64_t bytes = tensor_bytes(t);
+    uint64_t bytes = obm__tensor_bytes(t);
     for (size_t i = 0; i < j->n_inputs; i++)
         if (bytes && memcmp(t->data, o->tensors[i].data, bytes))
             return obm__fail(err, OBM_E_DTYPE, "%.200s: %s tensors cannot be merged, and %.150s and %.150s differ",

@@ -4,23 +4,16 @@
 #include <stdio.h>
 #include <string.h>
 
-static void shape_text(const obm_tensor *t, char *buf, size_t size) {
-    size_t used = (size_t)snprintf(buf, size, "(");
-    for (int i = 0; i < t->ndim && used < size; i++)
-        used += (size_t)snprintf(buf + used, size - used, "%s%lld", i ? ", " : "", (long long)t->shape[i]);
-    if (used < size) snprintf(buf + used, size - used, ")");
-}
-
 static obm_status check_tensor(const obm_tensor *t, const obm_tensor *first, const char *what, obm_error *err) {
     if (t->ndim < 0 || t->ndim > OBM_MAX_DIM)
         return obm__fail(err, OBM_E_SHAPE, "%s: %d dimensions, at most %d", what, t->ndim, OBM_MAX_DIM);
-    if (t->dtype != OBM_F32 && t->dtype != OBM_F16 && t->dtype != OBM_BF16 && t->dtype != OBM_F64)
+    if (!obm__is_float(t->dtype))
         return obm__fail(err, OBM_E_DTYPE, "%s: a merge needs F32, F16, BF16 or F64, got %s", what,
                          obm_dtype_name(t->dtype));
     if (t->ndim == first->ndim && !memcmp(t->shape, first->shape, (size_t)t->ndim * sizeof *t->shape)) return OBM_OK;
     char a[128], b[128];
-    shape_text(first, a, sizeof a);
-    shape_text(t, b, sizeof b);
+    obm__shape_text(first, a, sizeof a);
+    obm__shape_text(t, b, sizeof b);
     return obm__fail(err, OBM_E_SHAPE, "%s: expected the shape %s of the first tensor, got %s", what, a, b);
 }
 

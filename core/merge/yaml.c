@@ -144,8 +144,7 @@ static obm_status read_node(reader *r, yaml_node_t *node, int depth, obm_json **
     if (depth > MAX_DEPTH) return fail_at(r, node, OBM_E_FORMAT, "nested too deep", "");
     if (node->type == YAML_SCALAR_NODE) {
         OBM_TRY(read_scalar(r, node, out));
-        return *out ? OBM_OK
-                    : obm__fail(r->err, OBM_E_FORMAT, "%s, line %zu: not UTF-8", r->where, node->start_mark.line + 1);
+        return *out ? OBM_OK : obm__fail_nomem(r->err, node->data.scalar.length); /* libyaml has checked the UTF-8 */
     }
     bool sequence = node->type == YAML_SEQUENCE_NODE;
     obm_json *collection = sequence ? obm__json_new_array() : obm__json_new_object();

@@ -226,8 +226,9 @@ static obm_json *confusion_json(const obm_router_report *r) {
     obm_json *rows = obm__json_new_array();
     for (size_t i = 0; i < r->tasks; i++) {
         obm_json *row = obm__json_new_array();
-        for (size_t j = 0; j < r->tasks; j++) obm__json_append(row, obm__json_new_int(r->confusion[i][j]));
-        if (!obm__json_append(rows, row)) {
+        bool ok = true;
+        for (size_t j = 0; j < r->tasks; j++) ok = obm__json_append(row, obm__json_new_int(r->confusion[i][j])) && ok;
+        if (!obm__json_append(rows, row) || !ok) {
             obm__json_free(rows);
             return NULL;
         }

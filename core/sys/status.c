@@ -55,18 +55,19 @@ obm_status obm__fail(obm_error *err, obm_status status, const char *format, ...)
 
 obm_status obm__fail_errno(obm_error *err, const char *format, ...) {
     int code = errno;
+    obm_status status = code == ENOMEM ? OBM_E_NOMEM : OBM_E_IO;
     if (err) {
         va_list args;
         va_start(args, format);
-        set_message(err, OBM_E_IO, format, args);
+        set_message(err, status, format, args);
         va_end(args);
-        err->os_errno = code;
+        err->os_errno = status == OBM_E_IO ? code : 0;
         size_t n = strlen(err->message);
         char reason[128];
         /* GNU strerror_r returns the text, which need not be in the buffer. */
         snprintf(err->message + n, sizeof err->message - n, ": %s", strerror_r(code, reason, sizeof reason));
     }
-    return OBM_E_IO;
+    return status;
 }
 
 obm_status obm__fail_nomem(obm_error *err, uint64_t bytes) {

@@ -11,7 +11,7 @@
 
 /* Fills err (nullable) and returns status, so that `return obm__fail(err, OBM_E_ARG, "...", ...)` reads as one step. */
 obm_status obm__fail(obm_error *err, obm_status status, const char *format, ...) __attribute__((format(printf, 3, 4)));
-/* OBM_E_IO with strerror(errno) appended: "cannot open PATH: No such file or directory". */
+/* OBM_E_IO (NOMEM for ENOMEM) with strerror(errno) appended: "cannot open PATH: No such file or directory". */
 obm_status obm__fail_errno(obm_error *err, const char *format, ...) __attribute__((format(printf, 2, 3)));
 obm_status obm__fail_nomem(obm_error *err, uint64_t bytes);
 

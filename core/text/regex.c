@@ -239,6 +239,7 @@ static obm_status compile(const char *pattern, size_t n, uint32_t options, const
         PCRE2_UCHAR reason[160] = "";
         pcre2_get_error_message(code, reason, sizeof reason);
         obm__regex_free(r);
+        if (code == PCRE2_ERROR_HEAP_FAILED) return obm__fail_nomem(err, n);
         return obm__fail(err, OBM_E_FORMAT, "%s: a regex does not compile: %s", where, (const char *)reason);
     }
     pcre2_jit_compile(r->code, PCRE2_JIT_COMPLETE); /* a build or system without JIT interprets */

@@ -169,9 +169,18 @@ static void test_text(void **state) {
     obm__json_free(v);
 }
 
+/* What is absent has a kind too: a file that lacks a key must not be a crash. */
+static void test_absent(void **state) {
+    (void)state;
+    assert_int_equal(obm__json_kind(NULL), OBM_JSON_NULL);
+    assert_string_equal(obm__json_kind_name(NULL), "nothing");
+    assert_false(obm__json_can_hold("\xff"));
+    assert_true(obm__json_can_hold("\xc3\xb6"));
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_kinds),   cmocka_unit_test(test_integers), cmocka_unit_test(test_long_integers),
+        cmocka_unit_test(test_absent), cmocka_unit_test(test_kinds),   cmocka_unit_test(test_integers), cmocka_unit_test(test_long_integers),
         cmocka_unit_test(test_strings), cmocka_unit_test(test_refusals), cmocka_unit_test(test_depth),
         cmocka_unit_test(test_raw_nul), cmocka_unit_test(test_text),
     };

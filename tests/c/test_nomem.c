@@ -1,0 +1,267 @@
+/* Every allocation of the library fails in turn: what comes is NOMEM and nothing leaks, or success where the memory was
+ * not needed; and a pack on disk is the old one or the new one, never a broken one.  Allocations inside jansson's reader
+ * are left out: it cannot be told apart from bad text there (core/io/json.c asks for the memory beforehand). */
+#include "delta_fixture.h"
+#include "tiny_model.h"
+
+#include <jansson.h>
+#include <pthread.h>
+#include <sys/stat.h>
+
+void *__real_malloc(size_t n);
+void *__real_calloc(size_t count, size_t size);
+void *__real_realloc(void *p, size_t n);
+void *__real_aligned_alloc(size_t alignment, size_t n);
+void __real_free(void *p);
+json_t *__real_json_loadb(const char *text, size_t n, size_t flags, json_error_t *e);
+json_t *__real_json_loads(const char *text, size_t flags, json_error_t *e);
+
+/* ---- allocations, counted ---- */
+
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static long countdown; /* the allocation that fails, 0: none does */
+static bool fired, tracking;
+static _Thread_local int reading;
+enum { SLOTS = 1 << 15 }; /* many more than one attempt allocates */
+static void *blocks[SLOTS];
+static long live;
+
+static bool fails(void) {
+    if (reading) return false;
+    pthread_mutex_lock(&mutex);
+    bool now = countdown > 0 && --countdown == 0;
+    fired = fired || now;
+    pthread_mutex_unlock(&mutex);
+    return now;
+}
+
+/* The slot of a block, or the free one where it goes; a removed block leaves `blocks` itself as a marker. */
+static size_t slot_of(const void *p) {
+    size_t i = ((size_t)p >> 4) * 2654435761u % SLOTS;
+    while (blocks[i] && blocks[i] != p) i = (i + 1) % SLOTS;
+    return i;
+}
+
+static void *note(void *p) {
+    pthread_mutex_lock(&mutex);
+    if (p && tracking) {
+        blocks[slot_of(p)] = p;
+        live++;
+    }
+    pthread_mutex_unlock(&mutex);
+    return p;
+}
+
+static void forget(void *p) {
+    pthread_mutex_lock(&mutex);
+    size_t i = slot_of(p);
+    if (p && blocks[i] == p) {
+        blocks[i] = (void *)blocks;
+        live--;
+    }
+    pthread_mutex_unlock(&mutex);
+}
+
+void *__wrap_malloc(size_t n) { return fails() ? NULL : note(__real_malloc(n)); }
+void *__wrap_calloc(size_t count, size_t size) { return fails() ? NULL : note(__real_calloc(count, size)); }
+void *__wrap_aligned_alloc(size_t alignment, size_t n) {
+    return fails() ? NULL : note(__real_aligned_alloc(alignment, n));
+}
+void *__wrap_realloc(void *p, size_t n) {
+    if (fails()) return NULL;
+    forget(p);
+    return note(__real_realloc(p, n));
+}
+void __wrap_free(void *p) {
+    forget(p);
+    __real_free(p);
+}
+json_t *__wrap_json_loadb(const char *text, size_t n, size_t flags, json_error_t *e) {
+    reading++;
+    json_t *v = __real_json_loadb(text, n, flags, e);
+    reading--;
+    return v;
+}
+json_t *__wrap_json_loads(const char *text, size_t flags, json_error_t *e) {
+    reading++;
+    json_t *v = __real_json_loads(text, flags, e);
+    reading--;
+    return v;
+}
+
+/* ---- what is tried ---- */
+
+static obm_context *context;
+static char *folders[4]; /* base, and three experts */
+static char *root;
+static const char *const tasks[] = {"chat", "math", "code"};
+
+static const char *in_root(const char *name) {
+    static char paths[4][600];
+    static int at;
+    char *path = paths[at++ % 4];
+    snprintf(path, sizeof paths[0], "%s/%s", root, name);
+    return path;
+}
+
+static obm_status compress_to(const char *name, size_t n, obm_pack **out, obm_error *e) {
+    obm_expert experts[3];
+    obm_compress_options o = OBM_INIT(obm_compress_options);
+    o.overwrite = true;
+    for (size_t i = 0; i < n; i++) {
+        experts[i] = OBM_INIT(obm_expert);
+        experts[i].name = tasks[i];
+        experts[i].path = folders[i + 1];
+        experts[i].planes = i == 1 ? 2 : 1;
+    }
+    return obm_compress(context, folders[0], experts, n, &o, in_root(name), NULL, out, e);
+}
+
+static obm_status try_compress(obm_error *e) {
+    obm_pack *p = NULL;
+    obm_status status = compress_to("pack", 3, &p, e);
+    assert_true(status == OBM_OK || !p);
+    obm_pack_free(p);
+    return status;
+}
+
+static obm_status with_pack(obm_status (*use)(obm_pack *p, obm_error *e), obm_error *e) {
+    obm_pack *p = NULL;
+    obm_status status = obm_pack_open(context, in_root("pack"), NULL, &p, e);
+    assert_true(status == OBM_OK || !p);
+    if (status == OBM_OK) status = use(p, e);
+    obm_pack_free(p);
+    return status;
+}
+
+static obm_status verify(obm_pack *p, obm_error *e) { return obm_pack_verify(p, NULL, NULL, e); }
+static obm_status try_verify(obm_error *e) { return with_pack(verify, e); }
+
+static obm_status set(obm_pack *p, obm_error *e) {
+    obm_pack_settings s = OBM_INIT(obm_pack_settings);
+    s.lambda = 0.7;
+    s.density = 0.1;
+    return obm_pack_set_settings(p, &s, e);
+}
+static obm_status try_set(obm_error *e) { return with_pack(set, e); }
+
+static obm_status materialise(obm_pack *p, obm_error *e) {
+    double weights[3];
+    float out[64 * 16];
+    char *text = NULL;
+    OBM_TRY(obm_pack_parse_route(p, "chat=.5, math=.25", weights, e));
+    OBM_TRY(obm_pack_format_route(p, weights, &text, e));
+    obm_free(text);
+    OBM_TRY(obm_pack_materialise(p, weights, "model.embed_tokens.weight", out, e));
+    return obm_pack_materialise(p, weights, "model.layers.0.mlp.up_proj.weight", out, e);
+}
+static obm_status try_materialise(obm_error *e) { return with_pack(materialise, e); }
+
+static obm_status train(obm_pack *p, obm_error *e) {
+    static const char *const texts[] = {"abc", "bcd", "cde", "aab", "bbc", "ccd", "aac", "bbd", "cce"};
+    obm_prompt prompts[9] = {{0}};
+    const char *names[9];
+    obm_router_report report;
+    for (int i = 0; i < 9; i++) {
+        prompts[i].text = texts[i];
+        names[i] = tasks[i % 3];
+    }
+    return obm_router_train(p, prompts, names, 9, NULL, &report, e);
+}
+static obm_status try_train(obm_error *e) { return with_pack(train, e); }
+
+static obm_status try_tokenizer(obm_error *e) {
+    static const char text[] = "Hello w\xc3\xb6rld e\xcc\x81 12345  \n what's up";
+    obm_tokenizer *t = NULL;
+    int32_t *ids = NULL;
+    char *back = NULL;
+    size_t n = 0, len = 0;
+    obm_status status = obm_tokenizer_open(context, OBM_SOURCE_DIR "/tests/vectors/tokenizers/qwen2.json", &t, e);
+    if (status == OBM_OK) status = obm_tokenizer_encode(t, text, sizeof text - 1, true, &ids, &n, e);
+    if (status == OBM_OK) status = obm_tokenizer_decode(t, ids, n, false, &back, &len, e);
+    obm_free(ids);
+    obm_free(back);
+    obm_tokenizer_free(t);
+    return status;
+}
+
+/* ---- one allocation after the other ---- */
+
+/* step: every how manieth; long attempts try some only, so that the test stays quick. */
+static void fail_each(obm_status (*attempt)(obm_error *e), long step, bool changes_pack) {
+    long n = 0;
+    do {
+        obm_error e = {0};
+        memset(blocks, 0, sizeof blocks);
+        live = 0;
+        n += step;
+        fired = false;
+        tracking = true;
+        countdown = n;
+        obm_status status = attempt(&e);
+        countdown = 0;
+        tracking = false;
+        if (status != OBM_OK && (status != OBM_E_NOMEM || e.code != OBM_E_NOMEM || !fired))
+            fail_msg("allocation %ld: %s: %s", n, obm_status_name(status), e.message);
+        if (live) fail_msg("allocation %ld: %ld blocks leak", n, live);
+        if (fired && changes_pack && try_verify(&e) != OBM_OK) fail_msg("allocation %ld breaks the pack: %s", n, e.message);
+    } while (fired);
+    assert_true(n > 10);
+}
+
+static void test_open(void **state) {
+    (void)state;
+    fail_each(try_verify, 3, false);
+    fail_each(try_materialise, 3, false);
+}
+
+static void test_tokenizer(void **state) {
+    (void)state;
+    fail_each(try_tokenizer, 1, false);
+}
+
+static void test_changes(void **state) {
+    (void)state;
+    fail_each(try_set, 11, true);
+    fail_each(try_train, 7, true);
+}
+
+static void test_compress(void **state) {
+    (void)state;
+    fail_each(try_compress, 43, true);
+}
+
+static int setup(void **state) {
+    (void)state;
+    json_set_alloc_funcs(__wrap_malloc, __wrap_free);
+    if (obm_context_new(NULL, &context, NULL) != OBM_OK || !(root = tiny_folder())) return -1;
+    for (unsigned i = 0; i < 4; i++) {
+        tiny c = {.type = "llama", .vocab = 32, .hidden = 8, .inter = 8, .layers = 1, .heads = 2, .kv_heads = 1, .dim = 4,
+                  .tied = i != 2, .dtype = OBM_BF16, .seed = i + 1};
+        tiny_weights w = {0};
+        tiny_weights_new(&c, &w);
+        if (!(folders[i] = tiny_folder()) || tiny_write(&c, &w, folders[i], NULL)) return -1;
+        tiny_weights_free(&w);
+    }
+    tiny_write_text(folders[0], "tokenizer.json",
+                    "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"c\":2,\"d\":3,\"e\":4},\"merges\":[]},"
+                    "\"pre_tokenizer\":{\"type\":\"ByteLevel\"},\"decoder\":{\"type\":\"ByteLevel\"}}");
+    return compress_to("pack", 2, NULL, NULL) == OBM_OK && compress_to("pack", 3, NULL, NULL) == OBM_OK ? 0 : -1;
+}
+
+static int teardown(void **state) {
+    char command[700];
+    (void)state;
+    for (int i = 0; i < 4; i++) tiny_remove(folders[i]);
+    snprintf(command, sizeof command, "rm -r '%s'", root);
+    int failed = system(command);
+    free(root);
+    obm_context_free(context);
+    return failed;
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_open), cmocka_unit_test(test_tokenizer),
+                                       cmocka_unit_test(test_changes), cmocka_unit_test(test_compress)};
+    return cmocka_run_group_tests(tests, setup, teardown);
+}
