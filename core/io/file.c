@@ -31,7 +31,7 @@ static obm_status open_regular(const char *path, int *fd, struct stat *st, obm_e
 }
 
 obm_status obm__map_open(const char *path, obm__map *out, obm_error *err) {
-    int fd;
+    int fd = -1;
     struct stat st;
     OBM_TRY(open_regular(path, &fd, &st, err));
     obm__map map = {NULL, (size_t)st.st_size};
@@ -68,7 +68,7 @@ static obm_status read_to_end(int fd, const char *path, obm__buffer *b, obm_erro
 }
 
 obm_status obm__file_read(const char *path, char **text, size_t *size, obm_error *err) {
-    int fd;
+    int fd = -1;
     struct stat st;
     OBM_TRY(open_regular(path, &fd, &st, err));
     obm__buffer b = {0};
@@ -184,7 +184,7 @@ obm_status obm__file_publish(const char *temp, const char *path, obm_error *err)
 
 obm_status obm__file_stage(const char *path, const void *bytes, size_t size, char **temp, obm_error *err) {
     char *name;
-    int fd;
+    int fd = -1;
     OBM_TRY(obm__temp_create(path, &name, &fd, err));
     obm_status status = obm__fd_write(fd, name, bytes, size, err);
     obm_status sealed = obm__fd_seal(fd, name, status == OBM_OK ? err : NULL);

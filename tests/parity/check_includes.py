@@ -16,6 +16,7 @@ OURS = {
     "examples": [PUBLIC, "examples/"],
     "tests/c": [PUBLIC, KERNELS, "core/", "tests/c/"],       # internals have tests of their own
     "tests/fuzz": [PUBLIC, "core/", "tests/fuzz/", "tests/c/"],
+    "tests/bench": [PUBLIC, KERNELS, "core/sys/", "tests/bench/"],   # sgemm and threads for the bounds that figures stand beside
     "tests": [PUBLIC, KERNELS, "tests/"],
 }
 
