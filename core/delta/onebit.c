@@ -11,6 +11,7 @@
  */
 #include "delta.h"
 
+#include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -137,11 +138,12 @@ static int64_t scale_index(const plane_job *job, int64_t row, int64_t segment) {
 /* Columns [begin, begin + n) of a row, at most one block: signs out, sum |r| back. */
 static double do_block(plane_job *job, int64_t row, int64_t begin, int64_t n, int64_t index, uint8_t *bits, worker *w) {
     obm__pair_read(job->k, job->pair, row * job->cols + begin, n, w->d, w->base);
-    size_t bad = job->k->find_nonfinite(w->d, (size_t)n);
-    if (bad < (size_t)n) note_bad(job, row * job->cols + begin + (int64_t)bad);
     peel(job, index, w, n);
     job->k->sign_pack(bits + begin / 8, w->d, (size_t)n);
-    return job->k->abs_sum(w->d, (size_t)n);
+    double sum = job->k->abs_sum(w->d, (size_t)n);
+    /* So few f32 cannot overflow an f64 sum, and peeling keeps NaN and Inf: only then is one among them. */
+    if (!isfinite(sum)) note_bad(job, row * job->cols + begin + (int64_t)job->k->find_nonfinite(w->d, (size_t)n));
+    return sum;
 }
 
 static double do_segment(plane_job *job, int64_t row, int64_t segment, uint8_t *bits, worker *w) {

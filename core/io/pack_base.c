@@ -24,7 +24,7 @@ static size_t sample_offset(size_t span, size_t i) {
     return span / (SAMPLES - 1) * i + span % (SAMPLES - 1) * i / (SAMPLES - 1);
 }
 
-static bool sample_tensor(const obm_tensor *t, digest out) {
+static bool sample_pages(const obm_tensor *t, digest out) {
     size_t n = obm__tensor_bytes(t);
     if (n <= (size_t)SAMPLES * SAMPLE_BYTES) {
         obm__xxh3_of(t->data, n, out);
@@ -36,13 +36,19 @@ static bool sample_tensor(const obm_tensor *t, digest out) {
         obm__xxh3_add(h, (const uint8_t *)t->data + sample_offset(n - SAMPLE_BYTES, i), SAMPLE_BYTES);
     }
     obm__xxh3_end(h, out);
-    obm__pages_release(t->data, n); /* a fault maps the cached neighbours too, up to the whole tensor */
     return true;
+}
+
+static bool sample_tensor(const obm_tensor *t, digest out) {
+    bool done = sample_pages(t, out);
+    obm__pages_release(t->data, obm__tensor_bytes(t)); /* a fault maps the cached neighbours too, up to all of it */
+    return done;
 }
 
 typedef struct sample_job {
     const obm_checkpoint *base;
     digest *out;
+    bool large; /* only tensors of more than one chunk: the others are sampled while they are hashed */
     _Atomic int failed;
 } sample_job;
 
@@ -50,13 +56,15 @@ static void sample_range(void *arg, size_t begin, size_t end, int id) {
     (void)id;
     sample_job *job = arg;
     for (size_t i = begin; i < end; i++) {
-        if (!sample_tensor(&job->base->tensors[i]->t, job->out[i])) atomic_store(&job->failed, 1);
+        const obm_tensor *t = &job->base->tensors[i]->t;
+        if (job->large && obm__tensor_bytes(t) <= CHUNK) continue;
+        if (!sample_tensor(t, job->out[i])) atomic_store(&job->failed, 1);
     }
 }
 
-static obm_status sample_all(obm_context *ctx, const obm_checkpoint *base, digest **out, obm_error *err) {
+static obm_status sample_all(obm_context *ctx, const obm_checkpoint *base, bool large, digest **out, obm_error *err) {
     digest *d = obm__calloc(base->count, sizeof *d);
-    sample_job job = {.base = base, .out = d};
+    sample_job job = {.base = base, .out = d, .large = large};
     if (d) obm__parallel(ctx, base->count, 1, sample_range, &job);
     if (!d || job.failed) {
         obm_free(d);
@@ -71,10 +79,13 @@ static obm_status sample_all(obm_context *ctx, const obm_checkpoint *base, diges
 typedef struct chunk {
     const uint8_t *data;
     size_t n;
+    size_t tensor;
 } chunk;
 typedef struct hash_job {
+    const obm_checkpoint *base;
     const chunk *chunks;
     digest *digests; /* of the chunks */
+    digest *samples; /* of the tensors; filled for those that are one chunk, whose pages are there now; NULL: not wanted */
 } hash_job;
 
 static size_t chunks_of(const obm_tensor *t) {
@@ -86,8 +97,12 @@ static void hash_range(void *arg, size_t begin, size_t end, int id) {
     (void)id;
     hash_job *job = arg;
     for (size_t i = begin; i < end; i++) {
-        obm__xxh3_of(job->chunks[i].data, job->chunks[i].n, job->digests[i]);
-        obm__pages_release(job->chunks[i].data, job->chunks[i].n);
+        const chunk *c = &job->chunks[i];
+        const obm_tensor *t = &job->base->tensors[c->tensor]->t;
+        obm__xxh3_of(c->data, c->n, job->digests[i]);
+        /* Without memory the sample stays "", which hash_all sees. */
+        if (job->samples && chunks_of(t) == 1) (void)sample_pages(t, job->samples[c->tensor]);
+        obm__pages_release(c->data, c->n);
     }
 }
 
@@ -98,7 +113,7 @@ static size_t cut_into_chunks(const obm_checkpoint *base, chunk *out) {
         size_t bytes = obm__tensor_bytes(t), at = 0;
         do {
             size_t take = bytes - at < CHUNK ? bytes - at : CHUNK;
-            out[n++] = (chunk){(const uint8_t *)t->data + at, take};
+            out[n++] = (chunk){(const uint8_t *)t->data + at, take, i};
             at += take;
         } while (at < bytes);
     }
@@ -112,12 +127,12 @@ uint64_t obm__base_memory(const obm_context *ctx, const obm_checkpoint *base) {
 
 static obm_status hash_chunks(obm_context *ctx, const hash_job *all, size_t n, obm__ticker *ticker, obm_error *err) {
     uint64_t done = ticker ? ticker->done : 0;
-    size_t batch = (size_t)ctx->threads * 2;
-    for (size_t at = 0; at < n; at += batch) {
-        size_t m = n - at < batch ? n - at : batch;
-        hash_job job = {all->chunks + at, all->digests + at};
+    for (size_t at = 0, m; at < n; at += m) {
+        hash_job job = {all->base, all->chunks + at, all->digests + at, all->samples};
+        size_t bytes = 0;
+        for (m = 0; m < n - at && bytes < (size_t)ctx->threads * 2 * CHUNK; m++) bytes += job.chunks[m].n;
         obm__parallel(ctx, m, 1, hash_range, &job);
-        for (size_t i = 0; i < m; i++) done += job.chunks[i].n;
+        done += bytes;
         OBM_TRY(obm__tick(ticker, done, err));
     }
     return OBM_OK;
@@ -134,21 +149,21 @@ static void join_digests(const obm_checkpoint *base, const digest *chunks, diges
     }
 }
 
-static obm_status hash_all(obm_context *ctx, const obm_checkpoint *base, obm__ticker *ticker, digest **out,
-                           obm_error *err) {
+static obm_status hash_all(obm_context *ctx, const obm_checkpoint *base, obm__ticker *ticker, digest *samples,
+                           digest **out, obm_error *err) {
     size_t n = 0;
     for (size_t i = 0; i < base->count; i++) n += chunks_of(&base->tensors[i]->t);
     chunk *chunks = obm__calloc(n, sizeof *chunks);
     digest *parts = obm__calloc(n, sizeof *parts), *whole = obm__calloc(base->count, sizeof *whole);
     obm_status status = chunks && parts && whole ? OBM_OK : obm__fail_nomem(err, n * (sizeof *chunks + sizeof *parts));
     if (status == OBM_OK) {
-        hash_job job = {chunks, parts};
+        hash_job job = {base, chunks, parts, samples};
         status = hash_chunks(ctx, &job, cut_into_chunks(base, chunks), ticker, err);
     }
     if (status == OBM_OK) {
         join_digests(base, parts, whole);
         for (size_t i = 0; i < base->count && status == OBM_OK; i++) {
-            if (!whole[i][0]) status = obm__fail_nomem(err, 0);
+            if (!whole[i][0] || (samples && !samples[i][0])) status = obm__fail_nomem(err, 0);
         }
     }
     obm_free(chunks);
@@ -211,8 +226,8 @@ static bool put_tensors(obm_json *record, const obm_checkpoint *base, const dige
 obm_status obm__base_record(obm_context *ctx, const obm_checkpoint *base, const char *dir, obm__ticker *ticker,
                             obm_json **out, obm_error *err) {
     digest *samples = NULL, *hashes = NULL;
-    obm_status status = sample_all(ctx, base, &samples, err);
-    if (status == OBM_OK) status = hash_all(ctx, base, ticker, &hashes, err);
+    obm_status status = sample_all(ctx, base, true, &samples, err);
+    if (status == OBM_OK) status = hash_all(ctx, base, ticker, samples, &hashes, err);
     obm_json *record = status == OBM_OK ? obm__json_new_object() : NULL;
     if (status == OBM_OK && !(record && put_paths(record, base, dir) && put_tensors(record, base, samples, hashes))) {
         status = obm__fail_nomem(err, 0);
@@ -317,7 +332,7 @@ obm_status obm__base_check(obm_context *ctx, const obm_checkpoint *base, const o
         OBM_TRY(check_form(&base->tensors[i]->t, obm__json_get(tensors, place.name), &place, err));
     }
     digest *have;
-    OBM_TRY(full ? hash_all(ctx, base, ticker, &have, err) : sample_all(ctx, base, &have, err));
+    OBM_TRY(full ? hash_all(ctx, base, ticker, NULL, &have, err) : sample_all(ctx, base, false, &have, err));
     obm_status status = OBM_OK;
     for (size_t i = 0; i < base->count && status == OBM_OK; i++) {
         check_place place = {base->path, pack_path, base->tensors[i]->name};
