@@ -58,6 +58,15 @@ typedef struct obm_kernels {
     void (*rows_bf16)(float *y, const uint16_t *w, size_t ld, size_t rows, const float *x, size_t n);
     void (*rows_f16)(float *y, const uint16_t *w, size_t ld, size_t rows, const float *x, size_t n);
     void (*rows_f32)(float *y, const float *w, size_t ld, size_t rows, const float *x, size_t n);
+
+    /* The same for several vectors, so that weights are widened once for all of them: y[t * ldy + r], t < tokens, has the
+     * bits that rows_* of the same table gives for row r and the vector x + t * ldx. */
+    void (*batch_bf16)(float *y, size_t ldy, const uint16_t *w, size_t ld, size_t rows, const float *x, size_t ldx,
+                       size_t tokens, size_t n);
+    void (*batch_f16)(float *y, size_t ldy, const uint16_t *w, size_t ld, size_t rows, const float *x, size_t ldx,
+                      size_t tokens, size_t n);
+    void (*batch_f32)(float *y, size_t ldy, const float *w, size_t ld, size_t rows, const float *x, size_t ldx,
+                      size_t tokens, size_t n);
 } obm_kernels;
 
 /* Tables that this CPU can run, worst first; ends with NULL.  For tests and for the context. */

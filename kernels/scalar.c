@@ -146,6 +146,15 @@ ROWS(obm__scalar_rows_bf16, uint16_t, widen_bf16_at)
 ROWS(obm__scalar_rows_f16, uint16_t, widen_f16_at)
 ROWS(obm__scalar_rows_f32, float, float_at)
 
+#define BATCH(name, type, rows_of)                                                                            \
+    static void name(float *y, size_t ldy, const type *w, size_t ld, size_t rows, const float *x, size_t ldx, \
+                     size_t tokens, size_t n) {                                                               \
+        for (size_t t = 0; t < tokens; t++) rows_of(y + t * ldy, w, ld, rows, x + t * ldx, n);                \
+    }
+BATCH(batch_bf16, uint16_t, obm__scalar_rows_bf16)
+BATCH(batch_f16, uint16_t, obm__scalar_rows_f16)
+BATCH(batch_f32, float, obm__scalar_rows_f32)
+
 const obm_kernels obm__kernels_scalar = {
     .isa = "scalar",
     .bf16_to_f32 = obm__scalar_bf16_to_f32,
@@ -164,4 +173,7 @@ const obm_kernels obm__kernels_scalar = {
     .rows_bf16 = obm__scalar_rows_bf16,
     .rows_f16 = obm__scalar_rows_f16,
     .rows_f32 = obm__scalar_rows_f32,
+    .batch_bf16 = batch_bf16,
+    .batch_f16 = batch_f16,
+    .batch_f32 = batch_f32,
 };

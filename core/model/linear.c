@@ -36,26 +36,43 @@ static const void *matrix_row(const obm__matrix *w, int64_t row) {
     return (const char *)w->data + (size_t)row * (size_t)w->cols * obm_dtype_size(w->dtype);
 }
 
-/* ---- row path: one vector at a time against a block of rows ---- */
+/* ---- row path: the vectors of one matrix against a block of its rows ---- */
 
 static void multiply_rows(const obm_kernels *k, const obm__matrix *w, int64_t row, int64_t rows, const float *x,
-                          float *y) {
+                          size_t tokens, float *y, size_t ldy) {
     const void *data = matrix_row(w, row);
     size_t cols = (size_t)w->cols, n = (size_t)rows;
-    if (w->dtype == OBM_BF16) k->rows_bf16(y, data, cols, n, x, cols);
-    else if (w->dtype == OBM_F16) k->rows_f16(y, data, cols, n, x, cols);
-    else k->rows_f32(y, data, cols, n, x, cols);
+    if (w->dtype == OBM_BF16) k->batch_bf16(y, ldy, data, cols, n, x, cols, tokens, cols);
+    else if (w->dtype == OBM_F16) k->batch_f16(y, ldy, data, cols, n, x, cols, tokens, cols);
+    else k->batch_f32(y, ldy, data, cols, n, x, cols, tokens, cols);
 }
 
-static void row_block(const linear_job *j, const obm__linear *l, size_t i, int64_t row) {
-    const obm__matrix *w = obm__weights_at(j->weights[i], j->layer, l->role);
+/* Sequences from i on that multiply with the very same matrix; the kernels' results do not depend on the grouping. */
+static size_t same_matrix(const linear_job *j, size_t i, obm__role role) {
+    const obm__matrix *w = obm__weights_at(j->weights[i], j->layer, role);
+    size_t end = i + 1;
+    while (end < j->n && j->weights[end]) {
+        const obm__matrix *other = obm__weights_at(j->weights[end], j->layer, role);
+        if (other->data != w->data || other->rows != w->rows || other->dtype != w->dtype) break;
+        end++;
+    }
+    return end - i;
+}
+
+static void finish_rows(const linear_job *j, const obm__linear *l, size_t i, int64_t row, int64_t there, int64_t rows) {
     float *y = l->y + (int64_t)i * l->ld;
-    int64_t rows = l->ld - row < ROW_BLOCK ? l->ld - row : ROW_BLOCK;
-    int64_t there = w->rows - row < 0 ? 0 : w->rows - row < rows ? w->rows - row : rows;
-    multiply_rows(j->m->ctx->k, w, row, there, j->x + (int64_t)i * w->cols, y + row);
     for (int64_t r = there; r < rows; r++) y[row + r] = -INFINITY;   /* ids that only another route has */
     const float *bias = find_bias(j, j->weights[i], l->role);
     for (int64_t r = 0; bias && r < there; r++) y[row + r] += bias[row + r];
+}
+
+static void row_block(const linear_job *j, const obm__linear *l, size_t i, size_t tokens, int64_t row) {
+    const obm__matrix *w = obm__weights_at(j->weights[i], j->layer, l->role);
+    int64_t rows = l->ld - row < ROW_BLOCK ? l->ld - row : ROW_BLOCK;
+    int64_t there = w->rows - row < 0 ? 0 : w->rows - row < rows ? w->rows - row : rows;
+    multiply_rows(j->m->ctx->k, w, row, there, j->x + (int64_t)i * w->cols, tokens, l->y + (int64_t)i * l->ld + row,
+                  (size_t)l->ld);
+    for (size_t t = i; t < i + tokens; t++) finish_rows(j, l, t, row, there, rows);
 }
 
 static void run_rows(void *arg, size_t begin, size_t end, int worker) {
@@ -64,8 +81,10 @@ static void run_rows(void *arg, size_t begin, size_t end, int worker) {
     for (size_t item = begin + j->offset; item < end + j->offset; item++) {
         int64_t row;
         const obm__linear *l = find_item(j, item, ROW_BLOCK, &row);
-        for (size_t i = 0; i < j->n; i++)
-            if (j->weights[i]) row_block(j, l, i, row);
+        for (size_t i = 0, tokens; i < j->n; i += tokens) {
+            tokens = j->weights[i] ? same_matrix(j, i, l->role) : 1;
+            if (j->weights[i]) row_block(j, l, i, tokens, row);
+        }
     }
 }
 

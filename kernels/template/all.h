@@ -11,18 +11,24 @@
 #define ROWS_TYPE uint16_t
 #define SPLIT_W(p, a, b) (a = EVEN(p), b = ODD(p))
 #define SPLIT_X SPLIT_EVEN_ODD
+#define BATCH_NAME NAME(batch_bf16)
+#define BATCH_LOAD LOAD_BF16
 #include "rows.h"
 
 #define ROWS_NAME NAME(rows_f16)
 #define ROWS_TYPE uint16_t
 #define SPLIT_W(p, a, b) (a = LOAD_F16(p), b = LOAD_F16((p) + VL))
 #define SPLIT_X(p, a, b) (a = LOAD(p), b = LOAD((p) + VL))
+#define BATCH_NAME NAME(batch_f16)
+#define BATCH_LOAD LOAD_F16
 #include "rows.h"
 
 #define ROWS_NAME NAME(rows_f32)
 #define ROWS_TYPE float
 #define SPLIT_W(p, a, b) (a = LOAD(p), b = LOAD((p) + VL))
 #define SPLIT_X SPLIT_W
+#define BATCH_NAME NAME(batch_f32)
+#define BATCH_LOAD LOAD
 #include "rows.h"
 
 /* The histogram is bound by dependent increments, not by loads: vectors gain nothing. */
@@ -44,4 +50,7 @@ const obm_kernels TABLE = {
     .rows_bf16 = NAME(rows_bf16),
     .rows_f16 = NAME(rows_f16),
     .rows_f32 = NAME(rows_f32),
+    .batch_bf16 = NAME(batch_bf16),
+    .batch_f16 = NAME(batch_f16),
+    .batch_f32 = NAME(batch_f32),
 };

@@ -6,6 +6,7 @@
  *   FN, V, VL, SET1, ADD as in elementwise.h;   FMA(a, b, c) = a * b + c rounded once;   HSUM(v) in a fixed order
  *   ROWS_NAME, ROWS_TYPE             the kernel, the element type of w
  *   SPLIT_W(p, a, b)                 2 * VL weights as two vectors;   SPLIT_X(p, a, b) x in the same order of columns
+ *   BATCH_NAME, BATCH_LOAD(p)        for batch.h
  */
 #define ROWS_STEP ((size_t)2 * VL)
 #define ROWS_JOIN_(a, b) a##b
@@ -71,6 +72,8 @@ FN static void ROWS_NAME(float *y, const ROWS_TYPE *w, size_t ld, size_t rows, c
     for (; r + 4 <= rows; r += 4) ROWS_FOUR(y + r, w + r * ld, ld, x, n);
     for (; r < rows; r++) y[r] = ROWS_ONE(w + r * ld, x, n);
 }
+
+#include "batch.h"
 
 #undef ROWS_STEP
 #undef ROWS_JOIN_

@@ -423,6 +423,59 @@ static void test_rows(void **unused) {
     guarded_free(&x);
 }
 
+static void call_batch(const obm_kernels *k, int type, float *y, size_t ldy, const void *w, size_t ld, size_t rows,
+                       const float *x, size_t ldx, size_t tokens, size_t n) {
+    if (type == 0)
+        k->batch_bf16(y, ldy, w, ld, rows, x, ldx, tokens, n);
+    else if (type == 1)
+        k->batch_f16(y, ldy, w, ld, rows, x, ldx, tokens, n);
+    else
+        k->batch_f32(y, ldy, w, ld, rows, x, ldx, tokens, n);
+}
+
+/* Against rows_* of the same table, bit for bit; whatever lies between the results stays as it was. */
+static void check_batch(const obm_kernels *k, int type, size_t rows, size_t tokens, size_t n, guarded *gw, guarded *gx) {
+    enum { LDY = 7 };
+    size_t size = type == 2 ? 4 : 2, ld = n + 3, ldx = n + 5;
+    size_t elements = rows ? (rows - 1) * ld + n : 0, values = tokens ? (tokens - 1) * ldx + n : 0;
+    uint8_t *w = at_end(gw, elements * size);
+    float *x = at_end(gx, values * 4), y[9 * LDY], alone[LDY];
+    for (size_t i = 0; i < elements; i++) {
+        float value = draw(PLAIN | ZEROS) * 0.01f;
+        uint16_t half;
+        if (type == 0) scalar_table()->f32_to_bf16(&half, &value, 1);
+        if (type == 1) scalar_table()->f32_to_f16(&half, &value, 1);
+        memcpy(w + i * size, type == 2 ? (void *)&value : (void *)&half, size);
+    }
+    fill(x, values, PLAIN | ZEROS);
+    for (size_t i = 0; i < 9 * LDY; i++) y[i] = -77;
+    call_batch(k, type, y, LDY, w, ld, rows, x, ldx, tokens, n);
+    for (size_t t = 0; t < 9; t++) {
+        if (t < tokens) call_rows(k, type, alone, w, ld, rows, x + t * ldx, n);
+        for (size_t r = 0; r < LDY; r++) {
+            float want = t < tokens && r < rows ? alone[r] : -77;
+            if (bits_of(y[t * LDY + r]) != bits_of(want))
+                fail_msg("%s type %d: row %zu of %zu, vector %zu of %zu, n %zu: %.9g, expected %.9g", k->isa, type, r,
+                         rows, t, tokens, n, (double)y[t * LDY + r], (double)want);
+        }
+    }
+}
+
+static void test_batch(void **unused) {
+    (void)unused;
+    guarded w = guarded_new(6 * 2200 * 4), x = guarded_new(9 * 2200 * 4);
+    EACH_TABLE(k) {
+        for (int type = 0; type < 3; type++) {
+            for (size_t n = 0; n <= 70; n++) check_batch(k, type, 5, 5, n, &w, &x);
+            for (size_t rows = 0; rows <= 6; rows++)
+                for (size_t tokens = 0; tokens <= 9; tokens++) check_batch(k, type, rows, tokens, 77, &w, &x);
+            check_batch(k, type, 6, 8, 2119, &w, &x);
+        }
+    }
+    guarded_free(&w);
+    guarded_free(&x);
+}
+
 /* Inputs one byte off their alignment, as tensors of a mapped file may lie.  (The sanitizer build sees a wrong access.)
  */
 static void test_unaligned_inputs(void **unused) {
@@ -468,6 +521,7 @@ int main(void) {
         cmocka_unit_test(test_exact),
         cmocka_unit_test(test_nonfinite_position),
         cmocka_unit_test(test_rows),
+        cmocka_unit_test(test_batch),
         cmocka_unit_test(test_unaligned_inputs),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
