@@ -7,6 +7,7 @@ Compresses the three experts to one bit per weight, trains the router, and compa
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import struct
@@ -180,11 +181,12 @@ def main():
     print(f"onebitmerge {info['version']}, {info['isa']}, {info['threads']} threads, {info['blas']}\n")
     with tempfile.TemporaryDirectory(prefix="onebitmerge-") as scratch:
         out = pathlib.Path(scratch)
-        train_experts.main(["data", "--out", str(out / "data"), "--test", str(n_test), "--valid", str(n_valid)])
+        with contextlib.redirect_stdout(sys.stderr):
+            train_experts.main(["data", "--out", str(out / "data"), "--test", str(n_test), "--valid", str(n_valid)])
         test = {s: read(out / "data" / f"test_{s}.jsonl") for s in SETS}
         valid = {s: read(out / "data" / f"valid_{s}.jsonl") for s in SETS}
 
-        print("experts -> pack: one bit per weight of every linear layer, one scale per row")
+        print("experts -> pack: one bit per weight of every linear layer, one scale per row (same: equal to the base's, nothing stored)")
         pack = obm.compress(MODELS / "base", {t: MODELS / t for t in TASKS}, out / "example.pack")
         print(pack, "\n")
         print("pack -> route")

@@ -192,14 +192,30 @@ end
 
 local classes = { "attention", "mlp", "embedding", "head", "norm", "bias" }
 
+-- The modes of a class' tensors: "1bit", "same", "1bit full", ...
+local function stored(pack, task)
+  local seen, out = {}, {}
+  for _, t in ipairs(pack:tensors(task)) do
+    seen[t.class] = seen[t.class] or {}
+    seen[t.class][t.mode] = true
+  end
+  for class, modes in pairs(seen) do
+    local names = {}
+    for mode in pairs(modes) do names[#names + 1] = mode end
+    table.sort(names)
+    out[class] = table.concat(names, " ")
+  end
+  return out
+end
+
 local function pack_text(pack)
-  local rows, packed, full = { { "expert", "class", "tensors", "expert bytes", "pack bytes" } }, 0, 0
+  local rows, packed, full = { { "expert", "class", "tensors", "stored", "expert bytes", "pack bytes" } }, 0, 0
   for _, task in ipairs(pack:tasks()) do
-    local bytes = pack:bytes(task)
+    local bytes, modes = pack:bytes(task), stored(pack, task)
     for _, class in ipairs(classes) do
       local b = bytes[class]
       if b then
-        rows[#rows + 1] = { task, class, tostring(b.tensors), size(b.bytes_expert), size(b.bytes_pack) }
+        rows[#rows + 1] = { task, class, tostring(b.tensors), modes[class] or "", size(b.bytes_expert), size(b.bytes_pack) }
         packed, full = packed + b.bytes_pack, full + b.bytes_expert
       end
     end

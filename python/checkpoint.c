@@ -5,18 +5,15 @@
 
 typedef struct Checkpoint {
     PyObject_HEAD
-    obm_checkpoint *own;          /* NULL when borrowed */
-    const obm_checkpoint *c;
-    PyObject *context, *owner;
+    obm_checkpoint *c;
+    PyObject *context;
 } Checkpoint;
 
-static PyObject *checkpoint_wrap(obm_py_state *st, const obm_checkpoint *c, obm_checkpoint *own, PyObject *context, PyObject *owner) {
+static PyObject *checkpoint_wrap(obm_py_state *st, obm_checkpoint *c, PyObject *context) {
     Checkpoint *self = PyObject_New(Checkpoint, st->checkpoint);
     if (!self) return NULL;
     self->c = c;
-    self->own = own;
     self->context = context;
-    self->owner = Py_XNewRef(owner);
     return (PyObject *)self;
 }
 
@@ -35,7 +32,7 @@ static PyObject *checkpoint_new(PyTypeObject *type, PyObject *args, PyObject *kw
     status = obm_checkpoint_open(ctx, p, &c, &err);
     Py_END_ALLOW_THREADS;
     Py_DECREF(path);
-    PyObject *self = status == OBM_OK ? checkpoint_wrap(st, c, c, context, NULL) : obm_py_raise(st, &err);
+    PyObject *self = status == OBM_OK ? checkpoint_wrap(st, c, context) : obm_py_raise(st, &err);
     if (!self) {
         obm_checkpoint_free(c);
         Py_DECREF(context);
@@ -43,18 +40,13 @@ static PyObject *checkpoint_new(PyTypeObject *type, PyObject *args, PyObject *kw
     return self;
 }
 
-PyObject *obm_py_checkpoint_borrow(obm_py_state *st, const obm_checkpoint *c, PyObject *owner) {
-    return checkpoint_wrap(st, c, NULL, NULL, owner);
-}
-
 const obm_checkpoint *obm_py_checkpoint_get(PyObject *o) { return ((Checkpoint *)o)->c; }
 
 static void checkpoint_dealloc(PyObject *o) {
     Checkpoint *self = (Checkpoint *)o;
     PyTypeObject *type = Py_TYPE(o);
-    obm_checkpoint_free(self->own);
+    obm_checkpoint_free(self->c);
     Py_XDECREF(self->context);
-    Py_XDECREF(self->owner);
     PyObject_Free(o);
     Py_DECREF(type);
 }

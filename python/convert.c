@@ -296,10 +296,11 @@ int obm_py_weights(obm_py_state *st, const obm_pack *pack, PyObject *o, double *
         }
         return weights[i] = 1, 0;
     }
-    if (!PySequence_Check(o) || PySequence_Size(o) != (Py_ssize_t)n) {
-        if (!PyErr_Occurred())
-            PyErr_Format(PyExc_TypeError, "a route is a task name, an index, a dict of weights, or %zd weights; got %R",
-                         (Py_ssize_t)n, (PyObject *)Py_TYPE(o));
+    Py_ssize_t given = PySequence_Check(o) ? PySequence_Size(o) : -1;
+    if (given != (Py_ssize_t)n) {
+        const char *form = "a route is a task name, an index, a dict of weights, or one weight per task";
+        if (!PyErr_Occurred() && given >= 0) PyErr_Format(PyExc_ValueError, "%s: got %zd weights for %zd tasks", form, given, (Py_ssize_t)n);
+        if (!PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "%s; got %R", form, (PyObject *)Py_TYPE(o));
         return -1;
     }
     for (size_t i = 0; i < n; i++) {
@@ -410,6 +411,7 @@ static int is_messages(PyObject *o) {
 }
 
 static int is_ids(PyObject *o) {
+    if (PyBytes_Check(o) || PyByteArray_Check(o)) return 0;   /* text that was not decoded, not ids */
     if (PyObject_CheckBuffer(o)) return 1;
     if ((!PyList_Check(o) && !PyTuple_Check(o)) || PySequence_Size(o) < 1) return 0;
     PyObject *first = PySequence_GetItem(o, 0);

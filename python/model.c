@@ -581,7 +581,12 @@ static PyObject *model_route(PyObject *o, PyObject *args, PyObject *kwargs) {
 static PyMethodDef model_methods[] = {
     {"generate", KW(model_generate),
      "generate(prompts, " GENERATE_ARGS " -> Completion or list\n\n"
-     "prompts: a str, messages, ids, or a list of those.  route: \"auto\", a task, {task: weight}, or a list with one per prompt."},
+     "prompts: a str, a list of messages ({\"role\", \"content\"}), a list of ids, or a list of those.  chat: wrap a str as one user turn.\n"
+     "route: \"auto\" (the pack's router, the default), a task, {task: weight}, or a list with one per prompt; router: a callable\n"
+     "(Request) -> task name, index, dict or weights.  max_tokens 0: 256; batch 0: 8; temperature 0: greedy; top_k, top_p, min_p and\n"
+     "repetition_penalty 0: off.  seed: prompt i draws from (seed, i), whatever the batch.  stop: a str or a list; not part of the text.\n"
+     "A Completion is a str with .route, .ids, .finish_reason (\"stop\" or \"length\") and .prompt_tokens.\n"
+     "Raises Error, what a router or progress raises, KeyboardInterrupt; BusyError if the model is in use: one call at a time."},
     {"stream", KW(model_stream), "stream(prompt, " GENERATE_ARGS " -> iterator of str"},
     {"logits", KW(model_logits), "logits(ids, all=True, route=None, decode=False, kv=\"f32\") -> ndarray\n\n(T, vocab) float32; (vocab,) of the last position with all=False."},
     {"hidden", KW(model_hidden), "hidden(ids, layer, route=None) -> ndarray\n\n(T, hidden) float32 after `layer`; 0 = embeddings."},

@@ -79,7 +79,6 @@ int obm_py_tensor_import(obm_py_state *st, PyObject *o, obm_tensor *out, PyObjec
 /* ---- one file per type ---- */
 extern PyType_Spec obm_py_checkpoint_spec, obm_py_task_vector_spec, obm_py_pack_spec, obm_py_tokenizer_spec, obm_py_model_spec,
     obm_py_stream_spec, obm_py_request_spec;
-PyObject *obm_py_checkpoint_borrow(obm_py_state *st, const obm_checkpoint *c, PyObject *owner);
 const obm_checkpoint *obm_py_checkpoint_get(PyObject *o);
 PyObject *obm_py_tokenizer_borrow(obm_py_state *st, const obm_tokenizer *t, PyObject *owner);
 const obm_tokenizer *obm_py_tokenizer_get(PyObject *o);

@@ -284,9 +284,13 @@ static PyObject *pack_path(PyObject *o, void *unused) {
     return PyUnicode_DecodeFSDefault(obm_pack_path(obm_py_pack_get(o)));
 }
 
+/* Opened on its own: changing the pack reloads it, and a borrowed base would go with the old one. */
 static PyObject *pack_base(PyObject *o, void *unused) {
     (void)unused;
-    return obm_py_checkpoint_borrow(OBM_PY_STATE(o), obm_pack_base(obm_py_pack_get(o)), o);
+    PyObject *path = PyUnicode_DecodeFSDefault(obm_checkpoint_path(obm_pack_base(obm_py_pack_get(o))));
+    PyObject *base = path ? PyObject_CallFunctionObjArgs((PyObject *)OBM_PY_STATE(o)->checkpoint, path, NULL) : NULL;
+    Py_XDECREF(path);
+    return base;
 }
 
 static PyObject *pack_base_bytes(PyObject *o, void *unused) {
@@ -330,13 +334,20 @@ static PyObject *pack_policy(PyObject *o, PyObject *arg) {
     return PyUnicode_FromString(obm_pack_policy(obm_py_pack_get(o), task));
 }
 
+/* A copy: changing the pack ends the views into its files. */
+static PyObject *copy_of(PyObject *o, const void *data, obm_dtype dtype, int64_t rows, int64_t cols) {
+    obm_tensor t = {.data = data, .dtype = dtype, .ndim = cols ? 2 : 1, .shape = {rows, cols}};
+    PyObject *view = obm_py_numpy(obm_py_tensor_view(OBM_PY_STATE(o), &t, o));
+    PyObject *copy = view ? PyObject_CallMethod(view, "copy", NULL) : NULL;
+    Py_XDECREF(view);
+    return copy;
+}
+
 static PyObject *plane_arrays(PyObject *o, const obm_pack_tensor *t) {
     PyObject *list = PyList_New(0);
     for (int i = 0; list && i < t->planes; i++) {
-        obm_tensor scales = {.data = t->scales[i], .dtype = OBM_F32, .ndim = 1, .shape = {t->n_scales}};
-        obm_tensor signs = {.data = t->signs[i], .dtype = OBM_U8, .ndim = 2, .shape = {t->rows, t->row_bytes}};
-        PyObject *pair = Py_BuildValue("(NN)", obm_py_numpy(obm_py_tensor_view(OBM_PY_STATE(o), &signs, o)),
-                                       obm_py_numpy(obm_py_tensor_view(OBM_PY_STATE(o), &scales, o)));
+        PyObject *pair = Py_BuildValue("(NN)", copy_of(o, t->signs[i], OBM_U8, t->rows, t->row_bytes),
+                                       copy_of(o, t->scales[i], OBM_F32, t->n_scales, 0));
         if (!pair || PyList_Append(list, pair) < 0) Py_CLEAR(list);
         Py_XDECREF(pair);
     }
@@ -557,7 +568,7 @@ static PyMethodDef pack_methods[] = {
     {"verify", KW(pack_verify), "verify(progress=None)\n\nChecksums of every file and the full hash of the base; raises on the first difference."},
     {"bytes", pack_bytes, METH_O, "bytes(task) -> dict\n\nBy module class: tensors, params, bytes_expert, bytes_pack."},
     {"policy", pack_policy, METH_O, "policy(task) -> str"},
-    {"tensors", pack_tensors, METH_O, "tensors(task) -> list of dict\n\nname, class, mode, bytes, rows, cols, planes [(signs, scales), ...] as NumPy views."},
+    {"tensors", pack_tensors, METH_O, "tensors(task) -> list of dict\n\nname, class, mode, bytes, rows, cols, planes [(signs, scales), ...] as NumPy arrays."},
     {"parse_route", pack_parse_route, METH_O, "parse_route(route) -> dict\n\n\"chat=.7,math=.3\" -> {\"chat\": .7, \"math\": .3}"},
     {"format_route", pack_format_route, METH_O, "format_route(route) -> str"},
     {"materialise", pack_materialise, METH_VARARGS, "materialise(route, name) -> ndarray\n\nThe merged tensor under a route, float32."},

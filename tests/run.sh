@@ -34,7 +34,7 @@ step() {   # step NAME FUNCTION...: runs it in a subshell that stops at the firs
 }
 
 configure() {   # configure DIR OPTION...
-    cmake -S . -B "$1" -DOBM_TESTS=ON -DOBM_LUA=ON -DOBM_WERROR=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo "${@:2}" >/dev/null
+    cmake -S . -B "$1" -DOBM_TESTS=ON -DOBM_LUA=ON -DOBM_WERROR=${CI:+ON} -DCMAKE_BUILD_TYPE=RelWithDebInfo "${@:2}" >/dev/null
     cmake --build "$1" -j "$JOBS" 2>&1 | { grep -E "warning|error|\*\*\*" || true; }
     cmake --build "$1" -j "$JOBS" >/dev/null
 }

@@ -150,7 +150,7 @@ static obm_status open_directory(const char *dir, int *fd, obm_error *err) {
 }
 
 obm_status obm__directory_sync(const char *dir, obm_error *err) {
-    int fd;
+    int fd = -1;
     OBM_TRY(open_directory(dir, &fd, err));
     /* EINVAL: the file system has nothing to sync for folders. */
     obm_status status = fsync(fd) == 0 || errno == EINVAL ? OBM_OK : obm__fail_errno(err, "cannot sync %s", dir);
@@ -170,7 +170,7 @@ static obm_status sync_parent(const char *path, obm_error *err) {
  * failure would take back what the new file refers to.  A sync that fails there leaves the rename to the system. */
 obm_status obm__file_publish(const char *temp, const char *path, obm_error *err) {
     char *dir = obm__path_directory(path);
-    int fd;
+    int fd = -1;
     obm_status status = dir ? open_directory(dir, &fd, err) : obm__fail_nomem(err, strlen(path));
     obm_free(dir);
     OBM_TRY(status);

@@ -111,7 +111,7 @@ static obm_status refuse_existing(const char *path, bool overwrite, obm_error *e
     if (!obm__is_directory(path))
         return obm__fail(err, OBM_E_EXISTS, "%s is a file, expected a folder or nothing", path);
     if (overwrite) return OBM_OK;
-    bool found;
+    bool found = false;
     OBM_TRY(holds_weights(path, &found, err));
     if (found)
         return obm__fail(err, OBM_E_EXISTS, "%s holds a model, and overwriting was not asked for", path);
@@ -327,7 +327,7 @@ static obm_status stage(obm__model_writer *w, const char *name, const char *text
 
 /* A file that the old model has and the new one lacks (a chat template, say) would be read as the new one's. */
 static obm_status mark_stale(obm__model_writer *w, const char *name, obm_error *err) {
-    bool found;
+    bool found = false;
     OBM_TRY(exists_in(w->path, name, &found, err));
     if (found) w->small[w->n_small++] = (small_file){name, NULL, true};
     return OBM_OK;

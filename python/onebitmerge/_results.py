@@ -114,8 +114,11 @@ def size(n: float) -> str:
 def pack_rows(pack) -> list[list[str]]:
     rows = []
     for task in pack.tasks:
+        modes: dict[str, set[str]] = {}
+        for t in pack.tensors(task):
+            modes.setdefault(t["class"], set()).add(t["mode"])
         for cls, b in pack.bytes(task).items():
-            rows.append([task, cls, b["tensors"], size(b["bytes_expert"]), size(b["bytes_pack"])])
+            rows.append([task, cls, b["tensors"], " ".join(sorted(modes.get(cls, ()))), size(b["bytes_expert"]), size(b["bytes_pack"])])
     return rows
 
 
@@ -129,7 +132,7 @@ def pack_ratios(pack) -> dict[str, float]:
 
 
 def pack_repr(pack) -> str:
-    lines = [f"Pack(\"{pack.path}\")", table(["expert", "class", "tensors", "expert bytes", "pack bytes"], pack_rows(pack))]
+    lines = [f"Pack(\"{pack.path}\")", table(["expert", "class", "tensors", "stored", "expert bytes", "pack bytes"], pack_rows(pack))]
     lines += [f"{label}: {value:.4f}" for label, value in pack_ratios(pack).items()]
     s = pack.settings
     lines.append(f"lambda {s['lambda']:g}, reading {s['reading']}, profile {s['profile']}, density {s['density']:g}")
@@ -139,7 +142,7 @@ def pack_repr(pack) -> str:
 def pack_html(pack) -> str:
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in pack_rows(pack))
     ratios = "; ".join(f"{html.escape(label)}: {value:.4f}" for label, value in pack_ratios(pack).items())
-    return ("<table><tr><th>expert</th><th>class</th><th>tensors</th><th>expert bytes</th><th>pack bytes</th></tr>"
+    return ("<table><tr><th>expert</th><th>class</th><th>tensors</th><th>stored</th><th>expert bytes</th><th>pack bytes</th></tr>"
             f"{cells}</table><p>{ratios}</p>")
 
 

@@ -52,14 +52,18 @@ def emit(record):
 def read_lines(path):
     """JSON lines of a file or stdin; messages name the line."""
     name = "standard input" if path == "-" else path
-    stream = contextlib.nullcontext(sys.stdin) if path == "-" else open(path, encoding="utf-8")
+    # Bytes, so that the encoding is UTF-8 whatever the locale says and a bad line can be named; a BOM is let pass.
+    stream = contextlib.nullcontext(getattr(sys.stdin, "buffer", sys.stdin)) if path == "-" else open(path, "rb")
     items = []
     with stream as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
             try:
-                item = json.loads(line)
+                text = line if isinstance(line, str) else line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                item = json.loads(text)
+            except UnicodeDecodeError as e:
+                raise Failure(f"{name}, line {number}: not UTF-8 at byte {e.start}") from None
             except ValueError as e:
                 raise Failure(f"{name}, line {number}: not JSON: {e}") from None
             if not isinstance(item, dict):
@@ -309,6 +313,7 @@ def pack_add(args):
     if args.dry_run:
         return print_plan(args, obm.compress(pack.base, {name: expert}, args.pack, dry_run=True), "add")
     pack.add(name, expert, progress=progress_of(args))
+    print("the router was dropped: its tasks changed (onebitmerge router train makes a new one)", file=sys.stderr)
     show_pack(args, pack)
 
 
@@ -324,9 +329,14 @@ def pack_remove(args):
 
 def pack_set(args):
     pack = obm.Pack(args.pack, base=args.base)
+    changes = {"lambda": args.lambda_, "reading": args.reading, "profile": args.profile, "density": args.density}
+    settings = {**pack.settings, **{k: v for k, v in changes.items() if v is not None}}
     if not args.dry_run:
         pack.set(lambda_=args.lambda_, reading=args.reading, profile=args.profile, density=args.density)
-    emit(pack.settings) if args.json else print(", ".join(f"{k} {v}" for k, v in pack.settings.items()))
+        settings = pack.settings
+    if args.json:
+        return emit({**({"dry_run": True} if args.dry_run else {}), **settings})
+    print(", ".join(f"{k} {v}" for k, v in settings.items()) + ("; nothing was written" if args.dry_run else ""))
 
 
 def router_train(args):
@@ -377,12 +387,14 @@ def generate(args):
     model = open_model(args)
     options = generate_options(args)
     if args.router:
+        if args.route:
+            raise Usage("give either --route or --router")
         options["router"] = load_router(args.router)
     items = [{"prompt": args.prompt}] if args.file is None else read_lines(args.file)
     prompts = [prompt_of(item) for item in items]
     routes = [item.get("route", args.route) for item in items]
     if model.pack is None and any(r not in (None, "auto") for r in routes):
-        raise Failure("--route: this is a plain model, only packs have routes")
+        raise Failure("a route was given, but this is a plain model: only packs have routes")
     given = {} if model.pack is None else {"route": routes}
     if args.file is None and not args.json:
         for piece in model.stream(prompts[0], **({"route": routes[0]} if given else {}), **options):
@@ -416,7 +428,7 @@ def score(args):
             rows.append((need(item, i, "prompt", "messages", "ids"), need(item, i, "continuation"), r))
     model = open_model(args)
     if model.pack is None and any(r not in (None, "auto") for _, _, r in rows):
-        raise Failure("--route: this is a plain model, only packs have routes")
+        raise Failure("a route was given, but this is a plain model: only packs have routes")
     for index, s in enumerate(model.score_items(rows, progress=progress_of(args))):
         record = {"index": index, "logprob": s.logprob, "token_logprobs": s.token_logprobs, "is_greedy": s.is_greedy,
                   "perplexity": s.perplexity, "route": route_text(model, s.route)}
@@ -437,6 +449,8 @@ def logits(args):
         return print_plan(args, {"tensors": len(items), "bytes_read": model.info["bytes"], "bytes_written": 4 * rows * model.info["vocab"],
                                  "peak_memory": model.info["bytes"] + 8 * rows * model.info["vocab"], "seconds": 0.0}, "logits")
     out = output_of(args)
+    if not os.path.isdir(os.path.dirname(os.path.abspath(out))):
+        raise Failure(f"{out}: no such folder")
     arrays = {}
     for index, item in enumerate(items):
         r = item.get("route", args.route)
@@ -456,7 +470,7 @@ def logits(args):
 
 
 def tokenize(args):
-    tokenizer = obm.Tokenizer(args.model)
+    tokenizer = obm.Model(args.model).tokenizer if is_pack(args.model) else obm.Tokenizer(args.model)
     for index, item in enumerate(read_lines(args.file)):
         if "ids" in item and "text" not in item:
             record = {"index": index, "text": tokenizer.decode(item["ids"], skip_special=args.skip_special)}
@@ -506,30 +520,54 @@ def evaluate_verb(args):
 
 
 def add_generation_arguments(p):
-    p.add_argument("--max-tokens", type=int, default=0, help="default 256")
+    p.add_argument("--max-tokens", type=whole(1), default=0, help="default 256")
     p.add_argument("--stop", action="append", metavar="TEXT", help="stop string; may be given again")
     p.add_argument("--chat", action="store_true", help="wrap a text prompt as one user turn of the chat template")
-    p.add_argument("--batch", type=int, default=0, help="sequences decoded together (default 8)")
+    p.add_argument("--batch", type=whole(1), default=0, help="sequences decoded together (default 8)")
 
 
 def add_expert_arguments(p):
     p.add_argument("--policy", choices=POLICIES)
     p.add_argument("--scale", help="matrix, row (default) or group:N")
-    p.add_argument("--planes", type=int, default=0, help="sign planes per matrix (default 1)")
+    p.add_argument("--planes", type=whole(1, 8), default=0, help="sign planes per matrix (default 1)")
     p.add_argument("--map", action="append", metavar="GLOB=MODE", help="1bit, full or drop for matching tensors; may be given again")
+
+
+def whole(low, high=2**63 - 1):
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"\"{text}\" is not a whole number") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be {low} or more, got {value}" if high >= 2**63 - 1 else f"must be in {low}..{high}, got {value}")
+        return value
+    return parse
+
+
+def real(low, high, *, low_is_in):
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"\"{text}\" is not a number") from None
+        if not (low <= value <= high) or (value == low and not low_is_in):
+            raise argparse.ArgumentTypeError(f"must be in {'[' if low_is_in else '('}{low:g}, {high:g}], got {text}")
+        return value
+    return parse
 
 
 def make_parser():
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="results as JSON lines")
     common.add_argument("--quiet", action="store_true", help="no progress bars")
-    common.add_argument("--threads", type=int, default=0, help="default: one per core")
+    common.add_argument("--threads", type=whole(0, 4096), default=0, help="default: one per core")
     parser = argparse.ArgumentParser(prog="onebitmerge", description="1-bit task vectors, routed merging and CPU inference of fine-tuned LLMs.")
     parser.add_argument("--version", action="version", version=f"onebitmerge {obm.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(group, name, function, text, *, output=None, dry=False, base=False, rest=None):
-        p = group.add_parser(name, parents=[common], help=text, description=text)
+        p = group.add_parser(name, parents=[common], help=text, description=text.replace("%%", "%"))
         p.set_defaults(function=function, rest=rest)
         if output:
             p.add_argument("-o", "--output", required=True, metavar=output)
@@ -561,7 +599,7 @@ def make_parser():
     p.add_argument("--scales", action="store_true", help="alpha of every matrix")
     p = verb(group, "verify", pack_verify, "checksums of every file and the base's full hash", base=True)
     p.add_argument("pack", metavar="PACK")
-    p = verb(group, "add", pack_add, "compress one more expert into the pack", dry=True, base=True)
+    p = verb(group, "add", pack_add, "compress one more expert into the pack (the router goes: its tasks changed)", dry=True, base=True)
     p.add_argument("pack", metavar="PACK")
     p.add_argument("expert", metavar="NAME=EXPERT[:POLICY]")
     add_expert_arguments(p)
@@ -579,10 +617,10 @@ def make_parser():
     p = verb(group, "train", router_train, "held-out accuracy, confusion, calibration; stored in the pack", base=True)
     p.add_argument("pack", metavar="PACK")
     p.add_argument("--data", required=True, metavar="FILE", help="JSON lines: text|messages, task")
-    p.add_argument("--layer", type=int, default=0, help="0 = embeddings (default)")
-    p.add_argument("--l2", type=float, default=0)
-    p.add_argument("--holdout", type=float, default=0, help="share held out for the report (default 0.2)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--layer", type=whole(0, 2**31 - 1), default=0, help="0 = embeddings (default)")
+    p.add_argument("--l2", type=real(0, 1e6, low_is_in=False), default=0, help="default 0.01")
+    p.add_argument("--holdout", type=real(0, 0.9, low_is_in=False), default=0, help="share held out for the report (default 0.2)")
+    p.add_argument("--seed", type=whole(0, 2**64 - 1), default=0)
 
     p = verb(verbs, "route", route, "task and probabilities of texts", base=True, rest="text")
     p.add_argument("pack", metavar="PACK")
@@ -597,12 +635,12 @@ def make_parser():
     p.add_argument("--route", help="auto (default), a task, or chat=.7,math=.3")
     p.add_argument("--router", metavar="FILE.py:FUNC|FILE.lua")
     add_generation_arguments(p)
-    p.add_argument("--temperature", type=float, default=0, help="0 (default): greedy")
-    p.add_argument("--top-k", type=int, default=0)
-    p.add_argument("--top-p", type=float, default=0)
-    p.add_argument("--min-p", type=float, default=0)
-    p.add_argument("--repetition-penalty", type=float, default=0)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--temperature", type=real(0, 1e6, low_is_in=True), default=0, help="0 (default): greedy")
+    p.add_argument("--top-k", type=whole(0), default=0, help="0 (default): off")
+    p.add_argument("--top-p", type=real(0, 1, low_is_in=False), default=0, help="1 (default): off")
+    p.add_argument("--min-p", type=real(0, 1, low_is_in=True), default=0, help="0 (default): off")
+    p.add_argument("--repetition-penalty", type=real(0, 100, low_is_in=False), default=0, help="1 (default): off")
+    p.add_argument("--seed", type=whole(0, 2**64 - 1), default=0)
 
     p = verb(verbs, "score", score, "log-likelihoods and perplexity", base=True)
     p.add_argument("model", metavar="MODEL|PACK")
@@ -627,7 +665,7 @@ def make_parser():
     p.add_argument("recipe", metavar="RECIPE.yml")
     p.add_argument("--profile", choices=("mergekit", "paper"))
     p.add_argument("--out-shard-size", type=parse_size, default=0, help="bytes, like 5GB (default)")
-    p.add_argument("--random-seed", type=int)
+    p.add_argument("--random-seed", type=whole(0, 2**64 - 1))
     p.add_argument("--memory", type=parse_size, default=0, help="budget of tiles and buffers, like 2GB (default)")
 
     p = verb(verbs, "export", export, "dense folder of one route", output="DIR", base=True)
@@ -668,9 +706,9 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     warnings.showwarning = show_warning
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8")   # JSON lines and model text are UTF-8 whatever the locale says
     try:
-        if args.threads < 0:
-            raise Usage("--threads must be >= 0")
         if args.threads:
             obm.set_threads(args.threads)
         args.function(args)

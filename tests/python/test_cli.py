@@ -424,3 +424,26 @@ def test_a_closed_pipe_is_no_error(models):
     done = subprocess.run(f"{sys.executable} -m onebitmerge.cli inspect {models}/base --checksums --json | head -n 1", shell=True, env=env,
                           capture_output=True, text=True, timeout=60)
     assert done.stderr == "" and json.loads(done.stdout)["name"] == "model.embed_tokens.weight"
+
+
+def test_numbers_out_of_range_are_usage(models):
+    for option in (["--max-tokens", "0"], ["--top-p", "0"], ["--seed", "-1"], ["--batch", "0"], ["--temperature", "-1"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["generate", str(models / "base"), "-p", "x", *option])
+        assert caught.value.code == 2
+
+
+def test_json_lines_name_what_is_wrong(models, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    assert cli.main(["tokenize", str(models / "base"), "--file", str(bad)]) == 1
+    assert "bad.jsonl, line 2: not UTF-8" in capsys.readouterr().err
+    bad.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')   # a byte order mark is let pass
+    assert cli.main(["tokenize", str(models / "base"), "--file", str(bad)]) == 0
+
+
+def test_a_choice_that_is_not_there(models, tmp_path, capsys):
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"prompt": "a", "choices": ["b", "c"], "correct": 7}\n')
+    assert cli.main(["eval", str(models / "base"), "--task", str(items)]) == 1
+    assert "index of one of 2 choices" in capsys.readouterr().err

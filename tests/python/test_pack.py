@@ -306,3 +306,13 @@ def test_interrupt_leaves_nothing(tmp_path):
         obm.compress(base, {"chat": obm.Expert(expert, planes=8)}, tmp_path / "p", progress=interrupt)
     assert time.monotonic() - sent[0] < 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "expert"]
+
+
+def test_what_came_out_of_a_pack_survives_its_change(models, tmp_path):
+    pack = obm.compress(models / "base", {"chat": models / "chat", "math": models / "math"}, tmp_path / "p")
+    base, planes = pack.base, [t["planes"] for t in pack.tensors("chat")]
+    sums = [int(signs.sum()) for plane in planes for signs, _ in plane]
+    pack.remove("chat")
+    assert [int(signs.sum()) for plane in planes for signs, _ in plane] == sums
+    name = next(iter(base))
+    assert np.array_equal(np.asarray(base[name]), np.asarray(obm.Checkpoint(models / "base")[name]))

@@ -208,7 +208,7 @@ def test_what_a_router_raises_comes_back(model):
     assert model.generate("hello", route="chat", max_tokens=2).finish_reason == "length"
 
 
-@pytest.mark.parametrize("answer, error", [("poetry", obm.NotFoundError), (7, obm.ArgumentError), (None, TypeError), ([1, 2], TypeError),
+@pytest.mark.parametrize("answer, error", [("poetry", obm.NotFoundError), (7, obm.ArgumentError), (None, TypeError), ([1, 2], ValueError),
                                            ({"chat": -1}, obm.ArgumentError), ({"chat": float("nan")}, obm.ArgumentError), ({"chat": "x"}, TypeError)])
 def test_answers_that_are_no_route(model, answer, error):
     with pytest.raises(error):

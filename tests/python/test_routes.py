@@ -62,7 +62,7 @@ def test_format_and_parse_round_trip(pack, weights):
 @pytest.mark.parametrize("route, error, message", [
     ("poetry", obm.NotFoundError, "poetry.*chat.*math.*code"), ({"poetry": 1}, obm.NotFoundError, "poetry"),
     ("chat=-1", obm.ArgumentError, "chat"), ("chat=x", obm.ArgumentError, "x"), ("chat=nan", obm.ArgumentError, "chat"),
-    (3, obm.ArgumentError, "0..2"), (-1, obm.ArgumentError, "-1"), ([1, 0], TypeError, "3 weights"), (None, TypeError, "route"), (1.5, TypeError, "route"),
+    (3, obm.ArgumentError, "0..2"), (-1, obm.ArgumentError, "-1"), ([1, 0], ValueError, "2 weights for 3 tasks"), (None, TypeError, "route"), (1.5, TypeError, "route"),
 ])
 def test_refused(pack, route, error, message):
     with pytest.raises(error, match=message):
