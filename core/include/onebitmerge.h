@@ -66,7 +66,7 @@ typedef enum obm_status {
     OBM_E_FORMAT = -6,      /* a file is not what it should be */
     OBM_E_NOTFOUND = -7,    /* no tensor, expert, task of that name */
     OBM_E_UNSUPPORTED = -8, /* understood, but this build or version cannot do it */
-    OBM_E_BUSY = -9,        /* a second thread used an object that serves one at a time */
+    OBM_E_BUSY = -9,        /* an object that serves one call at a time is in use, or another process changes a pack */
     OBM_E_USER = -10,       /* a callback asked to stop; whatever it raised is the caller's to re-raise */
     OBM_E_EXISTS = -11,     /* the output exists and overwriting was not asked for */
     OBM_E_MISMATCH = -12,   /* a pack meets another base than the one it was made from */
@@ -254,7 +254,8 @@ typedef struct obm_pack obm_pack;
 
 /* Compresses n experts of the base at base_path into the folder `out_path`, streaming: resident memory is bounded by tiles,
  * not by the model.  plan (nullable) is filled in a dry run.  *out (nullable) gets the opened pack, owned.
- * Errors: those of opening checkpoints and task vectors, EXISTS, ARG, IO, USER. */
+ * Overwriting replaces a pack; a folder that holds anything else is EXISTS.  BUSY: another process is writing there.
+ * Errors: those of opening checkpoints and task vectors, EXISTS, BUSY, ARG, IO, USER. */
 OBM_API obm_status obm_compress(obm_context *ctx, const char *base_path, const obm_expert *experts, size_t n,
                                 const obm_compress_options *options, const char *out_path, obm_plan *plan, obm_pack **out,
                                 obm_error *err);
@@ -267,7 +268,8 @@ OBM_API const char *obm_pack_path(const obm_pack *p);
 OBM_API const obm_checkpoint *obm_pack_base(const obm_pack *p);   /* borrowed */
 /* Checksums of every file and the full hash of the base.  Errors: FORMAT names the file, MISMATCH the tensor. */
 OBM_API obm_status obm_pack_verify(const obm_pack *p, obm_progress_fn progress, void *user, obm_error *err);
-/* Change the pack, on disk and in *p, atomically. */
+/* Change the pack, on disk and in *p, atomically.  Everything that changes a pack locks its folder meanwhile: BUSY when
+ * another process (or another obm_pack of this one) is changing it, or has changed it since this one was opened. */
 OBM_API obm_status obm_pack_add(obm_pack *p, const obm_expert *expert, const obm_compress_options *options, obm_error *err);
 OBM_API obm_status obm_pack_remove(obm_pack *p, const char *name, obm_error *err);   /* drops the router too: its tasks changed */
 

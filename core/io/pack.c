@@ -23,15 +23,19 @@ static obm_status check_version(const obm_json *manifest, const char *where, obm
                      (long long)version, OBM_PACK_VERSION);
 }
 
-static obm_status read_manifest(const char *path, obm_json **out, obm_error *err) {
-    char *where = obm__path_join(path, OBM_PACK_MANIFEST);
+static obm_status read_manifest(const char *path, obm_json **out, char xxh3[33], obm_error *err) {
+    char *where = obm__path_join(path, OBM_PACK_MANIFEST), *text = NULL;
+    size_t size = 0;
     obm_json *manifest = NULL;
     obm_status status = where ? OBM_OK : obm__fail_nomem(err, strlen(path));
     if (status == OBM_OK && obm__is_directory(path) && !obm__file_exists(where)) {
         status = obm__fail(err, OBM_E_FORMAT, "%s is no pack: it has no " OBM_PACK_MANIFEST, path);
     }
-    if (status == OBM_OK) status = obm__json_load(where, &manifest, err);
+    if (status == OBM_OK) status = obm__file_read(where, &text, &size, err);
+    if (status == OBM_OK) status = obm__json_parse(text, size, where, &manifest, err);
+    if (status == OBM_OK) obm__xxh3_of(text, size, xxh3);
     if (status == OBM_OK) status = check_version(manifest, where, err);
+    obm_free(text);
     obm_free(where);
     if (status == OBM_OK)
         *out = manifest;
@@ -44,7 +48,8 @@ obm_status obm_pack_open(obm_context *ctx, const char *path, const char *base_pa
     obm_json *manifest = NULL;
     obm_checkpoint *base = NULL;
     const obm_json *record;
-    OBM_TRY(read_manifest(path, &manifest, err));
+    char xxh3[33];
+    OBM_TRY(read_manifest(path, &manifest, xxh3, err));
     obm_status status = obm__field(manifest, "base", OBM_JSON_OBJECT, path, &record, err);
     if (status == OBM_OK) status = obm__base_open(ctx, record, path, base_path, &base, err);
     if (status == OBM_OK) status = obm__base_check(ctx, base, record, path, false, NULL, err);
@@ -52,8 +57,10 @@ obm_status obm_pack_open(obm_context *ctx, const char *path, const char *base_pa
     if (status != OBM_OK) {
         obm_checkpoint_free(base);
         obm__json_free(manifest);
+        return status;
     }
-    return status;
+    memcpy((*out)->manifest_xxh3, xxh3, sizeof xxh3);
+    return OBM_OK;
 }
 
 void obm_pack_free(obm_pack *p) {

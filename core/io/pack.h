@@ -34,6 +34,7 @@ struct obm_pack {
     obm_context *ctx;
     char *path;
     obm_json *manifest;        /* pack.json */
+    char manifest_xxh3[33];    /* of its bytes on disk when they were last read or written here */
     obm_checkpoint *base;      /* owned */
     obm__pack_tensor_info *tensors;   /* sorted by name */
     size_t n_tensors;

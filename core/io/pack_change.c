@@ -1,7 +1,7 @@
 /*
  * Everything that changes a pack on disk.  Files get names that derive from their contents, so nothing that a reader
  * may hold open is ever rewritten; renaming pack.json is the commit; what the new pack.json no longer names goes after
- * it.
+ * it.  The folder is locked meanwhile (pack_lock.c): the clean-up would take the new files of another change for strays.
  */
 #include "pack_parts.h"
 
@@ -43,16 +43,19 @@ void obm__pack_clean(const char *dir, const obm_json *manifest) {
     if (d) closedir(d);
 }
 
-obm_status obm__manifest_write(const char *dir, const obm_json *manifest, obm_error *err) {
+obm_status obm__manifest_write(const char *dir, const obm_json *manifest, char xxh3[33], obm_error *err) {
     char *path = obm__path_join(dir, OBM_PACK_MANIFEST), *text = path ? obm__json_text(manifest, 2) : NULL;
     obm_status status = text ? obm__file_write(path, text, strlen(text), err) : obm__fail_nomem(err, 0);
+    if (status == OBM_OK) obm__xxh3_of(text, strlen(text), xxh3);
     obm_free(path);
     obm_free(text);
     if (status == OBM_OK) obm__pack_clean(dir, manifest);
     return status;
 }
 
-obm_status obm__pack_commit(obm_pack *p, obm_error *err) { return obm__manifest_write(p->path, p->manifest, err); }
+obm_status obm__pack_commit(obm_pack *p, obm_error *err) {
+    return obm__manifest_write(p->path, p->manifest, p->manifest_xxh3, err);
+}
 
 /* ---- settings and router: one member of the manifest changes ---- */
 
@@ -83,10 +86,13 @@ obm_status obm_pack_set_settings(obm_pack *p, const obm_pack_settings *settings,
     s.profile = OBM_OPT(settings, obm_pack_settings, profile, s.profile);
     s.density = OBM_OPT(settings, obm_pack_settings, density, s.density);
     if (s.profile == OBM_PROFILE_DEFAULT) s.profile = OBM_PROFILE_MERGEKIT;
+    int lock;
     OBM_TRY(obm__settings_check(&s, err));
-    OBM_TRY(change_member(p, "settings", obm__settings_record(&s), err));
-    p->settings = s;
-    return OBM_OK;
+    OBM_TRY(obm__pack_begin(p, &lock, err));
+    obm_status status = change_member(p, "settings", obm__settings_record(&s), err);
+    if (status == OBM_OK) p->settings = s;
+    obm__pack_unlock(lock);
+    return status;
 }
 
 static obm_status write_arrays(obm__st_writer *w, const obm__named_array *arrays, size_t n, obm_error *err) {
@@ -120,7 +126,13 @@ static obm_status write_router_file(const obm_pack *p, const obm__named_array *a
 obm_status obm__pack_write_router(obm_pack *p, const obm__named_array *arrays, size_t n, obm_json *report,
                                   obm_error *err) {
     obm_json *record = NULL;
-    obm_status status = write_router_file(p, arrays, n, &record, err);
+    int lock;
+    obm_status status = obm__pack_begin(p, &lock, err);
+    if (status != OBM_OK) {
+        obm__json_free(report);
+        return status;
+    }
+    status = write_router_file(p, arrays, n, &record, err);
     if (status == OBM_OK) {
         bool ok = obm__json_set(record, "report", report);
         report = NULL;
@@ -129,6 +141,7 @@ obm_status obm__pack_write_router(obm_pack *p, const obm__named_array *arrays, s
     }
     obm__json_free(report);
     if (status != OBM_OK) obm__pack_clean(p->path, p->manifest);
+    obm__pack_unlock(lock);
     return status;
 }
 
@@ -165,7 +178,7 @@ static obm_status replace(obm_pack *p, obm_json *manifest, obm_error *err) {
     obm_pack *next = NULL;
     obm_status status =
         manifest ? obm__pack_load(p->ctx, p->path, manifest, p->base, &next, err) : obm__fail_nomem(err, 0);
-    if (status == OBM_OK) status = obm__manifest_write(p->path, manifest, err);
+    if (status == OBM_OK) status = obm__manifest_write(p->path, manifest, next->manifest_xxh3, err);
     if (status != OBM_OK) {
         obm__pack_unload(next);
         obm__json_free(manifest);
@@ -211,7 +224,11 @@ obm_status obm_pack_remove(obm_pack *p, const char *name, obm_error *err) {
     if (at == p->n_experts) return obm__fail(err, OBM_E_NOTFOUND, "pack %s has no expert %s", p->path, name);
     if (p->n_experts == 1)
         return obm__fail(err, OBM_E_ARG, "expert %s is the last of pack %s; delete the folder instead", name, p->path);
-    return replace(p, edit_manifest(p, at, NULL), err);
+    int lock;
+    OBM_TRY(obm__pack_begin(p, &lock, err));
+    obm_status status = replace(p, edit_manifest(p, at, NULL), err);
+    obm__pack_unlock(lock);
+    return status;
 }
 
 static obm__ticker make_ticker(const obm_compress_options *o, const char *what, uint64_t total) {
@@ -219,6 +236,20 @@ static obm__ticker make_ticker(const obm_compress_options *o, const char *what, 
                          .what = what,
                          .total = total,
                          .user = OBM_OPT(o, obm_compress_options, progress_user, NULL)};
+}
+
+static obm_status add_locked(obm_pack *p, size_t at, const obm__expert_request *r, const obm_checkpoint *checkpoint,
+                             obm_error *err) {
+    obm_json *record = NULL;
+    int lock;
+    OBM_TRY(obm__pack_begin(p, &lock, err));
+    obm_status status = obm__expert_write(r, checkpoint, &record, err);
+    if (status == OBM_OK)
+        status = replace(p, edit_manifest(p, at, record), err);
+    else
+        obm__pack_clean(p->path, p->manifest);
+    obm__pack_unlock(lock);
+    return status;
 }
 
 obm_status obm_pack_add(obm_pack *p, const obm_expert *expert, const obm_compress_options *options, obm_error *err) {
@@ -230,17 +261,14 @@ obm_status obm_pack_add(obm_pack *p, const obm_expert *expert, const obm_compres
     if (at == OBM_PACK_MAX_TASKS)
         return obm__fail(err, OBM_E_UNSUPPORTED, "a pack holds at most %d experts", OBM_PACK_MAX_TASKS);
     obm_checkpoint *checkpoint = NULL;
-    obm_json *record = NULL;
     OBM_TRY(obm__expert_open(p->ctx, expert, &checkpoint, err));
     obm__ticker ticker = make_ticker(options, "compress", obm__expert_bytes(checkpoint));
     obm__expert_request r = {.ctx = p->ctx, .base = p->base, .expert = expert, .dir = p->path, .ticker = &ticker};
     r.profile = OBM_OPT(options, obm_compress_options, profile, OBM_PROFILE_DEFAULT);
     if (r.profile == OBM_PROFILE_DEFAULT) r.profile = p->settings.profile;
     r.dry_run = OBM_OPT(options, obm_compress_options, dry_run, false);
-    obm_status status = obm__expert_write(&r, checkpoint, &record, err);
+    obm_status status =
+        r.dry_run ? obm__expert_write(&r, checkpoint, NULL, err) : add_locked(p, at, &r, checkpoint, err);
     obm_checkpoint_free(checkpoint);
-    if (r.dry_run) return status;
-    if (status == OBM_OK) return replace(p, edit_manifest(p, at, record), err);
-    obm__pack_clean(p->path, p->manifest);
     return status;
 }

@@ -2,7 +2,9 @@
 #include "pack_parts.h"
 
 #include <dirent.h>
+#include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -13,6 +15,7 @@ typedef struct compression {
     const obm_compress_options *options;
     const char *dir;
     bool dry_run, made_dir;
+    int lock;                     /* of the output folder, while it is being written */
     obm_profile profile;
     obm_checkpoint *base;
     obm_checkpoint **checkpoints; /* (n) */
@@ -48,24 +51,68 @@ static bool holds_other_files(const char *dir) {
     return other;
 }
 
+static obm_status no_pack(const compression *c, obm_error *err) {
+    return obm__fail(err, OBM_E_EXISTS, "%s exists and is not a pack: it will not be replaced", c->dir);
+}
+
 static obm_status check_output(const compression *c, obm_error *err) {
     bool overwrite = OBM_OPT(c->options, obm_compress_options, overwrite, false);
     if (access(c->dir, F_OK)) return OBM_OK;
     if (!obm__is_directory(c->dir)) return obm__fail(err, OBM_E_EXISTS, "%s exists and is no folder", c->dir);
-    if (overwrite || c->dry_run) return OBM_OK;
-    if (holds_other_files(c->dir)) return obm__fail(err, OBM_E_EXISTS, "%s exists already and is not empty", c->dir);
+    if (c->dry_run || !holds_other_files(c->dir)) return OBM_OK;
+    if (!overwrite) return obm__fail(err, OBM_E_EXISTS, "%s exists already and is not empty", c->dir);
+    char *manifest = obm__path_join(c->dir, OBM_PACK_MANIFEST);
+    if (!manifest) return obm__fail_nomem(err, strlen(c->dir));
+    bool pack = obm__file_exists(manifest);
+    obm_free(manifest);
+    return pack ? OBM_OK : no_pack(c, err);
+}
+
+/* A pack beside the weights it is made from would pass for a pack above. */
+static obm_status refuse_input_folder(const compression *c, const obm_checkpoint *input, const char *what,
+                                      obm_error *err) {
+    struct stat ours, theirs;
+    if (stat(c->dir, &ours) || stat(input->directory, &theirs)) return OBM_OK;
+    if (ours.st_dev != theirs.st_dev || ours.st_ino != theirs.st_ino) return OBM_OK;
+    return obm__fail(err, OBM_E_EXISTS, "%s is the folder of %s itself: it will not be replaced", c->dir, what);
+}
+
+static obm_status refuse_inputs(const compression *c, obm_error *err) {
+    OBM_TRY(refuse_input_folder(c, c->base, "the base", err));
+    for (size_t i = 0; i < c->n; i++) {
+        char what[80];
+        snprintf(what, sizeof what, "expert %s", c->experts[i].name);
+        OBM_TRY(refuse_input_folder(c, c->checkpoints[i], what, err));
+    }
     return OBM_OK;
 }
 
-static obm_status make_output(compression *c, obm_error *err) {
-    c->made_dir = access(c->dir, F_OK) != 0;
-    OBM_TRY(obm__make_directory(c->dir, err));
+/* The pack that is being replaced tells which files a failed run must leave.  One that cannot be read names none. */
+static obm_status read_before(compression *c, obm_error *err) {
     char *path = obm__path_join(c->dir, OBM_PACK_MANIFEST);
     if (!path) return obm__fail_nomem(err, strlen(c->dir));
-    /* Only to know which files it names: a failed run must leave those. */
     obm_status status = obm__file_exists(path) ? obm__json_load(path, &c->before, err) : OBM_OK;
     obm_free(path);
-    return status == OBM_E_FORMAT ? OBM_OK : status;
+    if (status != OBM_OK) return status == OBM_E_FORMAT ? OBM_OK : status;
+    const char *format = obm__json_string(obm__json_get(c->before, "format"));
+    return c->before && !(format && !strcmp(format, OBM_PACK_FORMAT)) ? no_pack(c, err) : OBM_OK;
+}
+
+static void let_go(compression *c) {
+    if (c->made_dir) (void)rmdir(c->dir); /* it stays when there is a pack in it by now */
+    obm__pack_unlock(c->lock);
+}
+
+/* The folder is looked at again under the lock: another run may have made a pack there since the first look. */
+static obm_status take_output(compression *c, obm_error *err) {
+    OBM_TRY(refuse_inputs(c, err));
+    c->made_dir = access(c->dir, F_OK) != 0;
+    OBM_TRY(obm__make_directory(c->dir, err));
+    OBM_TRY(obm__pack_lock(c->dir, &c->lock, err));
+    obm_status status = check_output(c, err);
+    if (status == OBM_OK) status = read_before(c, err);
+    if (status != OBM_OK) let_go(c);
+    return status;
 }
 
 /* ---- steps ---- */
@@ -135,16 +182,17 @@ static obm_status make_manifest(compression *c, uint64_t bytes, obm_error *err) 
 /* Loading before the commit proves that what was written can be read. */
 static obm_status write_pack(compression *c, uint64_t bytes, obm_pack **out, obm_error *err) {
     obm_pack *pack = NULL;
-    OBM_TRY(make_output(c, err));
+    OBM_TRY(take_output(c, err));
     obm_status status = make_manifest(c, bytes, err);
     if (status == OBM_OK) status = obm__pack_load(c->ctx, c->dir, c->manifest, c->base, &pack, err);
-    if (status == OBM_OK) status = obm__manifest_write(c->dir, c->manifest, err);
+    if (status == OBM_OK) status = obm__manifest_write(c->dir, c->manifest, pack->manifest_xxh3, err);
     if (status != OBM_OK) {
         obm__pack_unload(pack);
         obm__pack_clean(c->dir, c->before);
-        if (c->made_dir) (void)rmdir(c->dir);
+        let_go(c);
         return status;
     }
+    obm__pack_unlock(c->lock);
     c->base = NULL; /* the pack's now, and so is the manifest */
     c->manifest = NULL;
     if (out)

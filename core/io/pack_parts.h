@@ -88,9 +88,18 @@ obm_status obm__pack_load(obm_context *ctx, const char *path, obm_json *manifest
 /* Frees everything but manifest and base. */
 void obm__pack_unload(obm_pack *p);
 
+/* ---- one change at a time (pack_lock.c) ---- */
+
+/* Locks the folder of a pack for a change; BUSY when somebody else has it.  The lock goes with the process. */
+obm_status obm__pack_lock(const char *dir, int *lock, obm_error *err);
+void obm__pack_unlock(int lock);
+/* The same for an opened pack; BUSY also when pack.json is not the one that was opened. */
+obm_status obm__pack_begin(const obm_pack *p, int *lock, obm_error *err);
+
 /* ---- changes (pack_change.c) ---- */
 
-obm_status obm__manifest_write(const char *dir, const obm_json *manifest, obm_error *err);   /* the commit, then the clean-up */
+/* The commit, then the clean-up; xxh3 of the new pack.json.  The lock is held. */
+obm_status obm__manifest_write(const char *dir, const obm_json *manifest, char xxh3[33], obm_error *err);
 bool obm__pack_owns(const char *file);   /* a name that this library gives */
 void obm__pack_clean(const char *dir, const obm_json *manifest);   /* removes files of ours that the manifest does not name */
 

@@ -230,7 +230,7 @@ double obm__tree_sum(const double *partial, size_t n) {
 
 obm_status obm__guard_enter(obm__guard *g, const char *what, obm_error *err) {
     if (!atomic_exchange_explicit(&g->busy, 1, memory_order_acquire)) return OBM_OK;
-    return obm__fail(err, OBM_E_BUSY, "%s is in use by another thread", what);
+    return obm__fail(err, OBM_E_BUSY, "%s is in use: one call at a time", what);
 }
 
 void obm__guard_leave(obm__guard *g) { atomic_store_explicit(&g->busy, 0, memory_order_release); }

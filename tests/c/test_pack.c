@@ -4,6 +4,10 @@
 #include "io/pack.h"
 
 #include <dirent.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/file.h>
+#include <sys/wait.h>
 
 #define EMBED "model.embed_tokens.weight"
 #define HEAD "lm_head.weight"
@@ -314,6 +318,41 @@ static void test_exists_and_overwrite(void **state) {
     assert_int_equal(list(w->pack, files), 2);
     obm_pack_free(p);
     FAILS(obm_compress(w->ctx, w->base, e, 1, NULL, w->base, NULL, NULL, err), OBM_E_EXISTS, "base exists");
+}
+
+static void keeps(const world *w, const char *out, const char *file, const char *part) {
+    obm_expert e[2];
+    obm_compress_options o = OBM_INIT(obm_compress_options);
+    char before[16][128], after[16][128];
+    two_experts(w, e);
+    o.overwrite = true;
+    size_t n = list(out, before);
+    FAILS(obm_compress(w->ctx, w->base, e, 2, &o, out, NULL, NULL, err), OBM_E_EXISTS, part);
+    assert_int_equal(list(out, after), n);
+    for (size_t i = 0; i < n; i++) assert_string_equal(after[i], before[i]);
+    char *path = obm__path_join(out, file);
+    assert_true(obm__file_exists(path));
+    obm_free(path);
+}
+
+/* Overwriting replaces packs, never what merely lies where the pack should go. */
+static void test_overwrite_replaces_packs_only(void **state) {
+    world *w = *state;
+    char *other = obm__path_join(w->dir, "other"), *note = obm__path_join(other, "note.txt"),
+         *manifest = obm__path_join(w->base, "pack.json"), *foreign = obm__path_join(other, "pack.json");
+    OK(obm__make_directory(other, err));
+    OK(obm__file_write(note, "x", 1, err));
+    keeps(w, other, "note.txt", "other exists and is not a pack: it will not be replaced");
+    OK(obm__file_write(foreign, "{\"name\": \"left-pad\"}", 20, err));
+    keeps(w, other, "pack.json", "other exists and is not a pack");
+    keeps(w, w->base, "model.safetensors", "base exists and is not a pack");
+    keeps(w, w->math, "model.safetensors", "math exists and is not a pack");
+    OK(obm__file_write(manifest, "{}", 2, err));
+    keeps(w, w->base, "model.safetensors", "is the folder of the base itself");
+    obm_free(other);
+    obm_free(note);
+    obm_free(manifest);
+    obm_free(foreign);
 }
 
 static void test_dry_run(void **state) {
@@ -638,6 +677,220 @@ static void test_replacing_an_expert(void **state) {
     obm_pack_free(p);
 }
 
+/* ---- several processes ---- */
+
+#define RIVALS 4
+
+/* Runs fn in RIVALS processes that start together; statuses[i] is what it returned.  A context of its own: threads do
+ * not survive fork. */
+static void race(const world *w, obm_status (*fn)(const world *, obm_context *, int), obm_status *statuses) {
+    int gate[2];
+    pid_t pids[RIVALS];
+    assert_int_equal(pipe(gate), 0);
+    for (int i = 0; i < RIVALS; i++) {
+        pids[i] = fork();
+        assert_true(pids[i] >= 0);
+        if (pids[i]) continue;
+        char c;
+        obm_context *ctx = NULL;
+        obm_context_options o = OBM_INIT(obm_context_options);
+        o.threads = 1;
+        close(gate[1]);
+        obm_status s = obm_context_new(&o, &ctx, NULL);
+        if (s == OBM_OK && read(gate[0], &c, 1) == 0) s = fn(w, ctx, i);
+        _exit(-s);
+    }
+    close(gate[0]);
+    close(gate[1]);
+    for (int i = 0; i < RIVALS; i++) {
+        int end;
+        assert_int_equal(waitpid(pids[i], &end, 0), pids[i]);
+        assert_true(WIFEXITED(end));
+        statuses[i] = (obm_status)-WEXITSTATUS(end);
+    }
+}
+
+static obm_status add_rival(const world *w, obm_context *ctx, int i) {
+    char name[8];
+    obm_expert e = OBM_INIT(obm_expert);
+    obm_pack *p = NULL;
+    snprintf(name, sizeof name, "n%d", i);
+    e.name = name;
+    e.path = w->math;
+    obm_status s = obm_pack_open(ctx, w->pack, NULL, &p, NULL);
+    if (s == OBM_OK) s = obm_pack_add(p, &e, NULL, NULL);
+    obm_pack_free(p);
+    return s;
+}
+
+/* The pack holds what was there and each expert whose adding succeeded, and no other file. */
+static void test_parallel_adding(void **state) {
+    world *w = *state;
+    obm_status s[RIVALS];
+    char files[16][128];
+    for (int round = 0; round < 4; round++) {
+        obm_pack *p = NULL;
+        size_t added = 0;
+        fixture_remove(w->pack);
+        obm_pack_free(compress(w));
+        race(w, add_rival, s);
+        OK(obm_pack_open(w->ctx, w->pack, NULL, &p, err));
+        OK(obm_pack_verify(p, NULL, NULL, err));
+        for (int i = 0; i < RIVALS; i++) {
+            char name[8];
+            size_t at = 0;
+            snprintf(name, sizeof name, "n%d", i);
+            while (at < obm_pack_task_count(p) && strcmp(obm_pack_task_name(p, at), name)) at++;
+            assert_true(s[i] == OBM_OK || s[i] == OBM_E_BUSY);
+            assert_int_equal(at < obm_pack_task_count(p), s[i] == OBM_OK);
+            added += s[i] == OBM_OK;
+        }
+        assert_true(added >= 1);
+        assert_int_equal(obm_pack_task_count(p), 2 + added);
+        assert_int_equal(list(w->pack, files), 3 + added);
+        obm_pack_free(p);
+    }
+}
+
+static obm_status compress_rival(const world *w, obm_context *ctx, int i) {
+    obm_expert e[2];
+    two_experts(w, e);
+    return obm_compress(ctx, w->base, e, (size_t)(1 + i % 2), NULL, w->pack, NULL, NULL, NULL);
+}
+
+static void test_parallel_creation(void **state) {
+    world *w = *state;
+    obm_status s[RIVALS];
+    char files[16][128];
+    for (int round = 0; round < 4; round++) {
+        obm_pack *p = NULL;
+        int made = 0;
+        fixture_remove(w->pack);
+        race(w, compress_rival, s);
+        for (int i = 0; i < RIVALS; i++) {
+            assert_true(s[i] == OBM_OK || s[i] == OBM_E_BUSY || s[i] == OBM_E_EXISTS);
+            made += s[i] == OBM_OK;
+        }
+        assert_int_equal(made, 1);
+        OK(obm_pack_open(w->ctx, w->pack, NULL, &p, err));
+        OK(obm_pack_verify(p, NULL, NULL, err));
+        assert_int_equal(list(w->pack, files), 1 + obm_pack_task_count(p));
+        obm_pack_free(p);
+    }
+}
+
+/* Every kind of change is refused with this message, and changes nothing. */
+static void nothing_changes(const world *w, obm_pack *p, const char *part) {
+    const float four[] = {1, 2, 3, 4};
+    const obm__named_array mean = {"mean", four, 1, {4, 0}};
+    char before[16][128], after[16][128];
+    obm_pack_settings settings;
+    obm_expert e[2];
+    size_t n = list(w->pack, before), size, size_now;
+    char *text = file_text(w->pack, "pack.json", &size);
+    two_experts(w, e);
+    e[0].name = "law";
+    obm_pack_get_settings(p, &settings);
+    settings.lambda += 0.25;
+    FAILS(obm_pack_add(p, &e[0], NULL, err), OBM_E_BUSY, part);
+    FAILS(obm_pack_remove(p, "chat", err), OBM_E_BUSY, part);
+    FAILS(obm_pack_set_settings(p, &settings, err), OBM_E_BUSY, part);
+    FAILS(obm__pack_write_router(p, &mean, 1, router_report(), err), OBM_E_BUSY, part);
+    assert_int_equal(list(w->pack, after), n);
+    for (size_t i = 0; i < n; i++) assert_string_equal(after[i], before[i]);
+    char *now = file_text(w->pack, "pack.json", &size_now);
+    assert_int_equal(size, size_now);
+    assert_memory_equal(text, now, size);
+    obm_free(text);
+    obm_free(now);
+}
+
+static void test_locked(void **state) {
+    world *w = *state;
+    obm_pack *p = compress(w);
+    obm_expert e[2];
+    obm_compress_options o = OBM_INIT(obm_compress_options);
+    int fd = open(w->pack, O_RDONLY | O_DIRECTORY);
+    assert_int_equal(flock(fd, LOCK_EX | LOCK_NB), 0);
+    nothing_changes(w, p, "my.pack is being changed by another process");
+    two_experts(w, e);
+    o.overwrite = true;
+    FAILS(obm_compress(w->ctx, w->base, e, 1, &o, w->pack, NULL, NULL, err), OBM_E_BUSY, "is being changed");
+    check_contents(w, p);
+    close(fd);
+    OK(obm_pack_remove(p, "chat", err));
+    FAILS(obm_pack_remove(p, "math", err), OBM_E_ARG, "last"); /* failures give the lock back too */
+    e[0].path = "/nowhere";
+    FAILS(obm_pack_add(p, &e[0], NULL, err), OBM_E_IO, "/nowhere");
+    int left = 2;
+    two_experts(w, e);
+    o.progress = stop_at;
+    o.progress_user = &left;
+    FAILS(obm_pack_add(p, &e[0], &o, err), OBM_E_USER, "");
+    left = 2;
+    FAILS(obm_compress(w->ctx, w->base, e, 1, &o, w->pack, NULL, NULL, err), OBM_E_USER, "");
+    OK(obm_pack_add(p, &e[0], NULL, err));
+    obm_pack_free(p);
+}
+
+static void test_changed_since_opened(void **state) {
+    world *w = *state;
+    obm_pack *p = compress(w), *q = NULL;
+    OK(obm_pack_open(w->ctx, w->pack, NULL, &q, err));
+    obm_pack_settings s;
+    obm_pack_get_settings(q, &s);
+    s.lambda = 0.75;
+    OK(obm_pack_set_settings(q, &s, err));
+    nothing_changes(w, p, "my.pack was changed by another process since it was opened: open it again");
+    OK(obm_pack_remove(q, "chat", err)); /* its own changes it knows */
+    OK(obm_pack_set_settings(q, &s, err));
+    obm_pack_free(p);
+    OK(obm_pack_open(w->ctx, w->pack, NULL, &p, err));
+    obm_pack_get_settings(p, &s);
+    assert_true(s.lambda == 0.75);
+    OK(obm_pack_set_settings(p, &s, err));
+    obm_pack_free(p);
+    obm_pack_free(q);
+}
+
+static int die(void *user, const char *what, uint64_t done, uint64_t total) {
+    (void)what;
+    (void)total;
+    if (done > 0 && (*(int *)user)-- == 0) raise(SIGKILL);
+    return 0;
+}
+
+/* A killed run leaves the pack as it was, unlocked, and the next change takes its stray files away. */
+static void test_killed(void **state) {
+    world *w = *state;
+    obm_expert e[2];
+    char files[16][128];
+    two_experts(w, e);
+    obm_pack *p = compress(w);
+    pid_t pid = fork();
+    if (!pid) {
+        int left = 2;
+        obm_pack *q = NULL;
+        obm_compress_options o = OBM_INIT(obm_compress_options);
+        o.progress = die;
+        o.progress_user = &left;
+        o.overwrite = true;
+        e[0].policy = "mlp";
+        if (obm_pack_open(fixture_context(1), w->pack, NULL, &q, NULL) == OBM_OK)
+            (void)obm_pack_add(q, &e[0], &o, NULL);
+        _exit(1);
+    }
+    int end;
+    assert_int_equal(waitpid(pid, &end, 0), pid);
+    assert_true(WIFSIGNALED(end));
+    assert_int_equal(list(w->pack, files), 4);
+    check_contents(w, p);
+    e[1].name = "law";
+    OK(obm_pack_add(p, &e[1], NULL, err));
+    assert_int_equal(list(w->pack, files), 4);
+    obm_pack_free(p);
+}
+
 /* ---- the base ---- */
 
 static void move(const char *from, const char *to) { assert_int_equal(rename(from, to), 0); }
@@ -873,6 +1126,7 @@ int main(void) {
         TEST(test_accounting),
         TEST(test_threads),
         TEST(test_exists_and_overwrite),
+        TEST(test_overwrite_replaces_packs_only),
         TEST(test_dry_run),
         TEST(test_stopping_leaves_nothing),
         TEST(test_refusals),
@@ -881,6 +1135,11 @@ int main(void) {
         TEST(test_settings),
         TEST(test_add_and_remove),
         TEST(test_replacing_an_expert),
+        TEST(test_parallel_adding),
+        TEST(test_parallel_creation),
+        TEST(test_locked),
+        TEST(test_changed_since_opened),
+        TEST(test_killed),
         TEST(test_where_the_base_lies),
         TEST(test_wrong_base),
         TEST(test_verify_reads_everything),

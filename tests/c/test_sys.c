@@ -355,7 +355,7 @@ static void test_guard(void **unused) {
     obm_error err;
     assert_int_equal(obm__guard_enter(&g, "model", &err), OBM_OK);
     assert_int_equal(obm__guard_enter(&g, "model", &err), OBM_E_BUSY);
-    assert_non_null(strstr(err.message, "model"));
+    assert_string_equal(err.message, "model is in use: one call at a time");
     assert_int_equal(obm__guard_enter(&g, "model", NULL), OBM_E_BUSY);
     obm__guard_leave(&g);
     assert_int_equal(obm__guard_enter(&g, "model", &err), OBM_OK);
