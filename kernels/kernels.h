@@ -29,6 +29,8 @@ typedef struct obm_kernels {
 
     /* exact.  d = a - b in f32; d may be a or b. */
     void (*sub_f32)(float *d, const float *a, const float *b, size_t n);
+    /* exact.  The same of two bf16 arrays, widened as by bf16_to_f32. */
+    void (*sub_bf16)(float *d, const uint16_t *a, const uint16_t *b, size_t n);
     /* exact.  y += a * x, product rounded, then sum rounded (no fma). */
     void (*axpy_f32)(float *y, float a, const float *x, size_t n);
 

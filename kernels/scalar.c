@@ -80,6 +80,10 @@ void obm__scalar_sub_f32(float *d, const float *a, const float *b, size_t n) {
     for (size_t i = 0; i < n; i++) d[i] = float_at(a + i) - float_at(b + i);
 }
 
+void obm__scalar_sub_bf16(float *d, const uint16_t *a, const uint16_t *b, size_t n) {
+    for (size_t i = 0; i < n; i++) d[i] = widen_bf16(half_at(a + i)) - widen_bf16(half_at(b + i));
+}
+
 void obm__scalar_axpy_f32(float *y, float a, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
         float product = a * float_at(x + i);
@@ -162,6 +166,7 @@ const obm_kernels obm__kernels_scalar = {
     .f32_to_bf16 = obm__scalar_f32_to_bf16,
     .f32_to_f16 = obm__scalar_f32_to_f16,
     .sub_f32 = obm__scalar_sub_f32,
+    .sub_bf16 = obm__scalar_sub_bf16,
     .axpy_f32 = obm__scalar_axpy_f32,
     .find_nonfinite = obm__scalar_find_nonfinite,
     .abs_sum = obm__scalar_abs_sum,

@@ -18,6 +18,7 @@ void obm__scalar_f16_to_f32(float *dst, const uint16_t *src, size_t n);
 void obm__scalar_f32_to_bf16(uint16_t *dst, const float *src, size_t n);
 void obm__scalar_f32_to_f16(uint16_t *dst, const float *src, size_t n);
 void obm__scalar_sub_f32(float *d, const float *a, const float *b, size_t n);
+void obm__scalar_sub_bf16(float *d, const uint16_t *a, const uint16_t *b, size_t n);
 void obm__scalar_axpy_f32(float *y, float a, const float *x, size_t n);
 size_t obm__scalar_find_nonfinite(const float *x, size_t n);
 double obm__scalar_abs_sum(const float *x, size_t n);

@@ -81,6 +81,11 @@ void obm__narrow(const obm_kernels *k, obm_dtype dtype, const float *in, int64_t
 }
 
 void obm__pair_read(const obm_kernels *k, const obm__pair *p, int64_t begin, int64_t n, float *d, float *scratch) {
+    bool even = ((uintptr_t)p->base.data | (uintptr_t)p->expert.data) % 2 == 0;
+    if (p->base.dtype == OBM_BF16 && p->expert.dtype == OBM_BF16 && even) {
+        k->sub_bf16(d, (const uint16_t *)p->expert.data + begin, (const uint16_t *)p->base.data + begin, (size_t)n);
+        return;
+    }
     obm__widen(k, &p->expert, begin, n, d);
     obm__widen(k, &p->base, begin, n, scratch);
     k->sub_f32(d, d, scratch, (size_t)n);

@@ -39,6 +39,7 @@ const obm_kernels TABLE = {
     .f32_to_bf16 = NAME(f32_to_bf16),
     .f32_to_f16 = NAME(f32_to_f16),
     .sub_f32 = NAME(sub_f32),
+    .sub_bf16 = NAME(sub_bf16),
     .axpy_f32 = NAME(axpy_f32),
     .find_nonfinite = NAME(find_nonfinite),
     .abs_sum = NAME(abs_sum),

@@ -43,6 +43,12 @@ FN static void NAME(sub_f32)(float *d, const float *a, const float *b, size_t n)
     obm__scalar_sub_f32(d + i, a + i, b + i, n - i);
 }
 
+FN static void NAME(sub_bf16)(float *d, const uint16_t *a, const uint16_t *b, size_t n) {
+    size_t i = 0;
+    for (; i + VL <= n; i += VL) STORE(d + i, SUB(LOAD_BF16(a + i), LOAD_BF16(b + i)));
+    obm__scalar_sub_bf16(d + i, a + i, b + i, n - i);
+}
+
 FN static void NAME(axpy_f32)(float *y, float a, const float *x, size_t n) {
     size_t i = 0;
     V scale = SET1(a);

@@ -222,6 +222,21 @@ static void bench_free(bench *t) {
     free(t->expected);
 }
 
+/* Against widening, then sub_f32: the upper halves of the values that a and b hold. */
+static void check_sub_bf16(const obm_kernels *k, bench *t, size_t n) {
+    uint16_t *a = at_end(&t->a, n * 2), *b = at_end(&t->b, n * 2), *values[] = {a, b};
+    float *y = at_end(&t->c, n * 4), *wide = malloc(n * 4 + 1);
+    for (int i = 0; i < 2; i++) {
+        fill(wide, n, PLAIN | ZEROS | DENORMALS);
+        scalar_table()->f32_to_bf16(values[i], wide, n);
+    }
+    for (size_t i = 0; i < n; i++) t->expected[i] = small_float(a[i], 8, 7), wide[i] = small_float(b[i], 8, 7);
+    scalar_table()->sub_f32(t->expected, t->expected, wide, n);
+    k->sub_bf16(y, a, b, n);
+    assert_same(y, t->expected, n, k->isa, "sub_bf16");
+    free(wide);
+}
+
 static void check_arithmetic(const obm_kernels *k, bench *t, size_t n, int kinds) {
     const obm_kernels *s = scalar_table();
     float *a = at_end(&t->a, n * 4), *b = at_end(&t->b, n * 4), *y = at_end(&t->c, n * 4), alpha = draw(PLAIN);
@@ -235,6 +250,7 @@ static void check_arithmetic(const obm_kernels *k, bench *t, size_t n, int kinds
     memcpy(y, a, n * 4);
     k->sub_f32(y, y, b, n); /* d may be a */
     assert_same(y, t->expected, n, k->isa, "sub_f32 in place");
+    check_sub_bf16(k, t, n);
     memcpy(y, b, n * 4);
     memcpy(t->expected, b, n * 4);
     s->axpy_f32(t->expected, alpha, a, n);
@@ -499,6 +515,7 @@ static void test_unaligned_inputs(void **unused) {
         assert_memory_equal(narrow, h, sizeof h);
         k->f32_to_f16(narrow, off_x, N);
         k->sub_f32(y, off_x, off_x, N);
+        k->sub_bf16(y, off_h, off_h, N);
         assert_int_equal(k->count_zero(y, N), N);
         assert_int_equal(k->find_nonfinite(off_x, N), N);
         assert_true(k->abs_sum(off_x, N) == k->abs_sum(x, N) && k->dot(off_x, off_x, N) == k->dot(x, x, N));
