@@ -315,7 +315,8 @@ OBM_API obm_status obm_pack_parse_route(const obm_pack *p, const char *text, dou
 OBM_API obm_status obm_pack_format_route(const obm_pack *p, const double *weights, char **out, obm_error *err);
 
 /* Materialises one tensor under a route: out = (rows, cols) f32 of the merged tensor (with the routed expert's extra
- * vocabulary rows under its hard route: ask obm_pack_route_shape first). */
+ * vocabulary rows under its hard route: ask obm_pack_route_shape first).  VALUE: the route makes a value NaN or Inf
+ * (names tensor and index; out is then written). */
 OBM_API obm_status obm_pack_route_shape(const obm_pack *p, const double *weights, const char *name, obm_tensor *shape, obm_error *err);
 OBM_API obm_status obm_pack_materialise(const obm_pack *p, const double *weights, const char *name, float *out, obm_error *err);
 
@@ -329,7 +330,9 @@ typedef struct obm_export_options {
 } obm_export_options;
 /* changed: elements that the route changes in f32; lost: those of them that the output dtype rounds back to the base's. */
 typedef struct obm_export_report { obm_plan plan; uint64_t changed, lost; } obm_export_report;
-/* Writes the dense Hugging Face folder of one route.  report nullable. */
+/* Writes the dense Hugging Face folder of one route.  report nullable.  VALUE names the tensor and index of a value that
+ * is NaN or Inf under the route, or too large for the dtype; ARG: the output is the folder of the base, the pack or an
+ * expert. */
 OBM_API obm_status obm_pack_export(const obm_pack *p, const double *weights, const obm_export_options *options,
                                    const char *out_path, obm_export_report *report, obm_error *err);
 
@@ -409,7 +412,8 @@ typedef struct obm_run_options {
     bool decode;                /* feed token by token through the decode path */
     obm_dtype kv;               /* OBM_F32 or OBM_F16 */
 } obm_run_options;
-/* out: (T, vocab) with `all`, else (vocab,), f32.  T = n.  Errors: ARG (an id out of range, T = 0, too long). */
+/* out: (T, vocab) with `all`, else (vocab,), f32.  T = n.  Errors: ARG (an id out of range, T = 0, too long).  Logits
+ * that are NaN or Inf are given as they are, so that one can look; generating and scoring refuse them (VALUE). */
 OBM_API obm_status obm_model_logits(obm_model *m, const int32_t *ids, size_t n, const obm_run_options *options, float *out, obm_error *err);
 /* Hidden states after layer `layer` (0 = embeddings, layers = before the final norm).  out: (T, hidden) f32. */
 OBM_API obm_status obm_model_hidden(obm_model *m, const int32_t *ids, size_t n, int layer, const obm_run_options *options, float *out, obm_error *err);

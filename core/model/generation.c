@@ -132,6 +132,11 @@ static obm_status append_id(obm__generation *g, int32_t id, obm_error *err) {
     return OBM_OK;
 }
 
+/* The logits that follow the last token. */
+static obm_status check_logits(const obm_model *m, const obm__generation *g, const float *logits, obm_error *err) {
+    return obm__logits_check(logits, m->vocab, g->n_ids - 1, (size_t)g->sampler.stream, err);
+}
+
 /* An end-of-sequence id is part of the ids and not of the text. */
 static obm_status accept_logits(obm_model *m, obm__generation *g, float *logits, obm_error *err) {
     const char *text;
@@ -240,7 +245,11 @@ static obm_status run_chunk(obm_model *m, const chunk *c, float *logits, obm_err
     OBM_TRY(obm__forward(m, c->rows, c->n, true, m->config.layers, err));
     if (!c->n_ended) return OBM_OK;
     OBM_TRY(obm__forward_logits(m, c->rows, c->last, c->n_ended, logits, err));
-    for (size_t i = 0; i < c->n_ended; i++) OBM_TRY(accept_logits(m, c->ended[i], logits + i * (size_t)m->vocab, err));
+    for (size_t i = 0; i < c->n_ended; i++) {
+        float *own = logits + i * (size_t)m->vocab;
+        OBM_TRY(check_logits(m, c->ended[i], own, err));
+        OBM_TRY(accept_logits(m, c->ended[i], own, err));
+    }
     return OBM_OK;
 }
 
@@ -271,6 +280,7 @@ obm_status obm__generation_step(obm_model *m, obm__generation *const *g, size_t 
     OBM_GO(obm__forward(m, rows, n, false, m->config.layers, err));
     OBM_GO(obm__forward_logits(m, rows, which, n, logits, err));
     for (size_t i = 0; i < n; i++) {
+        OBM_GO(check_logits(m, g[i], logits + i * (size_t)m->vocab, err)); /* a stream that is asked again fails again */
         g[i]->sequence->length++;
         OBM_GO(accept_logits(m, g[i], logits + i * (size_t)m->vocab, err));
     }

@@ -223,6 +223,8 @@ obm_status obm__sampler_init(obm__sampler *s, const obm_generate_options *option
 void obm__sampler_clear(obm__sampler *s);
 /* The token of step `step`; logits are changed.  history: prompt and generated ids, for the repetition penalty. */
 int32_t obm__sample(obm__sampler *s, float *logits, const int32_t *history, size_t n_history, uint64_t step);
+/* VALUE when nothing can be drawn from them: a NaN, or a largest one that is infinite.  -inf masks an id and is fine. */
+obm_status obm__logits_check(const float *logits, int64_t n, size_t position, size_t prompt, obm_error *err);
 int32_t obm__argmax(const float *logits, int64_t n);   /* lowest index among equals */
 double obm__random_uniform(uint64_t seed, uint64_t stream, uint64_t step);   /* [0, 1) */
 

@@ -77,6 +77,20 @@ int32_t obm__argmax(const float *logits, int64_t n) {
     return (int32_t)best;
 }
 
+obm_status obm__logits_check(const float *logits, int64_t n, size_t position, size_t prompt, obm_error *err) {
+    float max = -INFINITY;
+    bool nan = false;
+    for (int64_t i = 0; i < n; i++) {
+        nan |= logits[i] != logits[i];
+        max = logits[i] > max ? logits[i] : max;
+    }
+    if (!nan && isfinite(max)) return OBM_OK;
+    return obm__fail(err, OBM_E_VALUE,
+                     "logits are not finite at position %zu (prompt %zu): the weights, or what the route makes of them, "
+                     "hold NaN or Inf or overflow",
+                     position, prompt);
+}
+
 static void sift_down(float *heap, size_t n, size_t i) {
     for (size_t child; (child = 2 * i + 1) < n; i = child) {
         if (child + 1 < n && heap[child + 1] < heap[child]) child++;

@@ -77,6 +77,7 @@ static obm_status encode_item(const obm_model *m, const obm_score_item *item, to
 
 typedef struct scorer {
     const tokens *t;
+    size_t item;
     float *logits;     /* (SCORE_ROWS, vocab) */
     double *out;       /* (n - first) */
     bool greedy;
@@ -95,6 +96,7 @@ static obm_status score_rows(scorer *s, obm_model *m, const obm__row *rows, cons
     for (size_t i = 0; i < n; i++) {
         const float *logits = s->logits + i * (size_t)m->vocab;
         size_t next = (size_t)rows[which[i]].position + 1;
+        OBM_TRY(obm__logits_check(logits, m->vocab, next - 1, s->item, err));
         int32_t id = s->t->ids[next], best = obm__argmax(logits, m->vocab);
         s->out[next - s->t->first] = log_probability(logits, m->vocab, id, best);
         s->greedy = s->greedy && id == best;
@@ -150,7 +152,7 @@ static void summarise(obm_score *out, bool greedy) {
     out->is_greedy = greedy;
 }
 
-static obm_status score_item(obm_model *m, const obm_score_item *item, obm_score *out, obm_error *err) {
+static obm_status score_item(obm_model *m, const obm_score_item *item, size_t index, obm_score *out, obm_error *err) {
     tokens t = {0};
     obm_score r = {0};
     obm_status status;
@@ -164,7 +166,7 @@ static obm_status score_item(obm_model *m, const obm_score_item *item, obm_score
     r.route = m->pack ? obm__calloc(r.n_route, sizeof *r.route) : NULL;
     if (!r.token_logprobs || (m->pack && !r.route)) OBM_GO(obm__fail_nomem(err, r.n * sizeof *r.token_logprobs));
     if (m->pack) OBM_GO(choose_route(m, item, &t, r.route, err));
-    scorer s = {.t = &t, .out = r.token_logprobs, .greedy = true};
+    scorer s = {.t = &t, .item = index, .out = r.token_logprobs, .greedy = true};
     OBM_GO(run(m, r.route, &t, &s, err));
     summarise(&r, s.greedy);
     *out = r;
@@ -190,7 +192,7 @@ obm_status obm_model_score(obm_model *m, const obm_score_item *items, size_t n, 
     obm_status status = obm__model_enter(m, &pulse, err);
     if (status == OBM_OK) {
         for (size_t i = 0; i < n && status == OBM_OK; i++) {
-            status = name_item(i, score_item(m, &items[i], &scores[i], err), err);
+            status = name_item(i, score_item(m, &items[i], i, &scores[i], err), err);
             if (status == OBM_OK) status = obm__pulse_done(&pulse, i + 1, err);
         }
         obm__model_leave(m);

@@ -9,6 +9,8 @@
 #include "dynamic.h"
 
 #include <limits.h>
+#include <math.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -30,6 +32,7 @@ typedef struct export_job {
     obm_export_report report;
     _Atomic uint64_t changed, lost;
     _Atomic int failed;
+    _Atomic uint64_t bad; /* the first element that cannot be written, UINT64_MAX without */
     /* the tile at hand */
     size_t tensor;
     int64_t row, cols;
@@ -191,6 +194,40 @@ static void count_lost(export_job *j, int64_t row, const float *values, const ui
     j->lost += lost;
 }
 
+/* All exponent bits set: NaN or Inf, whatever else. */
+static bool is_finite_in(obm_dtype dtype, const uint8_t *at) {
+    uint16_t half;
+    float whole;
+    memcpy(&half, at, sizeof half);
+    if (dtype == OBM_F16) return (half & 0x7c00) != 0x7c00;
+    if (dtype == OBM_BF16) return (half & 0x7f80) != 0x7f80;
+    memcpy(&whole, at, sizeof whole);
+    return isfinite(whole);
+}
+
+/* Notes the first element of n that is not a number as it would be written.  What the base itself holds where the route
+ * changes nothing is the base's affair. */
+static void find_bad(export_job *j, uint64_t first, const float *values, const uint8_t *bytes, int64_t n) {
+    size_t size = obm_dtype_size(j->out);
+    bool changes = obm__route_changes(j->plan, j->tensor);
+    for (int64_t i = 0; i < n; i++) {
+        if (is_finite_in(j->out, bytes + (size_t)i * size) || (!changes && !isfinite(values[i]))) continue;
+        uint64_t index = first + (uint64_t)i, known = j->bad;
+        while (index < known && !atomic_compare_exchange_weak(&j->bad, &known, index)) continue;
+        return;
+    }
+}
+
+static obm_status refuse_bad(const export_job *j, obm_error *err) {
+    const char *name = j->pack->tensors[j->tensor].name;
+    double value = (double)j->values[j->bad - (uint64_t)(j->row * j->cols)];
+    if (isfinite(value))
+        return obm__fail(err, OBM_E_VALUE, "export: tensor %s is %g at index %llu, too large for %s", name, value,
+                         (unsigned long long)j->bad, obm_dtype_name(j->out));
+    return obm__fail(err, OBM_E_VALUE, "export: tensor %s is %g at index %llu under this route", name, value,
+                     (unsigned long long)j->bad);
+}
+
 static void run_tile(void *arg, size_t begin, size_t end, int worker) {
     export_job *j = arg;
     const obm_kernels *k = j->pack->ctx->k;
@@ -203,6 +240,7 @@ static void run_tile(void *arg, size_t begin, size_t end, int worker) {
         return;
     }
     obm__narrow(k, j->out, values, n * j->cols, bytes);
+    find_bad(j, (uint64_t)(row * j->cols), values, bytes, n * j->cols);
     for (int64_t i = 0; i < n; i++, values += j->cols, bytes += (size_t)j->cols * obm_dtype_size(j->out)) {
         count_lost(j, row + i, values, bytes);
     }
@@ -236,6 +274,7 @@ static obm_status write_merged(export_job *j, obm__model_writer *w, const obm_te
         size_t bytes = (size_t)(n * j->cols) * obm_dtype_size(j->out);
         obm__parallel(j->pack->ctx, (size_t)n, 1, run_tile, j);
         if (j->failed) return obm__fail_nomem(err, OBM_ROUTE_TASKS * 4096);
+        if (j->bad != UINT64_MAX) return refuse_bad(j, err);
         OBM_TRY(obm__model_writer_write(w, j->bytes, bytes, err));
         OBM_TRY(report_progress(j, bytes, err));
     }
@@ -328,13 +367,27 @@ static obm_status refuse_own_folder(const obm_pack *p, const char *path, obm_err
     return OBM_OK;
 }
 
+/* pack.json tells where the experts came from; a folder that is there still is not written over. */
+static obm_status refuse_sources(const obm_pack *p, const char *path, obm_error *err) {
+    char out[PATH_MAX], source[PATH_MAX];
+    if (!realpath(path, out)) return OBM_OK;
+    for (size_t k = 0; k < p->n_experts; k++) {
+        const char *from = obm__json_string(obm__json_get(p->experts[k].record, "source"));
+        if (!from || !realpath(from, source) || strcmp(source, out)) continue;
+        return obm__fail(err, OBM_E_ARG, "export: %s is the folder that expert %s was made from", path,
+                         p->experts[k].name);
+    }
+    return OBM_OK;
+}
+
 obm_status obm_pack_export(const obm_pack *p, const double *weights, const obm_export_options *options,
                            const char *out_path, obm_export_report *report, obm_error *err) {
     bool dry = OBM_OPT(options, obm_export_options, dry_run, false);
     obm__route_plan *plan = NULL;
-    export_job j = {.pack = p, .weights = weights, .options = options};
+    export_job j = {.pack = p, .weights = weights, .options = options, .bad = UINT64_MAX};
     OBM_TRY(parse_dtype(&j, OBM_OPT(options, obm_export_options, dtype, NULL), err));
     if (!dry) OBM_TRY(refuse_own_folder(p, out_path, err));
+    if (!dry) OBM_TRY(refuse_sources(p, out_path, err));
     OBM_TRY(obm__route_plan_for(p, weights, dry ? OBM_ROUTE_NONE : OBM_ROUTE_ALL, &plan, err));
     j.plan = plan;
     count_bytes(&j);

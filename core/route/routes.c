@@ -3,6 +3,7 @@
 
 #include <ctype.h>
 #include <locale.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -174,6 +175,14 @@ obm_status obm_pack_route_shape(const obm_pack *p, const double *weights, const 
     return status;
 }
 
+static obm_status check_finite(const float *values, const obm_tensor *shape, const char *name, obm_error *err) {
+    int64_t n = obm_tensor_count(shape), i = 0;
+    while (i < n && isfinite(values[i])) i++;
+    if (i == n) return OBM_OK;
+    return obm__fail(err, OBM_E_VALUE, "tensor %s is %g at index %lld under this route", name, (double)values[i],
+                     (long long)i);
+}
+
 obm_status obm_pack_materialise(const obm_pack *p, const double *weights, const char *name, float *out,
                                 obm_error *err) {
     size_t tensor;
@@ -186,6 +195,7 @@ obm_status obm_pack_materialise(const obm_pack *p, const double *weights, const 
     OBM_TRY(obm__route_plan_for(p, weights, tensor, &plan, err));
     obm_status status = shape_of(plan, name, tensor, &shape, err);
     if (status == OBM_OK) status = obm__route_materialise(plan, tensor, out, err);
+    if (status == OBM_OK && obm__route_changes(plan, tensor)) status = check_finite(out, &shape, name, err);
     obm__route_plan_free(plan);
     return status;
 }

@@ -255,11 +255,46 @@ static void test_refusals_and_dry_run(void **state) {
     family_free(&f);
 }
 
+/* A route is any weights >= 0, but what comes out of it has to be numbers, also in the dtype of the folder. */
+static void test_values_that_are_no_numbers(void **state) {
+    (void)state;
+    static const double huge[] = {1e308, 0}, large[] = {1e8, 0};
+    family f = family_new(OBM_BF16, 0.01f, false, 0);
+    obm_export_options o = OBM_INIT(obm_export_options);
+    float *x = obm__alloc(40 * WIDTH, sizeof *x);
+    FAILS(obm_pack_export(f.pack, huge, NULL, f.out, NULL, err), OBM_E_VALUE,
+          "tensor model.embed_tokens.weight is ");
+    FAILS(obm_pack_export(f.pack, huge, NULL, f.out, NULL, err), OBM_E_VALUE, "inf at index 0 under this route");
+    FAILS(obm_pack_materialise(f.pack, huge, "model.layers.0.mlp.up_proj.weight", x, err), OBM_E_VALUE,
+          "tensor model.layers.0.mlp.up_proj.weight is ");
+    o.dtype = "f16";
+    FAILS(obm_pack_export(f.pack, large, &o, f.out, NULL, err), OBM_E_VALUE, "too large for F16");
+    assert_false(obm__is_directory(f.out));
+    o.dtype = "f32";
+    OK(obm_pack_export(f.pack, large, &o, f.out, NULL, err));
+    OK(obm_pack_materialise(f.pack, large, "model.layers.0.mlp.up_proj.weight", x, err));
+    obm_free(x);
+    family_free(&f);
+}
+
+static void test_inputs_are_not_written_over(void **state) {
+    (void)state;
+    family f = family_new(OBM_BF16, 0.01f, false, 0);
+    obm_export_options o = OBM_INIT(obm_export_options);
+    char *math = obm__path_join(f.dir, "math");
+    o.overwrite = true;
+    FAILS(obm_pack_export(f.pack, (double[]){1, 0}, &o, math, NULL, err), OBM_E_ARG, "that expert math was made from");
+    FAILS(obm_pack_export(f.pack, (double[]){1, 0}, &o, f.base, NULL, err), OBM_E_ARG, "the base itself");
+    obm_free(math);
+    family_free(&f);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_export),     cmocka_unit_test(test_full_tensors_are_the_experts),
         cmocka_unit_test(test_lost_share), cmocka_unit_test(test_untied_expert),
         cmocka_unit_test(test_extra_rows), cmocka_unit_test(test_refusals_and_dry_run),
+        cmocka_unit_test(test_values_that_are_no_numbers), cmocka_unit_test(test_inputs_are_not_written_over),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -519,6 +519,53 @@ static void wrong_options_are_refused(void **state) {
         assert_int_equal(obm_model_generate_batch(model, &wrong[i], 1, NULL, out, &err), OBM_E_ARG);
 }
 
+/* ---- logits that are no numbers ---- */
+
+static void logits_have_to_be_numbers(void **state) {
+    (void)state;
+    float masked[] = {-INFINITY, 2, -INFINITY}, nan[] = {1, NAN, 2}, all[] = {-INFINITY, -INFINITY},
+          inf[] = {0, INFINITY};
+    obm_error err;
+    assert_int_equal(obm__logits_check(masked, 3, 0, 0, &err), OBM_OK);
+    assert_int_equal(obm__logits_check(nan, 3, 7, 5, &err), OBM_E_VALUE);
+    assert_non_null(strstr(err.message, "logits are not finite at position 7 (prompt 5)"));
+    assert_int_equal(obm__logits_check(all, 2, 0, 0, &err), OBM_E_VALUE);
+    assert_int_equal(obm__logits_check(inf, 2, 0, 0, &err), OBM_E_VALUE);
+}
+
+/* A model whose last norm is NaN: one can look at its logits, and nothing is made of them. */
+static void a_broken_model_says_so(void **state) {
+    (void)state;
+    static const int32_t ids[] = {5, 6, 7};
+    char *broken = tiny_folder();
+    float logits[450];
+    obm_error err;
+    obm_model *m = NULL;
+    for (int i = 0; i < weights.n; i++) {
+        if (strcmp(weights.t[i].name, "model.norm.weight")) continue;
+        float before = weights.t[i].data[1];
+        weights.t[i].data[1] = NAN;
+        assert_int_equal(tiny_write(&shape, &weights, broken, &err), 0);
+        weights.t[i].data[1] = before;
+    }
+    check_ok(obm_model_open(ctx, broken, NULL, &m, &err), &err);
+    check_ok(obm_model_logits(m, ids, 3, NULL, logits, &err), &err);
+    assert_true(isnan(logits[0]));
+    obm_prompt p[2] = {{.ids = ids, .n_ids = 3}, {.ids = ids, .n_ids = 2}};
+    obm_completion out[2];
+    obm_stream *s = NULL;
+    assert_int_equal(obm_model_generate_batch(m, p, 2, NULL, out, &err), OBM_E_VALUE);
+    assert_non_null(strstr(err.message, "logits are not finite at position 2 (prompt 0)"));
+    assert_int_equal(obm_stream_open(m, &p[1], NULL, &s, &err), OBM_E_VALUE);
+    obm_score_item item = {.prompt = p[1], .continuation_ids = ids, .n_continuation_ids = 2};
+    obm_score score;
+    assert_int_equal(obm_model_score(m, &item, 1, NULL, NULL, &score, &err), OBM_E_VALUE);
+    assert_non_null(strstr(err.message, "logits are not finite at position 1 (prompt 0)"));
+    check_ok(obm_model_logits(m, ids, 3, NULL, logits, &err), &err);   /* failures leave the model usable */
+    obm_model_free(m);
+    tiny_remove(broken);
+}
+
 /* ---- scores ---- */
 
 /* token_logprobs against a plain log-softmax of the logits. */
@@ -625,6 +672,8 @@ int main(void) {
         cmocka_unit_test(repetition_penalty_is_the_one_of_transformers),
         cmocka_unit_test(random_numbers_depend_on_seed_stream_and_step),
         cmocka_unit_test(greedy_is_the_argmax_of_logits),
+        cmocka_unit_test(logits_have_to_be_numbers),
+        cmocka_unit_test(a_broken_model_says_so),
         cmocka_unit_test(batching_does_not_matter),
         cmocka_unit_test(a_stream_gives_what_generate_gives),
         cmocka_unit_test(a_stream_holds_the_model_until_it_ends),
