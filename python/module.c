@@ -8,7 +8,7 @@ static const struct { obm_status code; const char *name; const char *builtin; co
     {OBM_E_FORMAT, "FormatError", "ValueError", "A file is not what it should be."},
     {OBM_E_NOTFOUND, "NotFoundError", "LookupError", "No tensor, expert or task of that name."},
     {OBM_E_UNSUPPORTED, "UnsupportedError", "NotImplementedError", "Understood, but this version cannot do it."},
-    {OBM_E_BUSY, "BusyError", "RuntimeError", "A second thread used an object that serves one at a time."},
+    {OBM_E_BUSY, "BusyError", "RuntimeError", "An object that serves one call at a time is in use, or another process changes the pack."},
     {OBM_E_MISMATCH, "MismatchError", "ValueError", "A pack meets another base than its own."},
     {OBM_E_VALUE, "NonFiniteError", "ValueError", "NaN or Inf where a number is needed."},
 };
