@@ -4,8 +4,7 @@
 #include <string.h>
 
 typedef struct Checkpoint {
-    PyObject_HEAD
-    obm_checkpoint *c;
+    PyObject_HEAD obm_checkpoint *c;
     PyObject *context;
 } Checkpoint;
 
@@ -58,7 +57,8 @@ static PyObject *checkpoint_get(PyObject *o, PyObject *key) {
     if (!name) return PyErr_Occurred() ? NULL : (PyErr_SetString(PyExc_TypeError, "a tensor name is a str"), NULL);
     obm_tensor t;
     obm_error err;
-    if (obm_checkpoint_get(obm_py_checkpoint_get(o), name, &t, &err) != OBM_OK) return obm_py_raise(OBM_PY_STATE(o), &err);
+    if (obm_checkpoint_get(obm_py_checkpoint_get(o), name, &t, &err) != OBM_OK)
+        return obm_py_raise(OBM_PY_STATE(o), &err);
     return obm_py_tensor_view(OBM_PY_STATE(o), &t, o);
 }
 
@@ -121,37 +121,39 @@ static PyObject *checkpoint_sha256(PyObject *o, PyObject *arg) {
 
 static PyObject *checkpoint_repr(PyObject *o) {
     const obm_checkpoint *c = obm_py_checkpoint_get(o);
-    return PyUnicode_FromFormat("Checkpoint(\"%s\", %zd tensors)", obm_checkpoint_path(c), (Py_ssize_t)obm_checkpoint_count(c));
+    return PyUnicode_FromFormat("Checkpoint(\"%s\", %zd tensors)", obm_checkpoint_path(c),
+                                (Py_ssize_t)obm_checkpoint_count(c));
 }
 
 static PyMethodDef checkpoint_methods[] = {
     {"keys", checkpoint_keys, METH_NOARGS, "keys() -> list of str\n\nTensor names, sorted."},
     {"sha256", checkpoint_sha256, METH_O, "sha256(name) -> str\n\nSHA-256 of one tensor's bytes, hex."},
     {NULL, NULL, 0, NULL}};
-static PyGetSetDef checkpoint_getset[] = {{"path", checkpoint_path, NULL, "as given", NULL},
-                                          {"config", checkpoint_config, NULL, "config.json as a dict, or None", NULL},
-                                          {"tied", checkpoint_tied, NULL, "no head of its own: lm_head is the embedding", NULL},
-                                          {NULL, NULL, NULL, NULL, NULL}};
-static PyType_Slot checkpoint_slots[] = {
-    {Py_tp_new, checkpoint_new},
-    {Py_tp_dealloc, checkpoint_dealloc},
-    {Py_tp_repr, checkpoint_repr},
-    {Py_tp_iter, checkpoint_iter},
-    {Py_tp_methods, checkpoint_methods},
-    {Py_tp_getset, checkpoint_getset},
-    {Py_mp_length, checkpoint_length},
-    {Py_mp_subscript, checkpoint_get},
-    {Py_sq_contains, checkpoint_contains},
-    {Py_tp_doc, "Checkpoint(path)\n\nA Hugging Face folder or one .safetensors file, memory-mapped; ckpt[name] is a Tensor (a view)."},
-    {0, NULL}};
-PyType_Spec obm_py_checkpoint_spec = {"onebitmerge.Checkpoint", sizeof(Checkpoint), 0, Py_TPFLAGS_DEFAULT, checkpoint_slots};
+static PyGetSetDef checkpoint_getset[] = {
+    {"path", checkpoint_path, NULL, "as given", NULL},
+    {"config", checkpoint_config, NULL, "config.json as a dict, or None", NULL},
+    {"tied", checkpoint_tied, NULL, "no head of its own: lm_head is the embedding", NULL},
+    {NULL, NULL, NULL, NULL, NULL}};
+static PyType_Slot checkpoint_slots[] = {{Py_tp_new, checkpoint_new},
+                                         {Py_tp_dealloc, checkpoint_dealloc},
+                                         {Py_tp_repr, checkpoint_repr},
+                                         {Py_tp_iter, checkpoint_iter},
+                                         {Py_tp_methods, checkpoint_methods},
+                                         {Py_tp_getset, checkpoint_getset},
+                                         {Py_mp_length, checkpoint_length},
+                                         {Py_mp_subscript, checkpoint_get},
+                                         {Py_sq_contains, checkpoint_contains},
+                                         {Py_tp_doc, "Checkpoint(path)\n\nA Hugging Face folder or one .safetensors "
+                                                     "file, memory-mapped; ckpt[name] is a Tensor (a view)."},
+                                         {0, NULL}};
+PyType_Spec obm_py_checkpoint_spec = {"onebitmerge.Checkpoint", sizeof(Checkpoint), 0, Py_TPFLAGS_DEFAULT,
+                                      checkpoint_slots};
 
 /* ---- TaskVector ---- */
 
 typedef struct TaskVector {
-    PyObject_HEAD
-    obm_task_vector *v;
-    PyObject *base, *expert;   /* Checkpoints */
+    PyObject_HEAD obm_task_vector *v;
+    PyObject *base, *expert; /* Checkpoints */
     PyObject *context;
 } TaskVector;
 
@@ -174,7 +176,8 @@ static PyObject *task_vector_new(PyTypeObject *type, PyObject *args, PyObject *k
     if (self->base) self->expert = as_checkpoint(st, expert);
     obm_error err;
     if (!self->expert || !obm_py_context(st, &self->context)) return Py_DECREF(self), NULL;
-    if (obm_task_vector_new(obm_py_checkpoint_get(self->base), obm_py_checkpoint_get(self->expert), &self->v, &err) != OBM_OK) {
+    if (obm_task_vector_new(obm_py_checkpoint_get(self->base), obm_py_checkpoint_get(self->expert), &self->v, &err) !=
+        OBM_OK) {
         Py_DECREF(self);
         return obm_py_raise(st, &err);
     }
@@ -229,7 +232,7 @@ static PyObject *task_vector_get(PyObject *o, PyObject *key) {
     const char *name = PyUnicode_Check(key) ? PyUnicode_AsUTF8AndSize(key, NULL) : NULL;
     if (!name) return PyErr_Occurred() ? NULL : (PyErr_SetString(PyExc_TypeError, "a tensor name is a str"), NULL);
     obm_tensor base;
-    find_base(v, name, &base);   /* an unknown name gets its error from the core below */
+    find_base(v, name, &base); /* an unknown name gets its error from the core below */
     float *data;
     PyObject *t = obm_py_tensor_new(OBM_PY_STATE(o), base.ndim, base.shape, &data);
     if (!t) return NULL;
@@ -245,9 +248,10 @@ static PyObject *task_vector_get(PyObject *o, PyObject *key) {
 
 static PyObject *stats_dict(const obm_delta_stats *s) {
     return Py_BuildValue("{sK,sK,sK,sd,sd,sd,sd,sd,sd}", "tensors", (unsigned long long)s->tensors, "params",
-                         (unsigned long long)s->params, "zeros", (unsigned long long)s->zeros, "base_norm", s->base_norm,
-                         "delta_norm", s->delta_norm, "relative_norm", s->relative_norm, "zero_share", s->zero_share,
-                         "onebit_error_matrix", s->onebit_error_matrix, "onebit_error_row", s->onebit_error_row);
+                         (unsigned long long)s->params, "zeros", (unsigned long long)s->zeros, "base_norm",
+                         s->base_norm, "delta_norm", s->delta_norm, "relative_norm", s->relative_norm, "zero_share",
+                         s->zero_share, "onebit_error_matrix", s->onebit_error_matrix, "onebit_error_row",
+                         s->onebit_error_row);
 }
 
 static PyObject *task_vector_stats(PyObject *o, PyObject *args, PyObject *kwargs) {
@@ -302,8 +306,8 @@ static PyObject *task_vector_compare(PyObject *o, PyObject *args, PyObject *kwar
     for (int c = 0; d && c < OBM_CLASS_COUNT; c++) {
         if (pairs[c].params &&
             !obm_py_set(d, obm_class_name((obm_class)c),
-                        Py_BuildValue("{sK,sd,sd}", "params", (unsigned long long)pairs[c].params, "cosine", pairs[c].cosine,
-                                      "sign_agreement", pairs[c].sign_agreement)))
+                        Py_BuildValue("{sK,sd,sd}", "params", (unsigned long long)pairs[c].params, "cosine",
+                                      pairs[c].cosine, "sign_agreement", pairs[c].sign_agreement)))
             Py_CLEAR(d);
     }
     return d;
@@ -311,17 +315,20 @@ static PyObject *task_vector_compare(PyObject *o, PyObject *args, PyObject *kwar
 
 static PyObject *task_vector_repr(PyObject *o) {
     TaskVector *self = (TaskVector *)o;
-    return PyUnicode_FromFormat("TaskVector(\"%s\" - \"%s\", %zd tensors)", obm_checkpoint_path(obm_py_checkpoint_get(self->expert)),
+    return PyUnicode_FromFormat("TaskVector(\"%s\" - \"%s\", %zd tensors)",
+                                obm_checkpoint_path(obm_py_checkpoint_get(self->expert)),
                                 obm_checkpoint_path(obm_py_checkpoint_get(self->base)), task_vector_length(o));
 }
 
 static PyMethodDef task_vector_methods[] = {
     {"keys", task_vector_keys, METH_NOARGS, "keys() -> list of str"},
     {"stats", (PyCFunction)(void (*)(void))task_vector_stats, METH_VARARGS | METH_KEYWORDS,
-     "stats(progress=None) -> dict\n\nBy module class: params, relative_norm, zero_share, onebit_error_matrix, onebit_error_row, ..."},
+     "stats(progress=None) -> dict\n\nBy module class: params, relative_norm, zero_share, onebit_error_matrix, "
+     "onebit_error_row, ..."},
     {"tensor_stats", task_vector_tensor_stats, METH_O, "tensor_stats(name) -> dict\n\nThe same for one tensor."},
     {"compare", (PyCFunction)(void (*)(void))task_vector_compare, METH_VARARGS | METH_KEYWORDS,
-     "compare(other, progress=None) -> dict\n\nBy module class: cosine and sign_agreement of two task vectors of one base."},
+     "compare(other, progress=None) -> dict\n\nBy module class: cosine and sign_agreement of two task vectors of one "
+     "base."},
     {NULL, NULL, 0, NULL}};
 static PyType_Slot task_vector_slots[] = {
     {Py_tp_new, task_vector_new},
@@ -331,6 +338,8 @@ static PyType_Slot task_vector_slots[] = {
     {Py_tp_methods, task_vector_methods},
     {Py_mp_length, task_vector_length},
     {Py_mp_subscript, task_vector_get},
-    {Py_tp_doc, "TaskVector(base, expert)\n\nexpert - base, tensor by tensor, in float32, computed when v[name] asks for it."},
+    {Py_tp_doc,
+     "TaskVector(base, expert)\n\nexpert - base, tensor by tensor, in float32, computed when v[name] asks for it."},
     {0, NULL}};
-PyType_Spec obm_py_task_vector_spec = {"onebitmerge.TaskVector", sizeof(TaskVector), 0, Py_TPFLAGS_DEFAULT, task_vector_slots};
+PyType_Spec obm_py_task_vector_spec = {"onebitmerge.TaskVector", sizeof(TaskVector), 0, Py_TPFLAGS_DEFAULT,
+                                       task_vector_slots};

@@ -16,7 +16,7 @@ PyObject *obm_py_raise(obm_py_state *st, const obm_error *err) {
         int code = err->code == OBM_E_EXISTS ? EEXIST : err->os_errno ? err->os_errno : EIO;
         PyObject *e = PyObject_CallFunction(PyExc_OSError, "is", code, err->message);
         if (!e) return NULL;
-        PyErr_SetObject((PyObject *)Py_TYPE(e), e);   /* OSError picks FileNotFoundError and so on by errno */
+        PyErr_SetObject((PyObject *)Py_TYPE(e), e); /* OSError picks FileNotFoundError and so on by errno */
         Py_DECREF(e);
         return NULL;
     }
@@ -33,7 +33,9 @@ static void log_warning(void *user, const char *message) {
     PyGILState_Release(gil);
 }
 
-static void context_release(PyObject *capsule) { obm_context_free(PyCapsule_GetPointer(capsule, "onebitmerge.context")); }
+static void context_release(PyObject *capsule) {
+    obm_context_free(PyCapsule_GetPointer(capsule, "onebitmerge.context"));
+}
 
 PyObject *obm_py_set_threads(obm_py_state *st, int threads) {
     obm_context_options options = OBM_INIT(obm_context_options);
@@ -47,7 +49,7 @@ PyObject *obm_py_set_threads(obm_py_state *st, int threads) {
         obm_context_free(ctx);
         return NULL;
     }
-    Py_XDECREF(st->context);   /* objects that are open keep the old one */
+    Py_XDECREF(st->context); /* objects that are open keep the old one */
     st->context = capsule;
     Py_RETURN_NONE;
 }
@@ -112,8 +114,11 @@ int obm_py_profile(obm_py_state *st, const char *name, obm_profile *out) {
 }
 
 int obm_py_dtype(obm_py_state *st, const char *name, obm_dtype *out) {
-    static const struct { const char *name; obm_dtype dtype; } names[] = {
-        {"f32", OBM_F32}, {"float32", OBM_F32}, {"F32", OBM_F32}, {"f16", OBM_F16}, {"float16", OBM_F16}, {"F16", OBM_F16}};
+    static const struct {
+        const char *name;
+        obm_dtype dtype;
+    } names[] = {{"f32", OBM_F32}, {"float32", OBM_F32}, {"F32", OBM_F32},
+                 {"f16", OBM_F16}, {"float16", OBM_F16}, {"F16", OBM_F16}};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         if (strcmp(name, names[i].name) == 0) return *out = names[i].dtype, 0;
     }
@@ -171,7 +176,8 @@ int obm_py_progress(void *user, const char *what, uint64_t done, uint64_t total)
     PyEval_RestoreThread(c->saved);
     int stop = PyErr_CheckSignals() < 0;
     if (!stop && c->progress) {
-        PyObject *r = PyObject_CallFunction(c->progress, "sKK", what, (unsigned long long)done, (unsigned long long)total);
+        PyObject *r =
+            PyObject_CallFunction(c->progress, "sKK", what, (unsigned long long)done, (unsigned long long)total);
         stop = !r;
         Py_XDECREF(r);
     }
@@ -214,7 +220,7 @@ static int32_t *ids_from_buffer(PyObject *o, size_t *n) {
     } else {
         for (size_t i = 0; i < count; i++) {
             int64_t v = b.itemsize == 4 ? ((const int32_t *)b.buf)[i] : ((const int64_t *)b.buf)[i];
-            ids[i] = v < -1 || v > INT32_MAX ? -1 : (int32_t)v;   /* -1: the core reports it as out of range */
+            ids[i] = v < -1 || v > INT32_MAX ? -1 : (int32_t)v; /* -1: the core reports it as out of range */
         }
         *n = count;
     }
@@ -226,7 +232,7 @@ int32_t *obm_py_ids(PyObject *o, size_t *n) {
     if (PyObject_CheckBuffer(o) && !PyBytes_Check(o)) {
         int32_t *ids = ids_from_buffer(o, n);
         if (ids || PyErr_ExceptionMatches(PyExc_TypeError) || PyErr_ExceptionMatches(PyExc_MemoryError)) return ids;
-        PyErr_Clear();   /* no buffer after all (NumPy refuses strided arrays with ValueError): item by item */
+        PyErr_Clear(); /* no buffer after all (NumPy refuses strided arrays with ValueError): item by item */
     }
     Py_ssize_t count = PySequence_Check(o) && !PyUnicode_Check(o) ? PySequence_Size(o) : -1;
     if (count < 0) {
@@ -260,13 +266,15 @@ static int weight_of(obm_py_state *st, const obm_pack *pack, PyObject *name, PyO
     for (size_t i = 0; i < n; i++) {
         if (strcmp(obm_pack_task_name(pack, i), task) == 0) return weights[i] = w, 0;
     }
-    double *unused = PyMem_Malloc((n + 1) * sizeof *unused);   /* the core words the error */
+    double *unused = PyMem_Malloc((n + 1) * sizeof *unused); /* the core words the error */
     if (!unused) return PyErr_NoMemory(), -1;
     obm_error err;
     obm_status status = obm_pack_parse_route(pack, task, unused, &err);
     PyMem_Free(unused);
-    if (status == OBM_OK) PyErr_Format(st->errors[-OBM_E_NOTFOUND], "no task \"%s\" in the pack", task);
-    else obm_py_raise(st, &err);
+    if (status == OBM_OK)
+        PyErr_Format(st->errors[-OBM_E_NOTFOUND], "no task \"%s\" in the pack", task);
+    else
+        obm_py_raise(st, &err);
     return -1;
 }
 
@@ -299,7 +307,8 @@ int obm_py_weights(obm_py_state *st, const obm_pack *pack, PyObject *o, double *
     Py_ssize_t given = PySequence_Check(o) ? PySequence_Size(o) : -1;
     if (given != (Py_ssize_t)n) {
         const char *form = "a route is a task name, an index, a dict of weights, or one weight per task";
-        if (!PyErr_Occurred() && given >= 0) PyErr_Format(PyExc_ValueError, "%s: got %zd weights for %zd tasks", form, given, (Py_ssize_t)n);
+        if (!PyErr_Occurred() && given >= 0)
+            PyErr_Format(PyExc_ValueError, "%s: got %zd weights for %zd tasks", form, given, (Py_ssize_t)n);
         if (!PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "%s; got %R", form, (PyObject *)Py_TYPE(o));
         return -1;
     }
@@ -350,7 +359,8 @@ static const char *keep_text(obm_py_prompts *p, PyObject *o) {
 }
 
 static const char *message_field(obm_py_prompts *p, PyObject *message, const char *key) {
-    PyObject *value = PyMapping_Check(message) && !PyUnicode_Check(message) ? PyMapping_GetItemString(message, key) : NULL;
+    PyObject *value =
+        PyMapping_Check(message) && !PyUnicode_Check(message) ? PyMapping_GetItemString(message, key) : NULL;
     if (!value) {
         PyErr_Format(PyExc_TypeError, "a message is a dict with \"role\" and \"content\" (missing: %s)", key);
         return NULL;
@@ -411,7 +421,7 @@ static int is_messages(PyObject *o) {
 }
 
 static int is_ids(PyObject *o) {
-    if (PyBytes_Check(o) || PyByteArray_Check(o)) return 0;   /* text that was not decoded, not ids */
+    if (PyBytes_Check(o) || PyByteArray_Check(o)) return 0; /* text that was not decoded, not ids */
     if (PyObject_CheckBuffer(o)) return 1;
     if ((!PyList_Check(o) && !PyTuple_Check(o)) || PySequence_Size(o) < 1) return 0;
     PyObject *first = PySequence_GetItem(o, 0);
@@ -431,8 +441,9 @@ static int prompt_from(obm_py_state *st, obm_py_prompts *p, PyObject *o, PyObjec
         if ((v = PyDict_GetItemString(o, "prompt")) || (v = PyDict_GetItemString(o, "text")))
             return (out->text = keep_text(p, v)) ? 0 : -1;
     }
-    PyErr_SetString(PyExc_TypeError, "a prompt is a str, a list of messages, a list of ids, or a dict with one of \"prompt\", "
-                                     "\"text\", \"messages\", \"ids\"");
+    PyErr_SetString(PyExc_TypeError,
+                    "a prompt is a str, a list of messages, a list of ids, or a dict with one of \"prompt\", "
+                    "\"text\", \"messages\", \"ids\"");
     return -1;
 }
 
@@ -441,7 +452,8 @@ int obm_py_prompts_from(obm_py_state *st, PyObject *o, PyObject *tokenizer, obm_
     if (!out->keep) return -1;
     out->single = PyUnicode_Check(o) || PyDict_Check(o) || is_messages(o) || is_ids(o);
     Py_ssize_t n = out->single ? 1 : PySequence_Check(o) ? PySequence_Size(o) : -1;
-    if (n < 0 && !PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "expected a prompt or a list of prompts, got %R", (PyObject *)Py_TYPE(o));
+    if (n < 0 && !PyErr_Occurred())
+        PyErr_Format(PyExc_TypeError, "expected a prompt or a list of prompts, got %R", (PyObject *)Py_TYPE(o));
     if (n >= 0) out->items = prompts_block(out, (size_t)n * sizeof *out->items);
     int rc = out->items ? 0 : -1;
     for (Py_ssize_t i = 0; rc == 0 && i < n; i++) {

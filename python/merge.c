@@ -4,15 +4,17 @@
 #include <string.h>
 
 PyObject *obm_py_merge(PyObject *module, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"recipe", "out", "profile", "directory", "seed", "shard_bytes", "memory", "overwrite", "dry_run", "progress", NULL};
+    static char *names[] = {"recipe", "out",       "profile", "directory", "seed", "shard_bytes",
+                            "memory", "overwrite", "dry_run", "progress",  NULL};
     const char *recipe, *profile = NULL;
-    PyObject *out, *directory_arg = Py_None, *directory = NULL, *seed = Py_None, *progress = Py_None, *context = NULL, *result = NULL;
+    PyObject *out, *directory_arg = Py_None, *directory = NULL, *seed = Py_None, *progress = Py_None, *context = NULL,
+                   *result = NULL;
     unsigned long long shard = 0, memory = 0;
     int overwrite = 0, dry_run = 0;
     obm_py_state *st = PyModule_GetState(module);
     obm_merge_options options = OBM_INIT(obm_merge_options);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO&|zOOKKppO", names, &recipe, obm_py_path, &out, &profile, &directory_arg, &seed, &shard,
-                                     &memory, &overwrite, &dry_run, &progress))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO&|zOOKKppO", names, &recipe, obm_py_path, &out, &profile,
+                                     &directory_arg, &seed, &shard, &memory, &overwrite, &dry_run, &progress))
         return NULL;
     obm_py_call call;
     if (seed != Py_None) {
@@ -36,9 +38,10 @@ PyObject *obm_py_merge(PyObject *module, PyObject *args, PyObject *kwargs) {
         obm_py_begin(&call);
         obm_status status = obm_merge(ctx, recipe, &options, out_text, &plan, &err);
         if (obm_py_end(&call, status, &err) == 0)
-            result = Py_BuildValue("{sK,sK,sK,sK,sd}", "tensors", (unsigned long long)plan.tensors, "bytes_read", (unsigned long long)plan.bytes_read,
-                                   "bytes_written", (unsigned long long)plan.bytes_written, "peak_memory", (unsigned long long)plan.peak_memory,
-                                   "seconds", plan.seconds);
+            result = Py_BuildValue("{sK,sK,sK,sK,sd}", "tensors", (unsigned long long)plan.tensors, "bytes_read",
+                                   (unsigned long long)plan.bytes_read, "bytes_written",
+                                   (unsigned long long)plan.bytes_written, "peak_memory",
+                                   (unsigned long long)plan.peak_memory, "seconds", plan.seconds);
     }
     Py_XDECREF(context);
     Py_XDECREF(directory);
@@ -46,7 +49,11 @@ PyObject *obm_py_merge(PyObject *module, PyObject *args, PyObject *kwargs) {
     return result;
 }
 
-typedef struct param_list { obm_param *items; size_t n, capacity; PyObject *keep; } param_list;
+typedef struct param_list {
+    obm_param *items;
+    size_t n, capacity;
+    PyObject *keep;
+} param_list;
 
 static int param_add(param_list *p, const char *name, int model, double value) {
     if (p->n == p->capacity) {
@@ -91,7 +98,8 @@ PyObject *obm_py_merge_tensors(PyObject *module, PyObject *args, PyObject *kwarg
     PyObject *given, *base = Py_None, *dict = NULL, *context = NULL, *result = NULL;
     unsigned long long seed = 0;
     obm_profile profile;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO|OO!zK", names, &method, &given, &base, &PyDict_Type, &dict, &profile_name, &seed) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO|OO!zK", names, &method, &given, &base, &PyDict_Type, &dict,
+                                     &profile_name, &seed) ||
         obm_py_profile(st, profile_name, &profile) < 0)
         return NULL;
     PyObject *models = PySequence_List(given);
@@ -114,7 +122,8 @@ PyObject *obm_py_merge_tensors(PyObject *module, PyObject *args, PyObject *kwarg
         obm_status status = OBM_OK;
         if (result) {
             Py_BEGIN_ALLOW_THREADS;
-            status = obm_merge_tensors(ctx, method, profile, base == Py_None ? NULL : &views[n], views, n, params.items, params.n, seed, data, &err);
+            status = obm_merge_tensors(ctx, method, profile, base == Py_None ? NULL : &views[n], views, n, params.items,
+                                       params.n, seed, data, &err);
             Py_END_ALLOW_THREADS;
         }
         if (status != OBM_OK) {
@@ -131,8 +140,9 @@ PyObject *obm_py_merge_tensors(PyObject *module, PyObject *args, PyObject *kwarg
 }
 
 static PyObject *param_dict(const obm_param_info *p) {
-    return Py_BuildValue("{ss,ss,ss,sO,sd,sd,sd,ss}", "name", p->name, "doc", p->doc, "scope", p->scope == OBM_PARAM_GLOBAL ? "global" : "model",
-                         "required", p->required ? Py_True : Py_False, "default", p->dflt, "min", p->min, "max", p->max, "type",
+    return Py_BuildValue("{ss,ss,ss,sO,sd,sd,sd,ss}", "name", p->name, "doc", p->doc, "scope",
+                         p->scope == OBM_PARAM_GLOBAL ? "global" : "model", "required",
+                         p->required ? Py_True : Py_False, "default", p->dflt, "min", p->min, "max", p->max, "type",
                          p->is_bool ? "bool" : "number");
 }
 
@@ -147,9 +157,9 @@ PyObject *obm_py_methods(PyObject *module, PyObject *args) {
             if (!p || PyList_Append(params, p) < 0) Py_CLEAR(params);
             Py_XDECREF(p);
         }
-        PyObject *d = params ? Py_BuildValue("{ss,ss,ss,sO,si,si,sN}", "name", m->name, "doc", m->doc, "source", m->source, "needs_base",
-                                             m->needs_base ? Py_True : Py_False, "min_models", m->min_models, "max_models", m->max_models,
-                                             "params", params)
+        PyObject *d = params ? Py_BuildValue("{ss,ss,ss,sO,si,si,sN}", "name", m->name, "doc", m->doc, "source",
+                                             m->source, "needs_base", m->needs_base ? Py_True : Py_False, "min_models",
+                                             m->min_models, "max_models", m->max_models, "params", params)
                              : NULL;
         if (!d || PyList_Append(list, d) < 0) Py_CLEAR(list);
         Py_XDECREF(d);

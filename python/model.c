@@ -4,9 +4,8 @@
 #include <string.h>
 
 typedef struct Model {
-    PyObject_HEAD
-    obm_model *m;
-    PyObject *context, *pack_owner;   /* the Pack it was made from, or NULL */
+    PyObject_HEAD obm_model *m;
+    PyObject *context, *pack_owner; /* the Pack it was made from, or NULL */
 } Model;
 
 static obm_model *model_get(PyObject *o) { return ((Model *)o)->m; }
@@ -37,7 +36,8 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         obm_error err;
         obm_status status;
         Py_BEGIN_ALLOW_THREADS;
-        status = from_pack ? obm_model_from_pack(ctx, pack, &options, &self->m, &err) : obm_model_open(ctx, path_text, &options, &self->m, &err);
+        status = from_pack ? obm_model_from_pack(ctx, pack, &options, &self->m, &err)
+                           : obm_model_open(ctx, path_text, &options, &self->m, &err);
         Py_END_ALLOW_THREADS;
         if (status != OBM_OK) {
             Py_DECREF(self);
@@ -80,26 +80,29 @@ static PyObject *model_info(PyObject *o, void *unused) {
     (void)unused;
     obm_model_info i;
     obm_model_describe(model_get(o), &i);
-    return Py_BuildValue("{ss,sL,sL,sL,sL,sL,sL,sL,sL,sL,sO,sK,sK}", "architecture", i.architecture, "vocab", (long long)i.vocab, "hidden",
-                         (long long)i.hidden, "intermediate", (long long)i.intermediate, "layers", (long long)i.layers, "heads",
-                         (long long)i.heads, "kv_heads", (long long)i.kv_heads, "head_dim", (long long)i.head_dim, "max_positions",
-                         (long long)i.max_positions, "sliding_window", (long long)i.sliding_window, "tied", i.tied ? Py_True : Py_False,
-                         "params", (unsigned long long)i.params, "bytes", (unsigned long long)i.bytes);
+    return Py_BuildValue("{ss,sL,sL,sL,sL,sL,sL,sL,sL,sL,sO,sK,sK}", "architecture", i.architecture, "vocab",
+                         (long long)i.vocab, "hidden", (long long)i.hidden, "intermediate", (long long)i.intermediate,
+                         "layers", (long long)i.layers, "heads", (long long)i.heads, "kv_heads", (long long)i.kv_heads,
+                         "head_dim", (long long)i.head_dim, "max_positions", (long long)i.max_positions,
+                         "sliding_window", (long long)i.sliding_window, "tied", i.tied ? Py_True : Py_False, "params",
+                         (unsigned long long)i.params, "bytes", (unsigned long long)i.bytes);
 }
 
 static PyObject *model_memory(PyObject *o, void *unused) {
     (void)unused;
     obm_model_memory m;
     obm_model_account(model_get(o), &m);
-    return Py_BuildValue("{sK,sK,sK,sK,sK}", "base", (unsigned long long)m.base, "planes", (unsigned long long)m.planes, "overlays",
-                         (unsigned long long)m.overlays, "kv", (unsigned long long)m.kv, "scratch", (unsigned long long)m.scratch);
+    return Py_BuildValue("{sK,sK,sK,sK,sK}", "base", (unsigned long long)m.base, "planes", (unsigned long long)m.planes,
+                         "overlays", (unsigned long long)m.overlays, "kv", (unsigned long long)m.kv, "scratch",
+                         (unsigned long long)m.scratch);
 }
 
 static PyObject *model_repr(PyObject *o) {
     obm_model_info i;
     obm_model_describe(model_get(o), &i);
-    return PyUnicode_FromFormat("Model(%s, %lld layers, hidden %lld, vocab %lld, %llu parameters, %zd tasks)", i.architecture, (long long)i.layers,
-                                (long long)i.hidden, (long long)i.vocab, (unsigned long long)i.params,
+    return PyUnicode_FromFormat("Model(%s, %lld layers, hidden %lld, vocab %lld, %llu parameters, %zd tasks)",
+                                i.architecture, (long long)i.layers, (long long)i.hidden, (long long)i.vocab,
+                                (unsigned long long)i.params,
                                 model_pack_of(o) ? (Py_ssize_t)obm_pack_task_count(model_pack_of(o)) : (Py_ssize_t)0);
 }
 
@@ -142,13 +145,15 @@ static PyObject *run(PyObject *o, PyObject *given, int layer, obm_run_options *o
     int64_t shape[2] = {(int64_t)n, layer < 0 ? info.vocab : info.hidden};
     bool all = layer >= 0 || options->all;
     float *data;
-    PyObject *t = all ? obm_py_tensor_new(OBM_PY_STATE(o), 2, shape, &data) : obm_py_tensor_new(OBM_PY_STATE(o), 1, shape + 1, &data);
+    PyObject *t = all ? obm_py_tensor_new(OBM_PY_STATE(o), 2, shape, &data)
+                      : obm_py_tensor_new(OBM_PY_STATE(o), 1, shape + 1, &data);
     options->route = w;
     obm_error err;
     obm_status status = OBM_OK;
     if (t) {
         Py_BEGIN_ALLOW_THREADS;
-        status = layer < 0 ? obm_model_logits(m, ids, n, options, data, &err) : obm_model_hidden(m, ids, n, layer, options, data, &err);
+        status = layer < 0 ? obm_model_logits(m, ids, n, options, data, &err)
+                           : obm_model_hidden(m, ids, n, layer, options, data, &err);
         Py_END_ALLOW_THREADS;
     }
     PyMem_Free(ids);
@@ -250,9 +255,13 @@ static int routes_from(PyObject *o, generation *g, PyObject *route, const obm_py
     const obm_pack *pack = model_pack_of(o);
     bool many = PyList_Check(route) && !prompts->single;
     if (!many && is_auto(route)) return 0;
-    if (!pack) return PyErr_SetString(OBM_PY_STATE(o)->errors[-OBM_E_ARG], "route: this is a plain model, only packs have routes"), -1;
+    if (!pack)
+        return PyErr_SetString(OBM_PY_STATE(o)->errors[-OBM_E_ARG],
+                               "route: this is a plain model, only packs have routes"),
+               -1;
     size_t tasks = obm_pack_task_count(pack), n = many ? (size_t)PyList_Size(route) : 1;
-    if (many && n != prompts->n) return PyErr_Format(PyExc_ValueError, "%zd routes for %zd prompts", (Py_ssize_t)n, (Py_ssize_t)prompts->n), -1;
+    if (many && n != prompts->n)
+        return PyErr_Format(PyExc_ValueError, "%zd routes for %zd prompts", (Py_ssize_t)n, (Py_ssize_t)prompts->n), -1;
     g->routes = PyMem_Calloc(n * tasks + 1, sizeof *g->routes);
     g->routed = PyMem_Calloc(n + 1, sizeof *g->routed);
     if (!g->routes || !g->routed) return PyErr_NoMemory(), -1;
@@ -269,9 +278,11 @@ static int routes_from(PyObject *o, generation *g, PyObject *route, const obm_py
 }
 
 /* Everything after the prompts; names match the keys of surface.md in all languages. */
-static int generation_from(PyObject *o, PyObject *args, PyObject *kwargs, generation *g, PyObject **prompts_out, obm_py_prompts *prompts) {
-    static char *names[] = {"prompts", "route", "router", "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
-                            "seed", "stop", "chat", "batch", "ignore_eos", "progress", NULL};
+static int generation_from(PyObject *o, PyObject *args, PyObject *kwargs, generation *g, PyObject **prompts_out,
+                           obm_py_prompts *prompts) {
+    static char *names[] = {
+        "prompts", "route", "router", "max_tokens", "temperature", "top_k",    "top_p", "min_p", "repetition_penalty",
+        "seed",    "stop",  "chat",   "batch",      "ignore_eos",  "progress", NULL};
     PyObject *given, *route = Py_None, *router = Py_None, *stop = Py_None, *progress = Py_None;
     Py_ssize_t max_tokens = 0, top_k = 0, batch = 0;
     unsigned long long seed = 0;
@@ -279,8 +290,9 @@ static int generation_from(PyObject *o, PyObject *args, PyObject *kwargs, genera
     memset(g, 0, sizeof *g);
     obm_generate_options *opt = &g->options;
     opt->struct_size = sizeof *opt;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOndndddKOpnpO", names, &given, &route, &router, &max_tokens, &opt->temperature, &top_k,
-                                     &opt->top_p, &opt->min_p, &opt->repetition_penalty, &seed, &stop, &chat, &batch, &ignore_eos, &progress))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOndndddKOpnpO", names, &given, &route, &router, &max_tokens,
+                                     &opt->temperature, &top_k, &opt->top_p, &opt->min_p, &opt->repetition_penalty,
+                                     &seed, &stop, &chat, &batch, &ignore_eos, &progress))
         return -1;
     if (max_tokens < 0 || top_k < 0 || batch < 0)
         return PyErr_SetString(OBM_PY_STATE(o)->errors[-OBM_E_ARG], "max_tokens, top_k and batch must be >= 0"), -1;
@@ -295,7 +307,8 @@ static int generation_from(PyObject *o, PyObject *args, PyObject *kwargs, genera
     opt->progress = obm_py_progress;
     opt->progress_user = &g->call;
     if (router != Py_None) {
-        if (!PyCallable_Check(router)) return PyErr_SetString(PyExc_TypeError, "router must be a callable (request) -> route"), -1;
+        if (!PyCallable_Check(router))
+            return PyErr_SetString(PyExc_TypeError, "router must be a callable (request) -> route"), -1;
         g->call.router = router;
         opt->router = obm_py_router;
         opt->router_user = &g->call;
@@ -321,7 +334,8 @@ static PyObject *completion_object(PyObject *o, const obm_completion *c) {
     PyObject *text = PyUnicode_DecodeUTF8(c->text ? c->text : "", (Py_ssize_t)c->text_len, "replace");
     PyObject *route = obm_py_route_dict(model_pack_of(o), c->route);
     return obm_py_call_hook(OBM_PY_STATE(o), "Completion",
-                            text && ids && route ? Py_BuildValue("(NNNsn)", text, ids, route, c->finish == OBM_FINISH_STOP ? "stop" : "length",
+                            text && ids && route ? Py_BuildValue("(NNNsn)", text, ids, route,
+                                                                 c->finish == OBM_FINISH_STOP ? "stop" : "length",
                                                                  (Py_ssize_t)c->n_prompt)
                                                  : NULL);
 }
@@ -356,16 +370,16 @@ static PyObject *model_generate(PyObject *o, PyObject *args, PyObject *kwargs) {
 /* ---- Stream ---- */
 
 typedef struct Stream {
-    PyObject_HEAD
-    obm_stream *s;
-    PyObject *model, *router, *progress;   /* references that the options point to */
+    PyObject_HEAD obm_stream *s;
+    PyObject *model, *router, *progress; /* references that the options point to */
     generation *g;
     obm_py_prompts prompts;
-    bool running;   /* inside next(): other threads, and what the callbacks do, must keep off */
+    bool running; /* inside next(): other threads, and what the callbacks do, must keep off */
 } Stream;
 
 static bool stream_is_free(Stream *self) {
-    if (self->running) PyErr_SetString(OBM_PY_STATE((PyObject *)self)->errors[-OBM_E_BUSY], "the stream is inside next()");
+    if (self->running)
+        PyErr_SetString(OBM_PY_STATE((PyObject *)self)->errors[-OBM_E_BUSY], "the stream is inside next()");
     return !self->running;
 }
 
@@ -407,7 +421,7 @@ static PyObject *model_stream(PyObject *o, PyObject *args, PyObject *kwargs) {
 
 static PyObject *stream_next(PyObject *o) {
     Stream *self = (Stream *)o;
-    if (!stream_is_free(self) || !self->s) return NULL;   /* without an exception: StopIteration */
+    if (!stream_is_free(self) || !self->s) return NULL; /* without an exception: StopIteration */
     const char *text = NULL;
     size_t len = 0;
     obm_error err;
@@ -448,14 +462,19 @@ static void stream_dealloc(PyObject *o) {
     Py_DECREF(type);
 }
 
-static PyMethodDef stream_methods[] = {{"close", stream_close, METH_NOARGS, "close()\n\nFree the model for the next caller."},
-                                       {NULL, NULL, 0, NULL}};
-static PyGetSetDef stream_getset[] = {{"result", stream_result, NULL, "the Completion so far", NULL}, {NULL, NULL, NULL, NULL, NULL}};
-static PyType_Slot stream_slots[] = {{Py_tp_dealloc, stream_dealloc}, {Py_tp_iter, stream_self},   {Py_tp_iternext, stream_next},
-                                     {Py_tp_methods, stream_methods}, {Py_tp_getset, stream_getset},
+static PyMethodDef stream_methods[] = {
+    {"close", stream_close, METH_NOARGS, "close()\n\nFree the model for the next caller."}, {NULL, NULL, 0, NULL}};
+static PyGetSetDef stream_getset[] = {{"result", stream_result, NULL, "the Completion so far", NULL},
+                                      {NULL, NULL, NULL, NULL, NULL}};
+static PyType_Slot stream_slots[] = {{Py_tp_dealloc, stream_dealloc},
+                                     {Py_tp_iter, stream_self},
+                                     {Py_tp_iternext, stream_next},
+                                     {Py_tp_methods, stream_methods},
+                                     {Py_tp_getset, stream_getset},
                                      {Py_tp_doc, "Pieces of text as they are generated; never splits a character."},
                                      {0, NULL}};
-PyType_Spec obm_py_stream_spec = {"onebitmerge.Stream", sizeof(Stream), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, stream_slots};
+PyType_Spec obm_py_stream_spec = {"onebitmerge.Stream", sizeof(Stream), 0,
+                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, stream_slots};
 
 /* ---- scoring, routing ---- */
 
@@ -466,7 +485,9 @@ static PyObject *score_object(PyObject *o, const obm_score *s) {
     }
     PyObject *route = obm_py_route_dict(model_pack_of(o), s->route);
     return obm_py_call_hook(OBM_PY_STATE(o), "Score",
-                            list && route ? Py_BuildValue("(dNOdN)", s->logprob, list, s->is_greedy ? Py_True : Py_False, s->perplexity, route) : NULL);
+                            list && route ? Py_BuildValue("(dNOdN)", s->logprob, list,
+                                                          s->is_greedy ? Py_True : Py_False, s->perplexity, route)
+                                          : NULL);
 }
 
 /* items: a list of (prompt, continuation or None, route or None); the package's score() makes it. */
@@ -495,8 +516,10 @@ static PyObject *model_score_items(PyObject *o, PyObject *args, PyObject *kwargs
         if (ok && !prompts[i].single) ok = (PyErr_SetString(PyExc_TypeError, "a score item has one prompt"), false);
         if (!ok) break;
         in[i].prompt = prompts[i].items[0];
-        if (PyUnicode_Check(continuation)) ok = (in[i].continuation = PyUnicode_AsUTF8AndSize(continuation, NULL)) != NULL;
-        else if (continuation != Py_None) ok = (in[i].continuation_ids = ids[i] = obm_py_ids(continuation, &in[i].n_continuation_ids)) != NULL;
+        if (PyUnicode_Check(continuation))
+            ok = (in[i].continuation = PyUnicode_AsUTF8AndSize(continuation, NULL)) != NULL;
+        else if (continuation != Py_None)
+            ok = (in[i].continuation_ids = ids[i] = obm_py_ids(continuation, &in[i].n_continuation_ids)) != NULL;
         if (ok && !is_auto(route)) {
             in[i].route = routes[i] = route_weights(o, route, &failed);
             ok = !failed;
@@ -532,7 +555,8 @@ static PyObject *model_score(PyObject *o, PyObject *args, PyObject *kwargs) {
     PyObject *prompt, *continuation = Py_None, *route = Py_None;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OO", names, &prompt, &continuation, &route)) return NULL;
     /* One argument is a whole text: scored from its second token on. */
-    PyObject *item = continuation == Py_None ? Py_BuildValue("([(sOO)])", "", prompt, route) : Py_BuildValue("([(OOO)])", prompt, continuation, route);
+    PyObject *item = continuation == Py_None ? Py_BuildValue("([(sOO)])", "", prompt, route)
+                                             : Py_BuildValue("([(OOO)])", prompt, continuation, route);
     PyObject *list = item ? model_score_items(o, item, NULL) : NULL;
     Py_XDECREF(item);
     PyObject *score = list ? Py_NewRef(PyList_GetItem(list, 0)) : NULL;
@@ -547,8 +571,10 @@ static PyObject *model_route(PyObject *o, PyObject *args, PyObject *kwargs) {
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O", names, &given, &router)) return NULL;
     obm_py_state *st = OBM_PY_STATE(o);
     const obm_pack *pack = model_pack_of(o);
-    if (!pack) return PyErr_SetString(st->errors[-OBM_E_ARG], "route: this is a plain model, only packs have routes"), NULL;
-    if (router != Py_None && !PyCallable_Check(router)) return PyErr_SetString(PyExc_TypeError, "router must be a callable"), NULL;
+    if (!pack)
+        return PyErr_SetString(st->errors[-OBM_E_ARG], "route: this is a plain model, only packs have routes"), NULL;
+    if (router != Py_None && !PyCallable_Check(router))
+        return PyErr_SetString(PyExc_TypeError, "router must be a callable"), NULL;
     obm_py_call call;
     obm_py_prompts prompts;
     if (obm_py_call_init(&call, st, NULL) < 0 || obm_py_prompts_from(st, given, NULL, &prompts) < 0) return NULL;
@@ -561,9 +587,11 @@ static PyObject *model_route(PyObject *o, PyObject *args, PyObject *kwargs) {
         obm_model *m = model_get(o);
         bool own = router != Py_None;
         obm_py_begin(&call);
-        obm_status status = obm_model_route(m, prompts.items, own ? obm_py_router : NULL, &call, w, own ? NULL : w + tasks, &err);
+        obm_status status =
+            obm_model_route(m, prompts.items, own ? obm_py_router : NULL, &call, w, own ? NULL : w + tasks, &err);
         if (obm_py_end(&call, status, &err) == 0)
-            result = Py_BuildValue("(NN)", obm_py_route_dict(pack, w), own ? Py_NewRef(Py_None) : obm_py_route_dict(pack, w + tasks));
+            result = Py_BuildValue("(NN)", obm_py_route_dict(pack, w),
+                                   own ? Py_NewRef(Py_None) : obm_py_route_dict(pack, w + tasks));
     } else if (w) {
         PyErr_SetString(PyExc_TypeError, "route takes one prompt");
     } else {
@@ -574,44 +602,60 @@ static PyObject *model_route(PyObject *o, PyObject *args, PyObject *kwargs) {
     return result;
 }
 
-#define KW(f) (PyCFunction)(void (*)(void))f, METH_VARARGS | METH_KEYWORDS
-#define GENERATE_ARGS                                                                                                                   \
-    "*, route=None, router=None, max_tokens=0, temperature=0, top_k=0, top_p=0, min_p=0, repetition_penalty=0, seed=0, "               \
+#define KW(f) (PyCFunction)(void (*)(void)) f, METH_VARARGS | METH_KEYWORDS
+#define GENERATE_ARGS                                                                                            \
+    "*, route=None, router=None, max_tokens=0, temperature=0, top_k=0, top_p=0, min_p=0, repetition_penalty=0, " \
+    "seed=0, "                                                                                                   \
     "stop=None, chat=False, batch=0, ignore_eos=False, progress=None)"
 static PyMethodDef model_methods[] = {
     {"generate", KW(model_generate),
      "generate(prompts, " GENERATE_ARGS " -> Completion or list\n\n"
-     "prompts: a str, a list of messages ({\"role\", \"content\"}), a list of ids, or a list of those.  chat: wrap a str as one user turn.\n"
-     "route: \"auto\" (the pack's router, the default), a task, {task: weight}, or a list with one per prompt; router: a callable\n"
-     "(Request) -> task name, index, dict or weights.  max_tokens 0: 256; batch 0: 8; temperature 0: greedy; top_k, top_p, min_p and\n"
-     "repetition_penalty 0: off.  seed: prompt i draws from (seed, i), whatever the batch.  stop: a str or a list; not part of the text.\n"
+     "prompts: a str, a list of messages ({\"role\", \"content\"}), a list of ids, or a list of those.  chat: wrap a "
+     "str as one user turn.\n"
+     "route: \"auto\" (the pack's router, the default), a task, {task: weight}, or a list with one per prompt; router: "
+     "a callable\n"
+     "(Request) -> task name, index, dict or weights.  max_tokens 0: 256; batch 0: 8; temperature 0: greedy; top_k, "
+     "top_p, min_p and\n"
+     "repetition_penalty 0: off.  seed: prompt i draws from (seed, i), whatever the batch.  stop: a str or a list; not "
+     "part of the text.\n"
      "A Completion is a str with .route, .ids, .finish_reason (\"stop\" or \"length\") and .prompt_tokens.\n"
-     "Raises Error, what a router or progress raises, KeyboardInterrupt; BusyError if the model is in use: one call at a time."},
+     "Raises Error, what a router or progress raises, KeyboardInterrupt; BusyError if the model is in use: one call at "
+     "a time."},
     {"stream", KW(model_stream), "stream(prompt, " GENERATE_ARGS " -> iterator of str"},
-    {"logits", KW(model_logits), "logits(ids, all=True, route=None, decode=False, kv=\"f32\") -> ndarray\n\n(T, vocab) float32; (vocab,) of the last position with all=False."},
-    {"hidden", KW(model_hidden), "hidden(ids, layer, route=None) -> ndarray\n\n(T, hidden) float32 after `layer`; 0 = embeddings."},
-    {"embed", KW(model_embed), "embed(texts, layer=0, progress=None) -> ndarray\n\n(n, hidden): mean-pooled hidden states of the base, what the router sees."},
-    {"score", KW(model_score), "score(prompt, continuation=None, route=None) -> Score\n\nWithout continuation the prompt is a whole text."},
-    {"score_items", KW(model_score_items), "score_items(items, progress=None) -> list of Score\n\nitems: (prompt, continuation or None, route or None)."},
+    {"logits", KW(model_logits),
+     "logits(ids, all=True, route=None, decode=False, kv=\"f32\") -> ndarray\n\n(T, vocab) float32; (vocab,) of the "
+     "last position with all=False."},
+    {"hidden", KW(model_hidden),
+     "hidden(ids, layer, route=None) -> ndarray\n\n(T, hidden) float32 after `layer`; 0 = embeddings."},
+    {"embed", KW(model_embed),
+     "embed(texts, layer=0, progress=None) -> ndarray\n\n(n, hidden): mean-pooled hidden states of the base, what the "
+     "router sees."},
+    {"score", KW(model_score),
+     "score(prompt, continuation=None, route=None) -> Score\n\nWithout continuation the prompt is a whole text."},
+    {"score_items", KW(model_score_items),
+     "score_items(items, progress=None) -> list of Score\n\nitems: (prompt, continuation or None, route or None)."},
     {"route", KW(model_route), "route(prompt, router=None) -> (weights, probabilities)"},
     {NULL, NULL, 0, NULL}};
-static PyGetSetDef model_getset[] = {{"tokenizer", model_tokenizer, NULL, "Tokenizer, or None", NULL},
-                                     {"pack", model_pack, NULL, "Pack, or None for a plain model", NULL},
-                                     {"info", model_info, NULL, "dict of sizes", NULL},
-                                     {"memory", model_memory, NULL, "resident bytes: base, planes, overlays, kv, scratch", NULL},
-                                     {NULL, NULL, NULL, NULL, NULL}};
-static PyType_Slot model_slots[] = {
-    {Py_tp_new, model_new},         {Py_tp_dealloc, model_dealloc}, {Py_tp_repr, model_repr},
-    {Py_tp_methods, model_methods}, {Py_tp_getset, model_getset},
-    {Py_tp_doc, "Model(path, base=None, kv=\"f32\", route_budget=0)\n\nA Hugging Face folder, a pack folder, or an open Pack, ready to run."},
-    {0, NULL}};
+static PyGetSetDef model_getset[] = {
+    {"tokenizer", model_tokenizer, NULL, "Tokenizer, or None", NULL},
+    {"pack", model_pack, NULL, "Pack, or None for a plain model", NULL},
+    {"info", model_info, NULL, "dict of sizes", NULL},
+    {"memory", model_memory, NULL, "resident bytes: base, planes, overlays, kv, scratch", NULL},
+    {NULL, NULL, NULL, NULL, NULL}};
+static PyType_Slot model_slots[] = {{Py_tp_new, model_new},
+                                    {Py_tp_dealloc, model_dealloc},
+                                    {Py_tp_repr, model_repr},
+                                    {Py_tp_methods, model_methods},
+                                    {Py_tp_getset, model_getset},
+                                    {Py_tp_doc, "Model(path, base=None, kv=\"f32\", route_budget=0)\n\nA Hugging Face "
+                                                "folder, a pack folder, or an open Pack, ready to run."},
+                                    {0, NULL}};
 PyType_Spec obm_py_model_spec = {"onebitmerge.Model", sizeof(Model), 0, Py_TPFLAGS_DEFAULT, model_slots};
 
 /* ---- Request: what a router sees, valid during its call ---- */
 
 typedef struct Request {
-    PyObject_HEAD
-    obm_request *r;   /* NULL after the call */
+    PyObject_HEAD obm_request *r; /* NULL after the call */
     const obm_pack *pack;
 } Request;
 
@@ -662,7 +706,7 @@ static PyObject *request_features(PyObject *o, PyObject *args) {
     int64_t shape[1] = {(int64_t)n};
     float *data;
     PyObject *t = obm_py_tensor_new(OBM_PY_STATE(o), 1, shape, &data);
-    if (t) memcpy(data, x, n * sizeof *x);   /* the features die with the request */
+    if (t) memcpy(data, x, n * sizeof *x); /* the features die with the request */
     return obm_py_numpy(t);
 }
 
@@ -711,17 +755,20 @@ static void request_dealloc(PyObject *o) {
 }
 
 static PyMethodDef request_methods[] = {
-    {"features", request_features, METH_VARARGS, "features(layer=0) -> ndarray\n\nMean-pooled hidden states after `layer` of the base."},
+    {"features", request_features, METH_VARARGS,
+     "features(layer=0) -> ndarray\n\nMean-pooled hidden states after `layer` of the base."},
     {NULL, NULL, 0, NULL}};
-static PyGetSetDef request_getset[] = {{"text", request_text, NULL, "the user turns, joined by newlines", NULL},
-                                       {"tokens", request_tokens, NULL, "the last 512 ids", NULL},
-                                       {"tasks", request_tasks, NULL, "task names", NULL},
-                                       {"builtin", request_builtin, NULL, "the built-in router's answer: a task name", NULL},
-                                       {"probabilities", request_probabilities, NULL, "the built-in router's probabilities, {task: p}", NULL},
-                                       {NULL, NULL, NULL, NULL, NULL}};
+static PyGetSetDef request_getset[] = {
+    {"text", request_text, NULL, "the user turns, joined by newlines", NULL},
+    {"tokens", request_tokens, NULL, "the last 512 ids", NULL},
+    {"tasks", request_tasks, NULL, "task names", NULL},
+    {"builtin", request_builtin, NULL, "the built-in router's answer: a task name", NULL},
+    {"probabilities", request_probabilities, NULL, "the built-in router's probabilities, {task: p}", NULL},
+    {NULL, NULL, NULL, NULL, NULL}};
 static PyType_Slot request_slots[] = {{Py_tp_dealloc, request_dealloc},
                                       {Py_tp_methods, request_methods},
                                       {Py_tp_getset, request_getset},
                                       {Py_tp_doc, "What a router is asked about; valid only while the router runs."},
                                       {0, NULL}};
-PyType_Spec obm_py_request_spec = {"onebitmerge.Request", sizeof(Request), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, request_slots};
+PyType_Spec obm_py_request_spec = {"onebitmerge.Request", sizeof(Request), 0,
+                                   Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, request_slots};

@@ -1,7 +1,12 @@
 /* The module _core: types, exceptions, module functions. */
 #include "obm_py.h"
 
-static const struct { obm_status code; const char *name; const char *builtin; const char *doc; } exceptions[] = {
+static const struct {
+    obm_status code;
+    const char *name;
+    const char *builtin;
+    const char *doc;
+} exceptions[] = {
     {OBM_E_ARG, "ArgumentError", "ValueError", "Wrong use: an argument out of range, an unknown name."},
     {OBM_E_SHAPE, "ShapeError", "ValueError", "Shapes do not fit."},
     {OBM_E_DTYPE, "DtypeError", "TypeError", "A dtype that is not usable here."},
@@ -14,7 +19,8 @@ static const struct { obm_status code; const char *name; const char *builtin; co
 };
 
 static int add_exceptions(PyObject *module, obm_py_state *st) {
-    st->error = PyErr_NewExceptionWithDoc("onebitmerge.Error", "What the core reports; OSError and MemoryError are raised as such.", NULL, NULL);
+    st->error = PyErr_NewExceptionWithDoc(
+        "onebitmerge.Error", "What the core reports; OSError and MemoryError are raised as such.", NULL, NULL);
     if (!st->error || PyModule_AddObjectRef(module, "Error", st->error) < 0) return -1;
     PyObject *builtins = PyImport_ImportModule("builtins");
     for (size_t i = 0; builtins && i < sizeof exceptions / sizeof *exceptions; i++) {
@@ -33,10 +39,13 @@ static int add_exceptions(PyObject *module, obm_py_state *st) {
 }
 
 static int add_types(PyObject *module, obm_py_state *st) {
-    struct { PyType_Spec *spec; PyTypeObject **slot; } types[] = {
-        {&obm_py_tensor_spec, &st->tensor},       {&obm_py_checkpoint_spec, &st->checkpoint}, {&obm_py_task_vector_spec, &st->task_vector},
-        {&obm_py_pack_spec, &st->pack},           {&obm_py_tokenizer_spec, &st->tokenizer},   {&obm_py_model_spec, &st->model},
-        {&obm_py_stream_spec, &st->stream},       {&obm_py_request_spec, &st->request}};
+    struct {
+        PyType_Spec *spec;
+        PyTypeObject **slot;
+    } types[] = {{&obm_py_tensor_spec, &st->tensor},           {&obm_py_checkpoint_spec, &st->checkpoint},
+                 {&obm_py_task_vector_spec, &st->task_vector}, {&obm_py_pack_spec, &st->pack},
+                 {&obm_py_tokenizer_spec, &st->tokenizer},     {&obm_py_model_spec, &st->model},
+                 {&obm_py_stream_spec, &st->stream},           {&obm_py_request_spec, &st->request}};
     for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
         *types[i].slot = (PyTypeObject *)PyType_FromModuleAndSpec(module, types[i].spec, NULL);
         if (!*types[i].slot || PyModule_AddType(module, *types[i].slot) < 0) return -1;
@@ -66,9 +75,10 @@ static PyObject *module_info(PyObject *module, PyObject *unused) {
     if (!ctx) return NULL;
     obm_context_info i;
     obm_context_describe(ctx, &i);
-    return Py_BuildValue("{ss,ss,ss,ss,ss,ss,si,si,si,sK,sK}", "version", obm_version(), "isa", i.isa, "isa_available", i.isa_available, "blas",
-                         i.blas, "topology", i.topology, "compiler", i.compiler, "threads", i.threads, "cores", i.cores, "nodes", i.nodes,
-                         "memory_total", (unsigned long long)i.memory_total, "memory_free", (unsigned long long)i.memory_free);
+    return Py_BuildValue("{ss,ss,ss,ss,ss,ss,si,si,si,sK,sK}", "version", obm_version(), "isa", i.isa, "isa_available",
+                         i.isa_available, "blas", i.blas, "topology", i.topology, "compiler", i.compiler, "threads",
+                         i.threads, "cores", i.cores, "nodes", i.nodes, "memory_total",
+                         (unsigned long long)i.memory_total, "memory_free", (unsigned long long)i.memory_free);
 }
 
 static PyObject *module_class_of(PyObject *module, PyObject *args) {
@@ -79,14 +89,18 @@ static PyObject *module_class_of(PyObject *module, PyObject *args) {
     return PyUnicode_FromString(obm_class_name(obm_class_of(name, ndim)));
 }
 
-#define KW(f) (PyCFunction)(void (*)(void))f, METH_VARARGS | METH_KEYWORDS
+#define KW(f) (PyCFunction)(void (*)(void)) f, METH_VARARGS | METH_KEYWORDS
 static PyMethodDef module_methods[] = {
-    {"compress", KW(obm_py_compress), "compress(base, experts, out, profile=None, overwrite=False, dry_run=False, progress=None) -> Pack"},
+    {"compress", KW(obm_py_compress),
+     "compress(base, experts, out, profile=None, overwrite=False, dry_run=False, progress=None) -> Pack"},
     {"merge", KW(obm_py_merge), "merge(recipe_text, out, ...) -> dict"},
-    {"merge_tensors", KW(obm_py_merge_tensors), "merge_tensors(method, models, base=None, params={}, profile=None, seed=0) -> ndarray"},
-    {"methods", obm_py_methods, METH_NOARGS, "methods() -> list of dict\n\nEvery merge method: name, doc, source, params."},
+    {"merge_tensors", KW(obm_py_merge_tensors),
+     "merge_tensors(method, models, base=None, params={}, profile=None, seed=0) -> ndarray"},
+    {"methods", obm_py_methods, METH_NOARGS,
+     "methods() -> list of dict\n\nEvery merge method: name, doc, source, params."},
     {"info", module_info, METH_NOARGS, "info() -> dict\n\nVersion, ISA, BLAS, topology, threads, memory."},
-    {"set_threads", module_set_threads, METH_O, "set_threads(n)\n\nThreads of objects opened from now on; 0: one per core."},
+    {"set_threads", module_set_threads, METH_O,
+     "set_threads(n)\n\nThreads of objects opened from now on; 0: one per core."},
     {"class_of", module_class_of, METH_VARARGS, "class_of(tensor_name, ndim=2) -> str\n\nThe module class."},
     {"_register", module_register, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL}};
@@ -94,7 +108,8 @@ static PyMethodDef module_methods[] = {
 static int module_exec(PyObject *module) {
     obm_py_state *st = PyModule_GetState(module);
     if (obm_abi_version() != OBM_ABI_VERSION) {
-        PyErr_Format(PyExc_ImportError, "onebitmerge: the library has ABI %d, this module was built for %d", obm_abi_version(), OBM_ABI_VERSION);
+        PyErr_Format(PyExc_ImportError, "onebitmerge: the library has ABI %d, this module was built for %d",
+                     obm_abi_version(), OBM_ABI_VERSION);
         return -1;
     }
     st->hooks = PyDict_New();
@@ -115,7 +130,8 @@ static int module_clear(PyObject *module) {
     Py_CLEAR(st->context);
     Py_CLEAR(st->error);
     for (size_t i = 0; i < sizeof st->errors / sizeof *st->errors; i++) Py_CLEAR(st->errors[i]);
-    PyTypeObject **types[] = {&st->tensor, &st->checkpoint, &st->task_vector, &st->pack, &st->tokenizer, &st->model, &st->stream, &st->request};
+    PyTypeObject **types[] = {&st->tensor,    &st->checkpoint, &st->task_vector, &st->pack,
+                              &st->tokenizer, &st->model,      &st->stream,      &st->request};
     for (size_t i = 0; i < sizeof types / sizeof *types; i++) Py_CLEAR(*types[i]);
     return 0;
 }
@@ -123,7 +139,8 @@ static int module_clear(PyObject *module) {
 static void module_free(void *module) { module_clear(module); }
 
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};
-static PyModuleDef module_def = {PyModuleDef_HEAD_INIT, "onebitmerge._core", NULL, sizeof(obm_py_state), module_methods,
-                                 module_slots, module_traverse, module_clear, module_free};
+static PyModuleDef module_def = {PyModuleDef_HEAD_INIT, "onebitmerge._core", NULL,
+                                 sizeof(obm_py_state),  module_methods,      module_slots,
+                                 module_traverse,       module_clear,        module_free};
 
 PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&module_def); }

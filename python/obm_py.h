@@ -11,59 +11,62 @@
 
 /* Module state.  Types are final (no BASETYPE), so PyType_GetModuleState(Py_TYPE(self)) finds it from any object. */
 typedef struct obm_py_state {
-    PyObject *error;                   /* onebitmerge.Error */
-    PyObject *errors[16];              /* -status -> exception class, NULL: the base class or a built-in */
-    PyObject *context;                 /* capsule of the default context, made at first use */
-    PyObject *hooks;                   /* dict: what the Python side of the package registers (result classes, reprs) */
+    PyObject *error;      /* onebitmerge.Error */
+    PyObject *errors[16]; /* -status -> exception class, NULL: the base class or a built-in */
+    PyObject *context;    /* capsule of the default context, made at first use */
+    PyObject *hooks;      /* dict: what the Python side of the package registers (result classes, reprs) */
     PyTypeObject *tensor, *checkpoint, *task_vector, *pack, *tokenizer, *model, *stream, *request;
 } obm_py_state;
 #define OBM_PY_STATE(self) ((obm_py_state *)PyType_GetModuleState(Py_TYPE(self)))
 
 /* ---- convert.c ---- */
-PyObject *obm_py_raise(obm_py_state *st, const obm_error *err);   /* returns NULL with the exception set */
+PyObject *obm_py_raise(obm_py_state *st, const obm_error *err); /* returns NULL with the exception set */
 obm_context *obm_py_context(obm_py_state *st, PyObject **capsule /* new reference */);
-PyObject *obm_py_set_threads(obm_py_state *st, int threads);      /* a new default context */
-PyObject *obm_py_hook(obm_py_state *st, const char *name);        /* borrowed; NULL with an exception */
-PyObject *obm_py_call_hook(obm_py_state *st, const char *name, PyObject *args /* stolen tuple, may be NULL with exception */);
-PyObject *obm_py_json(const char *text);                          /* json.loads; None for NULL */
-PyObject *obm_py_numpy(PyObject *tensor /* stolen */);            /* numpy.asarray(tensor), without a copy */
+PyObject *obm_py_set_threads(obm_py_state *st, int threads); /* a new default context */
+PyObject *obm_py_hook(obm_py_state *st, const char *name);   /* borrowed; NULL with an exception */
+PyObject *obm_py_call_hook(obm_py_state *st, const char *name,
+                           PyObject *args /* stolen tuple, may be NULL with exception */);
+PyObject *obm_py_json(const char *text);               /* json.loads; None for NULL */
+PyObject *obm_py_numpy(PyObject *tensor /* stolen */); /* numpy.asarray(tensor), without a copy */
 bool obm_py_set(PyObject *dict, const char *key, PyObject *value /* stolen */);
 
-/* One long call: the GIL is released between begin and end; callbacks come back on the same thread and take it for their
- * own time.  An exception from a callback (or Ctrl-C) waits in here and is re-raised unchanged by obm_py_end. */
+/* One long call: the GIL is released between begin and end; callbacks come back on the same thread and take it for
+ * their own time.  An exception from a callback (or Ctrl-C) waits in here and is re-raised unchanged by obm_py_end. */
 typedef struct obm_py_call {
     obm_py_state *state;
     PyThreadState *saved;
-    PyObject *progress;      /* borrowed: callable or NULL */
-    PyObject *router;        /* borrowed: callable or NULL */
-    const obm_pack *pack;    /* names of the router's answers */
+    PyObject *progress;   /* borrowed: callable or NULL */
+    PyObject *router;     /* borrowed: callable or NULL */
+    const obm_pack *pack; /* names of the router's answers */
     PyObject *raised[3];
-    double last;             /* seconds, when signals were looked at last */
+    double last; /* seconds, when signals were looked at last */
 } obm_py_call;
-int obm_py_call_init(obm_py_call *c, obm_py_state *st, PyObject *progress);   /* -1 with an exception */
+int obm_py_call_init(obm_py_call *c, obm_py_state *st, PyObject *progress); /* -1 with an exception */
 void obm_py_begin(obm_py_call *c);
-int obm_py_end(obm_py_call *c, obm_status status, const obm_error *err);      /* 0, or -1 with the exception set */
+int obm_py_end(obm_py_call *c, obm_status status, const obm_error *err); /* 0, or -1 with the exception set */
 int obm_py_progress(void *call, const char *what, uint64_t done, uint64_t total);
 obm_status obm_py_router(void *call, obm_request *request, double *weights, obm_error *err);
 
 /* Arguments. */
-int obm_py_path(PyObject *o, PyObject **bytes);                    /* converter "O&": str or os.PathLike -> bytes */
+int obm_py_path(PyObject *o, PyObject **bytes); /* converter "O&": str or os.PathLike -> bytes */
 int obm_py_profile(obm_py_state *st, const char *name, obm_profile *out);
 int obm_py_dtype(obm_py_state *st, const char *name, obm_dtype *out);
-int32_t *obm_py_ids(PyObject *o, size_t *n);                       /* owned (PyMem); NULL with an exception */
+int32_t *obm_py_ids(PyObject *o, size_t *n); /* owned (PyMem); NULL with an exception */
 /* weights[task count] from a name, an index, a dict or a sequence; 0, or -1 with an exception. */
 int obm_py_weights(obm_py_state *st, const obm_pack *pack, PyObject *o, double *weights);
-PyObject *obm_py_route_dict(const obm_pack *pack, const double *weights);   /* {task: weight}, zeros left out */
+PyObject *obm_py_route_dict(const obm_pack *pack, const double *weights); /* {task: weight}, zeros left out */
 
 /* A list of prompts with everything they point to. */
 typedef struct obm_py_prompts {
     obm_prompt *items;
     size_t n;
-    PyObject *keep;          /* list of objects that own the text */
-    void **blocks; size_t n_blocks;   /* PyMem blocks */
-    bool single;             /* one prompt was given, not a list of them */
+    PyObject *keep; /* list of objects that own the text */
+    void **blocks;
+    size_t n_blocks; /* PyMem blocks */
+    bool single;     /* one prompt was given, not a list of them */
 } obm_py_prompts;
-int obm_py_prompts_from(obm_py_state *st, PyObject *o, PyObject *tokenizer /* Tokenizer or NULL: renders templates */, obm_py_prompts *out);
+int obm_py_prompts_from(obm_py_state *st, PyObject *o, PyObject *tokenizer /* Tokenizer or NULL: renders templates */,
+                        obm_py_prompts *out);
 void obm_py_prompts_clear(obm_py_prompts *p);
 
 /* ---- tensor.c ---- */
@@ -77,16 +80,17 @@ const obm_tensor *obm_py_tensor_get(PyObject *tensor);
 int obm_py_tensor_import(obm_py_state *st, PyObject *o, obm_tensor *out, PyObject **holder);
 
 /* ---- one file per type ---- */
-extern PyType_Spec obm_py_checkpoint_spec, obm_py_task_vector_spec, obm_py_pack_spec, obm_py_tokenizer_spec, obm_py_model_spec,
-    obm_py_stream_spec, obm_py_request_spec;
+extern PyType_Spec obm_py_checkpoint_spec, obm_py_task_vector_spec, obm_py_pack_spec, obm_py_tokenizer_spec,
+    obm_py_model_spec, obm_py_stream_spec, obm_py_request_spec;
 const obm_checkpoint *obm_py_checkpoint_get(PyObject *o);
 PyObject *obm_py_tokenizer_borrow(obm_py_state *st, const obm_tokenizer *t, PyObject *owner);
 const obm_tokenizer *obm_py_tokenizer_get(PyObject *o);
-PyObject *obm_py_tokenizer_render(obm_py_state *st, PyObject *tokenizer, PyObject *messages, int add_generation);   /* str, or NULL */
+PyObject *obm_py_tokenizer_render(obm_py_state *st, PyObject *tokenizer, PyObject *messages,
+                                  int add_generation); /* str, or NULL */
 const obm_pack *obm_py_pack_get(PyObject *o);
 PyObject *obm_py_pack_borrow(obm_py_state *st, const obm_pack *p, PyObject *owner);
 PyObject *obm_py_request_new(obm_py_state *st, obm_request *r, const obm_pack *pack);
-void obm_py_request_end(PyObject *o);   /* the callback is over: the object answers nothing any more */
+void obm_py_request_end(PyObject *o); /* the callback is over: the object answers nothing any more */
 PyObject *obm_py_router_report(obm_py_state *st, const obm_router_report *r, const obm_pack *pack);
 PyObject *obm_py_compress(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *obm_py_merge(PyObject *module, PyObject *args, PyObject *kwargs);

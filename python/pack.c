@@ -4,8 +4,7 @@
 #include <string.h>
 
 typedef struct Pack {
-    PyObject_HEAD
-    obm_pack *own;            /* NULL when borrowed from a model */
+    PyObject_HEAD obm_pack *own; /* NULL when borrowed from a model */
     const obm_pack *p;
     PyObject *context, *owner;
 } Pack;
@@ -22,7 +21,9 @@ static PyObject *pack_wrap(obm_py_state *st, const obm_pack *p, obm_pack *own, P
     return (PyObject *)self;
 }
 
-PyObject *obm_py_pack_borrow(obm_py_state *st, const obm_pack *p, PyObject *owner) { return pack_wrap(st, p, NULL, NULL, owner); }
+PyObject *obm_py_pack_borrow(obm_py_state *st, const obm_pack *p, PyObject *owner) {
+    return pack_wrap(st, p, NULL, NULL, owner);
+}
 
 static PyObject *pack_own(obm_py_state *st, obm_pack *p, PyObject *context) {
     PyObject *self = pack_wrap(st, p, p, context, NULL);
@@ -72,13 +73,20 @@ static void pack_dealloc(PyObject *o) {
 /* The pack to change, or an exception: a model's pack is in use. */
 static obm_pack *pack_mutable(PyObject *o) {
     Pack *self = (Pack *)o;
-    if (!self->own) PyErr_SetString(OBM_PY_STATE(o)->errors[-OBM_E_BUSY], "this pack belongs to an open model: open it with Pack(path) to change it");
+    if (!self->own)
+        PyErr_SetString(OBM_PY_STATE(o)->errors[-OBM_E_BUSY],
+                        "this pack belongs to an open model: open it with Pack(path) to change it");
     return self->own;
 }
 
 /* ---- experts and options ---- */
 
-typedef struct expert_args { obm_expert *items; size_t n; obm_map_rule **rules; PyObject *keep; } expert_args;
+typedef struct expert_args {
+    obm_expert *items;
+    size_t n;
+    obm_map_rule **rules;
+    PyObject *keep;
+} expert_args;
 
 static void experts_clear(expert_args *e) {
     for (size_t i = 0; e->rules && i < e->n; i++) PyMem_Free(e->rules[i]);
@@ -98,12 +106,14 @@ static int mode_from(obm_py_state *st, const char *name, obm_mode *out) {
 
 static int expert_map(obm_py_state *st, expert_args *e, size_t i, PyObject *map) {
     if (map == Py_None) return 0;
-    if (!PyDict_Check(map)) return PyErr_SetString(PyExc_TypeError, "map is a dict of globs to \"1bit\", \"full\" or \"drop\""), -1;
+    if (!PyDict_Check(map))
+        return PyErr_SetString(PyExc_TypeError, "map is a dict of globs to \"1bit\", \"full\" or \"drop\""), -1;
     e->rules[i] = PyMem_Calloc((size_t)PyDict_Size(map) + 1, sizeof **e->rules);
     if (!e->rules[i]) return PyErr_NoMemory(), -1;
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(map, &at, &key, &value);) {
-        const char *glob = PyUnicode_AsUTF8AndSize(key, NULL), *mode = glob ? PyUnicode_AsUTF8AndSize(value, NULL) : NULL;
+        const char *glob = PyUnicode_AsUTF8AndSize(key, NULL),
+                   *mode = glob ? PyUnicode_AsUTF8AndSize(value, NULL) : NULL;
         obm_map_rule *rule = &e->rules[i][e->items[i].n_map];
         if (!mode || mode_from(st, mode, &rule->mode) < 0) return -1;
         rule->glob = glob;
@@ -117,7 +127,8 @@ static int expert_map(obm_py_state *st, expert_args *e, size_t i, PyObject *map)
 static int expert_from(obm_py_state *st, expert_args *e, size_t i, PyObject *expert) {
     obm_expert *x = &e->items[i];
     PyObject *path, *map;
-    if (!PyArg_ParseTuple(expert, "sO&zziO", &x->name, obm_py_path, &path, &x->policy, &x->scale, &x->planes, &map)) return -1;
+    if (!PyArg_ParseTuple(expert, "sO&zziO", &x->name, obm_py_path, &path, &x->policy, &x->scale, &x->planes, &map))
+        return -1;
     x->struct_size = sizeof *x;
     x->path = PyBytes_AsString(path);
     int rc = PyList_Append(e->keep, path) | PyList_Append(e->keep, expert);
@@ -132,8 +143,10 @@ static int experts_from(obm_py_state *st, PyObject *given, expert_args *e) {
     if (n >= 0) {
         e->items = PyMem_Calloc((size_t)n + 1, sizeof *e->items);
         e->rules = PyMem_Calloc((size_t)n + 1, sizeof *e->rules);
-        if (!e->items || !e->rules) PyErr_NoMemory(), n = -1;
-        else e->n = (size_t)n;
+        if (!e->items || !e->rules)
+            PyErr_NoMemory(), n = -1;
+        else
+            e->n = (size_t)n;
     }
     int rc = n < 0 || !e->keep || PyList_Append(e->keep, list) < 0 ? -1 : 0;
     for (size_t i = 0; rc == 0 && i < e->n; i++) rc = expert_from(st, e, i, PyList_GetItem(list, (Py_ssize_t)i));
@@ -143,9 +156,9 @@ static int experts_from(obm_py_state *st, PyObject *given, expert_args *e) {
 }
 
 static PyObject *plan_dict(const obm_plan *p) {
-    return Py_BuildValue("{sK,sK,sK,sK,sd}", "tensors", (unsigned long long)p->tensors, "bytes_read", (unsigned long long)p->bytes_read,
-                         "bytes_written", (unsigned long long)p->bytes_written, "peak_memory", (unsigned long long)p->peak_memory,
-                         "seconds", p->seconds);
+    return Py_BuildValue("{sK,sK,sK,sK,sd}", "tensors", (unsigned long long)p->tensors, "bytes_read",
+                         (unsigned long long)p->bytes_read, "bytes_written", (unsigned long long)p->bytes_written,
+                         "peak_memory", (unsigned long long)p->peak_memory, "seconds", p->seconds);
 }
 
 /* _core.compress(base, experts, out, profile, overwrite, dry_run, progress) -> Pack, or the plan of a dry run */
@@ -156,8 +169,8 @@ PyObject *obm_py_compress(PyObject *module, PyObject *args, PyObject *kwargs) {
     int overwrite = 0, dry_run = 0;
     obm_compress_options options = OBM_INIT(obm_compress_options);
     obm_py_state *st = PyModule_GetState(module);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&OO&|zppO", names, obm_py_path, &base, &given, obm_py_path, &out, &profile,
-                                     &overwrite, &dry_run, &progress))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&OO&|zppO", names, obm_py_path, &base, &given, obm_py_path, &out,
+                                     &profile, &overwrite, &dry_run, &progress))
         return NULL;
     expert_args experts = {0};
     obm_py_call call;
@@ -175,8 +188,10 @@ PyObject *obm_py_compress(PyObject *module, PyObject *args, PyObject *kwargs) {
         obm_error err;
         const char *base_text = PyBytes_AsString(base), *out_text = PyBytes_AsString(out);
         obm_py_begin(&call);
-        obm_status status = obm_compress(ctx, base_text, experts.items, experts.n, &options, out_text, &plan, dry_run ? NULL : &pack, &err);
-        if (obm_py_end(&call, status, &err) == 0) result = dry_run ? plan_dict(&plan) : pack_own(st, pack, Py_NewRef(context));
+        obm_status status = obm_compress(ctx, base_text, experts.items, experts.n, &options, out_text, &plan,
+                                         dry_run ? NULL : &pack, &err);
+        if (obm_py_end(&call, status, &err) == 0)
+            result = dry_run ? plan_dict(&plan) : pack_own(st, pack, Py_NewRef(context));
     }
     Py_XDECREF(context);
     experts_clear(&experts);
@@ -226,8 +241,8 @@ static PyObject *pack_settings(PyObject *o, void *unused) {
     (void)unused;
     obm_pack_settings s = OBM_INIT(obm_pack_settings);
     obm_pack_get_settings(obm_py_pack_get(o), &s);
-    return Py_BuildValue("{sd,ss,ss,sd}", "lambda", s.lambda, "reading", reading_names[s.reading], "profile", profile_names[s.profile],
-                         "density", s.density);
+    return Py_BuildValue("{sd,ss,ss,sd}", "lambda", s.lambda, "reading", reading_names[s.reading], "profile",
+                         profile_names[s.profile], "density", s.density);
 }
 
 static PyObject *pack_set(PyObject *o, PyObject *args, PyObject *kwargs) {
@@ -235,7 +250,8 @@ static PyObject *pack_set(PyObject *o, PyObject *args, PyObject *kwargs) {
     PyObject *lambda = Py_None, *density = Py_None;
     const char *reading = NULL, *profile = NULL;
     obm_pack *p = pack_mutable(o);
-    if (!p || !PyArg_ParseTupleAndKeywords(args, kwargs, "|OzzO", names, &lambda, &reading, &profile, &density)) return NULL;
+    if (!p || !PyArg_ParseTupleAndKeywords(args, kwargs, "|OzzO", names, &lambda, &reading, &profile, &density))
+        return NULL;
     obm_py_state *st = OBM_PY_STATE(o);
     obm_pack_settings s = OBM_INIT(obm_pack_settings);
     obm_pack_get_settings(p, &s);
@@ -244,7 +260,9 @@ static PyObject *pack_set(PyObject *o, PyObject *args, PyObject *kwargs) {
     if (PyErr_Occurred() || (profile && obm_py_profile(st, profile, &s.profile) < 0)) return NULL;
     if (reading) {
         int r = strcmp(reading, "onto_base") == 0 ? 0 : strcmp(reading, "recomputed") == 0 ? 1 : -1;
-        if (r < 0) return PyErr_Format(st->errors[-OBM_E_ARG], "unknown reading \"%s\" (known: onto_base, recomputed)", reading);
+        if (r < 0)
+            return PyErr_Format(st->errors[-OBM_E_ARG], "unknown reading \"%s\" (known: onto_base, recomputed)",
+                                reading);
         s.reading = (obm_reading)r;
     }
     obm_error err;
@@ -319,10 +337,11 @@ static PyObject *pack_bytes(PyObject *o, PyObject *arg) {
     obm_pack_bytes(obm_py_pack_get(o), task, b);
     PyObject *d = PyDict_New();
     for (int c = 0; d && c < OBM_CLASS_COUNT; c++) {
-        if (b[c].tensors &&
-            !obm_py_set(d, obm_class_name((obm_class)c),
-                        Py_BuildValue("{sK,sK,sK,sK}", "tensors", (unsigned long long)b[c].tensors, "params", (unsigned long long)b[c].params,
-                                      "bytes_expert", (unsigned long long)b[c].bytes_expert, "bytes_pack", (unsigned long long)b[c].bytes_pack)))
+        if (b[c].tensors && !obm_py_set(d, obm_class_name((obm_class)c),
+                                        Py_BuildValue("{sK,sK,sK,sK}", "tensors", (unsigned long long)b[c].tensors,
+                                                      "params", (unsigned long long)b[c].params, "bytes_expert",
+                                                      (unsigned long long)b[c].bytes_expert, "bytes_pack",
+                                                      (unsigned long long)b[c].bytes_pack)))
             Py_CLEAR(d);
     }
     return d;
@@ -363,9 +382,9 @@ static PyObject *pack_tensors(PyObject *o, PyObject *arg) {
     for (size_t i = 0; list && i < obm_pack_tensor_count(p); i++) {
         obm_pack_tensor t;
         obm_pack_tensor_at(p, task, i, &t);
-        PyObject *d = Py_BuildValue("{ss,ss,ss,sK,sL,sL,sN}", "name", t.name, "class", obm_class_name(t.cls), "mode", obm_mode_name(t.mode),
-                                    "bytes", (unsigned long long)t.bytes_pack, "rows", (long long)t.rows, "cols", (long long)t.cols,
-                                    "planes", plane_arrays(o, &t));
+        PyObject *d = Py_BuildValue("{ss,ss,ss,sK,sL,sL,sN}", "name", t.name, "class", obm_class_name(t.cls), "mode",
+                                    obm_mode_name(t.mode), "bytes", (unsigned long long)t.bytes_pack, "rows",
+                                    (long long)t.rows, "cols", (long long)t.cols, "planes", plane_arrays(o, &t));
         if (!d || PyList_Append(list, d) < 0) Py_CLEAR(list);
         Py_XDECREF(d);
     }
@@ -430,7 +449,8 @@ static PyObject *pack_materialise(PyObject *o, PyObject *args) {
 
 static PyObject *export_dict(const obm_export_report *r) {
     PyObject *d = plan_dict(&r->plan);
-    if (d && (!obm_py_set(d, "changed", PyLong_FromUnsignedLongLong(r->changed)) || !obm_py_set(d, "lost", PyLong_FromUnsignedLongLong(r->lost))))
+    if (d && (!obm_py_set(d, "changed", PyLong_FromUnsignedLongLong(r->changed)) ||
+              !obm_py_set(d, "lost", PyLong_FromUnsignedLongLong(r->lost))))
         Py_CLEAR(d);
     return d;
 }
@@ -441,8 +461,8 @@ static PyObject *pack_export(PyObject *o, PyObject *args, PyObject *kwargs) {
     unsigned long long shard = 0;
     int overwrite = 0, dry_run = 0;
     obm_export_options options = OBM_INIT(obm_export_options);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO&|zKppO", names, &route, obm_py_path, &out, &options.dtype, &shard, &overwrite,
-                                     &dry_run, &progress))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO&|zKppO", names, &route, obm_py_path, &out, &options.dtype,
+                                     &shard, &overwrite, &dry_run, &progress))
         return NULL;
     obm_py_call call;
     double *w = obm_py_call_init(&call, OBM_PY_STATE(o), progress) < 0 ? NULL : weights_for(o, route);
@@ -487,13 +507,15 @@ PyObject *obm_py_router_report(obm_py_state *st, const obm_router_report *r, con
         Py_XDECREF(s);
     }
     if (!names) return Py_DECREF(rows), NULL;
-    return obm_py_call_hook(st, "RouterReport", Py_BuildValue("(ddNNinn)", r->accuracy, r->calibration_error, rows, names, r->layer,
-                                                              (Py_ssize_t)r->n_train, (Py_ssize_t)r->n_held_out));
+    return obm_py_call_hook(st, "RouterReport",
+                            Py_BuildValue("(ddNNinn)", r->accuracy, r->calibration_error, rows, names, r->layer,
+                                          (Py_ssize_t)r->n_train, (Py_ssize_t)r->n_held_out));
 }
 
 static const char **label_list(PyObject *labels, size_t n) {
     if (PySequence_Size(labels) != (Py_ssize_t)n) {
-        if (!PyErr_Occurred()) PyErr_Format(PyExc_ValueError, "%zd texts but %zd labels", (Py_ssize_t)n, PySequence_Size(labels));
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_ValueError, "%zd texts but %zd labels", (Py_ssize_t)n, PySequence_Size(labels));
         return NULL;
     }
     const char **list = PyMem_Calloc(n + 1, sizeof *list);
@@ -501,7 +523,7 @@ static const char **label_list(PyObject *labels, size_t n) {
     for (size_t i = 0; i < n; i++) {
         PyObject *s = PySequence_GetItem(labels, (Py_ssize_t)i);
         list[i] = s && PyUnicode_Check(s) ? PyUnicode_AsUTF8AndSize(s, NULL) : NULL;
-        Py_XDECREF(s);   /* the sequence holds it */
+        Py_XDECREF(s); /* the sequence holds it */
         if (!list[i]) {
             if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "labels are task names (str)");
             return PyMem_Free(list), NULL;
@@ -516,8 +538,8 @@ static PyObject *pack_train_router(PyObject *o, PyObject *args, PyObject *kwargs
     obm_router_options options = OBM_INIT(obm_router_options);
     unsigned long long seed = 0;
     obm_pack *p = pack_mutable(o);
-    if (!p || !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|iddKO", names, &texts, &labels, &options.layer, &options.l2,
-                                           &options.holdout, &seed, &progress))
+    if (!p || !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|iddKO", names, &texts, &labels, &options.layer,
+                                           &options.l2, &options.holdout, &seed, &progress))
         return NULL;
     obm_py_state *st = OBM_PY_STATE(o);
     obm_py_call call;
@@ -554,28 +576,40 @@ static PyObject *pack_router_report(PyObject *o, PyObject *unused) {
     return result;
 }
 
-static PyObject *pack_repr(PyObject *o) { return obm_py_call_hook(OBM_PY_STATE(o), "pack_repr", Py_BuildValue("(O)", o)); }
+static PyObject *pack_repr(PyObject *o) {
+    return obm_py_call_hook(OBM_PY_STATE(o), "pack_repr", Py_BuildValue("(O)", o));
+}
 static PyObject *pack_html(PyObject *o, PyObject *unused) {
     (void)unused;
     return obm_py_call_hook(OBM_PY_STATE(o), "pack_html", Py_BuildValue("(O)", o));
 }
 
-#define KW(f) (PyCFunction)(void (*)(void))f, METH_VARARGS | METH_KEYWORDS
+#define KW(f) (PyCFunction)(void (*)(void)) f, METH_VARARGS | METH_KEYWORDS
 static PyMethodDef pack_methods[] = {
-    {"add", KW(pack_add), "add(name, expert, progress=None)\n\nCompress one more expert into the pack (atomic). expert: a path, (path, policy) or Expert."},
+    {"add", KW(pack_add),
+     "add(name, expert, progress=None)\n\nCompress one more expert into the pack (atomic). expert: a path, (path, "
+     "policy) or Expert."},
     {"remove", pack_remove, METH_O, "remove(name)\n\nDrop an expert; the router goes too, its tasks changed."},
-    {"set", KW(pack_set), "set(lambda_=None, reading=None, profile=None, density=None)\n\nChange the merge settings on disk."},
-    {"verify", KW(pack_verify), "verify(progress=None)\n\nChecksums of every file and the full hash of the base; raises on the first difference."},
+    {"set", KW(pack_set),
+     "set(lambda_=None, reading=None, profile=None, density=None)\n\nChange the merge settings on disk."},
+    {"verify", KW(pack_verify),
+     "verify(progress=None)\n\nChecksums of every file and the full hash of the base; raises on the first difference."},
     {"bytes", pack_bytes, METH_O, "bytes(task) -> dict\n\nBy module class: tensors, params, bytes_expert, bytes_pack."},
     {"policy", pack_policy, METH_O, "policy(task) -> str"},
-    {"tensors", pack_tensors, METH_O, "tensors(task) -> list of dict\n\nname, class, mode, bytes, rows, cols, planes [(signs, scales), ...] as NumPy arrays."},
-    {"parse_route", pack_parse_route, METH_O, "parse_route(route) -> dict\n\n\"chat=.7,math=.3\" -> {\"chat\": .7, \"math\": .3}"},
+    {"tensors", pack_tensors, METH_O,
+     "tensors(task) -> list of dict\n\nname, class, mode, bytes, rows, cols, planes [(signs, scales), ...] as NumPy "
+     "arrays."},
+    {"parse_route", pack_parse_route, METH_O,
+     "parse_route(route) -> dict\n\n\"chat=.7,math=.3\" -> {\"chat\": .7, \"math\": .3}"},
     {"format_route", pack_format_route, METH_O, "format_route(route) -> str"},
-    {"materialise", pack_materialise, METH_VARARGS, "materialise(route, name) -> ndarray\n\nThe merged tensor under a route, float32."},
-    {"export", KW(pack_export), "export(route, out, dtype=None, shard_bytes=0, overwrite=False, dry_run=False, progress=None) -> dict\n\n"
-                                "Write the dense Hugging Face folder of one route."},
-    {"train_router", KW(pack_train_router), "train_router(texts, labels, layer=0, l2=0, holdout=0, seed=0, progress=None) -> RouterReport\n\n"
-                                            "Multinomial logistic regression on mean-pooled hidden states after `layer` of the base; stored in the pack."},
+    {"materialise", pack_materialise, METH_VARARGS,
+     "materialise(route, name) -> ndarray\n\nThe merged tensor under a route, float32."},
+    {"export", KW(pack_export),
+     "export(route, out, dtype=None, shard_bytes=0, overwrite=False, dry_run=False, progress=None) -> dict\n\n"
+     "Write the dense Hugging Face folder of one route."},
+    {"train_router", KW(pack_train_router),
+     "train_router(texts, labels, layer=0, l2=0, holdout=0, seed=0, progress=None) -> RouterReport\n\n"
+     "Multinomial logistic regression on mean-pooled hidden states after `layer` of the base; stored in the pack."},
     {"router_report", pack_router_report, METH_NOARGS, "router_report() -> RouterReport"},
     {"_repr_html_", pack_html, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL}};
@@ -586,8 +620,11 @@ static PyGetSetDef pack_getset[] = {{"tasks", pack_tasks, NULL, "task names in p
                                     {"settings", pack_settings, NULL, "lambda, reading, profile, density", NULL},
                                     {NULL, NULL, NULL, NULL, NULL}};
 static PyType_Slot pack_slots[] = {
-    {Py_tp_new, pack_new},         {Py_tp_dealloc, pack_dealloc}, {Py_tp_repr, pack_repr},
-    {Py_tp_methods, pack_methods}, {Py_tp_getset, pack_getset},
+    {Py_tp_new, pack_new},
+    {Py_tp_dealloc, pack_dealloc},
+    {Py_tp_repr, pack_repr},
+    {Py_tp_methods, pack_methods},
+    {Py_tp_getset, pack_getset},
     {Py_tp_doc, "Pack(path, base=None)\n\nCompressed experts of one base, their router and merge settings."},
     {0, NULL}};
 PyType_Spec obm_py_pack_spec = {"onebitmerge.Pack", sizeof(Pack), 0, Py_TPFLAGS_DEFAULT, pack_slots};

@@ -5,11 +5,10 @@
 #include <string.h>
 
 typedef struct Tensor {
-    PyObject_HEAD
-    obm_tensor t;
+    PyObject_HEAD obm_tensor t;
     Py_ssize_t shape[OBM_MAX_DIM], strides[OBM_MAX_DIM];
-    PyObject *owner;   /* keeps a view's memory alive */
-    void *memory;      /* own memory, writable */
+    PyObject *owner; /* keeps a view's memory alive */
+    void *memory;    /* own memory, writable */
 } Tensor;
 
 static Tensor *tensor_alloc(obm_py_state *st) { return PyObject_New(Tensor, st->tensor); }
@@ -36,7 +35,8 @@ PyObject *obm_py_tensor_new(obm_py_state *st, int32_t ndim, const int64_t *shape
     obm_tensor t = {.dtype = OBM_F32, .ndim = ndim};
     for (int i = 0; i < ndim; i++) t.shape[i] = shape[i];
     int64_t n = obm_tensor_count(&t);
-    float *memory = n >= 0 && (uint64_t)n < PY_SSIZE_T_MAX / sizeof(float) ? calloc((size_t)n + 1, sizeof(float)) : NULL;
+    float *memory =
+        n >= 0 && (uint64_t)n < PY_SSIZE_T_MAX / sizeof(float) ? calloc((size_t)n + 1, sizeof(float)) : NULL;
     if (!memory) return PyErr_NoMemory();
     t.data = *data = memory;
     Tensor *self = tensor_alloc(st);
@@ -59,8 +59,8 @@ static void tensor_dealloc(PyObject *o) {
 
 static const char *buffer_format(obm_dtype d) {
     static const char *const formats[OBM_DTYPE_COUNT] = {
-        [OBM_F32] = "f", [OBM_F16] = "e", [OBM_F64] = "d", [OBM_U8] = "B", [OBM_I8] = "b", [OBM_I16] = "h", [OBM_I32] = "i",
-        [OBM_I64] = "q", [OBM_BOOL] = "?", [OBM_U16] = "H", [OBM_U32] = "I", [OBM_U64] = "Q"};
+        [OBM_F32] = "f", [OBM_F16] = "e", [OBM_F64] = "d",  [OBM_U8] = "B",  [OBM_I8] = "b",  [OBM_I16] = "h",
+        [OBM_I32] = "i", [OBM_I64] = "q", [OBM_BOOL] = "?", [OBM_U16] = "H", [OBM_U32] = "I", [OBM_U64] = "Q"};
     return d < OBM_DTYPE_COUNT ? formats[d] : NULL;
 }
 
@@ -68,7 +68,8 @@ static int tensor_getbuffer(PyObject *o, Py_buffer *view, int flags) {
     Tensor *self = (Tensor *)o;
     view->obj = NULL;
     if (!buffer_format(self->t.dtype)) {
-        PyErr_Format(PyExc_BufferError, "the buffer protocol has no %s; np.asarray(t) widens it, torch.from_dlpack(t) keeps it",
+        PyErr_Format(PyExc_BufferError,
+                     "the buffer protocol has no %s; np.asarray(t) widens it, torch.from_dlpack(t) keeps it",
                      obm_dtype_name(self->t.dtype));
         return -1;
     }
@@ -76,8 +77,11 @@ static int tensor_getbuffer(PyObject *o, Py_buffer *view, int flags) {
         PyErr_SetString(PyExc_BufferError, "the tensor is a read-only view");
         return -1;
     }
-    *view = (Py_buffer){.buf = (void *)self->t.data, .obj = Py_NewRef(o), .itemsize = (Py_ssize_t)obm_dtype_size(self->t.dtype),
-                        .readonly = !self->memory, .ndim = self->t.ndim};
+    *view = (Py_buffer){.buf = (void *)self->t.data,
+                        .obj = Py_NewRef(o),
+                        .itemsize = (Py_ssize_t)obm_dtype_size(self->t.dtype),
+                        .readonly = !self->memory,
+                        .ndim = self->t.ndim};
     view->len = (Py_ssize_t)obm_tensor_count(&self->t) * view->itemsize;
     view->format = flags & PyBUF_FORMAT ? (char *)buffer_format(self->t.dtype) : NULL;
     view->shape = flags & PyBUF_ND ? self->shape : NULL;
@@ -99,7 +103,8 @@ static PyObject *array_of(PyObject *o) {
     return obm_py_numpy(wide);
 }
 
-/* numpy asks for this where the buffer protocol refused.  copy: True always, False never (an error where one is needed). */
+/* numpy asks for this where the buffer protocol refused.  copy: True always, False never (an error where one is
+ * needed). */
 static PyObject *tensor_array(PyObject *o, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"dtype", "copy", NULL};
     PyObject *dtype = Py_None, *copy = Py_None;
@@ -107,13 +112,15 @@ static PyObject *tensor_array(PyObject *o, PyObject *args, PyObject *kwargs) {
     bool widens = !buffer_format(((Tensor *)o)->t.dtype), copied = widens;
     PyObject *array = copy == Py_False && widens ? NULL : array_of(o);
     if (array && dtype != Py_None) {
-        PyObject *cast = PyObject_CallMethod(array, "astype", "OssOO", dtype, "K", "unsafe", Py_True, Py_False);   /* copy=False */
+        PyObject *cast =
+            PyObject_CallMethod(array, "astype", "OssOO", dtype, "K", "unsafe", Py_True, Py_False); /* copy=False */
         copied = copied || cast != array;
         Py_DECREF(array);
         array = cast;
     }
     if (copy == Py_False && (copied || !array) && !PyErr_Occurred()) {
-        PyErr_Format(PyExc_ValueError, "this NumPy array of a %s tensor needs a copy", obm_dtype_name(((Tensor *)o)->t.dtype));
+        PyErr_Format(PyExc_ValueError, "this NumPy array of a %s tensor needs a copy",
+                     obm_dtype_name(((Tensor *)o)->t.dtype));
         Py_CLEAR(array);
     } else if (copy == Py_True && array && !copied) {
         PyObject *fresh = PyObject_CallMethod(array, "copy", NULL);
@@ -130,30 +137,58 @@ static PyObject *tensor_numpy(PyObject *o, PyObject *unused) {
 
 /* ---- DLPack (the struct layout of dmlc/dlpack, versions 0 and 1) ---- */
 
-typedef struct { int32_t device_type, device_id; } dl_device;
-typedef struct { uint8_t code, bits; uint16_t lanes; } dl_dtype;
 typedef struct {
-    void *data; dl_device device; int32_t ndim; dl_dtype dtype; int64_t *shape, *strides; uint64_t byte_offset;
+    int32_t device_type, device_id;
+} dl_device;
+typedef struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+} dl_dtype;
+typedef struct {
+    void *data;
+    dl_device device;
+    int32_t ndim;
+    dl_dtype dtype;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
 } dl_tensor;
-typedef struct dl_managed { dl_tensor t; void *context; void (*deleter)(struct dl_managed *); } dl_managed;
+typedef struct dl_managed {
+    dl_tensor t;
+    void *context;
+    void (*deleter)(struct dl_managed *);
+} dl_managed;
 typedef struct dl_versioned {
-    uint32_t major, minor; void *context; void (*deleter)(struct dl_versioned *); uint64_t flags; dl_tensor t;
+    uint32_t major, minor;
+    void *context;
+    void (*deleter)(struct dl_versioned *);
+    uint64_t flags;
+    dl_tensor t;
 } dl_versioned;
 enum { DL_CPU = 1, DL_READ_ONLY = 1, DL_INT = 0, DL_UINT = 1, DL_FLOAT = 2, DL_BFLOAT = 4, DL_BOOL = 6 };
 
 static int dl_dtype_of(obm_dtype d, dl_dtype *out) {
-    static const struct { uint8_t code, bits; } table[OBM_DTYPE_COUNT] = {
-        [OBM_F32] = {DL_FLOAT, 32}, [OBM_F16] = {DL_FLOAT, 16}, [OBM_BF16] = {DL_BFLOAT, 16}, [OBM_F64] = {DL_FLOAT, 64},
-        [OBM_U8] = {DL_UINT, 8}, [OBM_I8] = {DL_INT, 8}, [OBM_I16] = {DL_INT, 16}, [OBM_I32] = {DL_INT, 32},
-        [OBM_I64] = {DL_INT, 64}, [OBM_BOOL] = {DL_BOOL, 8}, [OBM_U16] = {DL_UINT, 16}, [OBM_U32] = {DL_UINT, 32},
-        [OBM_U64] = {DL_UINT, 64}};
+    static const struct {
+        uint8_t code, bits;
+    } table[OBM_DTYPE_COUNT] = {[OBM_F32] = {DL_FLOAT, 32}, [OBM_F16] = {DL_FLOAT, 16}, [OBM_BF16] = {DL_BFLOAT, 16},
+                                [OBM_F64] = {DL_FLOAT, 64}, [OBM_U8] = {DL_UINT, 8},    [OBM_I8] = {DL_INT, 8},
+                                [OBM_I16] = {DL_INT, 16},   [OBM_I32] = {DL_INT, 32},   [OBM_I64] = {DL_INT, 64},
+                                [OBM_BOOL] = {DL_BOOL, 8},  [OBM_U16] = {DL_UINT, 16},  [OBM_U32] = {DL_UINT, 32},
+                                [OBM_U64] = {DL_UINT, 64}};
     if (d >= OBM_DTYPE_COUNT || !table[d].bits) return -1;
     *out = (dl_dtype){table[d].code, table[d].bits, 1};
     return 0;
 }
 
 /* One block for both forms: the consumer's struct, the shape, and the memory or the reference behind it. */
-typedef struct { union { dl_managed old; dl_versioned now; } m; int64_t shape[OBM_MAX_DIM]; PyObject *keep; void *copy; } dl_block;
+typedef struct {
+    union {
+        dl_managed old;
+        dl_versioned now;
+    } m;
+    int64_t shape[OBM_MAX_DIM];
+    PyObject *keep;
+    void *copy;
+} dl_block;
 
 static void dl_release(dl_block *b) {
     PyGILState_STATE gil = PyGILState_Ensure();
@@ -183,7 +218,8 @@ static PyObject *tensor_dlpack(PyObject *o, PyObject *args, PyObject *kwargs) {
     Tensor *self = (Tensor *)o;
     dl_dtype dtype;
     if (stream != Py_None || dl_dtype_of(self->t.dtype, &dtype) < 0) {
-        PyErr_Format(PyExc_BufferError, "DLPack here: CPU tensors without a stream, not %s", obm_dtype_name(self->t.dtype));
+        PyErr_Format(PyExc_BufferError, "DLPack here: CPU tensors without a stream, not %s",
+                     obm_dtype_name(self->t.dtype));
         return NULL;
     }
     bool versioned = false;
@@ -198,7 +234,8 @@ static PyObject *tensor_dlpack(PyObject *o, PyObject *args, PyObject *kwargs) {
     if (!b) return PyErr_NoMemory();
     /* The old form cannot say "read-only": a consumer that writes into a mapped file would crash, so it gets a copy. */
     bool read_only = !self->memory, copies = copy == Py_True || (read_only && !versioned);
-    dl_tensor t = {.data = (void *)self->t.data, .device = {DL_CPU, 0}, .ndim = self->t.ndim, .dtype = dtype, .shape = b->shape};
+    dl_tensor t = {
+        .data = (void *)self->t.data, .device = {DL_CPU, 0}, .ndim = self->t.ndim, .dtype = dtype, .shape = b->shape};
     memcpy(b->shape, self->t.shape, sizeof b->shape);
     if (copies) {
         size_t bytes = (size_t)obm_tensor_count(&self->t) * obm_dtype_size(self->t.dtype);
@@ -208,8 +245,10 @@ static PyObject *tensor_dlpack(PyObject *o, PyObject *args, PyObject *kwargs) {
     } else {
         b->keep = Py_NewRef(o);
     }
-    if (versioned) b->m.now = (dl_versioned){1, 0, b, dl_delete_versioned, read_only && !copies ? DL_READ_ONLY : 0, t};
-    else b->m.old = (dl_managed){t, b, dl_delete_old};
+    if (versioned)
+        b->m.now = (dl_versioned){1, 0, b, dl_delete_versioned, read_only && !copies ? DL_READ_ONLY : 0, t};
+    else
+        b->m.old = (dl_managed){t, b, dl_delete_old};
     PyObject *capsule = PyCapsule_New(b, versioned ? "dltensor_versioned" : "dltensor", dl_capsule_release);
     if (!capsule) dl_release(b);
     return capsule;
@@ -222,7 +261,9 @@ static PyObject *tensor_dlpack_device(PyObject *o, PyObject *unused) {
 
 /* ---- import ---- */
 
-typedef struct { Py_buffer buffer; } held_buffer;
+typedef struct {
+    Py_buffer buffer;
+} held_buffer;
 static void held_buffer_release(PyObject *capsule) {
     held_buffer *h = PyCapsule_GetPointer(capsule, "onebitmerge.buffer");
     PyBuffer_Release(&h->buffer);
@@ -232,9 +273,12 @@ static void held_buffer_release(PyObject *capsule) {
 static int dtype_from_format(const char *format, Py_ssize_t itemsize, obm_dtype *out) {
     char kind = format && *format ? format[strlen(format) - 1] : 'B';
     if (format && strlen(format) == 2 && !strchr("<=@", format[0])) return -1;
-    static const struct { char kind; Py_ssize_t size; obm_dtype d; } table[] = {
-        {'f', 4, OBM_F32}, {'e', 2, OBM_F16}, {'d', 8, OBM_F64}, {'B', 1, OBM_U8}, {'b', 1, OBM_I8}, {'h', 2, OBM_I16},
-        {'i', 4, OBM_I32}, {'l', 8, OBM_I64}, {'q', 8, OBM_I64}, {'?', 1, OBM_BOOL}};
+    static const struct {
+        char kind;
+        Py_ssize_t size;
+        obm_dtype d;
+    } table[] = {{'f', 4, OBM_F32}, {'e', 2, OBM_F16}, {'d', 8, OBM_F64}, {'B', 1, OBM_U8},  {'b', 1, OBM_I8},
+                 {'h', 2, OBM_I16}, {'i', 4, OBM_I32}, {'l', 8, OBM_I64}, {'q', 8, OBM_I64}, {'?', 1, OBM_BOOL}};
     for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
         if (table[i].kind == kind && table[i].size == itemsize) return *out = table[i].d, 0;
     }
@@ -248,9 +292,12 @@ static int import_buffer(PyObject *o, obm_tensor *out, PyObject **holder) {
     Py_buffer *b = &h->buffer;
     obm_tensor t = {.data = b->buf, .ndim = b->ndim};
     const char *why = NULL;
-    if (b->ndim > OBM_MAX_DIM) why = "a tensor has at most 8 dimensions";
-    else if (dtype_from_format(b->format, b->itemsize, &t.dtype) < 0) why = "this element type is not supported";
-    else if (!PyBuffer_IsContiguous(b, 'C')) why = "the array is not contiguous; use np.ascontiguousarray";
+    if (b->ndim > OBM_MAX_DIM)
+        why = "a tensor has at most 8 dimensions";
+    else if (dtype_from_format(b->format, b->itemsize, &t.dtype) < 0)
+        why = "this element type is not supported";
+    else if (!PyBuffer_IsContiguous(b, 'C'))
+        why = "the array is not contiguous; use np.ascontiguousarray";
     for (int i = 0; !why && i < b->ndim; i++) t.shape[i] = b->shape[i];
     *holder = why ? NULL : PyCapsule_New(h, "onebitmerge.buffer", held_buffer_release);
     if (*holder) return *out = t, 0;
@@ -282,7 +329,8 @@ static int dl_read(const dl_tensor *d, obm_tensor *out) {
             return *out = t, 0;
         }
     }
-    PyErr_Format(PyExc_ValueError, "DLPack: element type (code %d, %d bits) is not supported", d->dtype.code, d->dtype.bits);
+    PyErr_Format(PyExc_ValueError, "DLPack: element type (code %d, %d bits) is not supported", d->dtype.code,
+                 d->dtype.bits);
     return -1;
 }
 
@@ -361,28 +409,32 @@ static Py_ssize_t tensor_length(PyObject *o) {
 
 static PyObject *tensor_repr(PyObject *o) {
     PyObject *shape = tensor_shape(o, NULL);
-    PyObject *repr = shape ? PyUnicode_FromFormat("Tensor(%s, shape=%R)", obm_dtype_name(obm_py_tensor_get(o)->dtype), shape) : NULL;
+    PyObject *repr =
+        shape ? PyUnicode_FromFormat("Tensor(%s, shape=%R)", obm_dtype_name(obm_py_tensor_get(o)->dtype), shape) : NULL;
     Py_XDECREF(shape);
     return repr;
 }
 
 static PyMethodDef tensor_methods[] = {
-    {"numpy", tensor_numpy, METH_NOARGS, "numpy() -> ndarray\n\nWithout a copy; bf16, which NumPy lacks, is widened to float32."},
+    {"numpy", tensor_numpy, METH_NOARGS,
+     "numpy() -> ndarray\n\nWithout a copy; bf16, which NumPy lacks, is widened to float32."},
     {"__array__", (PyCFunction)(void (*)(void))tensor_array, METH_VARARGS | METH_KEYWORDS, "For numpy.asarray."},
-    {"__dlpack__", (PyCFunction)(void (*)(void))tensor_dlpack, METH_VARARGS | METH_KEYWORDS, "For from_dlpack of torch, jax, numpy."},
+    {"__dlpack__", (PyCFunction)(void (*)(void))tensor_dlpack, METH_VARARGS | METH_KEYWORDS,
+     "For from_dlpack of torch, jax, numpy."},
     {"__dlpack_device__", tensor_dlpack_device, METH_NOARGS, "(1, 0): the CPU."},
     {NULL, NULL, 0, NULL}};
 static PyGetSetDef tensor_getset[] = {{"shape", tensor_shape, NULL, "tuple of int", NULL},
                                       {"dtype", tensor_dtype, NULL, "\"F32\", \"BF16\", ...", NULL},
                                       {"nbytes", tensor_nbytes, NULL, "bytes", NULL},
                                       {NULL, NULL, NULL, NULL, NULL}};
-static PyType_Slot tensor_slots[] = {{Py_tp_dealloc, tensor_dealloc},
-                                     {Py_tp_repr, tensor_repr},
-                                     {Py_tp_methods, tensor_methods},
-                                     {Py_tp_getset, tensor_getset},
-                                     {Py_sq_length, tensor_length},
-                                     {Py_bf_getbuffer, tensor_getbuffer},
-                                     {Py_tp_doc, "A tensor of a checkpoint or a result; np.asarray(t), torch.from_dlpack(t)."},
-                                     {0, NULL}};
-PyType_Spec obm_py_tensor_spec = {"onebitmerge.Tensor", sizeof(Tensor), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-                                  tensor_slots};
+static PyType_Slot tensor_slots[] = {
+    {Py_tp_dealloc, tensor_dealloc},
+    {Py_tp_repr, tensor_repr},
+    {Py_tp_methods, tensor_methods},
+    {Py_tp_getset, tensor_getset},
+    {Py_sq_length, tensor_length},
+    {Py_bf_getbuffer, tensor_getbuffer},
+    {Py_tp_doc, "A tensor of a checkpoint or a result; np.asarray(t), torch.from_dlpack(t)."},
+    {0, NULL}};
+PyType_Spec obm_py_tensor_spec = {"onebitmerge.Tensor", sizeof(Tensor), 0,
+                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, tensor_slots};

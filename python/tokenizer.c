@@ -2,15 +2,15 @@
 #include "obm_py.h"
 
 typedef struct Tokenizer {
-    PyObject_HEAD
-    obm_tokenizer *own;
+    PyObject_HEAD obm_tokenizer *own;
     const obm_tokenizer *t;
     PyObject *context, *owner;
 } Tokenizer;
 
 const obm_tokenizer *obm_py_tokenizer_get(PyObject *o) { return ((Tokenizer *)o)->t; }
 
-static PyObject *tokenizer_wrap(obm_py_state *st, const obm_tokenizer *t, obm_tokenizer *own, PyObject *context, PyObject *owner) {
+static PyObject *tokenizer_wrap(obm_py_state *st, const obm_tokenizer *t, obm_tokenizer *own, PyObject *context,
+                                PyObject *owner) {
     Tokenizer *self = PyObject_New(Tokenizer, st->tokenizer);
     if (!self) return NULL;
     self->t = t;
@@ -110,7 +110,8 @@ static PyObject *tokenizer_builtin_template(PyObject *o, PyObject *args) {
     obm_error err;
     if (!prompts.single || !prompts.items[0].messages) {
         PyErr_SetString(PyExc_TypeError, "expected a list of messages ({\"role\": ..., \"content\": ...})");
-    } else if (obm_tokenizer_apply_template(obm_py_tokenizer_get(o), prompts.items[0].messages, prompts.items[0].n_messages, add, &text, &err) != OBM_OK) {
+    } else if (obm_tokenizer_apply_template(obm_py_tokenizer_get(o), prompts.items[0].messages,
+                                            prompts.items[0].n_messages, add, &text, &err) != OBM_OK) {
         obm_py_raise(OBM_PY_STATE(o), &err);
     } else {
         s = PyUnicode_FromString(text);
@@ -125,7 +126,8 @@ static PyObject *tokenizer_apply_template(PyObject *o, PyObject *args, PyObject 
     PyObject *messages;
     int add = 1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|p", names, &messages, &add)) return NULL;
-    PyObject *text = obm_py_call_hook(OBM_PY_STATE(o), "render_template", Py_BuildValue("(OOO)", o, messages, add ? Py_True : Py_False));
+    PyObject *text = obm_py_call_hook(OBM_PY_STATE(o), "render_template",
+                                      Py_BuildValue("(OOO)", o, messages, add ? Py_True : Py_False));
     if (text != Py_None) return text;
     Py_DECREF(text);
     return PyObject_CallMethod(o, "builtin_template", "Oi", messages, add);
@@ -171,26 +173,32 @@ static Py_ssize_t tokenizer_length(PyObject *o) { return (Py_ssize_t)obm_tokeniz
 
 static PyObject *tokenizer_repr(PyObject *o) { return PyUnicode_FromFormat("Tokenizer(%zd ids)", tokenizer_length(o)); }
 
-#define KW(f) (PyCFunction)(void (*)(void))f, METH_VARARGS | METH_KEYWORDS
+#define KW(f) (PyCFunction)(void (*)(void)) f, METH_VARARGS | METH_KEYWORDS
 static PyMethodDef tokenizer_methods[] = {
-    {"encode", KW(tokenizer_encode), "encode(text, special=True) -> list of int\n\nspecial: add the post-processor's tokens."},
+    {"encode", KW(tokenizer_encode),
+     "encode(text, special=True) -> list of int\n\nspecial: add the post-processor's tokens."},
     {"decode", KW(tokenizer_decode), "decode(ids, skip_special=False) -> str"},
     {"apply_template", KW(tokenizer_apply_template),
-     "apply_template(messages, add_generation=True) -> str\n\nThe model's own template where jinja2 is installed, else the built-in one."},
-    {"builtin_template", tokenizer_builtin_template, METH_VARARGS, "builtin_template(messages, add_generation=True) -> str"},
+     "apply_template(messages, add_generation=True) -> str\n\nThe model's own template where jinja2 is installed, else "
+     "the built-in one."},
+    {"builtin_template", tokenizer_builtin_template, METH_VARARGS,
+     "builtin_template(messages, add_generation=True) -> str"},
     {"piece", tokenizer_piece, METH_O, "piece(id) -> str or None\n\nAs in tokenizer.json."},
     {"id", tokenizer_id, METH_O, "id(piece) -> int or None"},
     {NULL, NULL, 0, NULL}};
-static PyGetSetDef tokenizer_getset[] = {{"template", tokenizer_template, NULL, "the model's own Jinja chat template, or None", NULL},
-                                         {"bos", tokenizer_bos, NULL, "tokenizer_config.json's bos_token, or None", NULL},
-                                         {"eos", tokenizer_eos, NULL, "tokenizer_config.json's eos_token, or None", NULL},
-                                         {NULL, NULL, NULL, NULL, NULL}};
-static PyType_Slot tokenizer_slots[] = {{Py_tp_new, tokenizer_new},
-                                        {Py_tp_dealloc, tokenizer_dealloc},
-                                        {Py_tp_repr, tokenizer_repr},
-                                        {Py_tp_methods, tokenizer_methods},
-                                        {Py_tp_getset, tokenizer_getset},
-                                        {Py_mp_length, tokenizer_length},
-                                        {Py_tp_doc, "Tokenizer(path)\n\ntokenizer.json of a folder, or the file itself."},
-                                        {0, NULL}};
-PyType_Spec obm_py_tokenizer_spec = {"onebitmerge.Tokenizer", sizeof(Tokenizer), 0, Py_TPFLAGS_DEFAULT, tokenizer_slots};
+static PyGetSetDef tokenizer_getset[] = {
+    {"template", tokenizer_template, NULL, "the model's own Jinja chat template, or None", NULL},
+    {"bos", tokenizer_bos, NULL, "tokenizer_config.json's bos_token, or None", NULL},
+    {"eos", tokenizer_eos, NULL, "tokenizer_config.json's eos_token, or None", NULL},
+    {NULL, NULL, NULL, NULL, NULL}};
+static PyType_Slot tokenizer_slots[] = {
+    {Py_tp_new, tokenizer_new},
+    {Py_tp_dealloc, tokenizer_dealloc},
+    {Py_tp_repr, tokenizer_repr},
+    {Py_tp_methods, tokenizer_methods},
+    {Py_tp_getset, tokenizer_getset},
+    {Py_mp_length, tokenizer_length},
+    {Py_tp_doc, "Tokenizer(path)\n\ntokenizer.json of a folder, or the file itself."},
+    {0, NULL}};
+PyType_Spec obm_py_tokenizer_spec = {"onebitmerge.Tokenizer", sizeof(Tokenizer), 0, Py_TPFLAGS_DEFAULT,
+                                     tokenizer_slots};
