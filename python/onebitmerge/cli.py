@@ -307,13 +307,21 @@ def pack_verify(args):
     emit({"pack": args.pack, "verified": True}) if args.json else print(f"{args.pack}: every checksum and the base agree")
 
 
+def has_router(pack):
+    with contextlib.suppress(obm.NotFoundError):
+        return pack.router_report() is not None
+    return False
+
+
 def pack_add(args):
     pack = obm.Pack(args.pack, base=args.base)
     name, expert = parse_expert(args.expert, args)
     if args.dry_run:
         return print_plan(args, obm.compress(pack.base, {name: expert}, args.pack, dry_run=True), "add")
+    routed = has_router(pack)
     pack.add(name, expert, progress=progress_of(args))
-    print("the router was dropped: its tasks changed (onebitmerge router train makes a new one)", file=sys.stderr)
+    if routed:
+        print("onebitmerge: the router was dropped: its tasks changed (router train makes a new one)", file=sys.stderr)
     show_pack(args, pack)
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import pathlib
 import shutil
+import signal
 import types
 
 import pytest
@@ -22,6 +23,10 @@ def load_source(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+# A runner started in the background of a shell inherits an ignored SIGINT, and Python then installs no handler of its own.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
