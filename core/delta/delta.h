@@ -34,7 +34,7 @@ struct obm_task_vector {
 const obm__pair *obm__task_vector_find(const obm_task_vector *v, const char *name, obm_error *err);
 /* OBM_E_VALUE: names the tensor and element `index`, which is NaN or Inf. */
 obm_status obm__fail_nonfinite(obm_error *err, const obm__pair *p, int64_t index);
-/* d of elements [begin, begin + n), f32; scratch: n floats. */
+/* d of elements [begin, begin + n), f32; scratch: n floats, left with no meaning. */
 void obm__pair_read(const obm_kernels *k, const obm__pair *p, int64_t begin, int64_t n, float *d, float *scratch);
 /* Widen n elements from element `begin` of any float tensor (dtype checked by the caller). */
 void obm__widen(const obm_kernels *k, const obm_tensor *t, int64_t begin, int64_t n, float *out);

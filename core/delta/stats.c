@@ -41,7 +41,8 @@ static void check(scan *s, const float *x, int64_t begin, size_t n) {
 
 /* A: theta^2, B: d^2, C: |d|; count: zeros. */
 static uint64_t stats_block(scan *s, scan_worker *w, int64_t begin, size_t n, size_t block) {
-    obm__pair_read(s->k, s->a, begin, (int64_t)n, w->x, w->y); /* y: the base's values */
+    obm__pair_read(s->k, s->a, begin, (int64_t)n, w->x, w->scratch);
+    obm__widen(s->k, &s->a->base, begin, (int64_t)n, w->y);
     check(s, w->x, begin, n);
     w->partial[SUM_A][block] = s->k->dot(w->y, w->y, n);
     w->partial[SUM_B][block] = s->k->dot(w->x, w->x, n);
