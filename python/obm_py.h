@@ -85,8 +85,6 @@ extern PyType_Spec obm_py_checkpoint_spec, obm_py_task_vector_spec, obm_py_pack_
 const obm_checkpoint *obm_py_checkpoint_get(PyObject *o);
 PyObject *obm_py_tokenizer_borrow(obm_py_state *st, const obm_tokenizer *t, PyObject *owner);
 const obm_tokenizer *obm_py_tokenizer_get(PyObject *o);
-PyObject *obm_py_tokenizer_render(obm_py_state *st, PyObject *tokenizer, PyObject *messages,
-                                  int add_generation); /* str, or NULL */
 const obm_pack *obm_py_pack_get(PyObject *o);
 PyObject *obm_py_pack_borrow(obm_py_state *st, const obm_pack *p, PyObject *owner);
 PyObject *obm_py_request_new(obm_py_state *st, obm_request *r, const obm_pack *pack);

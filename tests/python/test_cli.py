@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -220,7 +219,6 @@ def test_python_routers(lines, fails, pack_path, tmp_path):
     fails("route", pack_path, "x", "--router", "nonsense", code=2)
 
 
-@pytest.mark.skipif(not (shutil.which("lua5.4") or shutil.which("lua")), reason="no Lua interpreter")
 def test_lua_routers(lines, fails, pack_path, tmp_path, model):
     file = tmp_path / "mine.lua"
     file.write_text("""return function(request)
