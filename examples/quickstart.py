@@ -201,6 +201,8 @@ def main():
         static_merges(table, out, valid, test)
         model = dynamic_merges(table, pack, out, out / "data", valid, test)
         print(f"\n{table}\n")
+        print("How to read it: compare the lambda 0 row (routing only) with 1bit-Merging for what merging the others adds, and with the\n"
+              "two controls for what the signs carry; overlapping intervals are no difference.\n")
         if fast:
             print("--fast: small sets, wide intervals; the numbers in README.md are from a full run.\n")
         for s in TASKS:
