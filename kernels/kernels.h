@@ -6,10 +6,10 @@
  *   row-exact  the result of one row does not depend on which other rows or how many are in the call (same ISA);
  *              between ISAs within the stated bound
  *
- * NaN and Inf: conversions pass them on; sign_pack treats NaN as bit 0 (callers refuse non-finite values before).  Where
+ * NaN and Inf: conversions pass them on; sign_pack treats NaN as bit 0 (callers refuse non-finite values before). Where
  * arithmetic meets NaN operands, which payload comes out is open.
- * Inputs need no alignment (tensors of mapped files may have none), outputs that of their element.  n may be 0.  Inputs and outputs must not overlap
- * unless stated.
+ * Inputs need no alignment (tensors of mapped files may have none), outputs that of their element.  n may be 0.  Inputs
+ * and outputs must not overlap unless stated.
  */
 #ifndef OBM_KERNELS_H
 #define OBM_KERNELS_H
@@ -17,8 +17,21 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/*
+ * Planes in block layout: 64 rows at a time; inside a block, for each byte column c of the packed rows (row-major, LSB
+ * first, padded with zero bits to whole groups of 64 columns) 64 bytes, byte i of them being byte c of row i.  A block
+ * of n_bytes byte columns takes 64 * n_bytes bytes.  Vectors are quantised in tiles of 2048 columns, each with a scale.
+ */
+enum {
+    OBM__PLANE_ROWS = 64,   /* rows of a block */
+    OBM__PLANE_TILE = 2048, /* columns with one scale; 2048 / 8 = 256 is also what 16-bit sums of bytes can hold */
+    OBM__PLANE_GROUP = 64,  /* columns whose |q| are summed together */
+    OBM__PLANE_TABLE = 64,  /* bytes of lookup table per byte column */
+    OBM__PLANE_STEPS = 4095 /* |q| at most, so that four of them stay under 2^14: two limbs of 7 bits */
+};
+
 typedef struct obm_kernels {
-    const char *isa;   /* "scalar", "avx2", "avx512", "neon" */
+    const char *isa; /* "scalar", "avx2", "avx512", "neon" */
 
     /* exact.  f16 -> f32 makes a NaN quiet, bf16 -> f32 keeps its bits; f32 -> bf16/f16 rounds to nearest even,
      * keeps infinities, and makes any NaN a quiet one with its upper payload bits. */
@@ -37,17 +50,17 @@ typedef struct obm_kernels {
     /* exact.  Index of the first NaN or Inf, n if all are finite. */
     size_t (*find_nonfinite)(const float *x, size_t n);
 
-    /* exact.  Reductions over at most 4096 elements: 16 lanes of f64, element i goes to lane i % 16 in increasing i, then
-     * lanes are summed ((0+8)+(4+12)) + ((2+10)+(6+14)) and so on: for step = 8, 4, 2, 1: lane[j] += lane[j + step], j < step.
-     * abs_sum: sum |x|.  dot: sum x*y, products exact in f64.  Longer ranges are cut at multiples of 4096 by the caller
-     * and joined with obm__tree_sum. */
+    /* exact.  Reductions over at most 4096 elements: 16 lanes of f64, element i goes to lane i % 16 in increasing i,
+     * then lanes are summed ((0+8)+(4+12)) + ((2+10)+(6+14)) and so on: for step = 8, 4, 2, 1:
+     * lane[j] += lane[j + step], j < step.  abs_sum: sum |x|.  dot: sum x*y, products exact in f64.  Longer ranges are
+     * cut at multiples of 4096 by the caller and joined with obm__tree_sum. */
     double (*abs_sum)(const float *x, size_t n);
     double (*dot)(const float *x, const float *y, size_t n);
     /* exact.  Number of elements equal to 0. */
     size_t (*count_zero)(const float *x, size_t n);
 
-    /* exact.  Bit i % 8 (LSB first) of byte i / 8 is 1 iff d[i] >= 0 (-0.0 counts as >= 0).  Bits from n up to the end of
-     * the last byte are 0.  Writes ceil(n / 8) bytes. */
+    /* exact.  Bit i % 8 (LSB first) of byte i / 8 is 1 iff d[i] >= 0 (-0.0 counts as >= 0).  Bits from n up to the end
+     * of the last byte are 0.  Writes ceil(n / 8) bytes. */
     void (*sign_pack)(uint8_t *bits, const float *d, size_t n);
     /* exact.  y[i] += bit i ? alpha : -alpha. */
     void (*sign_axpy)(float *y, const uint8_t *bits, float alpha, size_t n);
@@ -61,14 +74,57 @@ typedef struct obm_kernels {
     void (*rows_f16)(float *y, const uint16_t *w, size_t ld, size_t rows, const float *x, size_t n);
     void (*rows_f32)(float *y, const float *w, size_t ld, size_t rows, const float *x, size_t n);
 
-    /* The same for several vectors, so that weights are widened once for all of them: y[t * ldy + r], t < tokens, has the
-     * bits that rows_* of the same table gives for row r and the vector x + t * ldx. */
+    /* The same for several vectors, so that weights are widened once for all of them: y[t * ldy + r], t < tokens, has
+     * the bits that rows_* of the same table gives for row r and the vector x + t * ldx. */
     void (*batch_bf16)(float *y, size_t ldy, const uint16_t *w, size_t ld, size_t rows, const float *x, size_t ldx,
                        size_t tokens, size_t n);
     void (*batch_f16)(float *y, size_t ldy, const uint16_t *w, size_t ld, size_t rows, const float *x, size_t ldx,
                       size_t tokens, size_t n);
     void (*batch_f32)(float *y, size_t ldy, const float *w, size_t ld, size_t rows, const float *x, size_t ldx,
                       size_t tokens, size_t n);
+
+    /* Planes.  n_bytes is a multiple of 8 everywhere. */
+
+    /* exact.  Packed rows (row r at rows + r * stride) to one block; rows n_rows .. 63 become 0.  1 <= n_rows <= 64. */
+    void (*plane_repack)(uint8_t *block /* 64 * n_bytes */, const uint8_t *rows, size_t stride, size_t n_rows,
+                         size_t n_bytes);
+    /* exact.  And back: all 64 rows. */
+    void (*plane_unpack)(uint8_t *rows, size_t stride, const uint8_t *block, size_t n_bytes);
+
+    /*
+     * exact.  A vector in fixed point.  Per tile: m = max |x|, q = x * (4095 / m) rounded to nearest even (the current
+     * rounding mode must be that), scale = m / 4095.  A tile of zeros has scale 0, a tile with a NaN or Inf has scale
+     * NaN and every q = 0: what is multiplied with it comes out NaN.  Columns from cols to a whole group have q = 0.
+     *
+     * For 4 columns the table holds U[e] = sum over k of (bit k of e ? max(q_k, 0) : max(-q_k, 0)), e = 0..15, at most
+     * 4 * 4095 < 2^14, as two limbs of 7 bits: byte column c has the 64 bytes
+     *     U & 127 of its low nibble, U & 127 of its high nibble, U >> 7 of the low nibble, U >> 7 of the high one.
+     * As max(q, 0) - max(-q, 0) = q and their sum is |q|:  sum of +-q = 2 * sum of U - sum of |q|.
+     *
+     * tables: 64 bytes per byte column;  scales: one per tile;  abs_sums: sum |q|, one per group.  Tiles are
+     * independent: a caller may pass them one by one (x + 2048 t, tables + 16384 t, scales + t, abs_sums + 32 t).
+     */
+    void (*plane_tables)(uint8_t *tables, float *scales, int32_t *abs_sums, const float *x, size_t cols);
+
+    /*
+     * exact.  sums[r] = sum over the columns of s_r * q, where s_r = +1 if the XOR of the planes' bits is 1, else -1:
+     * for an odd number of planes that is the product of their signs, since with sign = -(-1)^bit it is
+     * -(-1)^(sum of bits).  planes: n (1, 3, 5 or 7) pointers into blocks, at the first byte column; n_bytes <= 256,
+     * all inside one tile; tables and abs_sums start at the same column.  Sums of ranges add up to the sum of the tile
+     * (|sum| < 2^24, exact as float), and y = scale * (float)sum, tiles in order, is the product.
+     *
+     * Against f64: |scale * sum - sum of +-x| <= m / 8170 per column: q is within 1/2 + 4095 * 2^-23 of x * 4095 / m
+     * (two roundings), and the rounding of m / 4095 adds 4095 * 2^-24, together < 0.5008 steps of m / 4095.  (Where m
+     * is below 2^-100, m / 4095 may be denormal: 2^-138 per column more.)
+     *
+     * ahead: NULL, or memory that is wanted next; one cache line of it is asked for per byte column.  It need not
+     * exist.
+     */
+    void (*plane_sums)(int32_t *sums /* 64 */, const uint8_t *const *planes, int n, size_t n_bytes,
+                       const uint8_t *tables, const int32_t *abs_sums, const void *ahead);
+
+    /* exact.  y[i] += bit i of the XOR of n packed rows ? c : -c;  n is odd and at most 7. */
+    void (*plane_add)(float *y, const uint8_t *const *bits, int n, float c, size_t cols);
 } obm_kernels;
 
 /* Tables that this CPU can run, worst first; ends with NULL.  For tests and for the context. */

@@ -159,6 +159,84 @@ BATCH(batch_bf16, uint16_t, obm__scalar_rows_bf16)
 BATCH(batch_f16, uint16_t, obm__scalar_rows_f16)
 BATCH(batch_f32, float, obm__scalar_rows_f32)
 
+void obm__scalar_plane_repack(uint8_t *block, const uint8_t *rows, size_t stride, size_t n_rows, size_t n_bytes) {
+    for (size_t c = 0; c < n_bytes; c++)
+        for (size_t r = 0; r < OBM__PLANE_ROWS; r++)
+            block[c * OBM__PLANE_ROWS + r] = r < n_rows ? rows[r * stride + c] : 0;
+}
+
+void obm__scalar_plane_unpack(uint8_t *rows, size_t stride, const uint8_t *block, size_t n_bytes) {
+    for (size_t c = 0; c < n_bytes; c++)
+        for (size_t r = 0; r < OBM__PLANE_ROWS; r++) rows[r * stride + c] = block[c * OBM__PLANE_ROWS + r];
+}
+
+static int positive_part(int q) { return q > 0 ? q : 0; }
+
+/* low: U & 127 of 16 entries, U >> 7 of them 32 bytes on, after the low limbs of the byte's other half. */
+static void nibble_table(uint8_t *low, const int *q /* 4 */) {
+    for (int e = 0; e < 16; e++) {
+        int u = 0;
+        for (int k = 0; k < 4; k++) u += e >> k & 1 ? positive_part(q[k]) : positive_part(-q[k]);
+        low[e] = (uint8_t)(u & 127);
+        low[32 + e] = (uint8_t)(u >> 7);
+    }
+}
+
+/* One tile; x has cols <= 2048 elements. */
+static void tile_tables(uint8_t *tables, float *scale, int32_t *abs_sums, const float *x, size_t cols) {
+    uint32_t m = 0; /* magnitudes order as their bits do, and NaN comes after all of them */
+    int q[OBM__PLANE_TILE] = {0};
+    for (size_t i = 0; i < cols; i++) {
+        uint32_t magnitude = bits_of(float_at(x + i)) & 0x7fffffff;
+        if (magnitude > m) m = magnitude;
+    }
+    *scale = m ? NAN : 0;
+    if (m && m < 0x7f800000) {
+        obm__quantiser z = obm__quantise(from_bits(m));
+        for (size_t i = 0; i < cols; i++) q[i] = (int)rintf(float_at(x + i) * z.lift * z.steps);
+        *scale = z.scale;
+    }
+    for (size_t g = 0; g * OBM__PLANE_GROUP < cols; g++) {
+        abs_sums[g] = 0;
+        for (size_t i = g * OBM__PLANE_GROUP; i < (g + 1) * OBM__PLANE_GROUP; i += 4) {
+            nibble_table(tables + i / 8 * OBM__PLANE_TABLE + i % 8 * 4, q + i);
+            for (size_t k = i; k < i + 4; k++) abs_sums[g] += positive_part(q[k]) + positive_part(-q[k]);
+        }
+    }
+}
+
+void obm__scalar_plane_tables(uint8_t *tables, float *scales, int32_t *abs_sums, const float *x, size_t cols) {
+    for (size_t i = 0; i < cols; i += OBM__PLANE_TILE)
+        tile_tables(tables + i / 8 * OBM__PLANE_TABLE, scales + i / OBM__PLANE_TILE, abs_sums + i / OBM__PLANE_GROUP,
+                    x + i, cols - i < OBM__PLANE_TILE ? cols - i : OBM__PLANE_TILE);
+}
+
+void obm__scalar_plane_sums(int32_t *sums, const uint8_t *const *planes, int n, size_t n_bytes, const uint8_t *tables,
+                            const int32_t *abs_sums, const void *ahead) {
+    (void)ahead;
+    int32_t total = 0;
+    for (size_t g = 0; g < n_bytes / 8; g++) total += abs_sums[g];
+    for (size_t r = 0; r < OBM__PLANE_ROWS; r++) {
+        int32_t u = 0;
+        for (size_t c = 0; c < n_bytes; c++) {
+            const uint8_t *low = tables + c * OBM__PLANE_TABLE, *high = low + 32; /* limbs */
+            unsigned byte = 0;
+            for (int i = 0; i < n; i++) byte ^= planes[i][c * OBM__PLANE_ROWS + r];
+            unsigned a = byte & 15, b = 16 + (byte >> 4);
+            u += low[a] + low[b] + (high[a] + high[b]) * 128;
+        }
+        sums[r] = 2 * u - total;
+    }
+}
+
+void obm__scalar_plane_add(float *y, const uint8_t *const *bits, int n, float c, size_t cols) {
+    for (size_t i = 0; i < cols; i++) {
+        unsigned byte = 0;
+        for (int p = 0; p < n; p++) byte ^= bits[p][i / 8];
+        y[i] += byte >> i % 8 & 1 ? c : -c;
+    }
+}
+
 const obm_kernels obm__kernels_scalar = {
     .isa = "scalar",
     .bf16_to_f32 = obm__scalar_bf16_to_f32,
@@ -181,4 +259,9 @@ const obm_kernels obm__kernels_scalar = {
     .batch_bf16 = batch_bf16,
     .batch_f16 = batch_f16,
     .batch_f32 = batch_f32,
+    .plane_repack = obm__scalar_plane_repack,
+    .plane_unpack = obm__scalar_plane_unpack,
+    .plane_tables = obm__scalar_plane_tables,
+    .plane_sums = obm__scalar_plane_sums,
+    .plane_add = obm__scalar_plane_add,
 };

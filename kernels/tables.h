@@ -30,6 +30,23 @@ void obm__scalar_magnitude_histogram(uint32_t *histogram, const float *x, size_t
 void obm__scalar_rows_bf16(float *y, const uint16_t *w, size_t ld, size_t rows, const float *x, size_t n);
 void obm__scalar_rows_f16(float *y, const uint16_t *w, size_t ld, size_t rows, const float *x, size_t n);
 void obm__scalar_rows_f32(float *y, const float *w, size_t ld, size_t rows, const float *x, size_t n);
+void obm__scalar_plane_repack(uint8_t *block, const uint8_t *rows, size_t stride, size_t n_rows, size_t n_bytes);
+void obm__scalar_plane_unpack(uint8_t *rows, size_t stride, const uint8_t *block, size_t n_bytes);
+void obm__scalar_plane_tables(uint8_t *tables, float *scales, int32_t *abs_sums, const float *x, size_t cols);
+void obm__scalar_plane_sums(int32_t *sums, const uint8_t *const *planes, int n, size_t n_bytes, const uint8_t *tables,
+                            const int32_t *abs_sums, const void *ahead);
+void obm__scalar_plane_add(float *y, const uint8_t *const *bits, int n, float c, size_t cols);
+
+/* How a tile of plane_tables with the largest magnitude m > 0 becomes integers: q = rint(x * lift * steps), x = q *
+ * scale. The lift, an exact multiplication, keeps 4095 / m finite where m is tiny.  q needs no clamp: steps and the
+ * product are rounded once each, so |x * lift * steps| <= 4095 * (1 + 2^-22) < 4095.5. */
+typedef struct obm__quantiser {
+    float lift, steps, scale;
+} obm__quantiser;
+static inline obm__quantiser obm__quantise(float m) {
+    float lift = m < 0x1p-100f ? 0x1p+100f : 1;
+    return (obm__quantiser){lift, (float)OBM__PLANE_STEPS / (m * lift), m / (float)OBM__PLANE_STEPS};
+}
 
 /* Steps 8, 4, 2, 1 of the reduction tree that kernels.h states; destroys lane. */
 static inline double obm__lane_sum(double lane[16]) {

@@ -54,4 +54,9 @@ const obm_kernels TABLE = {
     .batch_bf16 = NAME(batch_bf16),
     .batch_f16 = NAME(batch_f16),
     .batch_f32 = NAME(batch_f32),
+    .plane_repack = obm__scalar_plane_repack,
+    .plane_unpack = obm__scalar_plane_unpack,
+    .plane_tables = obm__scalar_plane_tables,
+    .plane_sums = obm__scalar_plane_sums,
+    .plane_add = obm__scalar_plane_add,
 };

@@ -1,73 +1,6 @@
 /* Every kernel table that this machine can run, against the scalar one and against references of this file.  Buffers
  * end at an unmapped page, so that reading or writing one element too far is a crash. */
-#include "kernels.h"
-
-#include <float.h>
-#include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
-#include <cmocka.h>
-
-/* ---- buffers that end at a guard page ---- */
-
-typedef struct guarded {
-    uint8_t *map, *end;
-    size_t mapped;
-} guarded;
-
-static guarded guarded_new(size_t bytes) {
-    size_t page = (size_t)sysconf(_SC_PAGESIZE), data = (bytes + page - 1) / page * page + page;
-    guarded g = {.mapped = data + page};
-    g.map = mmap(NULL, g.mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    assert_true(g.map != MAP_FAILED);
-    g.end = g.map + data;
-    assert_int_equal(mprotect(g.end, page, PROT_NONE), 0);
-    return g;
-}
-static void *at_end(const guarded *g, size_t bytes) { return g->end - bytes; }
-static void guarded_free(guarded *g) { munmap(g->map, g->mapped); }
-
-/* ---- inputs ---- */
-
-static uint64_t state = 88172645463325252u;
-static uint64_t next_random(void) { /* xorshift64* (Vigna, 2016) */
-    state ^= state >> 12;
-    state ^= state << 25;
-    state ^= state >> 27;
-    return state * 2685821657736338717u;
-}
-static float from_bits(uint32_t u) {
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-static uint32_t bits_of(float f) {
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    return u;
-}
-static float uniform(void) { return (float)((double)(next_random() >> 11) * 0x1p-52 - 1); }
-
-enum { PLAIN = 1, ZEROS = 2, DENORMALS = 4, INFINITE = 8, NOT_A_NUMBER = 16 };
-static float draw(int kinds) {
-    unsigned pick = (unsigned)(next_random() % 16);
-    if ((kinds & ZEROS) && pick < 3) return pick & 1 ? 0.0f : -0.0f;
-    if ((kinds & DENORMALS) && pick == 3) return from_bits((uint32_t)next_random() & 0x807fffff);
-    if ((kinds & INFINITE) && pick == 4) return next_random() & 1 ? INFINITY : -INFINITY;
-    if ((kinds & NOT_A_NUMBER) && pick == 5) return from_bits((uint32_t)next_random() | 0x7fa00000);
-    return uniform() * (pick == 6 ? 1e6f : 0.02f);
-}
-static void fill(float *x, size_t n, int kinds) {
-    for (size_t i = 0; i < n; i++) x[i] = draw(kinds);
-}
+#include "kernel_fixture.h"
 
 /* Bit-equal, where any NaN equals any other: arithmetic may return either operand's. */
 static void assert_same(const float *a, const float *b, size_t n, const char *isa, const char *op) {
@@ -81,9 +14,6 @@ static const size_t long_lengths[] = {1023, 1024, 4095, 4096, 5632, 11009};
 #define N_LENGTHS (301 + sizeof long_lengths / sizeof *long_lengths)
 #define MAX_LENGTH 11009
 static size_t length_at(size_t i) { return i <= 300 ? i : long_lengths[i - 301]; }
-
-static const obm_kernels *scalar_table(void) { return obm_kernels_find("scalar"); }
-#define EACH_TABLE(k) for (const obm_kernels *const *p_ = obm_kernels_list(), *k; (k = *p_) != NULL; p_++)
 
 /* ---- tables ---- */
 
