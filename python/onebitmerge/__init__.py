@@ -8,46 +8,21 @@ Errors: Error and its subclasses, OSError, MemoryError.  Every long call release
 a callable (what, done, total) or None, and stops at Ctrl-C.
 """
 
-import json as _json
-import os as _os
-
-from . import _core, _results
-from ._core import (ArgumentError, BusyError, Checkpoint, DtypeError, Error, FormatError, MismatchError, Model, NonFiniteError,
-                    NotFoundError, Pack, ShapeError, TaskVector, Tensor, Tokenizer, UnsupportedError, __version__, class_of, info,
-                    merge_tensors, methods, set_threads)
-from ._results import Completion, Expert, RouterReport, Score
-
 __all__ = ["ArgumentError", "BusyError", "Checkpoint", "Completion", "DtypeError", "Error", "Expert", "FormatError", "MismatchError",
            "Model", "NonFiniteError", "NotFoundError", "Pack", "RouterReport", "Score", "ShapeError", "TaskVector", "Tensor",
            "Tokenizer", "UnsupportedError", "class_of", "compress", "info", "merge", "merge_tensors", "methods", "set_threads",
            "__version__"]
 
-for _name, _hook in {"Completion": Completion.make, "Score": Score, "RouterReport": RouterReport, "experts": _results.experts,
-                     "pack_repr": _results.pack_repr, "pack_html": _results.pack_html, "render_template": _results.render_template,
-                     "progress_bar": _results.progress_bar}.items():
-    _core._register(_name, _hook)
+
+def __getattr__(name):
+    """The C core and what it links load at the first use, so that the command line is in charge (of Ctrl-C, of OpenBLAS's
+    environment) before they do."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from onebitmerge import _api
+    globals().update((each, getattr(_api, each)) for each in __all__)
+    return globals()[name]
 
 
-def compress(base, experts, out, *, profile=None, overwrite=False, dry_run=False, progress=None):
-    """Compress experts of a base into the pack folder `out` (streaming) and open it.
-
-    base: a path or a Checkpoint.  experts: {name: path | (path, policy) | Expert}.  profile: "paper" takes the paper's policy,
-    lambda and trim.  dry_run: return the plan (tensors, bytes, memory, seconds) and write nothing.
-    """
-    base = base.path if isinstance(base, Checkpoint) else base
-    return _core.compress(base, experts, out, profile, overwrite, dry_run, progress)
-
-
-def merge(recipe, out, *, directory=None, profile=None, seed=None, shard_bytes=0, memory=0, overwrite=False, dry_run=False,
-          progress=None):
-    """Merge by a recipe into the Hugging Face folder `out`; returns the plan as a dict.
-
-    recipe: a dict with mergekit's keys, or the path of a YAML or JSON file; relative paths in a file start at its folder.
-    """
-    if isinstance(recipe, (str, _os.PathLike)):
-        with open(recipe, encoding="utf-8") as file:
-            text = file.read()
-        directory = directory if directory is not None else _os.path.dirname(_os.path.abspath(recipe))
-    else:
-        text = _json.dumps(recipe, default=_os.fspath)
-    return _core.merge(text, out, profile, directory, seed, shard_bytes, memory, overwrite, dry_run, progress)
+def __dir__():
+    return sorted({*globals(), *__all__})

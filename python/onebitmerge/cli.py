@@ -1,7 +1,7 @@
 """The command line: onebitmerge VERB ...
 
-Results go to stdout (--json: JSON lines), progress and warnings to stderr.  Exit codes: 0 done, 1 failed, 2 wrong usage,
-130 interrupted.
+Results go to stdout (--json: JSON lines), progress and warnings to stderr.  Exit codes: 0 done, 1 failed, 2 wrong usage;
+130, interrupted, is __main__'s.
 """
 
 from __future__ import annotations
@@ -722,8 +722,6 @@ def main(argv=None):
         args.function(args)
         sys.stdout.flush()
         return 0
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
     except Usage as e:
         return fail(e, 2)
     except BrokenPipeError:
@@ -740,7 +738,3 @@ def main(argv=None):
         return fail(e, 1)
     except Exception as e:  # a user's router may raise anything; people get the line, not the traceback
         return fail(f"{type(e).__name__}: {e}", 1)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def fails(run):
 
 def in_shell(*argv, **options):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    return subprocess.run([sys.executable, "-m", "onebitmerge.cli", *map(str, argv)], capture_output=True, text=True, env=env, timeout=120, **options)
+    return subprocess.run([sys.executable, "-m", "onebitmerge", *map(str, argv)], capture_output=True, text=True, env=env, timeout=120, **options)
 
 
 # ---- doctor, inspect ----
@@ -404,7 +405,7 @@ def test_interrupt_is_130(models, tmp_path):
     prompts = tmp_path / "many.jsonl"
     prompts.write_text('{"prompt": "hello", "route": "base"}\n' * 20000)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    process = subprocess.Popen([sys.executable, "-m", "onebitmerge.cli", "generate", str(models / "base"), "--json", "--chat", "--file", "-"],
+    process = subprocess.Popen([sys.executable, "-m", "onebitmerge", "generate", str(models / "base"), "--json", "--chat", "--file", "-"],
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True)
     process.stdin.write('{"prompt": "hello"}\n' * 5000)
     process.stdin.close()
@@ -417,9 +418,38 @@ def test_interrupt_is_130(models, tmp_path):
     assert process.stderr.read() == "onebitmerge: interrupted\n"
 
 
+@pytest.mark.parametrize("start", (["-m", "onebitmerge"], ["-c", "import sys; from onebitmerge.__main__ import main; sys.exit(main())"]))
+def test_interrupt_while_it_loads(tmp_path, start):
+    (tmp_path / "argparse.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *(p for p in sys.path if p)])}
+    process = subprocess.Popen([sys.executable, *start, "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True)
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "onebitmerge: interrupted\n")
+    assert process.returncode == 130
+
+
+def test_the_package_loads_late():
+    code = ("import sys, onebitmerge; assert not {'onebitmerge._core', 'numpy'} & set(sys.modules), sys.modules; "
+            "assert set(onebitmerge.__all__) <= set(dir(onebitmerge)) and not hasattr(onebitmerge, 'nothing'); "
+            "assert 'onebitmerge._core' not in sys.modules; onebitmerge.Pack; assert 'onebitmerge._core' in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)})
+
+
+def test_little_address_space(models):
+    """OpenBLAS would try forever to get its buffers; 4 threads would need 4 * 128 MiB."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (400_000 * 1024, 400_000 * 1024))
+
+    assert in_shell("doctor", "--threads", "4", preexec_fn=limit).returncode == 0
+    done = in_shell("generate", models / "base", "--threads", "4", "--chat", "-p", PROMPT, preexec_fn=limit)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "out of memory: OpenBLAS needs 576 MiB of address space for 4 threads" in done.stderr
+
+
 def test_a_closed_pipe_is_no_error(models):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(f"{sys.executable} -m onebitmerge.cli inspect {models}/base --checksums --json | head -n 1", shell=True, env=env,
+    done = subprocess.run(f"{sys.executable} -m onebitmerge inspect {models}/base --checksums --json | head -n 1", shell=True, env=env,
                           capture_output=True, text=True, timeout=60)
     assert done.stderr == "" and json.loads(done.stdout)["name"] == "model.embed_tokens.weight"
 

@@ -102,7 +102,7 @@ def test_shell(folder, tmp_path):
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     if not command:   # the package is on sys.path without its script
-        (bin_folder / "onebitmerge").write_text(f"#!/bin/sh\nexec {sys.executable} -m onebitmerge.cli \"$@\"\n")
+        (bin_folder / "onebitmerge").write_text(f"#!/bin/sh\nexec {sys.executable} -m onebitmerge \"$@\"\n")
         (bin_folder / "onebitmerge").chmod(0o755)
     path = os.pathsep.join([str(bin_folder), os.path.dirname(sys.executable), os.environ["PATH"]])
     out = run(["sh", "-ec", "\n".join(programs)], folder, PATH=path, PYTHONPATH=python_path())

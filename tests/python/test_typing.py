@@ -6,11 +6,12 @@ import pathlib
 
 import onebitmerge as obm
 import pytest
+from onebitmerge import _core
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STUB = ast.parse((ROOT / "python" / "onebitmerge" / "__init__.pyi").read_text(encoding="utf-8"))
 # Runtime objects that the package does not export: what they are reached through.
-HIDDEN = {"Request": obm._core.Request, "Stream": obm._core.Stream}
+HIDDEN = {"Request": _core.Request, "Stream": _core.Stream}
 TYPES_ONLY = {"Plan", "ExportReport"}   # TypedDicts: plain dicts at runtime
 
 
