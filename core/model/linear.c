@@ -176,6 +176,7 @@ obm_status obm__linear_run(obm_model *m, const obm__weights *const *weights, siz
     }
     double item_flops = 2.0 * (double)n * (double)per_item * (double)cols;
     if (!tiled) return run_slices(&j, run_rows, item_flops, err);
+    OBM_TRY(obm__blas_check(m->ctx->threads, err));
     obm__blas_enter();
     obm_status status = run_slices(&j, run_panels, item_flops, err);
     obm__blas_leave();

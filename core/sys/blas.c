@@ -6,6 +6,7 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 
 /*
  * OpenBLAS keeps one thread count for the process, shared with every other user of the library (NumPy may be one), and
@@ -34,6 +35,31 @@ void obm__blas_leave(void) {
     /* A count that is no longer 1 was set by somebody else on purpose: it stays. */
     if (!--users && saved != 1 && openblas_get_num_threads() == 1) openblas_set_num_threads(saved);
     atomic_flag_clear_explicit(&lock, memory_order_release);
+}
+
+/*
+ * Every concurrent caller gets a buffer from OpenBLAS, which tries forever where it cannot have one (ulimit -v).
+ * BUFFER_SIZE is 32 << 22 bytes on x86-64 and ARM64; 16 MiB are for the worker's own stack.  What OpenBLAS has
+ * allocated once it keeps, so the highest count that was possible is remembered.
+ */
+#define BLAS_SPACE (((size_t)32 << 22) + ((size_t)16 << 20))
+
+obm_status obm__blas_check(int threads, obm_error *err) {
+    static _Atomic int possible;
+    int before = atomic_load_explicit(&possible, memory_order_relaxed);
+    if (threads <= before) return OBM_OK;
+    size_t bytes = (size_t)(threads - before) * BLAS_SPACE;
+    void *p = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) {
+        return obm__fail(
+            err, OBM_E_NOMEM,
+            "out of memory: OpenBLAS needs %zu MiB of address space for %d threads (a limit like ulimit -v "
+            "is too low; fewer threads need less)",
+            bytes >> 20, threads);
+    }
+    munmap(p, bytes);
+    atomic_store_explicit(&possible, threads, memory_order_relaxed);
+    return OBM_OK;
 }
 
 void obm__sgemm_nt(int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda, const float *b,

@@ -91,6 +91,8 @@ void obm__guard_leave(obm__guard *g);
  * around a whole region of calls so that the count does not flip in between.  Every other BLAS or LAPACK call needs it. */
 void obm__blas_enter(void);
 void obm__blas_leave(void);
+/* Call it before `threads` threads use the library together: NOMEM where it would wait forever for address space. */
+obm_status obm__blas_check(int threads, obm_error *err);
 /* C (m, n) = alpha * A (m, k) * B (n, k)^T + beta * C; row-major, one thread, called by our own workers on fixed panels. */
 void obm__sgemm_nt(int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda, const float *b, int64_t ldb,
                    float beta, float *c, int64_t ldc);

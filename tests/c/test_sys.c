@@ -9,8 +9,10 @@
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -428,6 +430,33 @@ static void check_sgemm(int64_t m, int64_t n, int64_t k, float alpha, float beta
     free(before);
 }
 
+/* A process of its own: the limit cannot be raised again, and what was possible once is remembered. */
+static int blas_check_under_a_limit(void) {
+    obm_error err;
+    unsigned long pages = 0;
+    FILE *f = fopen("/proc/self/statm", "re");
+    if (!f || fscanf(f, "%lu", &pages) != 1) return 1;
+    fclose(f);
+    rlim_t limit = pages * (rlim_t)sysconf(_SC_PAGESIZE) + ((rlim_t)400 << 20);
+    if (setrlimit(RLIMIT_AS, &(struct rlimit){limit, limit})) return 2;
+    if (obm__blas_check(4, &err) != OBM_E_NOMEM) return 3;
+    if (!strstr(err.message, "OpenBLAS needs 576 MiB of address space for 4 threads")) return 4;
+    if (obm__blas_check(2, &err) != OBM_OK) return 5;
+    if (obm__blas_check(1, &err) != OBM_OK) return 6;
+    return obm__blas_check(5, &err) == OBM_E_NOMEM && strstr(err.message, "432 MiB") ? 0 : 7;
+}
+
+static void test_blas_check(void **state) {
+    (void)state;
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (!child) _exit(blas_check_under_a_limit());
+    int status;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFEXITED(status));
+    assert_int_equal(WEXITSTATUS(status), 0);
+}
+
 static void test_sgemm(void **unused) {
     (void)unused;
     check_sgemm(1, 1, 1, 1, 0);
@@ -600,6 +629,7 @@ int main(void) {
         cmocka_unit_test(test_guard),
         cmocka_unit_test(test_tree_sum),
         cmocka_unit_test(test_blas_threads),
+        cmocka_unit_test(test_blas_check),
         cmocka_unit_test(test_sgemm),
         cmocka_unit_test(test_sgemm_concurrent),
         cmocka_unit_test(test_topology),
