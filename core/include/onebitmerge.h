@@ -14,7 +14,10 @@
  *   - "owned": free it with the matching *_free (obm_free for plain buffers).  "borrowed": lives as long as the object it
  *     came from.  "view": never owns, the caller keeps the memory alive.
  *   - Strings are UTF-8 and NUL-terminated.  Shapes are given as (rows, cols), row-major.
- *   - Option structs start with struct_size (use OBM_INIT); NULL options mean the defaults that the comments state.
+ *   - Option structs start with struct_size (use OBM_INIT); NULL options mean the defaults that the comments state.  A size
+ *     from another version of this header is understood: fields that a smaller one lacks have their defaults, and
+ *     bytes that a larger one has beyond this version's must be zero (UNSUPPORTED).  The elements of an array are
+ *     as far apart as the first one's struct_size.  Structs that are filled are not written beyond their struct_size.
  *   - Long work takes a progress callback; it is called on the caller's thread only; non-zero stops with OBM_E_USER.
  *
  * Sections: Version, Status, Context, Tensors, Checkpoints, Task vectors, Compression and packs, Routes, Routers,
@@ -280,6 +283,7 @@ typedef struct obm_pack_settings {
     obm_profile profile;    /* of the trim of full tensors */
     double density;         /* of that trim, (0, 1] */
 } obm_pack_settings;
+/* out: struct_size is the caller's. */
 OBM_API void obm_pack_get_settings(const obm_pack *p, obm_pack_settings *out);
 OBM_API obm_status obm_pack_set_settings(obm_pack *p, const obm_pack_settings *settings, obm_error *err);  /* changes the pack */
 

@@ -77,9 +77,12 @@ static obm_status change_member(obm_pack *p, const char *key, obm_json *value, o
     return status;
 }
 
-void obm_pack_get_settings(const obm_pack *p, obm_pack_settings *out) { *out = p->settings; }
+void obm_pack_get_settings(const obm_pack *p, obm_pack_settings *out) {
+    obm__options_write(&p->settings, sizeof p->settings, out);
+}
 
 obm_status obm_pack_set_settings(obm_pack *p, const obm_pack_settings *settings, obm_error *err) {
+    OBM_TRY(OBM_CHECK(obm_pack_settings, settings, err));
     obm_pack_settings s = p->settings;
     s.lambda = OBM_OPT(settings, obm_pack_settings, lambda, s.lambda);
     s.reading = OBM_OPT(settings, obm_pack_settings, reading, s.reading);
@@ -252,7 +255,10 @@ static obm_status add_locked(obm_pack *p, size_t at, const obm__expert_request *
     return status;
 }
 
-obm_status obm_pack_add(obm_pack *p, const obm_expert *expert, const obm_compress_options *options, obm_error *err) {
+obm_status obm_pack_add(obm_pack *p, const obm_expert *given, const obm_compress_options *options, obm_error *err) {
+    obm_expert own, *expert = &own;
+    OBM_TRY(OBM_CHECK(obm_compress_options, options, err));
+    OBM_TRY(obm__experts_read(given, 1, &own, err));
     OBM_TRY(obm__expert_check(expert, err));
     size_t at = find_task(p, expert->name);
     if (at < p->n_experts && !OBM_OPT(options, obm_compress_options, overwrite, false)) {

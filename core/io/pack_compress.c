@@ -10,7 +10,8 @@
 
 typedef struct compression {
     obm_context *ctx;
-    const obm_expert *experts;
+    const obm_expert *given; /* (n), elements of given->struct_size bytes */
+    obm_expert *experts;     /* (n) */
     size_t n;
     const obm_compress_options *options;
     const char *dir;
@@ -23,10 +24,12 @@ typedef struct compression {
     obm_plan plan;
 } compression;
 
-static obm_status check_experts(const compression *c, obm_error *err) {
+static obm_status read_experts(compression *c, obm_error *err) {
     if (c->n < 1 || c->n > OBM_PACK_MAX_TASKS) {
         return obm__fail(err, OBM_E_ARG, "%zu experts, a pack holds 1 to %d", c->n, OBM_PACK_MAX_TASKS);
     }
+    if (!(c->experts = obm__calloc(c->n, sizeof *c->experts))) return obm__fail_nomem(err, c->n * sizeof *c->experts);
+    OBM_TRY(obm__experts_read(c->given, c->n, c->experts, err));
     for (size_t i = 0; i < c->n; i++) {
         OBM_TRY(obm__expert_check(&c->experts[i], err));
         for (size_t j = 0; j < i; j++) {
@@ -226,17 +229,19 @@ static obm_status run(compression *c, const char *base_path, obm_plan *plan, obm
 obm_status obm_compress(obm_context *ctx, const char *base_path, const obm_expert *experts, size_t n,
                         const obm_compress_options *options, const char *out_path, obm_plan *plan, obm_pack **out,
                         obm_error *err) {
-    compression c = {.ctx = ctx, .experts = experts, .n = n, .options = options, .dir = out_path};
+    OBM_TRY(OBM_CHECK(obm_compress_options, options, err));
+    compression c = {.ctx = ctx, .given = experts, .n = n, .options = options, .dir = out_path};
     c.dry_run = OBM_OPT(options, obm_compress_options, dry_run, false);
     c.profile = OBM_OPT(options, obm_compress_options, profile, OBM_PROFILE_DEFAULT);
-    OBM_TRY(check_experts(&c, err));
     if ((unsigned)c.profile > OBM_PROFILE_MERGEKIT)
         return obm__fail(err, OBM_E_ARG, "unknown profile %d", (int)c.profile);
     if (!out_path || !*out_path) return obm__fail(err, OBM_E_ARG, "no output path");
-    OBM_TRY(check_output(&c, err));
-    obm_status status = run(&c, base_path, plan, out, err);
+    obm_status status = read_experts(&c, err);
+    if (status == OBM_OK) status = check_output(&c, err);
+    if (status == OBM_OK) status = run(&c, base_path, plan, out, err);
     for (size_t i = 0; c.checkpoints && i < n; i++) obm_checkpoint_free(c.checkpoints[i]);
     obm_free(c.checkpoints);
+    obm_free(c.experts);
     obm_checkpoint_free(c.base);
     obm__json_free(c.manifest);
     obm__json_free(c.before);

@@ -53,9 +53,23 @@ static bool is_task_name(const char *s) {
     return n > 0 && n <= 64 && strspn(s, letters) == n;
 }
 
+obm_status obm__experts_read(const obm_expert *given, size_t n, obm_expert *own, obm_error *err) {
+    if (n && !given) return obm__fail(err, OBM_E_ARG, "no experts");
+    for (size_t i = 0; i < n; i++) {
+        const void *one = (const char *)given + i * given->struct_size;
+        size_t size;
+        OBM_TRY(OBM_CHECK(obm_expert, one, err));
+        memcpy(&size, one, sizeof size);
+        if (size != given->struct_size || (n > 1 && size % _Alignof(obm_expert))) {
+            return obm__fail(err, OBM_E_ARG, "obm_expert: struct_size %zu in element %zu, expected that of the first, %zu",
+                             size, i, given->struct_size);
+        }
+        obm__options_read(one, &own[i], sizeof own[i]);
+    }
+    return OBM_OK;
+}
+
 obm_status obm__expert_check(const obm_expert *e, obm_error *err) {
-    if (!e || e->struct_size < offsetof(obm_expert, policy))
-        return obm__fail(err, OBM_E_ARG, "an expert without struct_size");
     if (!is_task_name(e->name)) {
         char shown[80];
         return obm__fail(err, OBM_E_ARG, "task name \"%s\": 1 to 64 letters, digits, _ and - are possible",

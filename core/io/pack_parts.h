@@ -70,6 +70,8 @@ typedef struct obm__expert_request {
     obm__ticker *ticker;       /* total is set by the caller: obm__expert_bytes of all */
     obm_plan *plan;            /* added to */
 } obm__expert_request;
+/* The caller's array, whose elements may be of another size, into one of ours: (n).  Strings and maps stay borrowed. */
+obm_status obm__experts_read(const obm_expert *given, size_t n, obm_expert *own, obm_error *err);
 obm_status obm__expert_check(const obm_expert *e, obm_error *err);   /* name and fields, before anything is read */
 obm_status obm__expert_open(obm_context *ctx, const obm_expert *e, obm_checkpoint **out, obm_error *err);
 uint64_t obm__expert_bytes(const obm_checkpoint *c);

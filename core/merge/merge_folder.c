@@ -492,6 +492,7 @@ static void free_job(job *j) {
 
 obm_status obm_merge(obm_context *ctx, const char *recipe, const obm_merge_options *options, const char *out_path,
                      obm_plan *plan, obm_error *err) {
+    OBM_TRY(OBM_CHECK(obm_merge_options, options, err));
     obm__recipe *r;
     OBM_TRY(obm__recipe_parse(ctx, recipe, OBM_OPT(options, obm_merge_options, profile, OBM_PROFILE_DEFAULT), &r, err));
     uint64_t memory = OBM_OPT(options, obm_merge_options, memory, 0);

@@ -32,6 +32,7 @@ static obm_status check_routes(const obm_model *m, const obm_generate_options *o
 
 obm_status obm__settings_init(obm__settings *s, const obm_model *m, const obm_generate_options *o, size_t n_prompts,
                               obm_error *err) {
+    OBM_TRY(OBM_CHECK(obm_generate_options, o, err));
     *s = (obm__settings){.options = o,
                          .max_tokens = OBM_OPT(o, obm_generate_options, max_tokens, 0),
                          .ignore_eos = OBM_OPT(o, obm_generate_options, ignore_eos, false),

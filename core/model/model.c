@@ -119,6 +119,7 @@ static obm_status open_source(obm_model *m, const char *path, const char *base, 
 
 obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_options *options, obm_model **out,
                           obm_error *err) {
+    OBM_TRY(OBM_CHECK(obm_model_options, options, err));
     obm_model *m = obm__calloc(1, sizeof *m);
     if (!m) return obm__fail_nomem(err, sizeof *m);
     m->ctx = ctx;
@@ -130,6 +131,7 @@ obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_op
 
 obm_status obm_model_from_pack(obm_context *ctx, const obm_pack *pack, const obm_model_options *options,
                                obm_model **out, obm_error *err) {
+    OBM_TRY(OBM_CHECK(obm_model_options, options, err));
     if (OBM_OPT(options, obm_model_options, base, NULL))
         return obm__fail(err, OBM_E_ARG, "the pack is open already: its base cannot be changed here");
     obm_model *m = obm__calloc(1, sizeof *m);
@@ -232,6 +234,7 @@ static obm_status collect(void *arg, obm_model *m, const obm__row *rows, size_t 
 
 static obm_status run(obm_model *m, const int32_t *ids, size_t n, int64_t layers, const obm_run_options *options,
                       collector *c, obm_error *err) {
+    OBM_TRY(OBM_CHECK(obm_run_options, options, err));
     obm__sequence *s = NULL;
     const double *route = OBM_OPT(options, obm_run_options, route, NULL);
     if (route && !m->pack) return obm__fail(err, OBM_E_ARG, "a route applies to a pack, and this is a plain model");

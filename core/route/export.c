@@ -382,6 +382,7 @@ static obm_status refuse_sources(const obm_pack *p, const char *path, obm_error 
 
 obm_status obm_pack_export(const obm_pack *p, const double *weights, const obm_export_options *options,
                            const char *out_path, obm_export_report *report, obm_error *err) {
+    OBM_TRY(OBM_CHECK(obm_export_options, options, err));
     bool dry = OBM_OPT(options, obm_export_options, dry_run, false);
     obm__route_plan *plan = NULL;
     export_job j = {.pack = p, .weights = weights, .options = options, .bad = UINT64_MAX};

@@ -309,6 +309,7 @@ static obm_status train(obm_pack *p, const obm_prompt *prompts, const char *cons
 obm_status obm_router_train(obm_pack *p, const obm_prompt *prompts, const char *const *task, size_t n,
                             const obm_router_options *options, obm_router_report *report, obm_error *err) {
     obm__router *r = NULL;
+    OBM_TRY(OBM_CHECK(obm_router_options, options, err));
     OBM_TRY(check_options(options, err));
     if (n > UINT32_MAX) return obm__fail(err, OBM_E_ARG, "router: %zu examples, expected at most %u", n, UINT32_MAX);
     if (p->n_experts > OBM_MAX_REPORT_TASKS)

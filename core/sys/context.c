@@ -65,6 +65,7 @@ static void fill_info(obm_context *ctx) {
 }
 
 obm_status obm_context_new(const obm_context_options *options, obm_context **out, obm_error *err) {
+    OBM_TRY(OBM_CHECK(obm_context_options, options, err));
     obm_context *ctx = obm__calloc(1, sizeof *ctx);
     if (!ctx) return obm__fail_nomem(err, sizeof *ctx);
     obm_status status;

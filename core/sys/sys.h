@@ -27,6 +27,14 @@ obm_status obm__fail_nomem(obm_error *err, uint64_t bytes);
         if (status != OBM_OK) goto done;                                                                               \
     } while (0)
 
+/* ---- structs with struct_size (options.c) ---- */
+
+/* given (nullable) begins with its struct_size.  ARG: no possible size; UNSUPPORTED: bytes after the `known` ones are set. */
+obm_status obm__options_check(const void *given, size_t known, const char *type, obm_error *err);
+#define OBM_CHECK(type, options, err) obm__options_check(options, sizeof(type), #type, err)
+/* Reads a checked struct into one of ours, missing fields zero; writes one of ours, never beyond given's struct_size. */
+void obm__options_read(const void *given, void *own, size_t known);
+void obm__options_write(const void *own, size_t known, void *given);
 /* Field of an option struct that an older caller may not have: OBM_OPT(options, type, field, default). */
 #define OBM_OPT(options, type, field, dflt)                                                                            \
     ((options) && (options)->struct_size >= offsetof(type, field) + sizeof(((type *)0)->field) ? (options)->field : (dflt))

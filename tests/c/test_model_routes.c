@@ -189,7 +189,7 @@ static void logits_are_those_of_the_merged_weights(void **state) {
 }
 
 static void set_lambda(fixture *f, double lambda) {
-    obm_pack_settings settings;
+    obm_pack_settings settings = OBM_INIT(obm_pack_settings);
     obm_error err;
     obm_pack_get_settings(f->pack, &settings);
     settings.lambda = lambda;

@@ -587,7 +587,7 @@ static void test_router_file(void **state) {
 static void test_settings(void **state) {
     world *w = *state;
     obm_pack *p = compress(w);
-    obm_pack_settings s, back;
+    obm_pack_settings s = OBM_INIT(obm_pack_settings), back = s;
     obm_pack_get_settings(p, &s);
     assert_true(s.lambda == 0.3 && s.density == 1 && s.profile == OBM_PROFILE_MERGEKIT &&
                 s.reading == OBM_READING_ONTO_BASE);
@@ -784,7 +784,7 @@ static void nothing_changes(const world *w, obm_pack *p, const char *part) {
     const float four[] = {1, 2, 3, 4};
     const obm__named_array mean = {"mean", four, 1, {4, 0}};
     char before[16][128], after[16][128];
-    obm_pack_settings settings;
+    obm_pack_settings settings = OBM_INIT(obm_pack_settings);
     obm_expert e[2];
     size_t n = list(w->pack, before), size, size_now;
     char *text = file_text(w->pack, "pack.json", &size);
@@ -837,7 +837,7 @@ static void test_changed_since_opened(void **state) {
     world *w = *state;
     obm_pack *p = compress(w), *q = NULL;
     OK(obm_pack_open(w->ctx, w->pack, NULL, &q, err));
-    obm_pack_settings s;
+    obm_pack_settings s = OBM_INIT(obm_pack_settings);
     obm_pack_get_settings(q, &s);
     s.lambda = 0.75;
     OK(obm_pack_set_settings(q, &s, err));
