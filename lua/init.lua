@@ -190,7 +190,7 @@ local function layout(rows)
   return table.concat(lines, "\n")
 end
 
-local classes = { "attention", "mlp", "embedding", "head", "norm", "bias" }
+local classes = { "attention", "mlp", "embedding", "head", "norm", "bias", "other" }
 
 -- The modes of a class' tensors: "1bit", "same", "1bit full", ...
 local function stored(pack, task)

@@ -83,6 +83,8 @@ typedef struct obm__policy {
 /* *text: "linear, scale row, planes 1, map *.q_proj.weight=full"; owned.  Errors: ARG. */
 obm_status obm__policy_parse(const obm_expert *e, obm_profile profile, obm__policy *out, char **text, obm_error *err);
 bool obm__glob_matches(const char *glob, const char *name);   /* shell patterns; * also matches dots */
+bool obm__pair_is_matrix(const obm__pair *p);   /* of floats: what can be 1bit */
+const obm_map_rule *obm__policy_rule(const obm__policy *p, const char *name);   /* the first that matches, or NULL */
 /* Errors: ARG when a rule asks for 1 bit in a tensor that is not a float matrix. */
 obm_status obm__policy_mode(const obm__policy *p, const obm__pair *pair, obm_mode *out, obm_error *err);
 

@@ -93,17 +93,27 @@ obm_status obm__policy_parse(const obm_expert *e, obm_profile profile, obm__poli
 
 bool obm__glob_matches(const char *glob, const char *name) { return fnmatch(glob, name, 0) == 0; }
 
+bool obm__pair_is_matrix(const obm__pair *p) {
+    return p->base.ndim == 2 && obm__is_float(p->base.dtype) && obm_tensor_count(&p->base) > 0;
+}
+
+const obm_map_rule *obm__policy_rule(const obm__policy *p, const char *name) {
+    for (size_t i = 0; i < p->n_map; i++)
+        if (obm__glob_matches(p->map[i].glob, name)) return &p->map[i];
+    return NULL;
+}
+
 obm_status obm__policy_mode(const obm__policy *p, const obm__pair *pair, obm_mode *out, obm_error *err) {
-    bool matrix = pair->base.ndim == 2 && obm__is_float(pair->base.dtype) && obm_tensor_count(&pair->base) > 0;
-    for (size_t i = 0; i < p->n_map; i++) {
-        if (!obm__glob_matches(p->map[i].glob, pair->name)) continue;
-        if (p->map[i].mode == OBM_MODE_1BIT && !matrix) {
+    bool matrix = obm__pair_is_matrix(pair);
+    const obm_map_rule *rule = obm__policy_rule(p, pair->name);
+    if (rule) {
+        if (rule->mode == OBM_MODE_1BIT && !matrix) {
             char shape[160];
             return obm__fail(err, OBM_E_ARG,
                              "map rule %s=1bit matches tensor %s of shape %s: only matrices can be 1bit",
-                             p->map[i].glob, pair->name, obm__shape_text(&pair->base, shape, sizeof shape));
+                             rule->glob, pair->name, obm__shape_text(&pair->base, shape, sizeof shape));
         }
-        *out = p->map[i].mode;
+        *out = rule->mode;
         return OBM_OK;
     }
     *out = matrix && (p->classes & BIT(pair->cls)) ? OBM_MODE_1BIT : OBM_MODE_FULL;

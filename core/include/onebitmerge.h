@@ -151,11 +151,12 @@ typedef enum obm_class {
     OBM_CLASS_EMBEDDING = 2,
     OBM_CLASS_HEAD = 3,
     OBM_CLASS_NORM = 4,
-    OBM_CLASS_BIAS = 5
+    OBM_CLASS_BIAS = 5,
+    OBM_CLASS_OTHER = 6        /* matrices of no known name: no policy binarises them, only a map rule does */
 } obm_class;
-#define OBM_CLASS_COUNT 6
+#define OBM_CLASS_COUNT 7
 OBM_API const char *obm_class_name(obm_class cls);          /* "attention", ... */
-OBM_API obm_class obm_class_of(const char *tensor_name, int32_t ndim);   /* by the name, then by the rank (1-D: norm) */
+OBM_API obm_class obm_class_of(const char *tensor_name, int32_t ndim);   /* by the names of the LLaMA family; 1-D: bias or norm */
 
 /* ---- Checkpoints ------------------------------------------------------------------------------------------------ */
 

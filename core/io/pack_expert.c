@@ -131,6 +131,21 @@ static void warn_unused_rules(const job *j) {
     }
 }
 
+/* A matrix that nobody knows may be anything (the router of a mixture of experts): it stays as it is, and that is said. */
+static void warn_unknown_matrices(const job *j) {
+    const char *first = NULL;
+    size_t n = 0;
+    for (size_t i = 0; i < j->n; i++) {
+        const obm__pair *p = j->items[i].pair;
+        if (p->cls != OBM_CLASS_OTHER || !obm__pair_is_matrix(p) || obm__policy_rule(&j->policy, p->name)) continue;
+        if (!n++) first = p->name;
+    }
+    if (!n || !j->policy.classes) return;
+    obm__warn(j->r->ctx,
+              "expert %s: %zu %s of no known module class %s full (%s); a map rule can decide otherwise",
+              j->r->expert->name, n, n == 1 ? "matrix" : "matrices", n == 1 ? "stays" : "stay", first);
+}
+
 /* ---- tensors that equal the base's ---- */
 
 typedef struct same_job {
@@ -476,6 +491,7 @@ static obm_status prepare(job *j, obm_error *err) {
     if (!j->items || !j->slots) return obm__fail_nomem(err, j->n * (sizeof *j->items + sizeof *j->slots));
     for (size_t i = 0; i < j->n; i++) OBM_TRY(fill_item(j, &j->items[i], &j->v->pairs[i], err));
     warn_unused_rules(j);
+    warn_unknown_matrices(j);
     return OBM_OK;
 }
 

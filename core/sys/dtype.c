@@ -69,33 +69,43 @@ obm_status obm_tensor_read_f32(const obm_tensor *t, int64_t begin, int64_t n, fl
 }
 
 const char *obm_class_name(obm_class cls) {
-    static const char *const names[OBM_CLASS_COUNT] = {"attention", "mlp", "embedding", "head", "norm", "bias"};
+    static const char *const names[OBM_CLASS_COUNT] = {"attention", "mlp",  "embedding", "head",
+                                                       "norm",      "bias", "other"};
     return (int)cls >= 0 && (int)cls < OBM_CLASS_COUNT ? names[cls] : "unknown";
 }
 
-static bool ends_with(const char *s, const char *suffix) {
-    size_t n = strlen(s), m = strlen(suffix);
-    return n >= m && !strcmp(s + n - m, suffix);
-}
-
-/* Rows in order: the first part found in the name decides.  "norm" precedes the projections because of q_norm and
- * k_norm inside self_attn; the last two catch other architectures' names. */
+/* Names of modules in checkpoints of the LLaMA family (transformers' modeling_llama.py; the fused ones are Phi-3's).
+ * The whole name must match: "mlp.gate", say, is the router of a mixture of experts, no projection. */
 static const struct {
-    const char *part;
+    const char *module;
     obm_class cls;
-} class_parts[] = {
-    {"norm", OBM_CLASS_NORM},         {"embed_tokens", OBM_CLASS_EMBEDDING},
-    {"lm_head", OBM_CLASS_HEAD},      {".q_proj", OBM_CLASS_ATTENTION},
-    {".k_proj", OBM_CLASS_ATTENTION}, {".v_proj", OBM_CLASS_ATTENTION},
-    {".o_proj", OBM_CLASS_ATTENTION}, {".qkv_proj", OBM_CLASS_ATTENTION},
-    {".gate_proj", OBM_CLASS_MLP},    {".up_proj", OBM_CLASS_MLP},
-    {".down_proj", OBM_CLASS_MLP},    {".gate_up_proj", OBM_CLASS_MLP},
-    {"attn", OBM_CLASS_ATTENTION},    {"mlp", OBM_CLASS_MLP},
+} modules[] = {
+    {"q_proj", OBM_CLASS_ATTENTION}, {"k_proj", OBM_CLASS_ATTENTION},       {"v_proj", OBM_CLASS_ATTENTION},
+    {"o_proj", OBM_CLASS_ATTENTION}, {"qkv_proj", OBM_CLASS_ATTENTION},     {"gate_proj", OBM_CLASS_MLP},
+    {"up_proj", OBM_CLASS_MLP},      {"down_proj", OBM_CLASS_MLP},          {"gate_up_proj", OBM_CLASS_MLP},
+    {"lm_head", OBM_CLASS_HEAD},     {"embed_tokens", OBM_CLASS_EMBEDDING},
 };
 
+/* "model.layers.0.mlp.up_proj.weight": module "up_proj" (n characters), then what of it. */
+static const char *module_of(const char *name, size_t *n, const char **part) {
+    const char *dot = strrchr(name, '.'), *begin = dot ? dot : name;
+    *part = dot ? dot + 1 : "";
+    while (begin > name && begin[-1] != '.') begin--;
+    *n = dot ? (size_t)(dot - begin) : strlen(begin);
+    return begin;
+}
+
+static bool ends_with(const char *s, size_t n, const char *suffix) {
+    size_t m = strlen(suffix);
+    return n >= m && !memcmp(s + n - m, suffix, m);
+}
+
 obm_class obm_class_of(const char *tensor_name, int32_t ndim) {
-    if (ends_with(tensor_name, ".bias")) return OBM_CLASS_BIAS;
-    for (size_t i = 0; i < sizeof class_parts / sizeof *class_parts; i++)
-        if (strstr(tensor_name, class_parts[i].part)) return class_parts[i].cls;
-    return ndim <= 1 ? OBM_CLASS_NORM : OBM_CLASS_MLP;
+    size_t n;
+    const char *part, *module = module_of(tensor_name, &n, &part);
+    if (!strcmp(part, "bias")) return OBM_CLASS_BIAS;
+    if (ndim <= 1 || ends_with(module, n, "norm")) return OBM_CLASS_NORM;
+    for (size_t i = 0; i < sizeof modules / sizeof *modules && !strcmp(part, "weight"); i++)
+        if (n == strlen(modules[i].module) && !memcmp(module, modules[i].module, n)) return modules[i].cls;
+    return OBM_CLASS_OTHER;
 }

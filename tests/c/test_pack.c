@@ -486,6 +486,59 @@ static void test_map_drop_and_extra_rows(void **state) {
     obm_pack_free(p);
 }
 
+static void keep_warning(void *user, const char *message) {
+    strncat(user, message, 1000);
+    strncat(user, "\n", 2);
+}
+
+/* Matrices whose names no class knows: policies leave them alone and say so, map rules decide. */
+static void test_unknown_matrices_stay_full(void **state) {
+    world *w = *state;
+    char heard[4096] = "";
+    static const char *const unknown[3] = {"model.layers.0.mlp.gate.weight", "model.layers.1.mixer.in_proj.weight", UP};
+    fixture_tensor base[3], chat[3];
+    for (int i = 0; i < 3; i++) {
+        base[i] = tensor_of(w, 0, T_UP);
+        chat[i] = tensor_of(w, 1, T_UP);
+        base[i].name = chat[i].name = unknown[i];
+    }
+    w->ctx->log = keep_warning;
+    w->ctx->log_user = heard;
+    char *base_path = fixture_model(w->ctx, w->dir, "odd", base, 3), *path = fixture_model(w->ctx, w->dir, "odd-chat", chat, 3);
+    obm_expert e = OBM_INIT(obm_expert);
+    obm_pack *p;
+    e.name = "chat";
+    e.path = path;
+    OK(obm_compress(w->ctx, base_path, &e, 1, NULL, w->pack, NULL, &p, err));
+    assert_int_equal(entry(p, 0, unknown[0])->mode, OBM_MODE_FULL);
+    assert_int_equal(entry(p, 0, unknown[1])->mode, OBM_MODE_FULL);
+    assert_int_equal(entry(p, 0, UP)->mode, OBM_MODE_1BIT);
+    obm_class_bytes bytes[OBM_CLASS_COUNT];
+    obm_pack_bytes(p, 0, bytes);
+    assert_int_equal(bytes[OBM_CLASS_OTHER].tensors, 2);
+    assert_int_equal(bytes[OBM_CLASS_OTHER].bytes_pack, bytes[OBM_CLASS_OTHER].bytes_expert);
+    obm_pack_free(p);
+    assert_string_equal(heard, "expert chat: 2 matrices of no known module class stay full (model.layers.0.mlp.gate.weight); a map "
+                               "rule can decide otherwise\n");
+    heard[0] = 0;
+    const obm_map_rule map[] = {{"*in_proj*", OBM_MODE_1BIT}};
+    obm_compress_options o = OBM_INIT(obm_compress_options);
+    o.overwrite = true;
+    e.map = map;
+    e.n_map = 1;
+    OK(obm_compress(w->ctx, base_path, &e, 1, &o, w->pack, NULL, &p, err));
+    assert_int_equal(entry(p, 0, unknown[1])->mode, OBM_MODE_1BIT);
+    obm_pack_free(p);
+    assert_non_null(strstr(heard, "1 matrix of no known module class stays full"));
+    heard[0] = 0;
+    e.policy = "full";
+    OK(obm_compress(w->ctx, base_path, &e, 1, &o, w->pack, NULL, &p, err));
+    obm_pack_free(p);
+    assert_string_equal(heard, "");
+    obm_free(base_path);
+    obm_free(path);
+}
+
 /* ---- memory ---- */
 
 static size_t mapped_now(void) {
@@ -1132,6 +1185,7 @@ int main(void) {
         TEST(test_refusals),
         TEST(test_planes_that_vanish),
         TEST(test_map_drop_and_extra_rows),
+        TEST(test_unknown_matrices_stay_full),
         TEST(test_settings),
         TEST(test_add_and_remove),
         TEST(test_replacing_an_expert),

@@ -604,12 +604,24 @@ static void test_classes(void **unused) {
         {"model.layers.3.mlp.gate_up_proj.weight", 2, OBM_CLASS_MLP},
         {"model.layers.3.mlp.down_proj.bias", 1, OBM_CLASS_BIAS},
         {"a", 1, OBM_CLASS_NORM},
-        {"w", 2, OBM_CLASS_MLP},
+        {"model.layers.0.self_attn.rotary_emb.inv_freq", 1, OBM_CLASS_NORM},
+        {"w", 2, OBM_CLASS_OTHER},
+        {"", 2, OBM_CLASS_OTHER},
+        {"q_proj.weight", 2, OBM_CLASS_ATTENTION},
+        {"model.layers.0.mlp.gate.weight", 2, OBM_CLASS_OTHER},
+        {"model.layers.0.mlp.experts.3.up_proj.weight", 2, OBM_CLASS_MLP},
+        {"model.layers.0.block_sparse_moe.gate.weight", 2, OBM_CLASS_OTHER},
+        {"model.layers.0.self_attn.q_proj.weight_scale", 2, OBM_CLASS_OTHER},
+        {"model.layers.0.self_attn.q_proj.lora_A", 2, OBM_CLASS_OTHER},
+        {"my.q_proj_2.weight", 2, OBM_CLASS_OTHER},
+        {"transformer.h.0.attn.c_attn.weight", 2, OBM_CLASS_OTHER},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         if (obm_class_of(cases[i].name, cases[i].ndim) != cases[i].cls) fail_msg("%s", cases[i].name);
     assert_string_equal(obm_class_name(OBM_CLASS_MLP), "mlp");
     assert_string_equal(obm_class_name(OBM_CLASS_BIAS), "bias");
+    assert_string_equal(obm_class_name(OBM_CLASS_OTHER), "other");
+    assert_string_equal(obm_class_name((obm_class)OBM_CLASS_COUNT), "unknown");
 }
 
 int main(void) {
