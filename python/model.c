@@ -12,13 +12,15 @@ static obm_model *model_get(PyObject *o) { return ((Model *)o)->m; }
 static const obm_pack *model_pack_of(PyObject *o) { return obm_model_pack(model_get(o)); }
 
 static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"path", "base", "kv", "route_budget", NULL};
+    static char *names[] = {"path", "base", "kv", "route_budget", "materialise", NULL};
     PyObject *what, *base_arg = Py_None, *path = NULL, *base = NULL;
     const char *kv = "f32";
     unsigned long long budget = 0;
+    int materialise = 0;
     obm_py_state *st = PyType_GetModuleState(type);
     obm_model_options options = OBM_INIT(obm_model_options);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OsK", names, &what, &base_arg, &kv, &budget)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OsKp", names, &what, &base_arg, &kv, &budget, &materialise))
+        return NULL;
     if (obm_py_dtype(st, kv, &options.kv) < 0) return NULL;
     bool from_pack = Py_TYPE(what) == st->pack;
     if (!from_pack && !obm_py_path(what, &path)) return NULL;
@@ -31,6 +33,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         self->pack_owner = from_pack ? Py_NewRef(what) : NULL;
         options.base = base ? PyBytes_AsString(base) : NULL;
         options.route_budget = budget;
+        options.materialise = materialise;
         const char *path_text = path ? PyBytes_AsString(path) : NULL;
         const obm_pack *pack = from_pack ? obm_py_pack_get(what) : NULL;
         obm_error err;
@@ -647,8 +650,12 @@ static PyType_Slot model_slots[] = {{Py_tp_new, model_new},
                                     {Py_tp_repr, model_repr},
                                     {Py_tp_methods, model_methods},
                                     {Py_tp_getset, model_getset},
-                                    {Py_tp_doc, "Model(path, base=None, kv=\"f32\", route_budget=0)\n\nA Hugging Face "
-                                                "folder, a pack folder, or an open Pack, ready to run."},
+                                    {Py_tp_doc,
+                                     "Model(path, base=None, kv=\"f32\", route_budget=0, materialise=False)\n\n"
+                                     "A Hugging Face folder, a pack folder, or an open Pack, ready to run.  A pack "
+                                     "runs on the base and its sign planes; what cannot (an overlay) and everything "
+                                     "with materialise=True is written out densely per route, within route_budget "
+                                     "bytes (0: a quarter of the memory)."},
                                     {0, NULL}};
 PyType_Spec obm_py_model_spec = {"onebitmerge.Model", sizeof(Model), 0, Py_TPFLAGS_DEFAULT, model_slots};
 

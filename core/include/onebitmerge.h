@@ -378,8 +378,10 @@ typedef struct obm_model_options {
     size_t struct_size;
     const char *base;           /* overrides where the pack's base lies */
     obm_dtype kv;               /* OBM_F32 (default) or OBM_F16 */
-    uint64_t route_budget;      /* bytes of materialised routes kept, least recently used go first, also the limit of
-                                 * those that one batch runs at a time (at least one); 0: a quarter of the memory */
+    uint64_t route_budget;      /* bytes that routes may hold beyond base and signs (materialised tensors, coefficients):
+                                 * least recently used go first, also the limit of the routes that one batch runs at a
+                                 * time (at least one); 0: a quarter of the memory */
+    bool materialise;           /* dense weights for every route, instead of running on the sign planes */
 } obm_model_options;
 OBM_API obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_options *options, obm_model **out, obm_error *err);
 /* From a pack that is open already; borrows it. */
@@ -396,7 +398,8 @@ OBM_API void obm_model_describe(const obm_model *m, obm_model_info *out);
 OBM_API const obm_pack *obm_model_pack(const obm_model *m);             /* NULL for a plain model; borrowed */
 OBM_API const obm_tokenizer *obm_model_tokenizer(const obm_model *m);   /* NULL without a tokenizer.json; borrowed */
 
-/* What resident memory is made of, bytes. */
+/* What resident memory is made of, bytes: the base's tensors, signs and the coefficients of prepared routes, materialised
+ * tensors, KV cache, buffers. */
 typedef struct obm_model_memory { uint64_t base, planes, overlays, kv, scratch; } obm_model_memory;
 OBM_API void obm_model_account(const obm_model *m, obm_model_memory *out);
 

@@ -9,8 +9,8 @@
 /* ---- buffers ---- */
 
 void obm__scratch_free(obm__scratch *s) {
-    void *all[] = {s->weights, s->x,   s->normed, s->q,      s->mixed,  s->k,        s->v,      s->gate,
-                   s->up,      s->cosine, s->sine, s->panels, s->products, s->scores, s->widened};
+    void *all[] = {s->weights, s->x,    s->normed, s->q,        s->mixed,  s->k,       s->v,      s->gate,       s->up,
+                   s->cosine,  s->sine, s->panels, s->products, s->scores, s->widened, s->strips, s->tables, s->table_bytes};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) obm_free(all[i]);
     *s = (obm__scratch){0};
 }
@@ -26,12 +26,26 @@ static obm_status resize(obm__scratch *s, float **p, size_t a, size_t b, obm_err
     return OBM_OK;
 }
 
+/* Columns of the widest matrix. */
+static size_t widest_input(const obm__config *c) {
+    int64_t q = c->heads * c->head_dim, widest = c->hidden > q ? c->hidden : q;
+    return (size_t)(c->intermediate > widest ? c->intermediate : widest);
+}
+
+static obm_status grow_strips(obm_model *m, obm_error *err) {
+    size_t bytes = (size_t)m->ctx->threads * OBM_STRIP_BYTES;
+    if (!m->signs) return OBM_OK;
+    m->scratch.strips = obm__alloc(bytes, 1);
+    if (!m->scratch.strips) return obm__fail_nomem(err, bytes);
+    m->scratch.bytes += bytes;
+    return OBM_OK;
+}
+
 static obm_status grow_rows(obm_model *m, size_t rows, obm_error *err) {
     const obm__config *c = &m->config;
     obm__scratch *s = &m->scratch;
     size_t hidden = (size_t)c->hidden, q = (size_t)(c->heads * c->head_dim), kv = (size_t)(c->kv_heads * c->head_dim);
-    size_t wide = (size_t)c->intermediate, widest = hidden > q ? hidden : q, threads = (size_t)m->ctx->threads;
-    if (wide > widest) widest = wide;
+    size_t wide = (size_t)c->intermediate, widest = widest_input(c), threads = (size_t)m->ctx->threads;
     size_t positions = s->positions;
     obm__scratch_free(s);
     s->weights = obm__calloc(rows, sizeof *s->weights);
@@ -49,10 +63,40 @@ static obm_status grow_rows(obm_model *m, size_t rows, obm_error *err) {
     s->panel_size = PANEL_ROWS * widest;
     OBM_TRY(resize(s, &s->panels, threads, s->panel_size, err));
     OBM_TRY(resize(s, &s->products, threads, OBM_TILE_TOKENS * PANEL_ROWS, err));
+    OBM_TRY(grow_strips(m, err));
     OBM_TRY(resize(s, &s->widened, threads, OBM_TILE_TOKENS * (size_t)c->head_dim, err));
     OBM_TRY(resize(s, &s->scores, threads, positions, err));
     s->positions = positions;
     s->rows = rows;
+    return OBM_OK;
+}
+
+/* One vector's: tables, the scales of its tiles, the sums of its groups; each part in whole cache lines. */
+static size_t table_parts(const obm__config *c, size_t *scales, size_t *sums) {
+    size_t groups = (widest_input(c) + OBM__PLANE_GROUP - 1) / OBM__PLANE_GROUP;
+    size_t tiles = (widest_input(c) + OBM__PLANE_TILE - 1) / OBM__PLANE_TILE;
+    *scales = groups * OBM__PLANE_GROUP / 8 * OBM__PLANE_TABLE;
+    *sums = *scales + (tiles * sizeof(float) + 63) / 64 * 64;
+    return *sums + (groups * sizeof(int32_t) + 63) / 64 * 64;
+}
+
+obm_status obm__scratch_tables(obm_model *m, size_t n, obm_error *err) {
+    obm__scratch *s = &m->scratch;
+    size_t scales, sums, each = table_parts(&m->config, &scales, &sums);
+    if (n <= s->table_rows) return OBM_OK;
+    s->bytes -= s->table_rows * (each + sizeof *s->tables);
+    s->table_rows = 0;
+    obm_free(s->tables);
+    obm_free(s->table_bytes);
+    s->tables = obm__calloc(n, sizeof *s->tables);
+    s->table_bytes = obm__alloc(n, each);
+    if (!s->tables || !s->table_bytes) return obm__fail_nomem(err, (uint64_t)n * each);
+    for (size_t i = 0; i < n; i++) {
+        uint8_t *at = (uint8_t *)s->table_bytes + i * each;
+        s->tables[i] = (obm__tables){at, (float *)(at + scales), (int32_t *)(at + sums)};
+    }
+    s->table_rows = n;
+    s->bytes += n * (each + sizeof *s->tables);
     return OBM_OK;
 }
 
@@ -140,13 +184,7 @@ static void swiglu_rows(void *arg, size_t begin, size_t end, int worker) {
     }
 }
 
-static void embed_row(obm_model *m, const obm__row *row, float *x) {
-    const obm__matrix *e = obm__weights_at(row->sequence->weights, 0, OBM_EMBEDDING);
-    obm_tensor t = {.data = e->data, .dtype = e->dtype, .ndim = 2, .shape = {e->rows, e->cols}};
-    obm__widen(m->ctx->k, &t, row->id * e->cols, e->cols, x);
-}
-
-static void start_rows(obm_model *m, const obm__row *rows, size_t n) {
+static obm_status start_rows(obm_model *m, const obm__row *rows, size_t n, obm_error *err) {
     obm__scratch *s = &m->scratch;
     int64_t half = m->config.head_dim / 2, hidden = m->config.hidden;
     for (size_t i = 0; i < n; i++) {
@@ -156,10 +194,11 @@ static void start_rows(obm_model *m, const obm__row *rows, size_t n) {
             memset(s->normed + (int64_t)i * hidden, 0, (size_t)hidden * sizeof *s->x);
             continue;
         }
-        embed_row(m, &rows[i], s->x + (int64_t)i * hidden);
+        OBM_TRY(obm__weights_embed(m, s->weights[i], rows[i].id, s->x + (int64_t)i * hidden, err));
         obm__rope_table(m->frequencies, half, rows[i].position, s->cosine + (int64_t)i * half,
                         s->sine + (int64_t)i * half);
     }
+    return OBM_OK;
 }
 
 /* ---- the pass ---- */
@@ -171,7 +210,7 @@ obm_status obm__forward(obm_model *m, const obm__row *rows, size_t n, bool tiled
     obm__scratch *s = &m->scratch;
     const obm__weights *const *w = s->weights;
 
-    start_rows(m, rows, n);                                                        // x (n, hidden)
+    OBM_TRY(start_rows(m, rows, n, err));                                          // x (n, hidden)
     for (int64_t layer = 0; layer < layers; layer++) {
         norm(m, n, layer, OBM_ATTENTION_NORM, NULL, layer > 0);                    // x += down; normed (n, hidden)
         const obm__linear qkv[] = {{OBM_Q, s->q, q}, {OBM_K, s->k, kv}, {OBM_V, s->v, kv}};

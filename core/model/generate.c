@@ -52,6 +52,7 @@ static obm_status refill(batch *b, obm_error *err) {
     if (b->running && (b->size - b->running) * 4 < b->size) return OBM_OK;
     size_t first = b->running;
     bool admitted = true;
+    b->m->decoding = first > 0;
     while (b->running < b->size && b->next < b->n && admitted) {
         OBM_TRY(admit_next(b, &admitted, err));
         OBM_TRY(obm__pulse_check(&b->pulse, err));

@@ -7,7 +7,7 @@
 #define PANEL 128       /* weight rows of one GEMM call */
 #define PANEL_STEP 16
 #define SHARE_FLOPS 1e5 /* least work of a worker: a few us, more than the hand-over costs */
-#define ROW_BLOCK 32    /* weight rows of one item of the row path: stays in L2 while all sequences pass over it */
+#define ROW_BLOCK OBM__PLANE_ROWS   /* weight rows of one item of the row path: a block of the planes */
 
 typedef struct linear_job {
     obm_model *m;
@@ -19,6 +19,7 @@ typedef struct linear_job {
     const float *x;                       /* (n, cols) */
     size_t first_item[4];                 /* items of layer l: [first_item[l], first_item[l + 1]) */
     size_t offset;                        /* of the current slice */
+    int64_t cols;
 } linear_job;
 
 static const obm__linear *find_item(const linear_job *j, size_t item, int64_t per_item, int64_t *row) {
@@ -36,7 +37,7 @@ static const void *matrix_row(const obm__matrix *w, int64_t row) {
     return (const char *)w->data + (size_t)row * (size_t)w->cols * obm_dtype_size(w->dtype);
 }
 
-/* ---- row path: the vectors of one matrix against a block of its rows ---- */
+/* ---- row path: the vectors of one matrix against a block of its rows, then against the planes of the same rows ---- */
 
 static void multiply_rows(const obm_kernels *k, const obm__matrix *w, int64_t row, int64_t rows, const float *x,
                           size_t tokens, float *y, size_t ldy) {
@@ -59,8 +60,21 @@ static size_t same_matrix(const linear_job *j, size_t i, obm__role role) {
     return end - i;
 }
 
+/* The next rows of the base, which the planes ask for while they compute: memory must not rest. */
+static size_t rows_ahead(const obm__matrix *w, int64_t row, const void **ahead) {
+    int64_t next = row + ROW_BLOCK, left = w->rows - next < ROW_BLOCK ? w->rows - next : ROW_BLOCK;
+    if (left <= 0) return 0;
+    *ahead = matrix_row(w, next);
+    return (size_t)(left * w->cols) * obm_dtype_size(w->dtype);
+}
+
 static void finish_rows(const linear_job *j, const obm__linear *l, size_t i, int64_t row, int64_t there, int64_t rows) {
     float *y = l->y + (int64_t)i * l->ld;
+    const obm__matrix *w = obm__weights_at(j->weights[i], j->layer, l->role);
+    const void *ahead = NULL;
+    size_t ahead_bytes = rows_ahead(w, row, &ahead);
+    if (w->terms && there > 0)
+        obm__terms_multiply(j->m->ctx->k, w->terms, &j->m->scratch.tables[i], row, there, ahead, ahead_bytes, y + row);
     for (int64_t r = there; r < rows; r++) y[row + r] = -INFINITY;   /* ids that only another route has */
     const float *bias = find_bias(j, j->weights[i], l->role);
     for (int64_t r = 0; bias && r < there; r++) y[row + r] += bias[row + r];
@@ -88,6 +102,40 @@ static void run_rows(void *arg, size_t begin, size_t end, int worker) {
     }
 }
 
+/* ---- tables of the vectors that meet planes, shared by the layers of a call ---- */
+
+static bool meets_planes(const linear_job *j, size_t i) {
+    for (size_t l = 0; j->weights[i] && l < j->count; l++)
+        if (obm__weights_at(j->weights[i], j->layer, j->layers[l].role)->terms) return true;
+    return false;
+}
+
+static size_t tiles_of(int64_t cols) { return ((size_t)cols + OBM__PLANE_TILE - 1) / OBM__PLANE_TILE; }
+
+/* Item: one tile of one vector. */
+static void build_tables(void *arg, size_t begin, size_t end, int worker) {
+    const linear_job *j = arg;
+    size_t tiles = tiles_of(j->cols);
+    (void)worker;
+    for (size_t item = begin; item < end; item++) {
+        size_t i = item / tiles, tile = item % tiles, first = tile * OBM__PLANE_TILE, left = (size_t)j->cols - first;
+        const obm__tables *t = &j->m->scratch.tables[i];
+        if (!meets_planes(j, i)) continue;
+        j->m->ctx->k->plane_tables(t->bytes + first / 8 * OBM__PLANE_TABLE, t->scales + tile,
+                                   t->sums + first / OBM__PLANE_GROUP, j->x + i * (size_t)j->cols + first,
+                                   left < OBM__PLANE_TILE ? left : OBM__PLANE_TILE);
+    }
+}
+
+static obm_status prepare_tables(linear_job *j, obm_error *err) {
+    size_t i = 0;
+    while (i < j->n && !meets_planes(j, i)) i++;
+    if (i == j->n) return OBM_OK;
+    OBM_TRY(obm__scratch_tables(j->m, j->n, err));
+    obm__parallel(j->m->ctx, j->n * tiles_of(j->cols), 1, build_tables, j);
+    return OBM_OK;
+}
+
 /* ---- tiled path: GEMM of (64 tokens, 128 weight rows, cols); the last panel of a matrix may have fewer rows ---- */
 
 static int64_t panel_rows(const obm__matrix *w, int64_t row) { return w->rows - row < PANEL ? w->rows - row : PANEL; }
@@ -96,16 +144,17 @@ static int64_t panel_rows(const obm__matrix *w, int64_t row) { return w->rows - 
  * order. */
 static int64_t padded_rows(int64_t rows) { return (rows + PANEL_STEP - 1) / PANEL_STEP * PANEL_STEP; }
 
-/* The panel in f32, (padded_rows, cols), rows beyond the matrix zero. */
-static const float *load_panel(const obm_kernels *k, const obm__matrix *w, int64_t row, float *panel) {
+/* The panel in f32, (padded_rows, cols), with what the route adds; rows beyond the matrix zero. */
+static const float *load_panel(const obm_kernels *k, const obm__matrix *w, int64_t row, float *panel, uint8_t *strip) {
     int64_t rows = panel_rows(w, row), padding = padded_rows(rows) - rows;
     size_t count = (size_t)(rows * w->cols);
     const void *data = matrix_row(w, row);
-    if (w->dtype == OBM_F32 && !padding) return data;
+    if (w->dtype == OBM_F32 && !padding && !w->terms) return data;
     if (w->dtype == OBM_BF16) k->bf16_to_f32(panel, data, count);
     else if (w->dtype == OBM_F16) k->f16_to_f32(panel, data, count);
     else memcpy(panel, data, count * sizeof *panel);
     memset(panel + count, 0, (size_t)(padding * w->cols) * sizeof *panel);
+    if (w->terms) obm__terms_add(k, w->terms, row, rows, panel, strip);
     return panel;
 }
 
@@ -133,15 +182,17 @@ static void run_panels(void *arg, size_t begin, size_t end, int worker) {
     for (size_t item = begin + j->offset; item < end + j->offset; item++) {
         int64_t row;
         const obm__linear *l = find_item(j, item, PANEL, &row);
-        const void *loaded = NULL;
+        const obm__matrix *loaded = NULL;
         const float *panel = NULL;
         float *product = s->products + (size_t)worker * OBM_TILE_TOKENS * PANEL;
         for (size_t first = 0; first < j->n; first += OBM_TILE_TOKENS) {
             const obm__weights *weights = tile_weights(j, first);
             if (!weights) continue;
             const obm__matrix *w = obm__weights_at(weights, j->layer, l->role);
-            if (w->data != loaded) panel = load_panel(j->m->ctx->k, w, row, s->panels + (size_t)worker * s->panel_size);
-            loaded = w->data;
+            if (!loaded || w->data != loaded->data || w->terms != loaded->terms)
+                panel = load_panel(j->m->ctx->k, w, row, s->panels + (size_t)worker * s->panel_size,
+                                   s->strips + (size_t)worker * OBM_STRIP_BYTES);
+            loaded = w;
             int64_t rows = panel_rows(w, row);
             obm__sgemm_nt(OBM_TILE_TOKENS, padded_rows(rows), w->cols, 1, j->x + (int64_t)first * w->cols, w->cols,
                           panel, w->cols, 0, product, PANEL);
@@ -169,13 +220,16 @@ static obm_status run_slices(linear_job *j, obm__range_fn fn, double item_flops,
 obm_status obm__linear_run(obm_model *m, const obm__weights *const *weights, size_t n, bool tiled, int64_t layer,
                            const obm__linear *layers, size_t count, const float *x, obm_error *err) {
     linear_job j = {.m = m, .weights = weights, .n = n, .layer = layer, .layers = layers, .count = count, .x = x};
-    int64_t per_item = tiled ? PANEL : ROW_BLOCK, rows, cols = 0;
+    int64_t per_item = tiled ? PANEL : ROW_BLOCK, rows;
     for (size_t l = 0; l < count; l++) {
-        obm__config_shape(&m->config, layers[l].role, &rows, &cols);
+        obm__config_shape(&m->config, layers[l].role, &rows, &j.cols);
         j.first_item[l + 1] = j.first_item[l] + (size_t)((layers[l].ld + per_item - 1) / per_item);
     }
-    double item_flops = 2.0 * (double)n * (double)per_item * (double)cols;
-    if (!tiled) return run_slices(&j, run_rows, item_flops, err);
+    double item_flops = 2.0 * (double)n * (double)per_item * (double)j.cols;
+    if (!tiled) {
+        OBM_TRY(prepare_tables(&j, err));
+        return run_slices(&j, run_rows, item_flops, err);
+    }
     OBM_TRY(obm__blas_check(m->ctx->threads, err));
     obm__blas_enter();
     obm_status status = run_slices(&j, run_panels, item_flops, err);

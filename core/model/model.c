@@ -78,6 +78,7 @@ static obm_status prepare(obm_model *m, const obm_model_options *options, obm_er
     m->kv = OBM_OPT(options, obm_model_options, kv, OBM_F32);
     m->route_budget = OBM_OPT(options, obm_model_options, route_budget, 0);
     if (!m->route_budget) m->route_budget = default_budget(m->ctx);
+    m->materialise = OBM_OPT(options, obm_model_options, materialise, false);
     if (m->kv != OBM_F32 && m->kv != OBM_F16)
         return obm__fail(err, OBM_E_ARG, "the KV cache can be F32 or F16, not %s", obm_dtype_name(m->kv));
     OBM_TRY(load_config(m, err));
@@ -89,7 +90,7 @@ static obm_status prepare(obm_model *m, const obm_model_options *options, obm_er
     count_params(m);
     OBM_TRY(
         obm__weights_acquire(m, NULL, &base, err)); /* checks every tensor the config asks for; freed with the model */
-    return OBM_OK;
+    return m->pack && !m->materialise ? obm__signs_load(m, err) : OBM_OK;
 }
 
 /* Takes ownership of m. */
@@ -145,6 +146,7 @@ obm_status obm_model_from_pack(obm_context *ctx, const obm_pack *pack, const obm
 void obm_model_free(obm_model *m) {
     if (!m) return;
     obm__weights_free_all(m);
+    obm__signs_free_all(m);
     obm__scratch_free(&m->scratch);
     obm__config_clear(&m->config);
     obm_free(m->frequencies);
@@ -157,10 +159,13 @@ void obm_model_free(obm_model *m) {
 obm_status obm__model_enter(obm_model *m, obm__pulse *pulse, obm_error *err) {
     OBM_TRY(obm__guard_enter(&m->guard, "the model", err));
     m->pulse = pulse;
+    m->decoding = false;
     return OBM_OK;
 }
 
+/* A thread that still builds would look at a pack that may change from now on. */
 void obm__model_leave(obm_model *m) {
+    obm__weights_cancel(m);
     m->pulse = NULL;
     obm__guard_leave(&m->guard);
 }
@@ -188,12 +193,12 @@ const obm_pack *obm_model_pack(const obm_model *m) { return m->pack; }
 const obm_tokenizer *obm_model_tokenizer(const obm_model *m) { return m->tokenizer; }
 size_t obm__model_tasks(const obm_model *m) { return m->pack ? m->pack->n_experts : 0; }
 
-/* Planes are counted as stored; today they are read when a route is materialised. */
 void obm_model_account(const obm_model *m, obm_model_memory *out) {
-    *out = (obm_model_memory){
-        .base = m->base_bytes, .overlays = m->overlay_bytes, .kv = m->kv_bytes, .scratch = m->scratch.bytes};
-    for (size_t e = 0; m->pack && e < m->pack->n_experts; e++)
-        for (size_t t = 0; t < m->pack->n_tensors; t++) out->planes += m->pack->experts[e].entries[t].bytes_pack;
+    *out = (obm_model_memory){.base = m->base_bytes,
+                              .planes = m->signs_bytes + m->terms_bytes,
+                              .overlays = m->overlay_bytes,
+                              .kv = m->kv_bytes,
+                              .scratch = m->scratch.bytes};
 }
 
 /* ---- logits and hidden states ---- */

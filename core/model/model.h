@@ -15,7 +15,8 @@
 
 typedef enum obm__role {
     OBM_Q, OBM_K, OBM_V, OBM_O, OBM_GATE, OBM_UP, OBM_DOWN,                             /* matrices of a layer */
-    OBM_Q_BIAS, OBM_K_BIAS, OBM_V_BIAS, OBM_O_BIAS, OBM_GATE_BIAS, OBM_UP_BIAS, OBM_DOWN_BIAS,   /* matrix + OBM_Q_BIAS */
+    OBM_MATRIX_ROLES,
+    OBM_Q_BIAS = OBM_MATRIX_ROLES, OBM_K_BIAS, OBM_V_BIAS, OBM_O_BIAS, OBM_GATE_BIAS, OBM_UP_BIAS, OBM_DOWN_BIAS,   /* matrix + OBM_Q_BIAS */
     OBM_ATTENTION_NORM, OBM_MLP_NORM,
     OBM_LAYER_ROLES,
     OBM_EMBEDDING = OBM_LAYER_ROLES, OBM_FINAL_NORM, OBM_HEAD,                          /* once per model */
@@ -56,19 +57,108 @@ void obm__config_clear(obm__config *c);
 bool obm__config_has(const obm__config *c, obm__role role);   /* false: an absent bias, the head of a tied model */
 void obm__config_shape(const obm__config *c, obm__role role, int64_t *rows, int64_t *cols);   /* vectors: rows 1 */
 
+/* ---- sign planes (planes.c) ---- */
+
+/* Columns over which neither the scale of the activations nor any alpha changes: byte columns [first, first + count). */
+typedef struct obm__segment {
+    size_t first, count;
+    size_t span;                /* which coefficient of a row applies */
+} obm__segment;
+
+/* The signs of one matrix, those of every expert, in the order in which a run reads them: blocks of 64 rows, in a block
+ * one plane after the other, in a plane the 64 bytes of each byte column.  All routes share them. */
+typedef struct obm__signs {
+    uint8_t *blocks;            /* (ceil(rows / 64), n, row_bytes, 64); NULL: no expert is 1-bit here */
+    size_t n;                   /* planes in pack order: experts, then planes of an expert */
+    int64_t rows, cols, row_bytes;
+    obm__segment *segments;
+    size_t n_segments, n_spans;
+} obm__signs;
+/* Repacks the signs of all matrices of the pack (once per model). */
+obm_status obm__signs_load(obm_model *m, obm_error *err);
+void obm__signs_free_all(obm_model *m);
+/* Those of a matrix, or of a tied head; NULL without. */
+const obm__signs *obm__signs_of(const obm_model *m, int64_t layer, obm__role role);
+
+/* What a route adds to the base in one matrix: sum over masks M of c_M * prod_{i in M} s_i (route/coefficients.c). */
+#define OBM_RUN_MASKS 8
+typedef struct obm__terms {
+    const obm__signs *signs;
+    int n_planes;
+    size_t plane[OBM_PATTERN_PLANES];   /* of signs: those that take part */
+    int n;                              /* masks; those with c_M = 0 everywhere are left out */
+    uint8_t mask[OBM_RUN_MASKS];        /* bit i: plane[i] */
+    float *c;                           /* (n, spans, rows), or (n, spans, 1) where all rows share them */
+    int64_t c_rows;
+} obm__terms;
+/* *out NULL: more than OBM_RUN_MASKS masks, so the matrix runs as an overlay.  *out is owned; obm__terms_bytes: all it
+ * takes. */
+obm_status obm__terms_new(const obm_model *m, const obm__route_plan *plan, size_t tensor, const obm__signs *s,
+                          obm__terms **out, obm_error *err);
+void obm__terms_free(obm__terms *t);
+size_t obm__terms_bytes(const obm__terms *t);
+
+/* Activations as the planes take them: fixed point, in tables (kernels.h).  One for each vector of a batch. */
+typedef struct obm__tables {
+    uint8_t *bytes;             /* (row_bytes, 64) */
+    float *scales;              /* (tiles) */
+    int32_t *sums;              /* (groups of 64 columns) */
+} obm__tables;
+/* y[r] += the terms of rows [row, row + rows) of a block of 64 rows, times the vector in the tables.  `ahead`: what is
+ * read next, NULL or the next rows of the base. */
+void obm__terms_multiply(const obm_kernels *k, const obm__terms *t, const obm__tables *x, int64_t row, int64_t rows,
+                         const void *ahead, size_t ahead_bytes, float *y);
+/* panel (rows, cols) += the terms of rows [row, row + rows), row a multiple of 64; strip: OBM_STRIP_BYTES of scratch. */
+#define OBM_STRIP_BYTES ((size_t)OBM_PATTERN_PLANES * OBM__PLANE_ROWS * OBM__PLANE_TILE / 8)
+void obm__terms_add(const obm_kernels *k, const obm__terms *t, int64_t row, int64_t rows, float *panel, uint8_t *strip);
+
 /* ---- weights under a route (weights.c) ---- */
 
-typedef struct obm__matrix { const void *data; obm_dtype dtype; int64_t rows, cols; } obm__matrix;   /* F32, F16, BF16; aligned */
+typedef struct obm__matrix {
+    const void *data;           /* F32, F16, BF16; aligned; NULL: absent, or found by token */
+    obm_dtype dtype;
+    int64_t rows, cols;
+    const obm__terms *terms;    /* what the route adds on planes; NULL: nothing */
+    bool by_token;              /* an embedding whose rows are merged when they are asked for */
+} obm__matrix;
 
-/* Everything the forward pass multiplies with, for one route: the base's mapping where the route changes nothing. */
+/* A tensor that does not run on planes, materialised for one route, or for all that agree on it (overlay.c). */
+typedef struct obm__overlay obm__overlay;
+struct obm__overlay {
+    size_t tensor;
+    double *route;              /* (tasks), as far as it matters to the tensor */
+    obm_pack_settings settings;
+    obm__matrix matrix;
+    uint64_t bytes;
+    int refs;                   /* weights that use it */
+    obm__overlay *next;
+};
+
+/* Keys of the list of overlays: tensor, route as far as it matters, settings of the pack. */
+obm__overlay *obm__overlay_find(const obm_model *m, size_t tensor, const double *route);   /* NULL: not there */
+obm_status obm__overlay_new(const obm_model *m, size_t tensor, const double *route, obm__overlay **out, obm_error *err);
+void obm__overlay_keep(obm_model *m, obm__overlay *o);      /* into the list, once it is filled */
+void obm__overlay_release(obm_model *m, obm__overlay *o);   /* drops a reference; the last one frees */
+void obm__overlay_free(obm__overlay *o);                    /* one that is not in the list */
+bool obm__same_settings(const obm_pack_settings *a, const obm_pack_settings *b);
+/* The tensor under the plan's route; shape is its shape there.  stop NULL: by the pool, with the pulse; else on this thread
+ * alone until *stop is set (USER).  out->data is owned. */
+obm_status obm__overlay_fill(obm_model *m, const obm__route_plan *plan, size_t tensor, const obm_tensor *shape,
+                             bool vector, const _Atomic int *stop, obm__matrix *out, obm_error *err);
+
+/* Everything the forward pass multiplies with, for one route: the base's mapping, what is added on planes, overlays. */
 typedef struct obm__weights obm__weights;
 struct obm__weights {
     double *route;              /* (tasks), NULL: the base alone */
     obm_pack_settings settings; /* of the pack when the route was prepared */
     obm__matrix *tensors;       /* (layers, OBM_LAYER_ROLES), then the three of the model; data NULL: absent */
     int64_t layers;
+    obm__route_plan *plan;      /* owned; NULL: the base alone */
+    size_t embedding;           /* tensor of the pack, for rows by token */
+    obm__overlay **overlays; size_t n_overlays;   /* referenced */
+    obm__terms **terms; size_t n_terms;           /* owned */
     void **owned; size_t n_owned;
-    uint64_t bytes;             /* of owned */
+    uint64_t bytes, terms_bytes;/* of owned, of terms */
     int refs;                   /* running sequences */
     uint64_t used;              /* clock of the last acquire */
     obm__weights *next;
@@ -79,13 +169,48 @@ static inline const obm__matrix *obm__weights_at(const obm__weights *w, int64_t 
                                   : &w->tensors[w->layers * OBM_LAYER_ROLES + role - OBM_LAYER_ROLES];
 }
 static inline int64_t obm__weights_vocab(const obm__weights *w) { return obm__weights_at(w, 0, OBM_EMBEDDING)->rows; }
+/* Row `id` of the embedding, f32, (hidden). */
+obm_status obm__weights_embed(const obm_model *m, const obm__weights *w, int32_t id, float *out, obm_error *err);
 /* route NULL or all zero: the base alone.  Prepares or finds the route and takes a reference; obm__weights_release drops
  * it.  Unreferenced routes beyond the model's budget go, least recently used first. */
 obm_status obm__weights_acquire(obm_model *m, const double *route, obm__weights **out, obm_error *err);
-/* The same beside other routes that run: *out is NULL when it would take the routes in use over the budget. */
+/* The same beside other routes that run: *out is NULL while its overlays are being built on a thread of their own, and
+ * when it would take the routes in use over the budget. */
 obm_status obm__weights_admit(obm_model *m, const double *route, obm__weights **out, obm_error *err);
 void obm__weights_release(obm_model *m, obm__weights *w);
+/* Stops the thread that builds overlays. */
+void obm__weights_cancel(obm_model *m);
 void obm__weights_free_all(obm_model *m);
+
+/* ---- preparing a route (prepare.c) ---- */
+
+typedef struct obm__pending {
+    size_t tensor;
+    obm_tensor shape;
+    bool vector;
+    obm__matrix *out;           /* where it belongs in the weights */
+    obm__overlay *overlay;      /* NULL: a vector, which its route keeps for itself */
+    obm__matrix filled;         /* that vector */
+} obm__pending;
+typedef struct obm__build {
+    obm_model *m;
+    obm__weights *w;
+    obm__pending *pending; size_t n_pending;
+    bool trims, ties_head, head_has_planes;
+    uint64_t needed;            /* bytes of overlays to come, in the base's dtype */
+    obm_error *err;
+    obm__task *task;            /* on a thread of its own */
+    _Atomic int stop;
+    obm_status status;          /* of that thread */
+    obm_error error;
+} obm__build;
+/* Decides about every tensor; what has to be computed is left to obm__build_run, which may run on another thread while
+ * sequences run (stop as for obm__overlay_fill).  obm__build_keep hands the weights out. */
+obm_status obm__build_new(obm_model *m, const double *route, obm__build **out, obm_error *err);
+obm_status obm__build_run(obm__build *b, const _Atomic int *stop, obm_error *err);
+obm_status obm__build_keep(obm__build *b, obm__weights **out, obm_error *err);
+void obm__build_free(obm__build *b);
+void obm__weights_free(obm_model *m, obm__weights *w);
 
 /* ---- KV cache and sequences (kv.c) ---- */
 
@@ -146,10 +271,16 @@ typedef struct obm__scratch {
     float *cosine, *sine;       /* (rows, head_dim / 2) */
     float *panels, *products;   /* per worker: (128, widest) = panel_size, and (64, 128) */
     size_t panel_size;
+    uint8_t *strips;            /* per worker: OBM_STRIP_BYTES; NULL: no planes */
+    obm__tables *tables;        /* (table_rows) of the vectors of a decode step */
+    size_t table_rows;
+    void *table_bytes;          /* what they point into */
     float *scores, *widened;    /* per worker: (positions) and (64, head_dim) */
     uint64_t bytes;
 } obm__scratch;
 void obm__scratch_free(obm__scratch *s);
+/* Room for the tables of n vectors. */
+obm_status obm__scratch_tables(obm_model *m, size_t n, obm_error *err);
 
 /* Work between two looks at the pulse: about 25 ms at 40 GFLOP/s. */
 #define OBM_SLICE_FLOPS 1e9
@@ -193,11 +324,15 @@ struct obm_model {
     int64_t vocab;                      /* the largest of base and experts */
     obm_dtype kv;
     uint64_t route_budget;
-    uint64_t largest_route;             /* bytes; what a new one is expected to take */
     float *frequencies;                 /* (head_dim / 2) */
     obm__weights *routes;               /* list; the base alone is the last */
     uint64_t clock;
-    uint64_t params, base_bytes, kv_bytes, overlay_bytes;
+    obm__signs *signs;                  /* (layers, OBM_MATRIX_ROLES), then the head's; NULL: nothing runs on planes */
+    obm__overlay *overlays;             /* list */
+    obm__build *building;               /* a route whose overlays are on their way; NULL */
+    bool materialise;                   /* nothing runs on planes */
+    bool decoding;                      /* sequences run that must not wait for overlays of others */
+    uint64_t params, base_bytes, kv_bytes, overlay_bytes, signs_bytes, terms_bytes;
     obm__scratch scratch;
     obm__pulse *pulse;                  /* of the running call, NULL if it cannot be stopped */
 };
@@ -209,6 +344,8 @@ void obm__model_leave(obm_model *m);
 obm_status obm__model_pool(obm_model *m, const int32_t *ids, size_t n, int layer, float *out, obm_error *err);
 obm_status obm__model_check_ids(const obm_model *m, const obm__weights *w, const int32_t *ids, size_t n, obm_error *err);
 size_t obm__model_tasks(const obm_model *m);   /* 0 for a plain model */
+/* Index in the pack of a role's tensor (of the embedding for a tied head), or SIZE_MAX. */
+size_t obm__model_tensor(const obm_model *m, int64_t layer, obm__role role);
 
 /* ---- sampling (sample.c) ---- */
 

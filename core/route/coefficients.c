@@ -49,8 +49,7 @@ float obm__planes_alpha(const obm__planes *p, int plane, int64_t row, int64_t co
     return alpha[row * groups_per_row(p) + col / p->scale.group];
 }
 
-/* Columns from col on that share an alpha within a row. */
-static int64_t planes_span(const obm__planes *p, int64_t col) {
+int64_t obm__planes_span(const obm__planes *p, int64_t col) {
     int64_t rest = p->cols - col;
     if (p->scale.kind != OBM_SCALE_GROUP) return rest;
     int64_t group = p->scale.group - col % p->scale.group;
@@ -65,7 +64,7 @@ void obm__planes_read_f64(const obm__planes *p, int64_t row, int64_t col, int64_
         const uint8_t *signs = p->signs[plane] + row * p->row_bytes;
         for (int64_t i = 0, m; i < n; i += m) {
             double alpha = obm__planes_alpha(p, plane, row, col + i);
-            m = planes_span(p, col + i);
+            m = obm__planes_span(p, col + i);
             if (m > n - i) m = n - i;
             for (int64_t j = i; j < i + m; j++) out[j] += sign_bit(signs, col + j) ? alpha : -alpha;
         }
@@ -83,9 +82,9 @@ bool obm__plane_set_add(obm__plane_set *s, size_t task, const obm__planes *plane
 }
 
 int64_t obm__plane_set_span(const obm__plane_set *s, int64_t col) {
-    int64_t span = planes_span(s->from[0], col);
+    int64_t span = obm__planes_span(s->from[0], col);
     for (int i = 1; i < s->n; i++) {
-        int64_t own = planes_span(s->from[i], col);
+        int64_t own = obm__planes_span(s->from[i], col);
         if (own < span) span = own;
     }
     return span;

@@ -38,6 +38,8 @@ void obm__plane_set_alphas(const obm__plane_set *s, int64_t row, int64_t col, fl
 /* pattern[m]: the sign bits of columns [col, col + m) of a row, one byte per column; col a multiple of 8. */
 void obm__plane_set_patterns(const obm__plane_set *s, int64_t row, int64_t col, int64_t m, uint8_t *pattern);
 
+/* Columns from `col` on over which no alpha of a row changes. */
+int64_t obm__planes_span(const obm__planes *p, int64_t col);
 /* alpha of plane p at (row, col), whatever the layout of the scales. */
 float obm__planes_alpha(const obm__planes *p, int plane, int64_t row, int64_t col);
 /* d~ of row `row`, columns [col, col + n), summed in plane order in f64. */

@@ -37,6 +37,8 @@ obm_status obm__route_plan_new(const obm_pack *p, const double *weights, obm__ro
 #define OBM_ROUTE_NONE (SIZE_MAX - 1)
 obm_status obm__route_plan_for(const obm_pack *p, const double *weights, size_t only, obm__route_plan **out,
                                obm_error *err);
+/* The trims of a plan made with NONE, which then gives rows of any tensor.  stop (nullable): USER once *stop is set. */
+obm_status obm__route_plan_trim(obm__route_plan *r, const _Atomic int *stop, obm_error *err);
 void obm__route_plan_free(obm__route_plan *r);
 /* False: the tensor is the base's under this route, use it as it is. */
 bool obm__route_changes(const obm__route_plan *r, size_t tensor);
@@ -56,6 +58,12 @@ typedef enum obm__route_kind {
     OBM_ROUTE_ELEMENTS = 3  /* the elementwise rule */
 } obm__route_kind;
 obm__route_kind obm__route_kind_of(const obm__route_plan *r, size_t tensor);
+/* EXPERT: that tensor, extra vocabulary rows included. */
+const obm_tensor *obm__route_own(const obm__route_plan *r, size_t tensor);
+/* The weights as far as they matter to one tensor: routes that agree in them have the same tensor.  weights: (tasks).
+ * Experts that are the base's in this tensor are alike there, so the first of them takes the weight of all (at lambda 0
+ * none of them matters); where trims look at other tensors too, nothing is put together. */
+void obm__route_effective(const obm__route_plan *r, size_t tensor, double *weights);
 /* PATTERNS: the planes that a run touches, and c(w) of the stretch of columns at (row, col); c[2^n].  What running on
  * the planes is built on: a route changes these scalars and moves no weights. */
 const obm__plane_set *obm__route_planes(const obm__route_plan *r, size_t tensor);

@@ -169,6 +169,13 @@ obm_status obm__route_plan_for(const obm_pack *p, const double *weights, size_t 
     return OBM_OK;
 }
 
+obm_status obm__route_plan_trim(obm__route_plan *r, const _Atomic int *stop, obm_error *err) {
+    r->stop = stop;
+    obm_status status = obm__route_trim(r, OBM_ROUTE_ALL, err);
+    r->stop = NULL;
+    return status;
+}
+
 obm_status obm__route_plan_new(const obm_pack *p, const double *weights, obm__route_plan **out, obm_error *err) {
     return obm__route_plan_for(p, weights, OBM_ROUTE_ALL, out, err);
 }
@@ -195,4 +202,23 @@ obm_status obm__route_shape(const obm__route_plan *r, size_t tensor, obm_tensor 
     if (t->n_extra > 0) shape->shape[0] += t->n_extra;
     *exists = t->exists;
     return OBM_OK;
+}
+
+const obm_tensor *obm__route_own(const obm__route_plan *r, size_t tensor) {
+    return &obm__route_entry(r->pack, r->hard, tensor)->full;
+}
+
+void obm__route_effective(const obm__route_plan *r, size_t tensor, double *weights) {
+    const obm_pack_settings *s = &r->pack->settings;
+    size_t first = SIZE_MAX;
+    memcpy(weights, r->rule.weights, r->rule.n_tasks * sizeof *weights);
+    bool trims_model = s->profile == OBM_PROFILE_PAPER && s->reading == OBM_READING_RECOMPUTED && s->density < 1;
+    if (r->tensors[tensor].n_extra > 0 || (trims_model && s->lambda != 0)) return;
+    for (size_t k = 0; k < r->rule.n_tasks; k++) {
+        if (obm__entry_present(obm__route_entry(r->pack, k, tensor))) continue;
+        if (first == SIZE_MAX) first = k;
+        if (first != k) weights[first] += weights[k];
+        if (first != k || s->lambda == 0) weights[k] = 0;
+    }
+    if (s->lambda == 0 && first != SIZE_MAX) weights[first] = 0;
 }

@@ -31,6 +31,7 @@ struct obm__route_plan {
     double *weights;            /* rule.weights, owned */
     size_t hard;                /* obm__route_hard */
     obm__route_tensor *tensors; /* (pack->n_tensors) */
+    const _Atomic int *stop;    /* looked at while trims are found; NULL: never */
 };
 
 /* The entry that gives expert k's task vector in a tensor: its own, or its embedding's where its head is tied. */

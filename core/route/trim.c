@@ -61,7 +61,8 @@ typedef bool (*use_fn)(void *state, const float *x, int64_t begin, int64_t n);
 static void for_values(const vector *v, size_t tensor, use_fn use, void *state) {
     const obm__route_tensor *t = &v->plan->tensors[tensor];
     float x[OBM_ROUTE_CHUNK];
-    for (int64_t row = 0; row < t->rows; row++) {
+    const _Atomic int *stop = v->plan->stop;
+    for (int64_t row = 0; row < t->rows && !(stop && *stop); row++) {
         for (int64_t col = 0, n; col < t->cols; col += n) {
             n = t->cols - col < OBM_ROUTE_CHUNK ? t->cols - col : OBM_ROUTE_CHUNK;
             read_values(v, tensor, row, col, n, x);
@@ -203,5 +204,5 @@ obm_status obm__route_trim(obm__route_plan *r, size_t only, obm_error *err) {
             if (k != j && rule->weights[k] != 0) OBM_TRY(trim_pair(r, only, k, j, err));
         }
     }
-    return OBM_OK;
+    return r->stop && *r->stop ? obm__fail(err, OBM_E_USER, "stopped") : OBM_OK;
 }

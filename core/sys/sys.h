@@ -84,6 +84,12 @@ void obm__parallel(obm_context *ctx, size_t n, size_t grain, obm__range_fn fn, v
 /* threads includes the caller; with more threads than cores nobody spins. */
 obm__pool *obm__pool_new(const obm__topology *topology, int threads, int cores);
 void obm__pool_free(obm__pool *p);
+/* One call of fn on a thread of its own, beside what the pool runs.  obm__task_wait: true once fn has returned; looks for at
+ * most `milliseconds`.  obm__task_join waits to the end and frees. */
+typedef struct obm__task obm__task;
+obm_status obm__task_start(void (*fn)(void *), void *arg, obm__task **out, obm_error *err);
+bool obm__task_wait(obm__task *t, int milliseconds);
+void obm__task_join(obm__task *t);
 /* Sum of n partial sums in a fixed pairwise tree (bit-identical for any thread count). */
 double obm__tree_sum(const double *partial, size_t n);
 

@@ -2,6 +2,7 @@
  * callers. */
 #include "sys.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -219,6 +220,53 @@ void obm__parallel(obm_context *ctx, size_t n, size_t grain, obm__range_fn fn, v
     run_ranges(p, &p->job, 0);
     close_gate(p);
     atomic_store(&p->busy, 0);
+}
+
+/* ---- one call on a thread of its own ---- */
+
+struct obm__task {
+    pthread_t thread;
+    void (*fn)(void *);
+    void *arg;
+    _Atomic int done;
+};
+
+static void *task_main(void *arg) {
+    obm__task *t = arg;
+    t->fn(t->arg);
+    atomic_store(&t->done, 1);
+    return NULL;
+}
+
+obm_status obm__task_start(void (*fn)(void *), void *arg, obm__task **out, obm_error *err) {
+    obm__task *t = obm__calloc(1, sizeof *t);
+    sigset_t all, before;
+    if (!t) return obm__fail_nomem(err, sizeof *t);
+    t->fn = fn;
+    t->arg = arg;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int failed = pthread_create(&t->thread, NULL, task_main, t);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (!failed) {
+        *out = t;
+        return OBM_OK;
+    }
+    obm_free(t);
+    errno = failed;
+    return obm__fail_errno(err, "cannot start a thread");
+}
+
+/* Looked at every millisecond: what it waits for takes many. */
+bool obm__task_wait(obm__task *t, int milliseconds) {
+    const struct timespec step = {0, 1000000};
+    for (int i = 0; i < milliseconds && !atomic_load(&t->done); i++) nanosleep(&step, NULL);
+    return atomic_load(&t->done);
+}
+
+void obm__task_join(obm__task *t) {
+    pthread_join(t->thread, NULL);
+    obm_free(t);
 }
 
 /* Halves of the index range, recursively: the tree depends on n alone. */

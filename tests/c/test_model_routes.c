@@ -110,14 +110,17 @@ static void close_fixture(fixture *f) {
     remove_pack(f->pack_dir);
 }
 
-static obm_model *open_model(const fixture *f, uint64_t budget) {
+static obm_model *open_as(const fixture *f, uint64_t budget, bool materialise) {
     obm_model_options options = OBM_INIT(obm_model_options);
     obm_model *m;
     obm_error err;
     options.route_budget = budget;
+    options.materialise = materialise;
     check_ok(obm_model_from_pack(f->ctx, f->pack, &options, &m, &err), &err);
     return m;
 }
+
+static obm_model *open_model(const fixture *f, uint64_t budget) { return open_as(f, budget, false); }
 
 /* The merged weights as the pack states them, in f32. */
 static void materialise(const fixture *f, const double *route, tiny *c, tiny_weights *w) {
@@ -226,7 +229,7 @@ static void dtypes_of_materialised_weights(void **state) {
     obm_error err;
     obm__weights *w;
     open_fixture(&f, OBM_BF16, 0);
-    obm_model *m = open_model(&f, 0);
+    obm_model *m = open_as(&f, 0, true);
     check_ok(obm__weights_acquire(m, routes[1], &w, &err), &err);
     assert_int_equal(obm__weights_at(w, 1, OBM_GATE)->dtype, OBM_BF16);
     obm__weights_release(m, w);
@@ -359,7 +362,7 @@ static uint64_t most_overlays(const fixture *f, uint64_t budget, size_t n, size_
     obm_prompt p[8];
     obm_completion c[8];
     double soft[8][TASKS];
-    obm_model *m = open_model(f, budget);
+    obm_model *m = open_as(f, budget, true);
     watch w = {m, 0};
     obm_generate_options o = OBM_INIT(obm_generate_options);
     o.max_tokens = steps;

@@ -525,7 +525,7 @@ static void test_requests(void **state) {
     family_free(&f);
 }
 
-/* A route in the pack and its exported folder are one model. */
+/* A route in the pack, materialised, and its exported folder are one model. */
 static void test_exported_route_runs_the_same(void **state) {
     (void)state;
     family f = family_new();
@@ -533,7 +533,9 @@ static void test_exported_route_runs_the_same(void **state) {
     static const double routes[][2] = {{1, 0}, {0, 1}, {0.25, 0.5}, {0, 0}};
     static const int32_t ids[] = {5, 80, 200, 7, 7, 31};
     obm_model *pack, *dense;
-    OK(obm_model_from_pack(f.ctx, f.pack, NULL, &pack, err));
+    obm_model_options materialised = OBM_INIT(obm_model_options);
+    materialised.materialise = true;
+    OK(obm_model_from_pack(f.ctx, f.pack, &materialised, &pack, err));
     obm_model_info info;
     obm_model_describe(pack, &info);
     float *a = obm__alloc((size_t)info.vocab, sizeof *a), *b = obm__alloc((size_t)info.vocab, sizeof *b);

@@ -436,8 +436,8 @@ def test_models_from_open_packs(pack, model, ids):
 
 
 def test_the_route_budget_is_kept(pack_path, ids):
-    m = obm.Model(pack_path, route_budget=4_000_000)
-    roomy = obm.Model(pack_path)
+    m = obm.Model(pack_path, route_budget=4_000_000, materialise=True)
+    roomy = obm.Model(pack_path, materialise=True)
     for route in ("chat", "math", "code", "chat"):
         assert np.array_equal(m.logits(ids, route=route), roomy.logits(ids, route=route))
     assert m.memory["overlays"] < roomy.memory["overlays"]

@@ -200,7 +200,8 @@ def test_a_routed_model_is_its_exported_folder(pack, model, models, tmp_path):
     folder = plain.write_folder(tmp_path / "dense", tensors, config=json.loads((models / "base" / "config.json").read_text()))
     ids = model.tokenizer.encode("What is 17 plus 5?")
     assert kinds == {True, False}
-    assert np.abs(obm.Model(folder).logits(ids) - model.logits(ids, route="math")).max() < 1e-4
+    dense = obm.Model(pack, materialise=True)
+    assert np.abs(obm.Model(folder).logits(ids) - dense.logits(ids, route="math")).max() < 1e-4
     pack.export("math", tmp_path / "exported", dtype="f32")
     exported = obm.Model(tmp_path / "exported")
     assert exported.tokenizer.encode("What is 17 plus 5?") == ids

@@ -1,0 +1,319 @@
+/* Running on sign planes: how they lie in memory, and y += (sum over masks of c_M times the XOR of planes) x.  Which
+ * masks a route has follows from core/route, the arithmetic on bits is in kernels/. */
+#include "model.h"
+
+#include "../route/plan.h"
+
+#include <string.h>
+
+#define TILE_BYTES (OBM__PLANE_TILE / 8)
+
+/* ---- loading ---- */
+
+/* All planes of one matrix in pack order. */
+typedef struct plane_list {
+    size_t n;
+    const obm__planes **from;
+    int *plane;
+} plane_list;
+
+static size_t list_planes(const obm_pack *p, size_t tensor, plane_list *out) {
+    size_t n = 0;
+    for (size_t k = 0; k < p->n_experts; k++) {
+        const obm__pack_entry *e = obm__route_entry(p, k, tensor);
+        if (e->mode != OBM_MODE_1BIT) continue;
+        for (int i = 0; i < e->planes.n; i++, n++) {
+            if (!out) continue;
+            out->from[n] = &e->planes;
+            out->plane[n] = i;
+        }
+    }
+    return n;
+}
+
+static const uint8_t *block_at(const obm__signs *s, size_t block, size_t plane) {
+    return s->blocks + (block * s->n + plane) * (size_t)s->row_bytes * OBM__PLANE_ROWS;
+}
+
+typedef struct repack_job {
+    const obm_kernels *k;
+    const plane_list *planes;
+    obm__signs *signs;
+} repack_job;
+
+static void repack_blocks(void *arg, size_t begin, size_t end, int worker) {
+    const repack_job *j = arg;
+    const obm__signs *s = j->signs;
+    (void)worker;
+    for (size_t block = begin; block < end; block++) {
+        int64_t row = (int64_t)block * OBM__PLANE_ROWS;
+        size_t rows = (size_t)(s->rows - row < OBM__PLANE_ROWS ? s->rows - row : OBM__PLANE_ROWS);
+        size_t bytes = (size_t)s->row_bytes;
+        for (size_t p = 0; p < s->n; p++)
+            j->k->plane_repack((uint8_t *)block_at(s, block, p),
+                               j->planes->from[p]->signs[j->planes->plane[p]] + (size_t)row * bytes, bytes, rows,
+                               bytes);
+    }
+}
+
+/* Columns from `col` on over which no plane's alpha changes. */
+static int64_t shared_span(const plane_list *planes, int64_t col) {
+    int64_t span = INT64_MAX;
+    for (size_t p = 0; p < planes->n; p++) {
+        int64_t own = obm__planes_span(planes->from[p], col);
+        if (own < span) span = own;
+    }
+    return span;
+}
+
+/* Fills s->segments (NULL: counts): spans are cut where the scale of the activations changes. */
+static void cut_segments(const plane_list *planes, obm__signs *s) {
+    size_t n = 0, spans = 0;
+    for (int64_t col = 0, width; col < s->cols; col += width, spans++) {
+        width = shared_span(planes, col);
+        size_t at = (size_t)col / 8, end = (size_t)(col + width + 63) / 64 * 8;
+        for (size_t stop; at < end; at = stop, n++) {
+            stop = (at / TILE_BYTES + 1) * TILE_BYTES;
+            if (stop > end) stop = end;
+            if (s->segments) s->segments[n] = (obm__segment){at, stop - at, spans};
+        }
+    }
+    s->n_segments = n;
+    s->n_spans = spans;
+}
+
+static obm_status fill_signs(obm_model *m, const plane_list *planes, obm__signs *s, obm_error *err) {
+    const obm__planes *first = planes->from[0];
+    size_t blocks = ((size_t)first->rows + OBM__PLANE_ROWS - 1) / OBM__PLANE_ROWS, bytes = 0;
+    *s = (obm__signs){.n = planes->n, .rows = first->rows, .cols = first->cols, .row_bytes = first->row_bytes};
+    bool fits = obm__mul(blocks * OBM__PLANE_ROWS, (size_t)s->row_bytes, &bytes) && obm__mul(bytes, s->n, &bytes);
+    cut_segments(planes, s);
+    s->segments = obm__calloc(s->n_segments, sizeof *s->segments);
+    s->blocks = fits ? obm__alloc(bytes, 1) : NULL;
+    if (!s->segments || !s->blocks) return obm__fail_nomem(err, bytes);
+    cut_segments(planes, s);
+    obm__parallel(m->ctx, blocks, 1, repack_blocks, &(repack_job){m->ctx->k, planes, s});
+    m->signs_bytes += bytes;
+    for (size_t p = 0; p < s->n; p++) /* runs do not look at the file's pages again */
+        obm__pages_release(planes->from[p]->signs[planes->plane[p]], (size_t)(s->rows * s->row_bytes));
+    return OBM_OK;
+}
+
+static obm_status load_tensor(obm_model *m, size_t tensor, obm__signs *s, obm_error *err) {
+    size_t n = tensor == SIZE_MAX ? 0 : list_planes(m->pack, tensor, NULL);
+    if (!n) return OBM_OK;
+    plane_list list = {n, obm__calloc(n, sizeof *list.from), obm__calloc(n, sizeof *list.plane)};
+    obm_status status = OBM_OK;
+    if (!list.from || !list.plane) OBM_GO(obm__fail_nomem(err, n * sizeof *list.from));
+    list_planes(m->pack, tensor, &list);
+    OBM_GO(fill_signs(m, &list, s, err));
+done:
+    obm_free(list.from);
+    obm_free(list.plane);
+    return status;
+}
+
+/* The matrices of the layers, then the head. */
+static size_t signs_count(const obm_model *m) { return (size_t)m->config.layers * OBM_MATRIX_ROLES + 1; }
+
+obm_status obm__signs_load(obm_model *m, obm_error *err) {
+    size_t count = signs_count(m);
+    m->signs = obm__calloc(count, sizeof *m->signs);
+    if (!m->signs) return obm__fail_nomem(err, count * sizeof *m->signs);
+    for (size_t i = 0; i < count; i++) {
+        bool head = i == count - 1;
+        size_t tensor = obm__model_tensor(m, head ? 0 : (int64_t)(i / OBM_MATRIX_ROLES),
+                                          head ? OBM_HEAD : (obm__role)(i % OBM_MATRIX_ROLES));
+        OBM_TRY(load_tensor(m, tensor, &m->signs[i], err));
+        OBM_TRY(obm__pulse_check(m->pulse, err));
+    }
+    return OBM_OK;
+}
+
+void obm__signs_free_all(obm_model *m) {
+    for (size_t i = 0; m->signs && i < signs_count(m); i++) {
+        obm_free(m->signs[i].blocks);
+        obm_free(m->signs[i].segments);
+    }
+    obm_free(m->signs);
+    m->signs = NULL;
+}
+
+const obm__signs *obm__signs_of(const obm_model *m, int64_t layer, obm__role role) {
+    bool runs = m->signs && (role < OBM_MATRIX_ROLES || role == OBM_HEAD);
+    if (!runs) return NULL;
+    const obm__signs *s = &m->signs[role == OBM_HEAD ? signs_count(m) - 1 : (size_t)(layer * OBM_MATRIX_ROLES + role)];
+    return s->blocks ? s : NULL;
+}
+
+/* ---- the terms of a route ---- */
+
+/* Where the planes of a route's set lie among all of the matrix. */
+static void place_planes(const obm_pack *p, size_t tensor, const obm__plane_set *set, obm__terms *t) {
+    size_t first = 0;
+    for (size_t k = 0; k < p->n_experts; k++) {
+        const obm__pack_entry *e = obm__route_entry(p, k, tensor);
+        for (int i = 0; i < set->n; i++)
+            if (set->task[i] == k) t->plane[i] = first + (size_t)set->plane[i];
+        first += e->mode == OBM_MODE_1BIT ? (size_t)e->planes.n : 0;
+    }
+    t->n_planes = set->n;
+}
+
+/* The masks with a coefficient anywhere, and all coefficients: two passes over the same rows, as most masks of a hard
+ * route are 0 and their number decides about memory. */
+typedef struct terms_job {
+    const obm__route_plan *plan;
+    size_t tensor;
+    obm__terms *terms;
+    int slot[OBM_PATTERNS]; /* of mask M among the terms, -1: not read */
+    _Atomic bool *used;     /* (OBM_PATTERNS), first pass; NULL in the second */
+} terms_job;
+
+static void find_coefficients(void *arg, size_t begin, size_t end, int worker) {
+    terms_job *j = arg;
+    obm__terms *t = j->terms;
+    const obm__signs *s = t->signs;
+    double c[OBM_PATTERNS];
+    (void)worker;
+    for (size_t row = begin; row < end; row++) {
+        for (size_t i = 0; i < s->n_segments; i++) {
+            const obm__segment *g = &s->segments[i];
+            if (i && g->span == g[-1].span) continue;
+            obm__route_coefficients(j->plan, j->tensor, (int64_t)row, (int64_t)g->first * 8, c);
+            for (int mask = 0; mask < 1 << t->n_planes; mask++) {
+                if (j->used && c[mask] != 0) j->used[mask] = true;
+                if (!j->used && j->slot[mask] >= 0)
+                    t->c[((size_t)j->slot[mask] * s->n_spans + g->span) * (size_t)t->c_rows + row] = (float)c[mask];
+            }
+        }
+    }
+}
+
+static size_t coefficient_count(const obm__terms *t) { return (size_t)t->n * t->signs->n_spans * (size_t)t->c_rows; }
+
+static obm_status run_terms(const obm_model *m, terms_job *j, bool per_row, obm_error *err) {
+    obm__terms *t = j->terms;
+    _Atomic bool used[OBM_PATTERNS] = {0};
+    size_t rows = per_row ? (size_t)t->signs->rows : 1;
+    j->used = used;
+    obm__parallel(m->ctx, rows, 64, find_coefficients, j);
+    for (int mask = 0; mask < OBM_PATTERNS; mask++) {
+        j->slot[mask] = used[mask] ? t->n : -1;
+        if (used[mask] && t->n < OBM_RUN_MASKS) t->mask[t->n] = (uint8_t)mask;
+        t->n += used[mask];
+    }
+    if (t->n > OBM_RUN_MASKS) return OBM_OK;
+    t->c_rows = (int64_t)rows;
+    t->c = obm__alloc(coefficient_count(t), sizeof *t->c);
+    if (!t->c) return obm__fail_nomem(err, coefficient_count(t) * sizeof *t->c);
+    j->used = NULL;
+    obm__parallel(m->ctx, rows, 64, find_coefficients, j);
+    return OBM_OK;
+}
+
+static bool has_row_scales(const obm__plane_set *set) {
+    for (int i = 0; i < set->n; i++)
+        if (set->from[i]->scale.kind != OBM_SCALE_MATRIX) return true;
+    return false;
+}
+
+obm_status obm__terms_new(const obm_model *m, const obm__route_plan *plan, size_t tensor, const obm__signs *s,
+                          obm__terms **out, obm_error *err) {
+    const obm__plane_set *set = obm__route_planes(plan, tensor);
+    obm__terms *t = obm__calloc(1, sizeof *t);
+    if (!t) return obm__fail_nomem(err, sizeof *t);
+    t->signs = s;
+    place_planes(m->pack, tensor, set, t);
+    obm_status status =
+        run_terms(m, &(terms_job){.plan = plan, .tensor = tensor, .terms = t}, has_row_scales(set), err);
+    *out = NULL;
+    if (status == OBM_OK && t->n <= OBM_RUN_MASKS)
+        *out = t;
+    else
+        obm__terms_free(t);
+    return status;
+}
+
+void obm__terms_free(obm__terms *t) {
+    if (t) obm_free(t->c);
+    obm_free(t);
+}
+
+size_t obm__terms_bytes(const obm__terms *t) { return sizeof *t + coefficient_count(t) * sizeof *t->c; }
+
+/* c_M of a segment for rows [row, ...): one per row, or a single one (c_rows is 1). */
+static const float *coefficients_at(const obm__terms *t, int mask, const obm__segment *g, int64_t row) {
+    return t->c + ((size_t)mask * t->signs->n_spans + g->span) * (size_t)t->c_rows + (t->c_rows == 1 ? 0 : row);
+}
+
+/* ---- one vector ---- */
+
+/* y[r] += c_r * (scale * sum_r), rounded in this order on every ISA. */
+static void add_sums(const obm__terms *t, const float *c, float scale, const int32_t *sums, int64_t rows, float *y) {
+    if (t->c_rows == 1)
+        for (int64_t r = 0; r < rows; r++) y[r] += c[0] * (scale * (float)sums[r]);
+    else
+        for (int64_t r = 0; r < rows; r++) y[r] += c[r] * (scale * (float)sums[r]);
+}
+
+/* The planes of a mask inside one block, from byte column `first` on. */
+static int find_streams(const obm__terms *t, uint8_t mask, size_t block, size_t first, const uint8_t **streams) {
+    int n = 0;
+    for (int i = 0; i < t->n_planes; i++)
+        if (mask >> i & 1) streams[n++] = block_at(t->signs, block, t->plane[i]) + first * OBM__PLANE_ROWS;
+    return n;
+}
+
+void obm__terms_multiply(const obm_kernels *k, const obm__terms *t, const obm__tables *x, int64_t row, int64_t rows,
+                         const void *ahead, size_t ahead_bytes, float *y) {
+    const uint8_t *streams[OBM_PATTERN_PLANES];
+    int32_t sums[OBM__PLANE_ROWS];
+    size_t asked = 0;
+    for (int mask = 0; mask < t->n; mask++) {
+        for (size_t i = 0; i < t->signs->n_segments; i++) {
+            const obm__segment *g = &t->signs->segments[i];
+            int n = find_streams(t, t->mask[mask], (size_t)row / OBM__PLANE_ROWS, g->first, streams);
+            size_t wanted = g->count * 64; /* a cache line of the next rows for each byte column */
+            bool more = asked + wanted <= ahead_bytes;
+            k->plane_sums(sums, streams, n, g->count, x->bytes + g->first * OBM__PLANE_TABLE, x->sums + g->first / 8,
+                          more ? (const char *)ahead + asked : NULL);
+            asked += wanted;
+            add_sums(t, coefficients_at(t, mask, g, row), x->scales[g->first / TILE_BYTES], sums, rows, y);
+        }
+    }
+}
+
+/* ---- panels ---- */
+
+/* strip: (n_planes, 64, count) packed rows of one block and segment. */
+static void add_strip(const obm_kernels *k, const obm__terms *t, const obm__segment *g, int64_t row, int64_t rows,
+                      const uint8_t *strip, float *panel) {
+    int64_t cols = t->signs->cols, first = (int64_t)g->first * 8, left = cols - first, width = (int64_t)g->count * 8;
+    const uint8_t *bits[OBM_PATTERN_PLANES];
+    for (int64_t r = 0; r < rows; r++) {
+        for (int mask = 0; mask < t->n; mask++) {
+            const float *c = coefficients_at(t, mask, g, row);
+            int n = 0;
+            for (int i = 0; i < t->n_planes; i++)
+                if (t->mask[mask] >> i & 1) bits[n++] = strip + ((size_t)i * OBM__PLANE_ROWS + (size_t)r) * g->count;
+            k->plane_add(panel + r * cols + first, bits, n, c[t->c_rows == 1 ? 0 : r],
+                         (size_t)(left < width ? left : width));
+        }
+    }
+}
+
+void obm__terms_add(const obm_kernels *k, const obm__terms *t, int64_t row, int64_t rows, float *panel,
+                    uint8_t *strip) {
+    for (int64_t done = 0, n; done < rows; done += n) {
+        size_t block = (size_t)(row + done) / OBM__PLANE_ROWS;
+        n = rows - done < OBM__PLANE_ROWS ? rows - done : OBM__PLANE_ROWS;
+        for (size_t s = 0; s < t->signs->n_segments; s++) {
+            const obm__segment *g = &t->signs->segments[s];
+            for (int i = 0; i < t->n_planes; i++)
+                k->plane_unpack(strip + (size_t)i * OBM__PLANE_ROWS * g->count, g->count,
+                                block_at(t->signs, block, t->plane[i]) + g->first * OBM__PLANE_ROWS, g->count);
+            add_strip(k, t, g, row + done, n, strip, panel + done * t->signs->cols);
+        }
+    }
+}
