@@ -56,12 +56,13 @@ FN static inline __m128i narrow_bf16(__m256 v) {
     ((unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32( \
         _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)), _mm256_set1_epi32(0x7f7fffff)))))
 
-#define SIGNED(a, bits) negate_where_clear(_mm256_set1_ps(a), bits)
-FN static inline __m256 negate_where_clear(__m256 a, unsigned bits) {
-    const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    __m256i clear =
-        _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), lane_bit), _mm256_setzero_si256());
-    return _mm256_xor_ps(a, _mm256_and_ps(_mm256_castsi256_ps(clear), _mm256_set1_ps(-0.0f)));
+#define SIGNED(a, bits) signed8(a, bits, 0)
+#define SIGNED_AT(a, bits, l) signed8(a, bits, l)
+/* The lane's bit moves to the sign and turns -a into a. */
+FN static inline __m256 signed8(float a, uint32_t bits, int l) {
+    const __m256i up = _mm256_setr_epi32(31 - l, 30 - l, 29 - l, 28 - l, 27 - l, 26 - l, 25 - l, 24 - l);
+    __m256 flip = _mm256_castsi256_ps(_mm256_sllv_epi32(_mm256_set1_epi32((int)bits), up));
+    return _mm256_xor_ps(_mm256_set1_ps(-a), _mm256_and_ps(flip, _mm256_set1_ps(-0.0f)));
 }
 
 #define HSUM(v) lanes_sum(v)
@@ -81,6 +82,37 @@ FN static inline float lanes_sum(__m256 v) {
         a = IN_ORDER(_mm256_shuffle_ps(low, high, 0x88)); \
         b = IN_ORDER(_mm256_shuffle_ps(low, high, 0xdd)); \
     } while (0)
+
+#define B __m256i
+#define BL 32
+#define EACH_B(X) X(0) X(1)
+#define LOAD_B(p) LOAD_256(p)
+#define STORE_B(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), v)
+#define XOR_B(a, b) _mm256_xor_si256(a, b)
+#define LOW_NIBBLE(v) _mm256_and_si256(v, _mm256_set1_epi8(15))
+#define HIGH_NIBBLE(v) _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15))
+#define TABLE_B(p) _mm256_broadcastsi128_si256(LOAD_128(p))
+#define LOOKUP(t, i) _mm256_shuffle_epi8(t, i)
+#define ADD_B(a, b) _mm256_add_epi8(a, b)
+#define ZIP_LOW(a, b) _mm256_unpacklo_epi8(a, b)
+#define ZIP_HIGH(a, b) _mm256_unpackhi_epi8(a, b)
+#define GATHER_B(p, d) _mm256_inserti128_si256(_mm256_castsi128_si256(LOAD_128(p)), LOAD_128((p) + (d)), 1)
+#define SCATTER_B(p, d, v)                                                                \
+    do {                                                                                  \
+        _mm_storeu_si128((__m128i *)(void *)(p), _mm256_castsi256_si128(v));              \
+        _mm_storeu_si128((__m128i *)(void *)((p) + (d)), _mm256_extracti128_si256(v, 1)); \
+    } while (0)
+/* unpack works inside lanes: its low results are the first halves of both lanes, the high ones the second halves. */
+#define STORE_PAIRS(p, even, odd)                                                                \
+    do {                                                                                         \
+        __m256i low = _mm256_unpacklo_epi16(even, odd), high = _mm256_unpackhi_epi16(even, odd); \
+        STORE_B(p, _mm256_permute2x128_si256(low, high, 0x20));                                  \
+        STORE_B((p) + 16, _mm256_permute2x128_si256(low, high, 0x31));                           \
+    } while (0)
+#define MAX_ABS(m, v) \
+    _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(m), _mm256_castps_si256(_mm256_andnot_ps(SET1(-0.0f), v))))
+
+#include "template/planes_x86.h"
 
 #include "template/all.h"
 #else

@@ -31,6 +31,7 @@
 #define ABS_D(a) _mm512_andnot_pd(_mm512_set1_pd(-0.0), a)
 #define EACH_D(X) X(0) X(1)
 
+#define LOAD_128(p) _mm_loadu_si128((const __m128i *)(const void *)(p))
 #define LOAD_256(p) _mm256_loadu_si256((const __m256i *)(const void *)(p))
 #define LOAD_512(p) _mm512_loadu_si512((const void *)(p))
 
@@ -55,6 +56,7 @@ FN static inline __m256i narrow_bf16(__m512 v) {
     ((unsigned)_mm512_cmpgt_epi32_mask(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)), \
                                        _mm512_set1_epi32(0x7f7fffff)))
 #define SIGNED(a, bits) _mm512_mask_blend_ps((__mmask16)(bits), _mm512_set1_ps(-(a)), _mm512_set1_ps(a))
+#define SIGNED_AT(a, bits, l) SIGNED(a, (bits) >> (l))
 
 #define HSUM(v) lanes_sum(v)
 FN static inline float lanes_sum(__m512 v) {
@@ -75,6 +77,48 @@ FN static inline float lanes_sum(__m512 v) {
         a = _mm512_permutex2var_ps(low, even, high);                                                       \
         b = _mm512_permutex2var_ps(low, odd, high);                                                        \
     } while (0)
+
+#define B __m512i
+#define BL 64
+#define EACH_B(X) X(0)
+#define LOAD_B(p) LOAD_512(p)
+#define STORE_B(p, v) _mm512_storeu_si512((void *)(p), v)
+#define XOR_B(a, b) _mm512_xor_si512(a, b)
+#define LOW_NIBBLE(v) _mm512_and_si512(v, _mm512_set1_epi8(15))
+#define HIGH_NIBBLE(v) _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))
+#define TABLE_B(p) _mm512_broadcast_i32x4(LOAD_128(p))
+#define LOOKUP(t, i) _mm512_shuffle_epi8(t, i)
+#define ADD_B(a, b) _mm512_add_epi8(a, b)
+#define ZIP_LOW(a, b) _mm512_unpacklo_epi8(a, b)
+#define ZIP_HIGH(a, b) _mm512_unpackhi_epi8(a, b)
+#define GATHER_B(p, d) gather4(p, d)
+#define SCATTER_B(p, d, v) scatter4(p, d, v)
+#define STORE_PAIRS(p, even, odd) store_pairs(p, even, odd)
+#define MAX_ABS(m, v)                                            \
+    _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(m), \
+                                         _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff))))
+
+FN static inline __m512i gather4(const uint8_t *p, size_t d) {
+    __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(LOAD_128(p)), LOAD_128(p + d), 1);
+    __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(LOAD_128(p + 2 * d)), LOAD_128(p + 3 * d), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+FN static inline void scatter4(uint8_t *p, size_t d, __m512i v) {
+    _mm_storeu_si128((__m128i *)(void *)p, _mm512_castsi512_si128(v));
+    _mm_storeu_si128((__m128i *)(void *)(p + d), _mm512_extracti32x4_epi32(v, 1));
+    _mm_storeu_si128((__m128i *)(void *)(p + 2 * d), _mm512_extracti32x4_epi32(v, 2));
+    _mm_storeu_si128((__m128i *)(void *)(p + 3 * d), _mm512_extracti32x4_epi32(v, 3));
+}
+/* unpack works inside lanes: lane l of its low and high results are the first and second 8 words of lane l. */
+FN static inline void store_pairs(uint16_t *p, __m512i even, __m512i odd) {
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
+    STORE_B(p, _mm512_permutex2var_epi64(low, first, high));
+    STORE_B(p + 32, _mm512_permutex2var_epi64(low, second, high));
+}
+
+#include "template/planes_x86.h"
 
 #include "template/all.h"
 #else

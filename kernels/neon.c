@@ -83,6 +83,7 @@ static inline uint32x4_t above_finite(float32x4_t v) {
 static inline unsigned not_finite(V v) { return lanes(above_finite(v.val[0]), above_finite(v.val[1])); }
 
 #define SIGNED(a, bits) signed8(a, bits)
+#define SIGNED_AT(a, bits, l) signed8(a, (bits) >> (l))
 static inline V signed8(float a, unsigned bits) {
     static const uint32_t weight[8] = {1, 2, 4, 8, 16, 32, 64, 128};
     uint32x4_t all = vdupq_n_u32(bits);
@@ -116,6 +117,57 @@ static inline V odd_bf16(uint16x8_t a, uint16x8_t b) {
         a = pair(low.val[0], high.val[0]);                           \
         b = pair(low.val[1], high.val[1]);                           \
     } while (0)
+
+#define B uint8x16_t
+#define BL 16
+#define EACH_B(X) X(0) X(1) X(2) X(3)
+#define LOAD_B(p) vld1q_u8(p)
+#define STORE_B(p, v) vst1q_u8(p, v)
+#define XOR_B(a, b) veorq_u8(a, b)
+#define LOW_NIBBLE(v) vandq_u8(v, vdupq_n_u8(15))
+#define HIGH_NIBBLE(v) vshrq_n_u8(v, 4)
+#define TABLE_B(p) vld1q_u8(p)
+#define LOOKUP(t, i) vqtbl1q_u8(t, i)
+#define WORDS(a) vreinterpretq_u16_u8(a)
+#define ADD_B(a, b) vaddq_u8(a, b)
+#define STORE_PAIRS(p, even, odd) vst2q_u16(p, ((uint16x8x2_t){{WORDS(even), WORDS(odd)}}))
+#define ZIP_LOW(a, b) vzip1q_u8(a, b)
+#define ZIP_HIGH(a, b) vzip2q_u8(a, b)
+#define GATHER_B(p, d) vld1q_u8(p)
+#define SCATTER_B(p, d, v) vst1q_u8(p, v)
+#define MAX_ABS(m, v) pair(max_abs((m).val[0], (v).val[0]), max_abs((m).val[1], (v).val[1]))
+
+static inline float32x4_t max_abs(float32x4_t m, float32x4_t v) {
+    return vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(m), vreinterpretq_u32_f32(vabsq_f32(v))));
+}
+
+/* Entries 0..7 and 8..15 of a nibble's table.  z holds max(-q, 0) of four columns, then max(q, 0), in 16-bit words;
+ * mask k picks word k or k + 4 by bit k of the entry.  Bit 3 is constant in each half. */
+static inline void nibble_table(uint8_t *limb0, uint8_t *limb1, uint8x16_t z) {
+    static const uint8_t masks[5][16] = {{0, 1, 8, 9, 0, 1, 8, 9, 0, 1, 8, 9, 0, 1, 8, 9},
+                                         {2, 3, 2, 3, 10, 11, 10, 11, 2, 3, 2, 3, 10, 11, 10, 11},
+                                         {4, 5, 4, 5, 4, 5, 4, 5, 12, 13, 12, 13, 12, 13, 12, 13},
+                                         {6, 7, 6, 7, 6, 7, 6, 7, 6, 7, 6, 7, 6, 7, 6, 7},
+                                         {14, 15, 14, 15, 14, 15, 14, 15, 14, 15, 14, 15, 14, 15, 14, 15}};
+#define PICK(k) WORDS(vqtbl1q_u8(z, vld1q_u8(masks[k])))
+    uint16x8_t three = vaddq_u16(vaddq_u16(PICK(0), PICK(1)), PICK(2));
+    uint16x8_t low = vaddq_u16(three, PICK(3)), high = vaddq_u16(three, PICK(4)), limb = vdupq_n_u16(127);
+#undef PICK
+    vst1q_u8(limb0, vcombine_u8(vmovn_u16(vandq_u16(low, limb)), vmovn_u16(vandq_u16(high, limb))));
+    vst1q_u8(limb1, vcombine_u8(vshrn_n_u16(low, 7), vshrn_n_u16(high, 7)));
+}
+
+static int32_t group_tables(uint8_t *tables, const float *x, obm__quantiser z) {
+    uint32x4_t sum = vdupq_n_u32(0);
+    for (size_t i = 0; i < OBM__PLANE_GROUP; i += 4) {
+        int32x4_t wide = vcvtnq_s32_f32(vmulq_n_f32(vmulq_n_f32(vld1q_f32(x + i), z.lift), z.steps));
+        int16x4_t q = vmovn_s32(wide), plus = vmax_s16(q, vdup_n_s16(0)), minus = vsub_s16(plus, q);
+        uint8_t *entry = tables + i / 8 * OBM__PLANE_TABLE + i % 8 * 4;
+        sum = vaddw_u16(sum, vreinterpret_u16_s16(vadd_s16(plus, minus)));
+        nibble_table(entry, entry + 32, vreinterpretq_u8_s16(vcombine_s16(minus, plus)));
+    }
+    return (int32_t)vaddvq_u32(sum);
+}
 
 #include "template/all.h"
 #else

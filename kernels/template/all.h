@@ -1,4 +1,4 @@
-/* Every templated kernel and the table, from the parameters of elementwise.h and rows.h and these:
+/* Every templated kernel and the table, from the parameters of elementwise.h, rows.h and planes.h and these:
  *
  *   TABLE, ISA                       the table's symbol and name
  *   EVEN(p) ODD(p)                   from 2 * VL bf16 the even and the odd ones, widened, in order
@@ -31,6 +31,8 @@
 #define BATCH_LOAD LOAD
 #include "rows.h"
 
+#include "planes.h"
+
 /* The histogram is bound by dependent increments, not by loads: vectors gain nothing. */
 const obm_kernels TABLE = {
     .isa = ISA,
@@ -54,9 +56,9 @@ const obm_kernels TABLE = {
     .batch_bf16 = NAME(batch_bf16),
     .batch_f16 = NAME(batch_f16),
     .batch_f32 = NAME(batch_f32),
-    .plane_repack = obm__scalar_plane_repack,
-    .plane_unpack = obm__scalar_plane_unpack,
-    .plane_tables = obm__scalar_plane_tables,
-    .plane_sums = obm__scalar_plane_sums,
-    .plane_add = obm__scalar_plane_add,
+    .plane_repack = NAME(plane_repack),
+    .plane_unpack = NAME(plane_unpack),
+    .plane_tables = NAME(plane_tables),
+    .plane_sums = NAME(plane_sums),
+    .plane_add = NAME(plane_add),
 };
