@@ -7,6 +7,7 @@ python3-dev python3-venv"
 LUA_PACKAGES="lua5.4 liblua5.4-dev"
 TEST_PACKAGES="libcmocka-dev lua-busted luarocks lua-check"
 FUZZ_PACKAGES="clang libclang-rt-14-dev"
+CROSS_PACKAGES="gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"
 
 need_packages() {
     missing=""

@@ -2,7 +2,8 @@
 # The tests, in three tiers:
 #   tests/run.sh             what a user runs: C, Lua, Python, parity, fuzz corpora, the README's snippets
 #   tests/run.sh --oracles   live comparison with torch, transformers, tokenizers, mergekit, safetensors (installs them)
-#   tests/run.sh --long      sanitizers x languages, threads, valgrind, every ISA, fuzzing;  --long --short: a few minutes of it
+#   tests/run.sh --long      sanitizers x languages, threads, valgrind, every ISA, NEON under an emulator, fuzzing;
+#                            --long --short: a few minutes of it
 # Names after the options select steps: tests/run.sh c python.  Installs what is missing; builds in build/.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -89,6 +90,17 @@ valgrind_c() {
         valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite "$test" >/dev/null 2>build/valgrind.log || { cat build/valgrind.log; return 1; }
     done
 }
+neon_step() {   # the kernels need libc only, so an emulated ARM64 can run their tests; tests/cross has what they use of cmocka
+    mkdir -p build/neon
+    for test in tests/c/test_*kernels.c; do
+        local program
+        program=build/neon/$(basename "$test" .c)
+        aarch64-linux-gnu-gcc -std=c11 -D_GNU_SOURCE -O2 -g -Wall -Wextra -Werror -ffp-contract=off -static -Ikernels -Itests/cross \
+            "$test" kernels/*.c -lm -o "$program"
+        qemu-aarch64 "$program" | tee "$program.log"
+    done
+    grep -q "neon tested" build/neon/test_kernels.log
+}
 fuzz_step() {   # fuzz_step SECONDS
     CC=clang cmake -S . -B build/fuzz -DOBM_FUZZ=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
     cmake --build build/fuzz -j "$JOBS" >/dev/null
@@ -117,10 +129,11 @@ oracles)
     ;;
 long)
     # shellcheck disable=SC2086
-    need_packages $FUZZ_PACKAGES valgrind || exit 1
+    need_packages $FUZZ_PACKAGES $CROSS_PACKAGES valgrind || exit 1
     step asan-c asan_c
     step asan-lua asan_lua
     step asan-python asan_python
+    step neon neon_step
     if [ "$SHORT" = yes ]; then
         step fuzz fuzz_step 60
     else
