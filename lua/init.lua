@@ -146,7 +146,8 @@ local function read_recipe(path)
 end
 
 --- Merges by a recipe (a table with mergekit's keys, or the path of a YAML or JSON file) into the Hugging Face folder `out`.
--- Relative paths in a file start at its folder.
+-- Relative paths in a file start at its folder.  With `resume` the finished shards of a killed merge of the same recipe,
+-- options and inputs are kept.
 function M.merge(recipe, out, options)
   if type(recipe) == "table" then return core.merge(encode(recipe), out, options) end
   local text, message, code = read_recipe(recipe)

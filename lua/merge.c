@@ -1,11 +1,11 @@
 /* Static merges: recipes to folders, tensors to tensors, the method table. */
 #include "obm_lua.h"
 
-/* merge(recipe text, out, {profile, directory, seed, shard_bytes, memory, overwrite, dry_run, progress}) -> plan;
- * init.lua makes the text out of a table or a file. */
+/* merge(recipe text, out, {profile, directory, seed, shard_bytes, memory, overwrite, resume, dry_run, progress}) ->
+ * plan; init.lua makes the text out of a table or a file. */
 int obm_lua_merge(lua_State *L) {
     lua_settop(L, 3);
-    obm_lua_options(L, 3, "profile directory seed shard_bytes memory overwrite dry_run progress");
+    obm_lua_options(L, 3, "profile directory seed shard_bytes memory overwrite resume dry_run progress");
     lua_newtable(L);
     const char *recipe = obm_lua_string(L, 1), *out = obm_lua_string(L, 2);
     obm_context *ctx = obm_lua_context(L);
@@ -18,6 +18,7 @@ int obm_lua_merge(lua_State *L) {
     options.shard_bytes = obm_lua_field_size(L, 3, "shard_bytes");
     options.memory = obm_lua_field_size(L, 3, "memory");
     options.overwrite = obm_lua_field_boolean(L, 3, "overwrite", false);
+    options.resume = obm_lua_field_boolean(L, 3, "resume", false);
     options.dry_run = obm_lua_field_boolean(L, 3, "dry_run", false);
     obm_lua_call call;
     obm_lua_call_init(L, &call, 3, false);

@@ -441,7 +441,7 @@ function obm.tokenizer(path) end
 ---one with an element 1 is a list, every other one, the empty one too, a mapping.
 ---@param recipe table|string
 ---@param out string
----@param options? { directory?: string, profile?: onebitmerge.Profile, seed?: integer, shard_bytes?: integer, memory?: integer, overwrite?: boolean, dry_run?: boolean, progress?: onebitmerge.Progress }
+---@param options? { directory?: string, profile?: onebitmerge.Profile, seed?: integer, shard_bytes?: integer, memory?: integer, overwrite?: boolean, resume?: boolean, dry_run?: boolean, progress?: onebitmerge.Progress }
 ---@return onebitmerge.Plan?, string? message, onebitmerge.Code? code
 function obm.merge(recipe, out, options) end
 

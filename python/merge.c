@@ -4,17 +4,17 @@
 #include <string.h>
 
 PyObject *obm_py_merge(PyObject *module, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"recipe", "out",       "profile", "directory", "seed", "shard_bytes",
-                            "memory", "overwrite", "dry_run", "progress",  NULL};
+    static char *names[] = {"recipe", "out",       "profile", "directory", "seed",   "shard_bytes",
+                            "memory", "overwrite", "dry_run", "progress",  "resume", NULL};
     const char *recipe, *profile = NULL;
     PyObject *out, *directory_arg = Py_None, *directory = NULL, *seed = Py_None, *progress = Py_None, *context = NULL,
                    *result = NULL;
     unsigned long long shard = 0, memory = 0;
-    int overwrite = 0, dry_run = 0;
+    int overwrite = 0, dry_run = 0, resume = 0;
     obm_py_state *st = PyModule_GetState(module);
     obm_merge_options options = OBM_INIT(obm_merge_options);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO&|zOOKKppO", names, &recipe, obm_py_path, &out, &profile,
-                                     &directory_arg, &seed, &shard, &memory, &overwrite, &dry_run, &progress))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO&|zOOKKppOp", names, &recipe, obm_py_path, &out, &profile,
+                                     &directory_arg, &seed, &shard, &memory, &overwrite, &dry_run, &progress, &resume))
         return NULL;
     obm_py_call call;
     if (seed != Py_None) {
@@ -29,6 +29,7 @@ PyObject *obm_py_merge(PyObject *module, PyObject *args, PyObject *kwargs) {
         options.shard_bytes = shard;
         options.memory = memory;
         options.overwrite = overwrite;
+        options.resume = resume;
         options.dry_run = dry_run;
         options.progress = obm_py_progress;
         options.progress_user = &call;

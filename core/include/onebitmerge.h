@@ -69,10 +69,10 @@ typedef enum obm_status {
     OBM_E_FORMAT = -6,      /* a file is not what it should be */
     OBM_E_NOTFOUND = -7,    /* no tensor, expert, task of that name */
     OBM_E_UNSUPPORTED = -8, /* understood, but this build or version cannot do it */
-    OBM_E_BUSY = -9,        /* an object that serves one call at a time is in use, or another process changes a pack */
+    OBM_E_BUSY = -9,        /* an object that serves one call at a time is in use, or another process changes a folder */
     OBM_E_USER = -10,       /* a callback asked to stop; whatever it raised is the caller's to re-raise */
     OBM_E_EXISTS = -11,     /* the output exists and overwriting was not asked for */
-    OBM_E_MISMATCH = -12,   /* a pack meets another base than the one it was made from */
+    OBM_E_MISMATCH = -12,   /* a pack meets another base than the one it was made from; other remains than `resume` expects */
     OBM_E_VALUE = -13       /* NaN or Inf where a number is needed */
 } obm_status;
 
@@ -581,9 +581,15 @@ typedef struct obm_merge_options {
     bool overwrite, dry_run;
     obm_progress_fn progress;
     void *progress_user;
+    /* Goes on where a killed merge of the same recipe, options and inputs into the same folder ended: its finished shards
+     * are checked (size, XXH3) and kept, the rest is computed, and the folder is the same byte for byte.  MISMATCH, which
+     * says what differs, for another merge's remains, unless `overwrite` is set too; a folder without remains is a first
+     * run.  And a run with `resume` that fails or is stopped keeps its finished shards, where others take back all. */
+    bool resume;
 } obm_merge_options;
 /* recipe: mergekit's YAML (or JSON) as text.  Writes a Hugging Face folder; plan nullable, filled in a dry run and after.
- * Fails while planning, before a tensor byte is read, for unknown keys (with a suggestion) and unsupported ones. */
+ * Fails while planning, before a tensor byte is read, for unknown keys (with a suggestion) and unsupported ones; BUSY
+ * while another call writes to the folder.  What a killed run left there is removed, without `resume` all of it. */
 OBM_API obm_status obm_merge(obm_context *ctx, const char *recipe, const obm_merge_options *options, const char *out_path,
                              obm_plan *plan, obm_error *err);
 

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -125,6 +126,17 @@ obm_status obm__temp_create(const char *path, char **name, int *fd, obm_error *e
     return obm__fail(err, OBM_E_IO, "cannot create a temporary file beside %s: every name is taken", path);
 }
 
+size_t obm__temp_stem(const char *name) {
+    const char *mark = NULL;
+    for (const char *p = name; (p = strstr(p, ".tmp-")); p++) mark = p;
+    if (!mark) return 0;
+    const char *digits = mark + 5;
+    size_t pid = strspn(digits, "0123456789");
+    if (!pid || digits[pid] != '-') return 0;
+    size_t n = strspn(digits + pid + 1, "0123456789");
+    return n && !digits[pid + 1 + n] ? (size_t)(mark - name) : 0;
+}
+
 obm_status obm__fd_write(int fd, const char *path, const void *bytes, size_t n, obm_error *err) {
     const char *p = bytes;
     while (n > 0) {
@@ -156,6 +168,43 @@ obm_status obm__directory_sync(const char *dir, obm_error *err) {
     obm_status status = fsync(fd) == 0 || errno == EINVAL ? OBM_OK : obm__fail_errno(err, "cannot sync %s", dir);
     close(fd);
     return status;
+}
+
+/* The holder of the lock may have removed the folder, and another have made a new one, between our open and our lock.
+ */
+static bool is_still(const char *dir, int fd) {
+    struct stat ours, now;
+    return fstat(fd, &ours) == 0 && stat(dir, &now) == 0 && ours.st_dev == now.st_dev && ours.st_ino == now.st_ino;
+}
+
+/* flock belongs to the open file, so it also keeps apart two threads, and the kernel drops it with the process.  NFS
+ * answers EBADF: it locks only what is open for writing, which a folder cannot be. */
+static obm_status take_lock(const char *dir, int fd, obm_error *err) {
+    int failed;
+    do failed = flock(fd, LOCK_EX | LOCK_NB);
+    while (failed && errno == EINTR);
+    if (failed && (errno == EBADF || errno == ENOLCK || errno == EOPNOTSUPP || errno == ENOSYS || errno == EINVAL))
+        return obm__fail(err, OBM_E_UNSUPPORTED, "cannot lock %s: its file system has no locks for folders", dir);
+    if (failed && errno != EWOULDBLOCK) return obm__fail_errno(err, "cannot lock %s", dir);
+    if (failed || !is_still(dir, fd)) return obm__fail(err, OBM_E_BUSY, "%s is being written by another process", dir);
+    return OBM_OK;
+}
+
+obm_status obm__directory_lock(const char *dir, int *lock, obm_error *err) {
+    int fd = -1;
+    OBM_TRY(open_directory(dir, &fd, err));
+    obm_status status = take_lock(dir, fd, err);
+    if (status == OBM_OK)
+        *lock = fd;
+    else
+        close(fd);
+    return status;
+}
+
+/* Explicitly: a child that was forked meanwhile holds the same open file, and closing ours would leave it locked. */
+void obm__directory_unlock(int lock) {
+    (void)flock(lock, LOCK_UN);
+    close(lock);
 }
 
 static obm_status sync_parent(const char *path, obm_error *err) {

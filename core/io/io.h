@@ -36,10 +36,19 @@ obm_status obm__fd_seal(int fd, const char *path, obm_error *err); /* fsync and 
 obm_status obm__file_stage(const char *path, const void *bytes, size_t size, char **temp, obm_error *err);
 obm_status obm__file_publish(const char *temp, const char *path, obm_error *err); /* rename, then sync the folder */
 obm_status obm__directory_sync(const char *dir, obm_error *err);
+/* The length of FILE in a temporary name FILE.tmp-<pid>-<n>, 0 for any other name. */
+size_t obm__temp_stem(const char *name);
+/* Keeps other writers, of this process too, out of a folder; the lock goes with the process and leaves no file behind.
+ * BUSY when somebody has it, UNSUPPORTED where the file system has no locks. */
+obm_status obm__directory_lock(const char *dir, int *lock, obm_error *err);
+void obm__directory_unlock(int lock);
 
 /* Drops the whole pages inside [data, data + size) of a read-only file mapping from resident memory (pages.c); they are
  * read again when touched. */
 void obm__pages_release(const void *data, size_t size);
+
+/* Progress inside of io: n bytes more are done; a failure stops the work and is handed on. */
+typedef obm_status (*obm__tick_fn)(void *user, uint64_t bytes, obm_error *err);
 
 /* ---- hashes (hash.c): the only file that includes xxhash.h ---- */
 
@@ -72,6 +81,24 @@ obm_status obm__safetensors_parse(const uint8_t *data, size_t size, const char *
 void obm__safetensors_free(obm__safetensors *s);
 const obm__st_entry *obm__safetensors_find(const obm__safetensors *s, const char *name);
 
+/* Tensors to be written, back to back in this order; zero-initialised, items owned. */
+typedef struct obm__declared {
+    char *name;
+    obm_dtype dtype;
+    int32_t ndim;
+    int64_t shape[OBM_MAX_DIM];
+    uint64_t begin, end; /* bytes, from the first tensor on */
+} obm__declared;
+typedef struct obm__declared_list {
+    obm__declared *items;
+    size_t count, capacity;
+    uint64_t bytes;
+} obm__declared_list;
+/* ARG for what obm__st_bytes refuses and beyond 2^63 bytes; `where` is for messages. */
+obm_status obm__declare(obm__declared_list *l, const char *where, const char *name, obm_dtype dtype, int32_t ndim,
+                        const int64_t *shape, obm_error *err);
+void obm__declared_free(obm__declared_list *l);
+
 /* Streaming writer: declare all tensors first (the header needs every offset), then write them in that order.  Goes to
  * a temporary name beside PATH; finish syncs and renames to PATH; free before that removes it. */
 typedef struct obm__st_writer obm__st_writer;
@@ -90,6 +117,10 @@ void obm__st_writer_free(obm__st_writer *w); /* aborts if not finished */
  * (NULL: the writer's own). */
 obm_status obm__st_writer_seal(obm__st_writer *w, char xxh3[33] /* nullable */, obm_error *err);
 obm_status obm__st_writer_publish(obm__st_writer *w, const char *path, obm_error *err);
+/* Takes a file that another writer of the same tensors sealed; instead of begin, write and seal. */
+obm_status obm__st_writer_adopt(obm__st_writer *w, const char *temp, obm_error *err);
+const char *obm__st_writer_temp(const obm__st_writer *w); /* NULL before begin and after publish; borrowed */
+void obm__st_writer_leave(obm__st_writer *w);             /* a sealed file stays under its temporary name after free */
 /* Bytes of a tensor's data; ARG when it cannot be written. */
 obm_status obm__st_bytes(const char *name, obm_dtype dtype, int32_t ndim, const int64_t *shape, uint64_t *out,
                          obm_error *err);
@@ -111,11 +142,16 @@ struct obm_checkpoint {
 #define OBM_EMBEDDING_NAME "model.embed_tokens.weight"
 #define OBM_HEAD_NAME "lm_head.weight"
 const obm__st_entry *obm__checkpoint_find(const obm_checkpoint *c, const char *name); /* NULL if absent */
+/* XXH3 over the config and every tensor's name, dtype, shape and sampled contents, as a pack knows its base
+ * (pack_base.c).  tick nullable. */
+obm_status obm__checkpoint_fingerprint(obm_context *ctx, const obm_checkpoint *c, obm__tick_fn tick, void *user,
+                                       char out[33], obm_error *err);
 
 /* ---- model folders out (model_writer.c) ---- */
 
 /* A Hugging Face folder: shards, index, config, tokenizer files, model card.  The new state appears with the last
- * rename (index.json, or the single model.safetensors); a killed run leaves the old folder or none. */
+ * rename (index.json, or the single model.safetensors); a killed run leaves the old folder or none, and beside it what
+ * the next run with `resume` goes on with and any other run removes (unfinished.h). */
 typedef struct obm__model_writer obm__model_writer;
 typedef struct obm__model_writer_options {
     uint64_t shard_bytes; /* 0: 5e9 */
@@ -124,13 +160,23 @@ typedef struct obm__model_writer_options {
                               are carried over */
     obm_json *config;      /* replaces config.json (borrowed, nullable) */
     const char *card;      /* text of README.md, nullable */
+    const obm_json *job;   /* a flat object; what decides the bytes of all shards (borrowed, nullable) */
+    bool resume;       /* keep the finished shards of a killed run of the same job, and leave one's own on failure */
+    obm__tick_fn tick; /* while files are checked for resuming; nullable */
+    void *user;
 } obm__model_writer_options;
 obm_status obm__model_writer_new(const char *path, const obm__model_writer_options *o, obm__model_writer **out,
                                  obm_error *err);
 obm_status obm__model_writer_declare(obm__model_writer *w, const char *name, obm_dtype dtype, int32_t ndim,
                                      const int64_t *shape, obm_error *err);
+/* Whether a writer would refuse the folder for what it holds, without a look at what a killed run left: for callers
+ * that work before they write. */
+obm_status obm__model_writer_check(const char *path, bool overwrite, obm_error *err);
+/* Locks the folder (BUSY), refuses one that holds something (EXISTS) or, resuming, another job (MISMATCH). */
 obm_status obm__model_writer_begin(obm__model_writer *w, obm_error *err);
-/* in order of declaration, any chunking */
+/* The tensor's bytes are there from a killed run: it is not written again. */
+bool obm__model_writer_has(const obm__model_writer *w, size_t tensor);
+/* in order of declaration without those, any chunking */
 obm_status obm__model_writer_write(obm__model_writer *w, const void *bytes, size_t n, obm_error *err);
 uint64_t obm__model_writer_size(const obm__model_writer *w);
 obm_status obm__model_writer_finish(obm__model_writer *w, obm_error *err);

@@ -1,5 +1,5 @@
 /* Model folders out: shards, their index, config, tokenizer files and model card.  Knows nothing about the tensors'
- * meaning.
+ * meaning, nor how to tell what a killed run left (unfinished.c).
  *
  * How the new state appears.  Readers (obm_checkpoint_open and transformers alike) take model.safetensors if it is
  * there, else the index.  Everything is first written and synced under temporary names; then shards get final names
@@ -11,16 +11,19 @@
  * Weights and config.json are two files, and no order of renames switches both at once.  So when an existing model is
  * replaced by one whose config or tokenizer differs, the old commit file is removed before the small files change: a
  * run killed between the two leaves a folder without a model, which every reader refuses, never the weights of one with
- * the config of the other. */
-#include "io.h"
+ * the config of the other.
+ *
+ * The journal (OBM_UNFINISHED_FILE) is there from the first byte to after the commit.  It is written again whenever a
+ * shard is finished, and before the first rename with all final names: so the next run knows, at whatever moment this
+ * one is killed, what to go on with and what is nobody's. */
+#include "unfinished.h"
 
 #include <dirent.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-#define ONE_FILE "model.safetensors"
-#define INDEX_FILE "model.safetensors.index.json"
 #define DEFAULT_SHARD_BYTES 5000000000u
 
 static const char *const carried[] = {
@@ -38,20 +41,17 @@ static const char *const carried[] = {
 #define N_CARRIED (sizeof carried / sizeof *carried)
 #define CARD "README.md"
 
-typedef struct {
-    char *name;
-    obm_dtype dtype;
-    int32_t ndim;
-    int64_t shape[OBM_MAX_DIM];
-    uint64_t bytes;
-    size_t shard;
-} declared;
+/* The tensors [first, end). */
 typedef struct {
     obm__st_writer *file;
     char *name;
     char hash[33];
+    size_t first, end;
     uint64_t bytes;
-    bool ours;
+    bool done;      /* sealed */
+    bool adopted;   /* by a killed run */
+    bool published; /* has its final name */
+    bool ours;      /* published by this writer, where nothing was */
 } shard;
 /* A small file in transit: staged under temp, or to be removed because the new model has none. */
 typedef struct {
@@ -62,17 +62,23 @@ typedef struct {
 
 struct obm__model_writer {
     char *path, *copy_from, *config, *card;
-    uint64_t shard_bytes, data_bytes;
-    declared *tensors;
-    size_t count, capacity;
+    uint64_t shard_bytes;
+    bool overwrite, resume;
+    obm_json *job;
+    obm__tick_fn tick;
+    void *user;
+    obm__declared_list tensors;
     shard *shards; /* NULL before begin */
     size_t n_shards, current;
     uint64_t left; /* bytes that the current shard still needs */
     small_file small[N_CARRIED + 1];
     size_t n_small;
+    obm_json *small_records, *old; /* of the journal: contents of small files, shards of the model that is replaced */
     char *index_temp;
     bool committed;
-    bool made_dir; /* the folder is this writer's: an unfinished one goes again */
+    bool made_dir;  /* the folder is this writer's: an unfinished one goes again */
+    int lock;       /* of the folder, -1 without */
+    bool journaled; /* the journal in the folder is this writer's */
 };
 
 /* ---- the folder as it is ---- */
@@ -94,53 +100,37 @@ static obm_status remove_in(const char *dir, const char *name, obm_error *err) {
     return status;
 }
 
-static obm_status holds_weights(const char *dir, bool *found, obm_error *err) {
-    DIR *d = opendir(dir);
-    if (!d) return obm__fail_errno(err, "cannot read folder %s", dir);
-    *found = false;
-    for (struct dirent *e; !*found && (e = readdir(d));) {
-        size_t n = strlen(e->d_name);
-        *found = n > 12 && !strcmp(e->d_name + n - 12, ".safetensors");
+bool obm__is_small_file(const char *name) {
+    for (size_t i = 0; i < N_CARRIED; i++) {
+        if (!strcmp(name, carried[i])) return true;
     }
-    closedir(d);
-    return OBM_OK;
-}
-
-static obm_status refuse_existing(const char *path, bool overwrite, obm_error *err) {
-    if (access(path, F_OK) != 0) return OBM_OK;
-    if (!obm__is_directory(path))
-        return obm__fail(err, OBM_E_EXISTS, "%s is a file, expected a folder or nothing", path);
-    if (overwrite) return OBM_OK;
-    bool found = false;
-    OBM_TRY(holds_weights(path, &found, err));
-    if (found)
-        return obm__fail(err, OBM_E_EXISTS, "%s holds a model, and overwriting was not asked for", path);
-    for (size_t i = 0; i <= N_CARRIED; i++) {
-        const char *name = i < N_CARRIED ? carried[i] : CARD;
-        OBM_TRY(exists_in(path, name, &found, err));
-        if (found)
-            return obm__fail(err, OBM_E_EXISTS, "%s holds a %s, and overwriting was not asked for", path, name);
-    }
-    return OBM_OK;
+    return !strcmp(name, CARD);
 }
 
 /* ---- declaring ---- */
 
 static bool copy_options(obm__model_writer *w, const char *path, const obm__model_writer_options *o) {
     w->shard_bytes = o && o->shard_bytes ? o->shard_bytes : DEFAULT_SHARD_BYTES;
+    w->overwrite = o && o->overwrite;
+    w->resume = o && o->resume;
+    w->tick = o ? o->tick : NULL;
+    w->user = o ? o->user : NULL;
     w->path = obm__strdup(path);
-    bool ok = w->path != NULL;
+    w->small_records = obm__json_new_array();
+    w->old = obm__json_new_array();
+    bool ok = w->path && w->small_records && w->old;
     if (o && o->copy_from) ok = (w->copy_from = obm__strdup(o->copy_from)) && ok;
     if (o && o->config) ok = (w->config = obm__json_text(o->config, 2)) && ok;
     if (o && o->card) ok = (w->card = obm__strdup(o->card)) && ok;
+    if (o && o->job) ok = (w->job = obm__json_copy(o->job)) && ok;
     return ok;
 }
 
 obm_status obm__model_writer_new(const char *path, const obm__model_writer_options *o, obm__model_writer **out,
                                  obm_error *err) {
-    OBM_TRY(refuse_existing(path, o && o->overwrite, err));
     obm__model_writer *w = obm__calloc(1, sizeof *w);
     if (!w) return obm__fail_nomem(err, sizeof *w);
+    w->lock = -1;
     if (!copy_options(w, path, o)) {
         obm__model_writer_free(w);
         return obm__fail_nomem(err, 0);
@@ -149,52 +139,34 @@ obm_status obm__model_writer_new(const char *path, const obm__model_writer_optio
     return OBM_OK;
 }
 
-static obm_status grow(obm__model_writer *w, obm_error *err) {
-    if (w->count < w->capacity) return OBM_OK;
-    size_t capacity = w->capacity ? 2 * w->capacity : 64;
-    declared *tensors = obm__realloc(w->tensors, capacity, sizeof *tensors);
-    if (!tensors) return obm__fail_nomem(err, capacity * sizeof *tensors);
-    w->tensors = tensors;
-    w->capacity = capacity;
-    return OBM_OK;
-}
-
 obm_status obm__model_writer_declare(obm__model_writer *w, const char *name, obm_dtype dtype, int32_t ndim,
                                      const int64_t *shape, obm_error *err) {
     if (w->shards) return obm__fail(err, OBM_E_ARG, "%s: tensor %s declared after writing began", w->path, name);
-    uint64_t bytes;
-    OBM_TRY(obm__st_bytes(name, dtype, ndim, shape, &bytes, err));
-    if (bytes > INT64_MAX - w->data_bytes)
-        return obm__fail(err, OBM_E_ARG, "%s: more than 2^63 bytes declared", w->path);
-    OBM_TRY(grow(w, err));
-    declared d = {obm__strdup(name), dtype, ndim, {0}, bytes, 0};
-    if (!d.name) return obm__fail_nomem(err, strlen(name));
-    for (int32_t i = 0; i < ndim; i++) d.shape[i] = shape[i];
-    w->tensors[w->count++] = d;
-    w->data_bytes += bytes;
-    return OBM_OK;
+    return obm__declare(&w->tensors, w->path, name, dtype, ndim, shape, err);
 }
 
 /* ---- shards ---- */
 
 /* Tensors fill a shard until the next one would pass the limit; a tensor larger than the limit has a shard of its own,
  * and empty ones never open a shard. */
-static size_t assign_shards(declared *tensors, size_t count, uint64_t limit) {
-    size_t at = 0;
+static size_t shard_end(const obm__declared_list *l, size_t first, uint64_t limit) {
     uint64_t filled = 0;
-    for (size_t i = 0; i < count; i++) {
-        if (filled > 0 && tensors[i].bytes > 0 && (tensors[i].bytes > limit || filled > limit - tensors[i].bytes)) {
-            at++;
-            filled = 0;
-        }
-        tensors[i].shard = at;
-        filled += tensors[i].bytes;
+    for (size_t i = first; i < l->count; i++) {
+        uint64_t bytes = l->items[i].end - l->items[i].begin;
+        if (filled > 0 && bytes > 0 && (bytes > limit || filled > limit - bytes)) return i;
+        filled += bytes;
     }
-    return at + 1;
+    return l->count;
+}
+
+static size_t count_shards(const obm__declared_list *l, uint64_t limit) {
+    size_t n = 1;
+    for (size_t at = shard_end(l, 0, limit); at < l->count; at = shard_end(l, at, limit)) n++;
+    return n;
 }
 
 static char *shard_file_name(size_t i, size_t n, const char *hash) {
-    if (n == 1) return obm__strdup(ONE_FILE);
+    if (n == 1) return obm__strdup(OBM_ONE_FILE);
     return hash ? obm__format("model-%.16s-%05zu-of-%05zu.safetensors", hash, i + 1, n)
                 : obm__format("model-%05zu-of-%05zu.safetensors", i + 1, n);
 }
@@ -214,27 +186,30 @@ static obm_status make_shard(const obm__model_writer *w, shard *s, size_t i, siz
     obm_status status = obm__st_writer_new(path, &s->file, err);
     obm_free(path);
     OBM_TRY(status);
+    s->end = shard_end(&w->tensors, s->first, w->shard_bytes);
+    for (size_t t = s->first; t < s->end; t++) {
+        const obm__declared *d = &w->tensors.items[t];
+        OBM_TRY(obm__st_writer_declare(s->file, d->name, d->dtype, d->ndim, d->shape, err));
+        s->bytes += d->end - d->begin;
+    }
     return obm__st_writer_metadata(s->file, "format", "pt", err);
 }
 
 /* Also used for the size of a dry run, so it touches no file. */
 static obm_status make_shards(const obm__model_writer *w, shard **out, size_t *out_n, obm_error *err) {
-    size_t n = assign_shards(w->tensors, w->count, w->shard_bytes);
+    size_t n = count_shards(&w->tensors, w->shard_bytes);
     shard *shards = obm__calloc(n, sizeof *shards);
     if (!shards) return obm__fail_nomem(err, n * sizeof *shards);
-    obm_status status = OBM_OK;
-    for (size_t i = 0; i < n; i++) OBM_GO(make_shard(w, &shards[i], i, n, err));
-    for (size_t i = 0; i < w->count; i++) {
-        const declared *d = &w->tensors[i];
-        OBM_GO(obm__st_writer_declare(shards[d->shard].file, d->name, d->dtype, d->ndim, d->shape, err));
-        shards[d->shard].bytes += d->bytes;
+    for (size_t i = 0; i < n; i++) {
+        if (i) shards[i].first = shards[i - 1].end;
+        obm_status status = make_shard(w, &shards[i], i, n, err);
+        if (status == OBM_OK) continue;
+        free_shards(shards, n);
+        return status;
     }
     *out = shards;
     *out_n = n;
     return OBM_OK;
-done:
-    free_shards(shards, n);
-    return status;
 }
 
 uint64_t obm__model_writer_size(const obm__model_writer *w) {
@@ -251,12 +226,12 @@ static int by_string(const void *a, const void *b) { return strcmp(*(const char 
 
 /* Each shard's header finds its own doubles; this finds those across shards. */
 static obm_status check_names(const obm__model_writer *w, obm_error *err) {
-    const char **names = obm__calloc(w->count, sizeof *names);
-    if (!names) return obm__fail_nomem(err, w->count * sizeof *names);
-    for (size_t i = 0; i < w->count; i++) names[i] = w->tensors[i].name;
-    if (w->count > 1) qsort(names, w->count, sizeof *names, by_string);
+    const char **names = obm__calloc(w->tensors.count, sizeof *names);
+    if (!names) return obm__fail_nomem(err, w->tensors.count * sizeof *names);
+    for (size_t i = 0; i < w->tensors.count; i++) names[i] = w->tensors.items[i].name;
+    if (w->tensors.count > 1) qsort(names, w->tensors.count, sizeof *names, by_string);
     obm_status status = OBM_OK;
-    for (size_t i = 1; i < w->count && status == OBM_OK; i++) {
+    for (size_t i = 1; i < w->tensors.count && status == OBM_OK; i++) {
         if (!strcmp(names[i - 1], names[i]))
             status = obm__fail(err, OBM_E_ARG, "%s: tensor %s declared twice", w->path, names[i]);
     }
@@ -264,29 +239,205 @@ static obm_status check_names(const obm__model_writer *w, obm_error *err) {
     return status;
 }
 
-static obm_status begin_shard(obm__model_writer *w, obm_error *err) {
-    w->left = w->shards[w->current].bytes;
-    return obm__st_writer_begin(w->shards[w->current].file, err);
+/* ---- the journal ---- */
+
+static const char *base_name(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
+/* null for a shard that is not finished. */
+static obm_json *shard_record(const shard *s, bool names) {
+    if (!s->done) return obm__json_new_null();
+    const char *temp = obm__st_writer_temp(s->file);
+    obm_json *record = obm__json_new_object();
+    bool ok = !temp || obm__json_set(record, "temp", obm__json_new_string(base_name(temp)));
+    if (names || s->published) ok = obm__json_set(record, "file", obm__json_new_string(s->name)) && ok;
+    ok = obm__json_set(record, "bytes", obm__json_new_int((int64_t)obm__st_writer_size(s->file))) && ok;
+    ok = obm__json_set(record, "xxh3", obm__json_new_string(s->hash)) && ok;
+    if (ok) return record;
+    obm__json_free(record);
+    return NULL;
+}
+
+static bool fill_journal(const obm__model_writer *w, bool names, obm_json *journal) {
+    obm_json *shards = obm__json_new_array();
+    bool ok = obm__json_set(journal, "format", obm__json_new_string(OBM_UNFINISHED_FORMAT));
+    ok = obm__json_set(journal, "version", obm__json_new_int(OBM_UNFINISHED_VERSION)) && ok;
+    ok = obm__json_set(journal, "made_folder", obm__json_new_bool(w->made_dir)) && ok;
+    ok = obm__json_set(journal, "job", w->job ? obm__json_copy(w->job) : obm__json_new_null()) && ok;
+    for (size_t i = 0; i < w->n_shards; i++) ok = obm__json_append(shards, shard_record(&w->shards[i], names)) && ok;
+    ok = obm__json_set(journal, "shards", shards) && ok;
+    ok = obm__json_set(journal, "small", obm__json_copy(w->small_records)) && ok;
+    return obm__json_set(journal, "old", obm__json_copy(w->old)) && ok;
+}
+
+/* names: the shards' final names are decided. */
+static obm_status write_journal(obm__model_writer *w, bool names, obm_error *err) {
+    obm_json *journal = obm__json_new_object();
+    char *text = fill_journal(w, names, journal) ? obm__json_text(journal, 1) : NULL;
+    char *path = obm__path_join(w->path, OBM_UNFINISHED_FILE);
+    obm_status status = text && path ? obm__file_write(path, text, strlen(text), err) : obm__fail_nomem(err, 0);
+    w->journaled = w->journaled || status == OBM_OK;
+    obm__json_free(journal);
+    obm_free(text);
+    obm_free(path);
+    return status;
+}
+
+/* ---- what a killed run left ---- */
+
+static const shard *shard_in_file(const obm__model_writer *w, const char *name) {
+    for (size_t i = 0; i < w->n_shards; i++) {
+        const shard *s = &w->shards[i];
+        const char *temp = obm__st_writer_temp(s->file);
+        if (s->done && !strcmp(s->published ? s->name : base_name(temp), name)) return s;
+    }
+    return NULL;
+}
+
+static bool is_kept(const void *user, const char *name) { return shard_in_file(user, name) != NULL; }
+
+static obm_status adopt(obm__model_writer *w, shard *s, obm__finished_shard *found, obm_error *err) {
+    memcpy(s->hash, found->hash, sizeof s->hash);
+    if (found->published) {
+        obm_free(s->name);
+        s->name = found->file;
+        found->file = NULL;
+        s->published = s->done = s->adopted = true;
+        return OBM_OK;
+    }
+    char *temp = obm__path_join(w->path, found->file);
+    if (!temp) return obm__fail_nomem(err, strlen(w->path));
+    obm_status status = obm__st_writer_adopt(s->file, temp, err);
+    obm_free(temp);
+    s->done = s->adopted = status == OBM_OK;
+    return status;
+}
+
+static obm_status adopt_shards(obm__model_writer *w, const obm__unfinished *u, obm_error *err) {
+    for (size_t i = 0; i < w->n_shards; i++) {
+        shard *s = &w->shards[i];
+        obm__finished_shard found;
+        OBM_TRY(obm__unfinished_shard(u, i, s->name, obm__st_writer_size(s->file), w->tick, w->user, &found, err));
+        obm_status status = found.file ? adopt(w, s, &found, err) : OBM_OK;
+        obm_free(found.file);
+        OBM_TRY(status);
+    }
+    return OBM_OK;
+}
+
+/* The journal's lists stay true for the run that goes on, and for one that starts anew. */
+static obm_status inherit(obm__model_writer *w, const obm__unfinished *u, obm_error *err) {
+    const obm_json *lists[] = {obm__json_get(u->journal, "small"), obm__json_get(u->journal, "old")};
+    obm_json *own[] = {w->small_records, w->old};
+    bool made = false, ok = true;
+    for (int l = 0; l < 2; l++) {
+        for (size_t i = 0; i < obm__json_size(lists[l]); i++)
+            ok = obm__json_append(own[l], obm__json_copy(obm__json_at(lists[l], i))) && ok;
+    }
+    obm__json_bool(obm__json_get(u->journal, "made_folder"), &made);
+    w->made_dir = w->made_dir || made;
+    return ok ? OBM_OK : obm__fail_nomem(err, 0);
+}
+
+/* ---- the start ---- */
+
+static bool ends_with(const char *s, const char *end) {
+    size_t n = strlen(s), m = strlen(end);
+    return n > m && !strcmp(s + n - m, end);
+}
+
+/* w NULL: none of the files is kept. */
+static obm_status refuse_existing(const char *path, const obm__model_writer *w, const obm__unfinished *u,
+                                  obm_error *err) {
+    char found[256] = "";
+    bool weights = false;
+    DIR *d = opendir(path);
+    if (!d) return obm__fail_errno(err, "cannot read folder %s", path);
+    for (struct dirent *e; !weights && (e = readdir(d));) {
+        const char *name = e->d_name;
+        bool heavy = ends_with(name, ".safetensors");
+        if ((!heavy && !obm__is_small_file(name)) || (w && is_kept(w, name)) || obm__unfinished_owns(u, name)) continue;
+        weights = heavy;
+        snprintf(found, sizeof found, "%s", name);
+    }
+    closedir(d);
+    if (weights) return obm__fail(err, OBM_E_EXISTS, "%s holds a model, and overwriting was not asked for", path);
+    if (!found[0]) return OBM_OK;
+    return obm__fail(err, OBM_E_EXISTS, "%s holds a %s, and overwriting was not asked for", path, found);
+}
+
+obm_status obm__model_writer_check(const char *path, bool overwrite, obm_error *err) {
+    obm__unfinished u;
+    if (access(path, F_OK) != 0) return OBM_OK;
+    if (!obm__is_directory(path))
+        return obm__fail(err, OBM_E_EXISTS, "%s is a file, expected a folder or nothing", path);
+    if (overwrite) return OBM_OK;
+    OBM_TRY(obm__unfinished_read(path, &u, err));
+    obm_status status = u.journal ? OBM_OK : refuse_existing(path, NULL, &u, err);
+    obm__unfinished_clear(&u);
+    return status;
+}
+
+static obm_status take_over(obm__model_writer *w, const obm__unfinished *u, obm_error *err) {
+    bool resume = w->resume && u->journal;
+    if (resume) {
+        obm_status status = obm__unfinished_same_job(u, w->job, w->overwrite ? NULL : err);
+        if (status != OBM_OK && !w->overwrite) return status;
+        resume = status == OBM_OK;
+    }
+    if (resume) OBM_TRY(adopt_shards(w, u, err));
+    if (!w->overwrite) OBM_TRY(refuse_existing(w->path, w, u, err));
+    OBM_TRY(inherit(w, u, err));
+    /* Without a lock a temporary name may be that of a writer at work. */
+    if (w->lock >= 0) obm__unfinished_remove(u, is_kept, w, !resume);
+    return write_journal(w, false, err);
+}
+
+static obm_status lock_folder(obm__model_writer *w, obm_error *err) {
+    obm_status status = obm__directory_lock(w->path, &w->lock, err);
+    if (status == OBM_E_BUSY) w->made_dir = false; /* by now it is somebody else's */
+    return status == OBM_E_UNSUPPORTED ? OBM_OK : status;
 }
 
 /* Seals the shards that are full, up to the next one that needs bytes. */
 static obm_status advance(obm__model_writer *w, obm_error *err) {
-    while (w->current < w->n_shards && w->left == 0) {
+    for (; w->current < w->n_shards; w->current++) {
         shard *s = &w->shards[w->current];
+        if (s->done) continue;
+        if (!obm__st_writer_temp(s->file)) {
+            w->left = s->bytes;
+            OBM_TRY(obm__st_writer_begin(s->file, err));
+        }
+        if (w->left > 0) return OBM_OK;
         OBM_TRY(obm__st_writer_seal(s->file, s->hash, err));
-        if (++w->current < w->n_shards) OBM_TRY(begin_shard(w, err));
+        s->done = true;
+        OBM_TRY(write_journal(w, false, err));
     }
     return OBM_OK;
 }
 
 obm_status obm__model_writer_begin(obm__model_writer *w, obm_error *err) {
+    obm__unfinished u;
     if (w->shards) return obm__fail(err, OBM_E_ARG, "%s: writing has begun already", w->path);
     OBM_TRY(check_names(w, err));
+    OBM_TRY(obm__model_writer_check(w->path, w->overwrite, err));
     w->made_dir = access(w->path, F_OK) != 0;
     OBM_TRY(obm__make_directory(w->path, err));
+    OBM_TRY(lock_folder(w, err));
     OBM_TRY(make_shards(w, &w->shards, &w->n_shards, err));
-    OBM_TRY(begin_shard(w, err));
-    return advance(w, err);
+    OBM_TRY(obm__unfinished_read(w->path, &u, err));
+    obm_status status = take_over(w, &u, err);
+    obm__unfinished_clear(&u);
+    return status == OBM_OK ? advance(w, err) : status;
+}
+
+bool obm__model_writer_has(const obm__model_writer *w, size_t tensor) {
+    for (size_t i = 0; i < w->n_shards; i++) {
+        if (tensor < w->shards[i].end) return w->shards[i].adopted;
+    }
+    return false;
 }
 
 obm_status obm__model_writer_write(obm__model_writer *w, const void *bytes, size_t n, obm_error *err) {
@@ -315,14 +466,27 @@ static bool same_content(const char *path, const char *text, size_t size) {
     return same;
 }
 
+static obm_status note_small(obm__model_writer *w, const char *name, const char *text, size_t size, obm_error *err) {
+    char hash[33];
+    obm__xxh3_of(text, size, hash);
+    obm_json *record = obm__json_new_object();
+    bool ok = obm__json_set(record, "file", obm__json_new_string(name));
+    ok = obm__json_set(record, "bytes", obm__json_new_int((int64_t)size)) && ok;
+    ok = obm__json_set(record, "xxh3", obm__json_new_string(hash)) && ok;
+    if (ok && obm__json_append(w->small_records, record)) return OBM_OK;
+    if (!ok) obm__json_free(record);
+    return obm__fail_nomem(err, size);
+}
+
 static obm_status stage(obm__model_writer *w, const char *name, const char *text, size_t size, obm_error *err) {
     char *path = obm__path_join(w->path, name), *temp = NULL;
     if (!path) return obm__fail_nomem(err, strlen(w->path));
     obm_status status = OBM_OK;
     if (!same_content(path, text, size)) status = obm__file_stage(path, text, size, &temp, err);
     obm_free(path);
-    if (temp) w->small[w->n_small++] = (small_file){name, temp, false};
-    return status;
+    if (!temp) return status;
+    w->small[w->n_small++] = (small_file){name, temp, false};
+    return note_small(w, name, text, size, err);
 }
 
 /* A file that the old model has and the new one lacks (a chat template, say) would be read as the new one's. */
@@ -389,9 +553,11 @@ static bool model_changes(const obm__model_writer *w) {
 /* The plain names where they are free; beside an old model's shards, names derived from the content. */
 static obm_status name_shards(obm__model_writer *w, obm_error *err) {
     bool taken = false;
-    for (size_t i = 0; i < w->n_shards && !taken; i++) OBM_TRY(exists_in(w->path, w->shards[i].name, &taken, err));
+    for (size_t i = 0; i < w->n_shards && !taken; i++)
+        if (!w->shards[i].published) OBM_TRY(exists_in(w->path, w->shards[i].name, &taken, err));
     if (w->n_shards == 1 || !taken) return OBM_OK;
     for (size_t i = 0; i < w->n_shards; i++) {
+        if (w->shards[i].published) continue;
         char *name = shard_file_name(i, w->n_shards, w->shards[i].hash);
         if (!name) return obm__fail_nomem(err, 0);
         obm_free(w->shards[i].name);
@@ -401,24 +567,32 @@ static obm_status name_shards(obm__model_writer *w, obm_error *err) {
 }
 
 static obm_status publish_shard(const obm__model_writer *w, shard *s, obm_error *err) {
+    if (s->published) return OBM_OK;
     char *path = obm__path_join(w->path, s->name);
     if (!path) return obm__fail_nomem(err, strlen(w->path));
     /* A file of that name and content is the old model's: after a failure it must stay. */
     bool ours = access(path, F_OK) != 0;
     obm_status status = obm__st_writer_publish(s->file, path, err);
+    s->published = status == OBM_OK;
     s->ours = ours && status == OBM_OK;
     obm_free(path);
     return status;
 }
 
+static bool map_shard(const obm__model_writer *w, const shard *s, obm_json *map) {
+    bool ok = true;
+    for (size_t t = s->first; t < s->end; t++)
+        ok = obm__json_set(map, w->tensors.items[t].name, obm__json_new_string(s->name)) && ok;
+    return ok;
+}
+
 static obm_status stage_index(obm__model_writer *w, obm_error *err) {
     obm_json *root = obm__json_new_object(), *metadata = obm__json_new_object(), *map = obm__json_new_object();
-    bool ok = obm__json_set(metadata, "total_size", obm__json_new_int((int64_t)w->data_bytes));
-    for (size_t i = 0; i < w->count; i++)
-        ok = obm__json_set(map, w->tensors[i].name, obm__json_new_string(w->shards[w->tensors[i].shard].name)) && ok;
+    bool ok = obm__json_set(metadata, "total_size", obm__json_new_int((int64_t)w->tensors.bytes));
+    for (size_t i = 0; i < w->n_shards; i++) ok = map_shard(w, &w->shards[i], map) && ok;
     ok = obm__json_set(root, "metadata", metadata) && ok;
     ok = obm__json_set(root, "weight_map", map) && ok;
-    char *text = ok ? obm__json_text(root, 2) : NULL, *path = obm__path_join(w->path, INDEX_FILE);
+    char *text = ok ? obm__json_text(root, 2) : NULL, *path = obm__path_join(w->path, OBM_INDEX_FILE);
     obm_status status =
         text && path ? obm__file_stage(path, text, strlen(text), &w->index_temp, err) : obm__fail_nomem(err, 0);
     obm__json_free(root);
@@ -429,7 +603,7 @@ static obm_status stage_index(obm__model_writer *w, obm_error *err) {
 
 /* The index that is about to be replaced, NULL when there is none that can be read. */
 static obm_json *old_index(const obm__model_writer *w) {
-    char *path = obm__path_join(w->path, INDEX_FILE);
+    char *path = obm__path_join(w->path, OBM_INDEX_FILE);
     obm_json *index = NULL;
     if (path && obm__json_load(path, &index, NULL) != OBM_OK) index = NULL;
     obm_free(path);
@@ -443,18 +617,50 @@ static bool is_new_shard(const obm__model_writer *w, const char *name) {
     return false;
 }
 
-/* After the commit nothing reads these; what cannot be removed only takes room. */
-static void remove_old_shards(const obm__model_writer *w, const obm_json *index) {
+static obm_status note_old_shards(obm__model_writer *w, obm_error *err) {
+    obm_json *index = old_index(w);
     const obm_json *map = obm__json_get(index, "weight_map");
+    bool ok = true;
     for (void *it = obm__json_first(map); it; it = obm__json_next(map, it)) {
-        const char *name = obm__json_string(obm__json_value(it));
-        if (name && *name && !strchr(name, '/') && !is_new_shard(w, name)) remove_in(w->path, name, NULL);
+        const char *name = obm__json_string(obm__json_value(it)), *last = NULL;
+        size_t n = obm__json_size(w->old);
+        if (n) last = obm__json_string(obm__json_at(w->old, n - 1));
+        if (name && !(last && !strcmp(last, name))) ok = obm__json_append(w->old, obm__json_new_string(name)) && ok;
+    }
+    obm__json_free(index);
+    return ok ? OBM_OK : obm__fail_nomem(err, 0);
+}
+
+/* After the commit nothing reads these; what cannot be removed only takes room. */
+static void remove_old_shards(const obm__model_writer *w) {
+    for (size_t i = 0; i < obm__json_size(w->old); i++) {
+        const char *name = obm__json_string(obm__json_at(w->old, i));
+        if (name && ends_with(name, ".safetensors") && !strchr(name, '/') && !is_new_shard(w, name))
+            remove_in(w->path, name, NULL);
     }
 }
 
-static obm_status withdraw_old(const obm__model_writer *w, obm_error *err) {
-    OBM_TRY(remove_in(w->path, INDEX_FILE, err));
-    OBM_TRY(remove_in(w->path, ONE_FILE, err));
+/* The one file of a run that was killed after its commit: it is withdrawn like any other, but not lost. */
+static obm_status take_back(const obm__model_writer *w, shard *s, obm_error *err) {
+    char *temp, *path = obm__path_join(w->path, s->name);
+    int fd = -1;
+    if (!path) return obm__fail_nomem(err, strlen(w->path));
+    obm_status status = obm__temp_create(path, &temp, &fd, err);
+    if (status == OBM_OK) {
+        close(fd);
+        status = obm__file_publish(path, temp, err);
+        if (status == OBM_OK) status = obm__st_writer_adopt(s->file, temp, err);
+        s->published = status != OBM_OK;
+        obm_free(temp);
+    }
+    obm_free(path);
+    return status;
+}
+
+static obm_status withdraw_old(obm__model_writer *w, obm_error *err) {
+    OBM_TRY(remove_in(w->path, OBM_INDEX_FILE, err));
+    if (w->n_shards == 1 && w->shards[0].published) OBM_TRY(take_back(w, &w->shards[0], err));
+    OBM_TRY(remove_in(w->path, OBM_ONE_FILE, err));
     return obm__directory_sync(w->path, err);
 }
 
@@ -462,19 +668,21 @@ static obm_status commit(obm__model_writer *w, obm_error *err) {
     if (w->n_shards == 1) {
         OBM_TRY(publish_shard(w, &w->shards[0], err));
         w->committed = true;
-        return remove_in(w->path, INDEX_FILE, err);
+        return remove_in(w->path, OBM_INDEX_FILE, err);
     }
-    OBM_TRY(publish_in(w, &w->index_temp, INDEX_FILE, err));
+    OBM_TRY(publish_in(w, &w->index_temp, OBM_INDEX_FILE, err));
     w->committed = true;
-    return remove_in(w->path, ONE_FILE, err);
+    return remove_in(w->path, OBM_ONE_FILE, err);
 }
 
 static obm_status switch_over(obm__model_writer *w, obm_error *err) {
+    OBM_TRY(note_old_shards(w, err));
     if (w->n_shards > 1) {
         OBM_TRY(name_shards(w, err));
         OBM_TRY(stage_index(w, err));
-        for (size_t i = 0; i < w->n_shards; i++) OBM_TRY(publish_shard(w, &w->shards[i], err));
     }
+    OBM_TRY(write_journal(w, true, err));
+    for (size_t i = 0; w->n_shards > 1 && i < w->n_shards; i++) OBM_TRY(publish_shard(w, &w->shards[i], err));
     if (model_changes(w)) OBM_TRY(withdraw_old(w, err));
     OBM_TRY(publish_small(w, err));
     return commit(w, err);
@@ -483,22 +691,40 @@ static obm_status switch_over(obm__model_writer *w, obm_error *err) {
 obm_status obm__model_writer_finish(obm__model_writer *w, obm_error *err) {
     if (!w->shards || w->current < w->n_shards)
         return obm__fail(err, OBM_E_ARG, "%s: fewer bytes written than the %llu declared", w->path,
-                         (unsigned long long)w->data_bytes);
+                         (unsigned long long)w->tensors.bytes);
     OBM_TRY(stage_small(w, err));
-    obm_json *old = old_index(w);
-    obm_status status = switch_over(w, err);
-    if (status == OBM_OK) {
-        remove_old_shards(w, old);
-        status = obm__directory_sync(w->path, err);
-    }
-    obm__json_free(old);
-    return status;
+    OBM_TRY(switch_over(w, err));
+    remove_old_shards(w);
+    OBM_TRY(remove_in(w->path, OBM_UNFINISHED_FILE, err));
+    return obm__directory_sync(w->path, err);
 }
 
-void obm__model_writer_free(obm__model_writer *w) {
-    if (!w) return;
-    for (size_t i = 0; w->shards && !w->committed && i < w->n_shards; i++) {
+/* ---- the end ---- */
+
+/* A run to be resumed leaves its finished shards and the journal, if there are any. */
+static bool leaves_shards(const obm__model_writer *w) {
+    for (size_t i = 0; w->resume && w->shards && i < w->n_shards; i++) {
+        if (w->shards[i].done) return true;
+    }
+    return false;
+}
+
+static void remove_own_files(obm__model_writer *w) {
+    obm__unfinished u;
+    for (size_t i = 0; w->shards && i < w->n_shards; i++) {
         if (w->shards[i].ours) remove_in(w->path, w->shards[i].name, NULL);
+    }
+    if (w->journaled && obm__unfinished_read(w->path, &u, NULL) == OBM_OK) {
+        if (w->lock >= 0) obm__unfinished_remove(&u, NULL, NULL, true);
+        obm__unfinished_clear(&u);
+        remove_in(w->path, OBM_UNFINISHED_FILE, NULL);
+    }
+}
+
+static void end_folder(obm__model_writer *w) {
+    bool leave = !w->committed && leaves_shards(w);
+    for (size_t i = 0; leave && i < w->n_shards; i++) {
+        if (w->shards[i].done) obm__st_writer_leave(w->shards[i].file);
     }
     for (size_t i = 0; i < w->n_small; i++) {
         if (w->small[i].temp) unlink(w->small[i].temp);
@@ -506,10 +732,20 @@ void obm__model_writer_free(obm__model_writer *w) {
     }
     if (w->index_temp) unlink(w->index_temp);
     obm_free(w->index_temp);
-    free_shards(w->shards, w->n_shards);
+    free_shards(w->shards, w->n_shards); /* and the temporary files of shards that are not left */
+    w->shards = NULL;
+}
+
+void obm__model_writer_free(obm__model_writer *w) {
+    if (!w) return;
+    if (!w->committed && !leaves_shards(w)) remove_own_files(w);
+    end_folder(w);
     if (w->made_dir && !w->committed) (void)rmdir(w->path); /* fails where somebody else put something */
-    for (size_t i = 0; i < w->count; i++) obm_free(w->tensors[i].name);
-    obm_free(w->tensors);
+    if (w->lock >= 0) obm__directory_unlock(w->lock);
+    obm__declared_free(&w->tensors);
+    obm__json_free(w->job);
+    obm__json_free(w->small_records);
+    obm__json_free(w->old);
     obm_free(w->path);
     obm_free(w->copy_from);
     obm_free(w->config);

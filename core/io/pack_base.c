@@ -74,6 +74,43 @@ static obm_status sample_all(obm_context *ctx, const obm_checkpoint *base, bool 
     return OBM_OK;
 }
 
+/* ---- fingerprint of a whole checkpoint ---- */
+
+/* Tensors between two ticks: 16 MiB of samples, some hundredths of a second. */
+#define FINGERPRINT_BATCH 64
+
+static void add_tensor(obm__xxh3 *h, const obm__st_entry *e, const digest sample) {
+    char shape[128];
+    obm__shape_text(&e->t, shape, sizeof shape);
+    const char *parts[] = {e->name, obm_dtype_name(e->t.dtype), shape, sample};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) obm__xxh3_add(h, parts[i], strlen(parts[i]) + 1);
+}
+
+static obm_status add_all(obm_context *ctx, const obm_checkpoint *c, obm__tick_fn tick, void *user, obm__xxh3 *h,
+                          obm_error *err) {
+    digest samples[FINGERPRINT_BATCH];
+    for (size_t at = 0, n; at < c->count; at += n) {
+        n = c->count - at < FINGERPRINT_BATCH ? c->count - at : FINGERPRINT_BATCH;
+        obm_checkpoint part = {.tensors = c->tensors + at};
+        sample_job job = {.base = &part, .out = samples};
+        obm__parallel(ctx, n, 1, sample_range, &job);
+        if (job.failed) return obm__fail_nomem(err, 0);
+        for (size_t i = 0; i < n; i++) add_tensor(h, c->tensors[at + i], samples[i]);
+        if (tick) OBM_TRY(tick(user, 0, err));
+    }
+    return OBM_OK;
+}
+
+obm_status obm__checkpoint_fingerprint(obm_context *ctx, const obm_checkpoint *c, obm__tick_fn tick, void *user,
+                                       char out[33], obm_error *err) {
+    obm__xxh3 *h = obm__xxh3_new();
+    if (!h) return obm__fail_nomem(err, 0);
+    if (c->config_text) obm__xxh3_add(h, c->config_text, strlen(c->config_text) + 1);
+    obm_status status = add_all(ctx, c, tick, user, h, err);
+    obm__xxh3_end(h, status == OBM_OK ? out : NULL);
+    return status;
+}
+
 /* ---- full hashes ---- */
 
 typedef struct chunk {
@@ -85,7 +122,8 @@ typedef struct hash_job {
     const obm_checkpoint *base;
     const chunk *chunks;
     digest *digests; /* of the chunks */
-    digest *samples; /* of the tensors; filled for those that are one chunk, whose pages are there now; NULL: not wanted */
+    digest
+        *samples; /* of the tensors; filled for those that are one chunk, whose pages are there now; NULL: not wanted */
 } hash_job;
 
 static size_t chunks_of(const obm_tensor *t) {

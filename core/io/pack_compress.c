@@ -63,7 +63,7 @@ static obm_status check_output(const compression *c, obm_error *err) {
     if (access(c->dir, F_OK)) return OBM_OK;
     if (!obm__is_directory(c->dir)) return obm__fail(err, OBM_E_EXISTS, "%s exists and is no folder", c->dir);
     if (c->dry_run || !holds_other_files(c->dir)) return OBM_OK;
-    if (!overwrite) return obm__fail(err, OBM_E_EXISTS, "%s exists already and is not empty", c->dir);
+    if (!overwrite) return obm__fail(err, OBM_E_EXISTS, "%s exists already, and overwriting was not asked for", c->dir);
     char *manifest = obm__path_join(c->dir, OBM_PACK_MANIFEST);
     if (!manifest) return obm__fail_nomem(err, strlen(c->dir));
     bool pack = obm__file_exists(manifest);

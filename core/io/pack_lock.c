@@ -2,48 +2,15 @@
  * still the one that was opened.  Leaves no file behind and changes nothing itself. */
 #include "pack_parts.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <string.h>
-#include <sys/file.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
-static obm_status held(const char *dir, obm_error *err) {
+obm_status obm__pack_lock(const char *dir, int *lock, obm_error *err) {
+    obm_status status = obm__directory_lock(dir, lock, err);
+    if (status != OBM_E_BUSY) return status;
     return obm__fail(err, OBM_E_BUSY, "pack %s is being changed by another process", dir);
 }
 
-/* The holder of the lock may have removed the folder, and another have made a new one, between our open and our lock. */
-static bool is_still(const char *dir, int fd) {
-    struct stat ours, now;
-    return fstat(fd, &ours) == 0 && stat(dir, &now) == 0 && ours.st_dev == now.st_dev && ours.st_ino == now.st_ino;
-}
-
-/* flock belongs to the open file, so it also keeps apart two threads, and the kernel drops it with the process. */
-static obm_status take(const char *dir, int fd, obm_error *err) {
-    int failed;
-    do failed = flock(fd, LOCK_EX | LOCK_NB);
-    while (failed && errno == EINTR);
-    if (failed && errno != EWOULDBLOCK) return obm__fail_errno(err, "cannot lock %s", dir);
-    return failed || !is_still(dir, fd) ? held(dir, err) : OBM_OK;
-}
-
-obm_status obm__pack_lock(const char *dir, int *lock, obm_error *err) {
-    int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0) return obm__fail_errno(err, "cannot open %s", dir);
-    obm_status status = take(dir, fd, err);
-    if (status == OBM_OK)
-        *lock = fd;
-    else
-        close(fd);
-    return status;
-}
-
-/* Explicitly: a child that was forked meanwhile holds the same open file, and closing ours would leave it locked. */
-void obm__pack_unlock(int lock) {
-    (void)flock(lock, LOCK_UN);
-    close(lock);
-}
+void obm__pack_unlock(int lock) { obm__directory_unlock(lock); }
 
 static obm_status check_unchanged(const obm_pack *p, obm_error *err) {
     char *path = obm__path_join(p->path, OBM_PACK_MANIFEST), *text = NULL, now[33] = "";

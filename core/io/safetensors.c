@@ -257,22 +257,13 @@ const obm__st_entry *obm__safetensors_find(const obm__safetensors *s, const char
 
 /* ---- writing ---- */
 
-typedef struct {
-    char *name;
-    obm_dtype dtype;
-    int32_t ndim;
-    int64_t shape[OBM_MAX_DIM];
-    uint64_t begin, end;
-} declared;
-
 struct obm__st_writer {
     char *path, *temp; /* temp: NULL before begin and after publishing */
     int fd;
-    declared *tensors;
-    size_t count, capacity;
-    obm_json *metadata; /* NULL without */
+    obm__declared_list tensors;
+    obm_json *metadata;    /* NULL without */
     uint64_t header_bytes; /* 0 before begin */
-    uint64_t data_bytes, written;
+    uint64_t written;
     obm__xxh3 *hash;
 };
 
@@ -286,16 +277,6 @@ obm_status obm__st_writer_new(const char *path, obm__st_writer **out, obm_error 
         return obm__fail_nomem(err, strlen(path));
     }
     *out = w;
-    return OBM_OK;
-}
-
-static obm_status grow(obm__st_writer *w, obm_error *err) {
-    if (w->count < w->capacity) return OBM_OK;
-    size_t capacity = w->capacity ? 2 * w->capacity : 64;
-    declared *tensors = obm__realloc(w->tensors, capacity, sizeof *tensors);
-    if (!tensors) return obm__fail_nomem(err, capacity * sizeof *tensors);
-    w->tensors = tensors;
-    w->capacity = capacity;
     return OBM_OK;
 }
 
@@ -315,21 +296,40 @@ obm_status obm__st_bytes(const char *name, obm_dtype dtype, int32_t ndim, const 
     return OBM_OK;
 }
 
+static obm_status grow(obm__declared_list *l, obm_error *err) {
+    if (l->count < l->capacity) return OBM_OK;
+    size_t capacity = l->capacity ? 2 * l->capacity : 64;
+    obm__declared *items = obm__realloc(l->items, capacity, sizeof *items);
+    if (!items) return obm__fail_nomem(err, capacity * sizeof *items);
+    l->items = items;
+    l->capacity = capacity;
+    return OBM_OK;
+}
+
+obm_status obm__declare(obm__declared_list *l, const char *where, const char *name, obm_dtype dtype, int32_t ndim,
+                        const int64_t *shape, obm_error *err) {
+    uint64_t bytes;
+    OBM_TRY(obm__st_bytes(name, dtype, ndim, shape, &bytes, err));
+    if (bytes > INT64_MAX - l->bytes) return obm__fail(err, OBM_E_ARG, "%s: more than 2^63 bytes declared", where);
+    OBM_TRY(grow(l, err));
+    obm__declared d = {obm__strdup(name), dtype, ndim, {0}, l->bytes, l->bytes + bytes};
+    if (!d.name) return obm__fail_nomem(err, strlen(name));
+    for (int32_t i = 0; i < ndim; i++) d.shape[i] = shape[i];
+    l->items[l->count++] = d;
+    l->bytes += bytes;
+    return OBM_OK;
+}
+
+void obm__declared_free(obm__declared_list *l) {
+    for (size_t i = 0; i < l->count; i++) obm_free(l->items[i].name);
+    obm_free(l->items);
+}
+
 /* A name declared twice is found in begin, where the header becomes one object. */
 obm_status obm__st_writer_declare(obm__st_writer *w, const char *name, obm_dtype dtype, int32_t ndim,
                                   const int64_t *shape, obm_error *err) {
     if (w->fd >= 0) return obm__fail(err, OBM_E_ARG, "%s: tensor %s declared after writing began", w->path, name);
-    uint64_t bytes;
-    OBM_TRY(obm__st_bytes(name, dtype, ndim, shape, &bytes, err));
-    if (bytes > INT64_MAX - w->data_bytes)
-        return obm__fail(err, OBM_E_ARG, "%s: more than 2^63 bytes declared", w->path);
-    OBM_TRY(grow(w, err));
-    declared d = {obm__strdup(name), dtype, ndim, {0}, w->data_bytes, w->data_bytes + bytes};
-    if (!d.name) return obm__fail_nomem(err, strlen(name));
-    for (int32_t i = 0; i < ndim; i++) d.shape[i] = shape[i];
-    w->tensors[w->count++] = d;
-    w->data_bytes += bytes;
-    return OBM_OK;
+    return obm__declare(&w->tensors, w->path, name, dtype, ndim, shape, err);
 }
 
 obm_status obm__st_writer_metadata(obm__st_writer *w, const char *key, const char *value, obm_error *err) {
@@ -339,7 +339,7 @@ obm_status obm__st_writer_metadata(obm__st_writer *w, const char *key, const cha
     return obm__fail(err, OBM_E_ARG, "%s: metadata %s: not UTF-8", w->path, key);
 }
 
-static obm_json *tensor_record(const declared *d) {
+static obm_json *tensor_record(const obm__declared *d) {
     obm_json *record = obm__json_new_object(), *shape = obm__json_new_array(), *offsets = obm__json_new_array();
     bool ok = true;
     for (int32_t i = 0; i < d->ndim; i++) ok = obm__json_append(shape, obm__json_new_int(d->shape[i])) && ok;
@@ -353,7 +353,7 @@ static obm_json *tensor_record(const declared *d) {
     return NULL;
 }
 
-static obm_status add_record(const obm__st_writer *w, const declared *d, obm_json *header, obm_error *err) {
+static obm_status add_record(const obm__st_writer *w, const obm__declared *d, obm_json *header, obm_error *err) {
     if (obm__json_get(header, d->name) || !strcmp(d->name, METADATA_KEY))
         return obm__fail(err, OBM_E_ARG, "%s: tensor %s: the name is taken", w->path, d->name);
     if (obm__json_set(header, d->name, tensor_record(d))) return OBM_OK;
@@ -368,7 +368,7 @@ static obm_status header_bytes(const obm__st_writer *w, obm__buffer *out, obm_er
     obm_status status = OBM_OK;
     if (w->metadata && !obm__json_set(header, METADATA_KEY, obm__json_copy(w->metadata)))
         OBM_GO(obm__fail_nomem(err, 0));
-    for (size_t i = 0; i < w->count; i++) OBM_GO(add_record(w, &w->tensors[i], header, err));
+    for (size_t i = 0; i < w->tensors.count; i++) OBM_GO(add_record(w, &w->tensors.items[i], header, err));
     text = obm__json_text(header, 0);
     size_t n = text ? strlen(text) : 0, padded = (LENGTH_BYTES + n + 63) / 64 * 64 - LENGTH_BYTES;
     if (padded > MAX_HEADER)
@@ -384,9 +384,9 @@ done:
 }
 
 uint64_t obm__st_writer_size(const obm__st_writer *w) {
-    if (w->header_bytes) return w->header_bytes + w->data_bytes;
+    if (w->header_bytes) return w->header_bytes + w->tensors.bytes;
     obm__buffer header = {0};
-    uint64_t size = header_bytes(w, &header, NULL) == OBM_OK ? header.size + w->data_bytes : 0;
+    uint64_t size = header_bytes(w, &header, NULL) == OBM_OK ? header.size + w->tensors.bytes : 0;
     obm__buffer_free(&header);
     return size;
 }
@@ -409,9 +409,9 @@ done:
 
 obm_status obm__st_writer_write(obm__st_writer *w, const void *bytes, size_t n, obm_error *err) {
     if (w->fd < 0) return obm__fail(err, OBM_E_ARG, "%s: writing has not begun", w->path);
-    if (n > w->data_bytes - w->written)
+    if (n > w->tensors.bytes - w->written)
         return obm__fail(err, OBM_E_ARG, "%s: %zu bytes written where %llu are left", w->path, n,
-                         (unsigned long long)(w->data_bytes - w->written));
+                         (unsigned long long)(w->tensors.bytes - w->written));
     OBM_TRY(obm__fd_write(w->fd, w->temp, bytes, n, err));
     obm__xxh3_add(w->hash, bytes, n);
     w->written += n;
@@ -420,9 +420,9 @@ obm_status obm__st_writer_write(obm__st_writer *w, const void *bytes, size_t n, 
 
 obm_status obm__st_writer_seal(obm__st_writer *w, char xxh3[33], obm_error *err) {
     if (w->fd < 0) return obm__fail(err, OBM_E_ARG, "%s: writing has not begun", w->path);
-    if (w->written != w->data_bytes)
+    if (w->written != w->tensors.bytes)
         return obm__fail(err, OBM_E_ARG, "%s: %llu of %llu declared bytes written", w->path,
-                         (unsigned long long)w->written, (unsigned long long)w->data_bytes);
+                         (unsigned long long)w->written, (unsigned long long)w->tensors.bytes);
     int fd = w->fd;
     w->fd = -1;
     OBM_TRY(obm__fd_seal(fd, w->temp, err));
@@ -447,13 +447,26 @@ obm_status obm__st_writer_finish(obm__st_writer *w, char xxh3[33], obm_error *er
     return OBM_OK;
 }
 
+obm_status obm__st_writer_adopt(obm__st_writer *w, const char *temp, obm_error *err) {
+    if (w->temp) return obm__fail(err, OBM_E_ARG, "%s: writing has begun already", w->path);
+    w->temp = obm__strdup(temp);
+    return w->temp ? OBM_OK : obm__fail_nomem(err, strlen(temp));
+}
+
+const char *obm__st_writer_temp(const obm__st_writer *w) { return w->temp; }
+
+void obm__st_writer_leave(obm__st_writer *w) {
+    if (w->fd >= 0) return;
+    obm_free(w->temp);
+    w->temp = NULL;
+}
+
 void obm__st_writer_free(obm__st_writer *w) {
     if (!w) return;
     if (w->fd >= 0) close(w->fd);
     if (w->temp) unlink(w->temp);
     if (w->hash) obm__xxh3_end(w->hash, NULL);
-    for (size_t i = 0; i < w->count; i++) obm_free(w->tensors[i].name);
-    obm_free(w->tensors);
+    obm__declared_free(&w->tensors);
     obm__json_free(w->metadata);
     obm_free(w->temp);
     obm_free(w->path);

@@ -372,6 +372,63 @@ static char *build_card(const job *j) {
     return NULL;
 }
 
+/* ---- the job, for resuming ---- */
+
+static obm_status job_tick(void *user, uint64_t bytes, obm_error *err) {
+    obm__run *run = user;
+    run->done += bytes;
+    if (run->done > run->total) run->done = run->total; /* files have headers, which `total` does not count */
+    return obm__run_report(run, err);
+}
+
+static obm_status put_inputs(const job *j, obm__run *run, obm_json *out, obm_error *err) {
+    for (size_t i = 0; i < j->n_inputs; i++) {
+        char print[33];
+        OBM_TRY(obm__checkpoint_fingerprint(j->ctx, j->inputs[i], job_tick, run, print, err));
+        char *key = obm__format("input %zu %s", i, j->refs[i]);
+        bool ok = key && obm__json_set(out, key, obm__json_new_string(print));
+        obm_free(key);
+        if (!ok) return obm__fail_nomem(err, 0);
+    }
+    return OBM_OK;
+}
+
+/* Keys are words of the message that says what differs.  ISAs agree within a bound only, so the kernels count; threads
+ * and memory do not. */
+static bool put_options(const job *j, const obm_merge_options *options, obm_json *out) {
+    uint64_t shard_bytes = OBM_OPT(options, obm_merge_options, shard_bytes, 0);
+    char *seed = obm__format("%llu", (unsigned long long)j->seed);
+    char *bytes = obm__format("%llu", (unsigned long long)shard_bytes);
+    bool ok = seed && bytes;
+    ok = ok && obm__json_set(out, "library version", obm__json_new_string(obm_version()));
+    ok = ok && obm__json_set(out, "kernels", obm__json_new_string(j->ctx->k->isa));
+    ok = ok && obm__json_set(out, "profile",
+                             obm__json_new_string(j->recipe->profile == OBM_PROFILE_PAPER ? "paper" : "mergekit"));
+    ok = ok && obm__json_set(out, "random seed", obm__json_new_string(seed));
+    ok = ok && obm__json_set(out, "shard size", obm__json_new_string(shard_bytes ? bytes : "default"));
+    for (void *it = obm__json_first(j->recipe->root); ok && it; it = obm__json_next(j->recipe->root, it)) {
+        char *key = obm__format("recipe %s", obm__json_key(it));
+        ok = key && obm__json_set(out, key, obm__json_copy(obm__json_value(it)));
+        obm_free(key);
+    }
+    obm_free(seed);
+    obm_free(bytes);
+    return ok;
+}
+
+/* What decides the bytes of the shards; *out is owned. */
+static obm_status build_job(const job *j, const obm_merge_options *options, obm__run *run, obm_json **out,
+                            obm_error *err) {
+    obm_json *record = obm__json_new_object();
+    obm_status status =
+        record && put_options(j, options, record) ? put_inputs(j, run, record, err) : obm__fail_nomem(err, 0);
+    if (status == OBM_OK)
+        *out = record;
+    else
+        obm__json_free(record);
+    return status;
+}
+
 /* ---- the merge ---- */
 
 static obm_status write_copy(const job *j, const output *o, obm__model_writer *w, obm_error *err) {
@@ -418,10 +475,13 @@ static obm_status write_outputs(job *j, obm__run *run, obm__model_writer *w, obm
     char *tile = obm__alloc(j->tile, sizeof(float));
     if (!tile) return obm__fail_nomem(err, j->tile * sizeof(float));
     obm_status status = OBM_OK;
-    if (whole_model(j)) status = model_statistics(j, run, err);
+    bool any = false;
+    for (size_t i = 0; i < j->n_outputs; i++) any |= !obm__model_writer_has(w, i);
+    if (any && whole_model(j)) status = model_statistics(j, run, err);
     for (size_t i = 0; status == OBM_OK && i < j->n_outputs; i++) {
         output *o = &j->outputs[i];
-        status = o->copy ? write_copy(j, o, w, err) : write_merged(j, o, run, w, tile, err);
+        if (!obm__model_writer_has(w, i))
+            status = o->copy ? write_copy(j, o, w, err) : write_merged(j, o, run, w, tile, err);
         if (!o->copy) obm__group_clear(&o->group);
     }
     obm_free(tile);
@@ -456,17 +516,23 @@ static obm_status write_folder(job *j, const obm_merge_options *options, const c
                     0,
                     total};
     obm__model_writer *w = NULL;
-    obm_json *config = NULL;
+    obm_json *config = NULL, *record = NULL;
     obm_status status;
     char *card = build_card(j);
     if (!card) return obm__fail_nomem(err, strlen(j->recipe->text));
     OBM_GO(check_out_path(j, out_path, err));
+    OBM_GO(obm__model_writer_check(out_path, OBM_OPT(options, obm_merge_options, overwrite, false), err));
     OBM_GO(build_config(j, &config, err));
+    OBM_GO(build_job(j, options, &run, &record, err));
     obm__model_writer_options o = {.shard_bytes = OBM_OPT(options, obm_merge_options, shard_bytes, 0),
                                    .overwrite = OBM_OPT(options, obm_merge_options, overwrite, false),
                                    .copy_from = reference->config ? reference->directory : NULL,
                                    .config = config,
-                                   .card = card};
+                                   .card = card,
+                                   .job = record,
+                                   .resume = OBM_OPT(options, obm_merge_options, resume, false),
+                                   .tick = job_tick,
+                                   .user = &run};
     OBM_GO(obm__model_writer_new(out_path, &o, &w, err));
     OBM_GO(declare_outputs(j, w, err));
     OBM_GO(write_outputs(j, &run, w, err));
@@ -474,6 +540,7 @@ static obm_status write_folder(job *j, const obm_merge_options *options, const c
 done:
     obm__model_writer_free(w);
     obm__json_free(config);
+    obm__json_free(record);
     obm_free(card);
     return status;
 }

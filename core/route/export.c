@@ -389,6 +389,7 @@ obm_status obm_pack_export(const obm_pack *p, const double *weights, const obm_e
     OBM_TRY(parse_dtype(&j, OBM_OPT(options, obm_export_options, dtype, NULL), err));
     if (!dry) OBM_TRY(refuse_own_folder(p, out_path, err));
     if (!dry) OBM_TRY(refuse_sources(p, out_path, err));
+    if (!dry) OBM_TRY(obm__model_writer_check(out_path, OBM_OPT(options, obm_export_options, overwrite, false), err));
     OBM_TRY(obm__route_plan_for(p, weights, dry ? OBM_ROUTE_NONE : OBM_ROUTE_ALL, &plan, err));
     j.plan = plan;
     count_bytes(&j);

@@ -26,10 +26,11 @@ def compress(base, experts, out, *, profile=None, overwrite=False, dry_run=False
 
 
 def merge(recipe, out, *, directory=None, profile=None, seed=None, shard_bytes=0, memory=0, overwrite=False, dry_run=False,
-          progress=None):
+          progress=None, resume=False):
     """Merge by a recipe into the Hugging Face folder `out`; returns the plan as a dict.
 
     recipe: a dict with mergekit's keys, or the path of a YAML or JSON file; relative paths in a file start at its folder.
+    resume: keep the finished shards of a killed merge of the same recipe, options and inputs; and keep one's own when stopped.
     """
     if isinstance(recipe, (str, _os.PathLike)):
         with open(recipe, encoding="utf-8") as file:
@@ -37,4 +38,4 @@ def merge(recipe, out, *, directory=None, profile=None, seed=None, shard_bytes=0
         directory = directory if directory is not None else _os.path.dirname(_os.path.abspath(recipe))
     else:
         text = _json.dumps(recipe, default=_os.fspath)
-    return _core.merge(text, out, profile, directory, seed, shard_bytes, memory, overwrite, dry_run, progress)
+    return _core.merge(text, out, profile, directory, seed, shard_bytes, memory, overwrite, dry_run, progress, resume)

@@ -105,6 +105,11 @@ def output_of(args):
     return args.output
 
 
+def folder_of(args):
+    """A folder's contents are the library's to judge: what a killed run left there does not hinder, a model or a pack does."""
+    return args.output if os.path.isdir(args.output) else output_of(args)
+
+
 def is_pack(path):
     return os.path.isfile(os.path.join(path, "pack.json"))
 
@@ -260,7 +265,7 @@ def compress(args):
         experts[name] = expert
     if args.dry_run:
         return print_plan(args, obm.compress(args.base, experts, args.output, profile=args.profile, dry_run=True), "compress")
-    pack = obm.compress(args.base, experts, output_of(args), profile=args.profile, overwrite=args.force, progress=progress_of(args))
+    pack = obm.compress(args.base, experts, folder_of(args), profile=args.profile, overwrite=args.force, progress=progress_of(args))
     show_pack(args, pack)
 
 
@@ -492,7 +497,8 @@ def merge(args):
     given = {"profile": args.profile, "seed": args.random_seed, "memory": args.memory}
     if args.dry_run:
         return print_plan(args, obm.merge(args.recipe, args.output, dry_run=True, **given), "merge")
-    plan = obm.merge(args.recipe, output_of(args), shard_bytes=args.out_shard_size, overwrite=args.force, progress=progress_of(args), **given)
+    plan = obm.merge(args.recipe, folder_of(args), shard_bytes=args.out_shard_size, overwrite=args.force, resume=args.resume,
+                     progress=progress_of(args), **given)
     emit({"output": args.output, **plan}) if args.json else print(f"{args.output}: {plan['tensors']} tensors, {_results.size(plan['bytes_written'])}")
 
 
@@ -500,7 +506,7 @@ def export(args):
     pack = obm.Pack(args.pack, base=args.base)
     if args.dry_run:
         return print_plan(args, pack.export(args.route, args.output, dtype=args.dtype, dry_run=True), "export")
-    report = pack.export(args.route, output_of(args), dtype=args.dtype, shard_bytes=args.out_shard_size, overwrite=args.force,
+    report = pack.export(args.route, folder_of(args), dtype=args.dtype, shard_bytes=args.out_shard_size, overwrite=args.force,
                          progress=progress_of(args))
     lost = report["lost"] / report["changed"] if report["changed"] else 0.0
     if args.json:
@@ -674,6 +680,7 @@ def make_parser():
     p.add_argument("--profile", choices=("mergekit", "paper"))
     p.add_argument("--out-shard-size", type=parse_size, default=0, help="bytes, like 5GB (default)")
     p.add_argument("--random-seed", type=whole(0, 2**64 - 1))
+    p.add_argument("--resume", action="store_true", help="keep the finished shards of a killed run, and of this one when it is stopped")
     p.add_argument("--memory", type=parse_size, default=0, help="budget of tiles and buffers, like 2GB (default)")
 
     p = verb(verbs, "export", export, "dense folder of one route", output="DIR", base=True)
@@ -729,6 +736,8 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as e:
+        if isinstance(e, FileExistsError) and "overwriting was not asked for" in (e.strerror or ""):
+            return fail(f"{e.strerror}; --force replaces it", 1)
         if e.strerror and e.filename:
             return fail(f"{e.filename}: {e.strerror}", 1)
         return fail(e.strerror or e, 1)

@@ -2,7 +2,9 @@
  */
 #include "io_fixture.h"
 
+#include <dirent.h>
 #include <fcntl.h>
+#include <regex.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <sys/wait.h>
@@ -35,6 +37,7 @@ int fsync(int fd) {
 /* ---- helpers ---- */
 
 static const char *const names[] = {"c", "a", "b"};
+#define JOURNAL "onebitmerge-unfinished.json"
 
 /* Three U8 tensors of 100 bytes, all equal to `fill`, written in pieces of 7 bytes. */
 static obm_status write_model(const char *path, const obm__model_writer_options *o, char fill, obm_error *err) {
@@ -45,7 +48,10 @@ static obm_status write_model(const char *path, const obm__model_writer_options 
     OBM_GO(obm__model_writer_new(path, o, &w, err));
     for (int i = 0; i < 3; i++) OBM_GO(obm__model_writer_declare(w, names[i], OBM_U8, 2, (int64_t[]){10, 10}, err));
     OBM_GO(obm__model_writer_begin(w, err));
-    for (size_t at = 0; at < 300; at += 7) OBM_GO(obm__model_writer_write(w, piece, at + 7 < 300 ? 7 : 300 - at, err));
+    for (size_t i = 0; i < 3; i++) {
+        for (size_t at = 0; at < 100 && !obm__model_writer_has(w, i); at += 7)
+            OBM_GO(obm__model_writer_write(w, piece, at + 7 < 100 ? 7 : 100 - at, err));
+    }
     OBM_GO(obm__model_writer_finish(w, err));
 done:
     obm__model_writer_free(w);
@@ -78,13 +84,18 @@ static char model_state(const char *path, int *tag) {
     return fill;
 }
 
+/* Of the names that a POSIX extended expression matches. */
 static int count_files(const char *dir, const char *pattern) {
-    char command[700];
-    snprintf(command, sizeof command, "ls -A %s | grep -c -E -- '%s'", dir, pattern);
-    FILE *f = popen(command, "r");
-    int n = -1;
-    if (!f || fscanf(f, "%d", &n) != 1) n = -1;
-    if (f) pclose(f);
+    regex_t expression;
+    int n = 0;
+    assert_int_equal(regcomp(&expression, pattern, REG_EXTENDED | REG_NOSUB), 0);
+    DIR *d = opendir(dir);
+    assert_non_null(d);
+    for (struct dirent *e; (e = readdir(d));) {
+        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) n += regexec(&expression, e->d_name, 0, NULL, 0) == 0;
+    }
+    closedir(d);
+    regfree(&expression);
     return n;
 }
 
@@ -369,6 +380,292 @@ static void test_killed_first_write(void **state) {
     }
 }
 
+/* ---- going on after a kill ---- */
+
+static obm_json *job_of(const char *recipe) {
+    obm_json *job = obm__json_new_object();
+    obm__json_set(job, "recipe", obm__json_new_string(recipe));
+    obm__json_set(job, "random seed", obm__json_new_int(7));
+    return job;
+}
+
+typedef struct attempt {
+    uint64_t shard_bytes;
+    int tag;
+    bool overwrite, resume;
+    const char *recipe;
+} attempt;
+
+static obm_status try_write(const char *dir, const attempt *a, obm_error *err) {
+    obm_json *config = tagged_config(a->tag), *job = job_of(a->recipe ? a->recipe : "r");
+    obm_status status = write_model(dir,
+                                    &(obm__model_writer_options){.shard_bytes = a->shard_bytes,
+                                                                 .config = config,
+                                                                 .card = "# new\n",
+                                                                 .overwrite = a->overwrite,
+                                                                 .resume = a->resume,
+                                                                 .job = job},
+                                    'n', err);
+    obm__json_free(config);
+    obm__json_free(job);
+    return status;
+}
+
+/* Exit code of a child that writes and dies before its n-th rename or unlink; 0: it ran through. */
+static int write_killed(const char *dir, const attempt *a, int n) {
+    pid_t child = fork();
+    if (child == 0) {
+        steps_left = n;
+        _exit(try_write(dir, a, NULL) == OBM_OK ? 0 : 1);
+    }
+    int result = -1;
+    assert_int_equal(waitpid(child, &result, 0), child);
+    assert_true(WIFEXITED(result));
+    return WEXITSTATUS(result);
+}
+
+static void fresh(const char *dir, uint64_t old_shards) {
+    if (access(dir, F_OK) == 0) assert_int_equal(fixture_remove_tree(dir), 0);
+    if (old_shards) old_model(dir, old_shards);
+}
+
+static void same_folders(const char *a, const char *b) {
+    assert_int_equal(count_files(a, "."), count_files(b, "."));
+    DIR *d = opendir(a);
+    for (struct dirent *e; (e = readdir(d));) {
+        char path[800], *x, *y;
+        size_t n, m;
+        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
+        snprintf(path, sizeof path, "%s/%s", a, e->d_name);
+        assert_int_equal(obm__file_read(path, &x, &n, NULL), OBM_OK);
+        snprintf(path, sizeof path, "%s/%s", b, e->d_name);
+        if (obm__file_read(path, &y, &m, NULL) != OBM_OK) fail_msg("%s is not there", path);
+        if (n != m || memcmp(x, y, n)) fail_msg("%s differs from the one in %s", path, a);
+        obm_free(x);
+        obm_free(y);
+    }
+    closedir(d);
+}
+
+static void succeed(const char *dir, const attempt *a, int n) {
+    obm_error err;
+    if (try_write(dir, a, &err) != OBM_OK) fail_msg("after a kill before step %d: %s", n, err.message);
+}
+
+/* Killed before every step; each time once resumed, once begun anew.  A resumed folder equals that of a run that nobody
+ * killed, byte for byte; from scratch only the shards' names may differ. */
+static void resume_everywhere(uint64_t old_shards, uint64_t shards, int tag) {
+    const char *dir = in_dir("resumed");
+    char whole[512];
+    snprintf(whole, sizeof whole, "%s", in_dir("whole"));
+    attempt first = {shards, tag, old_shards != 0, false, NULL}, again = first, anew = first;
+    again.resume = again.overwrite = true;
+    fresh(whole, old_shards);
+    succeed(whole, &first, 0);
+    int n = 1, found;
+    for (;; n++) {
+        fresh(dir, old_shards);
+        int code = write_killed(dir, &first, n);
+        if (code == 0) break;
+        assert_int_equal(code, 99);
+        again.overwrite = old_shards != 0;
+        succeed(dir, &again, n);
+        same_folders(dir, whole);
+
+        fresh(dir, old_shards);
+        assert_int_equal(write_killed(dir, &first, n), 99);
+        bool complete = model_state(dir, &found) == 'n' && found == tag;
+        anew.overwrite = first.overwrite || complete;
+        succeed(dir, &anew, n);
+        assert_int_equal(model_state(dir, &found), 'n');
+        assert_int_equal(found, tag);
+        assert_int_equal(count_files(dir, "tmp|unfinished"), 0);
+        assert_int_equal(count_files(dir, "[.]safetensors$"), shards < 300 ? 3 : 1);
+        assert_int_equal(count_files(dir, "."), shards < 300 ? 6 : 3);
+    }
+    assert_in_range(n, 6, 60);
+}
+
+static void test_resume(void **state) {
+    (void)state;
+    static const uint64_t sizes[] = {0, 100, 1000};
+    for (int old = 0; old < 3; old++) {
+        for (int to = 1; to < 3; to++) {
+            for (int tag = 1; tag < 2 + (old > 0); tag++) resume_everywhere(sizes[old], sizes[to], tag);
+        }
+    }
+}
+
+/* Killed twice, at every pair of moments: the second time while going on. */
+static void test_resume_twice(void **state) {
+    (void)state;
+    const char *dir = in_dir("twice"), *whole = in_dir("twice-whole");
+    attempt first = {100, 2, true, false, NULL}, again = {100, 2, true, true, NULL};
+    fresh(whole, 100);
+    succeed(whole, &first, 0);
+    for (int n = 2;; n += 3) {
+        for (int m = 1;; m += 2) {
+            fresh(dir, 100);
+            if (write_killed(dir, &first, n) == 0) return;
+            if (write_killed(dir, &again, m) == 0) break;
+            succeed(dir, &again, n);
+            same_folders(dir, whole);
+        }
+    }
+}
+
+static ino_t file_number(const char *dir, const char *pattern) {
+    char command[700];
+    unsigned long number = 0;
+    snprintf(command, sizeof command, "ls -i %s | grep -E -- '%s'", dir, pattern);
+    FILE *f = popen(command, "r");
+    if (!f || fscanf(f, "%lu", &number) != 1) number = 0;
+    if (f) pclose(f);
+    return (ino_t)number;
+}
+
+/* Dies when the second shard is written and noted: step 1 is the first journal, 2 and 3 those of the two shards. */
+static void kill_in_third_shard(const char *dir, const attempt *a) {
+    fresh(dir, 0);
+    assert_int_equal(write_killed(dir, a, 4), 99);
+    assert_int_equal(count_files(dir, "model-.*tmp"), 3);
+}
+
+static void test_kept_shards(void **state) {
+    (void)state;
+    const char *dir = in_dir("kept");
+    attempt first = {100, 1, false, false, NULL}, again = {100, 1, false, true, NULL};
+    kill_in_third_shard(dir, &first);
+    ino_t one = file_number(dir, "model-00001"), two = file_number(dir, "model-00002");
+    /* A byte of the second is other than it was: it is written again, the first is the same file as before. */
+    char command[700];
+    snprintf(command, sizeof command, "printf X | dd of=$(echo %s/model-00002*) bs=1 seek=300 conv=notrunc 2>/dev/null",
+             dir);
+    assert_int_equal(system(command), 0);
+    succeed(dir, &again, 4);
+    int tag;
+    assert_int_equal(model_state(dir, &tag), 'n');
+    assert_true(one && one == file_number(dir, "model-00001"));
+    assert_true(two && two != file_number(dir, "model-00002"));
+    assert_int_equal(count_files(dir, "tmp|unfinished"), 0);
+}
+
+static void test_another_job(void **state) {
+    (void)state;
+    const char *dir = in_dir("job"), *copy = in_dir("job-copy");
+    attempt first = {100, 1, false, false, NULL}, other = {100, 1, false, true, "s"};
+    obm_error err;
+    char command[1400];
+    kill_in_third_shard(dir, &first);
+    snprintf(command, sizeof command, "cp -r %s %s", dir, copy);
+    assert_int_equal(system(command), 0);
+    assert_int_equal(try_write(dir, &other, &err), OBM_E_MISMATCH);
+    assert_non_null(strstr(err.message, "recipe differs, \"r\" then, \"s\" now"));
+    same_folders(dir, copy);
+    assert_int_equal(write_model(dir, &(obm__model_writer_options){.resume = true}, 'n', &err), OBM_E_MISMATCH);
+    same_folders(dir, copy);
+    other.overwrite = true;
+    succeed(dir, &other, 4);
+    int tag;
+    assert_int_equal(model_state(dir, &tag), 'n');
+    assert_int_equal(count_files(dir, "tmp|unfinished"), 0);
+}
+
+/* A run that is to be resumed and fails keeps what it has finished; any other takes all of it back. */
+static void test_failed_run(void **state) {
+    (void)state;
+    const char *dir = in_dir("failed");
+    obm_json *job = job_of("r");
+    for (int resume = 0; resume < 2; resume++) {
+        obm__model_writer *w;
+        obm__model_writer_options o = {.shard_bytes = 100, .job = job, .resume = resume};
+        assert_int_equal(obm__model_writer_new(dir, &o, &w, NULL), OBM_OK);
+        for (int i = 0; i < 3; i++)
+            assert_int_equal(obm__model_writer_declare(w, names[i], OBM_U8, 2, (int64_t[]){10, 10}, NULL), OBM_OK);
+        assert_int_equal(obm__model_writer_begin(w, NULL), OBM_OK);
+        char bytes[150];
+        memset(bytes, 'n', sizeof bytes);
+        assert_int_equal(obm__model_writer_write(w, bytes, sizeof bytes, NULL), OBM_OK);
+        obm__model_writer_free(w);
+        assert_int_equal(access(dir, F_OK) == 0, resume);
+    }
+    assert_int_equal(count_files(dir, "tmp"), 1);
+    assert_int_equal(count_files(dir, "."), 2);
+    assert_int_equal(
+        write_model(dir, &(obm__model_writer_options){.shard_bytes = 100, .job = job, .resume = true}, 'n', NULL),
+        OBM_OK);
+    obm__json_free(job);
+    int tag;
+    assert_int_equal(model_state(dir, &tag), 'n');
+    assert_int_equal(count_files(dir, "tmp|unfinished"), 0);
+}
+
+/* What looks nearly like ours stays; a journal that is not ours stops the run. */
+static void test_other_peoples_files(void **state) {
+    (void)state;
+    static const char *const theirs[] = {"notes.txt",
+                                         "notes.tmp-1-2",
+                                         "mine.safetensors.tmp-12-0",
+                                         "model.safetensors.tmp",
+                                         "model.safetensors.tmp-12",
+                                         "model.safetensors.tmp-12-0.bak",
+                                         "config.json.tmp-x-1",
+                                         "model-1-of-2.safetensors.tmp-12-0",
+                                         "xmodel-00001-of-00002.safetensors.tmp-12-0"};
+    static const char *const ours[] = {"model.safetensors.tmp-12-0", "config.json.tmp-999999999-3",
+                                       "model-0123456789abcdef-00001-of-00002.safetensors.tmp-1-0"};
+    const char *dir = in_dir("theirs");
+    char path[700];
+    assert_int_equal(mkdir(dir, 0777), 0);
+    for (size_t i = 0; i < 9; i++) snprintf(path, sizeof path, "%s/%s", dir, theirs[i]), put_text(path, "mine");
+    for (size_t i = 0; i < 3; i++) snprintf(path, sizeof path, "%s/%s", dir, ours[i]), put_text(path, "left");
+    write_ok(dir, NULL, 'x');
+    for (size_t i = 0; i < 9; i++) same_text(dir, theirs[i], "mine");
+    for (size_t i = 0; i < 3; i++) assert_false(in_folder(dir, ours[i]));
+    snprintf(path, sizeof path, "%s/" JOURNAL, dir);
+    put_text(path, "{\"mine\": 1}");
+    obm_error err;
+    assert_int_equal(write_model(dir, &(obm__model_writer_options){.overwrite = true}, 'y', &err), OBM_E_FORMAT);
+    assert_non_null(strstr(err.message, JOURNAL));
+    same_text(dir, JOURNAL, "{\"mine\": 1}");
+    int tag;
+    assert_int_equal(model_state(dir, &tag), 'x');
+}
+
+/* Weights and texts that a journal claims, but whose contents are other: somebody's, so the folder is refused. */
+static void test_unproven_claims(void **state) {
+    (void)state;
+    const char *dir = in_dir("claims"), *journal = in_dir("claims/" JOURNAL);
+    assert_int_equal(mkdir(dir, 0777), 0);
+    put_text(in_dir("claims/model-00001-of-00002.safetensors"), "mine");
+    put_text(in_dir("claims/config.json"), "mine");
+    put_text(journal,
+             "{\"format\": \"onebitmerge unfinished model\", \"version\": 1, \"job\": null, \"made_folder\": true,"
+             " \"shards\": [{\"temp\": \"../x\", \"file\": \"model-00001-of-00002.safetensors\", \"bytes\": 4,"
+             " \"xxh3\": \"00000000000000000000000000000000\"}],"
+             " \"small\": [{\"file\": \"config.json\", \"bytes\": 4, \"xxh3\": \"00\"}], \"old\": [\"../../x\", 3]}");
+    obm_error err;
+    assert_int_equal(write_model(dir, NULL, 'y', &err), OBM_E_EXISTS);
+    same_text(dir, "model-00001-of-00002.safetensors", "mine");
+    same_text(dir, "config.json", "mine");
+    write_ok(dir, &(obm__model_writer_options){.overwrite = true}, 'y');
+    same_text(dir, "model-00001-of-00002.safetensors", "mine");
+    assert_int_equal(count_files(dir, "unfinished"), 0);
+}
+
+static void test_busy(void **state) {
+    (void)state;
+    const char *dir = in_dir("busy");
+    obm_error err;
+    int lock;
+    assert_int_equal(mkdir(dir, 0777), 0);
+    assert_int_equal(obm__directory_lock(dir, &lock, NULL), OBM_OK);
+    assert_int_equal(write_model(dir, NULL, 'x', &err), OBM_E_BUSY);
+    assert_non_null(strstr(err.message, "busy is being written by another process"));
+    obm__directory_unlock(lock);
+    write_ok(dir, NULL, 'x');
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_single),
@@ -380,6 +677,14 @@ int main(void) {
         cmocka_unit_test(test_unfinished),
         cmocka_unit_test(test_killed),
         cmocka_unit_test(test_killed_first_write),
+        cmocka_unit_test(test_resume),
+        cmocka_unit_test(test_resume_twice),
+        cmocka_unit_test(test_kept_shards),
+        cmocka_unit_test(test_another_job),
+        cmocka_unit_test(test_failed_run),
+        cmocka_unit_test(test_other_peoples_files),
+        cmocka_unit_test(test_unproven_claims),
+        cmocka_unit_test(test_busy),
     };
     return cmocka_run_group_tests(tests, fixture_make, fixture_remove);
 }

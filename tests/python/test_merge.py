@@ -1,6 +1,10 @@
 """Recipes to folders, and tensors to tensors, against NumPy formulas (float32 tensors, float64 sums)."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -180,6 +184,100 @@ def test_shards_and_overwrite(recipe, tmp_path):
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     obm.merge(recipe("ties"), out, overwrite=True)
     assert (out / "model.safetensors").exists() and not (out / "model.safetensors.index.json").exists()
+
+
+# Merges in a process that kills itself at the progress call of the given number of bytes.
+KILLED = """
+import json, os, signal, sys
+import onebitmerge as obm
+recipe, out, at, given = json.loads(sys.argv[1])
+def progress(what, done, total):
+    if done >= at: os.kill(os.getpid(), signal.SIGKILL)
+obm.merge(recipe, out, progress=progress, **given)
+"""
+
+
+def merge_killed(recipe, out, at, **given):
+    code = subprocess.run([sys.executable, "-c", KILLED, json.dumps([recipe, str(out), at, given])], stderr=subprocess.PIPE).returncode
+    assert code == -signal.SIGKILL
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("method, parameters, profile", [("ties", {"density": .3}, "mergekit"), ("ties", {"density": .3}, "paper"),
+                                                         ("dare_ties", {"density": .5}, "mergekit")])
+def test_resume(recipe, tmp_path, method, parameters, profile, threads):
+    given = {"shard_bytes": 1_000_000, "profile": profile, "seed": 5}
+    obm.merge(recipe(method, **parameters), tmp_path / "whole", **given)
+    out = tmp_path / "out"
+    merge_killed(recipe(method, **parameters), out, 3_000_000, **given)
+    finished = {p.stat().st_ino for p in out.glob("*.safetensors.tmp-*")}
+    assert (out / "onebitmerge-unfinished.json").exists() and not list(out.glob("*.safetensors")) and len(finished) >= 3
+    threads(2)   # neither threads nor memory are part of the job
+    obm.merge(recipe(method, **parameters), out, resume=True, memory=300_000_000, **given)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert len(finished & {p.stat().st_ino for p in out.iterdir()}) >= 2
+
+
+def test_without_resume_the_remains_go(recipe, tmp_path):
+    given = {"shard_bytes": 1_000_000}
+    out = tmp_path / "out"
+    merge_killed(recipe("ties"), out, 3_000_000, **given)
+    (out / "notes.txt").write_text("mine")
+    obm.merge(recipe("task_arithmetic"), out)
+    assert sorted(p.name for p in out.glob("*") if "token" not in p.name) == ["README.md", "config.json", "generation_config.json",
+                                                                              "model.safetensors", "notes.txt"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda r, g: r.update(merge_method="task_arithmetic"), 'recipe merge_method differs, "ties" then, "task_arithmetic" now'),
+    (lambda r, g: r["parameters"].update(density=.4), 'recipe parameters differs, {"density": 0.3} then, {"density": 0.4} now'),
+    (lambda r, g: g.update(seed=3), 'random seed differs, "0" then, "3" now'),
+    (lambda r, g: g.update(shard_bytes=2_000_000), 'shard size differs, "1000000" then, "2000000" now'),
+    (lambda r, g: g.update(profile="paper"), 'profile differs, "mergekit" then, "paper" now'),
+    (lambda r, g: r["models"].pop(), "recipe models differs"),
+    (None, "input 1 .*chat differs"),
+])
+def test_resuming_another_merge_is_refused(recipe, models, tmp_path, change, message):
+    chat, out = tmp_path / "chat", tmp_path / "out"
+    chat.mkdir()
+    for file in (models / "chat").iterdir():
+        (chat / file.name).write_bytes(file.read_bytes())
+    r, given = recipe("ties", density=.3), {"shard_bytes": 1_000_000}
+    r["models"][0]["model"] = str(chat)
+    merge_killed(r, out, 3_000_000, **given)
+    before = contents(out)
+    if change:
+        change(r, given)
+    else:   # another file in the place of the old one
+        data = bytearray((chat / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (chat / "new").write_bytes(data)
+        os.replace(chat / "new", chat / "model.safetensors")
+    with pytest.raises(obm.Error, match=message) as caught:
+        obm.merge(r, out, resume=True, **given)
+    assert isinstance(caught.value, obm.MismatchError) and "--force" in str(caught.value) and contents(out) == before
+    obm.merge(r, out, resume=True, overwrite=True, **given)
+    obm.merge(r, tmp_path / "whole", **given)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_stopped_with_resume(recipe, tmp_path):
+    """Shards that are finished stay; the folder of a run without goes."""
+    out = tmp_path / "out"
+
+    def stop(what, done, total):
+        if done >= 3_000_000:
+            raise KeyboardInterrupt
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            obm.merge(recipe("ties"), out, shard_bytes=1_000_000, resume=resume, progress=stop)
+        assert out.exists() == resume
+    obm.merge(recipe("ties"), out, shard_bytes=1_000_000, resume=True)
+    obm.merge(recipe("ties"), tmp_path / "whole", shard_bytes=1_000_000)
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("change, error, message", [

@@ -1,0 +1,251 @@
+/* What a killed writer of a model folder left.  Tells its files from everybody else's by proof, never by their place:
+ * temporary names under the folder's lock, which a living writer would hold, and contents by the journal's XXH3. */
+#include "unfinished.h"
+
+#include <dirent.h>
+#include <string.h>
+#include <unistd.h>
+
+#define WHERE OBM_UNFINISHED_FILE
+#define HASH_PIECE ((size_t)16 << 20)
+
+/* ---- names ---- */
+
+static const char *digits(const char *p, size_t n, const char *set) { return strspn(p, set) >= n ? p + n : NULL; }
+
+/* model-00001-of-00002.safetensors, or with 16 digits of the content's hash behind the first dash. */
+static bool is_shard_of_many(const char *name) {
+    static const char decimal[] = "0123456789";
+    if (strncmp(name, "model-", 6)) return false;
+    const char *p = name + 6;
+    if (strspn(p, "0123456789abcdef") == 16 && p[16] == '-') p += 17;
+    if (!(p = digits(p, 5, decimal))) return false;
+    p += strspn(p, decimal);
+    if (strncmp(p, "-of-", 4) || !(p = digits(p + 4, 5, decimal))) return false;
+    return !strcmp(p + strspn(p, decimal), ".safetensors");
+}
+
+static bool is_temporary(const char *name) {
+    size_t n = obm__temp_stem(name);
+    char stem[64];
+    if (!n || n >= sizeof stem) return false;
+    memcpy(stem, name, n);
+    stem[n] = 0;
+    return is_shard_of_many(stem) || obm__is_small_file(stem) || !strcmp(stem, OBM_ONE_FILE) ||
+           !strcmp(stem, OBM_INDEX_FILE) || !strcmp(stem, OBM_UNFINISHED_FILE);
+}
+
+/* ---- the journal ---- */
+
+static bool exists_in(const char *dir, const char *name) {
+    char *path = obm__path_join(dir, name);
+    bool found = path && access(path, F_OK) == 0;
+    obm_free(path);
+    return found;
+}
+
+static obm_status check_journal(const char *path, const obm_json *journal, obm_error *err) {
+    const char *format = obm__json_string(obm__json_get(journal, "format"));
+    int64_t version = 0;
+    if (!format || strcmp(format, OBM_UNFINISHED_FORMAT))
+        return obm__fail(err, OBM_E_FORMAT, "%s: not this library's: format is not \"" OBM_UNFINISHED_FORMAT "\"",
+                         path);
+    if (!obm__json_int(obm__json_get(journal, "version"), &version) || version != OBM_UNFINISHED_VERSION)
+        return obm__fail(err, OBM_E_UNSUPPORTED,
+                         "%s: written by another version of this library: remove the file to "
+                         "start anew",
+                         path);
+    return OBM_OK;
+}
+
+static obm_status read_journal(const char *dir, obm_json **out, obm_error *err) {
+    char *path = obm__path_join(dir, OBM_UNFINISHED_FILE);
+    if (!path) return obm__fail_nomem(err, strlen(dir));
+    obm_json *journal = NULL;
+    obm_status status = access(path, F_OK) ? OBM_OK : obm__json_load(path, &journal, err);
+    if (status == OBM_OK && journal) status = check_journal(path, journal, err);
+    obm_free(path);
+    if (status == OBM_OK)
+        *out = journal;
+    else
+        obm__json_free(journal);
+    return status;
+}
+
+obm_status obm__unfinished_read(const char *dir, obm__unfinished *out, obm_error *err) {
+    obm__unfinished u = {.dir = dir};
+    OBM_TRY(read_journal(dir, &u.journal, err));
+    char *path = obm__path_join(dir, OBM_INDEX_FILE);
+    if (path && obm__json_load(path, &u.index, NULL) != OBM_OK) u.index = NULL;
+    obm_free(path);
+    u.model = exists_in(dir, OBM_INDEX_FILE) || exists_in(dir, OBM_ONE_FILE);
+    *out = u;
+    return OBM_OK;
+}
+
+void obm__unfinished_clear(obm__unfinished *u) {
+    obm__json_free(u->journal);
+    obm__json_free(u->index);
+    *u = (obm__unfinished){0};
+}
+
+/* ---- the job ---- */
+
+/* One line, cut to the size. */
+static const char *value_text(const obm_json *v, char *buf, size_t size) {
+    char *text = v ? obm__json_text(v, 0) : NULL;
+    size_t n = text ? strlen(text) : 0;
+    if (!text)
+        strcpy(buf, "nothing");
+    else if (n < size)
+        memcpy(buf, text, n + 1);
+    else
+        memcpy(buf, text, size - 4), strcpy(buf + size - 4, "...");
+    obm_free(text);
+    return buf;
+}
+
+static bool same_value(const obm_json *a, const obm_json *b) {
+    char *x = a ? obm__json_text(a, 0) : NULL, *y = b ? obm__json_text(b, 0) : NULL;
+    bool same = x && y && !strcmp(x, y);
+    obm_free(x);
+    obm_free(y);
+    return same;
+}
+
+static obm_status differs(const obm__unfinished *u, const char *key, const obm_json *then, const obm_json *now,
+                          obm_error *err) {
+    char a[100], b[100];
+    return obm__fail(
+        err, OBM_E_MISMATCH,
+        "%s: the unfinished merge there is another: %.100s differs, %s then, %s now (overwriting, --force, "
+        "starts anew)",
+        u->dir, key, value_text(then, a, sizeof a), value_text(now, b, sizeof b));
+}
+
+obm_status obm__unfinished_same_job(const obm__unfinished *u, const obm_json *job, obm_error *err) {
+    const obm_json *then = obm__json_get(u->journal, "job");
+    if (!then || obm__json_kind(then) != OBM_JSON_OBJECT || !job)
+        return obm__fail(err, OBM_E_MISMATCH,
+                         "%s: what was left unfinished there is no merge (overwriting, --force, starts anew)", u->dir);
+    for (void *it = obm__json_first(job); it; it = obm__json_next(job, it)) {
+        const obm_json *before = obm__json_get(then, obm__json_key(it));
+        if (!same_value(before, obm__json_value(it)))
+            return differs(u, obm__json_key(it), before, obm__json_value(it), err);
+    }
+    for (void *it = obm__json_first(then); it; it = obm__json_next(then, it)) {
+        if (!obm__json_get(job, obm__json_key(it)))
+            return differs(u, obm__json_key(it), obm__json_value(it), NULL, err);
+    }
+    return OBM_OK;
+}
+
+/* ---- proof ---- */
+
+static obm_status hash_map(const obm__map *m, obm__tick_fn tick, void *user, char hash[33], obm_error *err) {
+    obm__xxh3 *h = obm__xxh3_new();
+    if (!h) return obm__fail_nomem(err, 0);
+    obm_status status = OBM_OK;
+    for (size_t at = 0, n; status == OBM_OK && at < m->size; at += n) {
+        n = m->size - at < HASH_PIECE ? m->size - at : HASH_PIECE;
+        obm__xxh3_add(h, m->data + at, n);
+        obm__pages_release(m->data + at, n);
+        if (tick) status = tick(user, n, err);
+    }
+    obm__xxh3_end(h, hash);
+    return status;
+}
+
+/* *same: the file is there with this size and hash.  Fails only when the callback stops, or without memory. */
+static obm_status is_proven(const char *dir, const char *name, uint64_t bytes, const char *xxh3, obm__tick_fn tick,
+                            void *user, bool *same, obm_error *err) {
+    char *path = obm__path_join(dir, name), hash[33];
+    obm__map map = {0};
+    *same = false;
+    if (!path) return obm__fail_nomem(err, strlen(dir));
+    obm_status status = obm__map_open(path, &map, NULL);
+    obm_free(path);
+    if (status != OBM_OK) return OBM_OK;
+    if (map.size == bytes) {
+        status = hash_map(&map, tick, user, hash, err);
+        *same = status == OBM_OK && !strcmp(hash, xxh3);
+    }
+    obm__map_close(&map);
+    return status;
+}
+
+static bool size_and_hash(const obm_json *record, uint64_t *bytes, const char **xxh3) {
+    int64_t n = -1;
+    *xxh3 = obm__json_string(obm__json_get(record, "xxh3"));
+    if (!*xxh3 || !obm__json_int(obm__json_get(record, "bytes"), &n) || n < 0) return false;
+    *bytes = (uint64_t)n;
+    return true;
+}
+
+obm_status obm__unfinished_shard(const obm__unfinished *u, size_t i, const char *name, uint64_t bytes,
+                                 obm__tick_fn tick, void *user, obm__finished_shard *out, obm_error *err) {
+    const obm_json *record = obm__json_at(obm__json_get(u->journal, "shards"), i);
+    const char *temp = obm__json_string(obm__json_get(record, "temp")), *xxh3;
+    const char *file = obm__json_string(obm__json_get(record, "file"));
+    uint64_t recorded;
+    bool same = false;
+    *out = (obm__finished_shard){0};
+    if (!size_and_hash(record, &recorded, &xxh3) || recorded != bytes || strlen(xxh3) != 32) return OBM_OK;
+    if (temp && obm__temp_stem(temp) == strlen(name) && !strncmp(temp, name, strlen(name)))
+        OBM_TRY(is_proven(u->dir, temp, bytes, xxh3, tick, user, &same, err));
+    bool published = !same;
+    if (!same && file && (!strcmp(file, OBM_ONE_FILE) || is_shard_of_many(file)))
+        OBM_TRY(is_proven(u->dir, file, bytes, xxh3, tick, user, &same, err));
+    if (!same) return OBM_OK;
+    out->file = obm__strdup(published ? file : temp);
+    if (!out->file) return obm__fail_nomem(err, strlen(name));
+    memcpy(out->hash, xxh3, sizeof out->hash);
+    out->published = published;
+    return OBM_OK;
+}
+
+static bool is_in_index(const obm__unfinished *u, const char *name) {
+    const obm_json *map = obm__json_get(u->index, "weight_map");
+    for (void *it = obm__json_first(map); it; it = obm__json_next(map, it)) {
+        const char *file = obm__json_string(obm__json_value(it));
+        if (file && !strcmp(file, name)) return true;
+    }
+    return false;
+}
+
+static bool is_listed(const obm__unfinished *u, const char *list, const char *name) {
+    const obm_json *records = obm__json_get(u->journal, list);
+    for (size_t i = 0; i < obm__json_size(records); i++) {
+        const obm_json *record = obm__json_at(records, i);
+        const char *file = obm__json_string(obm__json_get(record, "file")), *xxh3;
+        uint64_t bytes;
+        bool same = false;
+        if (!file || strcmp(file, name) || !size_and_hash(record, &bytes, &xxh3)) continue;
+        if (is_proven(u->dir, name, bytes, xxh3, NULL, NULL, &same, NULL) == OBM_OK && same) return true;
+    }
+    return false;
+}
+
+/* An index that cannot be read may refer to anything. */
+static bool is_unused_shard(const obm__unfinished *u, const char *name) {
+    if (!is_shard_of_many(name) || is_in_index(u, name)) return false;
+    return (u->index || !exists_in(u->dir, OBM_INDEX_FILE)) && is_listed(u, "shards", name);
+}
+
+bool obm__unfinished_owns(const obm__unfinished *u, const char *name) {
+    return is_temporary(name) || is_unused_shard(u, name) || (obm__is_small_file(name) && is_listed(u, "small", name));
+}
+
+void obm__unfinished_remove(const obm__unfinished *u, bool (*keep)(const void *user, const char *name),
+                            const void *user, bool small) {
+    DIR *d = opendir(u->dir);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        const char *name = e->d_name;
+        if (obm__is_small_file(name) && (!small || u->model)) continue;
+        if ((keep && keep(user, name)) || !obm__unfinished_owns(u, name)) continue;
+        char *path = obm__path_join(u->dir, name);
+        if (path) (void)unlink(path);
+        obm_free(path);
+    }
+    if (d) closedir(d);
+}
