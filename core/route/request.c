@@ -145,7 +145,8 @@ obm_status obm_request_builtin(obm_request *r, const double **out, obm_error *er
         double *probabilities = obm__calloc(router->tasks, sizeof *probabilities);
         if (!probabilities) return obm__fail_nomem(err, router->tasks * sizeof *probabilities);
         obm__router_probabilities(router, features, probabilities);
-        if (isnan(probabilities[0])) { /* softmax: one NaN is all NaN */
+        /* Softmax: one NaN is all NaN.  An infinite feature may also end as a task's logit of -Inf, which is silent. */
+        if (r->pack->ctx->k->find_nonfinite(features, n) < n || isnan(probabilities[0])) {
             obm_free(probabilities);
             return obm__fail(err, OBM_E_VALUE, "pack %s: its router sees hidden states that are not finite",
                              r->pack->path);

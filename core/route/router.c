@@ -281,10 +281,15 @@ static obm_status collect_features(const obm_pack *p, const obm_prompt *prompts,
     OBM_TRY(obm_model_open(p->ctx, p->base->path, NULL, &m, err));
     obm_model_describe(m, &info);
     float *x = obm__alloc(n, (size_t)info.hidden * sizeof *x);
+    size_t count = n * (size_t)info.hidden, bad = count;
     obm_status status = x ? obm_model_embed(m, prompts, n, layer, OBM_OPT(o, obm_router_options, progress, NULL),
                                             OBM_OPT(o, obm_router_options, progress_user, NULL), x, err)
                           : obm__fail_nomem(err, n * (size_t)info.hidden * sizeof *x);
     obm_model_free(m);
+    if (status == OBM_OK) bad = p->ctx->k->find_nonfinite(x, count);
+    if (status == OBM_OK && bad < count)
+        status = obm__fail(err, OBM_E_VALUE, "router: example %zu: the base's hidden states are not finite",
+                           bad / (size_t)info.hidden);
     if (status != OBM_OK) {
         obm_free(x);
         return status;

@@ -196,6 +196,22 @@ static void test_regression_threads(void **state) {
     }
 }
 
+static void test_regression_of_nonfinite(void **state) {
+    (void)state;
+    obm_context *ctx = fixture_context(2);
+    static const float wrong[] = {NAN, INFINITY, -INFINITY};
+    for (int i = 0; i < 3; i++) {
+        data d;
+        float mean[WIDTH], scale[WIDTH], weight[TASKS * WIDTH], bias[TASKS];
+        obm__regression_options o = {.l2 = 1e-2};
+        fill(&d, 1);
+        d.x[7 * WIDTH + 2] = wrong[i];
+        obm__standardise(&d.e, mean, scale);
+        FAILS(obm__regression_fit(ctx, &d.e, mean, scale, &o, weight, bias, err), OBM_E_VALUE, "nan");
+    }
+    obm_context_free(ctx);
+}
+
 /* ---- split and report ---- */
 
 static void check_split(const uint32_t *label, size_t n, double holdout, uint64_t seed) {
@@ -479,7 +495,76 @@ static void check_callbacks(obm_model *m) {
     FAILS(obm_model_route(m, &prompt, ask, &s, weights, NULL, err), OBM_E_ARG, "math");
     s.answer[1] = INFINITY;
     FAILS(obm_model_route(m, &prompt, ask, &s, weights, NULL, err), OBM_E_ARG, "math");
+    s.answer[0] = NAN;
+    FAILS(obm_model_route(m, &prompt, ask, &s, weights, NULL, err), OBM_E_ARG, "the weight of task chat is nan");
     assert_true(weights[0] == 7);
+}
+
+/* A router in memory whose numbers are spoiled: what it answers is an error, and no route. */
+static void check_spoiled_router(const family *f, obm_model *m, const obm_prompt *prompt) {
+    obm__router *r = f->pack->router;
+    float *const places[] = {&r->weight[3], &r->weight[HIDDEN + 3], &r->mean[3], &r->scale[3], &r->bias[0], &r->bias[1]};
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+        double weights[2] = {7, 7}, p[2] = {7, 7};
+        float kept = *places[i];
+        *places[i] = NAN;
+        FAILS(obm_model_route(m, prompt, NULL, NULL, weights, p, err), OBM_E_VALUE, "not finite");
+        assert_true(weights[0] == 7 && weights[1] == 7 && p[0] == 7);
+        *places[i] = kept;
+    }
+}
+
+/* Every number of a file becomes NaN (behind an open mapping as well). */
+static void spoil_file(const char *dir, const char *name) {
+    char *path = obm__path_join(dir, name);
+    FILE *file = fopen(path, "r+b");
+    uint64_t header;
+    assert_non_null(file);
+    assert_int_equal(fread(&header, 8, 1, file), 1);
+    assert_int_equal(fseek(file, 0, SEEK_END), 0);
+    long end = ftell(file);
+    assert_int_equal(fseek(file, (long)header + 8, SEEK_SET), 0);
+    for (long at = (long)header + 8; at < end; at++) fputc(0xff, file);
+    assert_int_equal(fclose(file), 0);
+    obm_free(path);
+}
+
+static void test_nonfinite(void **state) {
+    (void)state;
+    family f = family_new();
+    static corpus c;
+    obm_model *m;
+    double weights[2] = {7, 7};
+    fill_corpus(&c);
+    OK(obm_router_train(f.pack, c.prompts, c.task, EXAMPLES, NULL, NULL, err));
+    OK(obm_model_from_pack(f.ctx, f.pack, NULL, &m, err));
+    check_spoiled_router(&f, m, &c.prompts[0]);
+    OK(obm_model_route(m, &c.prompts[0], NULL, NULL, weights, NULL, err));
+    obm_model_free(m);
+    spoil_file(f.base, "model.safetensors");
+    OK(obm_model_from_pack(f.ctx, f.pack, NULL, &m, err));
+    weights[0] = 7;
+    FAILS(obm_model_route(m, &c.prompts[0], NULL, NULL, weights, NULL, err), OBM_E_VALUE, "not finite");
+    assert_true(weights[0] == 7);
+    obm_model_free(m);
+    const obm__router *before = f.pack->router;
+    FAILS(obm_router_train(f.pack, c.prompts, c.task, EXAMPLES, NULL, NULL, err), OBM_E_VALUE,
+          "router: example 0: the base's hidden states are not finite");
+    assert_ptr_equal(f.pack->router, before);
+    family_free(&f);
+}
+
+static void test_stored_router_of_nonfinite(void **state) {
+    (void)state;
+    family f = family_new();
+    static corpus c;
+    obm_pack *again;
+    fill_corpus(&c);
+    OK(obm_router_train(f.pack, c.prompts, c.task, EXAMPLES, NULL, NULL, err));
+    const char *name = obm__json_string(obm__json_get(obm__json_get(f.pack->manifest, "router"), "file"));
+    spoil_file(f.pack_path, name);
+    FAILS(obm_pack_open(f.ctx, f.pack_path, NULL, &again, err), OBM_E_FORMAT, "expected finite numbers");
+    family_free(&f);
 }
 
 static void check_prompts(obm_model *m) {
@@ -562,12 +647,15 @@ int main(void) {
         cmocka_unit_test(test_lbfgs_failures),
         cmocka_unit_test(test_regression_against_descent),
         cmocka_unit_test(test_regression_of_constants),
+        cmocka_unit_test(test_regression_of_nonfinite),
         cmocka_unit_test(test_regression_threads),
         cmocka_unit_test(test_split),
         cmocka_unit_test(test_report_by_hand),
         cmocka_unit_test(test_train_and_reopen),
         cmocka_unit_test(test_train_refusals),
         cmocka_unit_test(test_requests),
+        cmocka_unit_test(test_nonfinite),
+        cmocka_unit_test(test_stored_router_of_nonfinite),
         cmocka_unit_test(test_exported_route_runs_the_same),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
