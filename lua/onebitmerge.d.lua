@@ -196,6 +196,11 @@ function pack:policy(task) end
 ---@return { name: string, class: string, mode: string, bytes: integer, rows: integer, cols: integer, planes: onebitmerge.tensor[][] }[]?, string? message, onebitmerge.Code? code
 function pack:tensors(task) end
 
+---How each tensor comes about while a model runs, by the settings: "base", "planes" (read by masks of signs) or "overlay"
+---(materialised for the route).  hard: the costliest of the hard routes; soft: a mixture of all tasks.
+---@return { name: string, class: string, planes: integer, hard: string, soft: string, hard_masks: integer, soft_masks: integer, overlays: integer }[]?, string? message, onebitmerge.Code? code
+function pack:runs() end
+
 ---"chat=.7,math=.3" -> { chat = 0.7, math = 0.3 }
 ---@param route onebitmerge.Route
 ---@return table<string, number>?, string? message, onebitmerge.Code? code

@@ -417,6 +417,29 @@ static int pack_tensors(lua_State *L) {
     return 1;
 }
 
+/* pack:runs() -> list of {name, class, planes, hard, soft, hard_masks, soft_masks, overlays} */
+static int pack_runs(lua_State *L) {
+    const obm_pack *p = pack_of(L);
+    size_t n = obm_pack_tensor_count(p);
+    obm_tensor_run *runs = lua_newuserdatauv(L, (n + 1) * sizeof *runs, 0);
+    obm_error err;
+    if (obm_pack_runs(p, runs, &err) != OBM_OK) return obm_lua_fail(L, &err);
+    lua_newtable(L);
+    for (size_t i = 0; i < n; i++) {
+        lua_newtable(L);
+        obm_lua_set_string(L, "name", runs[i].name);
+        obm_lua_set_string(L, "class", obm_class_name(runs[i].cls));
+        obm_lua_set_integer(L, "planes", runs[i].planes);
+        obm_lua_set_string(L, "hard", obm_run_name(runs[i].hard));
+        obm_lua_set_string(L, "soft", obm_run_name(runs[i].soft));
+        obm_lua_set_integer(L, "hard_masks", (uint64_t)runs[i].hard_masks);
+        obm_lua_set_integer(L, "soft_masks", (uint64_t)runs[i].soft_masks);
+        obm_lua_set_integer(L, "overlays", runs[i].overlays);
+        lua_rawseti(L, -2, (lua_Integer)i + 1);
+    }
+    return 1;
+}
+
 /* ---- routes ---- */
 
 /* pack:parse_route(route) -> {task = weight} */
@@ -577,6 +600,7 @@ static const luaL_Reg pack_methods[] = {{"add", pack_add},
                                         {"bytes", pack_bytes},
                                         {"policy", pack_policy},
                                         {"tensors", pack_tensors},
+                                        {"runs", pack_runs},
                                         {"parse_route", pack_parse_route},
                                         {"format_route", pack_format_route},
                                         {"materialise", pack_materialise},

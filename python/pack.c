@@ -391,6 +391,35 @@ static PyObject *pack_tensors(PyObject *o, PyObject *arg) {
     return list;
 }
 
+static PyObject *run_dict(const obm_tensor_run *r) {
+    return Py_BuildValue("{ss,ss,sn,ss,ss,si,si,sn}", "name", r->name, "class", obm_class_name(r->cls), "planes",
+                         (Py_ssize_t)r->planes, "hard", obm_run_name(r->hard), "soft", obm_run_name(r->soft),
+                         "hard_masks", r->hard_masks, "soft_masks", r->soft_masks, "overlays",
+                         (Py_ssize_t)r->overlays);
+}
+
+/* runs() -> list of dicts, one per tensor of the pack */
+static PyObject *pack_runs(PyObject *o, PyObject *ignored) {
+    (void)ignored;
+    const obm_pack *p = obm_py_pack_get(o);
+    size_t n = obm_pack_tensor_count(p);
+    obm_tensor_run *runs = PyMem_Calloc(n + 1, sizeof *runs);
+    if (!runs) return PyErr_NoMemory();
+    obm_error err;
+    obm_status status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = obm_pack_runs(p, runs, &err);
+    Py_END_ALLOW_THREADS;
+    PyObject *list = status == OBM_OK ? PyList_New(0) : obm_py_raise(OBM_PY_STATE(o), &err);
+    for (size_t i = 0; list && i < n; i++) {
+        PyObject *d = run_dict(&runs[i]);
+        if (!d || PyList_Append(list, d) < 0) Py_CLEAR(list);
+        Py_XDECREF(d);
+    }
+    PyMem_Free(runs);
+    return list;
+}
+
 /* ---- routes ---- */
 
 static double *weights_for(PyObject *o, PyObject *route) {
@@ -599,6 +628,10 @@ static PyMethodDef pack_methods[] = {
     {"tensors", pack_tensors, METH_O,
      "tensors(task) -> list of dict\n\nname, class, mode, bytes, rows, cols, planes [(signs, scales), ...] as NumPy "
      "arrays."},
+    {"runs", pack_runs, METH_NOARGS,
+     "runs() -> list of dict\n\nHow each tensor comes about while a model runs: name, class, planes (of all experts), "
+     "hard and soft (\"base\", \"planes\" or \"overlay\": the costliest of the hard routes, and a mixture of all "
+     "tasks), hard_masks and soft_masks (most that is read), overlays (hard routes under which it is materialised)."},
     {"parse_route", pack_parse_route, METH_O,
      "parse_route(route) -> dict\n\n\"chat=.7,math=.3\" -> {\"chat\": .7, \"math\": .3}"},
     {"format_route", pack_format_route, METH_O, "format_route(route) -> str"},

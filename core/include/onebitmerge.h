@@ -325,6 +325,22 @@ OBM_API obm_status obm_pack_format_route(const obm_pack *p, const double *weight
 OBM_API obm_status obm_pack_route_shape(const obm_pack *p, const double *weights, const char *name, obm_tensor *shape, obm_error *err);
 OBM_API obm_status obm_pack_materialise(const obm_pack *p, const double *weights, const char *name, float *out, obm_error *err);
 
+/* How a tensor comes about while a model runs: the base's own; base plus planes, where every expert that comes in is 1-bit
+ * (or has nothing) and a route takes at most 8 masks (products of the planes' signs); or materialised for the route. */
+typedef enum obm_run { OBM_RUN_BASE = 0, OBM_RUN_PLANES = 1, OBM_RUN_OVERLAY = 2 } obm_run;
+OBM_API const char *obm_run_name(obm_run run);   /* "base", "planes", "overlay" */
+typedef struct obm_tensor_run {
+    const char *name;             /* borrowed */
+    obm_class cls;
+    size_t planes;                /* of all experts */
+    obm_run hard, soft;           /* the costliest under a hard route; under a route that mixes all tasks */
+    int hard_masks, soft_masks;   /* most that a hard route reads; that mixture */
+    size_t overlays;              /* hard routes under which it is an overlay */
+} obm_tensor_run;
+/* Every tensor under the pack's settings; out[obm_pack_tensor_count].  Reads scales, no signs.  Errors: NOMEM; VALUE: lambda
+ * makes a coefficient too large for f32; UNSUPPORTED: more experts than routes take. */
+OBM_API obm_status obm_pack_runs(const obm_pack *p, obm_tensor_run *out, obm_error *err);
+
 typedef struct obm_export_options {
     size_t struct_size;
     const char *dtype;          /* NULL: the base's, per tensor; "f32", "bf16", "f16" */

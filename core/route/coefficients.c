@@ -18,9 +18,15 @@
  *   - nothing is trimmed (all magnitudes of a plane are equal, so a trim would have to look at the index);
  *   - elections do not see the route's weights (they would stay odd, but v would no longer be linear in w).
  *
- * A product of signs is the parity of sign bits, so c_M with |M| = 3 belongs to the XOR of three planes.  Two planes
- * are linear, three add that one XOR plane: three experts' hard routes read three planes and nothing else, and what a
- * route changes are the scalars c_M.  For the disjoint mean of two planes, a > b > 0, the transform gives
+ * A product of signs is the parity of sign bits: with b_i = 1 where s_i = +1, prod_{i in M} s_i is -1 to the number of
+ * cleared bits of M, and for an odd |M| that is +1 exactly where the XOR of the b_i is 1.  So the mask M is a plane
+ * like any other, formed by XOR from |M| planes, and c_M is its scale.
+ *
+ * n planes have 2^(n-1) masks of odd size: 1 and 2 planes are linear (1 and 2 masks), 3 planes have 4 masks (themselves
+ * and the XOR of all), 4 have 8, 5 have 16.  The routed expert is a sum by itself (reading onto_base), so its planes
+ * come in no mask with others: hard routes of 3 one-plane experts read three planes and nothing else, of 4 their planes
+ * and one XOR of three, of 5 nine masks.  What a route changes are the scalars c_M.  For the disjoint mean of two
+ * planes, a > b > 0, the transform gives
  *
  *     TIES(a s1, b s2) = ((3a + b) / 4) s1 - ((a - b) / 4) s2      (agreeing: (a + b) / 2, else the larger one wins)
  *
@@ -148,24 +154,35 @@ static double product_of_signs(unsigned mask, unsigned pattern) {
 static double rounding_noise(const double *value, unsigned count) {
     double largest = 0;
     for (unsigned i = 0; i < count; i++) largest = fmax(largest, fabs(value[i]));
-    return ldexp(largest, -40);
+    return largest * OBM_PATTERN_NOISE;
+}
+
+void obm__pattern_transform(double *c, int n, size_t lanes) {
+    size_t count = (size_t)1 << n;
+    for (size_t step = 1; step < count; step *= 2) {
+        for (size_t i = 0; i < count; i++) {
+            if (i & step) continue;
+            double *lower = c + i * lanes, *upper = c + (i | step) * lanes;
+            for (size_t j = 0; j < lanes; j++) {
+                double clear = lower[j], set = upper[j];
+                lower[j] = clear + set;
+                upper[j] = set - clear;
+            }
+        }
+    }
+    for (size_t mask = 0; mask < count; mask++) {
+        double scale = __builtin_parity((unsigned)mask) ? 1.0 / (double)count : 0.0;
+        for (size_t j = 0; j < lanes; j++) c[mask * lanes + j] *= scale;
+    }
 }
 
 void obm__pattern_coefficients(const double *value, int n, double *c) {
     unsigned count = 1u << n;
     double noise = rounding_noise(value, count);
     if (c != value) memcpy(c, value, count * sizeof *c);
-    for (unsigned step = 1; step < count; step *= 2) {
-        for (unsigned i = 0; i < count; i++) {
-            if (i & step) continue;
-            double clear = c[i], set = c[i | step];
-            c[i] = clear + set;
-            c[i | step] = set - clear;
-        }
-    }
+    obm__pattern_transform(c, n, 1);
     for (unsigned mask = 0; mask < count; mask++) {
-        c[mask] /= count;
-        if (!__builtin_parity(mask) || fabs(c[mask]) <= noise) c[mask] = 0;
+        if (fabs(c[mask]) <= noise) c[mask] = 0;
     }
 }
 

@@ -10,6 +10,8 @@
 /* A pattern of the signs is one byte: bit i is the sign bit of plane i.  More planes take the elementwise rule. */
 #define OBM_PATTERN_PLANES 8
 #define OBM_PATTERNS (1 << OBM_PATTERN_PLANES)
+/* A coefficient below this share of the largest value is what rounding left of a 0 (coefficients.c). */
+#define OBM_PATTERN_NOISE 0x1p-40
 /* Experts in one pack, as far as routes are concerned. */
 #define OBM_ROUTE_TASKS OBM_MAX_REPORT_TASKS
 
@@ -47,6 +49,9 @@ void obm__planes_read_f64(const obm__planes *p, int64_t row, int64_t col, int64_
 
 /* value[2^n]: theta(w) - theta_base for every pattern of the n signs, by the elementwise rule in f64. */
 void obm__pattern_values(const obm__merge_rule *rule, const obm__plane_set *s, const float *alpha, double *value);
+/* The Walsh-Hadamard transform of `lanes` functions side by side: c (2^n, lanes), values in, coefficients out, in
+ * place; 0 for every even-sized M. */
+void obm__pattern_transform(double *c, int n, size_t lanes);
 /* c[2^n] with value(s) = sum over M of c[M] * prod_{i in M} s_i; c[M] = 0 for every even-sized M.  c may be value. */
 void obm__pattern_coefficients(const double *value, int n, double *c);
 /* That sum for one pattern: what running on the planes computes, and the inverse of the above. */

@@ -20,6 +20,25 @@ double obm__ties_remainder(const double *d, size_t n) {
     return kept / (double)agreeing;
 }
 
+/* x * sum > 0 says that x is no zero and agrees (f32 magnitudes cannot underflow in the product), and adding 0 for the
+ * others changes no bit. */
+void obm__ties_columns(const double *d, size_t count, int64_t stride, int64_t n, double *out) {
+    double sum[OBM_ROUTE_CHUNK], agreeing[OBM_ROUTE_CHUNK];
+    for (int64_t i = 0; i < n; i++) sum[i] = agreeing[i] = out[i] = 0;
+    for (size_t j = 0; j < count; j++) {
+        for (int64_t i = 0; i < n; i++) sum[i] += d[(int64_t)j * stride + i];
+    }
+    for (size_t j = 0; j < count; j++) {
+        for (int64_t i = 0; i < n; i++) {
+            double x = d[(int64_t)j * stride + i];
+            bool agrees = x * sum[i] > 0;
+            out[i] += agrees ? x : 0.0;
+            agreeing[i] += agrees ? 1.0 : 0.0;
+        }
+    }
+    for (int64_t i = 0; i < n; i++) out[i] = agreeing[i] > 0 ? out[i] / agreeing[i] : 0.0;
+}
+
 /* What expert j adds to the remainder of a route to expert k. */
 static double other_delta(const obm__merge_rule *rule, double other, double routed) {
     return rule->reading == OBM_READING_RECOMPUTED ? other - routed : other;
@@ -73,31 +92,14 @@ static size_t collect_others(const obm__merge_rule *rule, const obm__route_cut *
     return count;
 }
 
-/* obm__ties_remainder of every column; x * sum > 0 says that x is no zero and agrees (f32 magnitudes cannot underflow
- * in the product), and adding 0 for the others changes no bit. */
-static void ties_of_others(chunk *c, size_t count, int64_t n) {
-    double sum[OBM_ROUTE_CHUNK] = {0}, agreeing[OBM_ROUTE_CHUNK] = {0};
-    memset(c->ties, 0, sizeof c->ties);
-    for (size_t j = 0; j < count; j++) {
-        for (int64_t i = 0; i < n; i++) sum[i] += c->others[j][i];
-    }
-    for (size_t j = 0; j < count; j++) {
-        for (int64_t i = 0; i < n; i++) {
-            bool agrees = c->others[j][i] * sum[i] > 0;
-            c->ties[i] += agrees ? c->others[j][i] : 0.0;
-            agreeing[i] += agrees ? 1.0 : 0.0;
-        }
-    }
-    for (int64_t i = 0; i < n; i++) c->ties[i] = agreeing[i] > 0 ? c->ties[i] / agreeing[i] : 0.0;
-}
-
 /* c->sum = theta(w) - theta_base of elements [index, index + n). */
 static void merge_chunk(const obm__merge_rule *rule, const obm__route_cut *cuts, int64_t index, int64_t n, chunk *c) {
     memset(c->sum, 0, sizeof c->sum);
     for (size_t k = 0; k < rule->n_tasks; k++) {
         double w = rule->weights[k], lambda = rule->lambda;
         if (w == 0) continue;
-        if (lambda != 0) ties_of_others(c, collect_others(rule, cuts, k, index, n, c), n);
+        if (lambda != 0)
+            obm__ties_columns(c->others[0], collect_others(rule, cuts, k, index, n, c), OBM_ROUTE_CHUNK, n, c->ties);
         if (lambda != 0)
             for (int64_t i = 0; i < n; i++) c->sum[i] += w * (c->d[k][i] + lambda * c->ties[i]);
         else

@@ -41,6 +41,9 @@ bool obm__entry_present(const obm__pack_entry *e);
 /* True if expert j's task vector enters the merge: routed to, or in the remainder of one that is. */
 bool obm__route_involves(const obm__merge_rule *rule, size_t task);
 
+/* obm__ties_remainder of n <= OBM_ROUTE_CHUNK columns at once, to the bit: d (count, n), rows `stride` apart. */
+void obm__ties_columns(const double *d, size_t count, int64_t stride, int64_t n, double *out);
+
 /* d~ of expert `task`: row `row`, columns [col, col + n), n <= OBM_ROUTE_CHUNK; zeros if it does not come in.
  * base: the same columns of the base. */
 void obm__route_read(const obm__route_plan *r, size_t task, size_t tensor, int64_t row, int64_t col, int64_t n,

@@ -139,6 +139,22 @@ def pack_repr(pack) -> str:
     return "\n".join(lines)
 
 
+def run_rows(pack) -> list[dict[str, Any]]:
+    """By class: tensors that hard routes run as overlays, on planes or as the base's, and the most masks that one of them takes."""
+    by_class: dict[str, dict[str, Any]] = {}
+    for r in pack.runs():
+        row = by_class.setdefault(r["class"], {"class": r["class"], "base": 0, "planes": 0, "overlay": 0, "hard_masks": 0, "soft_masks": 0})
+        row[r["hard"]] += 1
+        for key in ("hard_masks", "soft_masks"):
+            row[key] = max(row[key], r[key])
+    return list(by_class.values())
+
+
+def run_table(pack) -> str:
+    return table(["running", "base's own", "on planes", "overlays", "masks, hard route", "masks, all tasks mixed"],
+                 [list(row.values()) for row in run_rows(pack)])
+
+
 def pack_html(pack) -> str:
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in pack_rows(pack))
     ratios = "; ".join(f"{html.escape(label)}: {value:.4f}" for label, value in pack_ratios(pack).items())

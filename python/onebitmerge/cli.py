@@ -272,6 +272,7 @@ def compress(args):
 def show_pack(args, pack):
     if not args.json:
         print(_results.pack_repr(pack))
+        print(_results.run_table(pack))
         for task in pack.tasks:
             print(f"{task}: {pack.policy(task)}")
         return
@@ -279,11 +280,25 @@ def show_pack(args, pack):
         for cls, b in pack.bytes(task).items():
             emit({"expert": task, "class": cls, **b, "policy": pack.policy(task)})
     emit({"base": pack.base.path, "base_bytes": pack.base_bytes, "settings": pack.settings,
-          **{label: value for label, value in _results.pack_ratios(pack).items()}})
+          "runs": {row.pop("class"): row for row in _results.run_rows(pack)}, **{label: value for label, value in _results.pack_ratios(pack).items()}})
+
+
+def show_runs(args, pack):
+    runs = pack.runs()
+    if args.json:
+        for r in runs:
+            emit(r)
+        return
+    print(_results.table(["tensor", "planes", "hard routes", "masks", "overlay in", "all mixed", "masks"],
+                         [[r["name"], r["planes"], r["hard"], r["hard_masks"], f"{r['overlays']} of {len(pack.tasks)}", r["soft"],
+                           r["soft_masks"]] for r in runs]))
 
 
 def pack_show(args):
     pack = obm.Pack(args.pack, base=args.base)
+    if args.runs:
+        show_runs(args, pack)
+        return
     if not args.scales:
         show_pack(args, pack)
         with contextlib.suppress(obm.NotFoundError):
@@ -611,6 +626,7 @@ def make_parser():
     p = verb(group, "show", pack_show, "bytes per expert and class", base=True)
     p.add_argument("pack", metavar="PACK")
     p.add_argument("--scales", action="store_true", help="alpha of every matrix")
+    p.add_argument("--runs", action="store_true", help="per tensor: on how many masks of planes it runs, or as an overlay")
     p = verb(group, "verify", pack_verify, "checksums of every file and the base's full hash", base=True)
     p.add_argument("pack", metavar="PACK")
     p = verb(group, "add", pack_add, "compress one more expert into the pack (the router goes: its tasks changed)", dry=True, base=True)

@@ -2,6 +2,7 @@
  * not needed; and a pack on disk is the old one or the new one, never a broken one.  Allocations inside jansson's reader
  * are left out: it cannot be told apart from bad text there (core/io/json.c asks for the memory beforehand). */
 #include "delta_fixture.h"
+#include "route/masks.h"
 #include "tiny_model.h"
 
 #include <jansson.h>
@@ -155,6 +156,25 @@ static obm_status materialise(obm_pack *p, obm_error *e) {
     OBM_TRY(obm_pack_materialise(p, weights, "model.embed_tokens.weight", out, e));
     return obm_pack_materialise(p, weights, "model.layers.0.mlp.up_proj.weight", out, e);
 }
+static obm_status coefficients(obm_pack *p, obm_error *e) {
+    static obm_tensor_run runs[64];
+    static const double hard[] = {0, 1, 0}, soft[] = {0.5, 0.25, 0.25};
+    obm__coefficient_cache *cache;
+    obm__planes_route *route = NULL;
+    assert_true(obm_pack_tensor_count(p) <= 64);
+    OBM_TRY(obm_pack_runs(p, runs, e));
+    OBM_TRY(obm__coefficient_cache_new(p, &cache, e));
+    obm_status status = obm__planes_route_new(cache, hard, &route, e);
+    if (status == OBM_OK) {
+        obm__planes_route_free(route);
+        route = NULL;
+        status = obm__planes_route_new(cache, soft, &route, e);
+    }
+    obm__planes_route_free(route);
+    obm__coefficient_cache_free(cache);
+    return status;
+}
+static obm_status try_coefficients(obm_error *e) { return with_pack(coefficients, e); }
 static obm_status try_materialise(obm_error *e) { return with_pack(materialise, e); }
 
 static obm_status train(obm_pack *p, obm_error *e) {
@@ -213,6 +233,7 @@ static void test_open(void **state) {
     (void)state;
     fail_each(try_verify, 3, false);
     fail_each(try_materialise, 3, false);
+    fail_each(try_coefficients, 3, false);
 }
 
 static void test_tokenizer(void **state) {

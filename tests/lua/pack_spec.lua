@@ -85,6 +85,14 @@ describe("pack", function()
     assert.truthy(tostring(pack):find("lambda 0.3", 1, true))
   end)
 
+  it("says how its tensors run", function()
+    local runs = {}
+    for _, r in ipairs(assert(pack:runs())) do runs[r.name] = r end
+    assert.same({ name = "model.layers.0.mlp.up_proj.weight", class = "mlp", planes = 3, hard = "planes", soft = "planes",
+      hard_masks = 3, soft_masks = 3, overlays = 0 }, runs["model.layers.0.mlp.up_proj.weight"])
+    assert.equal("base", runs["model.norm.weight"].hard)
+  end)
+
   it("shows planes that decompress to alpha * sign", function()
     for _, t in ipairs(pack:tensors("math")) do
       if t.mode == "1bit" then

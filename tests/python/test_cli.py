@@ -152,6 +152,23 @@ def test_pack_show(run, lines, pack_path):
     assert run("pack", "show", pack_path, "--scales")[0] == 0
 
 
+def test_pack_show_runs(run, lines, own_pack, models, tmp_path):
+    assert {"base": 0, "planes": 16, "overlay": 0, "hard_masks": 3, "soft_masks": 3} == lines("pack", "show", own_pack.path)[-1]["runs"]["attention"]
+    runs = {r["name"]: r for r in lines("pack", "show", own_pack.path, "--runs")}
+    assert runs["model.layers.0.mlp.up_proj.weight"] == {
+        "name": "model.layers.0.mlp.up_proj.weight", "class": "mlp", "planes": 3, "hard": "planes", "soft": "planes", "hard_masks": 3,
+        "soft_masks": 3, "overlays": 0}
+    assert (runs["model.norm.weight"]["hard"], runs["model.norm.weight"]["overlays"]) == ("base", 0)
+    own_pack.set(lambda_=0)
+    assert {r["hard_masks"] for r in obm.Pack(own_pack.path).runs() if r["planes"]} == {1}
+    code, out, _ = run("pack", "show", own_pack.path)
+    assert code == 0 and "on planes" in out
+    mixed = obm.compress(models / "base", {"math": models / "math", "code": (models / "code", "mlp")}, tmp_path / "mixed.pack")
+    query = next(r for r in mixed.runs() if r["name"] == "model.layers.0.self_attn.q_proj.weight")
+    assert (query["planes"], query["hard"], query["overlays"], query["hard_masks"]) == (1, "overlay", 2, 0)
+    assert "2 of 2" in run("pack", "show", mixed.path, "--runs")[1]
+
+
 def test_pack_verify(run, lines, own_pack, fails, models, tmp_path):
     assert lines("pack", "verify", own_pack.path) == [{"pack": own_pack.path, "verified": True}]
     assert run("pack", "verify", own_pack.path, "--base", models / "base")[0] == 0
