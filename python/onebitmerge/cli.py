@@ -117,7 +117,7 @@ def is_pack(path):
 def open_model(args):
     if args.base and not is_pack(args.model):
         raise Usage("--base goes with a pack; this is a plain model")
-    return obm.Model(args.model, base=args.base)
+    return obm.Model(args.model, base=args.base, materialise=args.materialise)
 
 
 def parse_size(text):
@@ -388,7 +388,7 @@ def route(args):
     if bool(args.text) == bool(args.file):
         raise Usage("give either texts or --file")
     prompts = args.text or [need(item, i, "messages", "text", "prompt") for i, item in enumerate(read_lines(args.file))]
-    model = obm.Model(args.pack, base=args.base)
+    model = obm.Model(args.pack, base=args.base, materialise=True)   # a router sees the base alone: no planes to load
     router = load_router(args.router) if args.router else None
     for index, prompt in enumerate(prompts):
         weights, probabilities = model.route(prompt, router=router)
@@ -498,7 +498,7 @@ def logits(args):
 
 
 def tokenize(args):
-    tokenizer = obm.Model(args.model).tokenizer if is_pack(args.model) else obm.Tokenizer(args.model)
+    tokenizer = obm.Model(args.model, materialise=True).tokenizer if is_pack(args.model) else obm.Tokenizer(args.model)
     for index, item in enumerate(read_lines(args.file)):
         if "ids" in item and "text" not in item:
             record = {"index": index, "text": tokenizer.decode(item["ids"], skip_special=args.skip_special)}
@@ -595,7 +595,7 @@ def make_parser():
     parser.add_argument("--version", action="version", version=f"onebitmerge {obm.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(group, name, function, text, *, output=None, dry=False, base=False, rest=None):
+    def verb(group, name, function, text, *, output=None, dry=False, base=False, runs=False, rest=None):
         p = group.add_parser(name, parents=[common], help=text, description=text.replace("%%", "%"))
         p.set_defaults(function=function, rest=rest)
         if output:
@@ -605,6 +605,8 @@ def make_parser():
             p.add_argument("--dry-run", action="store_true", help="print what would be read and written, write nothing")
         if base:
             p.add_argument("--base", help="where the pack's base lies")
+        if runs:
+            p.add_argument("--materialise", action="store_true", help="dense weights for every route of a pack, instead of running on its sign planes")
         return p
 
     verb(verbs, "doctor", doctor, "build, instruction sets, BLAS, topology, memory; what is missing and how to get it")
@@ -658,7 +660,7 @@ def make_parser():
     p.add_argument("--file", metavar="FILE", help="JSON lines: text|messages")
     p.add_argument("--router", metavar="FILE.py:FUNC|FILE.lua")
 
-    p = verb(verbs, "generate", generate, "text, streamed", base=True)
+    p = verb(verbs, "generate", generate, "text, streamed", base=True, runs=True)
     p.add_argument("model", metavar="MODEL|PACK")
     p.add_argument("-p", "--prompt", metavar="TEXT")
     p.add_argument("--file", metavar="FILE", help="JSON lines: prompt|messages|ids, route")
@@ -672,12 +674,12 @@ def make_parser():
     p.add_argument("--repetition-penalty", type=real(0, 100, low_is_in=False), default=0, help="1 (default): off")
     p.add_argument("--seed", type=whole(0, 2**64 - 1), default=0)
 
-    p = verb(verbs, "score", score, "log-likelihoods and perplexity", base=True)
+    p = verb(verbs, "score", score, "log-likelihoods and perplexity", base=True, runs=True)
     p.add_argument("model", metavar="MODEL|PACK")
     p.add_argument("--file", required=True, metavar="FILE", help="JSON lines: prompt, continuation | ids, continuation_ids | text; route")
     p.add_argument("--route")
 
-    p = verb(verbs, "logits", logits, "logits of ids, float32, as arrays logits_<index>", output="X.npz", base=True)
+    p = verb(verbs, "logits", logits, "logits of ids, float32, as arrays logits_<index>", output="X.npz", base=True, runs=True)
     p.add_argument("model", metavar="MODEL|PACK")
     p.add_argument("--file", required=True, metavar="FILE", help="JSON lines: ids, route")
     p.add_argument("--route")
@@ -705,7 +707,7 @@ def make_parser():
     p.add_argument("--dtype", choices=("f32", "bf16", "f16"))
     p.add_argument("--out-shard-size", type=parse_size, default=0)
 
-    p = verb(verbs, "eval", evaluate_verb, "accuracy per task and route, 95 %% intervals", base=True)
+    p = verb(verbs, "eval", evaluate_verb, "accuracy per task and route, 95 %% intervals", base=True, runs=True)
     p.add_argument("model", metavar="MODEL|PACK")
     p.add_argument("--task", required=True, nargs="+", action="extend", metavar="FILE", help="JSON lines: prompt|messages, answer | choices, correct; task")
     p.add_argument("--route", action="append", help="auto (default), a task, weights; may be given again")

@@ -385,6 +385,26 @@ def test_eval(lines, run, pack_path, models, data, jsonl, fails):
     fails("eval", pack_path, "--task", jsonl(), match="no items")
 
 
+def test_materialise(lines, pack_path, model, models, data, jsonl, tmp_path):
+    """Both ways of running give the same keys and text; the logits show that there are two."""
+    ids = model.tokenizer.encode(PROMPT)
+    other = obm.Model(pack_path, materialise=True)
+    file = jsonl({"ids": ids, "route": "math"})
+    argv = ["generate", pack_path, "--chat", "-p", PROMPT, "--max-tokens", 40]
+    assert lines(*argv, "--materialise") == lines(*argv)
+    for way, m in (([], model), (["--materialise"], other)):
+        out = tmp_path / f"{len(way)}.npz"
+        lines("logits", pack_path, "--file", file, "-o", out, *way)
+        with np.load(out) as arrays:
+            assert np.array_equal(arrays["logits_0"], m.logits(ids, all=False, route="math"))
+        row, = lines("score", pack_path, "--file", jsonl({"prompt": PROMPT, "continuation": " 22"}, name="score.jsonl"), "--route", "math", *way)
+        assert row["logprob"] == m.score(PROMPT, " 22", route="math").logprob
+    assert not np.array_equal(model.logits(ids, route="math"), other.logits(ids, route="math"))
+    items = jsonl(*data.test["math"][:8], name="items.jsonl")
+    assert lines("eval", pack_path, "--task", items, "--materialise") == lines("eval", pack_path, "--task", items)
+    assert lines("score", models / "base", "--file", jsonl({"text": PROMPT}), "--materialise")   # dense already: nothing changes
+
+
 # ---- input, errors, exit codes ----
 
 def test_stdin(lines, models, model, monkeypatch):
