@@ -217,7 +217,7 @@ obm_context *obm_lua_context(lua_State *L) {
 
 int obm_lua_set_threads(lua_State *L) {
     lua_Integer n = luaL_checkinteger(L, 1);
-    if (n < 0 || n > 4096) return luaL_error(L, "threads must be in 0..4096, got %I", n);
+    if (n < 0 || n > 4096) return luaL_error(L, "threads: expected 0 to 4096, found %I", n);
     context_new(L, (int)n);
     lua_pushboolean(L, 1);
     return 1;

@@ -15,7 +15,7 @@ static int push_callback(lua_State *L, int at, const char *name) {
     if (type == LUA_TBOOLEAN) lua_getfield(L, LUA_REGISTRYINDEX, "onebitmerge.progress_bar"), lua_replace(L, -2);
     int place = lua_gettop(L);
     if (lua_type(L, place) != LUA_TFUNCTION && luaL_getmetafield(L, place, "__call") == LUA_TNIL)
-        luaL_error(L, "option %s: function expected, got %s", name, luaL_typename(L, place));
+        luaL_error(L, "option %s: expected function, found %s", name, luaL_typename(L, place));
     lua_settop(L, place);
     return place;
 }
@@ -26,7 +26,7 @@ void obm_lua_call_init(lua_State *L, obm_lua_call *c, int at, bool with_router) 
     if (at) c->progress = push_callback(L, at, "progress");
     if (at && with_router) {
         if (lua_getfield(L, at, "router") == LUA_TBOOLEAN)
-            luaL_error(L, "option router: function expected, got boolean");
+            luaL_error(L, "option router: expected function, found boolean");
         lua_pop(L, 1);
         c->router = push_callback(L, at, "router");
     }

@@ -35,7 +35,7 @@ void obm_lua_options(lua_State *L, int at, const char *known) {
 }
 
 static void wrong_type(lua_State *L, const char *name, const char *expected) {
-    luaL_error(L, "option %s: %s expected, got %s", name, expected, luaL_typename(L, -1));
+    luaL_error(L, "option %s: expected %s, found %s", name, expected, luaL_typename(L, -1));
 }
 
 const char *obm_lua_field_string(lua_State *L, int at, int keep, const char *name) {
@@ -108,7 +108,7 @@ obm_dtype obm_lua_field_kv(lua_State *L, int at) {
 const int32_t *obm_lua_ids(lua_State *L, int keep, int at, size_t *n) {
     at = lua_absindex(L, at);
     if (lua_type(L, at) != LUA_TTABLE)
-        luaL_error(L, "ids must be a sequence of integers, got %s", luaL_typename(L, at));
+        luaL_error(L, "ids: expected a sequence of integers, found %s", luaL_typename(L, at));
     *n = (size_t)luaL_len(L, at);
     int32_t *ids = obm_lua_alloc(L, keep, *n, sizeof *ids);
     for (size_t i = 0; i < *n; i++) {
@@ -116,7 +116,7 @@ const int32_t *obm_lua_ids(lua_State *L, int keep, int at, size_t *n) {
         lua_geti(L, at, (lua_Integer)i + 1);
         lua_Integer v = lua_tointegerx(L, -1, &is_integer);
         if (!is_integer || lua_type(L, -1) != LUA_TNUMBER)
-            luaL_error(L, "ids must be integers, got %s", luaL_typename(L, -1));
+            luaL_error(L, "ids: expected integers, found %s", luaL_typename(L, -1));
         ids[i] = v < -1 || v > INT32_MAX ? -1 : (int32_t)v; /* -1: the core reports it as out of range */
         lua_pop(L, 1);
     }
@@ -184,7 +184,7 @@ static obm_status weights_by_name(lua_State *L, int at, const obm_pack *pack, do
     double *unused = lua_newuserdatauv(L, (obm_pack_task_count(pack) + 1) * sizeof *unused, 0);
     for (lua_pushnil(L); lua_next(L, at); lua_pop(L, 1)) {
         if (lua_type(L, -2) != LUA_TSTRING || lua_type(L, -1) != LUA_TNUMBER)
-            luaL_error(L, "a route's table has task names as keys and numbers as values, got [%s] = %s",
+            luaL_error(L, "a route's table has task names as keys and numbers as values, found [%s] = %s",
                        luaL_typename(L, -2), luaL_typename(L, -1));
         obm_status status = weight_of_name(pack, lua_tostring(L, -2), lua_tonumber(L, -1), weights, unused, err);
         if (status != OBM_OK) return status;
@@ -194,11 +194,11 @@ static obm_status weights_by_name(lua_State *L, int at, const obm_pack *pack, do
 
 static void weights_in_order(lua_State *L, int at, size_t n, double *weights) {
     if (lua_rawlen(L, at) != n)
-        luaL_error(L, "a route as a sequence has one weight per task: expected %I, got %I", (lua_Integer)n,
+        luaL_error(L, "a route as a sequence has one weight per task: expected %I, found %I", (lua_Integer)n,
                    (lua_Integer)lua_rawlen(L, at));
     for (size_t i = 0; i < n; i++) {
         if (lua_rawgeti(L, at, (lua_Integer)i + 1) != LUA_TNUMBER)
-            luaL_error(L, "a weight is a number, got %s", luaL_typename(L, -1));
+            luaL_error(L, "a weight is a number, found %s", luaL_typename(L, -1));
         weights[i] = lua_tonumber(L, -1);
         lua_pop(L, 1);
     }
@@ -218,7 +218,7 @@ obm_status obm_lua_weights(lua_State *L, int at, const obm_pack *pack, double *w
     if (lua_type(L, at) != LUA_TTABLE)
         luaL_error(L,
                    "a route is a task name, an index from 1, a table of weights by task name, or a sequence of %I "
-                   "weights; got %s",
+                   "weights; found %s",
                    (lua_Integer)n, luaL_typename(L, at));
     if (lua_rawlen(L, at) == 0) return weights_by_name(L, at, pack, weights, err);
     weights_in_order(L, at, n, weights);
@@ -288,7 +288,7 @@ static void prompt_by_field(lua_State *L, int keep, int at, obm_prompt *out) {
     else if (lua_type(L, value) == LUA_TSTRING)
         out->text = obm_lua_keep(L, keep, value);
     else
-        luaL_error(L, "%s: string expected, got %s", prompt_fields[i], luaL_typename(L, value));
+        luaL_error(L, "%s: expected string, found %s", prompt_fields[i], luaL_typename(L, value));
     lua_settop(L, value - 1);
 }
 
@@ -309,7 +309,7 @@ static void prompt_from(lua_State *L, int keep, int at, obm_prompt *out) {
     default:
         luaL_error(L,
                    "a prompt is a string, a list of messages, a list of ids, or a table with one of prompt, text, "
-                   "messages, ids; got %s",
+                   "messages, ids; found %s",
                    luaL_typename(L, at));
     }
 }

@@ -41,7 +41,7 @@ typedef struct param_list {
 static double param_value(lua_State *L, const char *name) {
     if (lua_isboolean(L, -1)) return lua_toboolean(L, -1);
     if (lua_type(L, -1) != LUA_TNUMBER)
-        luaL_error(L, "parameter %s: number, boolean or a sequence of those expected, got %s", name,
+        luaL_error(L, "parameter %s: expected number, boolean or a sequence of those, found %s", name,
                    luaL_typename(L, -1));
     return lua_tonumber(L, -1);
 }

@@ -198,13 +198,13 @@ static void stop_strings(lua_State *L, int at, int keep, obm_generate_options *o
         const char **stop = obm_lua_alloc(L, keep, n, sizeof *stop);
         for (size_t i = 0; i < n; i++, lua_pop(L, 1)) {
             if (lua_geti(L, -1, (lua_Integer)i + 1) != LUA_TSTRING)
-                luaL_error(L, "option stop: strings expected, got %s", luaL_typename(L, -1));
+                luaL_error(L, "option stop: expected strings, found %s", luaL_typename(L, -1));
             stop[i] = obm_lua_keep(L, keep, lua_gettop(L));
         }
         o->stop = stop;
         o->n_stop = n;
     } else if (type != LUA_TNIL) {
-        luaL_error(L, "option stop: string or list of strings expected, got %s", luaL_typename(L, -1));
+        luaL_error(L, "option stop: expected string or list of strings, found %s", luaL_typename(L, -1));
     }
     lua_pop(L, 1);
 }

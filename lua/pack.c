@@ -98,7 +98,7 @@ static void expert_from(lua_State *L, int keep, int at, obm_expert *x) {
         return;
     }
     if (lua_type(L, at) != LUA_TTABLE)
-        luaL_error(L, "an expert is a path or a table { path, policy = ... }, got %s", luaL_typename(L, at));
+        luaL_error(L, "an expert is a path or a table { path, policy = ... }, found %s", luaL_typename(L, at));
     lua_pushnil(L);
     while (lua_next(L, at)) {
         lua_pop(L, 1);
@@ -544,7 +544,7 @@ static const char **labels_from(lua_State *L, int keep, int at, size_t n) {
     const char **labels = obm_lua_alloc(L, keep, n, sizeof *labels);
     for (size_t i = 0; i < n; i++, lua_pop(L, 1)) {
         if (lua_geti(L, at, (lua_Integer)i + 1) != LUA_TSTRING)
-            luaL_error(L, "labels are task names, got %s", luaL_typename(L, -1));
+            luaL_error(L, "labels are task names, found %s", luaL_typename(L, -1));
         labels[i] = obm_lua_keep(L, keep, lua_gettop(L));
     }
     return labels;

@@ -190,7 +190,7 @@ static void read_numbers(lua_State *L, int at, const obm_tensor *t, void *out) {
         luaL_error(L, "a tensor's data has %I numbers, its shape %I", luaL_len(L, at), (lua_Integer)n);
     for (int64_t i = 0; i < n; i++) {
         if (lua_geti(L, at, i + 1) != LUA_TNUMBER)
-            luaL_error(L, "a tensor's data are numbers, got %s", luaL_typename(L, -1));
+            luaL_error(L, "a tensor's data are numbers, found %s", luaL_typename(L, -1));
         double v = lua_tonumber(L, -1);
         if (t->dtype == OBM_F64)
             ((double *)out)[i] = v;
@@ -204,7 +204,7 @@ obm_tensor obm_lua_tensor_import(lua_State *L, int keep, int at) {
     at = lua_absindex(L, at);
     if (luaL_testudata(L, at, OBM_LUA_TENSOR)) return ((tensor *)obm_lua_box_check(L, at, OBM_LUA_TENSOR))->t;
     if (lua_type(L, at) != LUA_TTABLE)
-        luaL_error(L, "expected a tensor or a table with shape, dtype and data, got %s", luaL_typename(L, at));
+        luaL_error(L, "expected a tensor or a table with shape, dtype and data, found %s", luaL_typename(L, at));
     const char *dtype = obm_lua_field_string(L, at, keep, "dtype");
     obm_tensor t = {.dtype = dtype ? check_dtype(L, dtype) : OBM_F32};
     read_shape(L, at, &t);
@@ -220,7 +220,7 @@ obm_tensor obm_lua_tensor_import(lua_State *L, int keep, int at) {
     } else if (type == LUA_TTABLE) {
         read_numbers(L, lua_gettop(L), &t, memory);
     } else {
-        luaL_error(L, "a tensor's data is a string of raw bytes or a table of numbers, got %s", luaL_typename(L, -1));
+        luaL_error(L, "a tensor's data is a string of raw bytes or a table of numbers, found %s", luaL_typename(L, -1));
     }
     lua_pop(L, 1);
     t.data = memory;

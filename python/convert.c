@@ -308,8 +308,8 @@ int obm_py_weights(obm_py_state *st, const obm_pack *pack, PyObject *o, double *
     if (given != (Py_ssize_t)n) {
         const char *form = "a route is a task name, an index, a dict of weights, or one weight per task";
         if (!PyErr_Occurred() && given >= 0)
-            PyErr_Format(PyExc_ValueError, "%s: got %zd weights for %zd tasks", form, given, (Py_ssize_t)n);
-        if (!PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "%s; got %R", form, (PyObject *)Py_TYPE(o));
+            PyErr_Format(PyExc_ValueError, "%s: found %zd weights for %zd tasks", form, given, (Py_ssize_t)n);
+        if (!PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "%s; found %R", form, (PyObject *)Py_TYPE(o));
         return -1;
     }
     for (size_t i = 0; i < n; i++) {
@@ -345,7 +345,7 @@ static void *prompts_block(obm_py_prompts *p, size_t bytes) {
 /* UTF-8 of a str, kept alive by p->keep.  A NUL inside would cut it, so it is refused here. */
 static const char *keep_text(obm_py_prompts *p, PyObject *o) {
     if (!PyUnicode_Check(o)) {
-        PyErr_Format(PyExc_TypeError, "expected a str, got %R", (PyObject *)Py_TYPE(o));
+        PyErr_Format(PyExc_TypeError, "expected a str, found %R", (PyObject *)Py_TYPE(o));
         return NULL;
     }
     Py_ssize_t size;
@@ -453,7 +453,7 @@ int obm_py_prompts_from(obm_py_state *st, PyObject *o, PyObject *tokenizer, obm_
     out->single = PyUnicode_Check(o) || PyDict_Check(o) || is_messages(o) || is_ids(o);
     Py_ssize_t n = out->single ? 1 : PySequence_Check(o) ? PySequence_Size(o) : -1;
     if (n < 0 && !PyErr_Occurred())
-        PyErr_Format(PyExc_TypeError, "expected a prompt or a list of prompts, got %R", (PyObject *)Py_TYPE(o));
+        PyErr_Format(PyExc_TypeError, "expected a prompt or a list of prompts, found %R", (PyObject *)Py_TYPE(o));
     if (n >= 0) out->items = prompts_block(out, (size_t)n * sizeof *out->items);
     int rc = out->items ? 0 : -1;
     for (Py_ssize_t i = 0; rc == 0 && i < n; i++) {

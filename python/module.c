@@ -65,7 +65,7 @@ static PyObject *module_set_threads(PyObject *module, PyObject *arg) {
     obm_py_state *st = PyModule_GetState(module);
     long n = PyLong_AsLong(arg);
     if (n == -1 && PyErr_Occurred()) return NULL;
-    if (n < 0 || n > 4096) return PyErr_Format(st->errors[-OBM_E_ARG], "threads must be in 0..4096, got %ld", n);
+    if (n < 0 || n > 4096) return PyErr_Format(st->errors[-OBM_E_ARG], "threads: expected 0 to 4096, found %ld", n);
     return obm_py_set_threads(st, (int)n);
 }
 

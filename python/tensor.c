@@ -373,7 +373,7 @@ int obm_py_tensor_import(obm_py_state *st, PyObject *o, obm_tensor *out, PyObjec
     }
     if (PyObject_CheckBuffer(o)) return import_buffer(o, out, holder);
     if (PyObject_HasAttrString(o, "__dlpack__")) return import_dlpack(o, out, holder);
-    PyErr_Format(PyExc_TypeError, "expected an array (buffer protocol or DLPack), got %R", (PyObject *)Py_TYPE(o));
+    PyErr_Format(PyExc_TypeError, "expected an array (buffer protocol or DLPack), found %R", (PyObject *)Py_TYPE(o));
     return -1;
 }
 

@@ -21,7 +21,7 @@ const char *obm__printable(const char *s, char *buf, size_t size) {
 
 static obm_status wrong_kind(const obm_json *v, const char *key, const char *where, const char *expected,
                              obm_error *err) {
-    obm__fail(err, OBM_E_FORMAT, "%s: \"%s\" must be %s, found %s", where, key, expected, v ? obm__json_kind_name(v) : "nothing");
+    obm__fail(err, OBM_E_FORMAT, "%s: \"%s\": expected %s, found %s", where, key, expected, v ? obm__json_kind_name(v) : "nothing");
     return OBM_E_FORMAT;   /* spelled out: the compiler then sees that callers never use an unset output */
 }
 
@@ -150,7 +150,7 @@ obm_status obm__file_of(const obm_json *record, const char *dir, const char *whe
     if (!is_plain_name(name)) {
         char shown[80];
         return obm__fail(err, OBM_E_FORMAT,
-                         "%s: \"file\" must be the name of a .safetensors file in the pack, found \"%s\"", where,
+                         "%s: \"file\": expected the name of a .safetensors file in the pack, found \"%s\"", where,
                          obm__printable(name, shown, sizeof shown));
     }
     OBM_TRY(obm__field_int(record, "bytes", 0, INT64_MAX, where, &size, err));

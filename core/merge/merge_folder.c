@@ -256,7 +256,7 @@ static uint64_t fixed_memory(const job *j) {
 static obm_status choose_tile(job *j, obm_error *err) {
     uint64_t fixed = fixed_memory(j), least = fixed + 4 * OBM_MERGE_BLOCK;
     if (j->memory < least)
-        return obm__fail(err, OBM_E_ARG, "memory: this merge needs at least %llu bytes, got %llu",
+        return obm__fail(err, OBM_E_ARG, "memory: this merge needs at least %llu bytes, found %llu",
                          (unsigned long long)least, (unsigned long long)j->memory);
     uint64_t elements = (j->memory - fixed) / 4 / OBM_MERGE_BLOCK * OBM_MERGE_BLOCK;
     j->tile = elements < OBM_MERGE_SPAN ? elements : OBM_MERGE_SPAN;

@@ -24,7 +24,7 @@ static obm_status check_keys(const obm_json *object, const char *where, const ch
         while (i < n && strcmp(key, keys[i])) i++;
         char hint[128];
         if (i == n)
-            return obm__fail(err, OBM_E_NOTFOUND, "%s: unknown key `%.64s`%s", where, key,
+            return obm__fail(err, OBM_E_NOTFOUND, "%s: unknown key \"%.64s\"%s", where, key,
                              obm__suggest(key, keys, n, hint, sizeof hint));
     }
     return OBM_OK;
@@ -37,8 +37,8 @@ static obm_status check_supported(const obm_json *root, obm_error *err) {
     static const struct {
         const char *key, *why;
     } unsupported[] = {
-        {"slices", "layer slices are not supported: list whole models under `models`"},
-        {"modules", "modules are not supported: list whole models under `models`"},
+        {"slices", "layer slices are not supported: list whole models under \"models\""},
+        {"modules", "modules are not supported: list whole models under \"models\""},
         {"tokenizer", "building a tokenizer is not supported: the base's is carried over (tokenizer_source: base)"},
         {"chat_template", "replacing the chat template is not supported: the base's is carried over"},
     };
@@ -54,7 +54,7 @@ static obm_status read_text(const obm_json *root, const char *key, const char **
     if (!is_set(v)) return OBM_OK;
     *out = obm__json_string(v);
     if (*out && **out) return OBM_OK;
-    return obm__fail(err, OBM_E_ARG, WHERE ": %s: expected text, got %s", key,
+    return obm__fail(err, OBM_E_ARG, WHERE ": %s: expected text, found %s", key,
                      *out ? "an empty string" : obm__json_kind_name(v));
 }
 
@@ -81,7 +81,7 @@ static obm_status read_dtype(const obm_json *root, const char *key, bool *has, o
         return obm__fail(err, OBM_E_UNSUPPORTED, WHERE ": %s: %s is not supported (float32, float16, bfloat16)", key,
                          name);
     char hint[128];
-    return obm__fail(err, OBM_E_ARG, WHERE ": %s: no dtype `%.64s` (float32, float16, bfloat16)%s", key, name,
+    return obm__fail(err, OBM_E_ARG, WHERE ": %s: no dtype \"%.64s\" (float32, float16, bfloat16)%s", key, name,
                      obm__suggest(name, names, OBM_COUNT(known), hint, sizeof hint));
 }
 
@@ -112,8 +112,8 @@ static bool scalar_value(const obm_param_info *info, const obm_json *v, double *
 static obm_status bad_value(const obm_param_info *info, const obm_json *v, const char *where, obm_error *err) {
     char *text = obm__json_text(v, 0);
     obm_status status =
-        info->is_bool ? obm__fail(err, OBM_E_ARG, "%s: expected true or false, got %.80s", where, text ? text : "?")
-                      : obm__fail(err, OBM_E_ARG, "%s: expected a number in [%g, %g], got %.80s", where, info->min,
+        info->is_bool ? obm__fail(err, OBM_E_ARG, "%s: expected true or false, found %.80s", where, text ? text : "?")
+                      : obm__fail(err, OBM_E_ARG, "%s: expected a number in [%g, %g], found %.80s", where, info->min,
                                   info->max, text ? text : "?");
     obm_free(text);
     return status;
@@ -129,7 +129,7 @@ static obm_status check_values(const obm_param_info *info, const obm_json *v, co
     double x;
     if (is_scalar(v)) return scalar_value(info, v, &x) ? OBM_OK : bad_value(info, v, where, err);
     if (obm__json_kind(v) != OBM_JSON_ARRAY || obm__json_size(v) == 0)
-        return obm__fail(err, OBM_E_ARG, "%s: expected a value or a list of values, got %s", where,
+        return obm__fail(err, OBM_E_ARG, "%s: expected a value or a list of values, found %s", where,
                          obm__json_kind(v) == OBM_JSON_ARRAY ? "an empty list" : obm__json_kind_name(v));
     for (size_t i = 0; i < obm__json_size(v); i++)
         if (!is_scalar(obm__json_at(v, i)) || !scalar_value(info, obm__json_at(v, i), &x))
@@ -140,12 +140,12 @@ static obm_status check_values(const obm_param_info *info, const obm_json *v, co
 static obm_status check_condition(const obm_param_info *info, const obm_json *v, const char *where, obm_error *err) {
     if (obm__json_kind(v) != OBM_JSON_OBJECT)
         return obm__fail(err, OBM_E_ARG,
-                         "%s: a list is either all values or all filter/value pairs, got %s among pairs", where,
+                         "%s: a list is either all values or all filter/value pairs, found %s among pairs", where,
                          obm__json_kind_name(v));
     OBM_TRY(check_keys(v, where, condition_keys, OBM_COUNT(condition_keys), err));
     const obm_json *filter = obm__json_get(v, "filter"), *value = obm__json_get(v, "value");
     if (is_set(filter) && !obm__json_string(filter))
-        return obm__fail(err, OBM_E_ARG, "%s: filter: expected text, got %s", where, obm__json_kind_name(filter));
+        return obm__fail(err, OBM_E_ARG, "%s: filter: expected text, found %s", where, obm__json_kind_name(filter));
     if (!is_set(value)) return obm__fail(err, OBM_E_ARG, "%s: a filter without a value", where);
     return check_values(info, value, where, err);
 }
@@ -168,7 +168,7 @@ static obm_status unknown_parameter(const obm__method *m, const char *name, cons
     size_t n = m->info.n_params < OBM_COUNT(names) ? m->info.n_params : OBM_COUNT(names);
     for (size_t i = 0; i < n; i++) names[i] = m->info.params[i].name;
     char hint[128];
-    return obm__fail(err, OBM_E_NOTFOUND, "%s: %s has no parameter `%.64s`%s", where, m->info.name, name,
+    return obm__fail(err, OBM_E_NOTFOUND, "%s: %s has no parameter \"%.64s\"%s", where, m->info.name, name,
                      obm__suggest(name, names, n, hint, sizeof hint));
 }
 
@@ -178,7 +178,7 @@ static obm_status check_parameters(const obm_context *ctx, const obm__method *m,
                                    const char *where, obm_error *err) {
     if (!is_set(v)) return OBM_OK;
     if (obm__json_kind(v) != OBM_JSON_OBJECT)
-        return obm__fail(err, OBM_E_ARG, "%s: expected a mapping, got %s", where, obm__json_kind_name(v));
+        return obm__fail(err, OBM_E_ARG, "%s: expected a mapping, found %s", where, obm__json_kind_name(v));
     for (void *it = obm__json_first(v); it; it = obm__json_next(v, it)) {
         const char *key = obm__json_key(it);
         const obm_param_info *info = obm__method_param(m, key);
@@ -290,7 +290,7 @@ static obm_status read_model(const obm_context *ctx, obm__recipe *r, const obm_j
     char where[64];
     snprintf(where, sizeof where, WHERE ": models[%zu]", i);
     if (obm__json_kind(v) != OBM_JSON_OBJECT)
-        return obm__fail(err, OBM_E_ARG, "%s: expected a mapping with `model`, got %s", where, obm__json_kind_name(v));
+        return obm__fail(err, OBM_E_ARG, "%s: expected a mapping with \"model\", found %s", where, obm__json_kind_name(v));
     OBM_TRY(check_keys(v, where, model_keys, OBM_COUNT(model_keys), err));
     const obm_json *model = obm__json_get(v, "model");
     if (model && obm__json_kind(model) == OBM_JSON_OBJECT)
@@ -298,7 +298,7 @@ static obm_status read_model(const obm_context *ctx, obm__recipe *r, const obm_j
                          "%s: a model given as a mapping (revision, LoRA, architecture) is not supported: give a path",
                          where);
     obm__recipe_model m = {obm__json_string(model), obm__json_get(v, "parameters")};
-    if (!m.ref || !*m.ref) return obm__fail(err, OBM_E_ARG, "%s: `model` must be a path", where);
+    if (!m.ref || !*m.ref) return obm__fail(err, OBM_E_ARG, "%s: \"model\": expected a path", where);
     for (size_t j = 0; j < r->n_models; j++)
         if (same_ref(r->models[j].ref, m.ref))
             return obm__fail(err, OBM_E_ARG, "%s: %.200s is listed twice", where, m.ref);
@@ -324,9 +324,9 @@ static void add_base_as_model(obm__recipe *r) {
 
 static obm_status read_models(const obm_context *ctx, obm__recipe *r, obm_error *err) {
     const obm_json *models = obm__json_get(r->root, "models");
-    if (!is_set(models)) return obm__fail(err, OBM_E_ARG, WHERE ": `models` is missing");
+    if (!is_set(models)) return obm__fail(err, OBM_E_ARG, WHERE ": \"models\" is missing");
     if (obm__json_kind(models) != OBM_JSON_ARRAY)
-        return obm__fail(err, OBM_E_ARG, WHERE ": models: expected a list, got %s", obm__json_kind_name(models));
+        return obm__fail(err, OBM_E_ARG, WHERE ": models: expected a list, found %s", obm__json_kind_name(models));
     size_t n = obm__json_size(models);
     r->models = obm__calloc(n + 1, sizeof *r->models);
     if (!r->models) return obm__fail_nomem(err, (n + 1) * sizeof *r->models);
@@ -334,7 +334,7 @@ static obm_status read_models(const obm_context *ctx, obm__recipe *r, obm_error 
     add_base_as_model(r);
     const obm_method_info *info = &r->method->info;
     if (r->n_models < (size_t)info->min_models || (info->max_models && r->n_models > (size_t)info->max_models))
-        return obm__fail(err, OBM_E_ARG, WHERE ": %s takes at least %d models%s, got %zu", info->name, info->min_models,
+        return obm__fail(err, OBM_E_ARG, WHERE ": %s takes at least %d models%s, found %zu", info->name, info->min_models,
                          info->needs_base ? " besides the base" : "", r->n_models);
     return OBM_OK;
 }
@@ -344,11 +344,11 @@ static obm_status read_models(const obm_context *ctx, obm__recipe *r, obm_error 
 static obm_status read_method(obm__recipe *r, obm_error *err) {
     const char *method;
     OBM_TRY(read_text(r->root, "merge_method", &method, err));
-    if (!method) return obm__fail(err, OBM_E_ARG, WHERE ": `merge_method` is missing");
+    if (!method) return obm__fail(err, OBM_E_ARG, WHERE ": \"merge_method\" is missing");
     OBM_TRY(obm__method_find(method, &r->method, err));
     OBM_TRY(read_text(r->root, "base_model", &r->base, err));
     if (r->method->info.needs_base && !r->base)
-        return obm__fail(err, OBM_E_ARG, WHERE ": %s needs a `base_model`", method);
+        return obm__fail(err, OBM_E_ARG, WHERE ": %s needs a \"base_model\"", method);
     return OBM_OK;
 }
 
@@ -366,7 +366,7 @@ static obm_status read_profile(obm__recipe *r, obm_profile override, obm_error *
     OBM_TRY(read_text(r->root, "profile", &name, err));
     bool paper = name && !strcmp(name, "paper");
     if (name && !paper && strcmp(name, "mergekit"))
-        return obm__fail(err, OBM_E_ARG, WHERE ": profile: expected mergekit or paper, got `%.64s`", name);
+        return obm__fail(err, OBM_E_ARG, WHERE ": profile: expected mergekit or paper, found \"%.64s\"", name);
     r->profile = override != OBM_PROFILE_DEFAULT ? override : paper ? OBM_PROFILE_PAPER : OBM_PROFILE_MERGEKIT;
     return OBM_OK;
 }
@@ -382,7 +382,7 @@ static obm_status read_seed(obm__recipe *r, obm_error *err) {
 
 static obm_status read_recipe(const obm_context *ctx, obm__recipe *r, obm_profile profile, obm_error *err) {
     if (obm__json_kind(r->root) != OBM_JSON_OBJECT)
-        return obm__fail(err, OBM_E_FORMAT, WHERE ": expected a mapping, got %s", obm__json_kind_name(r->root));
+        return obm__fail(err, OBM_E_FORMAT, WHERE ": expected a mapping, found %s", obm__json_kind_name(r->root));
     OBM_TRY(check_keys(r->root, WHERE, recipe_keys, OBM_COUNT(recipe_keys), err));
     OBM_TRY(check_supported(r->root, err));
     OBM_TRY(read_method(r, err));

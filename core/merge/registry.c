@@ -37,7 +37,7 @@ obm_status obm__method_find(const char *name, const obm__method **out, obm_error
     }
     char known[256], hint[128];
     list_names(names, N_METHODS, known, sizeof known);
-    return obm__fail(err, OBM_E_NOTFOUND, "no merge method `%.64s` (known: %s)%s", name ? name : "", known,
+    return obm__fail(err, OBM_E_NOTFOUND, "no merge method \"%.64s\" (known: %s)%s", name ? name : "", known,
                      obm__suggest(name ? name : "", names, N_METHODS, hint, sizeof hint));
 }
 
@@ -61,7 +61,7 @@ static obm_status unknown_param(const obm__method *m, const char *name, obm_erro
     for (size_t i = 0; i < n; i++) names[i] = m->info.params[i].name;
     char known[256], hint[128];
     list_names(names, n, known, sizeof known);
-    return obm__fail(err, OBM_E_NOTFOUND, "%s has no parameter `%.64s` (known: %s)%s", m->info.name, name, known,
+    return obm__fail(err, OBM_E_NOTFOUND, "%s has no parameter \"%.64s\" (known: %s)%s", m->info.name, name, known,
                      obm__suggest(name, names, n, hint, sizeof hint));
 }
 
@@ -78,10 +78,10 @@ static obm_status check_param(const obm__method *m, size_t n, const obm_param *p
                          p->model);
     if (!isfinite(p->value)) return obm__fail(err, OBM_E_ARG, "%s: %s is not a finite number", m->info.name, p->name);
     if (info->is_bool && p->value != 0 && p->value != 1)
-        return obm__fail(err, OBM_E_ARG, "%s: %s must be true or false, got %g", m->info.name, p->name, p->value);
+        return obm__fail(err, OBM_E_ARG, "%s: %s: expected true or false, found %g", m->info.name, p->name, p->value);
     if (p->value < info->min || p->value > info->max)
-        return obm__fail(err, OBM_E_ARG, "%s: %s must be in [%g, %g], got %g", m->info.name, p->name, info->min,
-                         info->max, p->value);
+        return obm__fail(err, OBM_E_ARG, "%s: %s: expected a number in [%g, %g], found %g", m->info.name, p->name,
+                         info->min, info->max, p->value);
     return OBM_OK;
 }
 
@@ -166,7 +166,8 @@ obm_status obm__steps_new(const obm__method *m, obm_profile profile, size_t n, c
     s.rescale = GLOBAL("rescale", 0) == 0 ? OBM_RESCALE_NONE : GLOBAL("rescale_l1", 0) ? OBM_RESCALE_L1 : m->rescale;
 #undef GLOBAL
     if (scope > -1 && scope != 0 && scope != 1)
-        return obm__fail(err, OBM_E_ARG, "%s: scope must be 0 (tensor), 1 (model) or -1, got %g", m->info.name, scope);
+        return obm__fail(err, OBM_E_ARG, "%s: scope: expected 0 (tensor), 1 (model) or -1, found %g", m->info.name,
+                         scope);
     if (!isfinite(s.lambda)) return obm__fail(err, OBM_E_ARG, "%s: lambda does not fit f32", m->info.name);
     OBM_TRY(fill_model_values(params, n_params, &s, err));
     obm_status status = check_weight_sum(m, &s, err);

@@ -33,6 +33,6 @@ const char *obm__suggest(const char *name, const char *const *names, size_t n, c
     /* Farther than a third of the name is another word, not a slip; two letters are always forgiven. */
     size_t limit = strlen(name) / 3 > 2 ? strlen(name) / 3 : 2;
     if (best == SIZE_MAX || best > limit || best >= strlen(name)) return "";
-    snprintf(buf, size, ", did you mean `%s`?", names[at]);
+    snprintf(buf, size, ", did you mean \"%s\"?", names[at]);
     return buf;
 }

@@ -8,20 +8,20 @@ static obm_status check_tensor(const obm_tensor *t, const obm_tensor *first, con
     if (t->ndim < 0 || t->ndim > OBM_MAX_DIM)
         return obm__fail(err, OBM_E_SHAPE, "%s: %d dimensions, at most %d", what, t->ndim, OBM_MAX_DIM);
     if (!obm__is_float(t->dtype))
-        return obm__fail(err, OBM_E_DTYPE, "%s: a merge needs F32, F16, BF16 or F64, got %s", what,
+        return obm__fail(err, OBM_E_DTYPE, "%s: a merge needs F32, F16, BF16 or F64, found %s", what,
                          obm_dtype_name(t->dtype));
     if (t->ndim == first->ndim && !memcmp(t->shape, first->shape, (size_t)t->ndim * sizeof *t->shape)) return OBM_OK;
     char a[128], b[128];
     obm__shape_text(first, a, sizeof a);
     obm__shape_text(t, b, sizeof b);
-    return obm__fail(err, OBM_E_SHAPE, "%s: expected the shape %s of the first tensor, got %s", what, a, b);
+    return obm__fail(err, OBM_E_SHAPE, "%s: expected the shape %s of the first tensor, found %s", what, a, b);
 }
 
 static obm_status check_inputs(const obm__method *m, const obm_tensor *base, const obm_tensor *models, size_t n,
                                obm_error *err) {
     const obm_method_info *info = &m->info;
     if (n < (size_t)info->min_models || (info->max_models && n > (size_t)info->max_models))
-        return obm__fail(err, OBM_E_ARG, "%s takes at least %d models, got %zu", info->name, info->min_models, n);
+        return obm__fail(err, OBM_E_ARG, "%s takes at least %d models, found %zu", info->name, info->min_models, n);
     if (info->needs_base && !base) return obm__fail(err, OBM_E_ARG, "%s needs a base", info->name);
     if (!m->deltas && base)
         return obm__fail(err, OBM_E_ARG, "%s has no base: pass it as one of the models", info->name);

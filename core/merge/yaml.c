@@ -87,7 +87,7 @@ static obm_status read_plain(const reader *r, const yaml_node_t *node, const cha
     static const char *const no[] = {"false", "False", "FALSE", "no", "No", "NO", "off", "Off", "OFF", NULL};
     static const char *const not_finite[] = {".inf", ".Inf", ".INF", "+.inf", "-.inf", ".nan", ".NaN", ".NAN", NULL};
     bool integral;
-    if (one_of(s, not_finite)) return fail_at(r, node, OBM_E_FORMAT, "expected a finite number, got ", s);
+    if (one_of(s, not_finite)) return fail_at(r, node, OBM_E_FORMAT, "expected a finite number, found ", s);
     if (looks_like_number(s, &integral)) return read_number(r, node, s, integral, out);
     *out = one_of(s, nulls) ? obm__json_new_null()
            : one_of(s, yes) ? obm__json_new_bool(true)

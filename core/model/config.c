@@ -16,7 +16,7 @@ typedef struct reader {
 static bool absent(const obm_json *v) { return !v || obm__json_kind(v) == OBM_JSON_NULL; }
 
 static obm_status wrong_kind(const reader *r, const char *key, const char *expected) {
-    return obm__fail(r->err, OBM_E_FORMAT, "%s: \"%s\" must be %s, found %s", r->where, key, expected,
+    return obm__fail(r->err, OBM_E_FORMAT, "%s: \"%s\": expected %s, found %s", r->where, key, expected,
                      obm__json_kind_name(obm__json_get(r->json, key)));
 }
 
@@ -31,7 +31,7 @@ static obm_status read_size(const reader *r, const char *key, int64_t dflt, int6
     if (!v) return obm__fail(r->err, OBM_E_FORMAT, "%s: key \"%s\" is missing", r->where, key);
     if (!obm__json_int(v, &value)) return wrong_kind(r, key, "an integer");
     if (value < 1 || value > MAX_SIZE)
-        return obm__fail(r->err, OBM_E_FORMAT, "%s: \"%s\" must be 1 to %lld, found %lld", r->where, key,
+        return obm__fail(r->err, OBM_E_FORMAT, "%s: \"%s\": expected 1 to %lld, found %lld", r->where, key,
                          (long long)MAX_SIZE, (long long)value);
     *out = value;
     return OBM_OK;
@@ -48,7 +48,7 @@ static obm_status read_positive(const reader *r, const char *key, double dflt, d
     if (!v) return obm__fail(r->err, OBM_E_FORMAT, "%s: key \"%s\" is missing", r->where, key);
     if (!obm__json_real(v, &value)) return wrong_kind(r, key, "a number");
     if (!(value > 0 && value <= 1e30))
-        return obm__fail(r->err, OBM_E_FORMAT, "%s: \"%s\" must be positive, found %g", r->where, key, value);
+        return obm__fail(r->err, OBM_E_FORMAT, "%s: \"%s\": expected a number above 0, found %g", r->where, key, value);
     *out = value;
     return OBM_OK;
 }
@@ -240,7 +240,7 @@ static obm_status read_heads(const reader *r, obm__config *c) {
                          "%s: \"num_attention_heads\" (%lld) must be a multiple of \"num_key_value_heads\" (%lld)",
                          r->where, (long long)c->heads, (long long)c->kv_heads);
     if (c->head_dim < 2 || c->head_dim % 2)
-        return obm__fail(r->err, OBM_E_FORMAT, "%s: \"head_dim\" must be even, found %lld", r->where,
+        return obm__fail(r->err, OBM_E_FORMAT, "%s: \"head_dim\": expected an even number, found %lld", r->where,
                          (long long)c->head_dim);
     return OBM_OK;
 }

@@ -25,7 +25,7 @@ static obm_status check_routes(const obm_model *m, const obm_generate_options *o
     if (!m->pack && (routed || OBM_OPT(o, obm_generate_options, router, NULL)))
         return obm__fail(err, OBM_E_ARG, "routes and routers apply to a pack, and this is a plain model");
     if (routed && n_routes != 1 && n_routes != n_prompts)
-        return obm__fail(err, OBM_E_ARG, "expected one route, or one for each of the %zu prompts, got %zu", n_prompts,
+        return obm__fail(err, OBM_E_ARG, "expected one route, or one for each of the %zu prompts, found %zu", n_prompts,
                          n_routes);
     return OBM_OK;
 }

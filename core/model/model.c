@@ -261,7 +261,7 @@ obm_status obm_model_logits(obm_model *m, const int32_t *ids, size_t n, const ob
 
 static obm_status check_layer(const obm_model *m, int layer, obm_error *err) {
     if (layer >= 0 && layer <= m->config.layers) return OBM_OK;
-    return obm__fail(err, OBM_E_ARG, "layer must be 0 (embeddings) to %lld, got %d", (long long)m->config.layers,
+    return obm__fail(err, OBM_E_ARG, "layer: expected 0 (embeddings) to %lld, found %d", (long long)m->config.layers,
                      layer);
 }
 

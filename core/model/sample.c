@@ -26,7 +26,7 @@ double obm__random_uniform(uint64_t seed, uint64_t stream, uint64_t step) {
 
 static obm_status check_range(const char *name, double value, double max, obm_error *err) {
     if (value >= 0 && value <= max) return OBM_OK;
-    return obm__fail(err, OBM_E_ARG, "%s must be 0 to %g, got %g", name, max, value);
+    return obm__fail(err, OBM_E_ARG, "%s: expected 0 to %g, found %g", name, max, value);
 }
 
 obm_status obm__sampler_init(obm__sampler *s, const obm_generate_options *o, uint64_t stream, int64_t vocab,

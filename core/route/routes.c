@@ -64,7 +64,7 @@ static obm_status parse_part(const obm_pack *p, char *part, double *weights, boo
     OBM_TRY(find_task(p, name, &task, err));
     if (seen[task]) return obm__fail(err, OBM_E_ARG, "route: task %.64s stands twice", name);
     if (!parse_number(number, &weight))
-        return obm__fail(err, OBM_E_ARG, "route: the weight of task %.64s is `%.32s`, expected a number", name, number);
+        return obm__fail(err, OBM_E_ARG, "route: the weight of task %.64s is \"%.32s\", expected a number", name, number);
     seen[task] = true;
     weights[task] = weight;
     return OBM_OK;

@@ -31,14 +31,14 @@ static obm_status choose_kernels(obm_context *ctx, obm_error *err) {
 
 static obm_status choose_threads(obm_context *ctx, int wanted, obm_error *err) {
     if (wanted < 0 || wanted > MAX_THREADS)
-        return obm__fail(err, OBM_E_ARG, "threads must be 0 (one per core) to %d, got %d", MAX_THREADS, wanted);
+        return obm__fail(err, OBM_E_ARG, "threads: expected 0 (one per core) to %d, found %d", MAX_THREADS, wanted);
     const char *text = getenv("ONEBITMERGE_THREADS");
     if (!wanted && text && *text) {
         char *end;
         errno = 0;
         long value = strtol(text, &end, 10);
         if (errno || *end || value < 1 || value > MAX_THREADS)
-            return obm__fail(err, OBM_E_ARG, "ONEBITMERGE_THREADS must be 1 to %d, got \"%.64s\"", MAX_THREADS, text);
+            return obm__fail(err, OBM_E_ARG, "ONEBITMERGE_THREADS: expected 1 to %d, found \"%.64s\"", MAX_THREADS, text);
         wanted = (int)value;
     }
     ctx->threads = wanted ? wanted : obm__topology_cores(ctx->topology);

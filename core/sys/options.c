@@ -13,7 +13,7 @@ obm_status obm__options_check(const void *given, size_t known, const char *type,
     if (!given) return OBM_OK;
     memcpy(&size, given, sizeof size);
     if (size < sizeof size || size > MAX_STRUCT) {
-        return obm__fail(err, OBM_E_ARG, "%s: struct_size must be the size of the struct (use OBM_INIT), found %zu",
+        return obm__fail(err, OBM_E_ARG, "%s: struct_size: expected the size of the struct (use OBM_INIT), found %zu",
                          type, size);
     }
     for (size_t i = known; i < size; i++) {

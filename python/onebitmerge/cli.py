@@ -141,7 +141,7 @@ def load_router(spec):
         return LuaRouter(spec)
     path, _, name = spec.rpartition(":")
     if not path or not path.endswith(".py"):
-        raise Usage(f"--router takes FILE.py:FUNCTION or FILE.lua, got \"{spec}\"")
+        raise Usage(f"--router takes FILE.py:FUNCTION or FILE.lua, found \"{spec}\"")
     if not os.path.isfile(path):
         raise Failure(f"{path}: no such file")
     module_spec = importlib.util.spec_from_file_location("onebitmerge_user_router", path)
@@ -240,7 +240,7 @@ def parse_map(entries):
     for entry in entries or []:
         glob, eq, mode = entry.rpartition("=")
         if not eq or mode not in ("1bit", "full", "drop"):
-            raise Usage(f"--map takes GLOB=1bit|full|drop, got \"{entry}\"")
+            raise Usage(f"--map takes GLOB=1bit|full|drop, found \"{entry}\"")
         rules[glob] = mode
     return rules or None
 
@@ -248,7 +248,7 @@ def parse_map(entries):
 def parse_expert(text, args):
     name, eq, path = text.partition("=")
     if not eq or not name or not path:
-        raise Usage(f"an expert is NAME=PATH or NAME=PATH:POLICY, got \"{text}\"")
+        raise Usage(f"an expert is NAME=PATH or NAME=PATH:POLICY, found \"{text}\"")
     head, colon, tail = path.rpartition(":")
     policy = args.policy
     if colon and tail in POLICIES:
@@ -569,7 +569,7 @@ def whole(low, high=2**63 - 1):
         except ValueError:
             raise argparse.ArgumentTypeError(f"\"{text}\" is not a whole number") from None
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be {low} or more, got {value}" if high >= 2**63 - 1 else f"must be in {low}..{high}, got {value}")
+            raise argparse.ArgumentTypeError(f"expected {low} or more, found {value}" if high >= 2**63 - 1 else f"expected {low} to {high}, found {value}")
         return value
     return parse
 
@@ -581,7 +581,7 @@ def real(low, high, *, low_is_in):
         except ValueError:
             raise argparse.ArgumentTypeError(f"\"{text}\" is not a number") from None
         if not (low <= value <= high) or (value == low and not low_is_in):
-            raise argparse.ArgumentTypeError(f"must be in {'[' if low_is_in else '('}{low:g}, {high:g}], got {text}")
+            raise argparse.ArgumentTypeError(f"expected a number in {'[' if low_is_in else '('}{low:g}, {high:g}], found {text}")
         return value
     return parse
 

@@ -66,7 +66,7 @@ def evaluate(model, items: Iterable[dict], routes: Sequence[Any] = (None,), *, m
     for item in items:
         kind = "choice" if "choices" in item else "exact"
         if kind == "choice" and item.get("correct") not in range(len(item["choices"])):
-            raise ValueError(f"\"correct\" must be the index of one of {len(item['choices'])} choices, got {item.get('correct')!r}")
+            raise ValueError(f"\"correct\": expected the index of one of {len(item['choices'])} choices, found {item.get('correct')!r}")
         if kind == "exact" and "answer" not in item:
             raise ValueError(f"an item needs \"answer\", or \"choices\" and \"correct\"; this one has {sorted(item)}")
         groups.setdefault((item.get("task", "all"), kind), []).append(item)

@@ -50,7 +50,7 @@ local function answer_text(answer)
     for name, weight in pairs(answer) do parts[#parts + 1] = string.format("%s %.17g\n", name, weight) end
     return "weights " .. table.concat(parts)
   end
-  error("a router returns a task name, an index or a table of weights, got " .. type(answer), 0)
+  error("a router returns a task name, an index or a table of weights, found " .. type(answer), 0)
 end
 
 local ok, router = pcall(dofile, path)

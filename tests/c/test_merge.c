@@ -498,22 +498,22 @@ static void test_errors(void **state) {
         assert_int_equal(call, status);                                                    \
         if (!strstr(err.message, text)) fail_msg("`%s` is not in: %s", text, err.message); \
     } while (0)
-    EXPECT(merge_with(ctx, "tie", &b, &m, 1, &weight, 1, &err), OBM_E_NOTFOUND, "did you mean `ties`?");
+    EXPECT(merge_with(ctx, "tie", &b, &m, 1, &weight, 1, &err), OBM_E_NOTFOUND, "did you mean \"ties\"?");
     EXPECT(merge_with(ctx, "ties", &b, &m, 1, &(obm_param){"densty", 0, 1}, 1, &err), OBM_E_NOTFOUND,
-           "did you mean `density`?");
+           "did you mean \"density\"?");
     EXPECT(merge_with(ctx, "ties", &b, &m, 1, NULL, 0, &err), OBM_E_ARG, "needs the parameter weight for model 0");
     EXPECT(merge_with(ctx, "ties", NULL, &m, 1, &weight, 1, &err), OBM_E_ARG, "needs a base");
     EXPECT(merge_with(ctx, "linear", &b, &m, 1, &weight, 1, &err), OBM_E_ARG, "has no base");
     EXPECT(merge_with(ctx, "linear", NULL, &m, 1, &(obm_param){"weight", 0, 0}, 1, &err), OBM_E_ARG, "sum to 0");
     EXPECT(merge_with(ctx, "ties", &b, &m, 0, &weight, 1, &err), OBM_E_ARG, "at least 1");
     EXPECT(merge_with(ctx, "ties", &b, &small, 1, &weight, 1, &err), OBM_E_SHAPE,
-           "model 0: expected the shape (8) of the first tensor, got (7)");
+           "model 0: expected the shape (8) of the first tensor, found (7)");
     EXPECT(merge_with(ctx, "ties", &b, &bad, 1, &weight, 1, &err), OBM_E_VALUE, "NaN or Inf in model 0 at index 4");
     EXPECT(merge_with(ctx, "ties", &bad, &b, 1, &weight, 1, &err), OBM_E_VALUE, "NaN or Inf in the base at index 4");
     const obm_param dense[] = {weight, {"density", 0, 1.5}};
-    EXPECT(merge_with(ctx, "ties", &b, &m, 1, dense, 2, &err), OBM_E_ARG, "density must be in [0, 1], got 1.5");
+    EXPECT(merge_with(ctx, "ties", &b, &m, 1, dense, 2, &err), OBM_E_ARG, "density: expected a number in [0, 1], found 1.5");
     const obm_param half[] = {weight, {"normalize", -1, 0.5}};
-    EXPECT(merge_with(ctx, "ties", &b, &m, 1, half, 2, &err), OBM_E_ARG, "normalize must be true or false");
+    EXPECT(merge_with(ctx, "ties", &b, &m, 1, half, 2, &err), OBM_E_ARG, "normalize: expected true or false");
     const obm_param local[] = {weight, {"normalize", 0, 1}};
     EXPECT(merge_with(ctx, "ties", &b, &m, 1, local, 2, &err), OBM_E_ARG, "holds for the whole merge");
     EXPECT(merge_with(ctx, "ties", &b, &m, 1, &(obm_param){"weight", 1, 1}, 1, &err), OBM_E_ARG, "given for model 1");
@@ -525,7 +525,7 @@ static void test_errors(void **state) {
                       (obm_param[]){{"weight", -1, 1}, {"normalize", -1, 0}}, 2, &err),
            OBM_E_VALUE, "overflows the output");
     m.dtype = OBM_I32;
-    EXPECT(merge_with(ctx, "ties", &b, &m, 1, &weight, 1, &err), OBM_E_DTYPE, "got I32");
+    EXPECT(merge_with(ctx, "ties", &b, &m, 1, &weight, 1, &err), OBM_E_DTYPE, "found I32");
     obm_context_free(ctx);
 }
 

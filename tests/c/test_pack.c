@@ -1106,12 +1106,12 @@ static void test_hostile_manifests(void **state) {
         obm_status status;
     } edits[] = {
         {"\"version\": 1", "\"version\": 2", "version 2", OBM_E_UNSUPPORTED},
-        {"\"version\": 1", "\"version\": \"1\"", "\"version\" must be an integer", OBM_E_FORMAT},
+        {"\"version\": 1", "\"version\": \"1\"", "\"version\": expected an integer", OBM_E_FORMAT},
         {"onebitmerge pack", "something", "\"format\" is \"something\"", OBM_E_FORMAT},
         {"\"lambda\": 0.", "\"lambda\": -0.", "lambda", OBM_E_FORMAT},
         {"\"density\": 1.0", "\"density\": 1e999", "", OBM_E_FORMAT},
         {"onto_base", "elsewhere", "\"reading\" is \"elsewhere\"", OBM_E_FORMAT},
-        {"\"file\": \"chat-", "\"file\": \"../chat-", "must be the name of a .safetensors file in the pack",
+        {"\"file\": \"chat-", "\"file\": \"../chat-", "expected the name of a .safetensors file in the pack",
          OBM_E_FORMAT},
         {"\"name\": \"math\"", "\"name\": \"chat\"", "two experts are named chat", OBM_E_FORMAT},
         {"\"name\": \"math\"", "\"name\": \"\"", "task name", OBM_E_FORMAT},
@@ -1123,9 +1123,9 @@ static void test_hostile_manifests(void **state) {
         {"\"scale\": \"group:64\"", "\"scale\": \"row\"", "expected F32 (70)", OBM_E_FORMAT},
         {"\"scale\": \"row\"", "\"scale\": \"group:1\"", "multiple of 64", OBM_E_FORMAT},
         {"\"experts\": [", "\"experts\": [1, ", "must be an object", OBM_E_FORMAT},
-        {"\"experts\"", "\"exports\"", "\"experts\" must be an array", OBM_E_FORMAT},
+        {"\"experts\"", "\"exports\"", "\"experts\": expected an array", OBM_E_FORMAT},
         {"\"absolute\"", "\"nothing\"", "", OBM_OK},
-        {"\"sample\"", "\"simple\"", "\"sample\" must be a string", OBM_E_FORMAT},
+        {"\"sample\"", "\"simple\"", "\"sample\": expected a string", OBM_E_FORMAT},
         {"{", "[{", "pack.json", OBM_E_FORMAT},
     };
     obm_pack_free(compress(w));

@@ -181,7 +181,7 @@ static void test_aliases(void **state) {
 static void test_recipe_errors(void **state) {
     (void)state;
     expect_error("", OBM_E_FORMAT, "empty");
-    expect_error("- a\n", OBM_E_FORMAT, "expected a mapping, got an array");
+    expect_error("- a\n", OBM_E_FORMAT, "expected a mapping, found an array");
     expect_error("a: [1\nb: 2\n", OBM_E_FORMAT, "line 2");
     expect_error("merge_method: ties\nmerge_method: linear\n", OBM_E_FORMAT, "line 2: duplicate key merge_method");
     expect_error("{\"merge_method\": \"ties\", \"merge_method\": 1}", OBM_E_FORMAT, "duplicate key");
@@ -191,35 +191,35 @@ static void test_recipe_errors(void **state) {
     expect_error(TIES "models: [{model: x, parameters: {weight: 1e999}}]\n", OBM_E_FORMAT, "no double holds");
     expect_error(TIES "models: [{model: x, parameters: {weight: 010}}]\n", OBM_E_FORMAT, "leading zero");
     expect_error(TIES "models: [{model: !!python/object x}]\n", OBM_E_UNSUPPORTED, "tags");
-    expect_error("models: []\n", OBM_E_ARG, "`merge_method` is missing");
-    expect_error("merge_method: dare_tie\nmodels: []\n", OBM_E_NOTFOUND, "did you mean `dare_ties`?");
-    expect_error("merge_method: ties\n" MODELS, OBM_E_ARG, "needs a `base_model`");
-    expect_error(TIES, OBM_E_ARG, "`models` is missing");
+    expect_error("models: []\n", OBM_E_ARG, "\"merge_method\" is missing");
+    expect_error("merge_method: dare_tie\nmodels: []\n", OBM_E_NOTFOUND, "did you mean \"dare_ties\"?");
+    expect_error("merge_method: ties\n" MODELS, OBM_E_ARG, "needs a \"base_model\"");
+    expect_error(TIES, OBM_E_ARG, "\"models\" is missing");
     expect_error(TIES "models: []\n", OBM_E_ARG, "at least 1 models besides the base");
-    expect_error(TIES "models: [{model: b}]\n", OBM_E_ARG, "got 0");
+    expect_error(TIES "models: [{model: b}]\n", OBM_E_ARG, "found 0");
     expect_error(TIES "models: [{modle: x}]\n", OBM_E_NOTFOUND,
-                 "models[0]: unknown key `modle`, did you mean `model`?");
+                 "models[0]: unknown key \"modle\", did you mean \"model\"?");
     expect_error(TIES "models: [{model: x}, {model: x/}]\n", OBM_E_ARG, "listed twice");
     expect_error(TIES "models: [{model: {path: x}}]\n", OBM_E_UNSUPPORTED, "mapping");
-    expect_error(TIES MODELS "out_dytpe: bfloat16\n", OBM_E_NOTFOUND, "did you mean `out_dtype`?");
+    expect_error(TIES MODELS "out_dytpe: bfloat16\n", OBM_E_NOTFOUND, "did you mean \"out_dtype\"?");
     expect_error(TIES MODELS "dtype: float64\n", OBM_E_UNSUPPORTED, "float64");
-    expect_error(TIES MODELS "dtype: bfloat\n", OBM_E_ARG, "did you mean `bfloat16`?");
+    expect_error(TIES MODELS "dtype: bfloat\n", OBM_E_ARG, "did you mean \"bfloat16\"?");
     expect_error(TIES MODELS "slices: []\n", OBM_E_UNSUPPORTED, "slices");
     expect_error(TIES MODELS "tokenizer_source: union\n", OBM_E_UNSUPPORTED, "tokenizer_source");
     expect_error(TIES MODELS "chat_template: auto\n", OBM_E_UNSUPPORTED, "chat_template");
     expect_error(TIES MODELS "profile: official\n", OBM_E_ARG, "mergekit or paper");
     expect_error(TIES MODELS "random_seed: -1\n", OBM_E_ARG, "random_seed");
-    expect_error(TIES MODELS "parameters: {lamda: 1}\n", OBM_E_NOTFOUND, "did you mean `lambda`?");
+    expect_error(TIES MODELS "parameters: {lamda: 1}\n", OBM_E_NOTFOUND, "did you mean \"lambda\"?");
     expect_error(TIES MODELS "parameters: {density: 2}\n", OBM_E_ARG,
-                 "parameters.density: expected a number in [0, 1], got 2");
+                 "parameters.density: expected a number in [0, 1], found 2");
     expect_error(TIES MODELS "parameters: {normalize: 2}\n", OBM_E_ARG, "expected true or false");
     expect_error(TIES MODELS "parameters: {density: []}\n", OBM_E_ARG, "an empty list");
     expect_error(TIES MODELS "parameters: {density: [0.1, {value: 1}]}\n", OBM_E_ARG, "density");
     expect_error(TIES MODELS "parameters: {density: [{value: 1}, 0.1]}\n", OBM_E_ARG, "among pairs");
     expect_error(TIES MODELS "parameters: {density: {fliter: mlp, value: 1}}\n", OBM_E_NOTFOUND,
-                 "did you mean `filter`?");
+                 "did you mean \"filter\"?");
     expect_error(TIES MODELS "parameters: {density: {filter: mlp}}\n", OBM_E_ARG, "without a value");
-    expect_error(TIES MODELS "parameters: {density: many}\n", OBM_E_ARG, "got \"many\"");
+    expect_error(TIES MODELS "parameters: {density: many}\n", OBM_E_ARG, "found \"many\"");
 }
 
 static void test_ignored_parameters_warn(void **state) {
