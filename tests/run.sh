@@ -101,6 +101,12 @@ neon_step() {   # the kernels need libc only, so an emulated ARM64 can run their
     done
     grep -q "neon tested" build/neon/test_kernels.log
 }
+kill_step() {   # kill_step [--short]: SIGKILL and full disks in every verb that writes; prints its seed
+    install_python
+    mkdir -p build/kill
+    gcc -O1 -Wall -Wextra -Werror -shared -fPIC -o build/kill/faults.so tests/kill/faults.c -ldl
+    LD_PRELOAD="$ROOT/build/kill/faults.so" "$PYTHON" tests/kill/sweep.py "$@"
+}
 fuzz_step() {   # fuzz_step SECONDS
     CC=clang cmake -S . -B build/fuzz -DOBM_FUZZ=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
     cmake --build build/fuzz -j "$JOBS" >/dev/null
@@ -135,11 +141,13 @@ long)
     step asan-python asan_python
     step neon neon_step
     if [ "$SHORT" = yes ]; then
+        step kill kill_step --short
         step fuzz fuzz_step 60
     else
         step tsan tsan_c
         step isa each_isa
         step valgrind valgrind_c
+        step kill kill_step
         step fuzz fuzz_step 300
     fi
     ;;

@@ -57,6 +57,8 @@ obm__xxh3 *obm__xxh3_new(void);     /* NULL: out of memory */
 void obm__xxh3_add(obm__xxh3 *h, const void *bytes, size_t n);
 void obm__xxh3_end(obm__xxh3 *h, char out[33]); /* canonical big-endian hex; frees h; out NULL: frees only */
 void obm__xxh3_of(const void *bytes, size_t n, char out[33]);
+/* A whole file, whose pages do not stay resident; tick nullable, out untouched on failure. */
+obm_status obm__map_xxh3(const obm__map *m, obm__tick_fn tick, void *user, char out[33], obm_error *err);
 void obm__sha256_of(const void *bytes, size_t n, char out[65]);
 
 /* ---- safetensors (safetensors.c) ---- */

@@ -1,7 +1,8 @@
 /*
  * Everything that changes a pack on disk.  Files get names that derive from their contents, so nothing that a reader
  * may hold open is ever rewritten; renaming pack.json is the commit; what the new pack.json no longer names goes after
- * it.  The folder is locked meanwhile (pack_lock.c): the clean-up would take the new files of another change for strays.
+ * it.  The folder is locked meanwhile (pack_lock.c): the clean-up would take the new files of another change for
+ * strays.
  */
 #include "pack_parts.h"
 
@@ -23,13 +24,32 @@ static bool is_named(const obm_json *manifest, const char *file) {
 
 static bool starts_with(const char *s, const char *prefix) { return !strncmp(s, prefix, strlen(prefix)); }
 
-/* "<stem>-<16 hex digits>.safetensors", "<stem>" OBM_PACK_PARTIAL, and the temporary names of both and of pack.json.
- * Nothing else in the folder is ours to remove. */
-bool obm__pack_owns(const char *file) {
+static bool is_finished(const char *file) {
     size_t n = strlen(file);
-    if (starts_with(file, OBM_PACK_MANIFEST ".tmp-") || strstr(file, OBM_PACK_PARTIAL)) return true;
-    if (n < 30 || strcmp(file + n - 12, ".safetensors")) return false;
-    return file[n - 29] == '-' && strspn(file + n - 28, "0123456789abcdef") == 16;
+    return n >= 30 && !strcmp(file + n - 12, ".safetensors") && file[n - 29] == '-' &&
+           strspn(file + n - 28, "0123456789abcdef") == 16;
+}
+
+/* Of pack.json and of "<stem>" OBM_PACK_PARTIAL. */
+static bool is_temporary(const char *file) {
+    const size_t partial = sizeof OBM_PACK_PARTIAL - 1, manifest = sizeof OBM_PACK_MANIFEST - 1;
+    size_t n = obm__temp_stem(file);
+    if (n == manifest && starts_with(file, OBM_PACK_MANIFEST)) return true;
+    return n > partial && starts_with(file + n - partial, OBM_PACK_PARTIAL);
+}
+
+/* "<stem>-<16 hex digits>.safetensors" and the temporary names.  Nothing else in the folder is ours to remove. */
+bool obm__pack_owns(const char *file) { return is_finished(file) || is_temporary(file); }
+
+/* A finished file's name holds the first digits of its own XXH3; somebody else's only looks alike. */
+static bool is_proven(const char *path, const char *file) {
+    obm__map map;
+    char hash[33];
+    if (!is_finished(file)) return true;
+    if (obm__map_open(path, &map, NULL) != OBM_OK) return false;
+    bool same = obm__map_xxh3(&map, NULL, NULL, hash, NULL) == OBM_OK && !strncmp(hash, file + strlen(file) - 28, 16);
+    obm__map_close(&map);
+    return same;
 }
 
 void obm__pack_clean(const char *dir, const obm_json *manifest) {
@@ -37,7 +57,7 @@ void obm__pack_clean(const char *dir, const obm_json *manifest) {
     for (struct dirent *e; d && (e = readdir(d));) {
         if (!obm__pack_owns(e->d_name) || is_named(manifest, e->d_name)) continue;
         char *path = obm__path_join(dir, e->d_name);
-        if (path) (void)unlink(path);
+        if (path && is_proven(path, e->d_name)) (void)unlink(path);
         obm_free(path);
     }
     if (d) closedir(d);

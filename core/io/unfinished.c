@@ -7,7 +7,6 @@
 #include <unistd.h>
 
 #define WHERE OBM_UNFINISHED_FILE
-#define HASH_PIECE ((size_t)16 << 20)
 
 /* ---- names ---- */
 
@@ -142,20 +141,6 @@ obm_status obm__unfinished_same_job(const obm__unfinished *u, const obm_json *jo
 
 /* ---- proof ---- */
 
-static obm_status hash_map(const obm__map *m, obm__tick_fn tick, void *user, char hash[33], obm_error *err) {
-    obm__xxh3 *h = obm__xxh3_new();
-    if (!h) return obm__fail_nomem(err, 0);
-    obm_status status = OBM_OK;
-    for (size_t at = 0, n; status == OBM_OK && at < m->size; at += n) {
-        n = m->size - at < HASH_PIECE ? m->size - at : HASH_PIECE;
-        obm__xxh3_add(h, m->data + at, n);
-        obm__pages_release(m->data + at, n);
-        if (tick) status = tick(user, n, err);
-    }
-    obm__xxh3_end(h, hash);
-    return status;
-}
-
 /* *same: the file is there with this size and hash.  Fails only when the callback stops, or without memory. */
 static obm_status is_proven(const char *dir, const char *name, uint64_t bytes, const char *xxh3, obm__tick_fn tick,
                             void *user, bool *same, obm_error *err) {
@@ -167,7 +152,7 @@ static obm_status is_proven(const char *dir, const char *name, uint64_t bytes, c
     obm_free(path);
     if (status != OBM_OK) return OBM_OK;
     if (map.size == bytes) {
-        status = hash_map(&map, tick, user, hash, err);
+        status = obm__map_xxh3(&map, tick, user, hash, err);
         *same = status == OBM_OK && !strcmp(hash, xxh3);
     }
     obm__map_close(&map);

@@ -683,13 +683,26 @@ static void test_add_and_remove(void **state) {
     char files[16][128];
     two_experts(w, e);
     OK(obm_compress(w->ctx, w->base, e, 1, NULL, w->pack, NULL, &p, err));
-    char *stray = obm__path_join(w->pack, "old-0123456789abcdef.safetensors"),
-         *note = obm__path_join(w->pack, "note.txt");
+    static const char *const strays[] = {"chat.obm-partial.tmp-12-0", "pack.json.tmp-999999999-7"};
+    static const char *const theirs[] = {"note.txt", "old-0123456789abcdef.safetensors", "pack.json.tmp-12",
+                                         "pack.json.tmp-12-0~", "my.obm-partial.txt", ".obm-partial.tmp-1-1"};
+    char hash[33], stray[600], *path;
+    obm__xxh3_of("x", 1, hash);
+    snprintf(stray, sizeof stray, "%s/old-%.16s.safetensors", w->pack, hash);
     OK(obm__file_write(stray, "x", 1, err));
-    OK(obm__file_write(note, "x", 1, err));
+    for (size_t i = 0; i < 8; i++) {
+        path = obm__path_join(w->pack, i < 2 ? strays[i] : theirs[i - 2]);
+        OK(obm__file_write(path, "x", 1, err));
+        obm_free(path);
+    }
     OK(obm_pack_add(p, &e[1], NULL, err));
     assert_false(obm__file_exists(stray)); /* a killed run's left-over */
-    assert_true(obm__file_exists(note));   /* somebody else's file */
+    for (size_t i = 0; i < 8; i++) {
+        path = obm__path_join(w->pack, i < 2 ? strays[i] : theirs[i - 2]);
+        assert_true(obm__file_exists(path) == (i >= 2)); /* somebody else's files */
+        (void)remove(path);
+        obm_free(path);
+    }
     check_contents(w, p);
     FAILS(obm_pack_add(p, &e[1], NULL, err), OBM_E_EXISTS, "math already");
     e[0].name = "law";
@@ -704,13 +717,11 @@ static void test_add_and_remove(void **state) {
     assert_int_equal(obm_pack_task_count(p), 1);
     assert_string_equal(obm_pack_task_name(p, 0), "math");
     FAILS(obm_pack_remove(p, "math", err), OBM_E_ARG, "last");
-    assert_int_equal(list(w->pack, files), 3);
+    assert_int_equal(list(w->pack, files), 2);
     obm_pack_free(p);
     OK(obm_pack_open(w->ctx, w->pack, NULL, &p, err));
     assert_int_equal(obm_pack_task_count(p), 1);
     obm_pack_free(p);
-    obm_free(stray);
-    obm_free(note);
 }
 
 static void test_replacing_an_expert(void **state) {

@@ -333,6 +333,19 @@ def test_tokenize(lines, run, models, model, jsonl, fails):
 
 # ---- merge, export, eval ----
 
+@pytest.mark.parametrize("verb", ["compress", "merge", "export"])
+def test_a_disk_that_takes_no_more(models, pack_path, tmp_path, verb):
+    """A limit of file sizes stands for it: one line, and nothing of the output is left."""
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(f"merge_method: task_arithmetic\nbase_model: {models}/base\nmodels: [{{model: {models}/math, parameters: {{weight: 1}}}}]\n")
+    argv = {"compress": [models / "base", f"math={models / 'math'}", "--policy", "full"], "merge": [recipe],
+            "export": [pack_path, "--route", "math"]}[verb]
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300000, 300000)); from onebitmerge import cli; sys.exit(cli.main())"
+    done = subprocess.run([sys.executable, "-c", limit, verb, *map(str, argv), "-o", str(tmp_path / "out"), "--quiet"], capture_output=True, text=True)
+    assert done.returncode == 1 and "File too large" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yml"]
+
+
 def test_merge(lines, fails, models, tmp_path, run):
     recipe = tmp_path / "r.yml"
     recipe.write_text(f"merge_method: task_arithmetic\nbase_model: {models}/base\ndtype: float32\nmodels:\n  - model: {models}/math\n    parameters: {{weight: 1}}\n")

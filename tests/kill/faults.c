@@ -1,0 +1,101 @@
+/* Preloaded into the sweep: counts the calls that change files under one folder, and lets the process die before the
+ * n-th of them, or the disk be full after so many bytes.  Does nothing until it is armed. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+static char folder[4096];
+static _Atomic long calls, written;
+static long die_at, full_at = -1;
+
+/* kill_at 0 and disk -1: only count.  Every path that starts with `prefix` counts. */
+void faults_arm(const char *prefix, long kill_at, long disk) {
+    snprintf(folder, sizeof folder, "%s", prefix);
+    calls = written = 0;
+    die_at = kill_at;
+    full_at = disk;
+}
+long faults_calls(void) { return calls; }
+long faults_written(void) { return written; }
+
+static int is_ours(const char *path) { return folder[0] && path && !strncmp(path, folder, strlen(folder)); }
+
+static int is_our_file(int fd) {
+    char link[64], path[4096];
+    if (!folder[0]) return 0;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t n = readlink(link, path, sizeof path - 1);
+    if (n < 0) return 0;
+    path[n] = 0;
+    return is_ours(path);
+}
+
+static void count(int ours) {
+    if (ours && ++calls == die_at) raise(SIGKILL);
+}
+
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+static int open_any(int (*real)(const char *, int, ...), const char *path, int flags, mode_t mode) {
+    count((flags & O_CREAT) && is_ours(path));
+    return real(path, flags, mode);
+}
+
+#define OPEN(name)                                                \
+    int name(const char *path, int flags, ...) {                  \
+        va_list args;                                             \
+        va_start(args, flags);                                    \
+        mode_t mode = flags & O_CREAT ? va_arg(args, mode_t) : 0; \
+        va_end(args);                                             \
+        return open_any(REAL(name), path, flags, mode);           \
+    }
+OPEN(open)
+OPEN(open64)
+
+ssize_t write(int fd, const void *bytes, size_t n) {
+    int ours = is_our_file(fd);
+    count(ours);
+    if (ours && full_at >= 0 && written + (long)n > full_at) {
+        n = (size_t)(full_at - written);
+        if (n == 0) {
+            errno = ENOSPC;
+            return -1;
+        }
+    }
+    ssize_t done = REAL(write)(fd, bytes, n);
+    if (ours && done > 0) written += done;
+    return done;
+}
+
+int fsync(int fd) {
+    count(is_our_file(fd));
+    return 0; /* a process that dies loses nothing it has written */
+}
+
+int rename(const char *from, const char *to) {
+    count(is_ours(to));
+    return REAL(rename)(from, to);
+}
+
+int unlink(const char *path) {
+    count(is_ours(path));
+    return REAL(unlink)(path);
+}
+
+int mkdir(const char *path, mode_t mode) {
+    count(is_ours(path));
+    return REAL(mkdir)(path, mode);
+}
+
+int rmdir(const char *path) {
+    count(is_ours(path));
+    return REAL(rmdir)(path);
+}
