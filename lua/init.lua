@@ -221,8 +221,12 @@ local function pack_text(pack)
       end
     end
   end
-  local base, s = pack:base_bytes(), pack:settings()
-  return table.concat({ ('Pack("%s")'):format(pack:path()), layout(rows), ("pack / K full experts: %.4f"):format(packed / full),
+  local base, s, own = pack:base_bytes(), pack:settings(), {}
+  for _, task in ipairs(pack:tasks()) do
+    if pack:text(task) ~= "" then own[#own + 1] = ("\n%s brings its own %s"):format(task, pack:text(task)) end
+  end
+  return table.concat({ ('Pack("%s")'):format(pack:path()), layout(rows) .. table.concat(own),
+    ("pack / K full experts: %.4f"):format(packed / full),
     ("(base + pack) / (base + K full deltas): %.4f"):format((base + packed) / (base + full)),
     ("lambda %g, reading %s, profile %s, density %g"):format(s.lambda, s.reading, s.profile, s.density) }, "\n")
 end

@@ -34,8 +34,34 @@ int obm_lua_model(lua_State *L) {
     return obm_lua_fail(L, &err);
 }
 
+static const obm_pack *pack_for_route(lua_State *L, const obm_model *m) {
+    const obm_pack *pack = obm_model_pack(m);
+    if (!pack) luaL_error(L, "route: this is a plain model, only packs have routes");
+    return pack;
+}
+
 static int model_tokenizer(lua_State *L) {
     const obm_tokenizer *t = obm_model_tokenizer(model_of(L));
+    if (t)
+        obm_lua_tokenizer_borrow(L, t, 1);
+    else
+        lua_pushnil(L);
+    return 1;
+}
+
+/* model:tokenizer_for(route) -> tokenizer, nil without: the expert's own under its hard route, else the base's */
+static int model_tokenizer_for(lua_State *L) {
+    const obm_model *m = model_of(L);
+    obm_error err;
+    double *w = NULL;
+    lua_settop(L, 2);
+    lua_newtable(L);
+    if (!lua_isnil(L, 2)) {
+        const obm_pack *pack = pack_for_route(L, m);
+        w = obm_lua_weights_buffer(L, 3, pack);
+        if (obm_lua_weights(L, 2, pack, w, &err) != OBM_OK) return obm_lua_fail(L, &err);
+    }
+    const obm_tokenizer *t = obm_model_tokenizer_for(m, w);
     if (t)
         obm_lua_tokenizer_borrow(L, t, 1);
     else
@@ -94,12 +120,6 @@ static int model_memory(lua_State *L) {
 static bool is_auto(lua_State *L, int at) {
     if (lua_isnoneornil(L, at) || (lua_isboolean(L, at) && !lua_toboolean(L, at))) return true;
     return lua_type(L, at) == LUA_TSTRING && strcmp(lua_tostring(L, at), "auto") == 0;
-}
-
-static const obm_pack *pack_for_route(lua_State *L, const obm_model *m) {
-    const obm_pack *pack = obm_model_pack(m);
-    if (!pack) luaL_error(L, "route: this is a plain model, only packs have routes");
-    return pack;
 }
 
 /* The field `route` of the table at `at`: NULL where there is none. */
@@ -486,8 +506,11 @@ static int score(lua_State *L, obm_model *m, const obm_score_item *items, size_t
     obm_lua_call_init(L, &call, options, false);
     scores *s = *out = obm_lua_scratch(L, sizeof *s + n * sizeof *s->items, scores_clear);
     s->n = n;
+    obm_score_options o = OBM_INIT(obm_score_options);
+    o.progress = obm_lua_progress;
+    o.progress_user = &call;
     obm_lua_begin(&call, lua_touserdata(L, 1));
-    return obm_lua_end(&call, obm_model_score(m, items, n, obm_lua_progress, &call, s->items, &err), &err);
+    return obm_lua_end(&call, obm_model_score(m, items, n, &o, s->items, &err), &err);
 }
 
 /* A field of an item by name, or by place: items are { prompt, continuation, route } or have these keys. */
@@ -587,6 +610,7 @@ static const luaL_Reg model_methods[] = {{"generate", model_generate},
                                          {"score_items", model_score_items},
                                          {"route", model_route},
                                          {"tokenizer", model_tokenizer},
+                                         {"tokenizer_for", model_tokenizer_for},
                                          {"pack", model_pack},
                                          {"info", model_info},
                                          {"memory", model_memory},

@@ -191,6 +191,11 @@ function pack:bytes(task) end
 ---@return string?, string? message, onebitmerge.Code? code
 function pack:policy(task) end
 
+---Which of "tokenizer, template, eos" the expert brings itself; "": all are the base's.
+---@param task string|integer
+---@return string?, string? message, onebitmerge.Code? code
+function pack:text(task) end
+
 ---Each plane is { signs, scales }: tensors that look into the pack.
 ---@param task string|integer
 ---@return { name: string, class: string, mode: string, bytes: integer, rows: integer, cols: integer, planes: onebitmerge.tensor[][] }[]?, string? message, onebitmerge.Code? code
@@ -392,8 +397,15 @@ function model:score_items(items, options) end
 ---@return table<string, number>? weights, table<string, number>|string|nil probabilities, onebitmerge.Code? code
 function model:route(prompt, options) end
 
+---The base's.
 ---@return onebitmerge.tokenizer?
 function model:tokenizer() end
+
+---What prompts are encoded and rendered with under a route: the expert's own under its hard route where it brings one, else the
+---base's (nil, soft routes).
+---@param route? onebitmerge.Route
+---@return onebitmerge.tokenizer?, string? message, onebitmerge.Code? code
+function model:tokenizer_for(route) end
 
 ---nil for a plain model.
 ---@return onebitmerge.pack?

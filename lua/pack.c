@@ -378,6 +378,16 @@ static int pack_policy(lua_State *L) {
     return 1;
 }
 
+/* pack:text(task) -> "tokenizer, template, eos": what of these the expert brings itself */
+static int pack_text(lua_State *L) {
+    const obm_pack *p = pack_of(L);
+    size_t task;
+    int failed = task_at(L, p, &task);
+    if (failed) return failed;
+    lua_pushstring(L, obm_pack_text(p, task));
+    return 1;
+}
+
 /* Each plane is { signs, scales }: tensors that look into the pack. */
 static void push_planes(lua_State *L, const obm_pack_tensor *t) {
     lua_newtable(L);
@@ -599,6 +609,7 @@ static const luaL_Reg pack_methods[] = {{"add", pack_add},
                                         {"base_bytes", pack_base_bytes},
                                         {"bytes", pack_bytes},
                                         {"policy", pack_policy},
+                                        {"text", pack_text},
                                         {"tensors", pack_tensors},
                                         {"runs", pack_runs},
                                         {"parse_route", pack_parse_route},

@@ -151,6 +151,7 @@ void obm_py_begin(obm_py_call *c) { c->saved = PyEval_SaveThread(); }
 int obm_py_end(obm_py_call *c, obm_status status, const obm_error *err) {
     PyEval_RestoreThread(c->saved);
     c->saved = NULL;
+    Py_CLEAR(c->rendered);
     if (c->raised[0]) {
         PyErr_Restore(c->raised[0], c->raised[1], c->raised[2]);
         c->raised[0] = c->raised[1] = c->raised[2] = NULL;
@@ -383,7 +384,7 @@ static int prompt_ids(obm_py_prompts *p, PyObject *o, obm_prompt *out) {
     return 0;
 }
 
-static int prompt_messages(obm_py_state *st, obm_py_prompts *p, PyObject *o, PyObject *tokenizer, obm_prompt *out) {
+static int prompt_messages(obm_py_prompts *p, PyObject *o, obm_prompt *out, PyObject **source) {
     Py_ssize_t n = PySequence_Size(o);
     if (n < 0) return -1;
     obm_message *messages = prompts_block(p, (size_t)n * sizeof *messages);
@@ -397,18 +398,8 @@ static int prompt_messages(obm_py_state *st, obm_py_prompts *p, PyObject *o, PyO
     }
     out->messages = messages;
     out->n_messages = (size_t)n;
-    if (!tokenizer) return 0;
-    /* The model's own Jinja template, where jinja2 is installed; None leaves it to the built-in ones. */
-    PyObject *text = obm_py_call_hook(st, "render_template", Py_BuildValue("(OO)", tokenizer, o));
-    if (!text) return -1;
-    int rc = 0;
-    if (text != Py_None) {
-        PyObject *ids = PyObject_CallMethod(tokenizer, "encode", "OO", text, Py_False);
-        rc = ids ? prompt_ids(p, ids, out) : -1;
-        Py_XDECREF(ids);
-    }
-    Py_DECREF(text);
-    return rc;
+    *source = o;
+    return PyList_Append(p->keep, o);
 }
 
 static int is_messages(PyObject *o) {
@@ -430,14 +421,14 @@ static int is_ids(PyObject *o) {
     return yes;
 }
 
-static int prompt_from(obm_py_state *st, obm_py_prompts *p, PyObject *o, PyObject *tokenizer, obm_prompt *out) {
+static int prompt_from(obm_py_prompts *p, PyObject *o, obm_prompt *out, PyObject **source) {
     if (PyUnicode_Check(o)) return (out->text = keep_text(p, o)) ? 0 : -1;
-    if (is_messages(o)) return prompt_messages(st, p, o, tokenizer, out);
+    if (is_messages(o)) return prompt_messages(p, o, out, source);
     if (is_ids(o)) return prompt_ids(p, o, out);
     if (PyDict_Check(o)) {
         PyObject *v;
         if ((v = PyDict_GetItemString(o, "ids"))) return prompt_ids(p, v, out);
-        if ((v = PyDict_GetItemString(o, "messages"))) return prompt_messages(st, p, v, tokenizer, out);
+        if ((v = PyDict_GetItemString(o, "messages"))) return prompt_messages(p, v, out, source);
         if ((v = PyDict_GetItemString(o, "prompt")) || (v = PyDict_GetItemString(o, "text")))
             return (out->text = keep_text(p, v)) ? 0 : -1;
     }
@@ -447,7 +438,7 @@ static int prompt_from(obm_py_state *st, obm_py_prompts *p, PyObject *o, PyObjec
     return -1;
 }
 
-int obm_py_prompts_from(obm_py_state *st, PyObject *o, PyObject *tokenizer, obm_py_prompts *out) {
+int obm_py_prompts_from(PyObject *o, obm_py_prompts *out) {
     *out = (obm_py_prompts){.keep = PyList_New(0)};
     if (!out->keep) return -1;
     out->single = PyUnicode_Check(o) || PyDict_Check(o) || is_messages(o) || is_ids(o);
@@ -455,10 +446,11 @@ int obm_py_prompts_from(obm_py_state *st, PyObject *o, PyObject *tokenizer, obm_
     if (n < 0 && !PyErr_Occurred())
         PyErr_Format(PyExc_TypeError, "expected a prompt or a list of prompts, found %R", (PyObject *)Py_TYPE(o));
     if (n >= 0) out->items = prompts_block(out, (size_t)n * sizeof *out->items);
-    int rc = out->items ? 0 : -1;
+    if (out->items) out->messages = prompts_block(out, (size_t)n * sizeof *out->messages);
+    int rc = out->items && out->messages ? 0 : -1;
     for (Py_ssize_t i = 0; rc == 0 && i < n; i++) {
         PyObject *item = out->single ? Py_NewRef(o) : PySequence_GetItem(o, i);
-        rc = item ? prompt_from(st, out, item, tokenizer, &out->items[i]) : -1;
+        rc = item ? prompt_from(out, item, &out->items[i], &out->messages[i]) : -1;
         if (item && rc == 0) rc = PyList_Append(out->keep, item);
         Py_XDECREF(item);
     }
@@ -472,4 +464,57 @@ void obm_py_prompts_clear(obm_py_prompts *p) {
     PyMem_Free(p->blocks);
     Py_CLEAR(p->keep);
     *p = (obm_py_prompts){0};
+}
+
+/* ---- templates ---- */
+
+/* The messages as they were given: a template may look at more than role and content. */
+static PyObject *given_messages(const obm_py_call *c, const obm_message *messages) {
+    for (size_t k = 0; k < c->n_prompts; k++) {
+        for (size_t i = 0; i < c->prompts[k].n; i++) {
+            if (c->prompts[k].items[i].messages == messages) return Py_NewRef(c->prompts[k].messages[i]);
+        }
+    }
+    return NULL;
+}
+
+/* A text that is one user turn. */
+static PyObject *plain_messages(const obm_message *messages, size_t n) {
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list && i < n; i++) {
+        PyObject *m = Py_BuildValue("{ss,ss}", "role", messages[i].role, "content", messages[i].content);
+        if (!m || PyList_Append(list, m) < 0) Py_CLEAR(list);
+        Py_XDECREF(m);
+    }
+    return list;
+}
+
+static int render(obm_py_call *c, const obm_tokenizer *t, const obm_message *messages, size_t n, const char **text) {
+    PyObject *list = given_messages(c, messages);
+    if (!list) list = plain_messages(messages, n);
+    PyObject *tokenizer = list ? obm_py_tokenizer_borrow(c->state, t, c->model) : NULL;
+    PyObject *args = tokenizer ? Py_BuildValue("(OO)", tokenizer, list) : NULL;
+    Py_CLEAR(c->rendered);
+    c->rendered = args ? obm_py_call_hook(c->state, "render_template", args) : NULL;
+    Py_XDECREF(tokenizer);
+    Py_XDECREF(list);
+    if (!c->rendered) return -1;
+    if (c->rendered == Py_None) return *text = NULL, 0;
+    Py_ssize_t size;
+    const char *s = PyUnicode_AsUTF8AndSize(c->rendered, &size);
+    if (!s) return -1;
+    if ((size_t)size != strlen(s)) return PyErr_SetString(PyExc_ValueError, "a prompt holds a NUL character"), -1;
+    return *text = s, 0;
+}
+
+obm_status obm_py_render(void *user, const obm_tokenizer *t, const obm_message *messages, size_t n, const char **text,
+                         obm_error *err) {
+    obm_py_call *c = user;
+    (void)err;
+    if (c->raised[0]) return OBM_E_USER;
+    PyEval_RestoreThread(c->saved);
+    int failed = render(c, t, messages, n, text) < 0;
+    if (failed) stash(c);
+    c->saved = PyEval_SaveThread();
+    return failed ? OBM_E_USER : OBM_OK;
 }

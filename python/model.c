@@ -133,6 +133,16 @@ static bool is_auto(PyObject *route) {
     return PyUnicode_Check(route) && PyUnicode_CompareWithASCIIString(route, "auto") == 0;
 }
 
+static PyObject *model_tokenizer_for(PyObject *o, PyObject *route) {
+    bool failed;
+    double *w = route_weights(o, route, &failed);
+    if (failed) return NULL;
+    const obm_tokenizer *t = obm_model_tokenizer_for(model_get(o), w);
+    PyMem_Free(w);
+    if (!t) Py_RETURN_NONE;
+    return obm_py_tokenizer_borrow(OBM_PY_STATE(o), t, o);
+}
+
 /* ---- logits, hidden, embed ---- */
 
 static PyObject *run(PyObject *o, PyObject *given, int layer, obm_run_options *options, PyObject *route) {
@@ -197,7 +207,7 @@ static PyObject *model_embed(PyObject *o, PyObject *args, PyObject *kwargs) {
     obm_py_state *st = OBM_PY_STATE(o);
     obm_py_call call;
     obm_py_prompts prompts;
-    if (obm_py_call_init(&call, st, progress) < 0 || obm_py_prompts_from(st, texts, NULL, &prompts) < 0) return NULL;
+    if (obm_py_call_init(&call, st, progress) < 0 || obm_py_prompts_from(texts, &prompts) < 0) return NULL;
     obm_model_info info;
     obm_model_describe(model_get(o), &info);
     int64_t shape[2] = {(int64_t)prompts.n, info.hidden};
@@ -317,9 +327,10 @@ static int generation_from(PyObject *o, PyObject *args, PyObject *kwargs, genera
         opt->router_user = &g->call;
     }
     g->call.pack = model_pack_of(o);
-    PyObject *tokenizer = model_tokenizer(o, NULL);
-    int rc = tokenizer ? obm_py_prompts_from(st, given, tokenizer == Py_None ? NULL : tokenizer, prompts) : -1;
-    Py_XDECREF(tokenizer);
+    g->call.model = o;
+    opt->render = obm_py_render;
+    opt->render_user = &g->call;
+    int rc = obm_py_prompts_from(given, prompts);
     if (rc == 0 && (routes_from(o, g, route, prompts) < 0 || stop_strings(g, stop) < 0)) {
         obm_py_prompts_clear(prompts);
         rc = -1;
@@ -352,6 +363,8 @@ static PyObject *model_generate(PyObject *o, PyObject *args, PyObject *kwargs) {
     if (out) {
         obm_error err;
         obm_model *m = model_get(o);
+        g.call.prompts = &prompts;
+        g.call.n_prompts = 1;
         obm_py_begin(&g.call);
         obm_status status = obm_model_generate_batch(m, prompts.items, prompts.n, &g.options, out, &err);
         if (obm_py_end(&g.call, status, &err) == 0) {
@@ -416,6 +429,8 @@ static PyObject *model_stream(PyObject *o, PyObject *args, PyObject *kwargs) {
     self->progress = Py_XNewRef(g->call.progress);
     obm_error err;
     obm_model *m = model_get(o);
+    g->call.prompts = &self->prompts;
+    g->call.n_prompts = 1;
     obm_py_begin(&g->call);
     obm_status status = obm_stream_open(m, self->prompts.items, &g->options, &self->s, &err);
     if (obm_py_end(&g->call, status, &err) < 0) Py_CLEAR(self);
@@ -510,12 +525,11 @@ static PyObject *model_score_items(PyObject *o, PyObject *args, PyObject *kwargs
     int32_t **ids = PyMem_Calloc(n + 1, sizeof *ids);
     bool ok = in && prompts && out && routes && ids;
     if (!ok) PyErr_NoMemory();
-    PyObject *tokenizer = ok ? model_tokenizer(o, NULL) : NULL;
     for (size_t i = 0; ok && i < n; i++) {
         PyObject *prompt, *continuation, *route;
         bool failed;
         ok = PyArg_ParseTuple(PyList_GetItem(items, (Py_ssize_t)i), "OOO", &prompt, &continuation, &route) &&
-             obm_py_prompts_from(st, prompt, tokenizer == Py_None ? NULL : tokenizer, &prompts[i]) == 0;
+             obm_py_prompts_from(prompt, &prompts[i]) == 0;
         if (ok && !prompts[i].single) ok = (PyErr_SetString(PyExc_TypeError, "a score item has one prompt"), false);
         if (!ok) break;
         in[i].prompt = prompts[i].items[0];
@@ -531,8 +545,15 @@ static PyObject *model_score_items(PyObject *o, PyObject *args, PyObject *kwargs
     if (ok) {
         obm_error err;
         obm_model *m = model_get(o);
+        obm_score_options options = OBM_INIT(obm_score_options);
+        options.progress = obm_py_progress;
+        options.render = obm_py_render;
+        options.progress_user = options.render_user = &call;
+        call.model = o;
+        call.prompts = prompts;
+        call.n_prompts = n;
         obm_py_begin(&call);
-        obm_status status = obm_model_score(m, in, n, obm_py_progress, &call, out, &err);
+        obm_status status = obm_model_score(m, in, n, &options, out, &err);
         ok = obm_py_end(&call, status, &err) == 0;
         result = ok ? PyList_New(0) : NULL;
         for (size_t i = 0; result && i < n; i++) {
@@ -548,7 +569,6 @@ static PyObject *model_score_items(PyObject *o, PyObject *args, PyObject *kwargs
         PyMem_Free(ids[i]);
     }
     PyMem_Free(in), PyMem_Free(prompts), PyMem_Free(out), PyMem_Free(routes), PyMem_Free(ids);
-    Py_XDECREF(tokenizer);
     Py_DECREF(items);
     return result;
 }
@@ -580,7 +600,7 @@ static PyObject *model_route(PyObject *o, PyObject *args, PyObject *kwargs) {
         return PyErr_SetString(PyExc_TypeError, "router must be a callable"), NULL;
     obm_py_call call;
     obm_py_prompts prompts;
-    if (obm_py_call_init(&call, st, NULL) < 0 || obm_py_prompts_from(st, given, NULL, &prompts) < 0) return NULL;
+    if (obm_py_call_init(&call, st, NULL) < 0 || obm_py_prompts_from(given, &prompts) < 0) return NULL;
     call.router = router;
     call.pack = pack;
     size_t tasks = obm_pack_task_count(pack);
@@ -638,9 +658,12 @@ static PyMethodDef model_methods[] = {
     {"score_items", KW(model_score_items),
      "score_items(items, progress=None) -> list of Score\n\nitems: (prompt, continuation or None, route or None)."},
     {"route", KW(model_route), "route(prompt, router=None) -> (weights, probabilities)"},
+    {"tokenizer_for", model_tokenizer_for, METH_O,
+     "tokenizer_for(route) -> Tokenizer or None\n\nWhat prompts are encoded and rendered with under a route: the "
+     "expert's own under its hard route where it brings one, else the base's (None, soft routes)."},
     {NULL, NULL, 0, NULL}};
 static PyGetSetDef model_getset[] = {
-    {"tokenizer", model_tokenizer, NULL, "Tokenizer, or None", NULL},
+    {"tokenizer", model_tokenizer, NULL, "the base's Tokenizer, or None; see tokenizer_for", NULL},
     {"pack", model_pack, NULL, "Pack, or None for a plain model", NULL},
     {"info", model_info, NULL, "dict of sizes", NULL},
     {"memory", model_memory, NULL, "resident bytes: base, planes, overlays, kv, scratch", NULL},

@@ -32,12 +32,17 @@ bool obm_py_set(PyObject *dict, const char *key, PyObject *value /* stolen */);
 
 /* One long call: the GIL is released between begin and end; callbacks come back on the same thread and take it for
  * their own time.  An exception from a callback (or Ctrl-C) waits in here and is re-raised unchanged by obm_py_end. */
+typedef struct obm_py_prompts obm_py_prompts;
 typedef struct obm_py_call {
     obm_py_state *state;
     PyThreadState *saved;
     PyObject *progress;   /* borrowed: callable or NULL */
     PyObject *router;     /* borrowed: callable or NULL */
     const obm_pack *pack; /* names of the router's answers */
+    PyObject *model;      /* borrowed: lends its tokenizers to templates */
+    const obm_py_prompts *prompts;
+    size_t n_prompts;   /* where the messages of a template come from */
+    PyObject *rendered; /* the text that the core is copying */
     PyObject *raised[3];
     double last; /* seconds, when signals were looked at last */
 } obm_py_call;
@@ -46,6 +51,9 @@ void obm_py_begin(obm_py_call *c);
 int obm_py_end(obm_py_call *c, obm_status status, const obm_error *err); /* 0, or -1 with the exception set */
 int obm_py_progress(void *call, const char *what, uint64_t done, uint64_t total);
 obm_status obm_py_router(void *call, obm_request *request, double *weights, obm_error *err);
+/* The tokenizer's own Jinja template, where jinja2 is installed; else it is left to the built-in ones. */
+obm_status obm_py_render(void *call, const obm_tokenizer *t, const obm_message *messages, size_t n, const char **text,
+                         obm_error *err);
 
 /* Arguments. */
 int obm_py_path(PyObject *o, PyObject **bytes); /* converter "O&": str or os.PathLike -> bytes */
@@ -57,16 +65,16 @@ int obm_py_weights(obm_py_state *st, const obm_pack *pack, PyObject *o, double *
 PyObject *obm_py_route_dict(const obm_pack *pack, const double *weights); /* {task: weight}, zeros left out */
 
 /* A list of prompts with everything they point to. */
-typedef struct obm_py_prompts {
+struct obm_py_prompts {
     obm_prompt *items;
+    PyObject **messages; /* of the items with messages what was given, borrowed; else NULL */
     size_t n;
     PyObject *keep; /* list of objects that own the text */
     void **blocks;
     size_t n_blocks; /* PyMem blocks */
     bool single;     /* one prompt was given, not a list of them */
-} obm_py_prompts;
-int obm_py_prompts_from(obm_py_state *st, PyObject *o, PyObject *tokenizer /* Tokenizer or NULL: renders templates */,
-                        obm_py_prompts *out);
+};
+int obm_py_prompts_from(PyObject *o, obm_py_prompts *out);
 void obm_py_prompts_clear(obm_py_prompts *p);
 
 /* ---- tensor.c ---- */

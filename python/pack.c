@@ -353,6 +353,12 @@ static PyObject *pack_policy(PyObject *o, PyObject *arg) {
     return PyUnicode_FromString(obm_pack_policy(obm_py_pack_get(o), task));
 }
 
+static PyObject *pack_text(PyObject *o, PyObject *arg) {
+    size_t task;
+    if (task_index(o, arg, &task) < 0) return NULL;
+    return PyUnicode_FromString(obm_pack_text(obm_py_pack_get(o), task));
+}
+
 /* A copy: changing the pack ends the views into its files. */
 static PyObject *copy_of(PyObject *o, const void *data, obm_dtype dtype, int64_t rows, int64_t cols) {
     obm_tensor t = {.data = data, .dtype = dtype, .ndim = cols ? 2 : 1, .shape = {rows, cols}};
@@ -573,7 +579,7 @@ static PyObject *pack_train_router(PyObject *o, PyObject *args, PyObject *kwargs
     obm_py_state *st = OBM_PY_STATE(o);
     obm_py_call call;
     obm_py_prompts prompts;
-    if (obm_py_call_init(&call, st, progress) < 0 || obm_py_prompts_from(st, texts, NULL, &prompts) < 0) return NULL;
+    if (obm_py_call_init(&call, st, progress) < 0 || obm_py_prompts_from(texts, &prompts) < 0) return NULL;
     PyObject *kept = PySequence_List(labels);
     const char **list = kept ? label_list(kept, prompts.n) : NULL;
     obm_router_report *report = PyMem_Calloc(1, sizeof *report);
@@ -625,6 +631,8 @@ static PyMethodDef pack_methods[] = {
      "verify(progress=None)\n\nChecksums of every file and the full hash of the base; raises on the first difference."},
     {"bytes", pack_bytes, METH_O, "bytes(task) -> dict\n\nBy module class: tensors, params, bytes_expert, bytes_pack."},
     {"policy", pack_policy, METH_O, "policy(task) -> str"},
+    {"text", pack_text, METH_O,
+     "text(task) -> str\n\nWhich of \"tokenizer, template, eos\" the expert brings itself; \"\": all are the base's."},
     {"tensors", pack_tensors, METH_O,
      "tensors(task) -> list of dict\n\nname, class, mode, bytes, rows, cols, planes [(signs, scales), ...] as NumPy "
      "arrays."},

@@ -104,7 +104,7 @@ static PyObject *tokenizer_builtin_template(PyObject *o, PyObject *args) {
     int add = 1;
     if (!PyArg_ParseTuple(args, "O|p", &given, &add)) return NULL;
     obm_py_prompts prompts;
-    if (obm_py_prompts_from(OBM_PY_STATE(o), given, NULL, &prompts) < 0) return NULL;
+    if (obm_py_prompts_from(given, &prompts) < 0) return NULL;
     PyObject *s = NULL;
     char *text;
     obm_error err;

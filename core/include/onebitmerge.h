@@ -72,7 +72,8 @@ typedef enum obm_status {
     OBM_E_BUSY = -9,        /* an object that serves one call at a time is in use, or another process changes a folder */
     OBM_E_USER = -10,       /* a callback asked to stop; whatever it raised is the caller's to re-raise */
     OBM_E_EXISTS = -11,     /* the output exists and overwriting was not asked for */
-    OBM_E_MISMATCH = -12,   /* a pack meets another base than the one it was made from; other remains than `resume` expects */
+    OBM_E_MISMATCH = -12,   /* a pack meets another base than the one it was made from, an expert's token ids contradict the
+                             * base's, other remains than `resume` expects */
     OBM_E_VALUE = -13       /* NaN or Inf where a number is needed */
 } obm_status;
 
@@ -256,7 +257,11 @@ typedef struct obm_plan { uint64_t tensors, bytes_read, bytes_written, peak_memo
  * bytes.  Immutable apart from the functions that say "changes the pack"; share freely. */
 typedef struct obm_pack obm_pack;
 
-/* Compresses n experts of the base at base_path into the folder `out_path`, streaming: resident memory is bounded by tiles,
+/* An expert's own tokenizer, chat template and eos ids come along where they differ from the base's, and apply under its
+ * hard route.  Ids inside the base's vocabulary rows have to stand for the base's tokens (MISMATCH names id and both);
+ * other merges are the expert's affair.
+ *
+ * Compresses n experts of the base at base_path into the folder `out_path`, streaming: resident memory is bounded by tiles,
  * not by the model.  plan (nullable) is filled in a dry run.  *out (nullable) gets the opened pack, owned.
  * Overwriting replaces a pack; a folder that holds anything else is EXISTS.  BUSY: another process is writing there.
  * Errors: those of opening checkpoints and task vectors, EXISTS, BUSY, ARG, IO, USER. */
@@ -295,6 +300,8 @@ typedef struct obm_class_bytes { uint64_t tensors, params, bytes_expert, bytes_p
 OBM_API void obm_pack_bytes(const obm_pack *p, size_t task, obm_class_bytes *out);
 OBM_API uint64_t obm_pack_base_bytes(const obm_pack *p);
 OBM_API const char *obm_pack_policy(const obm_pack *p, size_t task);      /* as text, "linear, scale row, planes 1"; borrowed */
+/* Which of "tokenizer, template, eos" the expert brings itself, as text; "": all are the base's.  Static. */
+OBM_API const char *obm_pack_text(const obm_pack *p, size_t task);
 OBM_API size_t obm_pack_tensor_count(const obm_pack *p);
 typedef struct obm_pack_tensor {
     const char *name;
@@ -412,7 +419,10 @@ typedef struct obm_model_info {
 } obm_model_info;
 OBM_API void obm_model_describe(const obm_model *m, obm_model_info *out);
 OBM_API const obm_pack *obm_model_pack(const obm_model *m);             /* NULL for a plain model; borrowed */
-OBM_API const obm_tokenizer *obm_model_tokenizer(const obm_model *m);   /* NULL without a tokenizer.json; borrowed */
+OBM_API const obm_tokenizer *obm_model_tokenizer(const obm_model *m);   /* the base's, NULL without a tokenizer.json; borrowed */
+/* What prompts are encoded and rendered with under a route (weights over the tasks; NULL: the base): the expert's own under
+ * its hard route where it brings one, else the base's.  Routers always see the base's ids.  Borrowed. */
+OBM_API const obm_tokenizer *obm_model_tokenizer_for(const obm_model *m, const double *route);
 
 /* What resident memory is made of, bytes: the base's tensors, signs and the coefficients of prepared routes, materialised
  * tensors, KV cache, buffers. */
@@ -493,6 +503,12 @@ OBM_API obm_status obm_model_route(obm_model *m, const obm_prompt *prompt, obm_r
 
 /* ---- Generation ------------------------------------------------------------------------------------------------- */
 
+/* Renders messages in the template of t (obm_tokenizer_template), for callers that can run Jinja; called once the route is
+ * known.  *text: borrowed until the next call of this or the end of the call that was given it; NULL: the built-in template
+ * is to be used.  OBM_E_USER, or any error with err, stops the whole call. */
+typedef obm_status (*obm_render_fn)(void *user, const obm_tokenizer *t, const obm_message *messages, size_t n, const char **text,
+                                    obm_error *err);
+
 typedef struct obm_generate_options {
     size_t struct_size;
     const double *routes;       /* (n_routes, tasks): one row for all prompts or one each; NULL: the router decides */
@@ -510,9 +526,11 @@ typedef struct obm_generate_options {
     const char *const *stop; size_t n_stop;   /* stop strings; not part of the text */
     size_t batch;               /* sequences decoded together; 0: 8 */
     bool ignore_eos;
-    bool chat;                  /* text prompts are one user turn in the model's chat template */
+    bool chat;                  /* text prompts are one user turn in the route's chat template */
     obm_progress_fn progress;   /* prompts done */
     void *progress_user;
+    obm_render_fn render;       /* NULL: the built-in templates */
+    void *render_user;
 } obm_generate_options;
 
 typedef enum obm_finish { OBM_FINISH_STOP = 0, OBM_FINISH_LENGTH = 1 } obm_finish;   /* eos or stop string; max_tokens or context end */
@@ -556,8 +574,15 @@ typedef struct obm_score {
     double *token_logprobs; size_t n;   /* owned: obm_score_clear */
     double *route; size_t n_route;
 } obm_score;
-/* out[n].  Lower log-likelihood arithmetic in f64 over f32 logits. */
-OBM_API obm_status obm_model_score(obm_model *m, const obm_score_item *items, size_t n, obm_progress_fn progress, void *user,
+typedef struct obm_score_options {
+    size_t struct_size;
+    obm_progress_fn progress;   /* items done */
+    void *progress_user;
+    obm_render_fn render;       /* NULL: the built-in templates */
+    void *render_user;
+} obm_score_options;
+/* out[n].  Lower log-likelihood arithmetic in f64 over f32 logits.  Text is encoded as the item's route has it. */
+OBM_API obm_status obm_model_score(obm_model *m, const obm_score_item *items, size_t n, const obm_score_options *options,
                                    obm_score *out, obm_error *err);
 OBM_API void obm_score_clear(obm_score *s);
 

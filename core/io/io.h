@@ -160,6 +160,9 @@ typedef struct obm__model_writer_options {
     bool overwrite;
     const char *copy_from; /* folder whose config.json, tokenizer*, special_tokens_map.json, generation_config.json, ...
                               are carried over */
+    const char *const (*instead)[2]; /* (n_instead), borrowed until the writer is freed: name of such a file, and the
+                                        path to carry it over from, NULL: the model has none */
+    size_t n_instead;
     obm_json *config;      /* replaces config.json (borrowed, nullable) */
     const char *card;      /* text of README.md, nullable */
     const obm_json *job;   /* a flat object; what decides the bytes of all shards (borrowed, nullable) */

@@ -208,3 +208,4 @@ bool obm__json_set(obm_json *object, const char *key, obm_json *value) {
 }
 bool obm__json_append(obm_json *array, obm_json *value) { return json_array_append_new(array, value) == 0; }
 obm_json *obm__json_copy(const obm_json *v) { return json_deep_copy(v); }
+bool obm__json_equal(const obm_json *a, const obm_json *b) { return json_equal(a, b) != 0; }

@@ -57,5 +57,6 @@ obm_json *obm__json_new_null(void);
 bool obm__json_set(obm_json *object, const char *key, obm_json *value);
 bool obm__json_append(obm_json *array, obm_json *value);
 obm_json *obm__json_copy(const obm_json *v); /* deep */
+bool obm__json_equal(const obm_json *a, const obm_json *b); /* deep; members in any order */
 
 #endif

@@ -62,6 +62,8 @@ typedef struct {
 
 struct obm__model_writer {
     char *path, *copy_from, *config, *card;
+    const char *const (*instead)[2];
+    size_t n_instead;
     uint64_t shard_bytes;
     bool overwrite, resume;
     obm_json *job;
@@ -116,6 +118,8 @@ static bool copy_options(obm__model_writer *w, const char *path, const obm__mode
     w->tick = o ? o->tick : NULL;
     w->user = o ? o->user : NULL;
     w->path = obm__strdup(path);
+    w->instead = o ? o->instead : NULL;
+    w->n_instead = o ? o->n_instead : 0;
     w->small_records = obm__json_new_array();
     w->old = obm__json_new_array();
     bool ok = w->path && w->small_records && w->old;
@@ -497,12 +501,24 @@ static obm_status mark_stale(obm__model_writer *w, const char *name, obm_error *
     return OBM_OK;
 }
 
+/* Owned; *none: the new model has no such file.  NULL otherwise: out of memory. */
+static char *source_of(const obm__model_writer *w, const char *name, bool *none) {
+    *none = false;
+    for (size_t i = 0; i < w->n_instead; i++) {
+        if (strcmp(w->instead[i][0], name) != 0) continue;
+        *none = !w->instead[i][1];
+        return *none ? NULL : obm__strdup(w->instead[i][1]);
+    }
+    return obm__path_join(w->copy_from, name);
+}
+
 static obm_status stage_carried(obm__model_writer *w, const char *name, obm_error *err) {
-    char *source = obm__path_join(w->copy_from, name), *text;
+    bool none;
+    char *source = source_of(w, name, &none), *text;
     size_t size;
-    if (!source) return obm__fail_nomem(err, strlen(w->copy_from));
+    if (!source && !none) return obm__fail_nomem(err, strlen(w->copy_from));
     obm_status status = OBM_OK;
-    if (!obm__file_exists(source)) {
+    if (none || !obm__file_exists(source)) {
         status = mark_stale(w, name, err);
     } else {
         status = obm__file_read(source, &text, &size, err);

@@ -79,6 +79,15 @@ const obm_checkpoint *obm_pack_base(const obm_pack *p) { return p->base; }
 size_t obm_pack_task_count(const obm_pack *p) { return p->n_experts; }
 const char *obm_pack_task_name(const obm_pack *p, size_t task) { return p->experts[task].name; }
 const char *obm_pack_policy(const obm_pack *p, size_t task) { return p->experts[task].policy; }
+
+/* By the bits tokenizer, template, eos. */
+const char *obm_pack_text(const obm_pack *p, size_t task) {
+    static const char *const names[] = {"",    "tokenizer",      "template",      "tokenizer, template",
+                                        "eos", "tokenizer, eos", "template, eos", "tokenizer, template, eos"};
+    const obm__pack_text *t = &p->experts[task].text;
+    return names[t->tokenizer + 2 * t->template_ + 4 * (t->eos != NULL)];
+}
+
 size_t obm_pack_tensor_count(const obm_pack *p) { return p->n_tensors; }
 uint64_t obm_pack_base_bytes(const obm_pack *p) { return obm__expert_bytes(p->base); }
 
@@ -117,12 +126,10 @@ void obm_pack_tensor_at(const obm_pack *p, size_t task, size_t i, obm_pack_tenso
 /* A buffer of this size between two progress calls keeps a stop within a few ms. */
 #define PIECE ((size_t)16 << 20)
 
-static obm_status verify_file(const obm_pack *p, const obm_json *record, obm__ticker *ticker, obm_error *err) {
-    char *path = NULL, have[33];
-    const char *want;
-    uint64_t bytes, done = ticker->done;
+static obm_status verify_file(const char *path, uint64_t bytes, const char *want, obm__ticker *ticker, obm_error *err) {
+    char have[33] = "";
+    uint64_t done = ticker->done;
     obm__map map = {0};
-    OBM_TRY(obm__file_of(record, p->path, p->path, &path, &bytes, &want, err));
     obm_status status = obm__map_open(path, &map, err);
     obm__xxh3 *h = status == OBM_OK ? obm__xxh3_new() : NULL;
     if (status == OBM_OK && !h) status = obm__fail_nomem(err, 0);
@@ -138,15 +145,47 @@ static obm_status verify_file(const obm_pack *p, const obm_json *record, obm__ti
                            map.size, want, (unsigned long long)bytes);
     }
     obm__map_close(&map);
+    return status;
+}
+
+static obm_status verify_record(const obm_pack *p, const obm_json *record, bool text, obm__ticker *ticker,
+                                obm_error *err) {
+    char *path = NULL;
+    const char *want;
+    uint64_t bytes;
+    OBM_TRY(text ? obm__text_file_of(record, p->path, p->path, &path, &bytes, &want, err)
+                 : obm__file_of(record, p->path, p->path, &path, &bytes, &want, err));
+    obm_status status = verify_file(path, bytes, want, ticker, err);
     obm_free(path);
     return status;
+}
+
+static obm_status verify_expert(const obm_pack *p, const obm_json *record, obm__ticker *ticker, obm_error *err) {
+    OBM_TRY(verify_record(p, record, false, ticker, err));
+    for (int f = 0; f < OBM_TEXT_FILES; f++) {
+        const obm_json *file = obm__text_record(obm__json_get(record, "text"), (obm__text_file)f);
+        if (file) OBM_TRY(verify_record(p, file, true, ticker, err));
+    }
+    return OBM_OK;
+}
+
+static uint64_t text_bytes(const obm_json *record) {
+    uint64_t sum = 0;
+    for (int f = 0; f < OBM_TEXT_FILES; f++) {
+        int64_t bytes = 0;
+        obm__json_int(obm__json_get(obm__text_record(obm__json_get(record, "text"), (obm__text_file)f), "bytes"),
+                      &bytes);
+        sum += (uint64_t)bytes;
+    }
+    return sum;
 }
 
 obm_status obm_pack_verify(const obm_pack *p, obm_progress_fn progress, void *user, obm_error *err) {
     const obm_json *router = obm__json_get(p->manifest, "router");
     obm__ticker ticker = {.fn = progress, .user = user, .what = "verify", .total = obm_pack_base_bytes(p)};
-    for (size_t i = 0; i < p->n_experts; i++) ticker.total += p->experts[i].file->map.size;
-    for (size_t i = 0; i < p->n_experts; i++) OBM_TRY(verify_file(p, p->experts[i].record, &ticker, err));
-    if (obm__json_kind(router) == OBM_JSON_OBJECT) OBM_TRY(verify_file(p, router, &ticker, err));
+    for (size_t i = 0; i < p->n_experts; i++)
+        ticker.total += p->experts[i].file->map.size + text_bytes(p->experts[i].record);
+    for (size_t i = 0; i < p->n_experts; i++) OBM_TRY(verify_expert(p, p->experts[i].record, &ticker, err));
+    if (obm__json_kind(router) == OBM_JSON_OBJECT) OBM_TRY(verify_record(p, router, false, &ticker, err));
     return obm__base_check(p->ctx, p->base, obm__json_get(p->manifest, "base"), p->path, true, &ticker, err);
 }

@@ -13,10 +13,30 @@ typedef struct obm__pack_entry {
     uint64_t bytes_pack, bytes_expert;
 } obm__pack_entry;
 
+/* Text files of an expert.  The tokenizer's first two, then the template's three. */
+typedef enum obm__text_file {
+    OBM_TEXT_TOKENIZER,        /* tokenizer.json */
+    OBM_TEXT_ADDED,            /* added_tokens.json */
+    OBM_TEXT_CONFIG,           /* tokenizer_config.json */
+    OBM_TEXT_SPECIAL,          /* special_tokens_map.json */
+    OBM_TEXT_TEMPLATE,         /* chat_template.jinja */
+    OBM_TEXT_GENERATION        /* generation_config.json */
+} obm__text_file;
+#define OBM_TEXT_FILES 6
+const char *obm__text_file_name(obm__text_file f);
+
+/* What an expert brings where it differs from the base; everything else is the base's. */
+typedef struct obm__pack_text {
+    char *paths[OBM_TEXT_FILES];   /* NULL: not here */
+    bool tokenizer, template_;     /* tokenizer.json is its own; the template's files are its own, all of them */
+    int32_t *eos; size_t n_eos;    /* NULL: the base's */
+} obm__pack_text;
+
 typedef struct obm__pack_expert {
     char *name, *policy;       /* policy as text */
     obm__safetensors *file;
     obm__pack_entry *entries;  /* (n_tensors), same order as obm_pack.tensors */
+    obm__pack_text text;
     obm_json *record;          /* the expert's part of pack.json, borrowed */
 } obm__pack_expert;
 

@@ -15,8 +15,9 @@
 static bool is_named(const obm_json *manifest, const char *file) {
     const obm_json *experts = obm__json_get(manifest, "experts");
     for (size_t i = 0; i < obm__json_size(experts); i++) {
-        const char *s = obm__json_string(obm__json_get(obm__json_at(experts, i), "file"));
-        if (s && !strcmp(s, file)) return true;
+        const obm_json *expert = obm__json_at(experts, i);
+        const char *s = obm__json_string(obm__json_get(expert, "file"));
+        if ((s && !strcmp(s, file)) || obm__text_names(obm__json_get(expert, "text"), file)) return true;
     }
     const char *router = obm__json_string(obm__json_get(obm__json_get(manifest, "router"), "file"));
     return router && !strcmp(router, file);
@@ -24,10 +25,13 @@ static bool is_named(const obm_json *manifest, const char *file) {
 
 static bool starts_with(const char *s, const char *prefix) { return !strncmp(s, prefix, strlen(prefix)); }
 
-static bool is_finished(const char *file) {
+/* The 16 digits in the name of a finished file, NULL: it is none.  No text file's stem holds a '-'. */
+static const char *digits_of(const char *file) {
     size_t n = strlen(file);
-    return n >= 30 && !strcmp(file + n - 12, ".safetensors") && file[n - 29] == '-' &&
-           strspn(file + n - 28, "0123456789abcdef") == 16;
+    if (obm__text_owns(file)) return strchr(file, '-') + 1;
+    bool ours = n >= 30 && !strcmp(file + n - 12, ".safetensors") && file[n - 29] == '-' &&
+                strspn(file + n - 28, "0123456789abcdef") == 16;
+    return ours ? file + n - 28 : NULL;
 }
 
 /* Of pack.json and of "<stem>" OBM_PACK_PARTIAL. */
@@ -38,16 +42,17 @@ static bool is_temporary(const char *file) {
     return n > partial && starts_with(file + n - partial, OBM_PACK_PARTIAL);
 }
 
-/* "<stem>-<16 hex digits>.safetensors" and the temporary names.  Nothing else in the folder is ours to remove. */
-bool obm__pack_owns(const char *file) { return is_finished(file) || is_temporary(file); }
+/* "<stem>-<16 hex digits>.safetensors", the text files and the temporary names.  Nothing else in the folder is ours to
+ * remove. */
+bool obm__pack_owns(const char *file) { return digits_of(file) || is_temporary(file); }
 
 /* A finished file's name holds the first digits of its own XXH3; somebody else's only looks alike. */
 static bool is_proven(const char *path, const char *file) {
     obm__map map;
     char hash[33];
-    if (!is_finished(file)) return true;
+    if (!digits_of(file)) return true;
     if (obm__map_open(path, &map, NULL) != OBM_OK) return false;
-    bool same = obm__map_xxh3(&map, NULL, NULL, hash, NULL) == OBM_OK && !strncmp(hash, file + strlen(file) - 28, 16);
+    bool same = obm__map_xxh3(&map, NULL, NULL, hash, NULL) == OBM_OK && !strncmp(hash, digits_of(file), 16);
     obm__map_close(&map);
     return same;
 }

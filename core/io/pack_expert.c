@@ -40,7 +40,9 @@ typedef struct job {
     slot *slots;
     size_t n_slots;
     obm__st_writer *writer;
-    uint64_t ticks; /* bytes of expert tensors that are done */
+    uint64_t ticks;  /* bytes of expert tensors that are done */
+    obm_json *text;  /* the record's "text", NULL: the base's tokenizer, template and eos */
+    uint64_t text_bytes;
 } job;
 
 static uint64_t add_u64(uint64_t a, uint64_t b) { return a > UINT64_MAX - b ? UINT64_MAX : a + b; }
@@ -437,6 +439,7 @@ static obm_json *make_record(const job *j, const char *file, uint64_t bytes, con
     for (size_t i = 0; i < j->n && ok; i++)
         ok = obm__json_set(tensors, j->items[i].pair->name, item_record(j, &j->items[i]));
     ok = obm__json_set(r, "tensors", tensors) && ok;
+    if (j->text) ok = ok && obm__json_set(r, "text", obm__json_copy(j->text));
     if (ok) return r;
     obm__json_free(r);
     return NULL;
@@ -481,6 +484,7 @@ static void add_to_plan(job *j) {
         if (memory > plan->peak_memory) plan->peak_memory = memory;
     }
     for (size_t i = 0; i < j->n_slots; i++) plan->bytes_written += slot_bytes(j, &j->slots[i]);
+    plan->bytes_written += j->text_bytes;
 }
 
 static obm_status prepare(job *j, obm_error *err) {
@@ -512,8 +516,10 @@ obm_status obm__expert_write(const obm__expert_request *r, const obm_checkpoint 
                              obm_error *err) {
     job j = {.r = r};
     obm_status status = obm_task_vector_new(r->base, checkpoint, &j.v, err);
+    if (status == OBM_OK) status = obm__text_write(r, checkpoint, &j.text, &j.text_bytes, err);
     if (status == OBM_OK) status = compress_items(&j, record, err);
     obm_task_vector_free(j.v);
+    obm__json_free(j.text);
     obm_free(j.policy_text);
     obm_free(j.items);
     obm_free(j.slots);

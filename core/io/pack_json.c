@@ -142,16 +142,15 @@ static bool is_plain_name(const char *s) {
 
 static bool is_hash(const char *s) { return strlen(s) == 32 && strspn(s, "0123456789abcdef") == 32; }
 
-obm_status obm__file_of(const obm_json *record, const char *dir, const char *where, char **path, uint64_t *bytes,
-                        const char **xxh3, obm_error *err) {
+static obm_status file_of(const obm_json *record, const char *dir, const char *where, bool text, char **path,
+                          uint64_t *bytes, const char **xxh3, obm_error *err) {
     const char *name, *hash;
     int64_t size;
     OBM_TRY(obm__field_string(record, "file", where, &name, err));
-    if (!is_plain_name(name)) {
+    if (text ? !obm__text_owns(name) : !is_plain_name(name)) {
         char shown[80];
-        return obm__fail(err, OBM_E_FORMAT,
-                         "%s: \"file\": expected the name of a .safetensors file in the pack, found \"%s\"", where,
-                         obm__printable(name, shown, sizeof shown));
+        return obm__fail(err, OBM_E_FORMAT, "%s: \"file\": expected the name of a %s in the pack, found \"%s\"", where,
+                         text ? "text file" : ".safetensors file", obm__printable(name, shown, sizeof shown));
     }
     OBM_TRY(obm__field_int(record, "bytes", 0, INT64_MAX, where, &size, err));
     OBM_TRY(obm__field_string(record, "xxh3", where, &hash, err));
@@ -162,6 +161,16 @@ obm_status obm__file_of(const obm_json *record, const char *dir, const char *whe
     if (bytes) *bytes = (uint64_t)size;
     if (xxh3) *xxh3 = hash;
     return OBM_OK;
+}
+
+obm_status obm__file_of(const obm_json *record, const char *dir, const char *where, char **path, uint64_t *bytes,
+                        const char **xxh3, obm_error *err) {
+    return file_of(record, dir, where, false, path, bytes, xxh3, err);
+}
+
+obm_status obm__text_file_of(const obm_json *record, const char *dir, const char *where, char **path, uint64_t *bytes,
+                             const char **xxh3, obm_error *err) {
+    return file_of(record, dir, where, true, path, bytes, xxh3, err);
 }
 
 /* ---- settings ---- */

@@ -280,7 +280,8 @@ static obm_status load_expert(obm_pack *p, const obm_json *record, const char *w
     if (!x->name || !x->policy || !x->entries) return obm__fail_nomem(err, p->n_tensors * sizeof *x->entries);
     OBM_TRY(open_file(p, record, where, &x->file, err));
     place at = {.file = x->file, .manifest = where, .task = x->name};
-    return load_entries(p, x, &at, tensors, err);
+    OBM_TRY(load_entries(p, x, &at, tensors, err));
+    return obm__text_load(obm__json_get(record, "text"), p->path, where, x->name, &x->text, err);
 }
 
 /* ---- the pack ---- */
@@ -322,6 +323,7 @@ void obm__pack_unload(obm_pack *p) {
         obm_free(p->experts[i].policy);
         obm_free(p->experts[i].entries);
         obm__safetensors_free(p->experts[i].file);
+        obm__text_clear(&p->experts[i].text);
     }
     obm_free(p->experts);
     obm_free(p->tensors);

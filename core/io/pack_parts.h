@@ -53,6 +53,9 @@ obm_json *obm__path_value(const char *path);
 /* Checks such a record; *path owned. */
 obm_status obm__file_of(const obm_json *record, const char *dir, const char *where, char **path, uint64_t *bytes,
                         const char **xxh3, obm_error *err);
+/* The same of a text file. */
+obm_status obm__text_file_of(const obm_json *record, const char *dir, const char *where, char **path, uint64_t *bytes,
+                             const char **xxh3, obm_error *err);
 obm_json *obm__settings_record(const obm_pack_settings *s);
 obm_status obm__settings_parse(const obm_json *manifest, const char *where, obm_pack_settings *out, obm_error *err);
 obm_status obm__settings_check(const obm_pack_settings *s, obm_error *err);
@@ -82,6 +85,21 @@ obm_status obm__expert_write(const obm__expert_request *r, const obm_checkpoint 
 obm_status obm__pack_writer(const char *dir, const char *stem, obm__st_writer **out, obm_error *err);
 obm_status obm__pack_publish(obm__st_writer *w, const char *dir, const char *stem, char xxh3[33], uint64_t *bytes, char **name,
                              obm_error *err);
+
+/* ---- the experts' texts (pack_text.c) ---- */
+
+/* Compares the expert's tokenizer, template and eos with the base's, stores what differs in `dir` (dry_run: only checks) and
+ * says so in *record, owned: NULL where nothing differs.  MISMATCH: token ids that contradict the base's. */
+obm_status obm__text_write(const obm__expert_request *r, const obm_checkpoint *expert, obm_json **record, uint64_t *bytes,
+                           obm_error *err);
+/* The "text" member of an expert (nullable), checked; out is cleared with obm__text_clear, also after a failure. */
+obm_status obm__text_load(const obm_json *record, const char *dir, const char *where, const char *task, obm__pack_text *out,
+                          obm_error *err);
+void obm__text_clear(obm__pack_text *t);
+bool obm__text_owns(const char *file);                                /* a name that obm__text_write gives */
+bool obm__text_names(const obm_json *record, const char *file);      /* record: the "text" member, nullable */
+/* The record of one file, NULL without. */
+const obm_json *obm__text_record(const obm_json *record, obm__text_file f);
 
 /* ---- the opened pack (pack_load.c) ---- */
 

@@ -1,4 +1,5 @@
 /* config.json: every key that changes results is read and checked, or refused by name.  It looks at no weights. */
+#include "../text/text.h"
 #include "model.h"
 
 #include <stdio.h>
@@ -189,20 +190,10 @@ static obm_status read_rope(const reader *r, int64_t positions, obm__rope *out) 
 /* ---- end of sequence ---- */
 
 static obm_status read_eos(const reader *r, obm__config *c) {
-    const obm_json *v = obm__json_get(r->json, "eos_token_id");
-    if (absent(v)) return OBM_OK;
-    bool list = obm__json_kind(v) == OBM_JSON_ARRAY;
-    size_t n = list ? obm__json_size(v) : 1;
-    int32_t *eos = obm__calloc(n, sizeof *eos);
-    if (!eos) return obm__fail_nomem(r->err, n * sizeof *eos);
-    for (size_t i = 0; i < n; i++) {
-        int64_t id;
-        if (!obm__json_int(list ? obm__json_at(v, i) : v, &id) || id < -1 || id > INT32_MAX) {
-            obm_free(eos);
-            return wrong_kind(r, "eos_token_id", "a token id or a list of them");
-        }
-        eos[i] = (int32_t)id;
-    }
+    int32_t *eos = NULL;
+    size_t n = 0;
+    OBM_TRY(obm__eos_read(r->json, r->where, &eos, &n, r->err));
+    if (!eos) return OBM_OK;
     obm_free(c->eos);
     c->eos = eos;
     c->n_eos = n;

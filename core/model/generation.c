@@ -43,8 +43,6 @@ obm_status obm__settings_init(obm__settings *s, const obm_model *m, const obm_ge
     OBM_TRY(check_routes(m, o, n_prompts, err));
     OBM_TRY(obm__sampler_init(&probe, o, 0, 1, err));   /* ranges are refused before any work */
     obm__sampler_clear(&probe);
-    if (n_stop && !m->tokenizer)
-        return obm__fail(err, OBM_E_ARG, "%s: stop strings need a tokenizer.json", obm_checkpoint_path(m->base));
     obm_status status = n_stop ? copy_stops(s, o->stop, n_stop, err) : OBM_OK;
     if (status != OBM_OK) obm__settings_clear(s);
     return status;
@@ -116,9 +114,9 @@ static obm_status flush_text(obm__generation *g, obm_error *err) {
 
 /* ---- tokens ---- */
 
-static bool is_eos(const obm_model *m, int32_t id) {
-    for (size_t i = 0; i < m->config.n_eos; i++)
-        if (m->config.eos[i] == id) return true;
+static bool is_eos(const obm__model_text *words, int32_t id) {
+    for (size_t i = 0; i < words->n_eos; i++)
+        if (words->eos[i] == id) return true;
     return false;
 }
 
@@ -144,7 +142,7 @@ static obm_status accept_logits(obm_model *m, obm__generation *g, float *logits,
     size_t len, step = g->n_ids - g->n_prompt;
     int32_t id = obm__sample(&g->sampler, logits, g->ids, g->n_ids, step);
     OBM_TRY(append_id(g, id, err));
-    if (!g->settings->ignore_eos && is_eos(m, id)) {
+    if (!g->settings->ignore_eos && is_eos(g->words, id)) {
         end(g, OBM_FINISH_STOP);
         return flush_text(g, err);
     }
@@ -178,12 +176,20 @@ static obm_status choose_route(obm_model *m, obm__generation *g, const obm_promp
                              OBM_OPT(o, obm_generate_options, router_user, NULL), g->route, NULL, err);
 }
 
+/* The route comes first: it decides what the prompt's ids are. */
 static obm_status start(obm_model *m, obm__generation *g, const obm_prompt *prompt, size_t index, obm_error *err) {
-    OBM_TRY(obm__prompt_ids(m, prompt, g->settings->chat, &g->ids, &g->n_ids, err));
-    g->n_prompt = g->capacity = g->n_ids;
+    const obm_generate_options *o = g->settings->options;
     OBM_TRY(choose_route(m, g, prompt, index, err));
-    OBM_TRY(obm__sampler_init(&g->sampler, g->settings->options, index, m->vocab, err));
-    return m->tokenizer ? obm__decode_stream_new(m->tokenizer, true, &g->decoder, err) : OBM_OK;
+    g->words = obm__model_text_for(m, g->route);
+    const obm_tokenizer *t = g->words->tokenizer;
+    const obm__prompter how = {m, t, OBM_OPT(o, obm_generate_options, render, NULL),
+                               OBM_OPT(o, obm_generate_options, render_user, NULL)};
+    if (g->settings->n_stop && !t)
+        return obm__fail(err, OBM_E_ARG, "%s: stop strings need a tokenizer.json", obm_checkpoint_path(m->base));
+    OBM_TRY(obm__prompt_ids(&how, prompt, g->settings->chat, &g->ids, &g->n_ids, err));
+    g->n_prompt = g->capacity = g->n_ids;
+    OBM_TRY(obm__sampler_init(&g->sampler, o, index, m->vocab, err));
+    return t ? obm__decode_stream_new(t, true, &g->decoder, err) : OBM_OK;
 }
 
 obm_status obm__generation_new(obm_model *m, const obm__settings *s, const obm_prompt *prompt, size_t index,

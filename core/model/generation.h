@@ -21,6 +21,7 @@ typedef struct obm__generation {
     obm__sampler sampler;
     obm__decode_stream *decoder;   /* NULL without a tokenizer */
     double *route;                 /* (tasks), NULL for a plain model */
+    const obm__model_text *words;  /* tokenizer and eos of the route */
     int32_t *ids;                  /* prompt, then generated */
     size_t n_ids, n_prompt, capacity;
     obm__buffer text;

@@ -83,6 +83,7 @@ static obm_status prepare(obm_model *m, const obm_model_options *options, obm_er
         return obm__fail(err, OBM_E_ARG, "the KV cache can be F32 or F16, not %s", obm_dtype_name(m->kv));
     OBM_TRY(load_config(m, err));
     OBM_TRY(load_tokenizer(m, err));
+    OBM_TRY(obm__model_load_texts(m, err));
     m->frequencies = obm__alloc((size_t)m->config.head_dim / 2, sizeof *m->frequencies);
     if (!m->frequencies) return obm__fail_nomem(err, (uint64_t)m->config.head_dim * 2);
     obm__rope_frequencies(&m->config.rope, m->config.head_dim, m->frequencies);
@@ -148,6 +149,7 @@ void obm_model_free(obm_model *m) {
     obm__weights_free_all(m);
     obm__signs_free_all(m);
     obm__scratch_free(&m->scratch);
+    obm__model_free_texts(m);
     obm__config_clear(&m->config);
     obm_free(m->frequencies);
     if (m->tokenizer) obm_tokenizer_free(m->tokenizer);

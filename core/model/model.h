@@ -311,6 +311,14 @@ obm_status obm__prefill(obm_model *m, obm__sequence *s, const int32_t *ids, size
 
 /* ---- the model (model.c) ---- */
 
+/* How text and ids belong together under a route. */
+typedef struct obm__model_text {
+    const obm_tokenizer *tokenizer;     /* NULL without tokenizer.json */
+    const int32_t *eos; size_t n_eos;
+    obm_tokenizer *owned;               /* an expert's own that no expert before it has; NULL without */
+    int32_t *owned_eos;                 /* a copy: the pack may change while the model is open */
+} obm__model_text;
+
 struct obm_model {
     obm_context *ctx;
     obm__guard guard;
@@ -319,7 +327,8 @@ struct obm_model {
     const obm_pack *pack;               /* NULL for a plain model */
     obm_pack *own_pack;
     size_t tasks;                       /* of the pack at opening */
-    obm_tokenizer *tokenizer;           /* NULL without tokenizer.json */
+    obm_tokenizer *tokenizer;           /* the base's, NULL without tokenizer.json */
+    obm__model_text *texts;             /* (tasks), then the base's */
     obm__config config;
     int64_t vocab;                      /* the largest of base and experts */
     obm_dtype kv;
@@ -346,6 +355,11 @@ obm_status obm__model_check_ids(const obm_model *m, const obm__weights *w, const
 size_t obm__model_tasks(const obm_model *m);   /* 0 for a plain model */
 /* Index in the pack of a role's tensor (of the embedding for a tied head), or SIZE_MAX. */
 size_t obm__model_tensor(const obm_model *m, int64_t layer, obm__role role);
+/* route NULL: the base's.  Never NULL. */
+const obm__model_text *obm__model_text_for(const obm_model *m, const double *route);
+/* Fills m->texts from the pack; MISMATCH when the base's tokenizer is no longer the one that an expert was checked with. */
+obm_status obm__model_load_texts(obm_model *m, obm_error *err);
+void obm__model_free_texts(obm_model *m);
 
 /* ---- sampling (sample.c) ---- */
 
@@ -367,9 +381,16 @@ double obm__random_uniform(uint64_t seed, uint64_t stream, uint64_t step);   /* 
 
 /* ---- prompts (prompt.c) ---- */
 
+/* How the prompts of one route become ids. */
+typedef struct obm__prompter {
+    const obm_model *m;
+    const obm_tokenizer *tokenizer;   /* the route's */
+    obm_render_fn render;             /* NULL: the built-in templates */
+    void *render_user;
+} obm__prompter;
 /* The ids that run for a prompt, as obm_prompt says.  chat: text is one user turn.  *ids owned. */
-obm_status obm__prompt_ids(const obm_model *m, const obm_prompt *p, bool chat, int32_t **ids, size_t *n, obm_error *err);
+obm_status obm__prompt_ids(const obm__prompter *how, const obm_prompt *p, bool chat, int32_t **ids, size_t *n, obm_error *err);
 /* The text that runs for a prompt (rendered where needed); *text NULL for ids.  *special: the post-processor's tokens apply. */
-obm_status obm__prompt_text(const obm_model *m, const obm_prompt *p, bool chat, char **text, bool *special, obm_error *err);
+obm_status obm__prompt_text(const obm__prompter *how, const obm_prompt *p, bool chat, char **text, bool *special, obm_error *err);
 
 #endif

@@ -29,16 +29,16 @@ static obm_status append(tokens *t, const int32_t *ids, size_t n, obm_error *err
  * comes after the prompt's own tokens is scored (lm-evaluation-harness does the same).  Where the whole starts with
  * other tokens than the prompt's, the seam lies inside a token, and the continuation is encoded on its own instead.
  * *done tells which. */
-static obm_status encode_whole(const obm_model *m, const obm_score_item *item, tokens *t, bool *done, obm_error *err) {
+static obm_status encode_whole(const obm__prompter *how, const obm_score_item *item, tokens *t, bool *done, obm_error *err) {
     char *text;
     bool special;
     int32_t *ids = NULL;
     size_t n;
-    OBM_TRY(obm__prompt_text(m, &item->prompt, false, &text, &special, err));
+    OBM_TRY(obm__prompt_text(how, &item->prompt, false, &text, &special, err));
     *done = false;
     if (!text) return OBM_OK;
     char *whole = obm__format("%s%s", text, item->continuation);
-    obm_status status = whole ? obm_tokenizer_encode(m->tokenizer, whole, strlen(whole), special, &ids, &n, err)
+    obm_status status = whole ? obm_tokenizer_encode(how->tokenizer, whole, strlen(whole), special, &ids, &n, err)
                               : obm__fail_nomem(err, strlen(text));
     if (status == OBM_OK && n > t->n && !memcmp(ids, t->ids, t->n * sizeof *ids)) {
         *done = true;
@@ -50,27 +50,25 @@ static obm_status encode_whole(const obm_model *m, const obm_score_item *item, t
     return status;
 }
 
-static obm_status encode_apart(const obm_model *m, const char *text, bool special, tokens *t, obm_error *err) {
+static obm_status encode_apart(const obm__prompter *how, const char *text, bool special, tokens *t, obm_error *err) {
     int32_t *ids;
     size_t n;
-    if (!m->tokenizer)
+    if (!how->tokenizer)
         return obm__fail(err, OBM_E_ARG, "%s: no tokenizer.json here, so continuations must be token ids",
-                         obm_checkpoint_path(m->base));
-    OBM_TRY(obm_tokenizer_encode(m->tokenizer, text, strlen(text), special, &ids, &n, err));
+                         obm_checkpoint_path(how->m->base));
+    OBM_TRY(obm_tokenizer_encode(how->tokenizer, text, strlen(text), special, &ids, &n, err));
     obm_status status = append(t, ids, n, err);
     obm_free(ids);
     return status;
 }
 
-static obm_status encode_item(const obm_model *m, const obm_score_item *item, tokens *t, obm_error *err) {
+static obm_status encode_item(const obm__prompter *how, const obm_score_item *item, tokens *t, obm_error *err) {
     bool whole = !has_prompt(&item->prompt), done = false;
-    if (!item->continuation_ids && !item->continuation)
-        return obm__fail(err, OBM_E_ARG, "the continuation has neither text nor ids");
-    if (!whole) OBM_TRY(obm__prompt_ids(m, &item->prompt, false, &t->ids, &t->n, err));
+    if (!whole) OBM_TRY(obm__prompt_ids(how, &item->prompt, false, &t->ids, &t->n, err));
     t->first = whole ? 1 : t->n;
     if (item->continuation_ids) return append(t, item->continuation_ids, item->n_continuation_ids, err);
-    if (!whole && t->n) OBM_TRY(encode_whole(m, item, t, &done, err));
-    return done ? OBM_OK : encode_apart(m, item->continuation, whole, t, err);
+    if (!whole && t->n) OBM_TRY(encode_whole(how, item, t, &done, err));
+    return done ? OBM_OK : encode_apart(how, item->continuation, whole, t, err);
 }
 
 /* ---- scoring ---- */
@@ -133,15 +131,14 @@ static obm_status run(obm_model *m, const double *route, const tokens *t, scorer
 }
 
 /* A whole text has no prompt: the router sees the text itself. */
-static obm_status choose_route(obm_model *m, const obm_score_item *item, const tokens *t, double *route,
-                               obm_error *err) {
+static obm_status choose_route(obm_model *m, const obm_score_item *item, double *route, obm_error *err) {
     size_t tasks = obm__model_tasks(m);
     if (item->route) {
         memcpy(route, item->route, tasks * sizeof *route);
         return OBM_OK;
     }
     obm_prompt whole = {.text = item->continuation};
-    if (!item->continuation) whole = (obm_prompt){.ids = t->ids, .n_ids = t->n};
+    if (!item->continuation) whole = (obm_prompt){.ids = item->continuation_ids, .n_ids = item->n_continuation_ids};
     return obm__route_prompt(m, has_prompt(&item->prompt) ? &item->prompt : &whole, NULL, NULL, route, NULL, err);
 }
 
@@ -152,20 +149,32 @@ static void summarise(obm_score *out, bool greedy) {
     out->is_greedy = greedy;
 }
 
-static obm_status score_item(obm_model *m, const obm_score_item *item, size_t index, obm_score *out, obm_error *err) {
-    tokens t = {0};
-    obm_score r = {0};
-    obm_status status;
+static obm_status check_item(const obm_model *m, const obm_score_item *item, obm_error *err) {
     if (item->route && !m->pack)
         return obm__fail(err, OBM_E_ARG, "a route applies to a pack, and this is a plain model");
-    OBM_GO(encode_item(m, item, &t, err));
+    if (!item->continuation_ids && !item->continuation)
+        return obm__fail(err, OBM_E_ARG, "the continuation has neither text nor ids");
+    return OBM_OK;
+}
+
+/* The route comes first: it decides what the item's ids are. */
+static obm_status score_item(obm_model *m, const obm_score_item *item, size_t index, const obm_score_options *o,
+                             obm_score *out, obm_error *err) {
+    tokens t = {0};
+    obm_score r = {.n_route = obm__model_tasks(m)};
+    obm__prompter how = {m, NULL, OBM_OPT(o, obm_score_options, render, NULL),
+                         OBM_OPT(o, obm_score_options, render_user, NULL)};
+    obm_status status;
+    OBM_GO(check_item(m, item, err));
+    r.route = m->pack ? obm__calloc(r.n_route, sizeof *r.route) : NULL;
+    if (m->pack && !r.route) OBM_GO(obm__fail_nomem(err, r.n_route * sizeof *r.route));
+    if (m->pack) OBM_GO(choose_route(m, item, r.route, err));
+    how.tokenizer = obm_model_tokenizer_for(m, r.route);
+    OBM_GO(encode_item(&how, item, &t, err));
     if (t.n <= t.first) OBM_GO(obm__fail(err, OBM_E_ARG, "the continuation has no tokens to score"));
     r.n = t.n - t.first;
-    r.n_route = obm__model_tasks(m);
     r.token_logprobs = obm__calloc(r.n, sizeof *r.token_logprobs);
-    r.route = m->pack ? obm__calloc(r.n_route, sizeof *r.route) : NULL;
-    if (!r.token_logprobs || (m->pack && !r.route)) OBM_GO(obm__fail_nomem(err, r.n * sizeof *r.token_logprobs));
-    if (m->pack) OBM_GO(choose_route(m, item, &t, r.route, err));
+    if (!r.token_logprobs) OBM_GO(obm__fail_nomem(err, r.n * sizeof *r.token_logprobs));
     scorer s = {.t = &t, .item = index, .out = r.token_logprobs, .greedy = true};
     OBM_GO(run(m, r.route, &t, &s, err));
     summarise(&r, s.greedy);
@@ -184,15 +193,19 @@ static obm_status name_item(size_t i, obm_status status, obm_error *err) {
     return obm__fail(err, status, "item %zu: %s", i, message);
 }
 
-obm_status obm_model_score(obm_model *m, const obm_score_item *items, size_t n, obm_progress_fn progress, void *user,
+obm_status obm_model_score(obm_model *m, const obm_score_item *items, size_t n, const obm_score_options *options,
                            obm_score *out, obm_error *err) {
-    obm__pulse pulse = {.fn = progress, .user = user, .what = "score", .total = n};
+    obm__pulse pulse = {.fn = OBM_OPT(options, obm_score_options, progress, NULL),
+                        .user = OBM_OPT(options, obm_score_options, progress_user, NULL),
+                        .what = "score",
+                        .total = n};
+    OBM_TRY(OBM_CHECK(obm_score_options, options, err));
     obm_score *scores = obm__calloc(n, sizeof *scores);
     if (!scores) return obm__fail_nomem(err, n * sizeof *scores);
     obm_status status = obm__model_enter(m, &pulse, err);
     if (status == OBM_OK) {
         for (size_t i = 0; i < n && status == OBM_OK; i++) {
-            status = name_item(i, score_item(m, &items[i], i, &scores[i], err), err);
+            status = name_item(i, score_item(m, &items[i], i, options, &scores[i], err), err);
             if (status == OBM_OK) status = obm__pulse_done(&pulse, i + 1, err);
         }
         obm__model_leave(m);

@@ -115,6 +115,38 @@ static bool set_dtype(obm_json *config, obm_dtype dtype) {
     return obm__json_set(config, key, obm__json_new_string(name));
 }
 
+/* What the routed expert brings itself; NULL: a soft route or the base. */
+static const obm__pack_text *own_text(const export_job *j) {
+    size_t hard = obm__route_hard(j->weights, j->pack->n_experts);
+    return hard == SIZE_MAX ? NULL : &j->pack->experts[hard].text;
+}
+
+static bool set_eos(obm_json *config, const obm__pack_text *t) {
+    if (t->n_eos == 1) return obm__json_set(config, "eos_token_id", obm__json_new_int(t->eos[0]));
+    obm_json *list = obm__json_new_array();
+    bool ok = list != NULL;
+    for (size_t i = 0; i < t->n_eos; i++) ok = ok && obm__json_append(list, obm__json_new_int(t->eos[i]));
+    return obm__json_set(config, "eos_token_id", list) && ok;
+}
+
+/* Each of tokenizer, template and generation_config comes from one side as a whole.  vocab.json, merges.txt and
+ * tokenizer.model say what tokenizer.json says, of the base's vocabulary. */
+static size_t choose_files(const obm__pack_text *t, const char *instead[][2]) {
+    static const char *const derived[] = {"vocab.json", "merges.txt", "tokenizer.model"};
+    size_t n = 0;
+    for (int f = 0; t && f < OBM_TEXT_FILES; f++) {
+        bool own = f <= OBM_TEXT_ADDED ? t->tokenizer : f <= OBM_TEXT_TEMPLATE ? t->template_ : t->eos != NULL;
+        if (!own) continue;
+        instead[n][0] = obm__text_file_name((obm__text_file)f);
+        instead[n++][1] = t->paths[f];
+    }
+    for (size_t i = 0; t && t->tokenizer && i < sizeof derived / sizeof *derived; i++) {
+        instead[n][0] = derived[i];
+        instead[n++][1] = NULL;
+    }
+    return n;
+}
+
 /* *out owned; NULL where the base has none. */
 static obm_status make_config(const export_job *j, obm_json **out, obm_error *err) {
     size_t embedding = obm__pack_find(j->pack, OBM_EMBEDDING_NAME);
@@ -125,6 +157,7 @@ static obm_status make_config(const export_job *j, obm_json **out, obm_error *er
     bool ok = config != NULL;
     if (ok && is_untied(j)) ok = obm__json_set(config, "tie_word_embeddings", obm__json_new_bool(false));
     if (ok && j->has_dtype) ok = set_dtype(config, j->dtype);
+    if (ok && own_text(j) && own_text(j)->eos) ok = set_eos(config, own_text(j));
     if (ok && embedding != SIZE_MAX && shape_of(j, embedding, &shape) && obm__route_changes(j->plan, embedding))
         ok = obm__json_set(config, "vocab_size", obm__json_new_int(shape.shape[0]));
     if (!ok) {
@@ -159,7 +192,8 @@ static obm_status make_card(const export_job *j, char **out, obm_error *err) {
     for (size_t k = 0; k < p->n_experts; k++)
         obm__buffer_printf(&b, "| expert %s | %s |\n", p->experts[k].name,
                            p->experts[k].policy ? p->experts[k].policy : "");
-    obm__buffer_text(&b, "\nThe tokenizer is the base's.\n");
+    bool own = own_text(j) && own_text(j)->tokenizer;
+    obm__buffer_printf(&b, "\nThe tokenizer is the %s's.\n", own ? "expert" : "base");
     obm_free(route);
     if (b.failed) {
         obm__buffer_free(&b);
@@ -339,7 +373,10 @@ static obm_status run_export(export_job *j, const char *path, obm_error *err) {
     double start = now();
     OBM_TRY(make_config(j, &config, err));
     obm_status status = make_card(j, &card, err);
-    obm__model_writer_options o = {.shard_bytes = OBM_OPT(j->options, obm_export_options, shard_bytes, 0),
+    const char *instead[OBM_TEXT_FILES + 3][2];
+    obm__model_writer_options o = {.instead = (const char *const(*)[2])instead,
+                                   .n_instead = choose_files(own_text(j), instead),
+                                   .shard_bytes = OBM_OPT(j->options, obm_export_options, shard_bytes, 0),
                                    .overwrite = OBM_OPT(j->options, obm_export_options, overwrite, false),
                                    .copy_from = j->pack->base->directory,
                                    .config = config,

@@ -106,18 +106,13 @@ static obm_status load_jinja(obm__chat *c, const char *path, obm_error *err) {
 }
 
 /* Tries one file; sets c->source and c->name where it has a template. */
-static obm_status load_from(obm__chat *c, const char *directory, const char *name,
+static obm_status load_from(obm__chat *c, const char *path,
                             obm_status (*load)(obm__chat *c, const char *path, obm_error *err), obm_error *err) {
-    if (c->source) return OBM_OK;
-    char *path = obm__path_join(directory, name);
-    obm_status status = path ? OBM_OK : obm__fail_nomem(err, strlen(directory));
-    if (status == OBM_OK && obm__file_exists(path)) status = load(c, path, err);
-    if (status == OBM_OK && c->source) {
-        c->name = path;
-        return OBM_OK;
-    }
-    obm_free(path);
-    return status;
+    if (c->source || !path || !obm__file_exists(path)) return OBM_OK;
+    OBM_TRY(load(c, path, err));
+    if (!c->source) return OBM_OK;
+    c->name = obm__strdup(path);
+    return c->name ? OBM_OK : obm__fail_nomem(err, strlen(path));
 }
 
 /* A token is its text, or {"content": text, ...}. */
@@ -127,24 +122,25 @@ static bool copy_token(const obm_json *value, char **out) {
     return !text || (*out = obm__strdup(text)) != NULL;
 }
 
-static obm_status load_tokens(obm__chat *c, const char *directory, obm_error *err) {
-    char *path = obm__path_join(directory, "tokenizer_config.json");
-    if (!path) return obm__fail_nomem(err, strlen(directory));
+static obm_status load_tokens(obm__chat *c, const char *path, obm_error *err) {
     obm_json *config = NULL;
-    obm_status status = obm__file_exists(path) ? obm__json_load(path, &config, err) : OBM_OK;
-    obm_free(path);
-    if (config && !(copy_token(obm__json_get(config, "bos_token"), &c->bos) &&
-                    copy_token(obm__json_get(config, "eos_token"), &c->eos)))
-        status = obm__fail_nomem(err, 0);
+    OBM_TRY(obm__json_load(path, &config, err));
+    bool ok = copy_token(obm__json_get(config, "bos_token"), &c->bos) &&
+              copy_token(obm__json_get(config, "eos_token"), &c->eos);
     obm__json_free(config);
-    return status;
+    return ok ? OBM_OK : obm__fail_nomem(err, 0);
 }
 
-/* The file of its own wins, as in transformers. */
-obm_status obm__chat_load(obm__chat *c, const char *directory, obm_error *err) {
-    OBM_TRY(load_tokens(c, directory, err));
-    OBM_TRY(load_from(c, directory, "chat_template.jinja", load_jinja, err));
-    OBM_TRY(load_from(c, directory, "tokenizer_config.json", load_config, err));
+obm_status obm__chat_load(obm__chat *c, const obm__chat_files *places, size_t n, obm_error *err) {
+    for (size_t i = 0; i < n; i++) {
+        if (!places[i].config || !obm__file_exists(places[i].config)) continue;
+        OBM_TRY(load_tokens(c, places[i].config, err));
+        break;
+    }
+    for (size_t i = 0; i < n; i++) {
+        OBM_TRY(load_from(c, places[i].jinja, load_jinja, err));
+        OBM_TRY(load_from(c, places[i].config, load_config, err));
+    }
     return c->source ? obm__chat_use(c, err) : OBM_OK;
 }
 

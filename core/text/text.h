@@ -73,6 +73,17 @@ obm_status obm__vocab_load(obm__vocab *v, const obm_json *model, const obm_json 
 void obm__vocab_free(obm__vocab *v);
 int32_t obm__vocab_find(const obm__vocab *v, const char *text, size_t len);   /* -1: none */
 
+/* An expert's ids mean what the base's do: of the ids below `rows`, those that both vocabularies name have the same piece.
+ * MISMATCH names the expert (`task`), the id and both pieces; `where` is the expert's file. */
+obm_status obm__vocab_check(const obm__vocab *base, const obm__vocab *own, int64_t rows, const char *task, const char *where,
+                            obm_error *err);
+
+/* ---- eos.c ---- */
+
+/* "eos_token_id" of a config.json or generation_config.json: an id or a list.  *ids owned; absent or null leaves both
+ * outputs as they are.  -1 (never) may stand in it. */
+obm_status obm__eos_read(const obm_json *config, const char *where, int32_t **ids, size_t *n, obm_error *err);
+
 /* ---- bpe.c ---- */
 
 typedef struct obm__ids { int32_t *data; size_t count, capacity; bool failed; } obm__ids;   /* zero-initialise */
@@ -145,8 +156,11 @@ typedef struct obm__chat {
     bool chatml;
     const char *obstacle;    /* why the built-in cannot stand in for it; static, NULL if it can */
 } obm__chat;
-/* Reads chat_template.jinja and tokenizer_config.json in `directory`; neither is fine. */
-obm_status obm__chat_load(obm__chat *c, const char *directory, obm_error *err);
+/* Paths of chat_template.jinja and tokenizer_config.json; NULL, or nothing there: without. */
+typedef struct obm__chat_files { const char *jinja, *config; } obm__chat_files;
+/* The template of the first place that has one (in a place the jinja file wins, as in transformers), bos and eos of the
+ * first place that has a tokenizer_config.json.  None at all is fine. */
+obm_status obm__chat_load(obm__chat *c, const obm__chat_files *places, size_t n, obm_error *err);
 obm_status obm__chat_use(obm__chat *c, obm_error *err);   /* recognises c->source */
 void obm__chat_free(obm__chat *c);
 
@@ -159,6 +173,9 @@ struct obm_tokenizer {
     obm__added_set raw, normalized;
     obm__chat chat;
 };
+/* tokenizer.json at `path`, the chat part from the places. */
+obm_status obm__tokenizer_load(const char *path, const obm__chat_files *places, size_t n, obm_tokenizer **out,
+                               obm_error *err);
 /* From memory, without a chat template. */
 obm_status obm__tokenizer_parse(const char *json, size_t size, const char *where, obm_tokenizer **out, obm_error *err);
 bool obm__tokenizer_is_special(const obm_tokenizer *t, int32_t id);   /* false for ids out of range */

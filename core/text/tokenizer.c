@@ -109,20 +109,32 @@ obm_status obm__tokenizer_parse(const char *json, size_t size, const char *where
     return status;
 }
 
-/* Everything in the folder that the file is in. */
-static obm_status open_in(const char *directory, const char *file, obm_tokenizer **out, obm_error *err) {
+obm_status obm__tokenizer_load(const char *path, const obm__chat_files *places, size_t n, obm_tokenizer **out,
+                               obm_error *err) {
     obm_tokenizer *t = NULL;
     char *text = NULL;
     size_t size = 0;
     obm_status status;
-    OBM_GO(obm__file_read(file, &text, &size, err));
-    OBM_GO(obm__tokenizer_parse(text, size, file, &t, err));
-    OBM_GO(obm__chat_load(&t->chat, directory, err));
+    OBM_GO(obm__file_read(path, &text, &size, err));
+    OBM_GO(obm__tokenizer_parse(text, size, path, &t, err));
+    OBM_GO(obm__chat_load(&t->chat, places, n, err));
     *out = t;
     t = NULL;
 done:
     obm_free(text);
     obm_tokenizer_free(t);
+    return status;
+}
+
+/* Everything in the folder that the file is in. */
+static obm_status open_in(const char *directory, const char *file, obm_tokenizer **out, obm_error *err) {
+    char *jinja = obm__path_join(directory, "chat_template.jinja"),
+         *config = obm__path_join(directory, "tokenizer_config.json");
+    const obm__chat_files place = {jinja, config};
+    obm_status status =
+        jinja && config ? obm__tokenizer_load(file, &place, 1, out, err) : obm__fail_nomem(err, strlen(directory));
+    obm_free(jinja);
+    obm_free(config);
     return status;
 }
 

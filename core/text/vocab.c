@@ -150,3 +150,25 @@ obm_status obm__vocab_load(obm__vocab *v, const obm_json *model, const obm_json 
     if (status != OBM_OK) obm__vocab_free(v);
     return status;
 }
+
+/* A piece for a message: control characters become '?'. */
+static const char *shown(const obm__piece *p, char *buf, size_t size) {
+    size_t n = 0;
+    for (; n < p->len && n + 1 < size; n++)
+        buf[n] = (unsigned char)p->text[n] < 0x20 || p->text[n] == 0x7f ? '?' : p->text[n];
+    while (n < p->len && n > 0 && ((unsigned char)p->text[n] & 0xc0) == 0x80) n--; /* cut between characters */
+    buf[n] = 0;
+    return buf;
+}
+
+obm_status obm__vocab_check(const obm__vocab *base, const obm__vocab *own, int64_t rows, const char *task,
+                            const char *where, obm_error *err) {
+    for (size_t i = 0; i < base->size && i < own->size && (int64_t)i < rows; i++) {
+        const obm__piece *a = &base->pieces[i], *b = &own->pieces[i];
+        char theirs[64], ours[64];
+        if (!a->text || !b->text || (a->len == b->len && !memcmp(a->text, b->text, a->len))) continue;
+        return obm__fail(err, OBM_E_MISMATCH, "expert %s: %s gives id %zu the token \"%s\", the base's is \"%s\"", task,
+                         where, i, shown(b, ours, sizeof ours), shown(a, theirs, sizeof theirs));
+    }
+    return OBM_OK;
+}

@@ -133,6 +133,7 @@ def pack_ratios(pack) -> dict[str, float]:
 
 def pack_repr(pack) -> str:
     lines = [f"Pack(\"{pack.path}\")", table(["expert", "class", "tensors", "stored", "expert bytes", "pack bytes"], pack_rows(pack))]
+    lines += [f"{task} brings its own {pack.text(task)}" for task in pack.tasks if pack.text(task)]
     lines += [f"{label}: {value:.4f}" for label, value in pack_ratios(pack).items()]
     s = pack.settings
     lines.append(f"lambda {s['lambda']:g}, reading {s['reading']}, profile {s['profile']}, density {s['density']:g}")
@@ -157,7 +158,8 @@ def run_table(pack) -> str:
 
 def pack_html(pack) -> str:
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in pack_rows(pack))
-    ratios = "; ".join(f"{html.escape(label)}: {value:.4f}" for label, value in pack_ratios(pack).items())
+    ratios = "; ".join([f"{html.escape(label)}: {value:.4f}" for label, value in pack_ratios(pack).items()] +
+                       [f"{html.escape(task)} brings its own {pack.text(task)}" for task in pack.tasks if pack.text(task)])
     return ("<table><tr><th>expert</th><th>class</th><th>tensors</th><th>stored</th><th>expert bytes</th><th>pack bytes</th></tr>"
             f"{cells}</table><p>{ratios}</p>")
 

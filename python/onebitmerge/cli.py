@@ -278,7 +278,7 @@ def show_pack(args, pack):
         return
     for task in pack.tasks:
         for cls, b in pack.bytes(task).items():
-            emit({"expert": task, "class": cls, **b, "policy": pack.policy(task)})
+            emit({"expert": task, "class": cls, **b, "policy": pack.policy(task), "text": pack.text(task)})
     emit({"base": pack.base.path, "base_bytes": pack.base_bytes, "settings": pack.settings,
           "runs": {row.pop("class"): row for row in _results.run_rows(pack)}, **{label: value for label, value in _results.pack_ratios(pack).items()}})
 

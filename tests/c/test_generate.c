@@ -559,7 +559,7 @@ static void a_broken_model_says_so(void **state) {
     assert_int_equal(obm_stream_open(m, &p[1], NULL, &s, &err), OBM_E_VALUE);
     obm_score_item item = {.prompt = p[1], .continuation_ids = ids, .n_continuation_ids = 2};
     obm_score score;
-    assert_int_equal(obm_model_score(m, &item, 1, NULL, NULL, &score, &err), OBM_E_VALUE);
+    assert_int_equal(obm_model_score(m, &item, 1, NULL, &score, &err), OBM_E_VALUE);
     assert_non_null(strstr(err.message, "logits are not finite at position 1 (prompt 0)"));
     check_ok(obm_model_logits(m, ids, 3, NULL, logits, &err), &err);   /* failures leave the model usable */
     obm_model_free(m);
@@ -615,7 +615,7 @@ static void scores_are_sums_of_log_probabilities(void **state) {
                               {.prompt = p, .continuation_ids = c.ids, .n_continuation_ids = c.n_ids},
                               {.prompt = {.ids = ids, .n_ids = n_prompt}, .continuation = continuation}};
     obm_score scores[4];
-    check_ok(obm_model_score(model, items, 4, NULL, NULL, scores, &err), &err);
+    check_ok(obm_model_score(model, items, 4, NULL, scores, &err), &err);
     check_score(&scores[0], ids, n, n_prompt);
     check_score(&scores[1], ids, n, 1);
     check_score(&scores[3], ids, n, n_prompt);
@@ -643,7 +643,7 @@ static void a_seam_inside_a_token_is_encoded_apart(void **state) {
     memcpy(all + na, b, nb * sizeof *b);
     obm_score_item item = {.prompt = {.text = "in t"}, .continuation = "he"};
     obm_score s;
-    check_ok(obm_model_score(model, &item, 1, NULL, NULL, &s, &err), &err);
+    check_ok(obm_model_score(model, &item, 1, NULL, &s, &err), &err);
     check_score(&s, all, na + nb, na);
     obm_score_clear(&s);
     obm_free(a);
@@ -657,13 +657,13 @@ static void wrong_items_are_refused(void **state) {
     const double route[] = {1};
     obm_score_item items[] = {{.prompt = {.text = "in"}, .continuation = " the"},
                               {.prompt = {.text = "in"}, .continuation = ""}};
-    assert_int_equal(obm_model_score(model, items, 2, NULL, NULL, out, &err), OBM_E_ARG);
+    assert_int_equal(obm_model_score(model, items, 2, NULL, out, &err), OBM_E_ARG);
     assert_non_null(strstr(err.message, "item 1"));
     items[1].continuation = NULL;
-    assert_int_equal(obm_model_score(model, items, 2, NULL, NULL, out, &err), OBM_E_ARG);
+    assert_int_equal(obm_model_score(model, items, 2, NULL, out, &err), OBM_E_ARG);
     items[1].continuation = "x";
     items[1].route = route;
-    assert_int_equal(obm_model_score(model, items, 2, NULL, NULL, out, &err), OBM_E_ARG);
+    assert_int_equal(obm_model_score(model, items, 2, NULL, out, &err), OBM_E_ARG);
 }
 
 int main(void) {

@@ -432,7 +432,7 @@ static void scores_take_routes(void **state) {
                                 .continuation_ids = f.ids + 9,
                                 .n_continuation_ids = 1,
                                 .route = routes[4]}};
-    check_ok(obm_model_score(m, items, 2, NULL, NULL, s, &err), &err);
+    check_ok(obm_model_score(m, items, 2, NULL, s, &err), &err);
     for (int i = 0; i < 2; i++) {
         obm_run_options options = OBM_INIT(obm_run_options);
         double total = 0;

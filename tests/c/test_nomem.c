@@ -118,6 +118,23 @@ static obm_status compress_to(const char *name, size_t n, obm_pack **out, obm_er
     return obm_compress(context, folders[0], experts, n, &o, in_root(name), NULL, out, e);
 }
 
+static obm_status try_model(obm_error *e) {
+    obm_model *m;
+    OBM_TRY(obm_model_open(context, in_root("pack"), NULL, &m, e));
+    obm_model_free(m);
+    return OBM_OK;
+}
+
+static obm_status try_export(obm_error *e) {
+    obm_export_options o = OBM_INIT(obm_export_options);
+    obm_pack *p;
+    o.overwrite = true;
+    OBM_TRY(obm_pack_open(context, in_root("pack"), NULL, &p, e));
+    obm_status status = obm_pack_export(p, (double[]){0, 0, 1}, &o, in_root("dense"), NULL, e);
+    obm_pack_free(p);
+    return status;
+}
+
 static obm_status try_compress(obm_error *e) {
     obm_pack *p = NULL;
     obm_status status = compress_to("pack", 3, &p, e);
@@ -234,6 +251,8 @@ static void test_open(void **state) {
     fail_each(try_verify, 3, false);
     fail_each(try_materialise, 3, false);
     fail_each(try_coefficients, 3, false);
+    fail_each(try_model, 5, false);
+    fail_each(try_export, 7, false);
 }
 
 static void test_tokenizer(void **state) {
@@ -267,6 +286,11 @@ static int setup(void **state) {
     tiny_write_text(folders[0], "tokenizer.json",
                     "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"c\":2,\"d\":3,\"e\":4},\"merges\":[]},"
                     "\"pre_tokenizer\":{\"type\":\"ByteLevel\"},\"decoder\":{\"type\":\"ByteLevel\"}}");
+    tiny_write_text(folders[3], "tokenizer.json",
+                    "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"c\":2,\"d\":3,\"e\":4,\"f\":5},\"merges\":[]},"
+                    "\"pre_tokenizer\":{\"type\":\"ByteLevel\"},\"decoder\":{\"type\":\"ByteLevel\"}}");
+    tiny_write_text(folders[3], "tokenizer_config.json", "{\"chat_template\":\"{{ x }}\",\"eos_token\":\"f\"}");
+    tiny_write_text(folders[3], "generation_config.json", "{\"eos_token_id\":[2,5]}");
     return compress_to("pack", 2, NULL, NULL) == OBM_OK && compress_to("pack", 3, NULL, NULL) == OBM_OK ? 0 : -1;
 }
 

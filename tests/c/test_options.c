@@ -159,6 +159,13 @@ static obm_status stream_open(void *o, obm_error *err) {
     return status;
 }
 
+static obm_status score(void *o, obm_error *err) {
+    obm_score s = {0};
+    obm_status status = obm_model_score(f.model, &(obm_score_item){.continuation = "a b"}, 1, o, &s, err);
+    obm_score_clear(&s);
+    return status;
+}
+
 static obm_status merge(void *o, obm_error *err) {
     static const char recipe[] = "{\"merge_method\": \"linear\", \"dtype\": \"bfloat16\", \"models\": ["
                                  "{\"model\": \"" MODELS "chat\", \"parameters\": {\"weight\": 1}},"
@@ -190,6 +197,7 @@ static const struct {
     CASE(generate, obm_generate_options, temperature),
     CASE(generate_batch, obm_generate_options, temperature),
     CASE(stream_open, obm_generate_options, temperature),
+    CASE(score, obm_score_options, render),
     CASE(merge, obm_merge_options, progress),
 };
 
