@@ -73,7 +73,6 @@ static uint64_t default_budget(const obm_context *ctx) {
 }
 
 static obm_status prepare(obm_model *m, const obm_model_options *options, obm_error *err) {
-    obm__weights *base;
     m->tasks = obm__model_tasks(m);
     m->kv = OBM_OPT(options, obm_model_options, kv, OBM_F32);
     m->route_budget = OBM_OPT(options, obm_model_options, route_budget, 0);
@@ -89,8 +88,9 @@ static obm_status prepare(obm_model *m, const obm_model_options *options, obm_er
     obm__rope_frequencies(&m->config.rope, m->config.head_dim, m->frequencies);
     m->vocab = widest_vocabulary(m);
     count_params(m);
-    OBM_TRY(
-        obm__weights_acquire(m, NULL, &base, err)); /* checks every tensor the config asks for; freed with the model */
+    if (m->pack) OBM_TRY(obm__model_find_tensors(m, err));
+    /* checks every tensor the config asks for; freed with the model */
+    OBM_TRY(obm__weights_acquire(m, NULL, &m->base_alone, err));
     return m->pack && !m->materialise ? obm__signs_load(m, err) : OBM_OK;
 }
 
@@ -148,10 +148,12 @@ void obm_model_free(obm_model *m) {
     if (!m) return;
     obm__weights_free_all(m);
     obm__signs_free_all(m);
+    obm__coefficients_release(m->hard_routes);
     obm__scratch_free(&m->scratch);
     obm__model_free_texts(m);
     obm__config_clear(&m->config);
     obm_free(m->frequencies);
+    obm_free(m->tensors);
     if (m->tokenizer) obm_tokenizer_free(m->tokenizer);
     if (m->own_pack) obm_pack_free(m->own_pack);
     if (m->own_checkpoint) obm_checkpoint_free(m->own_checkpoint);
@@ -196,8 +198,9 @@ const obm_tokenizer *obm_model_tokenizer(const obm_model *m) { return m->tokeniz
 size_t obm__model_tasks(const obm_model *m) { return m->pack ? m->pack->n_experts : 0; }
 
 void obm_model_account(const obm_model *m, obm_model_memory *out) {
+    uint64_t coefficients = m->hard_routes ? obm__coefficient_cache_bytes(m->hard_routes->cache) : 0;
     *out = (obm_model_memory){.base = m->base_bytes,
-                              .planes = m->signs_bytes + m->terms_bytes,
+                              .planes = m->signs_bytes + m->terms_bytes + coefficients,
                               .overlays = m->overlay_bytes,
                               .kv = m->kv_bytes,
                               .scratch = m->scratch.bytes};

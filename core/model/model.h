@@ -9,6 +9,7 @@
 #define OBM_MODEL_H
 
 #include "../route/dynamic.h"
+#include "../route/masks.h"
 #include "../route/router.h"
 
 /* ---- architectures (arch.c): one row per model_type of config.json ---- */
@@ -60,10 +61,7 @@ void obm__config_shape(const obm__config *c, obm__role role, int64_t *rows, int6
 /* ---- sign planes (planes.c) ---- */
 
 /* Columns over which neither the scale of the activations nor any alpha changes: byte columns [first, first + count). */
-typedef struct obm__segment {
-    size_t first, count;
-    size_t span;                /* which coefficient of a row applies */
-} obm__segment;
+typedef struct obm__segment { size_t first, count; } obm__segment;
 
 /* The signs of one matrix, those of every expert, in the order in which a run reads them: blocks of 64 rows, in a block
  * one plane after the other, in a plane the 64 bytes of each byte column.  All routes share them. */
@@ -72,7 +70,7 @@ typedef struct obm__signs {
     size_t n;                   /* planes in pack order: experts, then planes of an expert */
     int64_t rows, cols, row_bytes;
     obm__segment *segments;
-    size_t n_segments, n_spans;
+    size_t n_segments;
 } obm__signs;
 /* Repacks the signs of all matrices of the pack (once per model). */
 obm_status obm__signs_load(obm_model *m, obm_error *err);
@@ -80,23 +78,23 @@ void obm__signs_free_all(obm_model *m);
 /* Those of a matrix, or of a tied head; NULL without. */
 const obm__signs *obm__signs_of(const obm_model *m, int64_t layer, obm__role role);
 
+/* The coefficients of the hard routes under one setting of the pack, from which all routes are made (route/masks.h).
+ * Shared by the routes that were prepared under it. */
+typedef struct obm__hard_routes {
+    obm__coefficient_cache *cache;
+    obm_pack_settings settings;
+    int refs;
+} obm__hard_routes;
+/* Those of the pack's settings as they are now, computed where they are not there yet; references. */
+obm_status obm__coefficients_acquire(obm_model *m, obm__hard_routes **out, obm_error *err);
+void obm__coefficients_release(obm__hard_routes *h);
+
 /* What a route adds to the base in one matrix: sum over masks M of c_M * prod_{i in M} s_i (route/coefficients.c). */
-#define OBM_RUN_MASKS 8
 typedef struct obm__terms {
     const obm__signs *signs;
-    int n_planes;
-    size_t plane[OBM_PATTERN_PLANES];   /* of signs: those that take part */
-    int n;                              /* masks; those with c_M = 0 everywhere are left out */
-    uint8_t mask[OBM_RUN_MASKS];        /* bit i: plane[i] */
-    float *c;                           /* (n, spans, rows), or (n, spans, 1) where all rows share them */
-    int64_t c_rows;
+    const obm__route_masks *masks;      /* one or more */
+    const obm__coefficient_shape *shape;
 } obm__terms;
-/* *out NULL: more than OBM_RUN_MASKS masks, so the matrix runs as an overlay.  *out is owned; obm__terms_bytes: all it
- * takes. */
-obm_status obm__terms_new(const obm_model *m, const obm__route_plan *plan, size_t tensor, const obm__signs *s,
-                          obm__terms **out, obm_error *err);
-void obm__terms_free(obm__terms *t);
-size_t obm__terms_bytes(const obm__terms *t);
 
 /* Activations as the planes take them: fixed point, in tables (kernels.h).  One for each vector of a batch. */
 typedef struct obm__tables {
@@ -109,7 +107,7 @@ typedef struct obm__tables {
 void obm__terms_multiply(const obm_kernels *k, const obm__terms *t, const obm__tables *x, int64_t row, int64_t rows,
                          const void *ahead, size_t ahead_bytes, float *y);
 /* panel (rows, cols) += the terms of rows [row, row + rows), row a multiple of 64; strip: OBM_STRIP_BYTES of scratch. */
-#define OBM_STRIP_BYTES ((size_t)OBM_PATTERN_PLANES * OBM__PLANE_ROWS * OBM__PLANE_TILE / 8)
+#define OBM_STRIP_BYTES ((size_t)OBM_ROUTE_MASKS * OBM__PLANE_ROWS * OBM__PLANE_TILE / 8)
 void obm__terms_add(const obm_kernels *k, const obm__terms *t, int64_t row, int64_t rows, float *panel, uint8_t *strip);
 
 /* ---- weights under a route (weights.c) ---- */
@@ -156,9 +154,11 @@ struct obm__weights {
     obm__route_plan *plan;      /* owned; NULL: the base alone */
     size_t embedding;           /* tensor of the pack, for rows by token */
     obm__overlay **overlays; size_t n_overlays;   /* referenced */
-    obm__terms **terms; size_t n_terms;           /* owned */
+    obm__hard_routes *hard_routes;                /* referenced; NULL: nothing runs on planes */
+    obm__planes_route *masks;                     /* owned */
+    obm__terms *terms;                            /* owned: (layers, OBM_MATRIX_ROLES), then the head's */
     void **owned; size_t n_owned;
-    uint64_t bytes, terms_bytes;/* of owned, of terms */
+    uint64_t bytes, terms_bytes;/* of owned, of masks and terms */
     int refs;                   /* running sequences */
     uint64_t used;              /* clock of the last acquire */
     obm__weights *next;
@@ -334,9 +334,12 @@ struct obm_model {
     obm_dtype kv;
     uint64_t route_budget;
     float *frequencies;                 /* (head_dim / 2) */
+    size_t *tensors;                    /* of the pack, in the order of obm__weights.tensors; NULL for a plain model */
+    obm__weights *base_alone;           /* in the list */
     obm__weights *routes;               /* list; the base alone is the last */
     uint64_t clock;
     obm__signs *signs;                  /* (layers, OBM_MATRIX_ROLES), then the head's; NULL: nothing runs on planes */
+    obm__hard_routes *hard_routes;      /* of the pack's last settings; NULL: no route has asked yet */
     obm__overlay *overlays;             /* list */
     obm__build *building;               /* a route whose overlays are on their way; NULL */
     bool materialise;                   /* nothing runs on planes */
@@ -353,6 +356,8 @@ void obm__model_leave(obm_model *m);
 obm_status obm__model_pool(obm_model *m, const int32_t *ids, size_t n, int layer, float *out, obm_error *err);
 obm_status obm__model_check_ids(const obm_model *m, const obm__weights *w, const int32_t *ids, size_t n, obm_error *err);
 size_t obm__model_tasks(const obm_model *m);   /* 0 for a plain model */
+/* Fills m->tensors. */
+obm_status obm__model_find_tensors(obm_model *m, obm_error *err);
 /* Index in the pack of a role's tensor (of the embedding for a tied head), or SIZE_MAX. */
 size_t obm__model_tensor(const obm_model *m, int64_t layer, obm__role role);
 /* route NULL: the base's.  Never NULL. */

@@ -1,5 +1,5 @@
 /* Running on sign planes: how they lie in memory, and y += (sum over masks of c_M times the XOR of planes) x.  Which
- * masks a route has follows from core/route, the arithmetic on bits is in kernels/. */
+ * masks a route has is decided in core/route, the arithmetic on bits is in kernels/. */
 #include "model.h"
 
 #include "../route/plan.h"
@@ -68,18 +68,17 @@ static int64_t shared_span(const plane_list *planes, int64_t col) {
 
 /* Fills s->segments (NULL: counts): spans are cut where the scale of the activations changes. */
 static void cut_segments(const plane_list *planes, obm__signs *s) {
-    size_t n = 0, spans = 0;
-    for (int64_t col = 0, width; col < s->cols; col += width, spans++) {
+    size_t n = 0;
+    for (int64_t col = 0, width; col < s->cols; col += width) {
         width = shared_span(planes, col);
         size_t at = (size_t)col / 8, end = (size_t)(col + width + 63) / 64 * 8;
         for (size_t stop; at < end; at = stop, n++) {
             stop = (at / TILE_BYTES + 1) * TILE_BYTES;
             if (stop > end) stop = end;
-            if (s->segments) s->segments[n] = (obm__segment){at, stop - at, spans};
+            if (s->segments) s->segments[n] = (obm__segment){at, stop - at};
         }
     }
     s->n_segments = n;
-    s->n_spans = spans;
 }
 
 static obm_status fill_signs(obm_model *m, const plane_list *planes, obm__signs *s, obm_error *err) {
@@ -146,112 +145,50 @@ const obm__signs *obm__signs_of(const obm_model *m, int64_t layer, obm__role rol
     return s->blocks ? s : NULL;
 }
 
-/* ---- the terms of a route ---- */
+/* ---- the coefficients of a route ---- */
 
-/* Where the planes of a route's set lie among all of the matrix. */
-static void place_planes(const obm_pack *p, size_t tensor, const obm__plane_set *set, obm__terms *t) {
-    size_t first = 0;
-    for (size_t k = 0; k < p->n_experts; k++) {
-        const obm__pack_entry *e = obm__route_entry(p, k, tensor);
-        for (int i = 0; i < set->n; i++)
-            if (set->task[i] == k) t->plane[i] = first + (size_t)set->plane[i];
-        first += e->mode == OBM_MODE_1BIT ? (size_t)e->planes.n : 0;
-    }
-    t->n_planes = set->n;
+void obm__coefficients_release(obm__hard_routes *h) {
+    if (!h || --h->refs) return;
+    obm__coefficient_cache_free(h->cache);
+    obm_free(h);
 }
 
-/* The masks with a coefficient anywhere, and all coefficients: two passes over the same rows, as most masks of a hard
- * route are 0 and their number decides about memory. */
-typedef struct terms_job {
-    const obm__route_plan *plan;
-    size_t tensor;
-    obm__terms *terms;
-    int slot[OBM_PATTERNS]; /* of mask M among the terms, -1: not read */
-    _Atomic bool *used;     /* (OBM_PATTERNS), first pass; NULL in the second */
-} terms_job;
-
-static void find_coefficients(void *arg, size_t begin, size_t end, int worker) {
-    terms_job *j = arg;
-    obm__terms *t = j->terms;
-    const obm__signs *s = t->signs;
-    double c[OBM_PATTERNS];
-    (void)worker;
-    for (size_t row = begin; row < end; row++) {
-        for (size_t i = 0; i < s->n_segments; i++) {
-            const obm__segment *g = &s->segments[i];
-            if (i && g->span == g[-1].span) continue;
-            obm__route_coefficients(j->plan, j->tensor, (int64_t)row, (int64_t)g->first * 8, c);
-            for (int mask = 0; mask < 1 << t->n_planes; mask++) {
-                if (j->used && c[mask] != 0) j->used[mask] = true;
-                if (!j->used && j->slot[mask] >= 0)
-                    t->c[((size_t)j->slot[mask] * s->n_spans + g->span) * (size_t)t->c_rows + row] = (float)c[mask];
-            }
-        }
-    }
-}
-
-static size_t coefficient_count(const obm__terms *t) { return (size_t)t->n * t->signs->n_spans * (size_t)t->c_rows; }
-
-static obm_status run_terms(const obm_model *m, terms_job *j, bool per_row, obm_error *err) {
-    obm__terms *t = j->terms;
-    _Atomic bool used[OBM_PATTERNS] = {0};
-    size_t rows = per_row ? (size_t)t->signs->rows : 1;
-    j->used = used;
-    obm__parallel(m->ctx, rows, 64, find_coefficients, j);
-    for (int mask = 0; mask < OBM_PATTERNS; mask++) {
-        j->slot[mask] = used[mask] ? t->n : -1;
-        if (used[mask] && t->n < OBM_RUN_MASKS) t->mask[t->n] = (uint8_t)mask;
-        t->n += used[mask];
-    }
-    if (t->n > OBM_RUN_MASKS) return OBM_OK;
-    t->c_rows = (int64_t)rows;
-    t->c = obm__alloc(coefficient_count(t), sizeof *t->c);
-    if (!t->c) return obm__fail_nomem(err, coefficient_count(t) * sizeof *t->c);
-    j->used = NULL;
-    obm__parallel(m->ctx, rows, 64, find_coefficients, j);
-    return OBM_OK;
-}
-
-static bool has_row_scales(const obm__plane_set *set) {
-    for (int i = 0; i < set->n; i++)
-        if (set->from[i]->scale.kind != OBM_SCALE_MATRIX) return true;
-    return false;
-}
-
-obm_status obm__terms_new(const obm_model *m, const obm__route_plan *plan, size_t tensor, const obm__signs *s,
-                          obm__terms **out, obm_error *err) {
-    const obm__plane_set *set = obm__route_planes(plan, tensor);
-    obm__terms *t = obm__calloc(1, sizeof *t);
-    if (!t) return obm__fail_nomem(err, sizeof *t);
-    t->signs = s;
-    place_planes(m->pack, tensor, set, t);
-    obm_status status =
-        run_terms(m, &(terms_job){.plan = plan, .tensor = tensor, .terms = t}, has_row_scales(set), err);
-    *out = NULL;
-    if (status == OBM_OK && t->n <= OBM_RUN_MASKS)
-        *out = t;
+static obm_status hard_routes_new(const obm_pack *p, obm__hard_routes **out, obm_error *err) {
+    obm__hard_routes *h = obm__calloc(1, sizeof *h);
+    if (!h) return obm__fail_nomem(err, sizeof *h);
+    *h = (obm__hard_routes){.settings = p->settings, .refs = 1};
+    obm_status status = obm__coefficient_cache_new(p, &h->cache, err);
+    if (status == OBM_OK)
+        *out = h;
     else
-        obm__terms_free(t);
+        obm_free(h);
     return status;
 }
 
-void obm__terms_free(obm__terms *t) {
-    if (t) obm_free(t->c);
-    obm_free(t);
+obm_status obm__coefficients_acquire(obm_model *m, obm__hard_routes **out, obm_error *err) {
+    if (!m->hard_routes || !obm__same_settings(&m->hard_routes->settings, &m->pack->settings)) {
+        obm__hard_routes *h = NULL;
+        OBM_TRY(hard_routes_new(m->pack, &h, err));
+        obm__coefficients_release(m->hard_routes);
+        m->hard_routes = h;
+    }
+    m->hard_routes->refs++;
+    *out = m->hard_routes;
+    return OBM_OK;
 }
-
-size_t obm__terms_bytes(const obm__terms *t) { return sizeof *t + coefficient_count(t) * sizeof *t->c; }
 
 /* c_M of a segment for rows [row, ...): one per row, or a single one (c_rows is 1). */
 static const float *coefficients_at(const obm__terms *t, int mask, const obm__segment *g, int64_t row) {
-    return t->c + ((size_t)mask * t->signs->n_spans + g->span) * (size_t)t->c_rows + (t->c_rows == 1 ? 0 : row);
+    const obm__coefficient_shape *s = t->shape;
+    int64_t group = s->groups == 1 ? 0 : (int64_t)g->first * 8 / s->group;
+    return t->masks->c[mask] + (s->c_rows == 1 ? group : group * s->c_rows + row);
 }
 
 /* ---- one vector ---- */
 
 /* y[r] += c_r * (scale * sum_r), rounded in this order on every ISA. */
 static void add_sums(const obm__terms *t, const float *c, float scale, const int32_t *sums, int64_t rows, float *y) {
-    if (t->c_rows == 1)
+    if (t->shape->c_rows == 1)
         for (int64_t r = 0; r < rows; r++) y[r] += c[0] * (scale * (float)sums[r]);
     else
         for (int64_t r = 0; r < rows; r++) y[r] += c[r] * (scale * (float)sums[r]);
@@ -260,20 +197,20 @@ static void add_sums(const obm__terms *t, const float *c, float scale, const int
 /* The planes of a mask inside one block, from byte column `first` on. */
 static int find_streams(const obm__terms *t, uint8_t mask, size_t block, size_t first, const uint8_t **streams) {
     int n = 0;
-    for (int i = 0; i < t->n_planes; i++)
-        if (mask >> i & 1) streams[n++] = block_at(t->signs, block, t->plane[i]) + first * OBM__PLANE_ROWS;
+    for (int i = 0; i < t->masks->n_planes; i++)
+        if (mask >> i & 1) streams[n++] = block_at(t->signs, block, t->masks->plane[i]) + first * OBM__PLANE_ROWS;
     return n;
 }
 
 void obm__terms_multiply(const obm_kernels *k, const obm__terms *t, const obm__tables *x, int64_t row, int64_t rows,
                          const void *ahead, size_t ahead_bytes, float *y) {
-    const uint8_t *streams[OBM_PATTERN_PLANES];
+    const uint8_t *streams[OBM_ROUTE_MASKS];
     int32_t sums[OBM__PLANE_ROWS];
     size_t asked = 0;
-    for (int mask = 0; mask < t->n; mask++) {
+    for (int mask = 0; mask < t->masks->n; mask++) {
         for (size_t i = 0; i < t->signs->n_segments; i++) {
             const obm__segment *g = &t->signs->segments[i];
-            int n = find_streams(t, t->mask[mask], (size_t)row / OBM__PLANE_ROWS, g->first, streams);
+            int n = find_streams(t, t->masks->mask[mask], (size_t)row / OBM__PLANE_ROWS, g->first, streams);
             size_t wanted = g->count * 64; /* a cache line of the next rows for each byte column */
             bool more = asked + wanted <= ahead_bytes;
             k->plane_sums(sums, streams, n, g->count, x->bytes + g->first * OBM__PLANE_TABLE, x->sums + g->first / 8,
@@ -290,14 +227,15 @@ void obm__terms_multiply(const obm_kernels *k, const obm__terms *t, const obm__t
 static void add_strip(const obm_kernels *k, const obm__terms *t, const obm__segment *g, int64_t row, int64_t rows,
                       const uint8_t *strip, float *panel) {
     int64_t cols = t->signs->cols, first = (int64_t)g->first * 8, left = cols - first, width = (int64_t)g->count * 8;
-    const uint8_t *bits[OBM_PATTERN_PLANES];
+    const uint8_t *bits[OBM_ROUTE_MASKS];
     for (int64_t r = 0; r < rows; r++) {
-        for (int mask = 0; mask < t->n; mask++) {
+        for (int mask = 0; mask < t->masks->n; mask++) {
             const float *c = coefficients_at(t, mask, g, row);
             int n = 0;
-            for (int i = 0; i < t->n_planes; i++)
-                if (t->mask[mask] >> i & 1) bits[n++] = strip + ((size_t)i * OBM__PLANE_ROWS + (size_t)r) * g->count;
-            k->plane_add(panel + r * cols + first, bits, n, c[t->c_rows == 1 ? 0 : r],
+            for (int i = 0; i < t->masks->n_planes; i++)
+                if (t->masks->mask[mask] >> i & 1)
+                    bits[n++] = strip + ((size_t)i * OBM__PLANE_ROWS + (size_t)r) * g->count;
+            k->plane_add(panel + r * cols + first, bits, n, c[t->shape->c_rows == 1 ? 0 : r],
                          (size_t)(left < width ? left : width));
         }
     }
@@ -310,9 +248,9 @@ void obm__terms_add(const obm_kernels *k, const obm__terms *t, int64_t row, int6
         n = rows - done < OBM__PLANE_ROWS ? rows - done : OBM__PLANE_ROWS;
         for (size_t s = 0; s < t->signs->n_segments; s++) {
             const obm__segment *g = &t->signs->segments[s];
-            for (int i = 0; i < t->n_planes; i++)
+            for (int i = 0; i < t->masks->n_planes; i++)
                 k->plane_unpack(strip + (size_t)i * OBM__PLANE_ROWS * g->count, g->count,
-                                block_at(t->signs, block, t->plane[i]) + g->first * OBM__PLANE_ROWS, g->count);
+                                block_at(t->signs, block, t->masks->plane[i]) + g->first * OBM__PLANE_ROWS, g->count);
             add_strip(k, t, g, row + done, n, strip, panel + done * t->signs->cols);
         }
     }

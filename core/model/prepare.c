@@ -98,13 +98,27 @@ static obm_status base_tensor(obm__build *b, const char *name, obm__role role, o
 
 /* ---- what a route makes of a tensor ---- */
 
-size_t obm__model_tensor(const obm_model *m, int64_t layer, obm__role role) {
+static size_t find_tensor(const obm_model *m, int64_t layer, obm__role role) {
     char name[256];
-    if (!m->pack || !m->config.arch->names[role]) return SIZE_MAX;
+    if (!m->config.arch->names[role]) return SIZE_MAX;
     tensor_name(m->config.arch->names[role], layer, name, sizeof name);
     size_t i = obm__pack_find(m->pack, name);
     bool tied = role == OBM_HEAD && i == SIZE_MAX;
     return tied ? obm__pack_find(m->pack, m->config.arch->names[OBM_EMBEDDING]) : i;
+}
+
+obm_status obm__model_find_tensors(obm_model *m, obm_error *err) {
+    size_t layers = (size_t)m->config.layers * OBM_LAYER_ROLES, n = layers + OBM_ROLES - OBM_LAYER_ROLES;
+    m->tensors = obm__calloc(n, sizeof *m->tensors);
+    if (!m->tensors) return obm__fail_nomem(err, n * sizeof *m->tensors);
+    for (size_t i = 0; i < n; i++)
+        m->tensors[i] = i < layers ? find_tensor(m, (int64_t)(i / OBM_LAYER_ROLES), (obm__role)(i % OBM_LAYER_ROLES))
+                                   : find_tensor(m, 0, (obm__role)(i - layers + OBM_LAYER_ROLES));
+    return OBM_OK;
+}
+
+size_t obm__model_tensor(const obm_model *m, int64_t layer, obm__role role) {
+    return m->tensors[role < OBM_LAYER_ROLES ? layer * OBM_LAYER_ROLES + role : m->config.layers * OBM_LAYER_ROLES + role - OBM_LAYER_ROLES];
 }
 
 static bool is_runnable(obm_dtype dtype) { return dtype == OBM_F32 || dtype == OBM_F16 || dtype == OBM_BF16; }
@@ -150,29 +164,32 @@ done:
     return status;
 }
 
-/* The base's matrix and terms on planes; *done false: too many masks. */
-static obm_status take_planes(obm__build *b, size_t tensor, const char *name, int64_t layer, obm__role role,
-                              obm__matrix *out, bool *done) {
-    const obm__signs *signs = obm__signs_of(b->m, layer, role);
-    obm__terms *terms = NULL, **all;
-    *done = false;
-    if (!signs) return OBM_OK;
-    OBM_TRY(obm__terms_new(b->m, b->w->plan, tensor, signs, &terms, b->err));
-    if (!terms) return OBM_OK;
-    *done = true;
-    all = obm__realloc(b->w->terms, b->w->n_terms + 1, sizeof *all);
-    if (!all) {
-        obm__terms_free(terms);
-        return obm__fail_nomem(b->err, (b->w->n_terms + 1) * sizeof *all);
-    }
-    b->w->terms = all;
-    b->w->terms[b->w->n_terms++] = terms;
-    b->w->terms_bytes += obm__terms_bytes(terms);
-    bool tied = role == OBM_HEAD && !obm__checkpoint_find(b->m->base, name);
-    OBM_TRY(tied ? base_tensor(b, b->m->config.arch->names[OBM_EMBEDDING], OBM_EMBEDDING, out)
-                 : base_tensor(b, name, role, out));
-    out->terms = terms->n ? terms : NULL;
+/* Coefficients of the route for all matrices with planes. */
+static obm_status take_coefficients(obm__build *b) {
+    obm__weights *w = b->w;
+    size_t n = (size_t)w->layers * OBM_MATRIX_ROLES + 1;
+    if (!b->m->signs) return OBM_OK;
+    OBM_TRY(obm__coefficients_acquire(b->m, &w->hard_routes, b->err));
+    OBM_TRY(obm__planes_route_new(w->hard_routes->cache, w->route, &w->masks, b->err));
+    w->terms = obm__calloc(n, sizeof *w->terms);
+    if (!w->terms) return obm__fail_nomem(b->err, n * sizeof *w->terms);
+    w->terms_bytes = obm__planes_route_bytes(w->masks) + n * sizeof *w->terms;
     return OBM_OK;
+}
+
+/* The base's matrix, and what is added on planes; false: it does not run on them. */
+static bool take_planes(obm__build *b, size_t tensor, int64_t layer, obm__role role, obm__matrix *out) {
+    obm__weights *w = b->w;
+    const obm__signs *signs = w->masks ? obm__signs_of(b->m, layer, role) : NULL;
+    const obm__route_masks *masks = signs ? obm__planes_route_at(w->masks, tensor) : NULL;
+    if (!masks || masks->run == OBM_RUN_OVERLAY) return false;
+    *out = *obm__weights_at(b->m->base_alone, layer, role);
+    if (!masks->n) return true;
+    obm__terms *t = &w->terms[role == OBM_HEAD ? w->layers * OBM_MATRIX_ROLES : layer * OBM_MATRIX_ROLES + role];
+    const obm__coefficients *all = obm__coefficient_cache_at(w->hard_routes->cache, tensor);
+    *t = (obm__terms){signs, masks, obm__coefficients_shape(all)};
+    out->terms = t;
+    return true;
 }
 
 /* True if the head is a tensor of its own under this route, so that rows of the embedding are all that is asked for. */
@@ -190,15 +207,13 @@ static void merge_by_token(obm__build *b, size_t tensor, const obm_tensor *shape
     b->trims |= obm__route_kind_of(b->w->plan, tensor) == OBM_ROUTE_ELEMENTS;
 }
 
-static obm_status changed_matrix(obm__build *b, size_t tensor, const char *name, const obm_tensor *shape, int64_t layer,
-                                 obm__role role, obm__matrix *out) {
+static obm_status changed_matrix(obm__build *b, size_t tensor, const obm_tensor *shape, int64_t layer, obm__role role,
+                                 obm__matrix *out) {
     obm__route_kind kind = obm__route_kind_of(b->w->plan, tensor);
     const obm_tensor *own = kind == OBM_ROUTE_EXPERT ? obm__route_own(b->w->plan, tensor) : NULL;
-    bool grows = shape->shape[0] > b->m->pack->tensors[tensor].base.shape[0], planes = false;
+    bool grows = shape->shape[0] > b->m->pack->tensors[tensor].base.shape[0];
     if (own && is_runnable(own->dtype)) return use_tensor(b, own, false, out);
-    if (kind == OBM_ROUTE_PATTERNS && !grows && !b->m->materialise && role != OBM_EMBEDDING)
-        OBM_TRY(take_planes(b, tensor, name, layer, role, out, &planes));
-    if (planes) return OBM_OK;
+    if (kind == OBM_ROUTE_PATTERNS && !grows && take_planes(b, tensor, layer, role, out)) return OBM_OK;
     if (role == OBM_EMBEDDING && !b->m->materialise && (b->head_has_planes || has_own_head(b))) {
         merge_by_token(b, tensor, shape, out);
         return OBM_OK;
@@ -221,7 +236,7 @@ static obm_status route_tensor(obm__build *b, const char *name, int64_t layer, o
     expected_shape(&b->m->config, role, &expected);
     OBM_TRY(check_tensor(b, name, &shape, &expected, !is_vector(role)));
     *done = true;
-    if (!is_vector(role)) return changed_matrix(b, i, name, &shape, layer, role, out);
+    if (!is_vector(role)) return changed_matrix(b, i, &shape, layer, role, out);
     b->trims |= obm__route_kind_of(b->w->plan, i) == OBM_ROUTE_ELEMENTS;
     return add_pending(b, i, &shape, true, out, NULL);
 }
@@ -234,12 +249,23 @@ static obm_status tie_head(obm__build *b, obm__matrix *out) {
     obm_tensor shape;
     if (i != SIZE_MAX && !b->m->materialise && obm__route_kind_of(b->w->plan, i) == OBM_ROUTE_PATTERNS) {
         OBM_TRY(obm__route_shape(b->w->plan, i, &shape, &exists));
-        if (shape.shape[0] == b->m->pack->tensors[i].base.shape[0])
-            OBM_TRY(take_planes(b, i, b->m->config.arch->names[OBM_HEAD], 0, OBM_HEAD, out, &planes));
+        planes = shape.shape[0] == b->m->pack->tensors[i].base.shape[0] &&
+                 take_planes(b, obm__model_tensor(b->m, 0, OBM_HEAD), 0, OBM_HEAD, out);
     }
     b->head_has_planes = planes;
     b->ties_head = !planes;
     return OBM_OK;
+}
+
+/* The two ways of nearly all tensors, without looking for names: a switch of routes has microseconds for all of them. */
+static bool decide_quickly(obm__build *b, int64_t layer, obm__role role, obm__matrix *out) {
+    if (!b->w->plan || role == OBM_HEAD || role == OBM_EMBEDDING) return false;
+    size_t i = obm__model_tensor(b->m, layer, role);
+    if (i == SIZE_MAX || !obm__route_changes(b->w->plan, i)) {
+        *out = *obm__weights_at(b->m->base_alone, layer, role);
+        return true;
+    }
+    return obm__route_kind_of(b->w->plan, i) == OBM_ROUTE_PATTERNS && take_planes(b, i, layer, role, out);
 }
 
 static obm_status decide_tensor(obm__build *b, int64_t layer, obm__role role) {
@@ -247,6 +273,7 @@ static obm_status decide_tensor(obm__build *b, int64_t layer, obm__role role) {
     obm__matrix *out = (obm__matrix *)obm__weights_at(b->w, layer, role);
     char name[256];
     bool done;
+    if (decide_quickly(b, layer, role, out)) return OBM_OK;
     if (!c->arch->names[role] || (role != OBM_HEAD && !obm__config_has(c, role))) return OBM_OK;
     tensor_name(c->arch->names[role], layer, name, sizeof name);
     OBM_TRY(route_tensor(b, name, layer, role, out, &done));
@@ -268,9 +295,10 @@ static obm_status decide_all(obm__build *b) {
 void obm__weights_free(obm_model *m, obm__weights *w) {
     if (!w) return;
     for (size_t i = 0; i < w->n_overlays; i++) obm__overlay_release(m, w->overlays[i]);
-    for (size_t i = 0; i < w->n_terms; i++) obm__terms_free(w->terms[i]);
     for (size_t i = 0; i < w->n_owned; i++) obm_free(w->owned[i]);
     obm__route_plan_free(w->plan);
+    obm__planes_route_free(w->masks);
+    obm__coefficients_release(w->hard_routes);
     obm_free(w->overlays);
     obm_free(w->terms);
     obm_free(w->owned);
@@ -319,6 +347,7 @@ obm_status obm__build_new(obm_model *m, const double *route, obm__build **out, o
         memcpy(b->w->route, route, m->tasks * sizeof *route);
         b->w->settings = m->pack->settings;
         OBM_GO(obm__route_plan_for(m->pack, route, OBM_ROUTE_NONE, &b->w->plan, err));
+        OBM_GO(take_coefficients(b));
     }
     OBM_GO(decide_all(b));
     *out = b;

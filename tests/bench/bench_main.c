@@ -2,23 +2,13 @@
  * with it in the same run (a plain read of the same bytes, or sgemm of the same shapes), by the same number of threads.
  *
  * Usage: bench_main [--what compress|decode|prefill|all] [--size tiny|0.1b|0.35b] [--threads N] [--rounds N] */
-#include "bench.h"
-#include "sys/sys.h"
-
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
+#include "synthetic.h"
 
 #define MAX_ROUNDS 99
 #define PROMPT 512 /* tokens */
 #define STEPS 9    /* tokens of a decode run; the first comes from the prompt */
 #define PANEL 128  /* weight rows of one sgemm call */
 
-typedef struct shape {
-    const char *name;
-    int64_t vocab, hidden, wide, layers, heads, steps;
-} shape;
 /* Sizes that decode too fast for the clock take more steps. */
 static const shape shapes[] = {
     {"tiny", 768, 192, 384, 4, 6, 129},
@@ -32,169 +22,6 @@ typedef struct bench {
     int rounds;
     char dir[64], base[96], expert[96], pack[96];
 } bench;
-
-static void check(obm_status status, const obm_error *err) {
-    if (status == OBM_OK) return;
-    fprintf(stderr, "%s: %s\n", obm_status_name(status), err->message);
-    exit(1);
-}
-static void need(bool ok, const char *what) {
-    if (ok) return;
-    perror(what);
-    exit(1);
-}
-
-/* ---- synthetic folders ---- */
-
-typedef struct tensor {
-    char name[80];
-    int64_t rows, cols;
-} tensor; /* rows 0: a vector */
-
-static int list_tensors(const shape *s, tensor *out) {
-    const struct {
-        const char *name;
-        int64_t rows, cols;
-    } layer[] = {{"self_attn.q_proj", s->hidden, s->hidden}, {"self_attn.k_proj", s->hidden, s->hidden},
-                 {"self_attn.v_proj", s->hidden, s->hidden}, {"self_attn.o_proj", s->hidden, s->hidden},
-                 {"mlp.gate_proj", s->wide, s->hidden},      {"mlp.up_proj", s->wide, s->hidden},
-                 {"mlp.down_proj", s->hidden, s->wide},      {"input_layernorm", 0, s->hidden},
-                 {"post_attention_layernorm", 0, s->hidden}};
-    int n = 0;
-    out[n++] = (tensor){"model.embed_tokens.weight", s->vocab, s->hidden};
-    out[n++] = (tensor){"model.norm.weight", 0, s->hidden};
-    for (int l = 0; l < s->layers; l++)
-        for (size_t i = 0; i < sizeof layer / sizeof *layer; i++, n++) {
-            out[n] = (tensor){"", layer[i].rows, layer[i].cols};
-            snprintf(out[n].name, sizeof out[n].name, "model.layers.%d.%s.weight", l, layer[i].name);
-        }
-    return n;
-}
-
-static int64_t elements(const tensor *t) { return (t->rows ? t->rows : 1) * t->cols; }
-
-static FILE *create(const char *dir, const char *name) {
-    char path[128];
-    snprintf(path, sizeof path, "%s/%s", dir, name);
-    FILE *f = fopen(path, "wb");
-    need(f, path);
-    return f;
-}
-
-static void write_config(const shape *s, const char *dir) {
-    FILE *f = create(dir, "config.json");
-    fprintf(
-        f,
-        "{\"model_type\": \"llama\", \"vocab_size\": %lld, \"hidden_size\": %lld, \"intermediate_size\": %lld, "
-        "\"num_hidden_layers\": %lld, \"num_attention_heads\": %lld, \"num_key_value_heads\": %lld, "
-        "\"max_position_embeddings\": 2048, \"rms_norm_eps\": 1e-5, \"rope_theta\": 10000.0, \"hidden_act\": \"silu\", "
-        "\"tie_word_embeddings\": true, \"torch_dtype\": \"bfloat16\"}\n",
-        (long long)s->vocab, (long long)s->hidden, (long long)s->wide, (long long)s->layers, (long long)s->heads,
-        (long long)s->heads);
-    need(!fclose(f), dir);
-}
-
-static float uniform(uint32_t *state) {
-    *state = *state * 1664525 + 1013904223;
-    return (float)(*state >> 8) * 0x1p-24f - 0.5f;
-}
-
-/* The same base values for every folder; `moved` adds a task vector of a tenth of their size. */
-static void write_values(FILE *f, const tensor *t, bool moved, uint32_t *state) {
-    enum { BLOCK = 65536 };
-    static float wide[BLOCK];
-    static uint16_t narrow[BLOCK];
-    const obm_kernels *k = obm_kernels_find("scalar");
-    for (int64_t i = 0, left = elements(t); left > 0; left -= i) {
-        i = left < BLOCK ? left : BLOCK;
-        for (int64_t j = 0; j < i; j++) {
-            float base = uniform(state) * 0.08f + (t->rows ? 0 : 1), delta = uniform(state) * 0.008f;
-            wide[j] = moved ? base + delta : base;
-        }
-        k->f32_to_bf16(narrow, wide, (size_t)i);
-        need(fwrite(narrow, 2, (size_t)i, f) == (size_t)i, "model.safetensors");
-    }
-}
-
-static void write_folder(const shape *s, const char *dir, bool moved) {
-    static tensor tensors[512];
-    static char header[65536];
-    int n = list_tensors(s, tensors), used = 0;
-    uint64_t offset = 0;
-    need(!mkdir(dir, 0755), dir);
-    write_config(s, dir);
-    for (int i = 0; i < n; i++) {
-        char rows[32] = "";
-        uint64_t bytes = 2 * (uint64_t)elements(&tensors[i]);
-        if (tensors[i].rows) snprintf(rows, sizeof rows, "%lld,", (long long)tensors[i].rows);
-        used += snprintf(header + used, sizeof header - (size_t)used,
-                         "%s\"%s\":{\"dtype\":\"BF16\",\"shape\":[%s%lld],\"data_offsets\":[%llu,%llu]}", i ? "," : "{",
-                         tensors[i].name, rows, (long long)tensors[i].cols, (unsigned long long)offset,
-                         (unsigned long long)(offset + bytes));
-        offset += bytes;
-    }
-    used += snprintf(header + used, sizeof header - (size_t)used, "}%*s", 8 - (used + 1) % 8, "");
-    uint64_t size = (uint64_t)used;
-    uint32_t state = 1;
-    FILE *f = create(dir, "model.safetensors");
-    need(fwrite(&size, 8, 1, f) == 1 && fwrite(header, 1, size, f) == size, dir);
-    for (int i = 0; i < n; i++) write_values(f, &tensors[i], moved, &state);
-    need(!fclose(f), dir);
-}
-
-static void remove_folder(const char *dir) {
-    char command[160];
-    snprintf(command, sizeof command, "rm -rf '%s'", dir);
-    if (system(command)) fprintf(stderr, "cannot remove %s\n", dir);
-}
-
-/* ---- bounds ---- */
-
-typedef struct mapping {
-    const char *data;
-    size_t size;
-    _Atomic uint64_t sink;
-} mapping;
-
-/* Four streams, as the kernels that take four rows at a time. */
-static void read_blocks(void *arg, size_t begin, size_t end, int worker) {
-    typedef uint64_t lanes __attribute__((vector_size(32)));
-    mapping *m = arg;
-    size_t quarter = (end - begin) / 128;
-    const lanes *p = (const void *)(m->data + begin), *q = p + quarter, *u = q + quarter, *v = u + quarter;
-    lanes a = {0}, b = {0}, c = {0}, d = {0};
-    for (size_t i = 0; i < quarter; i++) a ^= p[i], b ^= q[i], c ^= u[i], d ^= v[i];
-    a ^= b ^ c ^ d;
-    (void)worker;
-    m->sink ^= a[0] ^ a[1] ^ a[2] ^ a[3];
-}
-
-static mapping map_weights(const char *dir) {
-    char path[128];
-    struct stat st;
-    snprintf(path, sizeof path, "%s/model.safetensors", dir);
-    int fd = open(path, O_RDONLY);
-    need(fd >= 0 && !fstat(fd, &st), path);
-    void *p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
-    need(p != MAP_FAILED, path);
-    close(fd);
-    return (mapping){.data = p, .size = (size_t)st.st_size};
-}
-
-static double read_seconds(bench *b, mapping *m, int times) {
-    double begin = seconds();
-    for (int i = 0; i < times; i++) obm__parallel(b->ctx, m->size & ~(size_t)127, 1 << 18, read_blocks, m);
-    return (seconds() - begin) / times;
-}
-
-/* With the faults of a fresh mapping: what any reader of mapped files pays. */
-static double fresh_read_seconds(bench *b, const char *dir) {
-    double begin = seconds();
-    mapping m = map_weights(dir);
-    read_seconds(b, &m, 1);
-    munmap((void *)m.data, m.size);
-    return seconds() - begin;
-}
 
 /* ---- compress ---- */
 
@@ -211,7 +38,7 @@ static void bench_compress(bench *b) {
         e.name = "task";
         e.path = b->expert;
         o.overwrite = true;
-        double read = fresh_read_seconds(b, b->base) + fresh_read_seconds(b, b->expert), begin = seconds();
+        double read = fresh_read_seconds(b->ctx, b->base) + fresh_read_seconds(b->ctx, b->expert), begin = seconds();
         check(obm_compress(b->ctx, b->base, &e, 1, &o, b->pack, NULL, NULL, &err), &err);
         double took = seconds() - begin;
         if (r < 0) continue; /* warms the page cache */
@@ -250,9 +77,9 @@ static void bench_decode(bench *b, obm_model *m, size_t batch) {
     double rate[MAX_ROUNDS], probe[MAX_ROUNDS], share[MAX_ROUNDS];
     mapping w = map_weights(b->base);
     size_t steps = (size_t)b->s->steps - 1;
-    read_seconds(b, &w, 1);
+    read_seconds(b->ctx, &w, 1);
     for (int r = -1; r < b->rounds; r++) {
-        double read = read_seconds(b, &w, 3), all = generate_seconds(b, m, batch, 8, steps + 1);
+        double read = read_seconds(b->ctx, &w, 3), all = generate_seconds(b, m, batch, 8, steps + 1);
         double step = (all - generate_seconds(b, m, batch, 8, 1)) / (double)steps;
         if (r < 0) continue;
         rate[r] = (double)batch / step;
@@ -343,9 +170,9 @@ static void print_head(const bench *b) {
 
 static void run(bench *b, const char *what) {
     bool all = !strcmp(what, "all");
-    write_folder(b->s, b->base, false);
+    write_folder(b->s, b->base, NULL);
     if (all || !strcmp(what, "compress")) {
-        write_folder(b->s, b->expert, true);
+        write_folder(b->s, b->expert, "");
         bench_compress(b);
     }
     obm_error err;
