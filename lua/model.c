@@ -204,7 +204,7 @@ static int model_embed(lua_State *L) {
 
 #define GENERATE_OPTIONS                                                                                        \
     "route router max_tokens temperature top_k top_p min_p repetition_penalty seed stop chat batch ignore_eos " \
-    "progress"
+    "progress route_every"
 
 static void stop_strings(lua_State *L, int at, int keep, obm_generate_options *o) {
     int type = lua_getfield(L, at, "stop");
@@ -276,6 +276,7 @@ static obm_status generation_from(lua_State *L, const obm_model *m, obm_generate
     o->batch = obm_lua_field_size(L, at, "batch");
     o->ignore_eos = obm_lua_field_boolean(L, at, "ignore_eos", false);
     o->chat = obm_lua_field_boolean(L, at, "chat", false);
+    o->route_every = obm_lua_field_size(L, at, "route_every");
     stop_strings(L, at, keep, o);
     obm_lua_prompts_from(L, keep, 2, prompts);
     return routes_from(L, m, at, keep, prompts, o, err);
@@ -293,8 +294,23 @@ static void push_text(lua_State *L, const obm_completion *c) {
     lua_pushlstring(L, c->text ? c->text : "", c->text_len);
 }
 
+/* Sets field routes: a list of { token = tokens generated before, route = {task = weight} }. */
+static void set_routes(lua_State *L, const obm_pack *pack, const obm_completion *c) {
+    if (!c->routes) return;
+    lua_newtable(L);
+    for (size_t i = 0; i < c->n_routes; i++) {
+        lua_createtable(L, 0, 2);
+        obm_lua_set_integer(L, "token", c->route_tokens[i]);
+        obm_lua_push_route(L, pack, c->routes + i * c->n_route);
+        lua_setfield(L, -2, "route");
+        lua_rawseti(L, -2, (lua_Integer)i + 1);
+    }
+    lua_setfield(L, -2, "routes");
+}
+
 static void push_completion_info(lua_State *L, const obm_model *m, const obm_completion *c) {
-    lua_createtable(L, 0, 5);
+    lua_createtable(L, 0, 6);
+    set_routes(L, obm_model_pack(m), c);
     obm_lua_push_route(L, obm_model_pack(m), c->route);
     lua_setfield(L, -2, "route");
     obm_lua_push_ids(L, c->ids, c->n_ids);

@@ -299,7 +299,8 @@ local request = {}
 function request:features(layer) end
 
 ---@class onebitmerge.CompletionInfo
----@field route table<string, number>? nil for a plain model
+---@field route table<string, number>? nil for a plain model; with route_every the last
+---@field routes { token: integer, route: table<string, number> }[]? with route_every: all that were taken, token: how many were generated before
 ---@field ids integer[] generated
 ---@field finish_reason "stop"|"length"
 ---@field prompt_tokens integer
@@ -328,6 +329,7 @@ function request:features(layer) end
 ---@field chat? boolean text prompts are one user turn of the model's chat template
 ---@field batch? integer 0: 8
 ---@field ignore_eos? boolean
+---@field route_every? integer the router is asked again after each so many generated tokens; 0: once
 ---@field progress? onebitmerge.Progress
 
 ---Pieces of text as they are generated; never splits a character.  Calling it gives the next piece, nil at the end.

@@ -293,22 +293,26 @@ static int routes_from(PyObject *o, generation *g, PyObject *route, const obm_py
 /* Everything after the prompts; names match the keys of surface.md in all languages. */
 static int generation_from(PyObject *o, PyObject *args, PyObject *kwargs, generation *g, PyObject **prompts_out,
                            obm_py_prompts *prompts) {
-    static char *names[] = {
-        "prompts", "route", "router", "max_tokens", "temperature", "top_k",    "top_p", "min_p", "repetition_penalty",
-        "seed",    "stop",  "chat",   "batch",      "ignore_eos",  "progress", NULL};
+    static char *names[] = {"prompts",     "route", "router", "max_tokens",         "temperature",
+                            "top_k",       "top_p", "min_p",  "repetition_penalty", "seed",
+                            "stop",        "chat",  "batch",  "ignore_eos",         "progress",
+                            "route_every", NULL};
     PyObject *given, *route = Py_None, *router = Py_None, *stop = Py_None, *progress = Py_None;
-    Py_ssize_t max_tokens = 0, top_k = 0, batch = 0;
+    Py_ssize_t max_tokens = 0, top_k = 0, batch = 0, route_every = 0;
     unsigned long long seed = 0;
     int chat = 0, ignore_eos = 0;
     memset(g, 0, sizeof *g);
     obm_generate_options *opt = &g->options;
     opt->struct_size = sizeof *opt;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOndndddKOpnpO", names, &given, &route, &router, &max_tokens,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOndndddKOpnpOn", names, &given, &route, &router, &max_tokens,
                                      &opt->temperature, &top_k, &opt->top_p, &opt->min_p, &opt->repetition_penalty,
-                                     &seed, &stop, &chat, &batch, &ignore_eos, &progress))
+                                     &seed, &stop, &chat, &batch, &ignore_eos, &progress, &route_every))
         return -1;
-    if (max_tokens < 0 || top_k < 0 || batch < 0)
-        return PyErr_SetString(OBM_PY_STATE(o)->errors[-OBM_E_ARG], "max_tokens, top_k and batch must be >= 0"), -1;
+    if (max_tokens < 0 || top_k < 0 || batch < 0 || route_every < 0)
+        return PyErr_SetString(OBM_PY_STATE(o)->errors[-OBM_E_ARG],
+                               "max_tokens, top_k, batch and route_every must be >= 0"),
+               -1;
+    opt->route_every = (size_t)route_every;
     opt->max_tokens = (size_t)max_tokens;
     opt->top_k = (size_t)top_k;
     opt->batch = (size_t)batch;
@@ -340,6 +344,19 @@ static int generation_from(PyObject *o, PyObject *args, PyObject *kwargs, genera
     return rc;
 }
 
+/* [(tokens generated before, {task: weight}), ...], or None. */
+static PyObject *routes_list(const obm_pack *pack, const obm_completion *c) {
+    if (!c->routes) Py_RETURN_NONE;
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list && i < c->n_routes; i++) {
+        PyObject *route = obm_py_route_dict(pack, c->routes + i * c->n_route);
+        PyObject *item = route ? Py_BuildValue("(nN)", (Py_ssize_t)c->route_tokens[i], route) : NULL;
+        if (!item || PyList_Append(list, item) < 0) Py_CLEAR(list);
+        Py_XDECREF(item);
+    }
+    return list;
+}
+
 static PyObject *completion_object(PyObject *o, const obm_completion *c) {
     PyObject *ids = PyList_New((Py_ssize_t)c->n_ids);
     for (size_t i = 0; ids && i < c->n_ids; i++) {
@@ -347,11 +364,13 @@ static PyObject *completion_object(PyObject *o, const obm_completion *c) {
     }
     PyObject *text = PyUnicode_DecodeUTF8(c->text ? c->text : "", (Py_ssize_t)c->text_len, "replace");
     PyObject *route = obm_py_route_dict(model_pack_of(o), c->route);
+    PyObject *routes = routes_list(model_pack_of(o), c);
+    bool made = text && ids && route && routes;
     return obm_py_call_hook(OBM_PY_STATE(o), "Completion",
-                            text && ids && route ? Py_BuildValue("(NNNsn)", text, ids, route,
-                                                                 c->finish == OBM_FINISH_STOP ? "stop" : "length",
-                                                                 (Py_ssize_t)c->n_prompt)
-                                                 : NULL);
+                            made ? Py_BuildValue("(NNNsnN)", text, ids, route,
+                                                 c->finish == OBM_FINISH_STOP ? "stop" : "length",
+                                                 (Py_ssize_t)c->n_prompt, routes)
+                                 : NULL);
 }
 
 static PyObject *model_generate(PyObject *o, PyObject *args, PyObject *kwargs) {
@@ -629,7 +648,7 @@ static PyObject *model_route(PyObject *o, PyObject *args, PyObject *kwargs) {
 #define GENERATE_ARGS                                                                                            \
     "*, route=None, router=None, max_tokens=0, temperature=0, top_k=0, top_p=0, min_p=0, repetition_penalty=0, " \
     "seed=0, "                                                                                                   \
-    "stop=None, chat=False, batch=0, ignore_eos=False, progress=None)"
+    "stop=None, chat=False, batch=0, ignore_eos=False, progress=None, route_every=0)"
 static PyMethodDef model_methods[] = {
     {"generate", KW(model_generate),
      "generate(prompts, " GENERATE_ARGS " -> Completion or list\n\n"
@@ -641,7 +660,12 @@ static PyMethodDef model_methods[] = {
      "top_p, min_p and\n"
      "repetition_penalty 0: off.  seed: prompt i draws from (seed, i), whatever the batch.  stop: a str or a list; not "
      "part of the text.\n"
-     "A Completion is a str with .route, .ids, .finish_reason (\"stop\" or \"length\") and .prompt_tokens.\n"
+     "route_every: where the router decides, ask it again after each so many generated tokens, with the text so far; "
+     "0: once.\n"
+     "A Completion is a str with .route (the last), .routes (with route_every: [(tokens generated before, route), "
+     "...]), "
+     ".ids,\n"
+     ".finish_reason (\"stop\" or \"length\") and .prompt_tokens.\n"
      "Raises Error, what a router or progress raises, KeyboardInterrupt; BusyError if the model is in use: one call at "
      "a time."},
     {"stream", KW(model_stream), "stream(prompt, " GENERATE_ARGS " -> iterator of str"},

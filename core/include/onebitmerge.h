@@ -531,7 +531,14 @@ typedef struct obm_generate_options {
     void *progress_user;
     obm_render_fn render;       /* NULL: the built-in templates */
     void *render_user;
+    size_t route_every;         /* the router is asked again after each so many generated tokens; 0: once, on the prompt */
 } obm_generate_options;
+/* Routing again (route_every): the router sees what it saw of the prompt, then (for messages and chat prompts after a
+ * newline) the text generated so far, of all that the last 512 tokens; without a tokenizer the ids.  Its answer holds from
+ * the next token on; keys and values of earlier tokens stay, and so do the tokenizer and the ids that end the text.  A route
+ * whose tensors have to be materialised first makes its own sequence wait and no other.  A last token that the new route's
+ * vocabulary lacks is still run under the old route.  Prompts whose route is given keep it.  A router that a stream
+ * calls again must be there until the stream ends. */
 
 typedef enum obm_finish { OBM_FINISH_STOP = 0, OBM_FINISH_LENGTH = 1 } obm_finish;   /* eos or stop string; max_tokens or context end */
 
@@ -544,9 +551,11 @@ OBM_API obm_status obm_model_generate(obm_model *m, const char *prompt, const ob
 typedef struct obm_completion {
     char *text; size_t text_len;
     int32_t *ids; size_t n_ids;       /* generated ids, without the prompt */
-    double *route; size_t n_route;    /* weights used, NULL for a plain model */
+    double *route; size_t n_route;    /* weights used (the last ones, with route_every), NULL for a plain model */
     size_t n_prompt;                  /* prompt tokens */
     obm_finish finish;
+    double *routes; size_t n_routes;  /* (n_routes, n_route): with route_every all that were taken, in order; else NULL */
+    size_t *route_tokens;             /* (n_routes): how many tokens were generated before each took over; the first has 0 */
 } obm_completion;
 /* out[n]; each owned, release with obm_completion_clear.  Results do not depend on batch or on the neighbours. */
 OBM_API obm_status obm_model_generate_batch(obm_model *m, const obm_prompt *prompts, size_t n, const obm_generate_options *options,

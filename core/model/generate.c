@@ -14,7 +14,7 @@ typedef struct batch {
     obm__generation **slots;       /* [size], running ones first */
     obm__generation *waiting;      /* prompt `next`, not admitted yet; NULL */
     size_t *index;                 /* prompt of each slot */
-    size_t size, running;
+    size_t size, running, ready;   /* ready: running ones whose weights are there, before those that wait for a route */
     float *logits;                 /* (size, vocab) */
     obm_completion *out;           /* [n] */
 } batch;
@@ -31,6 +31,7 @@ static obm_status collect(batch *b, obm_error *err) {
         b->running--;
         b->slots[i] = b->slots[b->running];
         b->index[i] = b->index[b->running];
+        if (b->ready > b->running) b->ready = b->running;
         OBM_TRY(obm__pulse_done(&b->pulse, ++b->done, err));
     }
     return OBM_OK;
@@ -52,7 +53,7 @@ static obm_status refill(batch *b, obm_error *err) {
     if (b->running && (b->size - b->running) * 4 < b->size) return OBM_OK;
     size_t first = b->running;
     bool admitted = true;
-    b->m->decoding = first > 0;
+    b->m->decoding = b->ready > 0;
     while (b->running < b->size && b->next < b->n && admitted) {
         OBM_TRY(admit_next(b, &admitted, err));
         OBM_TRY(obm__pulse_check(&b->pulse, err));
@@ -61,11 +62,34 @@ static obm_status refill(batch *b, obm_error *err) {
     return collect(b, err);
 }
 
+static void swap_slots(batch *b, size_t i, size_t j) {
+    obm__generation *g = b->slots[i];
+    size_t index = b->index[i];
+    b->slots[i] = b->slots[j];
+    b->index[i] = b->index[j];
+    b->slots[j] = g;
+    b->index[j] = index;
+}
+
+/* Those whose next route is not there yet stand last and wait; when all wait, the first is built right here. */
+static obm_status reroute(batch *b, obm_error *err) {
+    size_t ready = 0;
+    b->m->decoding = b->ready > 0 && b->running > 1;
+    for (size_t i = 0; i < b->running; i++) {
+        bool is_ready;
+        OBM_TRY(obm__generation_reroute(b->m, b->slots[i], &is_ready, err));
+        if (is_ready) swap_slots(b, i, ready++);
+    }
+    b->ready = ready;
+    return OBM_OK;
+}
+
 static obm_status run_batch(batch *b, obm_error *err) {
     while (b->done < b->n) {
         OBM_TRY(refill(b, err));
-        if (!b->running) continue;
-        OBM_TRY(obm__generation_step(b->m, b->slots, b->running, b->logits, err));
+        OBM_TRY(reroute(b, err));
+        if (!b->ready) continue;
+        OBM_TRY(obm__generation_step(b->m, b->slots, b->ready, b->logits, err));
         OBM_TRY(collect(b, err));
     }
     return OBM_OK;
@@ -121,6 +145,8 @@ void obm_completion_clear(obm_completion *c) {
     obm_free(c->text);
     obm_free(c->ids);
     obm_free(c->route);
+    obm_free(c->routes);
+    obm_free(c->route_tokens);
     *c = (obm_completion){0};
 }
 
@@ -177,8 +203,11 @@ obm_status obm_stream_open(obm_model *m, const obm_prompt *prompt, const obm_gen
 
 obm_status obm_stream_next(obm_stream *s, const char **text, size_t *len, obm_error *err) {
     obm__generation *g = s->g;
-    while (!g->finished && g->safe == s->given)
+    while (!g->finished && g->safe == s->given) {
+        bool ready;   /* always: nothing else runs */
+        OBM_TRY(obm__generation_reroute(s->m, g, &ready, err));
         OBM_TRY(obm__generation_step(s->m, &s->g, 1, s->logits, err));
+    }
     *text = g->safe > s->given ? g->text.data + s->given : NULL;
     *len = g->safe - s->given;
     s->given = g->safe;
@@ -197,7 +226,10 @@ const obm_completion *obm_stream_result(const obm_stream *s) {
                                     .route = g->route,
                                     .n_route = g->route ? obm__model_tasks(s->m) : 0,
                                     .n_prompt = g->n_prompt,
-                                    .finish = g->finish};
+                                    .finish = g->finish,
+                                    .routes = g->reroute.routes,
+                                    .n_routes = g->reroute.n,
+                                    .route_tokens = g->reroute.tokens};
     return &s->result;
 }
 

@@ -22,7 +22,8 @@ static obm_status copy_stops(obm__settings *s, const char *const *stop, size_t n
 static obm_status check_routes(const obm_model *m, const obm_generate_options *o, size_t n_prompts, obm_error *err) {
     size_t n_routes = OBM_OPT(o, obm_generate_options, n_routes, 0);
     bool routed = OBM_OPT(o, obm_generate_options, routes, NULL) != NULL;
-    if (!m->pack && (routed || OBM_OPT(o, obm_generate_options, router, NULL)))
+    bool asks = OBM_OPT(o, obm_generate_options, router, NULL) || OBM_OPT(o, obm_generate_options, route_every, 0);
+    if (!m->pack && (routed || asks))
         return obm__fail(err, OBM_E_ARG, "routes and routers apply to a pack, and this is a plain model");
     if (routed && n_routes != 1 && n_routes != n_prompts)
         return obm__fail(err, OBM_E_ARG, "expected one route, or one for each of the %zu prompts, found %zu", n_prompts,
@@ -36,7 +37,10 @@ obm_status obm__settings_init(obm__settings *s, const obm_model *m, const obm_ge
     *s = (obm__settings){.options = o,
                          .max_tokens = OBM_OPT(o, obm_generate_options, max_tokens, 0),
                          .ignore_eos = OBM_OPT(o, obm_generate_options, ignore_eos, false),
-                         .chat = OBM_OPT(o, obm_generate_options, chat, false)};
+                         .chat = OBM_OPT(o, obm_generate_options, chat, false),
+                         .route_every = OBM_OPT(o, obm_generate_options, route_every, 0),
+                         .router = OBM_OPT(o, obm_generate_options, router, NULL),
+                         .router_user = OBM_OPT(o, obm_generate_options, router_user, NULL)};
     size_t n_stop = OBM_OPT(o, obm_generate_options, n_stop, 0);
     obm__sampler probe;
     if (!s->max_tokens) s->max_tokens = 256;
@@ -170,10 +174,10 @@ static obm_status choose_route(obm_model *m, obm__generation *g, const obm_promp
     size_t row = routes && o->n_routes > 1 ? index : 0;
     if (routes && (!routed || routed[row])) {
         memcpy(g->route, routes + row * tasks, tasks * sizeof *routes);
-        return OBM_OK;
+        return obm__reroute_start(m, g, prompt, true, err);
     }
-    return obm__route_prompt(m, prompt, OBM_OPT(o, obm_generate_options, router, NULL),
-                             OBM_OPT(o, obm_generate_options, router_user, NULL), g->route, NULL, err);
+    OBM_TRY(obm__route_prompt(m, prompt, g->settings->router, g->settings->router_user, g->route, NULL, err));
+    return obm__reroute_start(m, g, prompt, false, err);
 }
 
 /* The route comes first: it decides what the prompt's ids are. */
@@ -209,6 +213,7 @@ void obm__generation_free(obm_model *m, obm__generation *g) {
     obm__sampler_clear(&g->sampler);
     if (g->decoder) obm__decode_stream_free(g->decoder);
     obm__buffer_free(&g->text);
+    obm__reroute_clear(&g->reroute);
     obm_free(g->route);
     obm_free(g->ids);
     obm_free(g);
@@ -310,6 +315,11 @@ obm_status obm__generation_take(obm_model *m, obm__generation *g, obm_completion
     c.route = g->route;
     c.n_route = g->route ? obm__model_tasks(m) : 0;
     g->route = NULL;
+    c.routes = g->reroute.routes;
+    c.route_tokens = g->reroute.tokens;
+    c.n_routes = g->reroute.n;
+    g->reroute.routes = NULL;
+    g->reroute.tokens = NULL;
     *out = c;
     return OBM_OK;
 }

@@ -11,9 +11,23 @@ typedef struct obm__settings {
     size_t max_tokens;
     char **stop; size_t *stop_len; size_t n_stop;
     bool ignore_eos, chat;
+    size_t route_every;
+    obm_router_fn router; void *router_user;
 } obm__settings;
 obm_status obm__settings_init(obm__settings *s, const obm_model *m, const obm_generate_options *options, size_t n_prompts, obm_error *err);
 void obm__settings_clear(obm__settings *s);
+
+/* Routing again while a sequence runs (reroute.c). */
+typedef struct obm__reroute {
+    bool on;                       /* the router is asked again */
+    obm__buffer said;              /* what it saw of the prompt */
+    double *next;                  /* (tasks): its last answer */
+    bool switching;                /* which has not taken over yet */
+    size_t asked;                  /* tokens generated at the last question */
+    double *routes;                /* (n, tasks): taken so far */
+    size_t *tokens;                /* (n): generated before each */
+    size_t n;
+} obm__reroute;
 
 typedef struct obm__generation {
     const obm__settings *settings;
@@ -28,6 +42,7 @@ typedef struct obm__generation {
     size_t safe;                   /* bytes of text that no stop string can take back */
     bool finished;
     obm_finish finish;
+    obm__reroute reroute;
 } obm__generation;
 /* Encodes and routes prompt `index`; no memory of the model is taken yet.  *out is owned. */
 obm_status obm__generation_new(obm_model *m, const obm__settings *s, const obm_prompt *prompt, size_t index,
@@ -42,6 +57,12 @@ void obm__generation_free(obm_model *m, obm__generation *g);
 /* Decodes one token for each of n unfinished sequences in one forward call. */
 obm_status obm__generation_step(obm_model *m, obm__generation *const *g, size_t n, float *logits /* (n, vocab) */,
                                 obm_error *err);
+/* Before a step: asks the router again where that is due and lets its answer take over.  *ready false: the new route's
+ * weights are on their way, or do not fit beside those in use; the sequence holds no weights meanwhile and must not step. */
+obm_status obm__generation_reroute(obm_model *m, obm__generation *g, bool *ready, obm_error *err);
+/* Notes the first route, and what the router saw of the prompt. */
+obm_status obm__reroute_start(obm_model *m, obm__generation *g, const obm_prompt *prompt, bool fixed, obm_error *err);
+void obm__reroute_clear(obm__reroute *r);
 /* Moves the results out. */
 obm_status obm__generation_take(obm_model *m, obm__generation *g, obm_completion *out, obm_error *err);
 

@@ -80,9 +80,6 @@ static obm_status take_ids(const obm_prompt *p, obm_request *r, obm_error *err) 
 
 static obm_status fill_request(obm_request *r, const obm_prompt *p, obm_error *err) {
     const obm_tokenizer *t = obm_model_tokenizer(r->model);
-    obm_model_describe(r->model, &r->info);
-    r->features = obm__calloc((size_t)r->info.layers + 1, sizeof *r->features);
-    if (!r->features) return obm__fail_nomem(err, (size_t)r->info.layers * sizeof *r->features);
     OBM_TRY(obm__prompt_user_text(t, p, &r->text, &r->length, err));
     if (!t && !p->messages && !p->text && p->ids) return take_ids(p, r, err);
     return obm__prompt_router_ids(t, r->text, r->length, &r->ids, &r->n_ids, err);
@@ -185,18 +182,47 @@ static obm_status fill_probabilities(obm_request *r, double *probabilities, obm_
     return OBM_OK;
 }
 
+static obm_status open_request(obm_model *m, obm_request *r, obm_error *err) {
+    *r = (obm_request){.model = m, .pack = obm_model_pack(m)};
+    if (!r->pack) return obm__fail(err, OBM_E_ARG, "routing needs a pack, and this is a plain model");
+    if (r->pack->n_experts > OBM_ROUTE_TASKS)
+        return obm__fail(err, OBM_E_UNSUPPORTED, "pack %s has %zu experts, routes take at most %d", r->pack->path,
+                         r->pack->n_experts, OBM_ROUTE_TASKS);
+    obm_model_describe(m, &r->info);
+    r->features = obm__calloc((size_t)r->info.layers + 1, sizeof *r->features);
+    return r->features ? OBM_OK : obm__fail_nomem(err, (size_t)r->info.layers * sizeof *r->features);
+}
+
+static obm_status ask(obm_request *r, obm_router_fn fn, void *user, double *weights, double *probabilities,
+                      obm_error *err) {
+    double answer[OBM_ROUTE_TASKS] = {0};
+    OBM_TRY(fn ? ask_callback(r, fn, user, answer, err) : ask_builtin(r, answer, err));
+    if (probabilities) OBM_TRY(fill_probabilities(r, probabilities, err));
+    memcpy(weights, answer, r->pack->n_experts * sizeof *weights);
+    return OBM_OK;
+}
+
 obm_status obm__route_prompt(obm_model *m, const obm_prompt *prompt, obm_router_fn fn, void *user, double *weights,
                              double *probabilities, obm_error *err) {
-    obm_request r = {.model = m, .pack = obm_model_pack(m)};
-    double answer[OBM_ROUTE_TASKS] = {0};
-    if (!r.pack) return obm__fail(err, OBM_E_ARG, "routing needs a pack, and this is a plain model");
-    if (r.pack->n_experts > OBM_ROUTE_TASKS)
-        return obm__fail(err, OBM_E_UNSUPPORTED, "pack %s has %zu experts, routes take at most %d", r.pack->path,
-                         r.pack->n_experts, OBM_ROUTE_TASKS);
-    obm_status status = fill_request(&r, prompt, err);
-    if (status == OBM_OK) status = fn ? ask_callback(&r, fn, user, answer, err) : ask_builtin(&r, answer, err);
-    if (status == OBM_OK && probabilities) status = fill_probabilities(&r, probabilities, err);
-    if (status == OBM_OK) memcpy(weights, answer, r.pack->n_experts * sizeof *weights);
+    obm_request r;
+    obm_status status = open_request(m, &r, err);
+    if (status == OBM_OK) status = fill_request(&r, prompt, err);
+    if (status == OBM_OK) status = ask(&r, fn, user, weights, probabilities, err);
+    clear_request(&r);
+    return status;
+}
+
+obm_status obm__route_text(obm_model *m, const char *text, size_t len, obm_router_fn fn, void *user, double *weights,
+                           obm_error *err) {
+    obm_request r;
+    obm_status status = open_request(m, &r, err);
+    if (status == OBM_OK) {
+        r.text = obm__strndup(text, len);
+        r.length = len;
+        status = r.text ? obm__prompt_router_ids(obm_model_tokenizer(m), text, len, &r.ids, &r.n_ids, err)
+                        : obm__fail_nomem(err, len);
+    }
+    if (status == OBM_OK) status = ask(&r, fn, user, weights, NULL, err);
     clear_request(&r);
     return status;
 }

@@ -59,6 +59,9 @@ obm_status obm__router_fit(obm_context *ctx, const float *features, int64_t widt
  * built-in's (NaN where a callback routes and the pack has no router).  A callback's OBM_E_USER travels unchanged. */
 obm_status obm__route_prompt(obm_model *m, const obm_prompt *prompt, obm_router_fn fn, void *user, double *weights,
                              double *probabilities, obm_error *err);
+/* The same for a text as it is, of `len` bytes. */
+obm_status obm__route_text(obm_model *m, const char *text, size_t len, obm_router_fn fn, void *user, double *weights,
+                           obm_error *err);
 /* The user's words in a prompt: user turns joined by "\n", else the text, else the decoded ids.  *text owned, *len
  * bytes. */
 obm_status obm__prompt_user_text(const obm_tokenizer *t, const obm_prompt *prompt, char **text, size_t *len,

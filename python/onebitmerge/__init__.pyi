@@ -178,6 +178,7 @@ class Completion(str):
     ids: list[int]
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
+    routes: list[tuple[int, dict[str, float]]] | None
 
 class Score(NamedTuple):
     logprob: float
@@ -207,16 +208,16 @@ class Model:
     def generate(self, prompts: str | Mapping[str, Any], *, route: _Route | None = None, router: _Router | None = None, max_tokens: int = 0,
                  temperature: float = 0, top_k: int = 0, top_p: float = 0, min_p: float = 0, repetition_penalty: float = 0, seed: int = 0,
                  stop: str | Sequence[str] | None = None, chat: bool = False, batch: int = 0, ignore_eos: bool = False,
-                 progress: _Progress = None) -> Completion: ...
+                 progress: _Progress = None, route_every: int = 0) -> Completion: ...
     @overload
     def generate(self, prompts: Sequence[Any], *, route: Any = None, router: _Router | None = None, max_tokens: int = 0,
                  temperature: float = 0, top_k: int = 0, top_p: float = 0, min_p: float = 0, repetition_penalty: float = 0, seed: int = 0,
                  stop: str | Sequence[str] | None = None, chat: bool = False, batch: int = 0, ignore_eos: bool = False,
-                 progress: _Progress = None) -> Any: ...
+                 progress: _Progress = None, route_every: int = 0) -> Any: ...
     def stream(self, prompts: _Prompt, *, route: _Route | None = None, router: _Router | None = None, max_tokens: int = 0,
                temperature: float = 0, top_k: int = 0, top_p: float = 0, min_p: float = 0, repetition_penalty: float = 0, seed: int = 0,
                stop: str | Sequence[str] | None = None, chat: bool = False, batch: int = 0, ignore_eos: bool = False,
-               progress: _Progress = None) -> Stream: ...
+               progress: _Progress = None, route_every: int = 0) -> Stream: ...
     def logits(self, ids: _Ids, all: bool = True, route: _Route | None = None, decode: bool = False,
                kv: Literal["f32", "f16"] = "f32") -> NDArray[np.float32]: ...
     def hidden(self, ids: _Ids, layer: int, route: _Route | None = None) -> NDArray[np.float32]: ...

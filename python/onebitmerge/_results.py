@@ -13,18 +13,20 @@ class Completion(str):
     """Generated text, with what made it.
 
     route: {task: weight}, or None for a plain model; ids: the generated ids; finish_reason: "stop" or "length";
-    prompt_tokens: how many ids the prompt had.
+    prompt_tokens: how many ids the prompt had.  With route_every, route is the last one and routes has all that were taken:
+    (how many tokens were generated before it took over, route); else routes is None.
     """
 
     route: dict[str, float] | None
     ids: list[int]
     finish_reason: str
     prompt_tokens: int
+    routes: list[tuple[int, dict[str, float]]] | None
 
     @classmethod
-    def make(cls, text, ids, route, finish_reason, prompt_tokens):
+    def make(cls, text, ids, route, finish_reason, prompt_tokens, routes=None):
         self = cls(text)
-        self.ids, self.route, self.finish_reason, self.prompt_tokens = ids, route, finish_reason, prompt_tokens
+        self.ids, self.route, self.finish_reason, self.prompt_tokens, self.routes = ids, route, finish_reason, prompt_tokens, routes
         return self
 
 

@@ -418,6 +418,10 @@ def generate(args):
         if args.route:
             raise Usage("give either --route or --router")
         options["router"] = load_router(args.router)
+    if args.route_every:
+        if args.route not in (None, "auto"):
+            raise Usage("--route-every asks the router again, and --route leaves it nothing to decide")
+        options["route_every"] = args.route_every
     items = [{"prompt": args.prompt}] if args.file is None else read_lines(args.file)
     prompts = [prompt_of(item) for item in items]
     routes = [item.get("route", args.route) for item in items]
@@ -435,7 +439,15 @@ def generate(args):
         for i, c in enumerate(model.generate(prompts[begin:begin + step], batch=args.batch, progress=progress_of(args),
                                              **part, **seed_for(options, begin))):
             record = {"index": begin + i, "text": str(c), "ids": c.ids, "route": route_text(model, c.route), "finish_reason": c.finish_reason}
-            emit(record) if args.json else print(f"[{begin + i}] {record['route'] or ''}\n{c}")
+            if args.route_every:
+                record["routes"] = [{"token": token, "route": route_text(model, r)} for token, r in c.routes]
+            emit(record) if args.json else print(f"[{begin + i}] {taken(record)}\n{c}")
+
+
+def taken(record):
+    """"math", or "math, code from token 8" where the route changed."""
+    first, *later = record.get("routes") or [{"route": record["route"] or ""}]
+    return ", ".join([first["route"], *(f"{r['route']} from token {r['token']}" for r in later)])
 
 
 def seed_for(options, begin):
@@ -666,6 +678,8 @@ def make_parser():
     p.add_argument("--file", metavar="FILE", help="JSON lines: prompt|messages|ids, route")
     p.add_argument("--route", help="auto (default), a task, or chat=.7,math=.3")
     p.add_argument("--router", metavar="FILE.py:FUNC|FILE.lua")
+    p.add_argument("--route-every", type=whole(0), default=0, metavar="N",
+                   help="ask the router again after each N tokens, with the text so far; 0 (default): once")
     add_generation_arguments(p)
     p.add_argument("--temperature", type=real(0, 1e6, low_is_in=True), default=0, help="0 (default): greedy")
     p.add_argument("--top-k", type=whole(0), default=0, help="0 (default): off")

@@ -495,6 +495,268 @@ static void a_router_decides_where_no_route_is_given(void **state) {
     close_fixture(&f);
 }
 
+/* ---- routing again ---- */
+
+#define STEPS 14
+/* Which route each call about a prompt is answered with; prompts are told apart by their first letter. */
+typedef struct planner {
+    int answers[3][8];
+    size_t calls[3];
+    char texts[3][8][96];   /* what it saw */
+} planner;
+
+static obm_status route_by_plan(void *user, obm_request *request, double *weights, obm_error *err) {
+    planner *p = user;
+    const char *text = obm_request_text(request);
+    size_t which = (size_t)(text[0] - 'a'), call = p->calls[which]++;
+    (void)err;
+    snprintf(p->texts[which][call], sizeof p->texts[which][call], "%s", text);
+    memcpy(weights, routes[p->answers[which][call]], sizeof routes[0]);
+    return OBM_OK;
+}
+
+static obm_status keep_last_row(void *arg, obm_model *m, const obm__row *rows, size_t n, obm_error *err) {
+    size_t last = 0;
+    for (size_t i = 0; i < n; i++)
+        if (rows[i].sequence) last = i;
+    return obm__forward_logits(m, rows, &last, 1, arg, err);
+}
+
+/* Greedy decoding by hand: from token number every * k on under the route answers[k], on the keys and values that are
+ * there; a last token that the new route does not know runs under the old one. */
+static void decode_by_hand(obm_model *m, const int32_t *prompt, size_t n, const int *answers, size_t every,
+                           int32_t *out) {
+    obm_error err;
+    float logits[VOCAB + EXTRA];
+    obm__sequence *s;
+    int now = answers[0];
+    check_ok(obm__model_enter(m, NULL, &err), &err);
+    check_ok(obm__sequence_new(m, routes[now], OBM_F32, &s, &err), &err);
+    check_ok(obm__prefill(m, s, prompt, n, false, m->config.layers, keep_last_row, logits, &err), &err);
+    out[0] = obm__argmax(logits, m->vocab);
+    for (size_t i = 1; i < STEPS; i++) {
+        int next = answers[i / every];
+        if (next != now && (out[i - 1] < VOCAB || next == 3)) {
+            obm__weights_release(m, s->weights);
+            check_ok(obm__weights_acquire(m, routes[next], &s->weights, &err), &err);
+            now = next;
+        }
+        check_ok(obm__sequence_reserve(m, s, s->length + 1, &err), &err);
+        const obm__row row = {s, s->length, out[i - 1]};
+        const size_t which = 0;
+        check_ok(obm__forward(m, &row, 1, false, m->config.layers, &err), &err);
+        check_ok(obm__forward_logits(m, &row, &which, 1, logits, &err), &err);
+        s->length++;
+        out[i] = obm__argmax(logits, m->vocab);
+    }
+    obm__sequence_free(m, s);
+    obm__model_leave(m);
+}
+
+static void check_rerouted(const obm_completion *c, const int *answers, size_t every, const int32_t *expected) {
+    assert_int_equal(c->n_ids, STEPS);
+    assert_memory_equal(c->ids, expected, STEPS * sizeof *expected);
+    size_t n = 0;
+    for (size_t k = 0; k * every < STEPS; k++) {
+        if (k && answers[k] == answers[k - 1]) continue;
+        assert_true(n < c->n_routes);
+        assert_int_equal(c->route_tokens[n], k * every);
+        assert_memory_equal(c->routes + n * TASKS, routes[answers[k]], sizeof routes[0]);
+        n++;
+    }
+    assert_int_equal(c->n_routes, n);
+    assert_memory_equal(c->route, c->routes + (n - 1) * TASKS, sizeof routes[0]);
+}
+
+static const planner plans = {.answers = {{1, 2, 4, 4, 0}, {4, 4, 1, 5, 3}, {2, 1, 2, 1, 2}}};
+static const char *const reroute_texts[3] = {"a in the sea", "b in a box", "c over the hills and far away"};
+
+/* Each sequence switches on its own, alone and beside others, whatever room there is for routes. */
+static void check_rerouting(obm_dtype dtype, uint64_t budget, bool materialise) {
+    const size_t every = 3;
+    fixture f;
+    obm_error err;
+    obm_prompt p[3];
+    obm_completion c[3];
+    int32_t expected[3][STEPS], *ids;
+    size_t n;
+    open_fixture(&f, dtype, 0);
+    obm_model *m = open_as(&f, budget, materialise);
+    for (int i = 0; i < 3; i++) {
+        p[i] = (obm_prompt){.text = reroute_texts[i]};
+        check_ok(obm_tokenizer_encode(obm_model_tokenizer(m), p[i].text, strlen(p[i].text), true, &ids, &n, &err), &err);
+        decode_by_hand(m, ids, n, plans.answers[i], every, expected[i]);
+        obm_free(ids);
+    }
+    planner plan = plans;
+    obm_generate_options o = OBM_INIT(obm_generate_options);
+    o.max_tokens = STEPS;
+    o.ignore_eos = true;
+    o.router = route_by_plan;
+    o.router_user = &plan;
+    o.route_every = every;
+    for (size_t batch = 1; batch <= 3; batch++) {
+        plan = plans;
+        o.batch = batch;
+        check_ok(obm_model_generate_batch(m, p, 3, &o, c, &err), &err);
+        for (int i = 0; i < 3; i++) {
+            check_rerouted(&c[i], plans.answers[i], every, expected[i]);
+            assert_int_equal(plan.calls[i], 5);
+            assert_string_equal(plan.texts[i][0], reroute_texts[i]);
+            for (size_t k = 1; k < 5; k++) {   /* the prompt, then the beginning of the text that came of it */
+                size_t said = strlen(reroute_texts[i]), len = strlen(plan.texts[i][k]);
+                assert_memory_equal(plan.texts[i][k], reroute_texts[i], said);
+                assert_true(len > strlen(plan.texts[i][k - 1]));
+                assert_memory_equal(plan.texts[i][k] + said, c[i].text, len - said);
+            }
+            obm_completion_clear(&c[i]);
+        }
+    }
+    obm_model_free(m);
+    close_fixture(&f);
+}
+
+static void a_router_may_change_its_mind(void **state) {
+    (void)state;
+    check_rerouting(OBM_BF16, 0, false);
+    check_rerouting(OBM_F32, 1, false);   /* room for one route: those that wait give theirs back */
+    check_rerouting(OBM_F32, 1, true);
+    check_rerouting(OBM_BF16, 0, true);
+}
+
+static void a_stream_is_routed_again(void **state) {
+    (void)state;
+    fixture f;
+    obm_error err;
+    obm_completion c;
+    open_fixture(&f, OBM_F32, 0);
+    obm_model *m = open_model(&f, 0);
+    planner plan = plans;
+    const obm_prompt p = {.text = reroute_texts[0]};
+    obm_generate_options o = OBM_INIT(obm_generate_options);
+    o.max_tokens = STEPS;
+    o.ignore_eos = true;
+    o.router = route_by_plan;
+    o.router_user = &plan;
+    o.route_every = 3;
+    check_ok(obm_model_generate_batch(m, &p, 1, &o, &c, &err), &err);
+    plan = plans;
+    obm_stream *s;
+    const char *text;
+    size_t len;
+    check_ok(obm_stream_open(m, &p, &o, &s, &err), &err);
+    memset(&o, 0x55, sizeof o);   /* the struct may go, its router may not */
+    do check_ok(obm_stream_next(s, &text, &len, &err), &err);
+    while (text);
+    const obm_completion *r = obm_stream_result(s);
+    assert_int_equal(r->n_routes, c.n_routes);
+    assert_memory_equal(r->routes, c.routes, c.n_routes * sizeof routes[0]);
+    assert_memory_equal(r->route_tokens, c.route_tokens, c.n_routes * sizeof *c.route_tokens);
+    assert_memory_equal(r->ids, c.ids, STEPS * sizeof *c.ids);
+    obm_stream_free(s);
+    obm_completion_clear(&c);
+    obm_model_free(m);
+    close_fixture(&f);
+}
+
+static obm_status first_code_then_chat(void *user, obm_request *request, double *weights, obm_error *err) {
+    int *calls = user;
+    (void)request, (void)err;
+    memcpy(weights, routes[(*calls)++ ? 1 : 3], sizeof routes[0]);
+    return OBM_OK;
+}
+
+/* Prompts are tried until one answers with a token that only `code` has; then the route changes right after it. */
+static void a_token_that_the_new_route_lacks(void **state) {
+    (void)state;
+    static const int code[STEPS] = {3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3};
+    static const int then_chat[STEPS] = {3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    fixture f;
+    obm_error err;
+    obm_completion c;
+    int32_t expected[STEPS];
+    size_t start = 0, at = STEPS;
+    int calls = 0;
+    char path[1024];
+    open_fixture(&f, OBM_F32, 0);
+    snprintf(path, sizeof path, "%s/tokenizer.json", f.dir[0]);   /* it does not have these ids */
+    assert_int_equal(unlink(path), 0);
+    obm_model *m = open_model(&f, 0);
+    for (; start + 8 < T && at >= STEPS - 2; start++) {
+        decode_by_hand(m, f.ids + start, 8, code, 1, expected);
+        for (at = 0; at < STEPS && expected[at] < VOCAB; at++) {}
+    }
+    assert_true(at < STEPS - 2);
+    decode_by_hand(m, f.ids + start - 1, 8, then_chat, at + 1, expected);
+    assert_true(expected[at] >= VOCAB && expected[at + 1] < VOCAB + EXTRA);
+    const obm_prompt p = {.ids = f.ids + start - 1, .n_ids = 8};
+    obm_generate_options o = OBM_INIT(obm_generate_options);
+    o.max_tokens = STEPS;
+    o.ignore_eos = true;
+    o.router = first_code_then_chat;
+    o.router_user = &calls;
+    o.route_every = at + 1;
+    check_ok(obm_model_generate_batch(m, &p, 1, &o, &c, &err), &err);
+    assert_memory_equal(c.ids, expected, sizeof expected);
+    assert_int_equal(c.n_routes, 2);
+    size_t first = at + 1;   /* drawn under `code` still: its input is the token that only `code` knows */
+    while (expected[first] >= VOCAB) first++;
+    assert_int_equal(c.route_tokens[1], first + 1);
+    obm_completion_clear(&c);
+    obm_model_free(m);
+    close_fixture(&f);
+}
+
+/* Given routes stay, a router that fails stops the call, and a plain model has nothing to ask. */
+static void what_is_not_routed_again(void **state) {
+    (void)state;
+    fixture f;
+    obm_error err;
+    obm_completion c;
+    seen s = {.stop_at = 2};
+    const obm_prompt p = {.text = "in the sea"};
+    open_fixture(&f, OBM_F32, 0);
+    obm_model *m = open_model(&f, 0), *plain;
+    obm_generate_options o = OBM_INIT(obm_generate_options);
+    o.max_tokens = 6;
+    o.ignore_eos = true;
+    o.router = route_by_letter;
+    o.router_user = &s;
+    o.route_every = 2;
+    assert_int_equal(obm_model_generate_batch(m, &p, 1, &o, &c, &err), OBM_E_USER);
+    assert_int_equal(s.calls, 2);
+    obm_stream *stream;
+    const char *text;
+    size_t len;
+    s = (seen){.stop_at = 2};
+    check_ok(obm_stream_open(m, &p, &o, &stream, &err), &err);
+    obm_status status;
+    while ((status = obm_stream_next(stream, &text, &len, &err)) == OBM_OK && text) {}
+    assert_int_equal(status, OBM_E_USER);
+    while ((status = obm_stream_next(stream, &text, &len, &err)) == OBM_OK && text) {}   /* asked again, it goes on */
+    check_ok(status, &err);
+    obm_stream_free(stream);
+    o.routes = routes[1];
+    o.n_routes = 1;
+    check_ok(obm_model_generate_batch(m, &p, 1, &o, &c, &err), &err);
+    assert_int_equal(c.n_routes, 1);
+    assert_int_equal(c.route_tokens[0], 0);
+    assert_memory_equal(c.routes, routes[1], sizeof routes[1]);
+    obm_completion_clear(&c);
+    o.route_every = 0;
+    check_ok(obm_model_generate_batch(m, &p, 1, &o, &c, &err), &err);
+    assert_null(c.routes);
+    assert_null(c.route_tokens);
+    obm_completion_clear(&c);
+    obm_generate_options every = OBM_INIT(obm_generate_options);
+    every.route_every = 2;
+    check_ok(obm_model_open(f.ctx, f.dir[0], NULL, &plain, &err), &err);
+    assert_int_equal(obm_model_generate_batch(plain, &p, 1, &every, &c, &err), OBM_E_ARG);
+    obm_model_free(plain);
+    obm_model_free(m);
+    close_fixture(&f);
+}
+
 /* Features are the mean hidden states of the base over the ids of the user's words. */
 static void features_of_prompts(void **state) {
     (void)state;
@@ -532,6 +794,10 @@ int main(void) {
         cmocka_unit_test(routes_in_a_batch_do_not_disturb_each_other),
         cmocka_unit_test(scores_take_routes),
         cmocka_unit_test(a_router_decides_where_no_route_is_given),
+        cmocka_unit_test(a_router_may_change_its_mind),
+        cmocka_unit_test(a_stream_is_routed_again),
+        cmocka_unit_test(a_token_that_the_new_route_lacks),
+        cmocka_unit_test(what_is_not_routed_again),
         cmocka_unit_test(features_of_prompts),
     };
     return cmocka_run_group_tests_name("model_routes", tests, NULL, NULL);

@@ -88,6 +88,37 @@ describe("model", function()
     assert.error_matches(function() model:generate({ question }, { route = { "math", "chat" } }) end, "2 routes for 1 prompts")
   end)
 
+  it("is routed again after every n tokens", function()
+    local function changing(routes)
+      local seen = {}
+      return function(request)
+        seen[#seen + 1] = request.text
+        return routes[#seen]
+      end, seen
+    end
+    local function options(router) return { chat = true, max_tokens = 12, ignore_eos = true, router = router, route_every = 4 } end
+    local router, seen = changing { "math", "code", { chat = 0.5, math = 0.5 } }
+    local text, info = model:generate(question, options(router))
+    assert.same({ { token = 0, route = { math = 1.0 } }, { token = 4, route = { code = 1.0 } }, { token = 8, route = { chat = 0.5, math = 0.5 } } },
+      info.routes)
+    assert.same(info.routes[3].route, info.route)
+    assert.equal(question, seen[1])
+    assert.equal(question .. "\n" .. text:sub(1, #seen[3] - #question - 1), seen[3])
+    local _, alone = model:generate(question, { chat = true, max_tokens = 12, ignore_eos = true, route = "math" })
+    assert.is_nil(alone.routes)
+    for i = 1, 4 do assert.equal(alone.ids[i], info.ids[i]) end
+    local stream = model:stream(question, options((changing { "math", "code", { chat = 0.5, math = 0.5 } })))
+    local pieces = {}
+    for piece in stream do pieces[#pieces + 1] = piece end
+    assert.equal(text, table.concat(pieces))
+    assert.same(info.routes, select(2, stream:result()).routes)
+    stream:close()
+    local broken = function(request) if #request.text > #question then error({ mine = true }) end return "math" end
+    local ok, raised = pcall(model.generate, model, question, options(broken))
+    assert.is_false(ok)
+    assert.same({ mine = true }, raised)
+  end)
+
   it("stops and samples", function()
     local text, info = model:generate(question, { chat = true, max_tokens = 40, stop = { "22", "nowhere" } })
     assert.is_nil(text:find("22", 1, true))

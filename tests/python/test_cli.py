@@ -288,6 +288,21 @@ def test_generate_samples_by_the_seed(lines, pack_path):
     assert lines(*argv, "--seed", 5) == first != lines(*argv, "--seed", 6)
 
 
+def test_generate_routes_again(lines, run, pack_path, tmp_path, fails):
+    file = tmp_path / "router.py"
+    file.write_text("def decide(request):\n    return 'code' if 'Look' in request.text else 'math'\n")
+    argv = ["generate", pack_path, "--chat", "-p", PROMPT, "--max-tokens", 12, "--router", f"{file}:decide"]
+    assert "routes" not in lines(*argv)[0]
+    row, = lines(*argv, "--route-every", 6)
+    assert row["routes"][0] == {"token": 0, "route": "math"} and row["route"] == row["routes"][-1]["route"]
+    jsonl = tmp_path / "prompts.jsonl"
+    jsonl.write_text(json.dumps({"prompt": PROMPT}) + "\n")
+    text = run("generate", pack_path, "--chat", "--file", jsonl, "--max-tokens", 12, "--router", f"{file}:decide", "--route-every", 6)[1]
+    assert text.startswith("[0] " + ", ".join(["math", *(f"{r['route']} from token {r['token']}" for r in row["routes"][1:])]) + "\n")
+    assert row["routes"][1:] == [{"token": 6, "route": "code"}]
+    fails("generate", pack_path, "-p", "x", "--route", "math", "--route-every", 2, code=2, match="nothing to decide")
+
+
 def test_score(lines, run, pack_path, base_model, model, models, jsonl, fails):
     p, c = model.tokenizer.encode(PROMPT), model.tokenizer.encode(" 22")
     file = jsonl({"prompt": PROMPT, "continuation": " 22"}, {"ids": p, "continuation_ids": c}, {"text": PROMPT})
