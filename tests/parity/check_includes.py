@@ -16,7 +16,7 @@ OURS = {
     "examples": [PUBLIC, "examples/"],
     "tests/c": [PUBLIC, KERNELS, "core/", "tests/c/"],       # internals have tests of their own
     "tests/fuzz": [PUBLIC, "core/", "tests/fuzz/", "tests/c/"],
-    "tests/bench": [PUBLIC, KERNELS, "core/sys/", "tests/bench/"],   # sgemm and threads for the bounds that figures stand beside
+    "tests/bench": [PUBLIC, KERNELS, "core/", "tests/bench/"],   # route switches, single layers, and bounds beside figures
     "tests": [PUBLIC, KERNELS, "tests/"],
 }
 
