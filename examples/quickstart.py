@@ -36,16 +36,38 @@ def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def answers(model, items, **options):
+    return model.generate([item["messages"] for item in items], max_tokens=40, batch=BATCH, **options)
+
+
 def hits(model, items, **options):
-    texts = model.generate([item["messages"] for item in items], max_tokens=40, batch=BATCH, **options)
-    return [is_right(text, item) for text, item in zip(texts, items)]
+    return [is_right(text, item) for text, item in zip(answers(model, items, **options), items)]
+
+
+def every(sets):
+    return [item for name in sets for item in sets[name]]
+
+
+def tally(texts, sets):
+    """{set: (hits, n)} of the answers to every item."""
+    names = [name for name in sets for _ in sets[name]]
+    right = [is_right(text, item) for text, item in zip(texts, every(sets))]
+    return {name: (sum(r for r, n in zip(right, names) if n == name), len(sets[name])) for name in sets}
 
 
 def accuracy(model, sets, **options):
     """{set: (hits, n)}; all sets go through the model in one batch."""
-    names = [name for name in sets for _ in sets[name]]
-    right = hits(model, [item for name in sets for item in sets[name]], **options)
-    return {name: (sum(r for r, n in zip(right, names) if n == name), len(sets[name])) for name in sets}
+    return tally(answers(model, every(sets), **options), sets)
+
+
+def both_ways(table, name, pack, test, **options):
+    """On the sign planes, and with dense weights for every route: two rows, and whether each answer is the same text."""
+    texts = {}
+    for way, label in ((False, name), (True, f"{name}, materialised")):
+        texts[way] = answers(obm.Model(pack, materialise=way), every(test), **options)
+        table.add(label, tally(texts[way], test))
+    differ = sum(a != b for a, b in zip(texts[False], texts[True]))
+    table.notes.append(f"{name}: {differ or 'none'} of {len(texts[True])} answers differ")
 
 
 def mean(result):
@@ -56,7 +78,7 @@ class Table:
     """One row per method: accuracy per set in percent, with the 95 % Wilson interval."""
 
     def __init__(self):
-        self.rows = []
+        self.rows, self.notes = [], []
         self.start = time.monotonic()
 
     def add(self, name, result):
@@ -138,14 +160,14 @@ def dynamic_merges(table, pack, out, data, valid, test):
     for task in TASKS:
         table.add(f"1-bit expert {task}", accuracy(model, test, route=task))
     table.add("oracle routing, lambda 0", by_oracle(model, test))
-    table.add("trained router, lambda 0 (routing only)", accuracy(model, test))
+    both_ways(table, "trained router, lambda 0 (routing only)", pack, test)
     lam = choose("lambda of 1bit-Merging", (0.0, *LAMBDAS), lambda x: accuracy(at(x), valid))
     if lam == 0:
         print("Validation chose lambda 0: on these experts routing does all the work, merging the others adds nothing.")
     model = at(lam)
-    table.add(f"1bit-Merging, trained router, lambda {lam:g}", accuracy(model, test))
+    both_ways(table, f"1bit-Merging, trained router, lambda {lam:g}", pack, test)
     table.add(f"1bit-Merging, oracle routing, lambda {lam:g}", by_oracle(model, test))
-    table.add(f"soft routing by probability, lambda {lam:g}", accuracy(model, test, router=lambda request: request.probabilities))
+    both_ways(table, f"soft routing by probability, lambda {lam:g}", pack, test, router=lambda request: request.probabilities)
     table.add("control: random signs, oracle, lambda 0", controlled(random_signs(pack, out), data, test))
     dropped = obm.compress(MODELS / "base", {t: obm.Expert(MODELS / t, map={"*_proj.weight": "drop"}) for t in TASKS}, out / "dropped.pack")
     table.add("control: linear deltas dropped, oracle, lambda 0", controlled(dropped, data, test))
@@ -201,6 +223,8 @@ def main():
         static_merges(table, out, valid, test)
         model = dynamic_merges(table, pack, out, out / "data", valid, test)
         print(f"\n{table}\n")
+        print("Packs run on their sign planes; the rows that say materialised used dense weights for every route instead:")
+        print("".join(f"  {note}\n" for note in table.notes))
         print("How to read it: compare the lambda 0 row (routing only) with 1bit-Merging for what merging the others adds, and with the\n"
               "two controls for what the signs carry; overlapping intervals are no difference.\n")
         if fast:
