@@ -491,8 +491,8 @@ static obm_status prepare(job *j, obm_error *err) {
     OBM_TRY(obm__policy_parse(j->r->expert, j->r->profile, &j->policy, &j->policy_text, err));
     j->n = j->v->count;
     j->items = obm__calloc(j->n, sizeof *j->items);
-    j->slots = obm__calloc(j->n, sizeof *j->slots);
-    if (!j->items || !j->slots) return obm__fail_nomem(err, j->n * (sizeof *j->items + sizeof *j->slots));
+    j->slots = obm__calloc(j->n, 2 * sizeof *j->slots); /* planes and extra rows of the same tensor */
+    if (!j->items || !j->slots) return obm__fail_nomem(err, j->n * (sizeof *j->items + 2 * sizeof *j->slots));
     for (size_t i = 0; i < j->n; i++) OBM_TRY(fill_item(j, &j->items[i], &j->v->pairs[i], err));
     warn_unused_rules(j);
     warn_unknown_matrices(j);
