@@ -60,6 +60,7 @@ struct obm_pack {
     size_t n_tensors;
     obm__pack_expert *experts;
     size_t n_experts;
+    uint64_t revision;         /* how often experts were added, replaced or removed since it was opened */
     obm_pack_settings settings;
     obm__router *router;       /* NULL until trained */
     _Atomic int warned_of_other_expert;   /* so that a warning comes once (route/plan.c) */

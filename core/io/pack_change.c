@@ -214,6 +214,7 @@ static obm_status replace(obm_pack *p, obm_json *manifest, obm_error *err) {
         return status;
     }
     obm_pack old = *p;
+    next->revision = p->revision + 1;
     *p = *next;
     *next = old;
     obm_json *gone = next->manifest;

@@ -13,6 +13,7 @@ typedef struct batch {
     obm__pulse pulse;
     obm__generation **slots;       /* [size], running ones first */
     obm__generation *waiting;      /* prompt `next`, not admitted yet; NULL */
+    size_t refused_at;             /* sequences that ran when there was no room for it; SIZE_MAX: worth a try */
     size_t *index;                 /* prompt of each slot */
     size_t size, running, ready;   /* ready: running ones whose weights are there, before those that wait for a route */
     float *logits;                 /* (size, vocab) */
@@ -41,6 +42,7 @@ static obm_status collect(batch *b, obm_error *err) {
 static obm_status admit_next(batch *b, bool *admitted, obm_error *err) {
     if (!b->waiting) OBM_TRY(obm__generation_new(b->m, &b->settings, &b->prompts[b->next], b->next, &b->waiting, err));
     OBM_TRY(obm__generation_admit(b->m, b->waiting, admitted, err));
+    b->refused_at = *admitted || b->m->building ? SIZE_MAX : b->running;
     if (!*admitted) return OBM_OK;
     b->slots[b->running] = b->waiting;
     b->waiting = NULL;
@@ -51,6 +53,7 @@ static obm_status admit_next(batch *b, bool *admitted, obm_error *err) {
 /* A quarter of the slots is awaited, so that prompts come in together. */
 static obm_status refill(batch *b, obm_error *err) {
     if (b->running && (b->size - b->running) * 4 < b->size) return OBM_OK;
+    if (b->waiting && b->running >= b->refused_at) return OBM_OK; /* preparing a route takes time: not at every step */
     size_t first = b->running;
     bool admitted = true;
     b->m->decoding = b->ready > 0;
@@ -103,6 +106,7 @@ static obm_status start_batch(batch *b, const obm_generate_options *o, obm_error
     b->size = OBM_OPT(o, obm_generate_options, batch, 0);
     if (!b->size) b->size = 8;
     if (b->size > b->n) b->size = b->n;
+    b->refused_at = SIZE_MAX;
     OBM_TRY(obm__settings_init(&b->settings, b->m, o, b->n, err));
     size_t count;
     b->slots = obm__calloc(b->size, sizeof *b->slots);
@@ -203,6 +207,7 @@ obm_status obm_stream_open(obm_model *m, const obm_prompt *prompt, const obm_gen
 
 obm_status obm_stream_next(obm_stream *s, const char **text, size_t *len, obm_error *err) {
     obm__generation *g = s->g;
+    if (!g->finished) OBM_TRY(obm__weights_check(s->m, err));
     while (!g->finished && g->safe == s->given) {
         bool ready;   /* always: nothing else runs */
         OBM_TRY(obm__generation_reroute(s->m, g, &ready, err));

@@ -74,6 +74,7 @@ static uint64_t default_budget(const obm_context *ctx) {
 
 static obm_status prepare(obm_model *m, const obm_model_options *options, obm_error *err) {
     m->tasks = obm__model_tasks(m);
+    m->revision = m->pack ? m->pack->revision : 0;
     m->kv = OBM_OPT(options, obm_model_options, kv, OBM_F32);
     m->route_budget = OBM_OPT(options, obm_model_options, route_budget, 0);
     if (!m->route_budget) m->route_budget = default_budget(m->ctx);

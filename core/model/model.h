@@ -124,6 +124,7 @@ typedef struct obm__matrix {
 typedef struct obm__overlay obm__overlay;
 struct obm__overlay {
     size_t tensor;
+    int64_t rows;               /* a hard route may bring extra vocabulary */
     double *route;              /* (tasks), as far as it matters to the tensor */
     obm_pack_settings settings;
     obm__matrix matrix;
@@ -132,9 +133,10 @@ struct obm__overlay {
     obm__overlay *next;
 };
 
-/* Keys of the list of overlays: tensor, route as far as it matters, settings of the pack. */
-obm__overlay *obm__overlay_find(const obm_model *m, size_t tensor, const double *route);   /* NULL: not there */
-obm_status obm__overlay_new(const obm_model *m, size_t tensor, const double *route, obm__overlay **out, obm_error *err);
+/* Keys of the list of overlays: tensor, rows, route as far as it matters, settings of the pack. */
+obm__overlay *obm__overlay_find(const obm_model *m, size_t tensor, int64_t rows, const double *route);   /* NULL: not there */
+obm_status obm__overlay_new(const obm_model *m, size_t tensor, int64_t rows, const double *route, obm__overlay **out,
+                            obm_error *err);
 void obm__overlay_keep(obm_model *m, obm__overlay *o);      /* into the list, once it is filled */
 void obm__overlay_release(obm_model *m, obm__overlay *o);   /* drops a reference; the last one frees */
 void obm__overlay_free(obm__overlay *o);                    /* one that is not in the list */
@@ -178,6 +180,8 @@ obm_status obm__weights_acquire(obm_model *m, const double *route, obm__weights 
  * when it would take the routes in use over the budget. */
 obm_status obm__weights_admit(obm_model *m, const double *route, obm__weights **out, obm_error *err);
 void obm__weights_release(obm_model *m, obm__weights *w);
+/* ARG once the pack has other experts than when the model was opened: weights point into what it had then. */
+obm_status obm__weights_check(const obm_model *m, obm_error *err);
 /* Stops the thread that builds overlays. */
 void obm__weights_cancel(obm_model *m);
 void obm__weights_free_all(obm_model *m);
@@ -327,6 +331,7 @@ struct obm_model {
     const obm_pack *pack;               /* NULL for a plain model */
     obm_pack *own_pack;
     size_t tasks;                       /* of the pack at opening */
+    uint64_t revision;                  /* of the pack at opening: what it gave out is gone once that changes */
     obm_tokenizer *tokenizer;           /* the base's, NULL without tokenizer.json */
     obm__model_text *texts;             /* (tasks), then the base's */
     obm__config config;

@@ -119,7 +119,7 @@ obm_status obm__overlay_fill(obm_model *m, const obm__route_plan *plan, size_t t
 
 /* ---- shared between routes ---- */
 
-obm_status obm__overlay_new(const obm_model *m, size_t tensor, const double *route, obm__overlay **out,
+obm_status obm__overlay_new(const obm_model *m, size_t tensor, int64_t rows, const double *route, obm__overlay **out,
                             obm_error *err) {
     obm__overlay *o = obm__calloc(1, sizeof *o);
     double *copy = obm__calloc(m->tasks, sizeof *copy);
@@ -129,7 +129,7 @@ obm_status obm__overlay_new(const obm_model *m, size_t tensor, const double *rou
         return obm__fail_nomem(err, sizeof *o + m->tasks * sizeof *copy);
     }
     memcpy(copy, route, m->tasks * sizeof *copy);
-    *o = (obm__overlay){.tensor = tensor, .route = copy, .settings = m->pack->settings};
+    *o = (obm__overlay){.tensor = tensor, .rows = rows, .route = copy, .settings = m->pack->settings};
     *out = o;
     return OBM_OK;
 }
@@ -138,9 +138,9 @@ bool obm__same_settings(const obm_pack_settings *a, const obm_pack_settings *b) 
     return a->lambda == b->lambda && a->reading == b->reading && a->profile == b->profile && a->density == b->density;
 }
 
-obm__overlay *obm__overlay_find(const obm_model *m, size_t tensor, const double *route) {
+obm__overlay *obm__overlay_find(const obm_model *m, size_t tensor, int64_t rows, const double *route) {
     for (obm__overlay *o = m->overlays; o; o = o->next)
-        if (o->tensor == tensor && !memcmp(o->route, route, m->tasks * sizeof *route) &&
+        if (o->tensor == tensor && o->rows == rows && !memcmp(o->route, route, m->tasks * sizeof *route) &&
             obm__same_settings(&o->settings, &m->pack->settings))
             return o;
     return NULL;

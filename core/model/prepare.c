@@ -148,14 +148,14 @@ static obm_status take_overlay(obm__build *b, size_t tensor, const obm_tensor *s
     double *route = obm__calloc(b->m->tasks, sizeof *route);
     if (!route) return obm__fail_nomem(b->err, b->m->tasks * sizeof *route);
     obm__route_effective(b->w->plan, tensor, route);
-    obm__overlay *o = obm__overlay_find(b->m, tensor, route);
+    obm__overlay *o = obm__overlay_find(b->m, tensor, shape->shape[0], route);
     obm_status status = OBM_OK;
     if (o) {
         OBM_GO(reference(b, o));
         *out = o->matrix;
         goto done;
     }
-    OBM_GO(obm__overlay_new(b->m, tensor, route, &o, b->err));
+    OBM_GO(obm__overlay_new(b->m, tensor, shape->shape[0], route, &o, b->err));
     status = add_pending(b, tensor, shape, false, out, o);
     if (status != OBM_OK) obm__overlay_free(o);
     b->needed += (uint64_t)obm_tensor_count(shape) * obm_dtype_size(b->m->pack->tensors[tensor].base.dtype);
@@ -361,7 +361,9 @@ obm_status obm__build_run(obm__build *b, const _Atomic int *stop, obm_error *err
     if (b->trims) OBM_TRY(obm__route_plan_trim(b->w->plan, stop, err));
     for (size_t i = 0; i < b->n_pending; i++) {
         obm__pending *p = &b->pending[i];
-        OBM_TRY(obm__overlay_fill(b->m, b->w->plan, p->tensor, &p->shape, p->vector, stop,
+        obm__route_plan plan = *b->w->plan; /* an overlay has the same bits whichever of its routes comes first */
+        if (p->overlay) plan.rule.weights = p->overlay->route;
+        OBM_TRY(obm__overlay_fill(b->m, &plan, p->tensor, &p->shape, p->vector, stop,
                                   p->overlay ? &p->overlay->matrix : &p->filled, err));
     }
     return OBM_OK;

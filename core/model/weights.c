@@ -99,6 +99,7 @@ static obm_status keep(obm_model *m, obm__build *b, obm__weights **out, obm_erro
     obm_status status = obm__build_keep(b, &w, err);
     obm__build_free(b);
     if (status != OBM_OK) return status;
+    w->used = ++m->clock; /* not the first to go, should it have to wait for room */
     w->next = m->routes;
     m->routes = w;
     count_bytes(m, w, true);
@@ -121,14 +122,15 @@ static obm__weights *take(obm_model *m, obm__weights *w) {
     return w;
 }
 
-static obm_status check_tasks(const obm_model *m, obm_error *err) {
-    if (!m->pack || m->pack->n_experts == m->tasks) return OBM_OK;
-    return obm__fail(err, OBM_E_ARG, "%s: experts were added or removed since the model was opened: open it again",
+obm_status obm__weights_check(const obm_model *m, obm_error *err) {
+    if (!m->pack || m->pack->revision == m->revision) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG,
+                     "%s: experts were added, replaced or removed since the model was opened: open it again",
                      m->pack->path);
 }
 
 obm_status obm__weights_acquire(obm_model *m, const double *route, obm__weights **out, obm_error *err) {
-    OBM_TRY(check_tasks(m, err));
+    OBM_TRY(obm__weights_check(m, err));
     if (is_base(route, m->tasks)) route = NULL;
     obm__weights *w = find(m, route);
     obm__build *b;
@@ -194,7 +196,7 @@ static obm_status admit_new(obm_model *m, const double *route, obm__weights **ou
 }
 
 obm_status obm__weights_admit(obm_model *m, const double *route, obm__weights **out, obm_error *err) {
-    OBM_TRY(check_tasks(m, err));
+    OBM_TRY(obm__weights_check(m, err));
     if (is_base(route, m->tasks)) route = NULL;
     *out = NULL;
     obm__weights *w = find(m, route);

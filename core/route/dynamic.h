@@ -62,7 +62,7 @@ obm__route_kind obm__route_kind_of(const obm__route_plan *r, size_t tensor);
 const obm_tensor *obm__route_own(const obm__route_plan *r, size_t tensor);
 /* The weights as far as they matter to one tensor: routes that agree in them have the same tensor.  weights: (tasks).
  * Experts that are the base's in this tensor are alike there, so the first of them takes the weight of all (at lambda 0
- * none of them matters); where trims look at other tensors too, nothing is put together. */
+ * none of them matters); under `recomputed` with trims, which are found for each routed expert, nothing is put together. */
 void obm__route_effective(const obm__route_plan *r, size_t tensor, double *weights);
 /* PATTERNS: the planes that a run touches, and c(w) of the stretch of columns at (row, col); c[2^n].  What running on
  * the planes is built on: a route changes these scalars and moves no weights. */

@@ -137,6 +137,7 @@ static obm_status plan_alloc(const obm_pack *p, const double *weights, obm__rout
     obm__route_plan *r = obm__calloc(1, sizeof *r);
     if (!r) return obm__fail_nomem(err, sizeof *r);
     r->pack = p;
+    r->n_tensors = p->n_tensors;
     r->weights = obm__calloc(p->n_experts, sizeof *r->weights);
     r->tensors = obm__calloc(p->n_tensors, sizeof *r->tensors);
     if (!r->weights || !r->tensors) {
@@ -182,7 +183,7 @@ obm_status obm__route_plan_new(const obm_pack *p, const double *weights, obm__ro
 
 void obm__route_plan_free(obm__route_plan *r) {
     if (!r) return;
-    for (size_t t = 0; r->tensors && t < r->pack->n_tensors; t++) obm_free(r->tensors[t].cuts);
+    for (size_t t = 0; r->tensors && t < r->n_tensors; t++) obm_free(r->tensors[t].cuts);
     obm_free(r->tensors);
     obm_free(r->weights);
     obm_free(r);
@@ -212,8 +213,8 @@ void obm__route_effective(const obm__route_plan *r, size_t tensor, double *weigh
     const obm_pack_settings *s = &r->pack->settings;
     size_t first = SIZE_MAX;
     memcpy(weights, r->rule.weights, r->rule.n_tasks * sizeof *weights);
-    bool trims_model = s->profile == OBM_PROFILE_PAPER && s->reading == OBM_READING_RECOMPUTED && s->density < 1;
-    if (r->tensors[tensor].n_extra > 0 || (trims_model && s->lambda != 0)) return;
+    bool trims_pairs = s->reading == OBM_READING_RECOMPUTED && s->density < 1;
+    if (r->tensors[tensor].n_extra > 0 || (trims_pairs && s->lambda != 0)) return;
     for (size_t k = 0; k < r->rule.n_tasks; k++) {
         if (obm__entry_present(obm__route_entry(r->pack, k, tensor))) continue;
         if (first == SIZE_MAX) first = k;

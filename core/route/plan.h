@@ -30,7 +30,8 @@ struct obm__route_plan {
     obm__merge_rule rule;
     double *weights;            /* rule.weights, owned */
     size_t hard;                /* obm__route_hard */
-    obm__route_tensor *tensors; /* (pack->n_tensors) */
+    obm__route_tensor *tensors; /* (n_tensors) */
+    size_t n_tensors;           /* of the pack, which may have changed when the plan goes */
     const _Atomic int *stop;    /* looked at while trims are found; NULL: never */
 };
 
