@@ -283,15 +283,28 @@ def show_pack(args, pack):
           "runs": {row.pop("class"): row for row in _results.run_rows(pack)}, **{label: value for label, value in _results.pack_ratios(pack).items()}})
 
 
+def add_reasons(pack, runs):
+    """Overlays get `why`: an expert's full tensor (extra vocabulary rows come with one), else too many products of planes."""
+    full = {}
+    for task in pack.tasks:
+        for t in pack.tensors(task):
+            if t["mode"] == "full":
+                full.setdefault(t["name"], []).append(task)
+    for r in runs:
+        if "overlay" in (r["hard"], r["soft"]):
+            r["why"] = f"full in {', '.join(full[r['name']])}" if r["name"] in full else "more than 8 masks"
+
+
 def show_runs(args, pack):
     runs = pack.runs()
+    add_reasons(pack, runs)
     if args.json:
         for r in runs:
             emit(r)
         return
-    print(_results.table(["tensor", "planes", "hard routes", "masks", "overlay in", "all mixed", "masks"],
+    print(_results.table(["tensor", "planes", "hard routes", "masks", "overlay in", "all mixed", "masks", "why an overlay"],
                          [[r["name"], r["planes"], r["hard"], r["hard_masks"], f"{r['overlays']} of {len(pack.tasks)}", r["soft"],
-                           r["soft_masks"]] for r in runs]))
+                           r["soft_masks"], r.get("why", "")] for r in runs]))
 
 
 def pack_show(args):

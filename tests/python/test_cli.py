@@ -167,6 +167,12 @@ def test_pack_show_runs(run, lines, own_pack, models, tmp_path):
     query = next(r for r in mixed.runs() if r["name"] == "model.layers.0.self_attn.q_proj.weight")
     assert (query["planes"], query["hard"], query["overlays"], query["hard_masks"]) == (1, "overlay", 2, 0)
     assert "2 of 2" in run("pack", "show", mixed.path, "--runs")[1]
+    many = obm.compress(models / "base", {t: obm.Expert(models / t, planes=3, map={"*.0.mlp.down_proj.weight": "full"} if t == "math" else None)
+                                          for t in ("chat", "math", "code")}, tmp_path / "many.pack")
+    why = {r["name"]: r.get("why") for r in lines("pack", "show", many.path, "--runs")}
+    assert why["model.layers.0.mlp.down_proj.weight"] == "full in math"
+    assert why["model.layers.1.mlp.down_proj.weight"] == "more than 8 masks" and why["model.norm.weight"] is None
+    assert "full in math" in run("pack", "show", many.path, "--runs")[1]
 
 
 def test_pack_verify(run, lines, own_pack, fails, models, tmp_path):
