@@ -1,4 +1,4 @@
-/* Causal attention over the paged cache: grouped queries, sliding window.  A row sees its own sequence only. */
+/* Causal attention over the paged cache: grouped queries, sliding windows, q and k norms.  A row sees its own sequence only. */
 #include "model.h"
 
 #include <math.h>
@@ -20,21 +20,45 @@ static void store(const obm_model *m, const obm__row *row, int64_t layer, int wh
     else memcpy((float *)page + slot * dim, x, (size_t)dim * sizeof *x);
 }
 
+/* x: (heads, head_dim) of one row; over each head, or over all of them. */
+static void norm_heads(const obm_model *m, const float *weight, int64_t heads, float *x) {
+    int64_t dim = m->config.head_dim;
+    if (!weight) return;
+    if (m->config.arch->has & OBM_HAS_WHOLE_QK_NORM) {
+        obm__rms_norm(m, x, weight, heads * dim, x);
+        return;
+    }
+    for (int64_t h = 0; h < heads; h++) obm__rms_norm(m, x + h * dim, weight, dim, x + h * dim);
+}
+
+/* x: (heads, head_dim) of row i. */
+static void rotate(const attention_job *j, size_t i, int64_t heads, float *x) {
+    const obm_model *m = j->m;
+    int rope = m->config.layer[j->layer].rope;
+    if (rope < 0) return;
+    size_t at = ((size_t)rope * m->scratch.rows + i) * (size_t)m->pairs;   // (ropes, rows, pairs)
+    int64_t pairs = obm__rope_pairs(&m->config.ropes[rope]);
+    for (int64_t h = 0; h < heads; h++)
+        obm__rope_apply(x + h * m->config.head_dim, m->scratch.cosine + at, m->scratch.sine + at, pairs);
+}
+
 static void rotate_and_store(void *arg, size_t begin, size_t end, int worker) {
     const attention_job *j = arg;
     const obm__config *c = &j->m->config;
     const obm__scratch *s = &j->m->scratch;
-    int64_t dim = c->head_dim, half = dim / 2;
+    int64_t dim = c->head_dim;
     (void)worker;
     for (size_t i = begin; i < end; i++) {
-        if (!j->rows[i].sequence) continue;
-        const float *cosine = s->cosine + (int64_t)i * half, *sine = s->sine + (int64_t)i * half;
+        const obm__weights *w = s->weights[i];
+        if (!w) continue;
         float *q = s->q + (int64_t)i * c->heads * dim;      // (heads, head_dim)
         float *k = s->k + (int64_t)i * c->kv_heads * dim;   // (kv_heads, head_dim)
         float *v = s->v + (int64_t)i * c->kv_heads * dim;   // (kv_heads, head_dim)
-        for (int64_t h = 0; h < c->heads; h++) obm__rope_apply(q + h * dim, cosine, sine, half);
+        norm_heads(j->m, obm__weights_at(w, j->layer, OBM_Q_NORM)->data, c->heads, q);
+        norm_heads(j->m, obm__weights_at(w, j->layer, OBM_K_NORM)->data, c->kv_heads, k);
+        rotate(j, i, c->heads, q);
+        rotate(j, i, c->kv_heads, k);
         for (int64_t h = 0; h < c->kv_heads; h++) {
-            obm__rope_apply(k + h * dim, cosine, sine, half);
             store(j->m, &j->rows[i], j->layer, 0, h, k + h * dim);
             store(j->m, &j->rows[i], j->layer, 1, h, v + h * dim);
         }
@@ -59,11 +83,12 @@ static void score_keys(const obm_model *m, const obm__sequence *s, int64_t layer
 }
 
 /* In place; the sum in f64 in increasing order, so that a long context costs no accuracy. */
-static void softmax(float *x, int64_t n, float scale) {
+static void softmax(float *x, int64_t n, float scale, float cap) {
     float max = -INFINITY;
     double sum = 0;
     for (int64_t i = 0; i < n; i++) {
         x[i] *= scale;
+        if (cap > 0) x[i] = obm__soft_cap(x[i], cap);
         if (x[i] > max) max = x[i];
     }
     for (int64_t i = 0; i < n; i++) {
@@ -98,15 +123,15 @@ static void attend(void *arg, size_t begin, size_t end, int worker) {
     const obm__scratch *s = &j->m->scratch;
     float *scores = s->scores + (size_t)worker * s->positions;
     float *widened = s->widened + (size_t)worker * OBM_TILE_TOKENS * (size_t)c->head_dim;
-    float scale = 1.0f / sqrtf((float)c->head_dim);
+    int64_t window = c->layer[j->layer].window;
     for (size_t item = begin + j->offset; item < end + j->offset; item++) {
         const obm__row *row = &j->rows[item / (size_t)c->heads];
         int64_t head = (int64_t)(item % (size_t)c->heads), kv_head = head / (c->heads / c->kv_heads);
         if (!row->sequence) continue;
-        int64_t to = row->position + 1, from = c->window && to > c->window ? to - c->window : 0;
+        int64_t to = row->position + 1, from = window && to > window ? to - window : 0;
         int64_t at = (int64_t)item * c->head_dim;   // (rows, heads, head_dim)
         score_keys(j->m, row->sequence, j->layer, kv_head, from, to, s->q + at, scores);
-        softmax(scores, to - from, scale);
+        softmax(scores, to - from, c->attention_scale, c->attention_cap);
         mix_values(j->m, row->sequence, j->layer, kv_head, from, to, scores, widened, s->mixed + at);
     }
 }
@@ -118,7 +143,8 @@ obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int6
     int64_t seen = 1;
     for (size_t i = 0; i < n; i++)
         if (rows[i].sequence && rows[i].position >= seen) seen = rows[i].position + 1;
-    if (c->window && seen > c->window) seen = c->window;
+    int64_t window = c->layer[layer].window;
+    if (window && seen > window) seen = window;
     size_t items = n * (size_t)c->heads, threads = (size_t)m->ctx->threads;
     /* Attention runs at about a tenth of the arithmetic rate of GEMM: counted tenfold. */
     double per_item = 40.0 * (double)seen * (double)c->head_dim, slice = OBM_SLICE_FLOPS / per_item;

@@ -58,8 +58,8 @@ static obm_status grow_rows(obm_model *m, size_t rows, obm_error *err) {
     OBM_TRY(resize(s, &s->v, rows, kv, err));
     OBM_TRY(resize(s, &s->gate, rows, wide, err));
     OBM_TRY(resize(s, &s->up, rows, wide, err));
-    OBM_TRY(resize(s, &s->cosine, rows, (size_t)c->head_dim / 2, err));
-    OBM_TRY(resize(s, &s->sine, rows, (size_t)c->head_dim / 2, err));
+    OBM_TRY(resize(s, &s->cosine, rows * (size_t)c->n_ropes, (size_t)m->pairs, err));
+    OBM_TRY(resize(s, &s->sine, rows * (size_t)c->n_ropes, (size_t)m->pairs, err));
     s->panel_size = PANEL_ROWS * widest;
     OBM_TRY(resize(s, &s->panels, threads, s->panel_size, err));
     OBM_TRY(resize(s, &s->products, threads, OBM_TILE_TOKENS * PANEL_ROWS, err));
@@ -117,57 +117,60 @@ static obm_status reserve(obm_model *m, const obm__row *rows, size_t n, obm_erro
 
 /* ---- pieces ---- */
 
-typedef struct norm_job {
+/* Between two blocks. */
+typedef struct join_job {
     const obm_model *m;
-    int64_t layer;
-    obm__role role;
-    const size_t *which;   /* NULL: all */
-    bool add;              /* x += normed first: the residual of the block before */
-} norm_job;
+    int64_t layer;          /* of both norms: the block's own, and the next one's */
+    obm__role after;        /* norm of the output of the block that was run; OBM_ROLES: none was */
+    int64_t next;
+    obm__role before;       /* norm of the next block's input; OBM_ROLES: nothing comes */
+    const size_t *which;    /* NULL: all */
+} join_job;
 
 /* Row-wise work: as many rows as outweigh a hand-over between threads (about 2 us), none split. */
 static size_t row_grain(int64_t width) { return width < 4096 ? (size_t)(4096 / width) : 1; }
 
-/* Zhang and Sennrich 2019: x / sqrt(mean(x^2) + eps) * weight.  The sum of squares in f64, blocks of the kernel's
- * limit. */
-static void rms_norm(const obm_kernels *k, const float *x, const float *weight, int64_t n, float eps, float *out) {
+/* The sum of squares in f64, blocks of the kernel's limit. */
+void obm__rms_norm(const obm_model *m, const float *x, const float *weight, int64_t n, float *out) {
     double sum = 0;
     for (int64_t i = 0; i < n; i += 4096) {
         size_t count = (size_t)(n - i < 4096 ? n - i : 4096);
-        sum += k->dot(x + i, x + i, count);
+        sum += m->ctx->k->dot(x + i, x + i, count);
     }
-    float scale = 1.0f / sqrtf((float)(sum / (double)n) + eps);
-    for (int64_t i = 0; i < n; i++) out[i] = weight[i] * (x[i] * scale);
+    float scale = 1.0f / sqrtf((float)(sum / (double)n) + m->config.norm_eps), offset = m->config.arch->norm_offset;
+    for (int64_t i = 0; i < n; i++) out[i] = (weight[i] + offset) * (x[i] * scale);
 }
 
-/* normed[i] = norm(x[which[i]]), or x += normed and normed = norm(x) in one go over all rows. */
-static void norm_rows(void *arg, size_t begin, size_t end, int worker) {
-    const norm_job *j = arg;
+/* out = norm(x), or x where the architecture has no such norm. */
+static void norm_row(const obm_model *m, const obm__weights *w, int64_t layer, obm__role role, const float *x,
+                     float *out) {
+    const float *weight = obm__weights_at(w, layer, role)->data;
+    if (weight) obm__rms_norm(m, x, weight, m->config.hidden, out);
+    else if (out != x) memcpy(out, x, (size_t)m->config.hidden * sizeof *out);
+}
+
+/* x += norm(normed), the output of the block before; normed[i] = norm(x[which[i]]), the input of the next. */
+static void join_rows(void *arg, size_t begin, size_t end, int worker) {
+    const join_job *j = arg;
     const obm__scratch *s = &j->m->scratch;
     int64_t hidden = j->m->config.hidden;
     (void)worker;
     for (size_t i = begin; i < end; i++) {
         size_t row = j->which ? j->which[i] : i;
-        if (!s->weights[row]) continue;
-        const float *weight = obm__weights_at(s->weights[row], j->layer, j->role)->data;
+        const obm__weights *w = s->weights[row];
         float *x = s->x + (int64_t)row * hidden, *normed = s->normed + (int64_t)i * hidden;
-        if (j->add) j->m->ctx->k->axpy_f32(x, 1, normed, (size_t)hidden);
-        rms_norm(j->m->ctx->k, x, weight, hidden, j->m->config.norm_eps, normed);
+        if (!w) continue;
+        if (j->after != OBM_ROLES) {
+            norm_row(j->m, w, j->layer, j->after, normed, normed);
+            j->m->ctx->k->axpy_f32(x, j->m->config.residual_multiplier, normed, (size_t)hidden);
+        }
+        if (j->before != OBM_ROLES) norm_row(j->m, w, j->next, j->before, x, normed);
     }
 }
 
-static void norm(obm_model *m, size_t n, int64_t layer, obm__role role, const size_t *which, bool add) {
-    norm_job j = {m, layer, role, which, add};
-    obm__parallel(m->ctx, n, row_grain(m->config.hidden), norm_rows, &j);
-}
-
-/* x += y, (rows, hidden) */
-static void add_rows(void *arg, size_t begin, size_t end, int worker) {
-    const obm_model *m = arg;
-    int64_t hidden = m->config.hidden;
-    (void)worker;
-    m->ctx->k->axpy_f32(m->scratch.x + (int64_t)begin * hidden, 1, m->scratch.normed + (int64_t)begin * hidden,
-                        (end - begin) * (size_t)hidden);
+static void join(obm_model *m, size_t n, join_job j) {
+    j.m = m;
+    obm__parallel(m->ctx, n, row_grain(m->config.hidden), join_rows, &j);
 }
 
 /* gate = silu(gate) * up, (rows, intermediate) */
@@ -184,9 +187,41 @@ static void swiglu_rows(void *arg, size_t begin, size_t end, int worker) {
     }
 }
 
+/* gate = gelu(gate) * up with the tanh form of GELU (Hendrycks and Gimpel 2016), (rows, intermediate) */
+static void geglu_rows(void *arg, size_t begin, size_t end, int worker) {
+    const obm_model *m = arg;
+    const obm__scratch *s = &m->scratch;
+    int64_t width = m->config.intermediate;
+    const float slope = 0.79788456080286535588f;   /* sqrt(2 / pi) */
+    (void)worker;
+    for (size_t row = begin; row < end; row++) {
+        if (!s->weights[row]) continue;
+        float *gate = s->gate + (int64_t)row * width;
+        const float *up = s->up + (int64_t)row * width;
+        for (int64_t i = 0; i < width; i++) {
+            float x = gate[i];
+            gate[i] = 0.5f * x * (1.0f + tanhf(slope * (x + 0.044715f * x * x * x))) * up[i];
+        }
+    }
+}
+
+static void gate_rows(obm_model *m, size_t n) {
+    obm__parallel(m->ctx, n, row_grain(8 * m->config.intermediate),
+                  m->config.activation == OBM_GELU_TANH ? geglu_rows : swiglu_rows, m);
+}
+
+static void start_rotation(obm_model *m, const obm__row *row, size_t i) {
+    obm__scratch *s = &m->scratch;
+    const float *frequencies = row->sequence->frequencies ? row->sequence->frequencies : m->frequencies;
+    for (int r = 0; r < m->config.n_ropes; r++) {
+        size_t at = ((size_t)r * s->rows + i) * (size_t)m->pairs;   // (ropes, rows, pairs)
+        obm__rope_table(&m->config.ropes[r], frequencies + r * m->pairs, row->position, s->cosine + at, s->sine + at);
+    }
+}
+
 static obm_status start_rows(obm_model *m, const obm__row *rows, size_t n, obm_error *err) {
     obm__scratch *s = &m->scratch;
-    int64_t half = m->config.head_dim / 2, hidden = m->config.hidden;
+    int64_t hidden = m->config.hidden;
     for (size_t i = 0; i < n; i++) {
         s->weights[i] = rows[i].sequence ? rows[i].sequence->weights : NULL;
         if (!rows[i].sequence) {
@@ -194,9 +229,10 @@ static obm_status start_rows(obm_model *m, const obm__row *rows, size_t n, obm_e
             memset(s->normed + (int64_t)i * hidden, 0, (size_t)hidden * sizeof *s->x);
             continue;
         }
-        OBM_TRY(obm__weights_embed(m, s->weights[i], rows[i].id, s->x + (int64_t)i * hidden, err));
-        obm__rope_table(m->frequencies, half, rows[i].position, s->cosine + (int64_t)i * half,
-                        s->sine + (int64_t)i * half);
+        float *x = s->x + (int64_t)i * hidden;
+        OBM_TRY(obm__weights_embed(m, s->weights[i], rows[i].id, x, err));
+        for (int64_t h = 0; h < hidden && m->embedding_scale != 1; h++) x[h] *= m->embedding_scale;
+        start_rotation(m, &rows[i], i);
     }
     return OBM_OK;
 }
@@ -211,22 +247,41 @@ obm_status obm__forward(obm_model *m, const obm__row *rows, size_t n, bool tiled
     const obm__weights *const *w = s->weights;
 
     OBM_TRY(start_rows(m, rows, n, err));                                          // x (n, hidden)
+    join(m, n, (join_job){.after = OBM_ROLES, .before = layers ? OBM_ATTENTION_NORM : OBM_ROLES});
     for (int64_t layer = 0; layer < layers; layer++) {
-        norm(m, n, layer, OBM_ATTENTION_NORM, NULL, layer > 0);                    // x += down; normed (n, hidden)
+        bool last = layer + 1 == layers;
         const obm__linear qkv[] = {{OBM_Q, s->q, q}, {OBM_K, s->k, kv}, {OBM_V, s->v, kv}};
         OBM_TRY(obm__linear_run(m, w, n, tiled, layer, qkv, 3, s->normed, err));
         OBM_TRY(obm__attention_run(m, rows, n, layer, err));                       // mixed (n, heads * head_dim)
         const obm__linear o[] = {{OBM_O, s->normed, c->hidden}};
         OBM_TRY(obm__linear_run(m, w, n, tiled, layer, o, 1, s->mixed, err));
-        norm(m, n, layer, OBM_MLP_NORM, NULL, true);                               // x += o; normed
+        join(m, n, (join_job){NULL, layer, OBM_ATTENTION_POST_NORM, layer, OBM_MLP_NORM, NULL});   // x += o
         const obm__linear gate_up[] = {{OBM_GATE, s->gate, wide}, {OBM_UP, s->up, wide}};
         OBM_TRY(obm__linear_run(m, w, n, tiled, layer, gate_up, 2, s->normed, err));
-        obm__parallel(m->ctx, n, row_grain(8 * wide), swiglu_rows, m);           // gate (n, intermediate)
+        gate_rows(m, n);                                                           // gate (n, intermediate)
         const obm__linear down[] = {{OBM_DOWN, s->normed, c->hidden}};
         OBM_TRY(obm__linear_run(m, w, n, tiled, layer, down, 1, s->gate, err));
+        obm__role next = last ? OBM_ROLES : OBM_ATTENTION_NORM;
+        join(m, n, (join_job){NULL, layer, OBM_MLP_POST_NORM, layer + 1, next, NULL});             // x += down
     }
-    if (layers > 0) obm__parallel(m->ctx, n, row_grain(c->hidden), add_rows, m);   // x += down
     return OBM_OK;
+}
+
+/* out: (n, vocab); masked ids stay at -inf. */
+typedef struct logits_job {
+    const obm_model *m;
+    float *out;
+} logits_job;
+
+static void bend_logits(void *arg, size_t begin, size_t end, int worker) {
+    const logits_job *j = arg;
+    const obm__config *c = &j->m->config;
+    (void)worker;
+    for (size_t i = begin * (size_t)j->m->vocab; i < end * (size_t)j->m->vocab; i++) {
+        if (j->out[i] == -INFINITY) continue;
+        j->out[i] /= c->logit_divisor;
+        if (c->logit_cap > 0) j->out[i] = obm__soft_cap(j->out[i], c->logit_cap);
+    }
 }
 
 obm_status obm__forward_logits(obm_model *m, const obm__row *rows, const size_t *which, size_t n, float *out,
@@ -234,9 +289,11 @@ obm_status obm__forward_logits(obm_model *m, const obm__row *rows, const size_t 
     const obm__weights **weights = obm__calloc(n, sizeof *weights);
     if (!weights) return obm__fail_nomem(err, n * sizeof *weights);
     for (size_t i = 0; i < n; i++) weights[i] = rows[which[i]].sequence->weights;
-    norm(m, n, 0, OBM_FINAL_NORM, which, false);                                   // normed (n, hidden)
+    join(m, n, (join_job){.after = OBM_ROLES, .before = OBM_FINAL_NORM, .which = which});   // normed (n, hidden)
     const obm__linear head[] = {{OBM_HEAD, out, m->vocab}};
     obm_status status = obm__linear_run(m, weights, n, false, 0, head, 1, m->scratch.normed, err);
+    if (status == OBM_OK && (m->config.logit_cap > 0 || m->config.logit_divisor != 1))
+        obm__parallel(m->ctx, n, 1, bend_logits, &(logits_job){m, out});
     obm_free(weights);
     return status;
 }

@@ -224,6 +224,8 @@ obm_status obm__generation_admit(obm_model *m, obm__generation *g, bool *admitte
     *admitted = g->sequence != NULL;
     if (!*admitted) return OBM_OK;
     OBM_TRY(obm__model_check_ids(m, g->sequence->weights, g->ids, g->n_ids, err));
+    size_t longest = g->n_prompt + g->settings->max_tokens - 1; /* the last token is not run */
+    OBM_TRY(obm__sequence_expect(m, g->sequence, longest < INT64_MAX ? (int64_t)longest : INT64_MAX, err));
     return obm__sequence_reserve(m, g->sequence, (int64_t)g->n_prompt, err);
 }
 

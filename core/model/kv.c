@@ -42,6 +42,19 @@ obm_status obm__sequence_admit(obm_model *m, const double *route, obm_dtype kv, 
     return OBM_OK;
 }
 
+obm_status obm__sequence_expect(const obm_model *m, obm__sequence *s, int64_t positions, obm_error *err) {
+    const obm__config *c = &m->config;
+    bool needed = false;
+    for (int r = 0; r < c->n_ropes; r++) needed |= obm__rope_needs_length(&c->ropes[r]);
+    if (!needed) return OBM_OK;
+    if (positions > c->max_positions) positions = c->max_positions;
+    if (!s->frequencies) s->frequencies = obm__calloc((size_t)(c->n_ropes * m->pairs), sizeof *s->frequencies);
+    if (!s->frequencies) return obm__fail_nomem(err, (uint64_t)(c->n_ropes * m->pairs) * sizeof *s->frequencies);
+    for (int r = 0; r < c->n_ropes; r++)
+        obm__rope_frequencies(&c->ropes[r], positions, s->frequencies + r * m->pairs);
+    return OBM_OK;
+}
+
 void obm__sequence_free(obm_model *m, obm__sequence *s) {
     if (!s) return;
     size_t bytes = 0;
@@ -49,6 +62,7 @@ void obm__sequence_free(obm_model *m, obm__sequence *s) {
     for (size_t i = 0; i < s->n_pages; i++) obm_free(s->pages[i]);
     m->kv_bytes -= s->n_pages * bytes;
     obm_free(s->pages);
+    obm_free(s->frequencies);
     obm__weights_release(m, s->weights);
     obm_free(s);
 }

@@ -72,6 +72,33 @@ static uint64_t default_budget(const obm_context *ctx) {
     return info.memory_total ? info.memory_total / 4 : UINT64_MAX;
 }
 
+static obm_status load_rotation(obm_model *m, obm_error *err) {
+    const obm__config *c = &m->config;
+    for (int r = 0; r < c->n_ropes; r++) {
+        int64_t pairs = obm__rope_pairs(&c->ropes[r]);
+        if (pairs > m->pairs) m->pairs = pairs;
+    }
+    size_t count = (size_t)(c->n_ropes * m->pairs);
+    m->frequencies = obm__calloc(count, sizeof *m->frequencies);
+    if (!m->frequencies) return obm__fail_nomem(err, count * sizeof *m->frequencies);
+    for (int r = 0; r < c->n_ropes; r++) obm__rope_frequencies(&c->ropes[r], 0, m->frequencies + r * m->pairs);
+    return OBM_OK;
+}
+
+/* Gemma's sqrt(hidden) is rounded to the dtype of the embedding in the file, as transformers does and as it was trained:
+ * 55.5 instead of 55.43 in bf16. */
+static float embedding_scale(const obm_model *m, const obm__weights *base) {
+    const obm__config *c = &m->config;
+    float scale = c->embedding_multiplier;
+    uint8_t rounded[sizeof scale];
+    obm_tensor t = {.data = rounded, .dtype = obm__weights_at(base, 0, OBM_EMBEDDING)->dtype, .ndim = 1, .shape = {1}};
+    if (!(c->arch->has & OBM_HAS_SCALED_EMBEDDING)) return scale;
+    scale = sqrtf((float)c->hidden);
+    obm__narrow(m->ctx->k, t.dtype, &scale, 1, rounded);
+    obm__widen(m->ctx->k, &t, 0, 1, &scale);
+    return scale;
+}
+
 static obm_status prepare(obm_model *m, const obm_model_options *options, obm_error *err) {
     m->tasks = obm__model_tasks(m);
     m->revision = m->pack ? m->pack->revision : 0;
@@ -84,14 +111,13 @@ static obm_status prepare(obm_model *m, const obm_model_options *options, obm_er
     OBM_TRY(load_config(m, err));
     OBM_TRY(load_tokenizer(m, err));
     OBM_TRY(obm__model_load_texts(m, err));
-    m->frequencies = obm__alloc((size_t)m->config.head_dim / 2, sizeof *m->frequencies);
-    if (!m->frequencies) return obm__fail_nomem(err, (uint64_t)m->config.head_dim * 2);
-    obm__rope_frequencies(&m->config.rope, m->config.head_dim, m->frequencies);
+    OBM_TRY(load_rotation(m, err));
     m->vocab = widest_vocabulary(m);
     count_params(m);
     if (m->pack) OBM_TRY(obm__model_find_tensors(m, err));
     /* checks every tensor the config asks for; freed with the model */
     OBM_TRY(obm__weights_acquire(m, NULL, &m->base_alone, err));
+    m->embedding_scale = embedding_scale(m, m->base_alone);
     return m->pack && !m->materialise ? obm__signs_load(m, err) : OBM_OK;
 }
 
@@ -252,6 +278,7 @@ static obm_status run(obm_model *m, const int32_t *ids, size_t n, int64_t layers
     OBM_TRY(obm__model_enter(m, NULL, err));
     obm_status status = obm__sequence_new(m, route, OBM_OPT(options, obm_run_options, kv, m->kv), &s, err);
     if (status == OBM_OK) status = obm__model_check_ids(m, s->weights, ids, n, err);
+    if (status == OBM_OK) status = obm__sequence_expect(m, s, (int64_t)n, err);
     if (status == OBM_OK)
         status = obm__prefill(m, s, ids, n, OBM_OPT(options, obm_run_options, decode, false), layers, collect, c, err);
     obm__sequence_free(m, s);
@@ -297,6 +324,7 @@ obm_status obm__model_pool(obm_model *m, const int32_t *ids, size_t n, int layer
     if (!sum) return obm__fail_nomem(err, hidden * sizeof *sum);
     obm_status status = obm__sequence_new(m, NULL, OBM_F32, &s, err);
     if (status == OBM_OK && n) status = obm__model_check_ids(m, s->weights, ids, n, err);
+    if (status == OBM_OK && n) status = obm__sequence_expect(m, s, (int64_t)n, err);
     if (status == OBM_OK && n) status = obm__prefill(m, s, ids, n, false, layer, add_hidden, sum, err);
     for (size_t h = 0; status == OBM_OK && h < hidden; h++) out[h] = n ? (float)(sum[h] / (double)n) : 0.0f;
     obm__sequence_free(m, s);

@@ -12,43 +12,105 @@
 #include "../route/masks.h"
 #include "../route/router.h"
 
+#include <math.h>
+
 /* ---- architectures (arch.c): one row per model_type of config.json ---- */
 
 typedef enum obm__role {
     OBM_Q, OBM_K, OBM_V, OBM_O, OBM_GATE, OBM_UP, OBM_DOWN,                             /* matrices of a layer */
     OBM_MATRIX_ROLES,
     OBM_Q_BIAS = OBM_MATRIX_ROLES, OBM_K_BIAS, OBM_V_BIAS, OBM_O_BIAS, OBM_GATE_BIAS, OBM_UP_BIAS, OBM_DOWN_BIAS,   /* matrix + OBM_Q_BIAS */
-    OBM_ATTENTION_NORM, OBM_MLP_NORM,
+    OBM_ATTENTION_NORM, OBM_ATTENTION_POST_NORM, OBM_MLP_NORM, OBM_MLP_POST_NORM,       /* before and after a block */
+    OBM_Q_NORM, OBM_K_NORM,                                                             /* before the rotation */
     OBM_LAYER_ROLES,
     OBM_EMBEDDING = OBM_LAYER_ROLES, OBM_FINAL_NORM, OBM_HEAD,                          /* once per model */
     OBM_ROLES
 } obm__role;
 
+/* What an architecture has beyond LLaMA's, and so which keys of config.json it reads (config_keys.c). */
+enum {
+    OBM_HAS_ATTENTION_BIAS = 1 << 0,    /* where attention_bias says so */
+    OBM_HAS_MLP_BIAS = 1 << 1,          /* where mlp_bias says so */
+    OBM_HAS_QKV_BIAS = 1 << 2,          /* always, and none on the output */
+    OBM_HAS_WINDOW = 1 << 3,            /* sliding_window */
+    OBM_HAS_WINDOW_SWITCH = 1 << 4,     /* use_sliding_window */
+    OBM_HAS_WINDOW_TAIL = 1 << 5,       /* max_window_layers */
+    OBM_HAS_WINDOW_PATTERN = 1 << 6,    /* sliding_window_pattern */
+    OBM_HAS_NO_ROPE_LAYERS = 1 << 7,    /* no_rope_layers, no_rope_layer_interval */
+    OBM_HAS_LOCAL_ROPE = 1 << 8,        /* layers with a window rotate by rope_local_base_freq */
+    OBM_HAS_PARTIAL_ROPE = 1 << 9,      /* partial_rotary_factor */
+    OBM_HAS_QUERY_SCALAR = 1 << 10,     /* query_pre_attn_scalar instead of head_dim */
+    OBM_HAS_ATTENTION_CAP = 1 << 11,    /* attn_logit_softcapping */
+    OBM_HAS_LOGIT_CAP = 1 << 12,        /* final_logit_softcapping */
+    OBM_HAS_MULTIPLIERS = 1 << 13,      /* embedding_, residual_, attention_multiplier, logits_scaling */
+    OBM_HAS_SCALED_EMBEDDING = 1 << 14, /* by sqrt(hidden_size) */
+    OBM_HAS_WHOLE_QK_NORM = 1 << 15,    /* q and k norms over all heads together, not head by head */
+    OBM_HAS_HIDDEN_ACTIVATION = 1 << 16,/* hidden_activation; hidden_act is not looked at */
+    OBM_HAS_OLD_LONGROPE = 1 << 17,     /* "yarn" is an old name of longrope */
+};
+
+/* Which layers see sliding_window positions only, unless layer_types says. */
+typedef enum obm__window_rule {
+    OBM_WINDOW_ALL,
+    OBM_WINDOW_TAIL,        /* from max_window_layers on */
+    OBM_WINDOW_ALTERNATE,   /* all but every window_pattern-th */
+    OBM_WINDOW_NO_ROPE      /* those that do not rotate */
+} obm__window_rule;
+
+typedef enum obm__activation { OBM_SILU, OBM_GELU_TANH } obm__activation;
+
+/* Defaults are those of a key that config.json lacks; 0 where LLaMA's hold. */
 typedef struct obm__arch {
     const char *model_type;
     const char *names[OBM_ROLES];   /* tensor names, "{}" is the layer; NULL: the architecture has no such tensor */
-    bool sliding_window;            /* honours sliding_window of the config */
-    int64_t default_window;         /* of a config that lacks the key */
+    unsigned has;                   /* OBM_HAS_* */
+    obm__window_rule windows;
+    int64_t window_pattern;
+    float norm_offset;              /* added to the weights of all norms */
+    int64_t default_window, default_positions, default_original_positions;
     int64_t default_kv_heads;       /* 0: as many as heads */
-    int64_t default_positions;
+    int64_t default_head_dim;       /* 0: hidden / heads */
+    double default_theta, default_eps;
+    double default_attention_cap, default_logit_cap, default_query_scalar;
+    bool default_tied;
 } obm__arch;
 const obm__arch *obm__arch_find(const char *model_type);
-void obm__arch_list(char *buf, size_t size);   /* "llama, mistral" */
+void obm__arch_list(char *buf, size_t size);   /* "llama, mistral, ..." */
 
-/* ---- config.json (config.c) ---- */
+/* ---- config.json (config.c, config_rope.c, config_keys.c) ---- */
+
+typedef enum obm__rope_type {
+    OBM_ROPE_DEFAULT, OBM_ROPE_LINEAR, OBM_ROPE_DYNAMIC, OBM_ROPE_LLAMA3, OBM_ROPE_YARN, OBM_ROPE_LONGROPE,
+    OBM_ROPE_TYPES
+} obm__rope_type;
 
 typedef struct obm__rope {
-    double theta;
-    bool llama3;                                              /* scaling as in LLaMA 3.1; else none */
-    double factor, low_freq_factor, high_freq_factor, original_positions;
+    obm__rope_type type;
+    int64_t dim;                                              /* columns of a head that are rotated */
+    double theta, factor, original_positions;
+    double low_freq_factor, high_freq_factor;                 /* llama3 */
+    double beta_fast, beta_slow; bool truncate;               /* yarn */
+    float attention_factor;                                   /* of cosine and sine: yarn, longrope; else 1 */
+    float *short_factor, *long_factor;                        /* longrope: (pairs), owned */
 } obm__rope;
+#define OBM_ROPES 2   /* of layers that see everything, of layers with a window */
+
+typedef struct obm__layer {
+    int64_t window;             /* 0: none */
+    int rope;                   /* of config.ropes; -1: positions are not rotated */
+} obm__layer;
 
 typedef struct obm__config {
     const obm__arch *arch;
     int64_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, window;   /* window 0: none */
     float norm_eps;
     bool tied, attention_bias, mlp_bias;
-    obm__rope rope;
+    obm__activation activation;
+    float attention_scale;                     /* of q . k */
+    float attention_cap, logit_cap;            /* c * tanh(x / c); 0: none */
+    float embedding_multiplier, residual_multiplier, logit_divisor;
+    obm__rope ropes[OBM_ROPES]; int n_ropes;
+    obm__layer *layer;                         /* (layers), owned */
     int32_t *eos; size_t n_eos;
 } obm__config;
 /* generation may be NULL (generation_config.json; its eos_token_id wins).  `where` names the file in messages.
@@ -226,11 +288,15 @@ typedef struct obm__sequence {
     obm_dtype kv;
     void **pages; size_t n_pages, capacity;
     int64_t length;             /* positions filled */
+    float *frequencies;         /* (ropes, pairs): its own where they depend on how long it gets, else NULL */
 } obm__sequence;
 obm_status obm__sequence_new(obm_model *m, const double *route, obm_dtype kv, obm__sequence **out, obm_error *err);
 /* *out NULL: the route budget has no room beside what runs. */
 obm_status obm__sequence_admit(obm_model *m, const double *route, obm_dtype kv, obm__sequence **out, obm_error *err);
 void obm__sequence_free(obm_model *m, obm__sequence *s);
+/* Tells an empty sequence how many positions it will have at most in this call.  The rotation of dynamic and longrope
+ * depends on the length; it is chosen once, by this one, so that it does not depend on chunks or on the step. */
+obm_status obm__sequence_expect(const obm_model *m, obm__sequence *s, int64_t positions, obm_error *err);
 obm_status obm__sequence_reserve(obm_model *m, obm__sequence *s, int64_t positions, obm_error *err);
 /* Keys (which 0) or values (which 1) of one page: (64, head_dim) of dtype s->kv. */
 void *obm__kv_at(const obm_model *m, const obm__sequence *s, int64_t page, int64_t layer, int which, int64_t kv_head);
@@ -250,11 +316,14 @@ obm_status obm__pulse_done(obm__pulse *p, uint64_t done, obm_error *err);   /* r
 
 /* ---- rotary embedding (rope.c) ---- */
 
-/* out: (head_dim / 2) inverse frequencies. */
-void obm__rope_frequencies(const obm__rope *r, int64_t head_dim, float *out);
-void obm__rope_table(const float *frequencies, int64_t half, int64_t position, float *cosine, float *sine);
-/* Rotates one head in place; pairs are (i, i + half). */
-void obm__rope_apply(float *x, const float *cosine, const float *sine, int64_t half);
+int64_t obm__rope_pairs(const obm__rope *r);   /* columns (i, i + pairs) of a head rotate together */
+bool obm__rope_needs_length(const obm__rope *r);
+/* out: (pairs) inverse frequencies for sequences of up to `positions`. */
+void obm__rope_frequencies(const obm__rope *r, int64_t positions, float *out);
+/* Cosines and sines of a position, times the attention factor. */
+void obm__rope_table(const obm__rope *r, const float *frequencies, int64_t position, float *cosine, float *sine);
+/* Rotates the first 2 * pairs columns of one head in place. */
+void obm__rope_apply(float *x, const float *cosine, const float *sine, int64_t pairs);
 
 /* ---- forward (forward.c, linear.c, attention.c) ---- */
 
@@ -272,7 +341,7 @@ typedef struct obm__scratch {
     float *q, *mixed;           /* (rows, heads * head_dim) */
     float *k, *v;               /* (rows, kv_heads * head_dim) */
     float *gate, *up;           /* (rows, intermediate) */
-    float *cosine, *sine;       /* (rows, head_dim / 2) */
+    float *cosine, *sine;       /* (ropes, rows, pairs) */
     float *panels, *products;   /* per worker: (128, widest) = panel_size, and (64, 128) */
     size_t panel_size;
     uint8_t *strips;            /* per worker: OBM_STRIP_BYTES; NULL: no planes */
@@ -295,7 +364,11 @@ typedef struct obm__linear { obm__role role; float *y; int64_t ld; } obm__linear
  * with NULL are skipped.  tiled: through GEMM on tiles of 64 rows, else row by row. */
 obm_status obm__linear_run(obm_model *m, const obm__weights *const *weights, size_t n, bool tiled, int64_t layer,
                            const obm__linear *layers, size_t count, const float *x, obm_error *err);
-/* Rotates q and k, writes k and v of all rows to their caches, attends; the result is in m->scratch.mixed. */
+/* Zhang and Sennrich 2019: x / sqrt(mean(x^2) + eps) * (weight + offset); out may be x. */
+void obm__rms_norm(const obm_model *m, const float *x, const float *weight, int64_t n, float *out);
+/* Gemma 2: cap * tanh(x / cap), which bends large values and hardly changes small ones. */
+static inline float obm__soft_cap(float x, float cap) { return cap * tanhf(x / cap); }
+/* Normalises and rotates q and k, writes k and v of all rows to their caches, attends; the result is in m->scratch.mixed. */
 obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int64_t layer, obm_error *err);
 
 /* Runs `layers` layers; the hidden states are in m->scratch.x, (n, hidden).  Sequences must have room for the positions. */
@@ -338,7 +411,9 @@ struct obm_model {
     int64_t vocab;                      /* the largest of base and experts */
     obm_dtype kv;
     uint64_t route_budget;
-    float *frequencies;                 /* (head_dim / 2) */
+    int64_t pairs;                      /* of the widest rotation */
+    float *frequencies;                 /* (ropes, pairs), for sequences of any length or of no more than was trained */
+    float embedding_scale;
     size_t *tensors;                    /* of the pack, in the order of obm__weights.tensors; NULL for a plain model */
     obm__weights *base_alone;           /* in the list */
     obm__weights *routes;               /* list; the base alone is the last */

@@ -123,6 +123,7 @@ static obm_status run(obm_model *m, const double *route, const tokens *t, scorer
     if (!s->logits) return obm__fail_nomem(err, (uint64_t)m->vocab * SCORE_ROWS * sizeof *s->logits);
     obm_status status = obm__sequence_new(m, route, m->kv, &sequence, err);
     if (status == OBM_OK) status = obm__model_check_ids(m, sequence->weights, t->ids, t->n, err);
+    if (status == OBM_OK) status = obm__sequence_expect(m, sequence, (int64_t)t->n, err);
     if (status == OBM_OK)
         status = obm__prefill(m, sequence, t->ids, t->n - 1, false, m->config.layers, visit, s, err);
     obm__sequence_free(m, sequence);

@@ -354,16 +354,18 @@ static void compare_with_transformers(const char *name) {
 
 static void matches_transformers(void **state) {
     (void)state;
-    const char *names[] = {"llama-tied",     "llama-untied-bias", "llama3-rope",
-                           "llama3-rope-v5", "mistral-window",    "mistral-full"};
+    const char *names[] = {"llama-tied",     "llama-untied-bias", "llama3-rope", "llama3-rope-v5", "mistral-window",
+                           "mistral-full",   "smollm3",           "qwen2-window", "qwen2-yarn",    "qwen3",
+                           "gemma2",         "gemma3",            "granite",     "olmo2"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) compare_with_transformers(names[i]);
 }
 
 /* ---- config.json ---- */
 
-#define BASIC                                                                                                      \
-    "\"model_type\":\"llama\",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\"num_hidden_layers\":1," \
-    "\"num_attention_heads\":2"
+#define SIZES                                                                                                      \
+    ",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\"num_hidden_layers\":1,\"num_attention_heads\":2"
+#define OTHER SIZES ",\"num_key_value_heads\":2"
+#define BASIC "\"model_type\":\"llama\"" SIZES
 
 static obm_status parse(const char *text, obm__config *out, obm_error *err) {
     obm_json *json;
@@ -381,12 +383,25 @@ static void config_refuses(void **state) {
         {"{\"model_type\":\"gpt2\"}", OBM_E_UNSUPPORTED, "llama, mistral"},
         {"{\"model_type\":\"llama\"}", OBM_E_FORMAT, "vocab_size"},
         {"{" BASIC ",\"hidden_act\":\"gelu\"}", OBM_E_UNSUPPORTED, "hidden_act"},
-        {"{" BASIC ",\"pretraining_tp\":2}", OBM_E_UNSUPPORTED, "pretraining_tp"},
+        {"{" BASIC ",\"hidden_activation\":\"gelu\"}", OBM_E_UNSUPPORTED, "hidden_activation"},
+        {"{" BASIC ",\"scale_depth\":1.4}", OBM_E_UNSUPPORTED, "\"scale_depth\": 1.4"},
+        {"{" BASIC ",\"logits_scaling\":8}", OBM_E_UNSUPPORTED, "logits_scaling"},
+        {"{" BASIC ",\"attn_logit_softcapping\":50}", OBM_E_UNSUPPORTED, "attn_logit_softcapping"},
+        {"{" BASIC ",\"no_rope_layers\":[1]}", OBM_E_UNSUPPORTED, "no_rope_layers"},
+        {"{" BASIC ",\"use_sliding_window\":true}", OBM_E_UNSUPPORTED, "use_sliding_window"},
+        {"{" BASIC ",\"text_config\":{\"a\":1}}", OBM_E_UNSUPPORTED, "text_config"},
         {"{" BASIC ",\"partial_rotary_factor\":0.5}", OBM_E_UNSUPPORTED, "partial_rotary_factor"},
         {"{" BASIC ",\"rope_interleaved\":true}", OBM_E_UNSUPPORTED, "rope_interleaved"},
         {"{" BASIC ",\"quantization_config\":{\"bits\":4}}", OBM_E_UNSUPPORTED, "quantization_config"},
-        {"{" BASIC ",\"rope_scaling\":{\"type\":\"linear\",\"factor\":2}}", OBM_E_UNSUPPORTED, "linear"},
-        {"{" BASIC ",\"rope_parameters\":{\"rope_type\":\"yarn\",\"factor\":2}}", OBM_E_UNSUPPORTED, "yarn"},
+        {"{" BASIC ",\"rope_scaling\":{\"type\":\"linear\"}}", OBM_E_FORMAT, "factor"},
+        {"{" BASIC ",\"rope_scaling\":{\"type\":\"mrope\"}}", OBM_E_UNSUPPORTED, "mrope"},
+        {"{" BASIC ",\"rope_scaling\":{\"type\":\"default\",\"mrope_section\":[1]}}", OBM_E_UNSUPPORTED, "mrope_section"},
+        {"{" BASIC ",\"rope_parameters\":{\"full_attention\":{\"rope_theta\":2}}}", OBM_E_UNSUPPORTED, "full_attention"},
+        {"{" BASIC ",\"rope_parameters\":{\"rope_type\":\"longrope\",\"factor\":2}}", OBM_E_FORMAT, "short_factor"},
+        {"{" BASIC ",\"rope_parameters\":{\"rope_type\":\"longrope\",\"short_factor\":[1],\"long_factor\":[1,2]}}", OBM_E_FORMAT,
+         "short_factor"},
+        {"{" BASIC ",\"rope_parameters\":{\"rope_type\":\"longrope\",\"short_factor\":[1,2],\"long_factor\":[1,-2]}}",
+         OBM_E_FORMAT, "long_factor"},
         {"{" BASIC ",\"rope_parameters\":{\"rope_type\":\"default\",\"partial_rotary_factor\":0.25}}",
          OBM_E_UNSUPPORTED, "partial_rotary_factor"},
         {"{" BASIC ",\"rope_parameters\":{\"rope_type\":\"llama3\"}}", OBM_E_FORMAT, "factor"},
@@ -398,6 +413,15 @@ static void config_refuses(void **state) {
         {"{" BASIC ",\"attention_bias\":\"yes\"}", OBM_E_FORMAT, "attention_bias"},
         {"{" BASIC ",\"eos_token_id\":\"2\"}", OBM_E_FORMAT, "eos_token_id"},
         {"{" BASIC ",\"layer_types\":[\"sliding_attention\"]}", OBM_E_UNSUPPORTED, "layer_types"},
+        {"{" BASIC ",\"layer_types\":[\"full_attention\",\"full_attention\"]}", OBM_E_FORMAT, "layer_types"},
+        {"{\"model_type\":\"qwen2\"" OTHER ",\"layer_types\":[\"sliding_attention\"]}", OBM_E_FORMAT, "sliding window"},
+        {"{\"model_type\":\"qwen3\"" OTHER ",\"layer_types\":[\"chunked_attention\"]}", OBM_E_UNSUPPORTED, "chunked_attention"},
+        {"{\"model_type\":\"smollm3\"" OTHER ",\"no_rope_layers\":[1,0]}", OBM_E_FORMAT, "no_rope_layers"},
+        {"{\"model_type\":\"gemma2\"" OTHER ",\"use_bidirectional_attention\":true}", OBM_E_UNSUPPORTED,
+         "use_bidirectional_attention"},
+        {"{\"model_type\":\"gemma3_text\"" OTHER ",\"rope_parameters\":{\"rope_type\":\"default\"}}", OBM_E_FORMAT,
+         "sliding_attention"},
+        {"{\"model_type\":\"gemma3\"" OTHER "}", OBM_E_UNSUPPORTED, "gemma3_text"},
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         obm__config c;
@@ -425,7 +449,7 @@ static void config_reads(void **state) {
     assert_int_equal(c.head_dim, 4);
     assert_int_equal(c.window, 0);   /* LLaMA has none, whatever the file says */
     assert_int_equal(c.max_positions, 2048);
-    assert_true(c.tied && c.rope.llama3 && c.rope.theta == 5e5 && c.rope.original_positions == 8192);
+    assert_true(c.tied && c.ropes[0].type == OBM_ROPE_LLAMA3 && c.ropes[0].theta == 5e5 && c.ropes[0].original_positions == 8192);
     assert_int_equal(c.n_eos, 2);
     assert_int_equal(c.eos[1], 4);
     obm__config_clear(&c);
@@ -436,7 +460,7 @@ static void config_reads(void **state) {
              &err);
     assert_int_equal(c.window, 4096);
     assert_int_equal(c.kv_heads, 8);
-    assert_true(c.rope.theta == 7 && !c.rope.llama3 && !c.n_eos);
+    assert_true(c.ropes[0].theta == 7 && c.ropes[0].type == OBM_ROPE_DEFAULT && !c.n_eos);
     obm__config_clear(&c);
 }
 

@@ -1,54 +1,23 @@
-"""The live oracle: tiny random models made by transformers, run by both."""
+"""The live oracle: tiny random models of every architecture made by transformers, run by both."""
 
 import numpy as np
 import pytest
+import torch
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-import onebitmerge as obm  # noqa: E402
+import architectures
+import onebitmerge as obm
 
-TOKENS = 90  # over a tile of 64 positions
-COMMON = dict(num_hidden_layers=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=None, pad_token_id=0)
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}
-
-
-def llama(**kw):
-    return transformers.LlamaForCausalLM, transformers.LlamaConfig(**{**COMMON, **kw})
+TOKENS = architectures.TOKENS
+# Two f32 forward passes that sum in different orders: 6e-8 per operation, a few hundred of them in a row, logits up to 12.
+# The largest difference over all cases is about 5e-5; any part of a model done wrongly shows as 1e-2 and more.
+BOUND = 2e-4
 
 
-def mistral(**kw):
-    return transformers.MistralForCausalLM, transformers.MistralConfig(**{**COMMON, **kw})
-
-
-CASES = {
-    "tied": llama(vocab_size=97, hidden_size=48, intermediate_size=77, num_attention_heads=4, tie_word_embeddings=True),
-    "untied-gqa2": llama(vocab_size=131, hidden_size=40, intermediate_size=131, num_attention_heads=4, num_key_value_heads=2),
-    "gqa4-head-dim": llama(vocab_size=97, hidden_size=40, intermediate_size=51, num_attention_heads=4, num_key_value_heads=1,
-                           head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
-    "llama3-rope": llama(vocab_size=97, hidden_size=64, intermediate_size=51, num_attention_heads=8, num_key_value_heads=2,
-                         rope_parameters=LLAMA3, tie_word_embeddings=True),
-    "biases": llama(vocab_size=97, hidden_size=36, intermediate_size=51, num_attention_heads=3, attention_bias=True, mlp_bias=True),
-    "mistral-window": mistral(vocab_size=97, hidden_size=36, intermediate_size=51, num_attention_heads=4, num_key_value_heads=2,
-                              head_dim=14, sliding_window=9),
-    "mistral-no-window": mistral(vocab_size=97, hidden_size=36, intermediate_size=51, num_attention_heads=6, num_key_value_heads=3,
-                                 sliding_window=None, tie_word_embeddings=True),
-}
-
-
-@pytest.fixture(scope="module", params=CASES, ids=list(CASES))
+@pytest.fixture(scope="module", params=architectures.CASES)
 def pair(request, tmp_path_factory):
-    cls, config = CASES[request.param]
-    config._attn_implementation = "eager"
-    reference = cls(config).float().eval()
-    generator = torch.Generator().manual_seed(len(request.param))
-    with torch.no_grad():
-        for name, p in reference.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            p.copy_(1 + 0.2 * noise if "norm" in name else 0.25 * noise)
+    reference, ids = architectures.build(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     reference.save_pretrained(folder)
-    ids = torch.randint(3, config.vocab_size, (TOKENS,), generator=generator)
     return reference, obm.Model(str(folder)), ids
 
 
@@ -59,7 +28,8 @@ def test_logits(pair, decode):
         expected = reference(ids[None]).logits[0].numpy()
     got = model.logits(ids.tolist(), all=True, decode=decode)
     assert got.shape == expected.shape and got.dtype == np.float32
-    assert np.abs(got - expected).max() <= 2e-4
+    assert 2 <= expected.std() <= 4
+    assert np.abs(got - expected).max() <= BOUND
 
 
 def test_hidden(pair):
@@ -69,7 +39,7 @@ def test_hidden(pair):
     layers = model.info["layers"]
     for layer in range(layers):  # transformers' last entry is after the final norm
         got = model.hidden(ids.tolist(), layer)
-        assert np.abs(got - states[layer][0].numpy()).max() <= 2e-4
+        assert np.abs(got - states[layer][0].numpy()).max() <= BOUND
 
 
 def clear_margin(logits):
@@ -81,7 +51,9 @@ def test_greedy_generation(pair):
     """Where no two candidates come close enough for rounding to choose between them."""
     reference, model, ids = pair
     compared = 0
-    for length in (1, 7, 40, 70):
+    # A dynamic rotation is chosen once for all that a call may reach, while transformers changes it with every token.
+    changes = (reference.config.rope_parameters or {}).get("rope_type") == "dynamic" and model.info["max_positions"] < 256
+    for length in (1, 7, 40) if changes else (1, 7, 40, 70):
         prompt = ids[:length]
         with torch.no_grad():
             out = reference.generate(prompt[None], attention_mask=torch.ones(1, length, dtype=torch.long), max_new_tokens=24,
@@ -92,6 +64,13 @@ def test_greedy_generation(pair):
         assert list(got.ids) == out.sequences[0, length:].tolist()
         compared += 1
     assert compared >= 2
+
+
+def test_batches_are_singles(pair):
+    _, model, ids = pair
+    prompts = [{"ids": ids[a:b].tolist()} for a, b in ((0, 1), (3, 70), (20, 31), (5, 90))]
+    batch = model.generate(prompts, max_tokens=9)
+    assert [list(b.ids) for b in batch] == [list(model.generate(p, max_tokens=9).ids) for p in prompts]
 
 
 def test_scores(pair):
