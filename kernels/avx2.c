@@ -25,6 +25,7 @@
 #define DL 4
 #define LOAD_D(p) _mm256_cvtps_pd(_mm_loadu_ps(p))
 #define STORE_D(p, v) _mm256_storeu_pd(p, v)
+#define NARROW_D(p, v) _mm_storeu_ps(p, _mm256_cvtpd_ps(v))
 #define SET1_D(a) _mm256_set1_pd(a)
 #define ADD_D(a, b) _mm256_add_pd(a, b)
 #define MUL_D(a, b) _mm256_mul_pd(a, b)

@@ -25,6 +25,7 @@
 #define DL 8
 #define LOAD_D(p) _mm512_cvtps_pd(_mm256_loadu_ps(p))
 #define STORE_D(p, v) _mm512_storeu_pd(p, v)
+#define NARROW_D(p, v) _mm256_storeu_ps(p, _mm512_cvtpd_ps(v))
 #define SET1_D(a) _mm512_set1_pd(a)
 #define ADD_D(a, b) _mm512_add_pd(a, b)
 #define MUL_D(a, b) _mm512_mul_pd(a, b)

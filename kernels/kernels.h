@@ -47,6 +47,10 @@ typedef struct obm_kernels {
     /* exact.  y += a * x, product rounded, then sum rounded (no fma). */
     void (*axpy_f32)(float *y, float a, const float *x, size_t n);
 
+    /* exact.  out[i] = the sum of w[j] * c[j][i], j < count in order, rounded to f32 once: products and sums are
+     * rounded in f64 (no fma).  count >= 1. */
+    void (*mix_f32)(float *out, const float *const *c, const double *w, size_t count, size_t n);
+
     /* exact.  Index of the first NaN or Inf, n if all are finite. */
     size_t (*find_nonfinite)(const float *x, size_t n);
 

@@ -39,6 +39,7 @@ static inline V fma8(V a, V b, V c) {
 #define DL 2
 #define LOAD_D(p) vcvt_f64_f32(vld1_f32(p))
 #define STORE_D(p, v) vst1q_f64(p, v)
+#define NARROW_D(p, v) vst1_f32(p, vcvt_f32_f64(v))
 #define SET1_D(a) vdupq_n_f64(a)
 #define ADD_D(a, b) vaddq_f64(a, b)
 #define MUL_D(a, b) vmulq_f64(a, b)

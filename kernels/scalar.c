@@ -91,6 +91,14 @@ void obm__scalar_axpy_f32(float *y, float a, const float *x, size_t n) {
     }
 }
 
+void obm__scalar_mix_f32(float *out, const float *const *c, const double *w, size_t count, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        double sum = w[0] * (double)c[0][i];
+        for (size_t j = 1; j < count; j++) sum += w[j] * (double)c[j][i];
+        out[i] = (float)sum;
+    }
+}
+
 size_t obm__scalar_find_nonfinite(const float *x, size_t n) {
     size_t i = 0;
     while (i < n && (bits_of(float_at(x + i)) & 0x7fffffff) < 0x7f800000) i++;
@@ -246,6 +254,7 @@ const obm_kernels obm__kernels_scalar = {
     .sub_f32 = obm__scalar_sub_f32,
     .sub_bf16 = obm__scalar_sub_bf16,
     .axpy_f32 = obm__scalar_axpy_f32,
+    .mix_f32 = obm__scalar_mix_f32,
     .find_nonfinite = obm__scalar_find_nonfinite,
     .abs_sum = obm__scalar_abs_sum,
     .dot = obm__scalar_dot,

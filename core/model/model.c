@@ -143,7 +143,7 @@ static obm_status open_source(obm_model *m, const char *path, const char *base, 
     if (base) return obm__fail(err, OBM_E_ARG, "%s: a base applies to a pack, and there is no pack.json here", path);
     OBM_TRY(obm_checkpoint_open(m->ctx, path, &m->own_checkpoint, err));
     m->base = m->own_checkpoint;
-    return obm__checkpoint_is_model(m->base, "a model to run", err);
+    return OBM_OK;
 }
 
 obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_options *options, obm_model **out,
@@ -176,6 +176,7 @@ void obm_model_free(obm_model *m) {
     obm__weights_free_all(m);
     obm__signs_free_all(m);
     obm__coefficients_release(m->hard_routes);
+    obm__planes_route_free(m->spare);
     obm__scratch_free(&m->scratch);
     obm__model_free_texts(m);
     obm__config_clear(&m->config);
@@ -226,6 +227,7 @@ size_t obm__model_tasks(const obm_model *m) { return m->pack ? m->pack->n_expert
 
 void obm_model_account(const obm_model *m, obm_model_memory *out) {
     uint64_t coefficients = m->hard_routes ? obm__coefficient_cache_bytes(m->hard_routes->cache) : 0;
+    if (m->spare) coefficients += obm__planes_route_bytes(m->spare);
     *out = (obm_model_memory){.base = m->base_bytes,
                               .planes = m->signs_bytes + m->terms_bytes + coefficients,
                               .overlays = m->overlay_bytes,

@@ -212,6 +212,7 @@ obm_status obm__overlay_fill(obm_model *m, const obm__route_plan *plan, size_t t
 typedef struct obm__weights obm__weights;
 struct obm__weights {
     double *route;              /* (tasks), NULL: the base alone */
+    size_t tasks;
     obm_pack_settings settings; /* of the pack when the route was prepared */
     obm__matrix *tensors;       /* (layers, OBM_LAYER_ROLES), then the three of the model; data NULL: absent */
     int64_t layers;
@@ -416,6 +417,7 @@ struct obm_model {
     float embedding_scale;
     size_t *tensors;                    /* of the pack, in the order of obm__weights.tensors; NULL for a plain model */
     obm__weights *base_alone;           /* in the list */
+    obm__planes_route *spare;           /* memory for the coefficients of the next route; NULL */
     obm__weights *routes;               /* list; the base alone is the last */
     uint64_t clock;
     obm__signs *signs;                  /* (layers, OBM_MATRIX_ROLES), then the head's; NULL: nothing runs on planes */

@@ -170,7 +170,10 @@ static obm_status take_coefficients(obm__build *b) {
     size_t n = (size_t)w->layers * OBM_MATRIX_ROLES + 1;
     if (!b->m->signs) return OBM_OK;
     OBM_TRY(obm__coefficients_acquire(b->m, &w->hard_routes, b->err));
-    OBM_TRY(obm__planes_route_new(w->hard_routes->cache, w->route, &w->masks, b->err));
+    bool hard = obm__route_hard(w->route, w->tasks) != SIZE_MAX; /* needs no memory of its own */
+    obm__planes_route *spare = hard ? NULL : b->m->spare;
+    if (spare) b->m->spare = NULL;
+    OBM_TRY(obm__planes_route_renew(spare, w->hard_routes->cache, w->route, &w->masks, b->err));
     w->terms = obm__calloc(n, sizeof *w->terms);
     if (!w->terms) return obm__fail_nomem(b->err, n * sizeof *w->terms);
     w->terms_bytes = obm__planes_route_bytes(w->masks) + n * sizeof *w->terms;
@@ -312,6 +315,7 @@ static obm__weights *weights_new(const obm_model *m, bool routed) {
     size_t count;
     if (!w) return NULL;
     w->layers = m->config.layers;
+    w->tasks = m->tasks;
     if (obm__mul((size_t)w->layers, OBM_LAYER_ROLES, &count))
         w->tensors = obm__calloc(count + OBM_ROLES, sizeof *w->tensors);
     w->route = routed ? obm__calloc(m->tasks, sizeof *w->route) : NULL;

@@ -5,6 +5,9 @@
 #include <stdatomic.h>
 #include <string.h>
 
+/* Mixtures kept for another request: enough for those that a caller names, few against what the router makes. */
+#define KEPT_MIXTURES 16
+
 static bool is_base(const double *route, size_t tasks) {
     for (size_t i = 0; route && i < tasks; i++)
         if (route[i] != 0) return false;
@@ -68,19 +71,64 @@ static bool goes_before(const obm_model *m, const obm__weights *a, const obm__we
     return current != is_current(m, b) ? !current : a->used < b->used;
 }
 
+/* A mixture of tasks that has no matrices of its own. */
+static bool is_light(const obm__weights *w) {
+    return w->hard_routes && !w->n_overlays && obm__route_hard(w->route, w->tasks) == SIZE_MAX;
+}
+
+static void drop(obm_model *m, obm__weights **at) {
+    obm__weights *w = *at;
+    *at = w->next;
+    count_bytes(m, w, false);
+    obm__weights_free(m, w);
+}
+
+/* The memory of its coefficients serves the next route. */
+static void drop_light(obm_model *m, obm__weights **at) {
+    obm__planes_route_free(m->spare);
+    m->spare = (*at)->masks;
+    m->terms_bytes -= (*at)->terms_bytes;
+    (*at)->terms_bytes = 0;
+    (*at)->masks = NULL;
+    drop(m, at);
+}
+
+/* The next to go among routes that do not run; NULL: none. */
+static obm__weights **choose_idle(obm_model *m, bool light, size_t *count) {
+    obm__weights **first = NULL;
+    *count = 0;
+    for (obm__weights **at = &m->routes; *at; at = &(*at)->next) {
+        if (!(*at)->route || (*at)->refs || (light && !is_light(*at))) continue;
+        ++*count;
+        if (!first || goes_before(m, *at, *first)) first = at;
+    }
+    return first;
+}
+
 /* Drops routes that do not run until `needed` more bytes fit. */
-static void evict(obm_model *m, uint64_t needed) {
+static void make_room(obm_model *m, uint64_t needed) {
     for (;;) {
-        obm__weights **first = NULL;
-        for (obm__weights **at = &m->routes; *at; at = &(*at)->next)
-            if ((*at)->route && !(*at)->refs && (!first || goes_before(m, *at, *first))) first = at;
+        size_t count;
+        obm__weights **first = choose_idle(m, false, &count);
         uint64_t held = m->overlay_bytes + m->terms_bytes;
         bool over = needed > m->route_budget || held > m->route_budget - needed;
+        if (over) {
+            obm__planes_route_free(m->spare);
+            m->spare = NULL;
+        }
         if (!first || (!over && is_current(m, *first))) return;
-        obm__weights *w = *first;
-        *first = w->next;
-        count_bytes(m, w, false);
-        obm__weights_free(m, w);
+        drop(m, first);
+    }
+}
+
+/* Besides, few mixtures are kept: they are made again faster than the system gives new memory. */
+static void evict(obm_model *m, uint64_t needed) {
+    make_room(m, needed);
+    for (;;) {
+        size_t count;
+        obm__weights **first = choose_idle(m, true, &count);
+        if (count <= KEPT_MIXTURES) return;
+        drop_light(m, first);
     }
 }
 

@@ -22,8 +22,6 @@
 
 /* Rows (or groups) side by side: enough for vector instructions, few enough for 256 patterns in the L2 cache. */
 #define LANES 32
-/* Coefficients of one step of a weighted sum. */
-#define STEP 512
 /* A weighted sum of f32 values, each off by 2^-25 of its size or less, may be 0 when it is below this share of their
  * sizes. */
 #define CANCELLED 0x1p-24
@@ -45,6 +43,21 @@ typedef struct hard_route {
     term terms[OBM_ROUTE_MASKS];
 } hard_route;
 
+/* A route's masks before they become bits over its planes. */
+typedef struct mask_list {
+    int n;
+    mask mask[OBM_ROUTE_MASKS];
+    const float *c[OBM_ROUTE_MASKS];
+} mask_list;
+
+/* Where all tasks together take few enough masks, what mixtures look up in place of comparing masks. */
+typedef struct mixture {
+    mask_list all;
+    obm__route_masks given;
+    const float *
+        *c; /* (all.n, n_tasks), NULL where a task has no such mask; itself NULL: more masks than a run takes */
+} mixture;
+
 struct obm__coefficients {
     const obm_pack *pack;
     size_t tensor;
@@ -55,6 +68,7 @@ struct obm__coefficients {
     size_t n_planes;
     obm__plane_ref *planes;
     hard_route *hard; /* (n_tasks) */
+    mixture mix;
 };
 
 /* ---- masks ---- */
@@ -337,6 +351,8 @@ static obm_status fill_hard(const obm__coefficients *c, size_t task, table *t, h
     return OBM_OK;
 }
 
+static obm_status fill_mixture(obm__coefficients *c, obm_error *err);
+
 static obm_status fill(obm__coefficients *c, obm_error *err) {
     OBM_TRY(list_planes(c, err));
     find_shape(c);
@@ -347,7 +363,7 @@ static obm_status fill(obm__coefficients *c, obm_error *err) {
     obm_status status = OBM_OK;
     for (size_t k = 0; status == OBM_OK && k < c->n_tasks; k++) status = fill_hard(c, k, t, &c->hard[k], err);
     obm_free(t);
-    return status;
+    return status == OBM_OK ? fill_mixture(c, err) : status;
 }
 
 obm_status obm__coefficients_new(const obm_pack *p, size_t tensor, obm__coefficients **out, obm_error *err) {
@@ -377,6 +393,7 @@ void obm__coefficients_free(obm__coefficients *c) {
     if (!c) return;
     for (size_t k = 0; c->hard && k < c->n_tasks; k++) drop_terms(&c->hard[k]);
     obm_free(c->hard);
+    obm_free(c->mix.c);
     obm_free(c->planes);
     obm_free(c);
 }
@@ -390,6 +407,7 @@ const obm__coefficient_shape *obm__coefficients_shape(const obm__coefficients *c
 
 size_t obm__coefficients_bytes(const obm__coefficients *c) {
     size_t bytes = sizeof *c + c->n_planes * sizeof *c->planes + c->n_tasks * sizeof *c->hard;
+    if (c->mix.c) bytes += (size_t)c->mix.all.n * c->n_tasks * sizeof *c->mix.c;
     for (size_t k = 0; k < c->n_tasks; k++) {
         for (int i = 0; i < c->hard[k].n; i++)
             if (c->hard[k].terms[i].owned) bytes += c->shape.count * sizeof(float);
@@ -398,13 +416,6 @@ size_t obm__coefficients_bytes(const obm__coefficients *c) {
 }
 
 /* ---- routes ---- */
-
-/* A route's masks before they become bits over its planes. */
-typedef struct mask_list {
-    int n;
-    mask mask[OBM_ROUTE_MASKS];
-    const float *c[OBM_ROUTE_MASKS];
-} mask_list;
 
 /* Keeps the order of compare_masks; false: full. */
 static bool list_add(mask_list *list, const mask *m) {
@@ -474,74 +485,127 @@ obm_run obm__coefficients_masks(const obm__coefficients *c, const double *weight
     return run;
 }
 
+/* True if the mixture's mask comes in under these weights. */
+static bool has_mask(const obm__coefficients *c, const double *weights, int mask) {
+    const float *const *own = c->mix.c + (size_t)mask * c->n_tasks;
+    for (size_t k = 0; k < c->n_tasks; k++)
+        if (weights[k] != 0 && own[k]) return true;
+    return false;
+}
+
 size_t obm__coefficients_room(const obm__coefficients *c, const double *weights) {
-    mask_list list;
-    if (obm__route_hard(weights, c->n_tasks) != SIZE_MAX || union_of(c, weights, &list) != OBM_RUN_PLANES) return 0;
+    mask_list list = {0};
+    if (obm__route_hard(weights, c->n_tasks) != SIZE_MAX) return 0;
+    if (!c->mix.c) return union_of(c, weights, &list) == OBM_RUN_PLANES ? (size_t)list.n * c->shape.count : 0;
+    for (int i = 0; i < c->mix.all.n; i++) list.n += has_mask(c, weights, i);
     return (size_t)list.n * c->shape.count;
 }
 
-typedef struct addend {
-    double weight;
-    const float *c;
-} addend;
+static const float *scales_of(const hard_route *h, const mask *m) {
+    for (int i = 0; i < h->n; i++)
+        if (!compare_masks(&h->terms[i].mask, m)) return h->terms[i].c;
+    return NULL;
+}
 
-static size_t addends_of(const obm__coefficients *c, const double *weights, const mask *m, addend *out) {
-    size_t n = 0;
+static obm_status fill_mixture(obm__coefficients *c, obm_error *err) {
+    double every[OBM_ROUTE_TASKS];
+    mixture *x = &c->mix;
+    for (size_t k = 0; k < c->n_tasks; k++) every[k] = 1;
+    if (union_of(c, every, &x->all) != OBM_RUN_PLANES) return OBM_OK;
+    give(&x->all, &x->given);
+    if (x->given.run != OBM_RUN_PLANES) return OBM_OK;
+    x->c = obm__calloc((size_t)x->all.n * c->n_tasks, sizeof *x->c);
+    if (!x->c) return obm__fail_nomem(err, (size_t)x->all.n * c->n_tasks * sizeof *x->c);
+    for (int i = 0; i < x->all.n; i++) {
+        for (size_t k = 0; k < c->n_tasks; k++)
+            x->c[(size_t)i * c->n_tasks + k] = scales_of(&c->hard[k], &x->all.mask[i]);
+    }
+    return OBM_OK;
+}
+
+/* What tasks with a weight add to one mask, tasks in order. */
+typedef struct addends {
+    size_t n;
+    double weight[OBM_ROUTE_TASKS];
+    const float *c[OBM_ROUTE_TASKS];
+} addends;
+
+/* mask: of the mixture's, or -1 and m is looked for. */
+static void find_addends(const obm__coefficients *c, const double *weights, int mask, const struct mask *m,
+                         addends *out) {
+    out->n = 0;
     for (size_t k = 0; k < c->n_tasks; k++) {
-        for (int i = 0; weights[k] != 0 && i < c->hard[k].n; i++) {
-            const term *t = &c->hard[k].terms[i];
-            if (!compare_masks(&t->mask, m)) out[n++] = (addend){weights[k], t->c};
-        }
-    }
-    return n;
-}
-
-/* sum (n) = the addends in order; two in each pass, because such short loops wait for loads and stores of the sum. */
-static void add_up(const addend *a, size_t n_addends, size_t at, size_t n, double *restrict sum) {
-    const float *c = a[0].c + at;
-    size_t j = 1;
-    for (size_t i = 0; i < n; i++) sum[i] = a[0].weight * (double)c[i];
-    for (; j + 1 < n_addends; j += 2) {
-        const float *one = a[j].c + at, *two = a[j + 1].c + at;
-        double w1 = a[j].weight, w2 = a[j + 1].weight;
-        for (size_t i = 0; i < n; i++) sum[i] = sum[i] + w1 * (double)one[i] + w2 * (double)two[i];
-    }
-    if (j == n_addends) return;
-    c = a[j].c + at;
-    for (size_t i = 0; i < n; i++) sum[i] += a[j].weight * (double)c[i];
-}
-
-/* out (count) = the weighted sum of one addend or more, rounded once. */
-static void weighted_sum(const addend *a, size_t n_addends, size_t count, float *restrict out) {
-    double sum[STEP];
-    for (size_t at = 0, n; at < count; at += n) {
-        n = count - at < STEP ? count - at : STEP;
-        add_up(a, n_addends, at, n, sum);
-        for (size_t i = 0; i < n; i++) out[at + i] = (float)sum[i];
+        if (weights[k] == 0) continue;
+        const float *own = mask < 0 ? scales_of(&c->hard[k], m) : c->mix.c[(size_t)mask * c->n_tasks + k];
+        if (!own) continue;
+        out->weight[out->n] = weights[k];
+        out->c[out->n++] = own;
     }
 }
 
 /* True if the sum is 0 everywhere: where tasks cancel, rounding to f32 may leave a trace of what they add. */
-static bool cancels(const addend *a, size_t n_addends, size_t count, const float *sum) {
+static bool cancels(const addends *a, size_t count, const float *sum) {
     for (size_t i = 0; i < count; i++) {
         double size = 0;
-        for (size_t j = 0; sum[i] != 0 && j < n_addends; j++) size += a[j].weight * fabs((double)a[j].c[i]);
+        for (size_t j = 0; sum[i] != 0 && j < a->n; j++) size += a->weight[j] * fabs((double)a->c[j][i]);
         if (fabs((double)sum[i]) > size * CANCELLED) return false;
     }
     return true;
 }
 
+/* mix_f32 of one coefficient, in place: a call would take longer. */
+static float mix_number(const addends *a) {
+    double sum = a->weight[0] * (double)a->c[0][0];
+    for (size_t j = 1; j < a->n; j++) sum += a->weight[j] * (double)a->c[j][0];
+    return (float)sum;
+}
+
+/* One mask of a mixture into room; *zero: it cancels. */
+static obm_status mix_one(const obm__coefficients *c, const addends *a, float *room, bool *zero, obm_error *err) {
+    const obm_kernels *k = c->pack->ctx->k;
+    if (c->shape.count == 1) {
+        *room = mix_number(a);
+        if (!isfinite(*room)) return too_large(c, err);
+        *zero = cancels(a, 1, room);
+        return OBM_OK;
+    }
+    k->mix_f32(room, a->c, a->weight, a->n, c->shape.count);
+    if (k->find_nonfinite(room, c->shape.count) < c->shape.count) return too_large(c, err);
+    *zero = cancels(a, c->shape.count, room);
+    return OBM_OK;
+}
+
+/* All masks of the mixture are there: nothing has to be put in order again. */
+static obm_status mix_all(const obm__coefficients *c, const double *weights, float *room, obm__route_masks *out,
+                          bool *done, obm_error *err) {
+    addends a;
+    bool zero = false;
+    *out = c->mix.given;
+    *done = false;
+    for (int i = 0; i < out->n; i++, room += c->shape.count) {
+        find_addends(c, weights, i, NULL, &a);
+        if (!a.n) return OBM_OK;
+        OBM_TRY(mix_one(c, &a, room, &zero, err));
+        if (zero) return OBM_OK;
+        out->c[i] = room;
+    }
+    *done = true;
+    return OBM_OK;
+}
+
 static obm_status soft_route(const obm__coefficients *c, const double *weights, float *room, obm__route_masks *out,
                              obm_error *err) {
     mask_list all, used = {0};
+    addends a;
+    bool done = false, zero;
+    if (c->mix.c) OBM_TRY(mix_all(c, weights, room, out, &done, err));
+    if (done) return OBM_OK;
     *out = (obm__route_masks){.run = union_of(c, weights, &all)};
     if (out->run != OBM_RUN_PLANES) return OBM_OK;
     for (int i = 0; i < all.n; i++, room += c->shape.count) {
-        addend addends[OBM_ROUTE_TASKS];
-        size_t n = addends_of(c, weights, &all.mask[i], addends);
-        weighted_sum(addends, n, c->shape.count, room);
-        if (c->pack->ctx->k->find_nonfinite(room, c->shape.count) < c->shape.count) return too_large(c, err);
-        if (cancels(addends, n, c->shape.count, room)) continue;
+        find_addends(c, weights, -1, &all.mask[i], &a);
+        OBM_TRY(mix_one(c, &a, room, &zero, err));
+        if (zero) continue;
         used.mask[used.n] = all.mask[i];
         used.c[used.n++] = room;
     }

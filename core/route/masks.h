@@ -77,6 +77,10 @@ size_t obm__coefficient_cache_bytes(const obm__coefficient_cache *s);
 typedef struct obm__planes_route obm__planes_route;
 obm_status obm__planes_route_new(const obm__coefficient_cache *s, const double *weights, obm__planes_route **out,
                                  obm_error *err);
+/* The same in the memory of a route that is not needed any more (NULL: none), which it takes over: new pages cost more
+ * than a soft route's sums. */
+obm_status obm__planes_route_renew(obm__planes_route *old, const obm__coefficient_cache *s, const double *weights,
+                                   obm__planes_route **out, obm_error *err);
 void obm__planes_route_free(obm__planes_route *r);
 /* Tensors without planes: BASE, also where a full tensor makes them an overlay (obm__route_changes). */
 const obm__route_masks *obm__planes_route_at(const obm__planes_route *r, size_t tensor);

@@ -13,7 +13,9 @@ struct obm__coefficient_cache {
 };
 
 struct obm__planes_route {
+    const obm_pack *pack;
     obm__route_masks *at; /* (n_tensors) */
+    size_t *first;        /* (n_tensors) where a matrix's room begins */
     size_t n;
     float *room;
     size_t n_room;
@@ -102,13 +104,12 @@ typedef struct route_job {
     const obm__coefficient_cache *cache;
     const double *weights;
     obm__planes_route *route;
-    size_t *first; /* (n) where a matrix's room begins */
     _Atomic int failed;
 } route_job;
 
 static obm_status route_one(const route_job *job, size_t t, obm_error *err) {
     if (!job->cache->at[t]) return OBM_OK;
-    float *room = job->route->room ? job->route->room + job->first[t] : NULL;
+    float *room = job->route->room ? job->route->room + job->route->first[t] : NULL;
     return obm__coefficients_route(job->cache->at[t], job->weights, room, &job->route->at[t], err);
 }
 
@@ -119,15 +120,22 @@ static void run_route(void *arg, size_t begin, size_t end, int worker) {
         if (route_one(job, t, NULL) != OBM_OK) job->failed = 1;
 }
 
+/* Memory that is large enough stays. */
 static obm_status make_room(route_job *job, obm_error *err) {
     obm__planes_route *r = job->route;
+    size_t n = 0;
     for (size_t t = 0; t < r->n; t++) {
-        job->first[t] = r->n_room;
+        r->first[t] = n;
         size_t own = job->cache->at[t] ? obm__coefficients_room(job->cache->at[t], job->weights) : 0;
-        if (!obm__add(r->n_room, own, &r->n_room)) return obm__fail_nomem(err, UINT64_MAX);
+        if (!obm__add(n, own, &n)) return obm__fail_nomem(err, UINT64_MAX);
     }
-    r->room = r->n_room ? obm__alloc(r->n_room, sizeof *r->room) : NULL;
-    return r->n_room && !r->room ? obm__fail_nomem(err, r->n_room * sizeof *r->room) : OBM_OK;
+    if (n <= r->n_room) return OBM_OK;
+    obm_free(r->room);
+    r->n_room = 0;
+    r->room = obm__alloc(n, sizeof *r->room);
+    if (!r->room) return obm__fail_nomem(err, n * sizeof *r->room);
+    r->n_room = n;
+    return OBM_OK;
 }
 
 static obm_status fill_route(route_job *job, obm_error *err) {
@@ -143,16 +151,28 @@ static obm_status fill_route(route_job *job, obm_error *err) {
     return OBM_OK;
 }
 
-obm_status obm__planes_route_new(const obm__coefficient_cache *s, const double *weights, obm__planes_route **out,
-                                 obm_error *err) {
-    OBM_TRY(obm__route_check(s->pack, weights, err));
+static obm_status route_alloc(const obm__coefficient_cache *s, obm__planes_route **out, obm_error *err) {
+    size_t n = s->n;
     obm__planes_route *r = obm__calloc(1, sizeof *r);
     if (!r) return obm__fail_nomem(err, sizeof *r);
-    r->n = s->n;
-    r->at = obm__calloc(s->n + 1, sizeof *r->at);
-    route_job job = {.cache = s, .weights = weights, .route = r, .first = obm__calloc(s->n + 1, sizeof *job.first)};
-    obm_status status = r->at && job.first ? fill_route(&job, err) : obm__fail_nomem(err, s->n * sizeof *r->at);
-    obm_free(job.first);
+    r->pack = s->pack;
+    r->n = n;
+    r->at = obm__calloc(n + 1, sizeof *r->at);
+    r->first = obm__calloc(n + 1, sizeof *r->first);
+    *out = r;
+    if (r->at && r->first) return OBM_OK;
+    obm__planes_route_free(r);
+    return obm__fail_nomem(err, n * sizeof *r->at);
+}
+
+obm_status obm__planes_route_renew(obm__planes_route *old, const obm__coefficient_cache *s, const double *weights,
+                                   obm__planes_route **out, obm_error *err) {
+    obm__planes_route *r = old && old->pack == s->pack && old->n == s->n ? old : NULL;
+    if (old && !r) obm__planes_route_free(old);
+    if (!r) OBM_TRY(route_alloc(s, &r, err)); /* an old one has entries where a new one has: nothing to clear */
+    route_job job = {.cache = s, .weights = weights, .route = r};
+    obm_status status = obm__route_check(s->pack, weights, err);
+    if (status == OBM_OK) status = fill_route(&job, err);
     if (status == OBM_OK)
         *out = r;
     else
@@ -160,9 +180,15 @@ obm_status obm__planes_route_new(const obm__coefficient_cache *s, const double *
     return status;
 }
 
+obm_status obm__planes_route_new(const obm__coefficient_cache *s, const double *weights, obm__planes_route **out,
+                                 obm_error *err) {
+    return obm__planes_route_renew(NULL, s, weights, out, err);
+}
+
 void obm__planes_route_free(obm__planes_route *r) {
     if (!r) return;
     obm_free(r->at);
+    obm_free(r->first);
     obm_free(r->room);
     obm_free(r);
 }
@@ -170,7 +196,7 @@ void obm__planes_route_free(obm__planes_route *r) {
 const obm__route_masks *obm__planes_route_at(const obm__planes_route *r, size_t tensor) { return &r->at[tensor]; }
 
 size_t obm__planes_route_bytes(const obm__planes_route *r) {
-    return sizeof *r + r->n * sizeof *r->at + r->n_room * sizeof *r->room;
+    return sizeof *r + r->n * (sizeof *r->at + sizeof *r->first) + r->n_room * sizeof *r->room;
 }
 
 /* ---- how the tensors of a pack run ---- */

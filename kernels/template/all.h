@@ -43,6 +43,7 @@ const obm_kernels TABLE = {
     .sub_f32 = NAME(sub_f32),
     .sub_bf16 = NAME(sub_bf16),
     .axpy_f32 = NAME(axpy_f32),
+    .mix_f32 = NAME(mix_f32),
     .find_nonfinite = NAME(find_nonfinite),
     .abs_sum = NAME(abs_sum),
     .dot = NAME(dot),

@@ -10,6 +10,7 @@
  *   GE_ZERO(v) IS_ZERO(v) NOT_FINITE(v)   one bit per lane, lane 0 lowest
  *   SIGNED(a, bits)                       a where the lane's bit is 1, else -a
  *   D, DL           f64 vector, its lanes;   LOAD_D(p) widens DL floats, ADD_D MUL_D ABS_D SET1_D STORE_D
+ *   NARROW_D(p, v)  stores DL floats
  *   EACH_D(X)       X(0) X(1) ... X(16 / DL - 1)
  */
 
@@ -54,6 +55,30 @@ FN static void NAME(axpy_f32)(float *y, float a, const float *x, size_t n) {
     V scale = SET1(a);
     for (; i + VL <= n; i += VL) STORE(y + i, ADD(LOAD(y + i), MUL(scale, LOAD(x + i))));
     obm__scalar_axpy_f32(y + i, a, x + i, n - i);
+}
+
+FN static void NAME(mix_f32)(float *out, const float *const *c, const double *w, size_t count, size_t n) {
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        D weight = SET1_D(w[0]);
+#define X(k) D sum##k = MUL_D(weight, LOAD_D(c[0] + i + k * DL));
+        EACH_D(X)
+#undef X
+        for (size_t j = 1; j < count; j++) {
+            weight = SET1_D(w[j]);
+#define X(k) sum##k = ADD_D(sum##k, MUL_D(weight, LOAD_D(c[j] + i + k * DL)));
+            EACH_D(X)
+#undef X
+        }
+#define X(k) NARROW_D(out + i + k * DL, sum##k);
+        EACH_D(X)
+#undef X
+    }
+    for (; i < n; i++) {
+        double sum = w[0] * (double)c[0][i];
+        for (size_t j = 1; j < count; j++) sum += w[j] * (double)c[j][i];
+        out[i] = (float)sum;
+    }
 }
 
 FN static size_t NAME(find_nonfinite)(const float *x, size_t n) {

@@ -186,6 +186,13 @@ static void check_arithmetic(const obm_kernels *k, bench *t, size_t n, int kinds
     s->axpy_f32(t->expected, alpha, a, n);
     k->axpy_f32(y, alpha, a, n);
     assert_same(y, t->expected, n, k->isa, "axpy_f32");
+    const float *const mixed[] = {a, b, a};
+    const double weights[] = {draw(PLAIN), draw(PLAIN), draw(PLAIN)};
+    for (size_t count = 1; count <= 3; count++) {
+        s->mix_f32(t->expected, mixed, weights, count, n);
+        k->mix_f32(y, mixed, weights, count, n);
+        assert_same(y, t->expected, n, k->isa, "mix_f32");
+    }
     memcpy(y, a, n * 4);
     memcpy(t->expected, a, n * 4);
     s->sign_axpy(t->expected, bits, alpha, n);

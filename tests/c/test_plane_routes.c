@@ -125,9 +125,10 @@ static size_t count_routes(const obm_model *m) {
     return n;
 }
 
-/* Coefficients of the hard routes, from which all routes are made. */
+/* Coefficients of the hard routes, from which all routes are made, and the memory kept for the next of these. */
 static uint64_t coefficient_bytes(const obm_model *m) {
-    return m->hard_routes ? obm__coefficient_cache_bytes(m->hard_routes->cache) : 0;
+    uint64_t spare = m->spare ? obm__planes_route_bytes(m->spare) : 0;
+    return (m->hard_routes ? obm__coefficient_cache_bytes(m->hard_routes->cache) : 0) + spare;
 }
 
 static void check_account(const obm_model *m) {
@@ -191,6 +192,30 @@ static void soft_routes_stay_within_the_budget(void **state) {
         check_account(m);
     }
     assert_true(count_routes(m) >= 3);
+    obm_model_free(m);
+    close_world(&w);
+}
+
+/* Mixtures that nobody runs are few, and one in the memory of another has the bits of one in new memory. */
+static void few_mixtures_are_kept(void **state) {
+    (void)state;
+    world w;
+    float used[150], fresh[150];
+    open_plain(&w, 2, false);
+    obm_model *m = open_model(&w, false, 0);
+    for (int i = 0; i < 40; i++) {
+        double soft[3] = {0.01 * i, i % 3 ? 0.5 : 0, 0.25};
+        get_logits(m, &w, soft, true, 1, used);
+        get_logits(m, &w, routes[i % 3], true, 1, fresh);
+        check_account(m);
+        assert_true(count_routes(m) <= 1 + 3 + 16); /* the base, hard routes, mixtures */
+        if (i % 10 != 9) continue;
+        assert_true(i < 19 || m->spare != NULL);
+        obm_model *other = open_model(&w, false, 0);
+        get_logits(other, &w, soft, true, 1, fresh);
+        assert_memory_equal(used, fresh, sizeof used);
+        obm_model_free(other);
+    }
     obm_model_free(m);
     close_world(&w);
 }
@@ -612,6 +637,7 @@ int main(void) {
         cmocka_unit_test(steps_of_many_routes_are_steps_alone),
         cmocka_unit_test(switching_routes_moves_no_weights),
         cmocka_unit_test(soft_routes_stay_within_the_budget),
+        cmocka_unit_test(few_mixtures_are_kept),
         cmocka_unit_test(overlays_are_shared_and_freed),
         cmocka_unit_test(overlays_do_not_depend_on_who_came_first),
         cmocka_unit_test(extra_rows_tell_overlays_apart),
