@@ -366,7 +366,7 @@ OBM_API obm_status obm_pack_export(const obm_pack *p, const double *weights, con
 
 /* ---- Text ------------------------------------------------------------------------------------------------------- */
 
-/* tokenizer.json (byte-level BPE).  Immutable, share freely. */
+/* tokenizer.json with a BPE model: byte-level, or over characters with byte fallback.  Immutable, share freely. */
 typedef struct obm_tokenizer obm_tokenizer;
 typedef struct obm_message { const char *role, *content; } obm_message;   /* views */
 

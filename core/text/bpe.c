@@ -1,5 +1,6 @@
-/* Byte-level byte-pair encoding (Sennrich et al. 2016; over bytes: Radford et al. 2019): a word's bytes are merged pair
- * by pair, lowest rank first, leftmost first among equals. */
+/* Byte-pair encoding (Sennrich et al. 2016; over bytes: Radford et al. 2019; over characters with single bytes for
+ * those that have no piece: Kudo and Richardson 2018): a word's symbols are merged pair by pair, lowest rank first,
+ * leftmost first among equals. */
 #include "text.h"
 
 #include <limits.h>
@@ -89,8 +90,9 @@ static obm_status load_merge(obm__bpe *m, const obm_json *merge, size_t rank, ob
     obm__buffer_add(joined, half[0], len[0]);
     obm__buffer_add(joined, half[1], len[1]);
     if (joined->failed) return obm__fail_nomem(err, len[0] + len[1]);
-    int32_t a = obm__vocab_find(m->vocab, half[0], len[0]), b = obm__vocab_find(m->vocab, half[1], len[1]);
-    int32_t id = obm__vocab_find(m->vocab, joined->data, joined->size);
+    int32_t a = obm__vocab_find_in_model(m->vocab, half[0], len[0]);
+    int32_t b = obm__vocab_find_in_model(m->vocab, half[1], len[1]);
+    int32_t id = obm__vocab_find_in_model(m->vocab, joined->data, joined->size);
     if (a < 0 || b < 0 || id < 0) {
         return obm__fail(err, OBM_E_FORMAT, "%s: model.merges[%zu] names \"%.64s\", which is not in the vocabulary",
                          where, rank,
@@ -129,38 +131,48 @@ static bool is_unset(const obm_json *v) {
 /* Options of the library's BPE that this one does not have. */
 static obm_status check_options(const obm_json *model, const char *where, obm_error *err) {
     static const char *const affixes[] = {"continuing_subword_prefix", "end_of_word_suffix"};
-    bool fallback = false;
     double dropout = 0;
     for (size_t i = 0; i < 2; i++) {
         if (!is_unset(obm__json_get(model, affixes[i]))) {
-            return obm__fail(err, OBM_E_UNSUPPORTED, "%s: model.%s is not supported by byte-level BPE", where,
+            return obm__fail(err, OBM_E_UNSUPPORTED, "%s: model.%s is not supported (expected null or \"\")", where,
                              affixes[i]);
         }
     }
-    obm__json_bool(obm__json_get(model, "byte_fallback"), &fallback);
-    if (fallback)
-        return obm__fail(err, OBM_E_UNSUPPORTED, "%s: model.byte_fallback (SentencePiece-style BPE) is not supported",
-                         where);
     obm__json_real(obm__json_get(model, "dropout"), &dropout);
-    if (dropout != 0) return obm__fail(err, OBM_E_UNSUPPORTED, "%s: model.dropout must be null or 0", where);
+    if (dropout != 0)
+        return obm__fail(err, OBM_E_UNSUPPORTED, "%s: model.dropout must be null or 0, found %g", where, dropout);
     return OBM_OK;
 }
 
-obm_status obm__bpe_load(obm__bpe *m, const obm__vocab *vocab, const obm_json *model, const char *where,
-                         obm_error *err) {
-    *m = (obm__bpe){.vocab = vocab, .unk = -1};
-    OBM_TRY(check_options(model, where, err));
+/* The pieces of single bytes: in GPT-2's alphabet, and <0x00> to <0xFF>. */
+static obm_status load_bytes(obm__bpe *m, const obm_json *model, const char *where, obm_error *err) {
+    bool fallback = false, complete = true;
+    obm__json_bool(obm__json_get(model, "byte_fallback"), &fallback);
     for (int b = 0; b < 256; b++) {
-        char text[2];
+        static const char hex[] = "0123456789ABCDEF";
+        char text[2], code[6] = {'<', '0', 'x', hex[b >> 4], hex[b & 15], '>'};
         size_t len = obm__byte_to_char((uint8_t)b, text);
-        m->byte_ids[b] = obm__vocab_find(vocab, text, len);
-        if (m->byte_ids[b] >= 0 && !vocab->pieces[m->byte_ids[b]].in_model) m->byte_ids[b] = -1;
+        m->byte_ids[b] = obm__vocab_find_in_model(m->vocab, text, len);
+        m->fallback[b] = fallback ? obm__vocab_find_in_model(m->vocab, code, sizeof code) : -1;
+        complete = complete && m->byte_ids[b] >= 0;
     }
+    if (m->bytes && fallback && !complete) {
+        return obm__fail(err, OBM_E_UNSUPPORTED,
+                         "%s: model.byte_fallback with a ByteLevel pre_tokenizer needs a piece for every byte", where);
+    }
+    return OBM_OK;
+}
+
+obm_status obm__bpe_load(obm__bpe *m, const obm__vocab *vocab, const obm_json *model, bool bytes, const char *where,
+                         obm_error *err) {
+    *m = (obm__bpe){.vocab = vocab, .unk = -1, .bytes = bytes};
+    OBM_TRY(check_options(model, where, err));
+    OBM_TRY(load_bytes(m, model, where, err));
     obm__json_bool(obm__json_get(model, "fuse_unk"), &m->fuse_unk);
     obm__json_bool(obm__json_get(model, "ignore_merges"), &m->ignore_merges);
     size_t len = 0;
     const char *unk = obm__json_string_n(obm__json_get(model, "unk_token"), &len);
-    if (unk && (m->unk = obm__vocab_find(vocab, unk, len)) < 0) {
+    if (unk && (m->unk = obm__vocab_find_in_model(vocab, unk, len)) < 0) {
         return obm__fail(err, OBM_E_FORMAT, "%s: model.unk_token \"%.64s\" is not in the vocabulary", where, unk);
     }
     obm_status status = load_merges(m, obm__json_get(model, "merges"), where, err);
@@ -255,9 +267,8 @@ static void add_symbol(obm__bpe_work *w, int32_t id) {
     w->symbols[at] = (symbol){id, at - 1, at + 1};
 }
 
-static void start_symbols(const obm__bpe *m, obm__bpe_work *w, const char *word, size_t n) {
+static void start_bytes(const obm__bpe *m, obm__bpe_work *w, const char *word, size_t n) {
     bool unknown = false; /* the byte before had no piece either */
-    w->n_symbols = w->n_heap = 0;
     for (size_t i = 0; i < n; i++) {
         int32_t id = m->byte_ids[(uint8_t)word[i]];
         if (id >= 0) {
@@ -267,6 +278,40 @@ static void start_symbols(const obm__bpe *m, obm__bpe_work *w, const char *word,
         }
         unknown = id < 0;
     }
+}
+
+/* The bytes of one character; false if one of them has no piece. */
+static bool add_fallback(const obm__bpe *m, obm__bpe_work *w, const char *s, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        if (m->fallback[(uint8_t)s[i]] < 0) return false;
+    }
+    for (size_t i = 0; i < n; i++) add_symbol(w, m->fallback[(uint8_t)s[i]]);
+    return true;
+}
+
+static void start_chars(const obm__bpe *m, obm__bpe_work *w, const char *word, size_t n) {
+    bool pending = false; /* the library adds an unknown once a piece follows: bytes may overtake it */
+    for (size_t at = 0, len; at < n; at += len) {
+        obm__utf8_next(word + at, n - at, &len);
+        int32_t id = obm__vocab_find_in_model(m->vocab, word + at, len);
+        if (id >= 0) {
+            if (pending) add_symbol(w, m->unk);
+            add_symbol(w, id);
+            pending = false;
+        } else if (!add_fallback(m, w, word + at, len) && m->unk >= 0) {
+            if (pending && !m->fuse_unk) add_symbol(w, m->unk);
+            pending = true;
+        }
+    }
+    if (pending) add_symbol(w, m->unk);
+}
+
+static void start_symbols(const obm__bpe *m, obm__bpe_work *w, const char *word, size_t n) {
+    w->n_symbols = w->n_heap = 0;
+    if (m->bytes)
+        start_bytes(m, w, word, n);
+    else
+        start_chars(m, w, word, n);
     if (w->n_symbols) w->symbols[w->n_symbols - 1].next = -1;
 }
 
@@ -290,15 +335,14 @@ static void merge_symbols(const obm__bpe *m, obm__bpe_work *w) {
 
 /* The whole word as a piece, before any merge; -1 if it is none. */
 static int32_t find_whole(const obm__bpe *m, obm__bpe_work *w, const char *word, size_t n) {
+    if (!m->bytes) return obm__vocab_find_in_model(m->vocab, word, n);
     w->chars.size = 0;
     for (size_t i = 0; i < n; i++) {
         char text[2];
         size_t len = obm__byte_to_char((uint8_t)word[i], text);
         obm__buffer_add(&w->chars, text, len);
     }
-    if (w->chars.failed) return -1;
-    int32_t id = obm__vocab_find(m->vocab, w->chars.data, w->chars.size);
-    return id >= 0 && m->vocab->pieces[id].in_model ? id : -1;
+    return w->chars.failed ? -1 : obm__vocab_find_in_model(m->vocab, w->chars.data, w->chars.size);
 }
 
 obm_status obm__bpe_encode(const obm__bpe *m, obm__bpe_work *w, const char *word, size_t n, obm__ids *out,

@@ -1,4 +1,6 @@
-/* Decoding while ids arrive: what comes out is whole characters, and in the end what obm_tokenizer_decode gives. */
+/* Decoding while ids arrive: what comes out is whole characters, and in the end what obm_tokenizer_decode gives.  The one
+ * exception: of a run of <0x..> pieces that is ill-formed, obm_tokenizer_decode (as the tokenizers library) makes U+FFFD for
+ * every byte, when the stream has given the characters that it began with. */
 #ifndef OBM_TEXT_STREAM_H
 #define OBM_TEXT_STREAM_H
 

@@ -16,7 +16,12 @@ uint32_t obm__utf8_next(const char *s, size_t n, size_t *len);
 size_t obm__utf8_lossy(const char *s, size_t n, bool final, obm__buffer *out);
 bool obm__is_space(uint32_t c);   /* White_Space */
 bool obm__is_word(uint32_t c);    /* \w of UTS 18: Alphabetic, Mark, Decimal_Number, Connector_Punctuation, Join_Control */
-obm_status obm__nfc(const char *s, size_t n, obm__buffer *out, obm_error *err);   /* appends */
+bool obm__is_punctuation(uint32_t c);   /* ASCII punctuation and category P as of Unicode 8, as in the tokenizers library */
+void obm__put_char(uint32_t c, obm__buffer *out);
+/* Both append; both equal the tokenizers library on every code point, whose tables are of other Unicode versions. */
+void obm__lowercase(const char *s, size_t n, obm__buffer *out);   /* simple case mapping, and U+0130 to two */
+typedef enum obm__form { OBM__NFC, OBM__NFD, OBM__NFKC, OBM__NFKD } obm__form;
+obm_status obm__normal_form(obm__form form, const char *s, size_t n, obm__buffer *out, obm_error *err);
 
 /* ---- regex.c: the only file that includes pcre2.h ---- */
 
@@ -45,7 +50,16 @@ void obm__spans_free(obm__spans *s);
 typedef enum obm__behavior {
     OBM__ISOLATED, OBM__REMOVED, OBM__MERGED_WITH_PREVIOUS, OBM__MERGED_WITH_NEXT, OBM__CONTIGUOUS
 } obm__behavior;
-typedef struct obm__split { obm__regex *regex; obm__behavior behavior; bool invert; } obm__split;
+typedef enum obm__cut_by {
+    OBM__BY_REGEX, OBM__BY_SPACE, OBM__BY_PUNCTUATION,   /* a match is one character */
+    OBM__BY_WORDS                                         /* \w+|[^\w\s]+ of Rust's regex crate */
+} obm__cut_by;
+typedef struct obm__split { obm__cut_by by; obm__regex *regex; obm__behavior behavior; bool invert; } obm__split;
+/* The next match at or after *at as the library counts them: an empty one right behind the one before does not count.
+ * Begin with {0}. */
+typedef struct obm__matches { size_t at, done; bool matched; } obm__matches;
+obm_status obm__matches_next(obm__matches *i, const obm__split *split, obm__matching *m, const char *s, size_t n, bool *found,
+                             obm__span *match, obm_error *err);
 /* Cuts text[span] and appends the non-empty parts, with the pattern seeing nothing outside of the span. */
 obm_status obm__split_apply(const obm__split *split, obm__matching *m, const char *text, obm__span span, obm__spans *out,
                             obm_error *err);
@@ -72,6 +86,7 @@ typedef struct obm__vocab {
 obm_status obm__vocab_load(obm__vocab *v, const obm_json *model, const obm_json *added, const char *where, obm_error *err);
 void obm__vocab_free(obm__vocab *v);
 int32_t obm__vocab_find(const obm__vocab *v, const char *text, size_t len);   /* -1: none */
+int32_t obm__vocab_find_in_model(const obm__vocab *v, const char *text, size_t len);   /* added tokens do not count */
 
 /* An expert's ids mean what the base's do: of the ids below `rows`, those that both vocabularies name have the same piece.
  * MISMATCH names the expert (`task`), the id and both pieces; `where` is the expert's file. */
@@ -99,17 +114,20 @@ typedef struct obm__bpe {
     obm__merge *merges;     // open addressing by pair, rank UINT32_MAX free
     size_t mask;
     int32_t byte_ids[256];  /* id of the one-byte piece, -1 if the vocabulary lacks it */
-    int32_t unk;            /* -1: bytes without a piece are dropped, as the tokenizers library does */
+    int32_t fallback[256];  /* id of <0x00> ... <0xFF>, -1 if the vocabulary lacks it or byte_fallback is off */
+    int32_t unk;            /* -1: what has no piece is dropped, as the tokenizers library does */
+    bool bytes;             /* symbols are bytes (a ByteLevel pre-tokenizer), else characters */
     bool fuse_unk, ignore_merges;
 } obm__bpe;
 /* model: the "model" object of tokenizer.json; vocab must outlive m. */
-obm_status obm__bpe_load(obm__bpe *m, const obm__vocab *vocab, const obm_json *model, const char *where, obm_error *err);
+obm_status obm__bpe_load(obm__bpe *m, const obm__vocab *vocab, const obm_json *model, bool bytes, const char *where,
+                         obm_error *err);
 void obm__bpe_free(obm__bpe *m);
 
 typedef struct obm__bpe_work obm__bpe_work;   /* scratch of one thread */
 obm__bpe_work *obm__bpe_work_new(void);
 void obm__bpe_work_free(obm__bpe_work *w);
-/* Appends the ids of one word given as bytes.  O(n log n). */
+/* Appends the ids of one word, UTF-8 unless m->bytes.  O(n log n). */
 obm_status obm__bpe_encode(const obm__bpe *m, obm__bpe_work *w, const char *word, size_t n, obm__ids *out, obm_error *err);
 
 /* ---- added.c: added tokens in the text ---- */
@@ -132,19 +150,98 @@ void obm__added_set_free(obm__added_set *s);
  * where the last token's span ended, *at is moved behind the match. */
 const obm__added *obm__added_next(const obm__added_set *s, const char *text, size_t n, size_t taken, size_t *at, obm__span *span);
 
-/* ---- pipeline.c: the parts of tokenizer.json around the model ---- */
+/* ---- parts.c: what the parts of tokenizer.json around the model have in common ---- */
 
-typedef struct obm__pipeline {
-    bool nfc;
-    obm__split *splits;      /* in order, before ByteLevel */
-    size_t n_splits;
-    bool prefix_space;       /* ByteLevel */
+const char *obm__part_type(const obm_json *part);   /* "none" without */
+/* "WHERE: PART of type TYPE is not supported (KNOWN)". */
+obm_status obm__part_unsupported(const char *where, const char *part, const char *type, const char *known, obm_error *err);
+typedef obm_status (*obm__part_fn)(void *into, const obm_json *part, const char *where, obm_error *err);
+/* Calls fn for the part, or for the members (under `key`) of a Sequence, which may nest; not for null. */
+obm_status obm__part_each(const obm_json *part, const char *key, obm__part_fn fn, void *into, const char *where, obm_error *err);
+/* {"Regex": ...} or {"String": ...} of a Split or Replace; `part` names it in messages. */
+obm_status obm__part_pattern(const obm_json *pattern, const char *part, const char *where, obm__regex **out, obm_error *err);
+
+/* ---- normalize.c ---- */
+
+typedef enum obm__normal_kind {
+    OBM__N_FORM, OBM__N_LOWERCASE, OBM__N_PREPEND, OBM__N_REPLACE, OBM__N_STRIP
+} obm__normal_kind;
+typedef struct obm__normal_step {
+    obm__normal_kind kind;
+    obm__form form;
+    obm__regex *regex;    /* of REPLACE */
+    char *text;           /* of PREPEND and REPLACE */
+    size_t len;
+    bool left, right;     /* of STRIP */
+} obm__normal_step;
+typedef struct obm__normalizer { obm__normal_step *steps; size_t n; } obm__normalizer;
+obm_status obm__normalizer_load(obm__normalizer *z, const obm_json *part, const char *where, obm_error *err);
+void obm__normalizer_free(obm__normalizer *z);
+/* *out is text itself or lies in work.  *cut: the first character of the text is gone. */
+obm_status obm__normalize(const obm__normalizer *z, obm__matching *m, obm__buffer work[2], const char *text, size_t n,
+                          const char **out, size_t *out_n, bool *cut, obm_error *err);
+
+/* ---- pretokenize.c ---- */
+
+typedef enum obm__prepend { OBM__PREPEND_ALWAYS, OBM__PREPEND_FIRST, OBM__PREPEND_NEVER } obm__prepend;
+/* Reads "prepend_scheme" and the older "add_prefix_space" of a Metaspace and its replacement (UTF-8, a NUL behind). */
+obm_status obm__metaspace_read(const obm_json *part, const char *what, const char *where, obm__prepend *prepend,
+                               char replacement[5], obm_error *err);
+typedef struct obm__pre_step {
+    bool metaspace;          /* else only `split` counts */
+    obm__prepend prepend;
+    char replacement[5];     /* of the space */
+    obm__split split;        /* of METASPACE: regex NULL for "split": false */
+} obm__pre_step;
+typedef struct obm__pretokenizer {
+    obm__pre_step *steps;    /* in order, before ByteLevel */
+    size_t n;
+    bool has_metaspace, bytes /* ByteLevel comes last */, prefix_space;
     obm__regex *words;       /* ByteLevel's own pattern, NULL: use_regex is false */
-    int32_t *before, *after; /* of the post-processor */
-    size_t n_before, n_after;
-} obm__pipeline;
-obm_status obm__pipeline_load(obm__pipeline *p, const obm_json *root, const char *where, obm_error *err);
-void obm__pipeline_free(obm__pipeline *p);
+} obm__pretokenizer;
+obm_status obm__pretokenizer_load(obm__pretokenizer *p, const obm_json *part, const char *where, obm_error *err);
+void obm__pretokenizer_free(obm__pretokenizer *p);
+/* What one thread needs to cut texts. */
+typedef struct obm__words { obm__matching *matching; obm__spans spans, next; obm__buffer spaced, prefixed; } obm__words;
+void obm__words_free(obm__words *w);
+/* Calls fn with each word of the text; `first`: it begins where the whole input does. */
+typedef obm_status (*obm__word_fn)(void *user, const char *word, size_t n, obm_error *err);
+obm_status obm__pretokenize(const obm__pretokenizer *p, obm__words *w, const char *text, size_t n, bool first, obm__word_fn fn,
+                            void *user, obm_error *err);
+
+/* ---- postprocess.c ---- */
+
+typedef struct obm__postprocessor { int32_t *before, *after; size_t n_before, n_after; } obm__postprocessor;
+obm_status obm__postprocessor_load(obm__postprocessor *p, const obm_json *part, const char *where, obm_error *err);
+void obm__postprocessor_free(obm__postprocessor *p);
+
+/* ---- decode.c ---- */
+
+typedef enum obm__decode_kind {
+    OBM__D_REPLACE, OBM__D_BYTE_FALLBACK, OBM__D_FUSE, OBM__D_STRIP, OBM__D_METASPACE, OBM__D_BYTE_LEVEL
+} obm__decode_kind;
+typedef struct obm__decode_step {
+    obm__decode_kind kind;
+    bool fused;           /* behind Fuse or ByteLevel: everything is one piece */
+    obm__regex *regex;    /* of REPLACE */
+    char *text;           /* of REPLACE */
+    size_t len;
+    uint32_t character;   /* of STRIP and METASPACE */
+    size_t start, stop;   /* of STRIP: how many at either end */
+    bool drop_first;      /* of METASPACE: the first piece loses them */
+} obm__decode_step;
+typedef struct obm__decoder { obm__decode_step *steps; size_t n; } obm__decoder;   /* no steps: joined by spaces */
+obm_status obm__decoder_load(obm__decoder *d, const obm_json *part, const char *where, obm_error *err);
+void obm__decoder_free(obm__decoder *d);
+
+typedef struct obm__decoding obm__decoding;   /* one text on its way through the steps; borrows the decoder */
+/* eager: characters of a run of byte pieces come out one by one, though the library turns all of a run that is ill-formed
+ * somewhere into U+FFFD. */
+obm_status obm__decoding_new(const obm__decoder *d, bool eager, obm__decoding **out, obm_error *err);
+void obm__decoding_free(obm__decoding *s);
+/* Both append to `out` what is complete; after the end it is as new. */
+obm_status obm__decoding_push(obm__decoding *s, const char *piece, size_t n, obm__buffer *out, obm_error *err);
+obm_status obm__decoding_end(obm__decoding *s, obm__buffer *out, obm_error *err);
 
 /* ---- template.c ---- */
 
@@ -169,7 +266,10 @@ void obm__chat_free(obm__chat *c);
 struct obm_tokenizer {
     obm__vocab vocab;
     obm__bpe bpe;
-    obm__pipeline pipeline;
+    obm__normalizer normalizer;
+    obm__pretokenizer pretokenizer;
+    obm__postprocessor postprocessor;
+    obm__decoder decoder;
     obm__added_set raw, normalized;
     obm__chat chat;
 };
@@ -179,7 +279,8 @@ obm_status obm__tokenizer_load(const char *path, const obm__chat_files *places, 
 /* From memory, without a chat template. */
 obm_status obm__tokenizer_parse(const char *json, size_t size, const char *where, obm_tokenizer **out, obm_error *err);
 bool obm__tokenizer_is_special(const obm_tokenizer *t, int32_t id);   /* false for ids out of range */
-/* Appends the bytes that the piece stands for.  Errors: ARG (id out of range). */
-obm_status obm__tokenizer_bytes(const obm_tokenizer *t, int32_t id, bool skip_special, obm__buffer *out, obm_error *err);
+/* Gives the piece to the decoder.  Errors: ARG (id out of range). */
+obm_status obm__tokenizer_push(const obm_tokenizer *t, obm__decoding *s, int32_t id, bool skip_special, obm__buffer *out,
+                               obm_error *err);
 
 #endif

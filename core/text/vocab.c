@@ -25,6 +25,11 @@ int32_t obm__vocab_find(const obm__vocab *v, const char *text, size_t len) {
     return v->slots ? v->slots[slot_of(v, text, len)] : -1;
 }
 
+int32_t obm__vocab_find_in_model(const obm__vocab *v, const char *text, size_t len) {
+    int32_t id = obm__vocab_find(v, text, len);
+    return id >= 0 && v->pieces[id].in_model ? id : -1;
+}
+
 void obm__vocab_free(obm__vocab *v) {
     for (size_t i = 0; i < v->n_blocks; i++) obm_free(v->blocks[i]);
     obm_free(v->blocks);

@@ -129,6 +129,27 @@ static void test_qwen2(void **state) {
     check_vectors("qwen2");
 }
 
+static void test_llama2(void **state) {
+    (void)state;
+    check_vectors("llama2");
+}
+static void test_metaspace_first(void **state) {
+    (void)state;
+    check_vectors("metaspace_first");
+}
+static void test_gemma(void **state) {
+    (void)state;
+    check_vectors("gemma");
+}
+static void test_phi3(void **state) {
+    (void)state;
+    check_vectors("phi3");
+}
+static void test_mixed(void **state) {
+    (void)state;
+    check_vectors("mixed");
+}
+
 /* ---- UTF-8 ---- */
 
 static void lossy(const char *bytes, size_t n, const char *expected) {
@@ -229,12 +250,11 @@ static void test_merge_order(void **state) {
 }
 
 /* A word of a million letters: quadratic merging would take hours. */
-static void test_long_word(void **state) {
-    (void)state;
+static void check_long_word(const char *json) {
     const size_t n = 1000000;
     char *text = malloc(n);
     memset(text, 'a', n);
-    obm_tokenizer *t = parse("{" MODEL("{\"a\":0,\"aa\":1,\"aaaa\":2}", "[\"a a\",\"aa aa\"]") "," TAIL "}");
+    obm_tokenizer *t = parse(json);
     int32_t *ids = NULL;
     size_t count = 0;
     obm_error err;
@@ -244,6 +264,101 @@ static void test_long_word(void **state) {
     obm_free(ids);
     obm_tokenizer_free(t);
     free(text);
+}
+
+static void test_long_word(void **state) {
+    (void)state;
+#define DOUBLING MODEL("{\"a\":0,\"aa\":1,\"aaaa\":2}", "[\"a a\",\"aa aa\"]")
+    check_long_word("{" DOUBLING "," TAIL "}");
+    check_long_word("{" DOUBLING "}");
+}
+
+/* ---- characters and byte fallback ---- */
+
+#define FALLBACK(options, bytes)                                                      \
+    "{\"model\":{\"type\":\"BPE\",\"unk_token\":\"?\",\"byte_fallback\":true" options \
+    ",\"vocab\":{\"?\":0,\"a\":1," bytes "\"\xe2\x96\x81\":9},\"merges\":[]}}"
+#define E_ACUTE "\"<0xC3>\":2,\"<0xA9>\":3,"
+
+static void test_fallback(void **state) {
+    (void)state;
+    EXPECT(FALLBACK("", E_ACUTE), "a\xc3\xa9", 1, 2, 3);
+    EXPECT(FALLBACK("", E_ACUTE), "a\xc3\xa8z", 1, 0, 0); /* not all bytes have a piece: unknown, once each */
+    EXPECT(FALLBACK(",\"fuse_unk\":true", E_ACUTE), "zza", 0, 1);
+    EXPECT(FALLBACK(",\"fuse_unk\":true", E_ACUTE), "z\xc3\xa9za", 2, 3, 0, 1); /* the library's order */
+}
+
+/* Decodes `ids`, whole and as a stream; NULL for pieces: nothing comes with that id. */
+static void decodes(const char *decoder, const int32_t *ids, size_t n, const char *whole, const char *const *pieces) {
+    char json[1024], *text = NULL;
+    size_t len = 0;
+    obm_error err;
+    obm__decode_stream *s = NULL;
+    snprintf(json, sizeof json,
+             "{\"decoder\":%s,\"model\":{\"type\":\"BPE\",\"byte_fallback\":true,\"vocab\":{\"a\":0,"
+             "\"\xe2\x96\x81\xe2\x96\x81\":1,\"<0xF0>\":2,\"<0x9F>\":3,\"<0x99>\":4,\"<0x82>\":5},\"merges\":[]}}",
+             decoder);
+    obm_tokenizer *t = parse(json);
+    assert_int_equal(obm_tokenizer_decode(t, ids, n, false, &text, &len, &err), OBM_OK);
+    assert_string_equal(text, whole);
+    obm_free(text);
+    assert_int_equal(obm__decode_stream_new(t, false, &s, &err), OBM_OK);
+    for (size_t i = 0; i <= n; i++) {
+        const char *piece;
+        assert_int_equal(i < n ? obm__decode_stream_push(s, ids[i], &piece, &len, &err)
+                               : obm__decode_stream_flush(s, &piece, &len, &err),
+                         OBM_OK);
+        assert_string_equal(piece, pieces[i]);
+    }
+    obm__decode_stream_free(s);
+    obm_tokenizer_free(t);
+}
+
+#define DECODES(decoder, whole, n, ids, ...) \
+    decodes(decoder, (int32_t[])ids, n, whole, (const char *const[]){__VA_ARGS__})
+#define IDS(...) \
+    { __VA_ARGS__ }
+#define SPACES "{\"type\":\"Replace\",\"pattern\":{\"String\":\"\xe2\x96\x81\"},\"content\":\" \"}"
+#define LLAMA                                                                                          \
+    "{\"type\":\"Sequence\",\"decoders\":[" SPACES ",{\"type\":\"ByteFallback\"},{\"type\":\"Fuse\"}," \
+    "{\"type\":\"Strip\",\"content\":\" \",\"start\":1,\"stop\":0}]}"
+#define METASPACE(scheme) "{\"type\":\"Metaspace\",\"replacement\":\"\xe2\x96\x81\",\"prepend_scheme\":\"" scheme "\"}"
+
+static void test_stream(void **state) {
+    (void)state;
+    DECODES(LLAMA, " a  \xf0\x9f\x99\x82", 7, IDS(1, 0, 1, 2, 3, 4, 5), " ", "a", "  ", "", "", "", "\xf0\x9f\x99\x82",
+            "");
+    DECODES(LLAMA, FFFD FFFD "a", 3, IDS(2, 3, 0), "", "", FFFD FFFD "a", "");
+    DECODES(LLAMA, FFFD FFFD, 2, IDS(2, 3), "", "", FFFD FFFD);
+    /* Ill-formed behind a whole character: the stream cannot take that back. */
+    DECODES(LLAMA, FFFD FFFD FFFD FFFD FFFD "a", 6, IDS(2, 3, 4, 5, 3, 0), "", "", "", "\xf0\x9f\x99\x82", FFFD, "a",
+            "");
+    DECODES(METASPACE("always"), "a  ", 3, IDS(1, 0, 1), "", "a", "  ", "");
+    DECODES(METASPACE("never"), "  a", 2, IDS(1, 0), "  ", "a", "");
+    DECODES("null", "a a", 2, IDS(0, 0), "a", " a", "");
+}
+
+/* A file cut short is not valid JSON at any byte; the message names it. */
+static void test_cut_short(void **state) {
+    (void)state;
+    static const char *const files[] = {
+        "{" DOUBLING "," TAIL "}", FALLBACK("", E_ACUTE),
+        "{\"normalizer\":{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"Prepend\",\"prepend\":\"_\"},"
+        "{\"type\":\"Replace\",\"pattern\":{\"String\":\" \"},\"content\":\"_\"}]},"
+        "\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"_\"},\"behavior\":\"Removed\"},"
+        "\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"Sequence\":{\"id\":\"A\"}}]},"
+        "\"decoder\":" LLAMA ",\"added_tokens\":[{\"id\":3,\"content\":\"<s>\",\"special\":true}]," DOUBLING "}"};
+    for (size_t f = 0; f < sizeof files / sizeof *files; f++) {
+        size_t size = strlen(files[f]);
+        obm_tokenizer_free(parse(files[f]));
+        for (size_t n = 0; n < size; n++) {
+            obm_tokenizer *t = NULL;
+            obm_error err = {0};
+            assert_int_equal(obm__tokenizer_parse(files[f], n, "t.json", &t, &err), OBM_E_FORMAT);
+            assert_non_null(strstr(err.message, "t.json"));
+            assert_null(t);
+        }
+    }
 }
 
 /* ---- regexes ---- */
@@ -312,12 +427,24 @@ static void test_refused(void **state) {
            "dropout");
     refuse("{\"model\":{\"type\":\"BPE\",\"end_of_word_suffix\":\"</w>\",\"vocab\":{},\"merges\":[]}," TAIL "}",
            OBM_E_UNSUPPORTED, "end_of_word_suffix");
-    refuse("{" AB ",\"pre_tokenizer\":{\"type\":\"Metaspace\"}}", OBM_E_UNSUPPORTED, "Metaspace");
-    refuse("{" AB ",\"normalizer\":{\"type\":\"Lowercase\"}," TAIL "}", OBM_E_UNSUPPORTED, "Lowercase");
+    refuse("{" AB ",\"pre_tokenizer\":{\"type\":\"Metaspace\"}}", OBM_E_FORMAT, "Metaspace: \"replacement\"");
+    refuse("{" AB ",\"pre_tokenizer\":{\"type\":\"Metaspace\",\"replacement\":\"_\",\"prepend_scheme\":\"often\"}}",
+           OBM_E_FORMAT, "found often");
+    refuse("{" AB ",\"pre_tokenizer\":{\"type\":\"Metaspace\",\"replacement\":\"_\",\"add_prefix_space\":false}}",
+           OBM_E_FORMAT, "found always");
+    refuse("{" AB ",\"pre_tokenizer\":{\"type\":\"BertPreTokenizer\"}}", OBM_E_UNSUPPORTED,
+           "pre_tokenizer of type BertPreTokenizer");
+    refuse("{" AB ",\"normalizer\":{\"type\":\"Precompiled\"}," TAIL "}", OBM_E_UNSUPPORTED,
+           "normalizer of type Precompiled");
+    refuse("{" AB ",\"normalizer\":{\"type\":\"Prepend\"}," TAIL "}", OBM_E_FORMAT, "\"prepend\"");
+    refuse("{" AB ",\"normalizer\":{\"type\":\"Replace\",\"content\":\"\"}," TAIL "}", OBM_E_FORMAT, "pattern");
+    refuse("{" AB
+           ",\"decoder\":{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"Fuse\"},{\"type\":\"ByteFallback\"}]}}",
+           OBM_E_UNSUPPORTED, "ByteFallback behind Fuse");
+    refuse("{" AB ",\"decoder\":{\"type\":\"Strip\",\"content\":\"\",\"start\":0,\"stop\":0}}", OBM_E_FORMAT, "Strip");
     refuse("{" AB ",\"post_processor\":{\"type\":\"BertProcessing\"}," TAIL "}", OBM_E_UNSUPPORTED, "BertProcessing");
     refuse("{" AB ",\"pre_tokenizer\":{\"type\":\"ByteLevel\"},\"decoder\":{\"type\":\"WordPiece\"}}",
            OBM_E_UNSUPPORTED, "WordPiece");
-    refuse("{" AB "}", OBM_E_UNSUPPORTED, "no ByteLevel");
     refuse("{" MODEL("{\"a\":0,\"b\":0}", "[]") "," TAIL "}", OBM_E_FORMAT, "same id");
     refuse("{" MODEL("{\"a\":-1}", "[]") "," TAIL "}", OBM_E_FORMAT, "\"a\"");
     refuse("{" MODEL("{\"a\":2000000000}", "[]") "," TAIL "}", OBM_E_FORMAT, "\"a\"");
@@ -325,7 +452,7 @@ static void test_refused(void **state) {
     refuse("{" MODEL("{\"a\":0,\"b\":1}", "[\"a\"]") "," TAIL "}", OBM_E_FORMAT, "merges[0]");
     refuse("{" AB ",\"added_tokens\":[{\"id\":1,\"content\":\"x\"}]," TAIL "}", OBM_E_FORMAT, "added token \"x\"");
     refuse("{" AB ",\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"s\"}},{"
-                  "\"Sequence\":{\"id\":\"A\"}}],"
+           "\"Sequence\":{\"id\":\"A\"}}],"
            "\"special_tokens\":{\"s\":{\"ids\":[9]}}}," TAIL "}",
            OBM_E_FORMAT, "id 9");
 }
@@ -444,11 +571,19 @@ int main(void) {
         cmocka_unit_test(test_llama3),
         cmocka_unit_test(test_smollm2),
         cmocka_unit_test(test_qwen2),
+        cmocka_unit_test(test_llama2),
+        cmocka_unit_test(test_metaspace_first),
+        cmocka_unit_test(test_gemma),
+        cmocka_unit_test(test_phi3),
+        cmocka_unit_test(test_mixed),
         cmocka_unit_test(test_lossy),
         cmocka_unit_test(test_invalid_text),
         cmocka_unit_test(test_pieces),
         cmocka_unit_test(test_merge_order),
         cmocka_unit_test(test_long_word),
+        cmocka_unit_test(test_fallback),
+        cmocka_unit_test(test_stream),
+        cmocka_unit_test(test_cut_short),
         cmocka_unit_test(test_regex_refused),
         cmocka_unit_test(test_regex_backtracking),
         cmocka_unit_test(test_refused),

@@ -3,8 +3,9 @@
     python make_tokenizer_vectors.py                    # rewrites tests/vectors/tokenizers
     python make_tokenizer_vectors.py --strings N SEED   # prints N test strings as JSON lines
 
-Four configurations, with the pre-tokenizers, post-processors and added tokens of real models on vocabularies of about 450
-pieces.  NAME.jsonl has one line a string: [text, ids, ids with the post-processor's tokens, decoded with skip_special].
+Each configuration has the normalizer, pre-tokenizer, post-processor, decoder and added tokens of a real model (KINDS says
+which) on a vocabulary of about 450 pieces.  NAME.jsonl has one line a string: [text, ids, ids with the post-processor's
+tokens, decoded with skip_special].  tests/oracles builds all KINDS anew; those in COMMITTED are vectors of the default tests.
 """
 import json
 import random
@@ -17,6 +18,16 @@ LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[
           r"|\s+(?!\S)|\s+")
 QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
          r"|\s+(?!\S)|\s+")
+
+# Mistral's Tekken, OpenAI's cl100k (OLMo 2, Granite 4) and o200k (Phi-4) as their tokenizer.json have them.
+TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
+          r"|\s+(?!\S)|\s+")
+O200K = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+         r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+         r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 CORPUS = """The quick brown fox jumps over the lazy dog. It's what they're saying: we'll see, I've been told, don't worry.
 def add(a, b):\n    return a + b\n\nfor i in range(10):\n\tprint(i, 3.14, "text")\n
@@ -40,14 +51,16 @@ ATOMS = (
 )
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>", "<|im_start|>user\n", "<|im_end|>\n",
             "<|im_", "<|endoftext|", "<tool>", "<tool>s", "caf\u00e9", "cafe\u0301", "<pad>", " <pad> ", "word", "words", "keyword"]
+SPM_SPECIALS = ["<s>", "</s>", "<unk>", "<s> ", " </s>", "\u2581", "\u2581\u2581the", "<0x0A>", "<0xe9>", "[INST]", " [/INST] ", "<|user|>\n",
+                "<|user|>  x", "<|end|>", "<start_of_turn>", "<start_of_turn>user\n", "\u2581<s>", "<s>\u2581"]
 
 
-def strings(n, seed):
+def strings(n, seed, specials=SPECIALS):
     """n strings of 0 to 12 atoms, or of random code points; the same for every run."""
     r = random.Random(seed)
     atoms = ATOMS + [c for line in CORPUS for c in line.split(" ")[:4] if c]
     fixed = ["", " ", "\n", "a", "\x00", " " * 70, "\n" * 40, "\t " * 30, "1" * 50, "a" * 200, "'" * 9, "\u00e9" * 30, "\U0001f600" * 9]
-    out = fixed + SPECIALS + [line for line in CORPUS]
+    out = fixed + specials + [line for line in CORPUS]
     while len(out) < n:
         kind = r.random()
         if kind < 0.15:
@@ -56,28 +69,27 @@ def strings(n, seed):
                                                  for _ in range(r.randrange(1, 24)))))
             continue
         glue = "" if kind < 0.6 else " "
-        parts = [r.choice(SPECIALS) if r.random() < 0.12 else r.choice(atoms) for _ in range(r.randrange(1, 13))]
+        parts = [r.choice(specials) if r.random() < 0.12 else r.choice(atoms) for _ in range(r.randrange(1, 13))]
         out.append(glue.join(parts))
     return out[:n]
 
 
-def build(name):
+def build_bytes(name):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-    t = Tokenizer(models.BPE(ignore_merges=name == "llama3"))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name in ("gpt2", "smollm2"))
+    t = Tokenizer(models.BPE(ignore_merges=name in ("llama3", "tekken")))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=name == "prefix", use_regex=name in ("gpt2", "smollm2", "prefix"))
+    patterns = {"llama3": LLAMA3, "qwen2": QWEN2, "tekken": TEKKEN, "cl100k": CL100K, "o200k": O200K}
     specials = ["<|endoftext|>"]
-    if name == "gpt2":
+    if name in ("gpt2", "prefix"):
         t.pre_tokenizer = byte_level
-    elif name == "llama3":
-        t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), byte_level])
-        specials = []
     elif name == "smollm2":
         t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
         specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     else:
-        t.normalizer = normalizers.NFC()
-        t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN2), "isolated"), byte_level])
+        t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(patterns[name]), "isolated"), byte_level])
         specials = []
+    if name == "qwen2":
+        t.normalizer = normalizers.NFC()
     t.train_from_iterator(CORPUS * 3, trainers.BpeTrainer(vocab_size=450, min_frequency=2, special_tokens=specials, show_progress=False,
                                                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     t.decoder = decoders.ByteLevel()
@@ -94,7 +106,79 @@ def build(name):
     elif name == "qwen2":
         t.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
         t.add_tokens([AddedToken("<tool>", normalized=False), AddedToken("cafe\u0301", normalized=True)])
+    else:
+        t.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<s>", "</s>"])
     return t
+
+
+def sentencepiece(kind):
+    """Normalizer, pre-tokenizer, decoder and added tokens of the models whose vocabulary came from SentencePiece."""
+    from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+    prefix = kind not in ("gemma", "metaspace_never")
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    pre_tokenizer, extra = None, []
+    if kind.startswith("metaspace"):
+        scheme = kind.removeprefix("metaspace_")
+        normalizer, pre_tokenizer = None, pre_tokenizers.Metaspace("\u2581", scheme, split=scheme != "first")
+        if scheme != "first":
+            decoder = decoders.Metaspace("\u2581", scheme)
+        extra = [AddedToken("[INST]", special=True, normalized=False), AddedToken("[/INST]", special=True, normalized=False)]
+    elif kind == "gemma":
+        normalizer, pre_tokenizer = normalizers.Replace(" ", "\u2581"), pre_tokenizers.Split(" ", "merged_with_previous")
+        extra = [AddedToken("<start_of_turn>", special=True, normalized=False), AddedToken("\n\n", normalized=False), AddedToken("\t\t", normalized=False)]
+    elif kind == "phi3":
+        extra = [AddedToken(t, special=True, normalized=False, rstrip=True) for t in ("<|user|>", "<|end|>", "<|assistant|>")]
+        extra.append(AddedToken("</tool>", lstrip=True, single_word=True))
+    elif kind.startswith("mixed"):   # of no model: every other part there is
+        normalizer = normalizers.Sequence([normalizers.Strip(left=True, right=kind == "mixed"),
+                                           normalizers.NFKC() if kind == "mixed" else normalizers.NFC(), normalizers.Lowercase(),
+                                           normalizers.Replace(Regex(r"\d{4,}"), "#"), normalizers.Replace("!", "")])
+        pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation("merged_with_previous")] if kind == "mixed" else
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("contiguous"), pre_tokenizers.Digits(individual_digits=False),
+             pre_tokenizers.Metaspace("_", "first", split=True)])
+        decoder = None if kind == "mixed" else decoders.Sequence([decoders.Strip("e", 0, 1), decoders.ByteFallback(),
+                                                                   decoders.Metaspace("_", "always"), decoders.Replace(Regex("[aeiou]{2,}"), "<>")])
+    specials = [AddedToken(t, special=True, normalized=kind == "llama1") for t in ("<unk>", "<s>", "</s>")]
+    return normalizer, pre_tokenizer, decoder, specials, extra
+
+
+def build_characters(kind):
+    """As models converted from SentencePiece: <unk>, <s>, </s>, the 256 bytes, then characters and merges; what the corpus has
+    seldom is left to byte fallback."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    normalizer, pre_tokenizer, decoder, specials, extra = sentencepiece(kind)
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer = pre_tokenizers.Metaspace("_" if kind == "mixed_space" else "\u2581", "never" if kind == "gemma" else "always")
+    corpus = [line.lower() for line in CORPUS] if kind.startswith("mixed") else CORPUS
+    t.train_from_iterator(corpus * 3, trainers.BpeTrainer(vocab_size=450, min_frequency=2, limit_alphabet=90, show_progress=False))
+    data = json.loads(t.to_str())
+    trained = sorted(data["model"]["vocab"], key=data["model"]["vocab"].get)
+    codes = [f"<0x{b:02X}>" for b in range(256) if kind not in ("unk", "unk_fused") and (kind != "mixed" or b < 0x80 or b % 2)]
+    vocab = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", *codes, *trained])}
+    data["model"].update(vocab=vocab, unk_token="<unk>", fuse_unk=kind not in ("unk", "mixed"), byte_fallback=bool(codes))
+    t = Tokenizer.from_str(json.dumps(data))
+    t.normalizer, t.pre_tokenizer, t.decoder = normalizer, pre_tokenizer, decoder
+    t.add_special_tokens(specials)
+    t.add_tokens(extra)
+    t.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[("<s>", 1)])
+    return t
+
+
+BYTES = ("gpt2", "llama3", "smollm2", "qwen2", "tekken", "cl100k", "o200k", "prefix")   # smollm2 is Granite 3's too
+CHARACTERS = ("llama1", "llama2", "metaspace_first", "metaspace_always", "metaspace_never", "gemma", "phi3", "mixed", "mixed_space", "unk", "unk_fused")
+KINDS = BYTES + CHARACTERS
+COMMITTED = ("gpt2", "llama3", "smollm2", "qwen2", "llama2", "metaspace_first", "gemma", "phi3", "mixed")
+
+
+def specials_of(name):
+    return SPECIALS if name in BYTES else SPM_SPECIALS
+
+
+def build(name):
+    return build_bytes(name) if name in BYTES else build_characters(name)
 
 
 def with_string_merges(text):
@@ -106,14 +190,14 @@ def with_string_merges(text):
 
 def main():
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for k, name in enumerate(["gpt2", "llama3", "smollm2", "qwen2"]):
+    for k, name in enumerate(COMMITTED):
         t = build(name)
         text = json.dumps(json.loads(t.to_str()), ensure_ascii=False, separators=(",", ":"))
-        if name in ("gpt2", "smollm2"):
+        if name in ("gpt2", "smollm2", "phi3"):
             text = with_string_merges(text)
         (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         with open(FOLDER / f"{name}.jsonl", "w", encoding="utf-8") as out:
-            for s in strings(170, k):
+            for s in strings(170 if name in BYTES else 150, k, specials_of(name)):
                 plain, full = t.encode(s, add_special_tokens=False).ids, t.encode(s).ids
                 out.write(json.dumps([s, plain, full, t.decode(full, skip_special_tokens=True)], separators=(",", ":")) + "\n")
 
