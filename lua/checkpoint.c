@@ -93,6 +93,11 @@ static int checkpoint_tied(lua_State *L) {
     return 1;
 }
 
+static int checkpoint_adapter(lua_State *L) {
+    lua_pushboolean(L, obm_checkpoint_is_adapter(checkpoint_of(L, 1)));
+    return 1;
+}
+
 static int checkpoint_sha256(lua_State *L) {
     char hex[65];
     obm_error err;
@@ -108,6 +113,7 @@ static const luaL_Reg checkpoint_methods[] = {{"keys", checkpoint_keys},
                                               {"path", checkpoint_path},
                                               {"config", checkpoint_config},
                                               {"tied", checkpoint_tied},
+                                              {"adapter", checkpoint_adapter},
                                               {NULL, NULL}};
 static const luaL_Reg checkpoint_meta[] = {{"__len", checkpoint_len}, {NULL, NULL}};
 

@@ -223,6 +223,9 @@ local function pack_text(pack)
   end
   local base, s, own = pack:base_bytes(), pack:settings(), {}
   for _, task in ipairs(pack:tasks()) do
+    local factors = 0
+    for _, b in pairs(pack:bytes(task)) do factors = factors + b.bytes_adapter end
+    if factors > 0 then own[#own + 1] = ("\n%s was made from LoRA factors of %s"):format(task, size(factors)) end
     if pack:text(task) ~= "" then own[#own + 1] = ("\n%s brings its own %s"):format(task, pack:text(task)) end
   end
   return table.concat({ ('Pack("%s")'):format(pack:path()), layout(rows) .. table.concat(own),

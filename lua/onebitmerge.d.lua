@@ -63,6 +63,10 @@ function checkpoint:config() end
 ---@return boolean
 function checkpoint:tied() end
 
+---A PEFT LoRA folder: its tensors have the adapter's names.
+---@return boolean
+function checkpoint:adapter() end
+
 ---@class onebitmerge.Stats
 ---@field tensors integer
 ---@field params integer
@@ -184,7 +188,7 @@ function pack:base_bytes() end
 
 ---By module class.
 ---@param task string|integer
----@return table<string, { tensors: integer, params: integer, bytes_expert: integer, bytes_pack: integer }>?, string? message, onebitmerge.Code? code
+---@return table<string, { tensors: integer, params: integer, bytes_expert: integer, bytes_pack: integer, bytes_adapter: integer }>?, string? message, onebitmerge.Code? code
 function pack:bytes(task) end
 
 ---@param task string|integer

@@ -348,7 +348,7 @@ static int task_at(lua_State *L, const obm_pack *p, size_t *task) {
     return obm_lua_fail(L, &err);
 }
 
-/* pack:bytes(task) -> {class = {tensors, params, bytes_expert, bytes_pack}} */
+/* pack:bytes(task) -> {class = {tensors, params, bytes_expert, bytes_pack, bytes_adapter}} */
 static int pack_bytes(lua_State *L) {
     const obm_pack *p = pack_of(L);
     size_t task;
@@ -364,6 +364,7 @@ static int pack_bytes(lua_State *L) {
         obm_lua_set_integer(L, "params", b[c].params);
         obm_lua_set_integer(L, "bytes_expert", b[c].bytes_expert);
         obm_lua_set_integer(L, "bytes_pack", b[c].bytes_pack);
+        obm_lua_set_integer(L, "bytes_adapter", b[c].bytes_adapter);
         lua_setfield(L, -2, obm_class_name((obm_class)c));
     }
     return 1;
@@ -403,7 +404,7 @@ static void push_planes(lua_State *L, const obm_pack_tensor *t) {
     }
 }
 
-/* pack:tensors(task) -> list of {name, class, mode, bytes, rows, cols, planes} */
+/* pack:tensors(task) -> list of {name, class, mode, bytes, rows, cols, rank, planes} */
 static int pack_tensors(lua_State *L) {
     const obm_pack *p = pack_of(L);
     size_t task;
@@ -420,6 +421,7 @@ static int pack_tensors(lua_State *L) {
         obm_lua_set_integer(L, "bytes", t.bytes_pack);
         obm_lua_set_integer(L, "rows", (uint64_t)t.rows);
         obm_lua_set_integer(L, "cols", (uint64_t)t.cols);
+        obm_lua_set_integer(L, "rank", (uint64_t)t.rank);
         push_planes(L, &t);
         lua_setfield(L, -2, "planes");
         lua_rawseti(L, -2, (lua_Integer)i + 1);

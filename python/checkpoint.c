@@ -106,6 +106,11 @@ static PyObject *checkpoint_tied(PyObject *o, void *unused) {
     return PyBool_FromLong(obm_checkpoint_is_tied(obm_py_checkpoint_get(o)));
 }
 
+static PyObject *checkpoint_adapter(PyObject *o, void *unused) {
+    (void)unused;
+    return PyBool_FromLong(obm_checkpoint_is_adapter(obm_py_checkpoint_get(o)));
+}
+
 static PyObject *checkpoint_sha256(PyObject *o, PyObject *arg) {
     const char *name = PyUnicode_AsUTF8AndSize(arg, NULL);
     if (!name) return NULL;
@@ -133,6 +138,7 @@ static PyGetSetDef checkpoint_getset[] = {
     {"path", checkpoint_path, NULL, "as given", NULL},
     {"config", checkpoint_config, NULL, "config.json as a dict, or None", NULL},
     {"tied", checkpoint_tied, NULL, "no head of its own: lm_head is the embedding", NULL},
+    {"adapter", checkpoint_adapter, NULL, "a PEFT LoRA folder: its tensors have the adapter's names", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 static PyType_Slot checkpoint_slots[] = {{Py_tp_new, checkpoint_new},
                                          {Py_tp_dealloc, checkpoint_dealloc},
@@ -143,8 +149,8 @@ static PyType_Slot checkpoint_slots[] = {{Py_tp_new, checkpoint_new},
                                          {Py_mp_length, checkpoint_length},
                                          {Py_mp_subscript, checkpoint_get},
                                          {Py_sq_contains, checkpoint_contains},
-                                         {Py_tp_doc, "Checkpoint(path)\n\nA Hugging Face folder or one .safetensors "
-                                                     "file, memory-mapped; ckpt[name] is a Tensor (a view)."},
+                                         {Py_tp_doc, "Checkpoint(path)\n\nA Hugging Face folder, a PEFT LoRA folder or one "
+                                                     ".safetensors file, memory-mapped; ckpt[name] is a Tensor (a view)."},
                                          {0, NULL}};
 PyType_Spec obm_py_checkpoint_spec = {"onebitmerge.Checkpoint", sizeof(Checkpoint), 0, Py_TPFLAGS_DEFAULT,
                                       checkpoint_slots};

@@ -338,10 +338,11 @@ static PyObject *pack_bytes(PyObject *o, PyObject *arg) {
     PyObject *d = PyDict_New();
     for (int c = 0; d && c < OBM_CLASS_COUNT; c++) {
         if (b[c].tensors && !obm_py_set(d, obm_class_name((obm_class)c),
-                                        Py_BuildValue("{sK,sK,sK,sK}", "tensors", (unsigned long long)b[c].tensors,
+                                        Py_BuildValue("{sK,sK,sK,sK,sK}", "tensors", (unsigned long long)b[c].tensors,
                                                       "params", (unsigned long long)b[c].params, "bytes_expert",
                                                       (unsigned long long)b[c].bytes_expert, "bytes_pack",
-                                                      (unsigned long long)b[c].bytes_pack)))
+                                                      (unsigned long long)b[c].bytes_pack, "bytes_adapter",
+                                                      (unsigned long long)b[c].bytes_adapter)))
             Py_CLEAR(d);
     }
     return d;
@@ -388,9 +389,9 @@ static PyObject *pack_tensors(PyObject *o, PyObject *arg) {
     for (size_t i = 0; list && i < obm_pack_tensor_count(p); i++) {
         obm_pack_tensor t;
         obm_pack_tensor_at(p, task, i, &t);
-        PyObject *d = Py_BuildValue("{ss,ss,ss,sK,sL,sL,sN}", "name", t.name, "class", obm_class_name(t.cls), "mode",
+        PyObject *d = Py_BuildValue("{ss,ss,ss,sK,sL,sL,sL,sN}", "name", t.name, "class", obm_class_name(t.cls), "mode",
                                     obm_mode_name(t.mode), "bytes", (unsigned long long)t.bytes_pack, "rows",
-                                    (long long)t.rows, "cols", (long long)t.cols, "planes", plane_arrays(o, &t));
+                                    (long long)t.rows, "cols", (long long)t.cols, "rank", (long long)t.rank, "planes", plane_arrays(o, &t));
         if (!d || PyList_Append(list, d) < 0) Py_CLEAR(list);
         Py_XDECREF(d);
     }
@@ -629,7 +630,7 @@ static PyMethodDef pack_methods[] = {
      "set(lambda_=None, reading=None, profile=None, density=None)\n\nChange the merge settings on disk."},
     {"verify", KW(pack_verify),
      "verify(progress=None)\n\nChecksums of every file and the full hash of the base; raises on the first difference."},
-    {"bytes", pack_bytes, METH_O, "bytes(task) -> dict\n\nBy module class: tensors, params, bytes_expert, bytes_pack."},
+    {"bytes", pack_bytes, METH_O, "bytes(task) -> dict\n\nBy module class: tensors, params, bytes_expert, bytes_pack, bytes_adapter."},
     {"policy", pack_policy, METH_O, "policy(task) -> str"},
     {"text", pack_text, METH_O,
      "text(task) -> str\n\nWhich of \"tokenizer, template, eos\" the expert brings itself; \"\": all are the base's."},

@@ -18,18 +18,37 @@ bool obm__is_derived_buffer(const char *name);
 void obm__tensor_rows(const obm_tensor *t, int64_t *rows, int64_t *cols);   /* 1-D is one row; from 3-D on all but the first are columns */
 const char *obm__shape_text(const obm_tensor *t, char *buf, size_t size);   /* "(4, 8)" */
 
+/* A matrix as two factors: scaling * B A, or its transpose (lowrank.c).  Views. */
+typedef struct obm__lowrank {
+    obm_tensor a, b;           /* (rank, in), (out, rank) */
+    int64_t rank, rows, cols;  /* of the matrix: (out, in), transposed (in, out) */
+    double scaling;
+    bool transposed;
+} obm__lowrank;
+/* d of elements [begin, begin + n), f32; the rule is in lowrank.c. */
+void obm__lowrank_read(const obm_kernels *k, const obm__lowrank *l, int64_t begin, int64_t n, float *d);
+uint64_t obm__lowrank_bytes(const obm__lowrank *l);   /* of both factors */
+/* SHAPE where factors, rank and the base's matrix do not fit, or one is no float; cols and rows may still be 0. */
+obm_status obm__lowrank_check(const obm__lowrank *l, const char *name, const obm_tensor *base, obm_error *err);
+
 /* One row of a task vector: matched tensors of base and expert. */
 typedef struct obm__pair {
     const char *name;
     obm_class cls;
     obm_tensor base, expert;   /* data NULL on the side that lacks it (a head that is tied there views the embedding) */
     int64_t extra_rows;        /* rows of the expert beyond the base's (vocabulary) */
+    const obm__lowrank *lora;  /* d in factors; then `expert` has the base's dtype and shape, and data NULL */
 } obm__pair;
 struct obm_task_vector {
     const obm_checkpoint *base, *expert;
     obm__pair *pairs;          /* sorted by name */
     size_t count;
+    obm__lowrank *lowranks;    /* owned; NULL unless the expert is an adapter */
 };
+/* The pairs of an adapter: v has base and expert, and is freed by the caller also after a failure (adapter.c). */
+obm_status obm__adapter_pairs(obm_task_vector *v, obm_error *err);
+/* Checks and completes a pair: class, extra rows.  Errors: SHAPE, DTYPE. */
+obm_status obm__pair_fill(obm__pair *p, const char *name, const obm_tensor *base, const obm_tensor *expert, obm_error *err);
 /* NULL with NOTFOUND in err. */
 const obm__pair *obm__task_vector_find(const obm_task_vector *v, const char *name, obm_error *err);
 /* OBM_E_VALUE: names the tensor and element `index`, which is NaN or Inf. */

@@ -81,6 +81,10 @@ void obm__narrow(const obm_kernels *k, obm_dtype dtype, const float *in, int64_t
 }
 
 void obm__pair_read(const obm_kernels *k, const obm__pair *p, int64_t begin, int64_t n, float *d, float *scratch) {
+    if (p->lora) {
+        obm__lowrank_read(k, p->lora, begin, n, d);
+        return;
+    }
     bool even = ((uintptr_t)p->base.data | (uintptr_t)p->expert.data) % 2 == 0;
     if (p->base.dtype == OBM_BF16 && p->expert.dtype == OBM_BF16 && even) {
         k->sub_bf16(d, (const uint16_t *)p->expert.data + begin, (const uint16_t *)p->base.data + begin, (size_t)n);
@@ -134,10 +138,10 @@ static obm_status check_dtypes(const obm__pair *p, obm_error *err) {
                      obm_dtype_name(b->dtype), obm_dtype_name(e->dtype));
 }
 
-static obm_status fill_pair(obm__pair *p, const obm__st_entry *named, const obm_tensor *base, const obm_tensor *expert,
-                            obm_error *err) {
-    *p = (obm__pair){.name = named->name, .base = *base, .expert = *expert};
-    p->cls = obm_class_of(named->name, named->t.ndim);
+obm_status obm__pair_fill(obm__pair *p, const char *name, const obm_tensor *base, const obm_tensor *expert,
+                          obm_error *err) {
+    *p = (obm__pair){.name = name, .base = *base, .expert = *expert};
+    p->cls = obm_class_of(name, base->ndim);
     OBM_TRY(check_shapes(p, err));
     return check_dtypes(p, err);
 }
@@ -161,7 +165,7 @@ static obm_status match(obm_task_vector *v, obm_error *err) {
             if (obm__is_derived_buffer(named->name)) continue;
             return in_base ? missing(named->name, b, e, err) : missing(named->name, e, b, err);
         }
-        OBM_TRY(fill_pair(&v->pairs[v->count], named, &in_base->t, &in_expert->t, err));
+        OBM_TRY(obm__pair_fill(&v->pairs[v->count], named->name, &in_base->t, &in_expert->t, err));
         v->count++;
     }
     return OBM_OK;
@@ -170,6 +174,7 @@ static obm_status match(obm_task_vector *v, obm_error *err) {
 obm_status obm_task_vector_new(const obm_checkpoint *base, const obm_checkpoint *expert, obm_task_vector **out,
                                obm_error *err) {
     size_t most;
+    OBM_TRY(obm__checkpoint_is_model(base, "a base", err));
     if (!obm__add(base->count, expert->count, &most)) return obm__fail_nomem(err, SIZE_MAX);
     obm_task_vector *v = obm__calloc(1, sizeof *v);
     obm__pair *pairs = obm__calloc(most, sizeof *pairs);
@@ -179,7 +184,7 @@ obm_status obm_task_vector_new(const obm_checkpoint *base, const obm_checkpoint 
         return obm__fail_nomem(err, most * sizeof *pairs);
     }
     *v = (obm_task_vector){.base = base, .expert = expert, .pairs = pairs};
-    obm_status status = match(v, err);
+    obm_status status = expert->adapter ? obm__adapter_pairs(v, err) : match(v, err);
     if (status != OBM_OK) {
         obm_task_vector_free(v);
         return status;
@@ -190,6 +195,7 @@ obm_status obm_task_vector_new(const obm_checkpoint *base, const obm_checkpoint 
 
 void obm_task_vector_free(obm_task_vector *v) {
     if (!v) return;
+    obm_free(v->lowranks);
     obm_free(v->pairs);
     obm_free(v);
 }

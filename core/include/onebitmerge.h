@@ -161,17 +161,19 @@ OBM_API obm_class obm_class_of(const char *tensor_name, int32_t ndim);   /* by t
 
 /* ---- Checkpoints ------------------------------------------------------------------------------------------------ */
 
-/* A Hugging Face folder (config.json, one or many *.safetensors) or a single .safetensors file, memory-mapped; no tensor
- * is read before it is used.  While it is open its files must not be cut short or rewritten in place (the system answers
+/* A Hugging Face folder (config.json, one or many *.safetensors), a PEFT LoRA folder (adapter_config.json,
+ * adapter_model.safetensors) or a single .safetensors file, memory-mapped; no tensor is read before it is used.  While it is open its files must not be cut short or rewritten in place (the system answers
  * with SIGBUS); replacing them by rename, as every writer of this library does, is safe.  Immutable, share freely. */
 typedef struct obm_checkpoint obm_checkpoint;
 
-/* Errors: IO, FORMAT (file, byte offset or key, expected, found), UNSUPPORTED (torch .bin), NOMEM.  *out is owned. */
+/* Errors: IO, FORMAT (file, byte offset or key, expected, found), UNSUPPORTED (torch .bin, GGUF,
+ * adapters other than LoRA or with settings that are not understood), NOMEM.  *out is owned. */
 OBM_API obm_status obm_checkpoint_open(obm_context *ctx, const char *path, obm_checkpoint **out, obm_error *err);
 OBM_API void obm_checkpoint_free(obm_checkpoint *c);
 OBM_API const char *obm_checkpoint_path(const obm_checkpoint *c);       /* borrowed */
 OBM_API const char *obm_checkpoint_config(const obm_checkpoint *c);     /* text of config.json, NULL without; borrowed */
 OBM_API bool obm_checkpoint_is_tied(const obm_checkpoint *c);           /* no head of its own: lm_head = embedding */
+OBM_API bool obm_checkpoint_is_adapter(const obm_checkpoint *c);        /* a PEFT LoRA folder; its tensors have the adapter's names */
 OBM_API size_t obm_checkpoint_count(const obm_checkpoint *c);
 /* Tensors in the order of their names.  i < count.  *name borrowed, *t a view into the mapping. */
 OBM_API void obm_checkpoint_at(const obm_checkpoint *c, size_t i, const char **name, obm_tensor *t);
@@ -185,13 +187,16 @@ OBM_API obm_status obm_checkpoint_sha256(const obm_checkpoint *c, const char *na
 typedef struct obm_task_vector obm_task_vector;
 
 /* Names are matched, dtypes may differ, shapes must agree except for extra vocabulary rows of the expert (embedding and
- * head).  A tied side is understood.  Errors: SHAPE (names tensor and both shapes), NOTFOUND (a tensor missing on one
- * side), DTYPE, NOMEM. */
+ * head).  A tied side is understood.  An expert that is a LoRA adapter: d = scaling * B A, or the tensor that replaces the
+ * base's minus it, and 0 elsewhere; an adapter on the embedding or head of a tied base unties the expert, as it does while
+ * it runs.  Errors: SHAPE (names tensor and both shapes), NOTFOUND (a tensor missing on one side), DTYPE, ARG (the base is an
+ * adapter), UNSUPPORTED and FORMAT (tensors of an adapter), NOMEM. */
 OBM_API obm_status obm_task_vector_new(const obm_checkpoint *base, const obm_checkpoint *expert, obm_task_vector **out,
                                        obm_error *err);
 OBM_API void obm_task_vector_free(obm_task_vector *v);
 OBM_API size_t obm_task_vector_count(const obm_task_vector *v);
-/* *base and *expert are views; the expert's may have more rows (extra vocabulary). */
+/* *base and *expert are views; the expert's may have more rows (extra vocabulary).  Where LoRA factors change the tensor
+ * the expert's data is NULL, with the base's dtype and shape. */
 OBM_API void obm_task_vector_at(const obm_task_vector *v, size_t i, const char **name, obm_tensor *base, obm_tensor *expert);
 /* out: (rows, cols) of the base's shape, f32.  Errors: NOTFOUND, VALUE (NaN or Inf in d: names tensor and index; out is
  * then written in part). */
@@ -234,7 +239,7 @@ typedef struct obm_map_rule { const char *glob; obm_mode mode; } obm_map_rule;
 typedef struct obm_expert {
     size_t struct_size;
     const char *name;        /* task name: letters, digits, _ and -; unique in the pack */
-    const char *path;        /* checkpoint folder or file */
+    const char *path;        /* checkpoint folder or file, or a LoRA folder: its full tensors are kept as the factors */
     const char *policy;      /* "linear" (default), "attention", "mlp", "paper", "full"; paper goes by the names chat, math, code */
     const char *scale;       /* "row" (default; "matrix" under paper), "matrix", "group:N" with N a multiple of 64 */
     int planes;              /* 0 = 1; n planes iterate on the residual */
@@ -295,8 +300,9 @@ OBM_API obm_status obm_pack_set_settings(obm_pack *p, const obm_pack_settings *s
 
 OBM_API size_t obm_pack_task_count(const obm_pack *p);
 OBM_API const char *obm_pack_task_name(const obm_pack *p, size_t task);   /* borrowed */
-typedef struct obm_class_bytes { uint64_t tensors, params, bytes_expert, bytes_pack; } obm_class_bytes;
-/* One expert by class: bytes as the full expert tensors, and as the pack stores them.  out[OBM_CLASS_COUNT]. */
+typedef struct obm_class_bytes { uint64_t tensors, params, bytes_expert, bytes_pack, bytes_adapter; } obm_class_bytes;
+/* One expert by class: bytes as the full expert tensors, as the pack stores them, and of the LoRA factors that they came from
+ * (0 for a full checkpoint).  out[OBM_CLASS_COUNT]. */
 OBM_API void obm_pack_bytes(const obm_pack *p, size_t task, obm_class_bytes *out);
 OBM_API uint64_t obm_pack_base_bytes(const obm_pack *p);
 OBM_API const char *obm_pack_policy(const obm_pack *p, size_t task);      /* as text, "linear, scale row, planes 1"; borrowed */
@@ -313,6 +319,7 @@ typedef struct obm_pack_tensor {
     const uint8_t *signs[8];      /* plane -> (rows, row_bytes), LSB first, bit 1 = +, borrowed */
     int64_t rows, cols, row_bytes;
     uint64_t bytes_pack;
+    int64_t rank;                 /* of the LoRA factors that a full tensor is kept as, 0 without */
 } obm_pack_tensor;
 OBM_API void obm_pack_tensor_at(const obm_pack *p, size_t task, size_t i, obm_pack_tensor *out);
 

@@ -1,5 +1,5 @@
 /* Checkpoints: which files of a folder hold the weights, and their tensors as one sorted list.  Headers only are read;
- * tensors stay in the mappings.  Says nothing about architectures. */
+ * tensors stay in the mappings.  Says nothing about architectures, nor what the tensors of an adapter mean. */
 #include "io.h"
 
 #include <dirent.h>
@@ -164,12 +164,23 @@ static bool torch_file(const char *name) {
     return ends_with(name, ".bin") || ends_with(name, ".pth") || ends_with(name, ".pt") || ends_with(name, ".ckpt");
 }
 
+/* Opening a pickle runs code out of the file, so such files are named, never read. */
 static obm_status refuse_torch(const char *path, const char *name, obm_error *err) {
-    return obm__fail(
-        err, OBM_E_UNSUPPORTED,
-        "%s: %s holds pickled torch weights, which are not read; convert them in Python with "
-        "transformers.AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT, safe_serialization=True)",
-        path, name);
+    return obm__fail(err, OBM_E_UNSUPPORTED,
+                     "%s: %s holds pickled torch weights, which are not read; convert them in Python: "
+                     "from transformers import AutoModelForCausalLM; "
+                     "AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT), or for one file: "
+                     "import torch, safetensors.torch; safetensors.torch.save_file({k: v.contiguous().clone() for k, v "
+                     "in torch.load(IN, weights_only=True).items()}, OUT)",
+                     path, name);
+}
+
+static obm_status refuse_gguf(const char *path, const char *name, obm_error *err) {
+    return obm__fail(err, OBM_E_UNSUPPORTED,
+                     "%s: %s is a GGUF file, which is not read; convert it in Python: from transformers import "
+                     "AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME)"
+                     ".save_pretrained(OUT)",
+                     path, name);
 }
 
 /* name-00001-of-00003.safetensors: one of several, so that a folder without their index is incomplete. */
@@ -182,10 +193,11 @@ static bool shard_name(const char *name) {
 }
 
 static obm_status open_listed(obm_checkpoint *c, const name_list *l, obm_error *err) {
-    const char *torch = NULL;
+    const char *torch = NULL, *gguf = NULL;
     for (size_t i = 0; i < l->count; i++) {
         const char *name = l->names[i];
         if (torch_file(name)) torch = name;
+        if (ends_with(name, ".gguf")) gguf = name;
         if (!ends_with(name, ".safetensors")) continue;
         if (shard_name(name))
             return obm__fail(err, OBM_E_FORMAT, "%s: %s is one of several files, and " INDEX_FILE " is missing",
@@ -194,6 +206,7 @@ static obm_status open_listed(obm_checkpoint *c, const name_list *l, obm_error *
     }
     if (c->n_files > 0) return list_all(c, err);
     if (torch) return refuse_torch(c->path, torch, err);
+    if (gguf) return refuse_gguf(c->path, gguf, err);
     return obm__fail(err, OBM_E_FORMAT,
                      "%s: no weights here: expected " ONE_FILE ", " INDEX_FILE " or other .safetensors files", c->path);
 }
@@ -209,15 +222,9 @@ static obm_status open_unindexed(obm_checkpoint *c, obm_error *err) {
 /* model.safetensors counts before the index, as in transformers; the writer's commits rely on that order. */
 static obm_status open_weights(obm_checkpoint *c, obm_error *err) {
     char *one = obm__path_join(c->directory, ONE_FILE), *index = obm__path_join(c->directory, INDEX_FILE);
-    char *adapter = obm__path_join(c->directory, "adapter_config.json");
     obm_status status = OBM_OK;
-    if (!one || !index || !adapter) {
+    if (!one || !index) {
         status = obm__fail_nomem(err, strlen(c->directory));
-    } else if (obm__file_exists(adapter)) {
-        status = obm__fail(err, OBM_E_UNSUPPORTED,
-                           "%s: LoRA adapters (adapter_config.json) are not supported in this version; merge "
-                           "the adapter into its base with peft's merge_and_unload first",
-                           c->path);
     } else if (obm__file_exists(one)) {
         status = add_file(c, one, err);
         if (status == OBM_OK) status = list_all(c, err);
@@ -228,8 +235,42 @@ static obm_status open_weights(obm_checkpoint *c, obm_error *err) {
     }
     obm_free(one);
     obm_free(index);
-    obm_free(adapter);
     return status;
+}
+
+/* ---- adapters ---- */
+
+static obm_status open_adapter(obm_checkpoint *c, obm_error *err) {
+    char *path = obm__path_join(c->directory, OBM_ADAPTER_WEIGHTS),
+         *torch = obm__path_join(c->directory, "adapter_model.bin");
+    obm_status status;
+    OBM_GO(path && torch ? OBM_OK : obm__fail_nomem(err, strlen(c->directory)));
+    OBM_GO(obm__adapter_load(c->directory, &c->adapter, err));
+    if (!obm__file_exists(path) && obm__file_exists(torch))
+        OBM_GO(obm__fail(err, OBM_E_UNSUPPORTED,
+                         "%s: adapter_model.bin holds pickled torch weights, which are not read; convert them in "
+                         "Python: import torch, safetensors.torch; safetensors.torch.save_file(torch.load("
+                         "\"adapter_model.bin\", weights_only=True), \"" OBM_ADAPTER_WEIGHTS "\")",
+                         c->path));
+    OBM_GO(add_file(c, path, err));
+    OBM_GO(list_all(c, err));
+    if (c->count == 0) status = obm__fail(err, OBM_E_FORMAT, "%s: an adapter without tensors", path);
+done:
+    obm_free(path);
+    obm_free(torch);
+    return status;
+}
+
+static obm_status open_folder(obm_checkpoint *c, obm_error *err) {
+    bool adapter;
+    if (!obm__adapter_here(c->directory, &adapter)) return obm__fail_nomem(err, strlen(c->directory));
+    return adapter ? open_adapter(c, err) : open_weights(c, err);
+}
+
+obm_status obm__checkpoint_is_model(const obm_checkpoint *c, const char *what, obm_error *err) {
+    if (!c->adapter) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG, "%s is a LoRA adapter (adapter_config.json): it can be an expert, not %s", c->path,
+                     what);
 }
 
 /* ---- opening ---- */
@@ -259,6 +300,7 @@ static bool detect_tied(const obm_checkpoint *c) {
 
 static obm_status open_file(obm_checkpoint *c, obm_error *err) {
     if (torch_file(c->path)) return refuse_torch(c->path, "the file", err);
+    if (ends_with(c->path, ".gguf")) return refuse_gguf(c->path, "the file", err);
     OBM_TRY(add_file(c, c->path, err));
     return list_all(c, err);
 }
@@ -269,7 +311,7 @@ static obm_status open_parts(obm_checkpoint *c, const char *path, obm_error *err
     bool folder = obm__is_directory(path);
     c->directory = folder ? obm__strdup(path) : obm__path_directory(path);
     if (!c->directory) return obm__fail_nomem(err, strlen(path));
-    OBM_TRY(folder ? open_weights(c, err) : open_file(c, err));
+    OBM_TRY(folder ? open_folder(c, err) : open_file(c, err));
     OBM_TRY(read_config(c, err));
     c->tied = detect_tied(c);
     return OBM_OK;
@@ -294,6 +336,7 @@ void obm_checkpoint_free(obm_checkpoint *c) {
     obm_free(c->files);
     obm_free(c->tensors);
     obm__json_free(c->config);
+    obm__adapter_free(c->adapter);
     obm_free(c->config_text);
     obm_free(c->directory);
     obm_free(c->path);
@@ -305,6 +348,7 @@ void obm_checkpoint_free(obm_checkpoint *c) {
 const char *obm_checkpoint_path(const obm_checkpoint *c) { return c->path; }
 const char *obm_checkpoint_config(const obm_checkpoint *c) { return c->config_text; }
 bool obm_checkpoint_is_tied(const obm_checkpoint *c) { return c->tied; }
+bool obm_checkpoint_is_adapter(const obm_checkpoint *c) { return c->adapter != NULL; }
 size_t obm_checkpoint_count(const obm_checkpoint *c) { return c->count; }
 
 void obm_checkpoint_at(const obm_checkpoint *c, size_t i, const char **name, obm_tensor *t) {

@@ -127,6 +127,24 @@ void obm__st_writer_leave(obm__st_writer *w);             /* a sealed file stays
 obm_status obm__st_bytes(const char *name, obm_dtype dtype, int32_t ndim, const int64_t *shape, uint64_t *out,
                          obm_error *err);
 
+/* ---- PEFT adapters (adapter.c) ---- */
+
+/* adapter_config.json, checked: nothing in it changes the weights but what is here. */
+typedef struct obm__adapter {
+    char *path, *text;
+    obm_json *root;
+    int64_t rank;
+    double alpha;
+    bool rslora;     /* scaling = alpha / sqrt(r) instead of alpha / r */
+    bool transposed; /* fan_in_fan_out: the base's matrices are (in, out) */
+    bool keeps_tie;  /* ensure_weight_tying */
+    const obm_json *rank_pattern, *alpha_pattern; /* objects or NULL; borrowed from root */
+} obm__adapter;
+obm_status obm__adapter_load(const char *directory, obm__adapter **out, obm_error *err);
+void obm__adapter_free(obm__adapter *a);
+bool obm__adapter_here(const char *directory, bool *out); /* false: out of memory */
+#define OBM_ADAPTER_WEIGHTS "adapter_model.safetensors"
+
 /* ---- checkpoints (checkpoint.c) ---- */
 
 struct obm_checkpoint {
@@ -140,7 +158,10 @@ struct obm_checkpoint {
     const obm__st_entry **tensors; /* all, sorted by name; borrowed from files */
     size_t count;
     bool tied; /* no lm_head.weight here (or config says tied) and an embedding */
+    obm__adapter *adapter; /* NULL for a model; else the tensors are an adapter's own, under its names */
 };
+/* ARG where an adapter cannot stand for `what`, "a base" or "a model". */
+obm_status obm__checkpoint_is_model(const obm_checkpoint *c, const char *what, obm_error *err);
 #define OBM_EMBEDDING_NAME "model.embed_tokens.weight"
 #define OBM_HEAD_NAME "lm_head.weight"
 const obm__st_entry *obm__checkpoint_find(const obm_checkpoint *c, const char *name); /* NULL if absent */

@@ -89,7 +89,7 @@ const char *obm_pack_text(const obm_pack *p, size_t task) {
 }
 
 size_t obm_pack_tensor_count(const obm_pack *p) { return p->n_tensors; }
-uint64_t obm_pack_base_bytes(const obm_pack *p) { return obm__expert_bytes(p->base); }
+uint64_t obm_pack_base_bytes(const obm_pack *p) { return obm__checkpoint_bytes(p->base); }
 
 void obm_pack_bytes(const obm_pack *p, size_t task, obm_class_bytes *out) {
     memset(out, 0, OBM_CLASS_COUNT * sizeof *out);
@@ -101,6 +101,7 @@ void obm_pack_bytes(const obm_pack *p, size_t task, obm_class_bytes *out) {
         c->params += (uint64_t)obm_tensor_count(&p->tensors[i].base);
         c->bytes_expert += e->bytes_expert;
         c->bytes_pack += e->bytes_pack;
+        c->bytes_adapter += e->bytes_adapter;
     }
 }
 
@@ -108,6 +109,7 @@ void obm_pack_tensor_at(const obm_pack *p, size_t task, size_t i, obm_pack_tenso
     const obm__pack_tensor_info *info = &p->tensors[i];
     const obm__pack_entry *e = &p->experts[task].entries[i];
     obm_pack_tensor t = {.name = info->name, .cls = info->cls, .mode = e->mode, .bytes_pack = e->bytes_pack};
+    t.rank = e->lora.rank;
     obm__tensor_rows(&info->base, &t.rows, &t.cols);
     if (e->mode == OBM_MODE_1BIT) {
         t.planes = e->planes.n;

@@ -8,9 +8,11 @@
 typedef struct obm__pack_entry {
     obm_mode mode;             /* 1BIT, FULL, DROP, SAME */
     obm__planes planes;        /* 1BIT */
-    obm_tensor full;           /* FULL: the expert's own tensor, own dtype, extra rows included */
+    obm_tensor full;           /* FULL: the expert's own tensor, own dtype, extra rows included; data NULL with factors */
+    obm__lowrank lora;         /* FULL of an adapter: the task vector's factors; rank 0 without */
     obm_tensor extra;          /* 1BIT, DROP, SAME with extra vocabulary rows: those rows only; data NULL without */
     uint64_t bytes_pack, bytes_expert;
+    uint64_t bytes_adapter;    /* the factors that it came from, 0 for a tensor of the expert's own */
 } obm__pack_entry;
 
 /* Text files of an expert.  The tokenizer's first two, then the template's three. */

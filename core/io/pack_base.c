@@ -106,6 +106,7 @@ obm_status obm__checkpoint_fingerprint(obm_context *ctx, const obm_checkpoint *c
     obm__xxh3 *h = obm__xxh3_new();
     if (!h) return obm__fail_nomem(err, 0);
     if (c->config_text) obm__xxh3_add(h, c->config_text, strlen(c->config_text) + 1);
+    if (c->adapter) obm__xxh3_add(h, c->adapter->text, strlen(c->adapter->text) + 1);
     obm_status status = add_all(ctx, c, tick, user, h, err);
     obm__xxh3_end(h, status == OBM_OK ? out : NULL);
     return status;
@@ -159,7 +160,7 @@ static size_t cut_into_chunks(const obm_checkpoint *base, chunk *out) {
 }
 
 uint64_t obm__base_memory(const obm_context *ctx, const obm_checkpoint *base) {
-    uint64_t window = (uint64_t)ctx->threads * CHUNK, all = obm__expert_bytes(base);
+    uint64_t window = (uint64_t)ctx->threads * CHUNK, all = obm__checkpoint_bytes(base);
     return window < all ? window : all;
 }
 
@@ -363,6 +364,7 @@ static obm_status check_names(const obm_checkpoint *base, const obm_json *tensor
 obm_status obm__base_check(obm_context *ctx, const obm_checkpoint *base, const obm_json *record, const char *pack_path,
                            bool full, obm__ticker *ticker, obm_error *err) {
     const obm_json *tensors;
+    OBM_TRY(obm__checkpoint_is_model(base, "a base", err));
     OBM_TRY(obm__field(record, "tensors", OBM_JSON_OBJECT, OBM_PACK_MANIFEST ": base", &tensors, err));
     OBM_TRY(check_names(base, tensors, pack_path, err));
     for (size_t i = 0; i < base->count; i++) { /* shapes before contents: nothing need be read for them */

@@ -293,8 +293,8 @@ obm_status obm_pack_add(obm_pack *p, const obm_expert *given, const obm_compress
     if (at == OBM_PACK_MAX_TASKS)
         return obm__fail(err, OBM_E_UNSUPPORTED, "a pack holds at most %d experts", OBM_PACK_MAX_TASKS);
     obm_checkpoint *checkpoint = NULL;
-    OBM_TRY(obm__expert_open(p->ctx, expert, &checkpoint, err));
-    obm__ticker ticker = make_ticker(options, "compress", obm__expert_bytes(checkpoint));
+    OBM_TRY(obm_checkpoint_open(p->ctx, expert->path, &checkpoint, err));
+    obm__ticker ticker = make_ticker(options, "compress", obm__expert_bytes(p->base, checkpoint));
     obm__expert_request r = {.ctx = p->ctx, .base = p->base, .expert = expert, .dir = p->path, .ticker = &ticker};
     r.profile = OBM_OPT(options, obm_compress_options, profile, OBM_PROFILE_DEFAULT);
     if (r.profile == OBM_PROFILE_DEFAULT) r.profile = p->settings.profile;

@@ -122,9 +122,10 @@ static obm_status take_output(compression *c, obm_error *err) {
 
 static obm_status open_all(compression *c, const char *base_path, uint64_t *bytes, obm_error *err) {
     OBM_TRY(obm_checkpoint_open(c->ctx, base_path, &c->base, err));
+    OBM_TRY(obm__checkpoint_is_model(c->base, "a base", err));
     for (size_t i = 0; i < c->n; i++) {
-        OBM_TRY(obm__expert_open(c->ctx, &c->experts[i], &c->checkpoints[i], err));
-        *bytes += obm__expert_bytes(c->checkpoints[i]);
+        OBM_TRY(obm_checkpoint_open(c->ctx, c->experts[i].path, &c->checkpoints[i], err));
+        *bytes += obm__expert_bytes(c->base, c->checkpoints[i]);
     }
     return OBM_OK;
 }
@@ -148,7 +149,7 @@ static obm_status add_experts(compression *c, obm_json *list, uint64_t bytes, ob
         ticker.done = done;
         OBM_TRY(obm__expert_write(&r, c->checkpoints[i], &record, err));
         if (!c->dry_run && !obm__json_append(list, record)) return obm__fail_nomem(err, 0);
-        done += obm__expert_bytes(c->checkpoints[i]);
+        done += obm__expert_bytes(c->base, c->checkpoints[i]);
         if (!c->dry_run) OBM_TRY(obm__tick(&ticker, done, err));
     }
     return OBM_OK;
@@ -169,7 +170,7 @@ static obm_status make_manifest(compression *c, uint64_t bytes, obm_error *err) 
     obm__ticker ticker = {.fn = OBM_OPT(c->options, obm_compress_options, progress, NULL),
                           .what = "fingerprint",
                           .user = OBM_OPT(c->options, obm_compress_options, progress_user, NULL),
-                          .total = obm__expert_bytes(c->base)};
+                          .total = obm__checkpoint_bytes(c->base)};
     obm__settings_default(c->profile, &settings);
     if (!(c->manifest = obm__json_new_object()) || !put_head(c->manifest)) return obm__fail_nomem(err, 0);
     if (!(list = obm__json_new_array())) return obm__fail_nomem(err, 0);

@@ -23,7 +23,7 @@ typedef struct item {
 } item;
 
 /* One thing the file holds, in the order of the file. */
-typedef enum { SLOT_PLANES, SLOT_FULL, SLOT_EXTRA } slot_kind;
+typedef enum { SLOT_PLANES, SLOT_FULL, SLOT_FACTORS, SLOT_EXTRA } slot_kind;
 typedef struct slot {
     size_t item;
     slot_kind kind;
@@ -40,8 +40,8 @@ typedef struct job {
     slot *slots;
     size_t n_slots;
     obm__st_writer *writer;
-    uint64_t ticks;  /* bytes of expert tensors that are done */
-    obm_json *text;  /* the record's "text", NULL: the base's tokenizer, template and eos */
+    uint64_t ticks; /* bytes of expert tensors that are done */
+    obm_json *text; /* the record's "text", NULL: the base's tokenizer, template and eos */
     uint64_t text_bytes;
 } job;
 
@@ -63,8 +63,9 @@ obm_status obm__experts_read(const obm_expert *given, size_t n, obm_expert *own,
         OBM_TRY(OBM_CHECK(obm_expert, one, err));
         memcpy(&size, one, sizeof size);
         if (size != given->struct_size || (n > 1 && size % _Alignof(obm_expert))) {
-            return obm__fail(err, OBM_E_ARG, "obm_expert: struct_size %zu in element %zu, expected that of the first, %zu",
-                             size, i, given->struct_size);
+            return obm__fail(err, OBM_E_ARG,
+                             "obm_expert: struct_size %zu in element %zu, expected that of the first, %zu", size, i,
+                             given->struct_size);
         }
         obm__options_read(one, &own[i], sizeof own[i]);
     }
@@ -84,22 +85,15 @@ obm_status obm__expert_check(const obm_expert *e, obm_error *err) {
     return OBM_OK;
 }
 
-obm_status obm__expert_open(obm_context *ctx, const obm_expert *e, obm_checkpoint **out, obm_error *err) {
-    char *adapter = obm__path_join(e->path, "adapter_config.json");
-    if (!adapter) return obm__fail_nomem(err, strlen(e->path));
-    bool lora = obm__file_exists(adapter);
-    obm_free(adapter);
-    if (lora) {
-        return obm__fail(err, OBM_E_UNSUPPORTED,
-                         "expert %s: %s is a LoRA adapter; merge it into a full checkpoint first", e->name, e->path);
-    }
-    return obm_checkpoint_open(ctx, e->path, out, err);
-}
-
-uint64_t obm__expert_bytes(const obm_checkpoint *c) {
+uint64_t obm__checkpoint_bytes(const obm_checkpoint *c) {
     uint64_t n = 0;
     for (size_t i = 0; i < c->count; i++) n = add_u64(n, obm__tensor_bytes(&c->tensors[i]->t));
     return n;
+}
+
+/* An adapter is worked on as what it stands for. */
+uint64_t obm__expert_bytes(const obm_checkpoint *base, const obm_checkpoint *expert) {
+    return obm__checkpoint_bytes(expert->adapter ? base : expert);
 }
 
 static uint64_t pair_bytes(const obm__pair *p) { return obm__tensor_bytes(&p->expert); }
@@ -115,6 +109,7 @@ static obm_tensor extra_of(const obm__pair *p) {
 static obm_status fill_item(job *j, item *it, const obm__pair *p, obm_error *err) {
     *it = (item){.pair = p, .mode = OBM_MODE_FULL};
     OBM_TRY(obm__policy_mode(&j->policy, p, &it->mode, err));
+    if (p->expert.data == p->base.data) it->mode = OBM_MODE_SAME; /* an adapter leaves it alone */
     if (it->mode != OBM_MODE_1BIT) return OBM_OK;
     it->planes = j->policy.planes;
     it->rows = p->base.shape[0];
@@ -133,18 +128,20 @@ static void warn_unused_rules(const job *j) {
     }
 }
 
-/* A matrix that nobody knows may be anything (the router of a mixture of experts): it stays as it is, and that is said. */
+/* A matrix that nobody knows may be anything (the router of a mixture of experts): it stays as it is, and that is said.
+ */
 static void warn_unknown_matrices(const job *j) {
     const char *first = NULL;
     size_t n = 0;
     for (size_t i = 0; i < j->n; i++) {
         const obm__pair *p = j->items[i].pair;
-        if (p->cls != OBM_CLASS_OTHER || !obm__pair_is_matrix(p) || obm__policy_rule(&j->policy, p->name)) continue;
+        if (p->cls != OBM_CLASS_OTHER || !obm__pair_is_matrix(p) || p->expert.data == p->base.data ||
+            obm__policy_rule(&j->policy, p->name))
+            continue;
         if (!n++) first = p->name;
     }
     if (!n || !j->policy.classes) return;
-    obm__warn(j->r->ctx,
-              "expert %s: %zu %s of no known module class %s full (%s); a map rule can decide otherwise",
+    obm__warn(j->r->ctx, "expert %s: %zu %s of no known module class %s full (%s); a map rule can decide otherwise",
               j->r->expert->name, n, n == 1 ? "matrix" : "matrices", n == 1 ? "stays" : "stay", first);
 }
 
@@ -168,7 +165,7 @@ static void same_range(void *arg, size_t begin, size_t end, int id) {
 /* The rows that the base has, byte for byte.  Most fine-tunes differ in the first page. */
 static obm_status find_same(job *j, item *it, obm_error *err) {
     const obm__pair *p = it->pair;
-    if (p->base.dtype != p->expert.dtype) return OBM_OK;
+    if (it->mode == OBM_MODE_SAME || p->base.dtype != p->expert.dtype || p->lora) return OBM_OK;
     size_t total = obm__tensor_bytes(&p->base), batch = (size_t)j->r->ctx->threads * 8 * CHUNK;
     for (size_t at = 0; at < total; at += batch) {
         size_t n = total - at < batch ? total - at : batch;
@@ -197,13 +194,20 @@ static int compare_slots(const void *x, const void *y) {
     return (int)a->kind - (int)b->kind;
 }
 
+static size_t factor_align(const obm__lowrank *l) {
+    size_t a = obm_dtype_size(l->a.dtype), b = obm_dtype_size(l->b.dtype);
+    return a < b ? a : b;
+}
+
 static void lay_out(job *j) {
     j->n_slots = 0;
     for (size_t i = 0; i < j->n; i++) {
         const item *it = &j->items[i];
         size_t align = obm_dtype_size(it->pair->expert.dtype);
         if (it->mode == OBM_MODE_1BIT && it->planes) j->slots[j->n_slots++] = (slot){i, SLOT_PLANES, 0};
-        if (it->mode == OBM_MODE_FULL)
+        if (it->mode == OBM_MODE_FULL && it->pair->lora)
+            j->slots[j->n_slots++] = (slot){i, SLOT_FACTORS, factor_align(it->pair->lora)};
+        else if (it->mode == OBM_MODE_FULL)
             j->slots[j->n_slots++] = (slot){i, SLOT_FULL, align};
         else if (it->pair->extra_rows)
             j->slots[j->n_slots++] = (slot){i, SLOT_EXTRA, align};
@@ -233,6 +237,10 @@ static obm_status declare_slot(job *j, const slot *s, obm_error *err) {
     const item *it = &j->items[s->item];
     const char *name = it->pair->name;
     if (s->kind == SLOT_FULL) return declare(j->writer, name, "", -1, &it->pair->expert, err);
+    if (s->kind == SLOT_FACTORS) {
+        OBM_TRY(declare(j->writer, name, ".lora_A", -1, &it->pair->lora->a, err));
+        return declare(j->writer, name, ".lora_B", -1, &it->pair->lora->b, err);
+    }
     if (s->kind == SLOT_EXTRA) {
         obm_tensor extra = extra_of(it->pair);
         return declare(j->writer, name, ".extra", -1, &extra, err);
@@ -264,8 +272,10 @@ static obm_status take_signs(void *user, const void *bytes, size_t n, int64_t ro
     plane_sink *s = user;
     const item *it = s->it;
     OBM_TRY(obm__st_writer_write(s->j->writer, bytes, n, err));
-    release_rows(&it->pair->base, it->cols, s->released, rows_done);
-    release_rows(&it->pair->expert, it->cols, s->released, rows_done);
+    if (!it->pair->lora) {
+        release_rows(&it->pair->base, it->cols, s->released, rows_done);
+        release_rows(&it->pair->expert, it->cols, s->released, rows_done);
+    }
     s->released = rows_done;
     double share = ((double)s->plane + (double)rows_done / (double)it->rows) / it->planes;
     return obm__tick(s->j->r->ticker, s->ticks + (uint64_t)(share * (double)pair_bytes(it->pair)), err);
@@ -349,11 +359,36 @@ static obm_status write_whole(job *j, const obm__pair *p, int64_t begin, obm_err
     return OBM_OK;
 }
 
+/* ---- factors ---- */
+
+/* Small beside what they stand for: written as they are, in one piece. */
+static obm_status write_factor(job *j, const obm__pair *p, const obm_tensor *t, const char *which, obm_error *err) {
+    const obm_kernels *k = j->r->ctx->k;
+    float x[OBM_BLOCK];
+    for (int64_t at = 0, n, count = obm_tensor_count(t); at < count; at += n) {
+        n = count - at < OBM_BLOCK ? count - at : OBM_BLOCK;
+        obm__widen(k, t, at, n, x);
+        int64_t bad = (int64_t)k->find_nonfinite(x, (size_t)n);
+        if (bad < n)
+            return obm__fail(err, OBM_E_VALUE, "tensor %s: NaN or Inf in the factor %s at index %lld", p->name, which,
+                             (long long)(at + bad));
+    }
+    return obm__st_writer_write(j->writer, t->data, obm__tensor_bytes(t), err);
+}
+
+static obm_status write_factors(job *j, const obm__pair *p, obm_error *err) {
+    OBM_TRY(write_factor(j, p, &p->lora->a, "lora_A", err));
+    OBM_TRY(write_factor(j, p, &p->lora->b, "lora_B", err));
+    j->ticks += pair_bytes(p);
+    return obm__tick(j->r->ticker, j->ticks, err);
+}
+
 /* ---- the file ---- */
 
 static obm_status write_slot(job *j, const slot *s, obm_error *err) {
     item *it = &j->items[s->item];
     if (s->kind == SLOT_PLANES) return write_planes(j, it, err);
+    if (s->kind == SLOT_FACTORS) return write_factors(j, it->pair, err);
     return write_whole(j, it->pair, s->kind == SLOT_FULL ? 0 : obm_tensor_count(&it->pair->base), err);
 }
 
@@ -415,6 +450,18 @@ static obm_status write_file(job *j, char xxh3[33], uint64_t *bytes, char **name
 
 /* ---- the record ---- */
 
+static obm_json *factors_record(const obm__lowrank *l) {
+    obm_json *r = obm__json_new_object();
+    bool ok = obm__json_set(r, "rank", obm__json_new_int(l->rank));
+    ok = obm__json_set(r, "scaling", obm__json_new_real(l->scaling)) && ok;
+    ok = obm__json_set(r, "transposed", obm__json_new_bool(l->transposed)) && ok;
+    ok = obm__json_set(r, "a", obm__json_new_string(obm_dtype_name(l->a.dtype))) && ok;
+    ok = obm__json_set(r, "b", obm__json_new_string(obm_dtype_name(l->b.dtype))) && ok;
+    if (ok) return r;
+    obm__json_free(r);
+    return NULL;
+}
+
 static obm_json *item_record(const job *j, const item *it) {
     obm_json *r = obm__json_new_object();
     bool ok = obm__json_set(r, "mode", obm__json_new_string(obm_mode_name(it->mode))) &&
@@ -425,6 +472,9 @@ static obm_json *item_record(const job *j, const item *it) {
         ok = ok && scale && obm__json_set(r, "scale", obm__json_new_string(scale));
         obm_free(scale);
     }
+    const obm__lowrank *l = it->pair->lora;
+    if (l) ok = ok && obm__json_set(r, "adapter_bytes", obm__json_new_int((int64_t)obm__lowrank_bytes(l)));
+    if (l && it->mode == OBM_MODE_FULL) ok = ok && obm__json_set(r, "lora", factors_record(l));
     if (ok) return r;
     obm__json_free(r);
     return NULL;
@@ -456,18 +506,29 @@ static obm_status produce(job *j, obm_json **record, obm_error *err) {
 
 /* ---- planning ---- */
 
+static uint64_t plane_bytes(const item *it) {
+    return (uint64_t)it->planes * (uint64_t)(it->rows * it->row_bytes + it->n_scales * (int64_t)sizeof(float));
+}
+
 static uint64_t slot_bytes(const job *j, const slot *s) {
     const item *it = &j->items[s->item];
     if (s->kind == SLOT_FULL) return pair_bytes(it->pair);
+    if (s->kind == SLOT_FACTORS) return obm__lowrank_bytes(it->pair->lora);
     if (s->kind == SLOT_EXTRA) return pair_bytes(it->pair) - (uint64_t)obm_tensor_count(&it->pair->base) * s->align;
-    return (uint64_t)it->planes * (uint64_t)(it->rows * it->row_bytes + it->n_scales * (int64_t)sizeof(float));
+    return plane_bytes(it);
+}
+
+static uint64_t read_bytes(const obm__pair *p) {
+    if (p->lora) return obm__lowrank_bytes(p->lora);
+    if (p->expert.data == p->base.data) return 0; /* the adapter leaves it alone */
+    return pair_bytes(p) + obm__tensor_bytes(&p->base);
 }
 
 /* Buffers, the scales of all planes, and the mapped stripe of both models. */
 static uint64_t item_memory(const job *j, const item *it) {
     uint64_t threads = (uint64_t)j->r->ctx->threads,
              sizes = obm_dtype_size(it->pair->base.dtype) + obm_dtype_size(it->pair->expert.dtype);
-    uint64_t mapped = threads * CHUNK * sizes, tensor = pair_bytes(it->pair) + obm__tensor_bytes(&it->pair->base);
+    uint64_t mapped = threads * CHUNK * sizes, tensor = read_bytes(it->pair);
     uint64_t buffers = it->planes ? obm__onebit_memory(j->r->ctx, it->rows, it->cols) : 0;
     return buffers + (uint64_t)it->planes * (uint64_t)it->n_scales * sizeof(float) +
            (mapped < tensor ? mapped : tensor);
@@ -480,11 +541,26 @@ static void add_to_plan(job *j) {
         const item *it = &j->items[i];
         uint64_t memory = item_memory(j, it);
         plan->tensors++;
-        plan->bytes_read += pair_bytes(it->pair) + obm__tensor_bytes(&it->pair->base);
+        plan->bytes_read += read_bytes(it->pair);
         if (memory > plan->peak_memory) plan->peak_memory = memory;
     }
     for (size_t i = 0; i < j->n_slots; i++) plan->bytes_written += slot_bytes(j, &j->slots[i]);
     plan->bytes_written += j->text_bytes;
+}
+
+/* An adapter of a low rank may hold fewer bytes than one sign per weight. */
+static void warn_larger_planes(const job *j) {
+    uint64_t planes = 0, factors = 0;
+    for (size_t i = 0; i < j->n; i++) {
+        const item *it = &j->items[i];
+        if (it->mode != OBM_MODE_1BIT || !it->pair->lora) continue;
+        planes += plane_bytes(it);
+        factors += obm__lowrank_bytes(it->pair->lora);
+    }
+    if (planes > factors)
+        obm__warn(j->r->ctx,
+                  "expert %s: the planes take %llu bytes, the adapter's factors %llu: policy full keeps the factors",
+                  j->r->expert->name, (unsigned long long)planes, (unsigned long long)factors);
 }
 
 static obm_status prepare(job *j, obm_error *err) {
@@ -496,6 +572,7 @@ static obm_status prepare(job *j, obm_error *err) {
     for (size_t i = 0; i < j->n; i++) OBM_TRY(fill_item(j, &j->items[i], &j->v->pairs[i], err));
     warn_unused_rules(j);
     warn_unknown_matrices(j);
+    warn_larger_planes(j);
     return OBM_OK;
 }
 

@@ -134,6 +134,61 @@ static uint64_t planes_bytes(const obm__planes *p) {
     return (uint64_t)p->n * ((uint64_t)p->rows * (uint64_t)p->row_bytes + scales);
 }
 
+static obm_status load_factor(place *at, const obm_json *record, const char *key, const char *suffix, int64_t rows,
+                              int64_t cols, obm_tensor *out, obm_error *err) {
+    const char *dtype;
+    obm_tensor want = {.ndim = 2, .shape = {rows, cols}};
+    OBM_TRY(obm__field_string(record, key, at->manifest, &dtype, err));
+    for (int i = 0; i < OBM_DTYPE_COUNT; i++) {
+        if (strcmp(dtype, obm_dtype_name((obm_dtype)i)) || !obm__is_float((obm_dtype)i)) continue;
+        want.dtype = (obm_dtype)i;
+        return find_stored(at, suffix, &want, out, err);
+    }
+    return bad_entry(at, err, "has LoRA factors of a dtype that is no float");
+}
+
+static obm_status load_factors(place *at, const obm_json *record, const obm_tensor *base, obm__lowrank *out,
+                               obm_error *err) {
+    obm__lowrank l = {0};
+    if (obm__json_kind(record) != OBM_JSON_OBJECT) return bad_entry(at, err, "has a \"lora\" that is no object");
+    if (base->ndim != 2 || !obm__is_float(base->dtype))
+        return bad_entry(at, err, "cannot have LoRA factors: it is no float matrix");
+    OBM_TRY(obm__field_int(record, "rank", 1, INT32_MAX, at->manifest, &l.rank, err));
+    OBM_TRY(obm__field_real(record, "scaling", at->manifest, &l.scaling, err));
+    if (!isfinite(l.scaling)) return bad_entry(at, err, "has a LoRA scaling that is not finite");
+    if (!obm__json_bool(obm__json_get(record, "transposed"), &l.transposed))
+        return bad_entry(at, err, "lacks \"transposed\" of its LoRA factors");
+    l.rows = base->shape[0];
+    l.cols = base->shape[1];
+    OBM_TRY(load_factor(at, record, "a", ".lora_A", l.rank, l.transposed ? l.rows : l.cols, &l.a, err));
+    OBM_TRY(load_factor(at, record, "b", ".lora_B", l.transposed ? l.cols : l.rows, l.rank, &l.b, err));
+    *out = l;
+    return OBM_OK;
+}
+
+static obm_status load_full(place *at, const obm_json *record, const obm_tensor *t, int64_t extra,
+                            const obm_tensor *base, obm__pack_entry *e, obm_error *err) {
+    const obm_json *factors = obm__json_get(record, "lora");
+    if (!obm__is_float(t->dtype)) return bad_entry(at, err, "cannot be full: its dtype is no float");
+    if (!factors) {
+        OBM_TRY(find_stored(at, "", t, &e->full, err));
+        e->bytes_pack = e->bytes_expert;
+        return OBM_OK;
+    }
+    if (extra) return bad_entry(at, err, "has LoRA factors and rows beyond the base's");
+    OBM_TRY(load_factors(at, factors, base, &e->lora, err));
+    e->bytes_pack = obm__lowrank_bytes(&e->lora);
+    return OBM_OK;
+}
+
+static obm_status adapter_bytes(const place *at, const obm_json *record, uint64_t *out, obm_error *err) {
+    int64_t n = 0;
+    if (obm__json_get(record, "adapter_bytes"))
+        OBM_TRY(obm__field_int(record, "adapter_bytes", 0, INT64_MAX, at->manifest, &n, err));
+    *out = (uint64_t)n;
+    return OBM_OK;
+}
+
 static obm_status load_entry(place *at, const obm_json *record, const obm__pack_tensor_info *info, obm__pack_entry *out,
                              obm_error *err) {
     obm__pack_entry e = {0};
@@ -144,10 +199,9 @@ static obm_status load_entry(place *at, const obm_json *record, const obm__pack_
     OBM_TRY(check_against_base(at, &t, info, &extra, err));
     OBM_TRY(parse_mode(at, record, &e.mode, err));
     e.bytes_expert = obm__tensor_bytes(&t);
+    OBM_TRY(adapter_bytes(at, record, &e.bytes_adapter, err));
     if (e.mode == OBM_MODE_FULL) {
-        if (!obm__is_float(t.dtype)) return bad_entry(at, err, "cannot be full: its dtype is no float");
-        OBM_TRY(find_stored(at, "", &t, &e.full, err));
-        e.bytes_pack = e.bytes_expert;
+        OBM_TRY(load_full(at, record, &t, extra, &info->base, &e, err));
     } else if (extra) {
         t.shape[0] = extra;
         OBM_TRY(find_stored(at, ".extra", &t, &e.extra, err));
@@ -204,7 +258,7 @@ size_t obm__pack_find(const obm_pack *p, const char *name) {
 static void tie_head(const obm_pack *p, obm__pack_expert *x, size_t head) {
     size_t embedding = obm__pack_find(p, OBM_EMBEDDING_NAME);
     x->entries[head] = x->entries[embedding];
-    x->entries[head].bytes_expert = x->entries[head].bytes_pack = 0;
+    x->entries[head].bytes_expert = x->entries[head].bytes_pack = x->entries[head].bytes_adapter = 0;
 }
 
 static obm_status load_entries(const obm_pack *p, obm__pack_expert *x, place *at, const obm_json *tensors,

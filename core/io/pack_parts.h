@@ -76,8 +76,8 @@ typedef struct obm__expert_request {
 /* The caller's array, whose elements may be of another size, into one of ours: (n).  Strings and maps stay borrowed. */
 obm_status obm__experts_read(const obm_expert *given, size_t n, obm_expert *own, obm_error *err);
 obm_status obm__expert_check(const obm_expert *e, obm_error *err);   /* name and fields, before anything is read */
-obm_status obm__expert_open(obm_context *ctx, const obm_expert *e, obm_checkpoint **out, obm_error *err);
-uint64_t obm__expert_bytes(const obm_checkpoint *c);
+uint64_t obm__checkpoint_bytes(const obm_checkpoint *c);
+uint64_t obm__expert_bytes(const obm_checkpoint *base, const obm_checkpoint *expert);   /* what its progress counts */
 /* Compresses into a file of the folder; *record (owned; untouched in a dry run) is its member of "experts". */
 obm_status obm__expert_write(const obm__expert_request *r, const obm_checkpoint *checkpoint, obm_json **record, obm_error *err);
 /* A writer for a file of the pack, and its end: the file gets its content-derived name "<stem>-<16 hex digits>.safetensors",

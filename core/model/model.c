@@ -143,7 +143,7 @@ static obm_status open_source(obm_model *m, const char *path, const char *base, 
     if (base) return obm__fail(err, OBM_E_ARG, "%s: a base applies to a pack, and there is no pack.json here", path);
     OBM_TRY(obm_checkpoint_open(m->ctx, path, &m->own_checkpoint, err));
     m->base = m->own_checkpoint;
-    return OBM_OK;
+    return obm__checkpoint_is_model(m->base, "a model to run", err);
 }
 
 obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_options *options, obm_model **out,

@@ -121,8 +121,13 @@ void obm__route_read(const obm__route_plan *r, size_t task, size_t tensor, int64
         obm__planes_read_f64(&e->planes, row, col, n, out);
     } else if (comes_in && e->mode == OBM_MODE_FULL) {
         float d[OBM_ROUTE_CHUNK];
-        obm__widen(r->pack->ctx->k, &e->full, row * r->tensors[tensor].cols + col, n, d);
-        r->pack->ctx->k->sub_f32(d, d, base, (size_t)n);
+        int64_t at = row * r->tensors[tensor].cols + col;
+        if (e->lora.rank) {
+            obm__lowrank_read(r->pack->ctx->k, &e->lora, at, n, d);
+        } else {
+            obm__widen(r->pack->ctx->k, &e->full, at, n, d);
+            r->pack->ctx->k->sub_f32(d, d, base, (size_t)n);
+        }
         for (int64_t i = 0; i < n; i++) out[i] = d[i];
     } else {
         memset(out, 0, (size_t)n * sizeof *out);

@@ -79,7 +79,8 @@ static void choose_kind(const obm__route_plan *r, size_t tensor, obm__route_tens
         full |= e->mode == OBM_MODE_FULL;
         if (e->mode == OBM_MODE_1BIT) fits &= obm__plane_set_add(&t->planes, j, &e->planes);
     }
-    bool routed_full = r->hard != SIZE_MAX && obm__route_entry(r->pack, r->hard, tensor)->mode == OBM_MODE_FULL;
+    const obm__pack_entry *routed = r->hard != SIZE_MAX ? obm__route_entry(r->pack, r->hard, tensor) : NULL;
+    bool routed_full = routed && routed->mode == OBM_MODE_FULL && !routed->lora.rank; /* factors are base + d for all */
     if (!any)
         t->kind = OBM_ROUTE_BASE;
     else if (routed_full && remainder_is_nothing(r, tensor))

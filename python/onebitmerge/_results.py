@@ -135,6 +135,9 @@ def pack_ratios(pack) -> dict[str, float]:
 
 def pack_repr(pack) -> str:
     lines = [f"Pack(\"{pack.path}\")", table(["expert", "class", "tensors", "stored", "expert bytes", "pack bytes"], pack_rows(pack))]
+    for task in pack.tasks:
+        if factors := sum(b["bytes_adapter"] for b in pack.bytes(task).values()):
+            lines.append(f"{task} was made from LoRA factors of {size(factors)}")
     lines += [f"{task} brings its own {pack.text(task)}" for task in pack.tasks if pack.text(task)]
     lines += [f"{label}: {value:.4f}" for label, value in pack_ratios(pack).items()]
     s = pack.settings

@@ -167,13 +167,21 @@ static void test_refused_kinds(void **state) {
     const char *dir = folder("torch");
     put(dir, "config.json", "{}");
     put(dir, "pytorch_model.bin", "x");
-    refused(dir, OBM_E_UNSUPPORTED, "safe_serialization=True");
+    refused(dir, OBM_E_UNSUPPORTED, "AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT)");
     refused(in_dir("torch/pytorch_model.bin"), OBM_E_UNSUPPORTED, "pickled torch weights");
-    refused(in_dir("torch/consolidated.00.pth"), OBM_E_UNSUPPORTED, "convert them");
+    refused(in_dir("torch/consolidated.00.pth"), OBM_E_UNSUPPORTED, "safetensors.torch.save_file(");
     put_weights(dir, "model.safetensors", "a", "aa");
     obm_checkpoint_free(open_ok(dir));
     put(dir, "adapter_config.json", "{}");
-    refused(dir, OBM_E_UNSUPPORTED, "LoRA adapters (adapter_config.json) are not supported in this version");
+    refused(dir, OBM_E_FORMAT, "adapter_config.json: peft_type: expected \"LORA\", found nothing");
+}
+
+static void test_gguf(void **state) {
+    (void)state;
+    const char *dir = folder("gguf");
+    put(dir, "model-q4.gguf", "x");
+    refused(dir, OBM_E_UNSUPPORTED, "model-q4.gguf is a GGUF file, which is not read; convert it in Python");
+    refused(in_dir("gguf/model-q4.gguf"), OBM_E_UNSUPPORTED, "gguf_file=NAME");
 }
 
 static void test_config(void **state) {
@@ -224,7 +232,7 @@ static void test_message_is_one_line(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_single_file), cmocka_unit_test(test_indexed),  cmocka_unit_test(test_bad_index),
-        cmocka_unit_test(test_precedence),  cmocka_unit_test(test_no_index), cmocka_unit_test(test_refused_kinds),
+        cmocka_unit_test(test_precedence),  cmocka_unit_test(test_no_index), cmocka_unit_test(test_refused_kinds), cmocka_unit_test(test_gguf),
         cmocka_unit_test(test_config),      cmocka_unit_test(test_tied),     cmocka_unit_test(test_message_is_one_line),
     };
     return cmocka_run_group_tests(tests, fixture_make, fixture_remove);

@@ -1,0 +1,49 @@
+-- LoRA folders as experts, against tests/vectors/lora (tests/reference/lora_reference.py).
+local obm = require "onebitmerge"
+local support = dofile(debug.getinfo(1, "S").source:match("^@(.*/)") .. "support.lua")
+
+teardown(support.clean)
+
+local vectors = support.vectors .. "lora/"
+
+describe("adapters", function()
+  it("are task vectors, to the bit", function()
+    for line in io.lines(vectors .. "cases.txt") do
+      local case, base = line:match("^(%S+) (%S+)$")
+      local vector = assert(obm.task_vector(vectors .. base, vectors .. case))
+      local expected = assert(obm.checkpoint(vectors .. case .. "/expected.safetensors"))
+      assert.equal(#expected, #vector)
+      for _, name in ipairs(expected:keys()) do
+        assert.same(expected[name]:totable(), vector[name]:totable(), case .. " " .. name)
+      end
+    end
+  end)
+
+  it("are told from models", function()
+    local adapter, base = assert(obm.checkpoint(vectors .. "plain")), assert(obm.checkpoint(vectors .. "base-f32"))
+    assert.is_true(adapter:adapter())
+    assert.is_false(base:adapter())
+    assert.error_matches(function() obm.model(vectors .. "plain") end, "it can be an expert, not a model to run")
+  end)
+
+  it("are kept as factors or planes", function()
+    local pack = assert(obm.compress(vectors .. "base-bf16", { a = { vectors .. "plain", policy = "full" }, b = vectors .. "patterns" },
+      { out = support.folder() .. "/p.pack" }))
+    local ranks = {}
+    for _, t in ipairs(pack:tensors("a")) do if t.rank > 0 then ranks[#ranks + 1] = t.mode .. t.rank end end
+    assert.same({ "full3", "full3", "full3", "full3" }, ranks)
+    local bytes = pack:bytes("a").attention
+    assert.equal(bytes.bytes_adapter, bytes.bytes_pack)
+    assert.equal(4 * (2 * 3 * 16 + 2 * 3 * 12), bytes.bytes_adapter)
+    assert.truthy(tostring(pack):find("a was made from LoRA factors of 672 B", 1, true))
+  end)
+
+  it("are refused by name where they are more than LoRA", function()
+    local folder = support.folder()
+    support.write(folder .. "/adapter_config.json", '{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_dora": true}')
+    local vector, message, code = obm.task_vector(vectors .. "base-bf16", folder)
+    assert.is_nil(vector)
+    assert.equal("UNSUPPORTED", code)
+    assert.truthy(message:find("use_dora: DoRA is not supported", 1, true))
+  end)
+end)
