@@ -110,9 +110,11 @@ kill_step() {   # kill_step [--short]: SIGKILL and full disks in every verb that
 fuzz_step() {   # fuzz_step SECONDS
     CC=clang cmake -S . -B build/fuzz -DOBM_FUZZ=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
     cmake --build build/fuzz -j "$JOBS" >/dev/null
-    for target in safetensors pack tokenizer; do
+    for target in safetensors index config pack recipe tokenizer; do
+        local words=tests/fuzz/dict/$target.dict
+        [ -f "$words" ] && words=-dict=$words || words=-verbosity=0
         mkdir -p "build/fuzz/new/$target"
-        "build/fuzz/tests/fuzz/fuzz_$target" -max_total_time="$1" -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 -verbosity=0 \
+        "build/fuzz/tests/fuzz/fuzz_$target" "$words" -max_total_time="$1" -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 -verbosity=0 \
             "build/fuzz/new/$target" "tests/fuzz/corpus/$target" 2>&1 | { grep -E "stat::number_of_executed|ERROR|SUMMARY|Test unit" || true; }
         test "${PIPESTATUS[0]}" -eq 0
     done

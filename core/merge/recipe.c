@@ -345,7 +345,9 @@ static obm_status read_method(obm__recipe *r, obm_error *err) {
     const char *method;
     OBM_TRY(read_text(r->root, "merge_method", &method, err));
     if (!method) return obm__fail(err, OBM_E_ARG, WHERE ": \"merge_method\" is missing");
-    OBM_TRY(obm__method_find(method, &r->method, err));
+    obm_error why = {0};
+    obm_status status = obm__method_find(method, &r->method, &why);
+    if (status != OBM_OK) return obm__fail(err, status, WHERE ": merge_method: %.400s", why.message);
     OBM_TRY(read_text(r->root, "base_model", &r->base, err));
     if (r->method->info.needs_base && !r->base)
         return obm__fail(err, OBM_E_ARG, WHERE ": %s needs a \"base_model\"", method);

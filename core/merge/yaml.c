@@ -8,7 +8,8 @@
 #include <string.h>
 #include <yaml.h>
 
-/* A recipe has tens of nodes; aliases that multiply ("billion laughs") run into this.  Long text counts as several. */
+/* A recipe has tens of nodes; aliases that multiply ("billion laughs") run into this.  Long text, keys too, counts as
+ * several. */
 #define MAX_NODES 100000
 #define MAX_DEPTH 64
 
@@ -127,6 +128,7 @@ static obm_status read_mapping(reader *r, yaml_node_t *node, int depth, obm_json
         if (!key || key->type != YAML_SCALAR_NODE)
             return fail_at(r, node, OBM_E_FORMAT, "a key that is not a scalar", "");
         const char *name = (const char *)key->data.scalar.value;
+        r->nodes += key->data.scalar.length / 64;
         if (strlen(name) != key->data.scalar.length)
             return fail_at(r, key, OBM_E_FORMAT, "a NUL character in a key", "");
         if (obm__json_get(object, name)) return fail_at(r, key, OBM_E_FORMAT, "duplicate key ", name);
