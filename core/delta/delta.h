@@ -49,6 +49,8 @@ struct obm_task_vector {
 obm_status obm__adapter_pairs(obm_task_vector *v, obm_error *err);
 /* Checks and completes a pair: class, extra rows.  Errors: SHAPE, DTYPE. */
 obm_status obm__pair_fill(obm__pair *p, const char *name, const obm_tensor *base, const obm_tensor *expert, obm_error *err);
+/* obm__checkpoint_check of both sides. */
+obm_status obm__task_vector_check(const obm_task_vector *v, obm_error *err);
 /* NULL with NOTFOUND in err. */
 const obm__pair *obm__task_vector_find(const obm_task_vector *v, const char *name, obm_error *err);
 /* OBM_E_VALUE: names the tensor and element `index`, which is NaN or Inf. */

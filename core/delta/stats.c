@@ -178,6 +178,7 @@ obm_status obm_task_vector_stats(obm_context *ctx, const obm_task_vector *v, obm
     uint64_t done = 0, total = float_bytes(v);
     for (size_t i = 0; i < v->count; i++) {
         const obm__pair *p = &v->pairs[i];
+        OBM_TRY(obm__task_vector_check(v, err));
         OBM_TRY(scan_tensor(ctx, p, NULL, &t[p->cls], err));
         done += obm__tensor_bytes(&p->expert);
         OBM_TRY(report(progress, user, "stats", done, total, err));
@@ -191,6 +192,7 @@ obm_status obm_task_vector_tensor_stats(obm_context *ctx, const obm_task_vector 
     const obm__pair *p = obm__task_vector_find(v, name, err);
     if (!p) return OBM_E_NOTFOUND;
     totals t = {0};
+    OBM_TRY(obm__task_vector_check(v, err));
     OBM_TRY(scan_tensor(ctx, p, NULL, &t, err));
     finish_stats(&t, out);
     return OBM_OK;
@@ -216,6 +218,8 @@ obm_status obm_task_vector_compare(obm_context *ctx, const obm_task_vector *a, c
     totals t[OBM_CLASS_COUNT] = {0};
     uint64_t done = 0, total = float_bytes(a);
     for (size_t i = 0; i < a->count; i++) {
+        OBM_TRY(obm__task_vector_check(a, err));
+        OBM_TRY(obm__task_vector_check(b, err));
         OBM_TRY(compare_tensor(ctx, &a->pairs[i], b, &t[a->pairs[i].cls], err));
         done += obm__tensor_bytes(&a->pairs[i].expert);
         OBM_TRY(report(progress, user, "compare", done, total, err));

@@ -171,6 +171,11 @@ static obm_status match(obm_task_vector *v, obm_error *err) {
     return OBM_OK;
 }
 
+obm_status obm__task_vector_check(const obm_task_vector *v, obm_error *err) {
+    OBM_TRY(obm__checkpoint_check(v->base, err));
+    return obm__checkpoint_check(v->expert, err);
+}
+
 obm_status obm_task_vector_new(const obm_checkpoint *base, const obm_checkpoint *expert, obm_task_vector **out,
                                obm_error *err) {
     size_t most;
@@ -184,7 +189,8 @@ obm_status obm_task_vector_new(const obm_checkpoint *base, const obm_checkpoint 
         return obm__fail_nomem(err, most * sizeof *pairs);
     }
     *v = (obm_task_vector){.base = base, .expert = expert, .pairs = pairs};
-    obm_status status = expert->adapter ? obm__adapter_pairs(v, err) : match(v, err);
+    obm_status status = obm__task_vector_check(v, err);
+    if (status == OBM_OK) status = expert->adapter ? obm__adapter_pairs(v, err) : match(v, err);
     if (status != OBM_OK) {
         obm_task_vector_free(v);
         return status;
@@ -231,6 +237,7 @@ obm_status obm__fail_nonfinite(obm_error *err, const obm__pair *p, int64_t index
 obm_status obm_task_vector_read(const obm_task_vector *v, const char *name, float *out, obm_error *err) {
     const obm__pair *p = obm__task_vector_find(v, name, err);
     if (!p) return OBM_E_NOTFOUND;
+    OBM_TRY(obm__task_vector_check(v, err));
     int64_t n = obm_tensor_count(&p->base);
     if (!obm__is_float(p->base.dtype)) {
         memset(out, 0, (size_t)n * sizeof *out); /* an integer buffer, equal on both sides */

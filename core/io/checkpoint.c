@@ -32,12 +32,11 @@ static obm_status reserve_tensors(obm_checkpoint *c, size_t n, obm_error *err) {
     return c->tensors ? OBM_OK : obm__fail_nomem(err, n * sizeof *c->tensors);
 }
 
-/* The file a tensor lies in, for messages. */
-static const char *file_of(const obm_checkpoint *c, const obm__st_entry *e) {
-    for (size_t i = 0; i < c->n_files; i++) {
-        if (e >= c->files[i]->entries && e < c->files[i]->entries + c->files[i]->count) return c->files[i]->path;
-    }
-    return c->path;
+/* The file a tensor of the list lies in. */
+static const obm__safetensors *file_of(const obm_checkpoint *c, const obm__st_entry *e) {
+    size_t i = 0;
+    while (i + 1 < c->n_files && !(e >= c->files[i]->entries && e < c->files[i]->entries + c->files[i]->count)) i++;
+    return c->files[i];
 }
 
 /* Without an index every tensor of every file counts, and no two files may hold the same one. */
@@ -52,7 +51,8 @@ static obm_status list_all(obm_checkpoint *c, obm_error *err) {
     for (size_t i = 1; i < n; i++) {
         if (!strcmp(c->tensors[i - 1]->name, c->tensors[i]->name))
             return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s is in two files (%s, %s) and there is no " INDEX_FILE,
-                             c->path, c->tensors[i]->name, file_of(c, c->tensors[i - 1]), file_of(c, c->tensors[i]));
+                             c->path, c->tensors[i]->name, file_of(c, c->tensors[i - 1])->path,
+                             file_of(c, c->tensors[i])->path);
     }
     return OBM_OK;
 }
@@ -345,6 +345,11 @@ void obm_checkpoint_free(obm_checkpoint *c) {
 
 /* ---- access ---- */
 
+obm_status obm__checkpoint_check(const obm_checkpoint *c, obm_error *err) {
+    for (size_t i = 0; i < c->n_files; i++) OBM_TRY(obm__map_check(&c->files[i]->map, c->files[i]->path, err));
+    return OBM_OK;
+}
+
 const char *obm_checkpoint_path(const obm_checkpoint *c) { return c->path; }
 const char *obm_checkpoint_config(const obm_checkpoint *c) { return c->config_text; }
 bool obm_checkpoint_is_tied(const obm_checkpoint *c) { return c->tied; }
@@ -359,6 +364,8 @@ void obm_checkpoint_at(const obm_checkpoint *c, size_t i, const char **name, obm
 obm_status obm_checkpoint_get(const obm_checkpoint *c, const char *name, obm_tensor *t, obm_error *err) {
     const obm__st_entry *e = obm__checkpoint_find(c, name);
     if (!e) return obm__fail(err, OBM_E_NOTFOUND, "%s: no tensor %s", c->path, name);
+    const obm__safetensors *file = file_of(c, e);
+    OBM_TRY(obm__map_check(&file->map, file->path, err));
     *t = e->t;
     return OBM_OK;
 }

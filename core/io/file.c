@@ -35,7 +35,7 @@ obm_status obm__map_open(const char *path, obm__map *out, obm_error *err) {
     int fd = -1;
     struct stat st;
     OBM_TRY(open_regular(path, &fd, &st, err));
-    obm__map map = {NULL, (size_t)st.st_size};
+    obm__map map = {NULL, (size_t)st.st_size, (uint64_t)st.st_dev, (uint64_t)st.st_ino};
     if (map.size > 0) {
         void *p = mmap(NULL, map.size, PROT_READ, MAP_PRIVATE, fd, 0);
         if (p == MAP_FAILED) {
@@ -48,6 +48,17 @@ obm_status obm__map_open(const char *path, obm__map *out, obm_error *err) {
     close(fd);
     *out = map;
     return OBM_OK;
+}
+
+/* The inode of a mapped file is not given to another, so equal numbers mean the same file. */
+obm_status obm__map_check(const obm__map *m, const char *path, obm_error *err) {
+    struct stat st;
+    if (stat(path, &st) != 0 || (uint64_t)st.st_dev != m->device || (uint64_t)st.st_ino != m->inode) return OBM_OK;
+    if ((uint64_t)st.st_size >= m->size) return OBM_OK;
+    return obm__fail(err, OBM_E_IO,
+                     "%s: expected %zu bytes, as when it was opened, found %llu: a file in use is replaced by rename, "
+                     "not rewritten",
+                     path, m->size, (unsigned long long)st.st_size);
 }
 
 void obm__map_close(obm__map *m) {

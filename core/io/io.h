@@ -8,14 +8,19 @@
 /* ---- files (file.c) ---- */
 
 /* A read-only mapping; size 0: data NULL.  The bytes are the file's: when somebody cuts the file short while it is
- * mapped, reading beyond its new end raises SIGBUS.  A library must not own that signal, so the rule is the callers':
- * model files are replaced by rename (which keeps the mapped file alive), never rewritten in place.  Everything written
- * here does so. */
+ * mapped, reading beyond its new end raises SIGBUS.  A library must not own that signal, and reading everything through
+ * read() would give up the shared pages that let a model start at once.  So the rule is the callers': model files are
+ * replaced by rename (which keeps the mapped file alive), never rewritten in place.  Everything written here does so.
+ * What is cheap is done: every pass over a file, and every call of a model, begins with obm__map_check, so that only a
+ * file that is cut during the pass can still raise the signal. */
 typedef struct obm__map {
     const uint8_t *data;
     size_t size;
+    uint64_t device, inode; /* of the file, to tell it from another that has its name by now */
 } obm__map;
 obm_status obm__map_open(const char *path, obm__map *out, obm_error *err);
+/* IO when the mapped file, if it still has that name, is shorter than the mapping; one stat(). */
+obm_status obm__map_check(const obm__map *m, const char *path, obm_error *err);
 void obm__map_close(obm__map *m);
 /* owned, NUL-terminated; size nullable */
 obm_status obm__file_read(const char *path, char **text, size_t *size, obm_error *err);
@@ -164,6 +169,8 @@ struct obm_checkpoint {
 obm_status obm__checkpoint_is_model(const obm_checkpoint *c, const char *what, obm_error *err);
 #define OBM_EMBEDDING_NAME "model.embed_tokens.weight"
 #define OBM_HEAD_NAME "lm_head.weight"
+/* obm__map_check of all its files; passes call it before they read. */
+obm_status obm__checkpoint_check(const obm_checkpoint *c, obm_error *err);
 const obm__st_entry *obm__checkpoint_find(const obm_checkpoint *c, const char *name); /* NULL if absent */
 /* XXH3 over the config and every tensor's name, dtype, shape and sampled contents, as a pack knows its base
  * (pack_base.c).  tick nullable. */

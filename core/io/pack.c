@@ -123,6 +123,15 @@ void obm_pack_tensor_at(const obm_pack *p, size_t task, size_t i, obm_pack_tenso
     *out = t;
 }
 
+obm_status obm__pack_check(const obm_pack *p, obm_error *err) {
+    if (p->base) OBM_TRY(obm__checkpoint_check(p->base, err));
+    for (size_t k = 0; k < p->n_experts; k++) {
+        const obm__safetensors *file = p->experts[k].file;
+        if (file) OBM_TRY(obm__map_check(&file->map, file->path, err));
+    }
+    return OBM_OK;
+}
+
 /* ---- verify ---- */
 
 /* A buffer of this size between two progress calls keeps a stop within a few ms. */

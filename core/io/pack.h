@@ -69,6 +69,8 @@ struct obm_pack {
 };
 /* Index into tensors, or SIZE_MAX. */
 size_t obm__pack_find(const obm_pack *p, const char *name);
+/* obm__map_check of the base's and the experts' files. */
+obm_status obm__pack_check(const obm_pack *p, obm_error *err);
 /* Writes the manifest (the commit of every change). */
 obm_status obm__pack_commit(obm_pack *p, obm_error *err);
 /* router.safetensors in and out of the pack (pack_router.c calls these; route/ knows what the tensors mean).

@@ -372,6 +372,7 @@ obm_status obm__base_check(obm_context *ctx, const obm_checkpoint *base, const o
         OBM_TRY(check_form(&base->tensors[i]->t, obm__json_get(tensors, place.name), &place, err));
     }
     digest *have;
+    OBM_TRY(obm__checkpoint_check(base, err));
     OBM_TRY(full ? hash_all(ctx, base, ticker, NULL, &have, err) : sample_all(ctx, base, false, &have, err));
     obm_status status = OBM_OK;
     for (size_t i = 0; i < base->count && status == OBM_OK; i++) {

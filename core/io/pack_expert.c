@@ -396,7 +396,10 @@ static obm_status write_all(job *j, obm_error *err) {
     OBM_TRY(obm__st_writer_metadata(j->writer, "format", OBM_PACK_FORMAT, err));
     for (size_t i = 0; i < j->n_slots; i++) OBM_TRY(declare_slot(j, &j->slots[i], err));
     OBM_TRY(obm__st_writer_begin(j->writer, err));
-    for (size_t i = 0; i < j->n_slots; i++) OBM_TRY(write_slot(j, &j->slots[i], err));
+    for (size_t i = 0; i < j->n_slots; i++) {
+        OBM_TRY(obm__task_vector_check(j->v, err));
+        OBM_TRY(write_slot(j, &j->slots[i], err));
+    }
     return OBM_OK;
 }
 
@@ -582,6 +585,7 @@ static obm_status compress_items(job *j, obm_json **record, obm_error *err) {
     if (j->r->dry_run) return OBM_OK;
     j->ticks = j->r->ticker ? j->r->ticker->done : 0;
     for (size_t i = 0; i < j->n; i++) {
+        OBM_TRY(obm__task_vector_check(j->v, err));
         OBM_TRY(find_same(j, &j->items[i], err));
         if (j->items[i].mode == OBM_MODE_SAME || j->items[i].mode == OBM_MODE_DROP)
             j->ticks += pair_bytes(j->items[i].pair);

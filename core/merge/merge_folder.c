@@ -471,16 +471,22 @@ static obm_status model_statistics(job *j, const obm__run *run, obm_error *err) 
     return status;
 }
 
+static obm_status check_inputs(const job *j, obm_error *err) {
+    for (size_t i = 0; i < j->n_inputs; i++) OBM_TRY(obm__checkpoint_check(j->inputs[i], err));
+    return OBM_OK;
+}
+
 static obm_status write_outputs(job *j, obm__run *run, obm__model_writer *w, obm_error *err) {
     char *tile = obm__alloc(j->tile, sizeof(float));
     if (!tile) return obm__fail_nomem(err, j->tile * sizeof(float));
-    obm_status status = OBM_OK;
+    obm_status status = check_inputs(j, err);
     bool any = false;
     for (size_t i = 0; i < j->n_outputs; i++) any |= !obm__model_writer_has(w, i);
-    if (any && whole_model(j)) status = model_statistics(j, run, err);
+    if (status == OBM_OK && any && whole_model(j)) status = model_statistics(j, run, err);
     for (size_t i = 0; status == OBM_OK && i < j->n_outputs; i++) {
         output *o = &j->outputs[i];
-        if (!obm__model_writer_has(w, i))
+        if (!obm__model_writer_has(w, i)) status = check_inputs(j, err);
+        if (status == OBM_OK && !obm__model_writer_has(w, i))
             status = o->copy ? write_copy(j, o, w, err) : write_merged(j, o, run, w, tile, err);
         if (!o->copy) obm__group_clear(&o->group);
     }

@@ -9,6 +9,8 @@
 
 /* Sizes beyond this are nonsense and would overflow products of two. */
 #define MAX_SIZE ((int64_t)1 << 31)
+/* Layers are walked through and allocated for before the tensors are known; published models have a few hundred. */
+#define MAX_LAYERS 65536
 
 bool obm__absent(const obm_json *v) { return !v || obm__json_kind(v) == OBM_JSON_NULL; }
 
@@ -258,6 +260,9 @@ static obm_status read_sizes(const obm__reader *r, obm__config *c) {
     OBM_TRY(obm__read_size(r, "hidden_size", -1, &c->hidden));
     OBM_TRY(obm__read_size(r, "intermediate_size", -1, &c->intermediate));
     OBM_TRY(obm__read_size(r, "num_hidden_layers", -1, &c->layers));
+    if (c->layers > MAX_LAYERS)
+        return obm__fail(r->err, OBM_E_FORMAT, "%s: \"num_hidden_layers\": expected 1 to %d, found %lld", r->where,
+                         MAX_LAYERS, (long long)c->layers);
     OBM_TRY(read_heads(r, c));
     OBM_TRY(obm__read_size(r, "max_position_embeddings", positions, &c->max_positions));
     OBM_TRY(obm__read_positive(r, "rms_norm_eps", c->arch->default_eps ? c->arch->default_eps : 1e-6, &eps));

@@ -15,6 +15,15 @@ static obm_status load_generation_config(const obm_checkpoint *c, obm_json **out
     return status;
 }
 
+/* Before anything is allocated or looked up for each layer: none of them is without tensors. */
+static obm_status check_layers(const obm_model *m, const char *where, obm_error *err) {
+    size_t most = obm_checkpoint_count(m->base);
+    if ((uint64_t)m->config.layers <= most) return OBM_OK;
+    return obm__fail(err, OBM_E_FORMAT,
+                     "%s: \"num_hidden_layers\": expected at most %zu, as there are tensors, found %lld", where, most,
+                     (long long)m->config.layers);
+}
+
 static obm_status load_config(obm_model *m, obm_error *err) {
     const obm_checkpoint *c = m->base;
     obm_json *generation;
@@ -25,6 +34,7 @@ static obm_status load_config(obm_model *m, obm_error *err) {
     char *where = obm__path_join(c->directory, "config.json");
     obm_status status =
         where ? obm__config_parse(c->config, generation, where, &m->config, err) : obm__fail_nomem(err, 1);
+    if (status == OBM_OK) status = check_layers(m, where, err);
     if (status == OBM_OK && c->tied) m->config.tied = true;
     obm_free(where);
     obm__json_free(generation);
@@ -111,12 +121,13 @@ static obm_status prepare(obm_model *m, const obm_model_options *options, obm_er
     OBM_TRY(load_config(m, err));
     OBM_TRY(load_tokenizer(m, err));
     OBM_TRY(obm__model_load_texts(m, err));
-    OBM_TRY(load_rotation(m, err));
     m->vocab = widest_vocabulary(m);
     count_params(m);
     if (m->pack) OBM_TRY(obm__model_find_tensors(m, err));
     /* checks every tensor the config asks for; freed with the model */
     OBM_TRY(obm__weights_acquire(m, NULL, &m->base_alone, err));
+    /* a head_dim that fits the tensors is no larger than they are */
+    OBM_TRY(load_rotation(m, err));
     m->embedding_scale = embedding_scale(m, m->base_alone);
     return m->pack && !m->materialise ? obm__signs_load(m, err) : OBM_OK;
 }
@@ -188,8 +199,17 @@ void obm_model_free(obm_model *m) {
     obm_free(m);
 }
 
+static obm_status check_files(const obm_model *m, obm_error *err) {
+    return m->pack ? obm__pack_check(m->pack, err) : obm__checkpoint_check(m->base, err);
+}
+
 obm_status obm__model_enter(obm_model *m, obm__pulse *pulse, obm_error *err) {
     OBM_TRY(obm__guard_enter(&m->guard, "the model", err));
+    obm_status status = check_files(m, err);
+    if (status != OBM_OK) {
+        obm__guard_leave(&m->guard);
+        return status;
+    }
     m->pulse = pulse;
     m->decoding = false;
     return OBM_OK;

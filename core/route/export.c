@@ -321,6 +321,7 @@ static obm_status write_tensors(export_job *j, obm__model_writer *w, obm_error *
         if (!shape_of(j, t, &shape)) continue;
         j->tensor = t;
         j->out = shape.dtype;
+        OBM_TRY(obm__pack_check(j->pack, err));
         OBM_TRY(is_copied(j, t) ? write_copied(j, w, t, err) : write_merged(j, w, &shape, err));
     }
     return OBM_OK;

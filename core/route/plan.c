@@ -159,6 +159,7 @@ obm_status obm__route_plan_for(const obm_pack *p, const double *weights, size_t 
         return obm__fail(err, OBM_E_UNSUPPORTED, "pack %s has %zu experts, routes take at most %d", p->path,
                          p->n_experts, OBM_ROUTE_TASKS);
     OBM_TRY(obm__route_check(p, weights, err));
+    OBM_TRY(obm__pack_check(p, err));
     OBM_TRY(plan_alloc(p, weights, &r, err));
     warn_once_of_other_expert(p);
     for (size_t t = 0; t < p->n_tensors; t++) prepare_tensor(r, t);
