@@ -644,7 +644,8 @@ typedef struct obm_merge_options {
      * run.  And a run with `resume` that fails or is stopped keeps its finished shards, where others take back all. */
     bool resume;
 } obm_merge_options;
-/* recipe: mergekit's YAML (or JSON) as text.  Writes a Hugging Face folder; plan nullable, filled in a dry run and after.
+/* recipe: mergekit's YAML (or JSON) as text.  A model is a path, MODEL+ADAPTER with a LoRA folder behind the +, or such a
+ * folder alone, which stands for base_model with it; base + d is taken in f32.  Writes a Hugging Face folder; plan nullable, filled in a dry run and after.
  * Fails while planning, before a tensor byte is read, for unknown keys (with a suggestion) and unsupported ones; BUSY
  * while another call writes to the folder.  What a killed run left there is removed, without `resume` all of it. */
 OBM_API obm_status obm_merge(obm_context *ctx, const char *recipe, const obm_merge_options *options, const char *out_path,

@@ -19,19 +19,26 @@ static void round_to(const obm_kernels *k, obm_dtype dtype, float *x, size_t n, 
     }
 }
 
-static void read_input(const obm_kernels *k, const obm__group *g, const obm_tensor *t, uint64_t begin, size_t n,
-                       float *out, float *scratch) {
+/* With an adapter the value is f32(tensor + d), which is rounded to the working dtype like a tensor of F32. */
+static void read_input(const obm_kernels *k, const obm__group *g, const obm_tensor *t, const obm__lowrank *lora,
+                       uint64_t begin, size_t n, float *out, float *scratch) {
     obm__widen(k, t, (int64_t)begin, (int64_t)n, out);
-    if (t->dtype != g->work) round_to(k, g->work, out, n, scratch);
+    if (lora) {
+        obm__lowrank_read(k, lora, (int64_t)begin, (int64_t)n, scratch);
+        for (size_t i = 0; i < n; i++) out[i] += scratch[i];
+    }
+    if (lora || t->dtype != g->work) round_to(k, g->work, out, n, scratch);
 }
 
+static const obm__lowrank *lora_of(const obm__group *g, size_t model) { return g->loras ? g->loras[model] : NULL; }
+
 void obm__group_base(const obm_kernels *k, const obm__group *g, uint64_t begin, size_t n, float *base, float *scratch) {
-    if (g->steps->deltas) read_input(k, g, g->base, begin, n, base, scratch);
+    if (g->steps->deltas) read_input(k, g, g->base, g->base_lora, begin, n, base, scratch);
 }
 
 size_t obm__group_delta(const obm_kernels *k, const obm__group *g, size_t model, uint64_t begin, size_t n,
                         const float *base, float *d, float *scratch) {
-    read_input(k, g, &g->models[model], begin, n, d, scratch);
+    read_input(k, g, &g->models[model], lora_of(g, model), begin, n, d, scratch);
     if (g->steps->deltas) {
         k->sub_f32(d, d, base, n);
         if (g->steps->round_deltas) round_to(k, g->work, d, n, scratch);
@@ -51,21 +58,22 @@ void obm__group_release(const obm__group *g, uint64_t begin, uint64_t n) {
 }
 
 /* True if element `index` of t alone is at fault; the message then names whose it is. */
-static bool element_is_bad(const obm_kernels *k, const obm__group *g, const obm_tensor *t, uint64_t index) {
+static bool element_is_bad(const obm_kernels *k, const obm__group *g, const obm_tensor *t, const obm__lowrank *lora,
+                           uint64_t index) {
     float x, scratch;
-    read_input(k, g, t, index, 1, &x, &scratch);
+    read_input(k, g, t, lora, index, 1, &x, &scratch);
     return !isfinite(x);
 }
 
 obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t index, obm_error *err) {
     const char *name = g->name[0] ? g->name : "the tensor";
     unsigned long long at = index;
-    if (g->steps->deltas && element_is_bad(k, g, g->base, index))
+    if (g->steps->deltas && element_is_bad(k, g, g->base, g->base_lora, index))
         return obm__fail(err, OBM_E_VALUE, "%s: NaN or Inf in %s at index %llu", name,
                          g->base_label ? g->base_label : "the base", at);
     for (size_t i = 0; i < g->steps->n; i++) {
         float base, d, scratch;
-        bool own = element_is_bad(k, g, &g->models[i], index);
+        bool own = element_is_bad(k, g, &g->models[i], lora_of(g, i), index);
         obm__group_base(k, g, index, 1, &base, &scratch);
         if (!own && obm__group_delta(k, g, i, index, 1, &base, &d, &scratch) == 1) continue;
         const char *what = own ? "NaN or Inf" : "a difference to the base that overflows";

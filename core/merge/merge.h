@@ -125,6 +125,7 @@ typedef struct obm__group {
     const char *name;                       /* feeds the random masks; "" for a nameless tensor */
     const obm_tensor *base;                 /* NULL for methods without deltas */
     const obm_tensor *models;               /* (steps->n) */
+    const obm__lowrank *base_lora, *const *loras; /* what adapters add to base and models; NULL, or (steps->n) of them or NULL */
     const char *base_label, *const *labels; /* for messages, nullable */
     obm_dtype work; /* what inputs, and in the mergekit profile deltas, are rounded to; F32: nothing is */
     uint64_t count; /* elements */

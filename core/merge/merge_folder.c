@@ -15,19 +15,26 @@
 
 typedef struct output {
     const char *name;
-    obm_dtype dtype;     /* written */
-    bool copy;           /* not a float tensor: carried over if all inputs agree */
-    obm_tensor *tensors; /* (n_inputs), views */
+    obm_dtype dtype;            /* written */
+    bool copy;                  /* not a float tensor: carried over if all inputs agree */
+    obm_tensor *tensors;        /* (n_inputs), views */
+    const obm__lowrank **loras; /* (n_inputs): what an adapter adds, NULL without */
     obm__steps steps;
     obm__group group;
 } output;
+
+/* A model, and the adapter on it where the recipe has one. */
+typedef struct input {
+    obm_checkpoint *model, *adapter;
+    obm_task_vector *v; /* of the adapter */
+} input;
 
 typedef struct job {
     obm_context *ctx;
     const obm__recipe *recipe;
     const char *directory;
     uint64_t memory, seed;
-    obm_checkpoint **inputs;    /* the base first where the method has one, then the models */
+    input *inputs;              /* the base first where the method has one, then the models */
     const char **refs;          /* their names in the recipe, for messages */
     size_t n_inputs, reference; /* the input whose names, config and tokenizer count */
     bool writes_head;           /* some input has a head of its own, so the result has one */
@@ -35,19 +42,56 @@ typedef struct job {
     output *outputs;
     size_t n_outputs;
     obm_tensor *tensors;
+    const obm__lowrank **loras;
     uint64_t tile; /* elements */
 } job;
 
 /* ---- inputs ---- */
 
-static obm_status open_input(job *j, const char *ref, obm_error *err) {
-    bool relative = j->directory && ref[0] != '/';
-    char *path = relative ? obm__path_join(j->directory, ref) : obm__strdup(ref);
-    if (!path) return obm__fail_nomem(err, strlen(ref));
-    obm_status status = obm_checkpoint_open(j->ctx, path, &j->inputs[j->n_inputs], err);
+static obm_status open_path(const job *j, const char *ref, size_t n, obm_checkpoint **out, obm_error *err) {
+    char *name = obm__strndup(ref, n), *path = NULL;
+    if (name) path = j->directory && name[0] != '/' ? obm__path_join(j->directory, name) : obm__strdup(name);
+    obm_status status = path ? obm_checkpoint_open(j->ctx, path, out, err) : obm__fail_nomem(err, n);
+    obm_free(name);
     obm_free(path);
-    if (status == OBM_OK) j->refs[j->n_inputs++] = ref;
     return status;
+}
+
+static bool is_here(const job *j, const char *ref) {
+    char *path = j->directory && ref[0] != '/' ? obm__path_join(j->directory, ref) : obm__strdup(ref);
+    bool here = path && (obm__is_directory(path) || obm__file_exists(path));
+    obm_free(path);
+    return here;
+}
+
+/* mergekit's MODEL+ADAPTER; a path that holds a + of its own is there as it stands. */
+static obm_status open_sum(const job *j, const char *ref, const char *plus, input *in, obm_error *err) {
+    if (strchr(plus + 1, '+') || plus == ref || !plus[1])
+        return obm__fail(err, OBM_E_ARG, "recipe: \"%.300s\": expected MODEL or MODEL+ADAPTER", ref);
+    OBM_TRY(open_path(j, ref, (size_t)(plus - ref), &in->model, err));
+    OBM_TRY(open_path(j, plus + 1, strlen(plus + 1), &in->adapter, err));
+    if (in->adapter->adapter) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG, "recipe: \"%.300s\": expected a LoRA adapter behind the +, found a model", ref);
+}
+
+/* An adapter by itself stands for the recipe's base with it. */
+static obm_status add_base_below(const job *j, const char *ref, input *in, obm_error *err) {
+    const char *base = j->recipe->base;
+    if (!base || !strcmp(base, ref) || (strchr(base, '+') && !is_here(j, base)))
+        return obm__fail(err, OBM_E_ARG, "recipe: %.300s is a LoRA adapter: write MODEL+%.300s", ref, ref);
+    in->adapter = in->model;
+    in->model = NULL;
+    return open_path(j, base, strlen(base), &in->model, err);
+}
+
+static obm_status open_input(job *j, const char *ref, obm_error *err) {
+    input *in = &j->inputs[j->n_inputs];
+    const char *plus = is_here(j, ref) ? NULL : strchr(ref, '+');
+    j->refs[j->n_inputs++] = ref;
+    OBM_TRY(plus ? open_sum(j, ref, plus, in, err) : open_path(j, ref, strlen(ref), &in->model, err));
+    if (!in->adapter && in->model->adapter) OBM_TRY(add_base_below(j, ref, in, err));
+    OBM_TRY(obm__checkpoint_is_model(in->model, "the model below another", err));
+    return in->adapter ? obm_task_vector_new(in->model, in->adapter, &in->v, err) : OBM_OK;
 }
 
 static obm_status open_inputs(job *j, obm_error *err) {
@@ -69,9 +113,9 @@ static const char *model_type(const obm_checkpoint *c) {
 }
 
 static obm_status check_architectures(const job *j, obm_error *err) {
-    const char *first = model_type(j->inputs[j->reference]);
+    const char *first = model_type(j->inputs[j->reference].model);
     for (size_t i = 0; i < j->n_inputs; i++) {
-        const char *type = model_type(j->inputs[i]);
+        const char *type = model_type(j->inputs[i].model);
         if (first && type && strcmp(first, type))
             return obm__fail(err, OBM_E_ARG,
                              "%.200s is a %.40s model, %.200s a %.40s: only models of one architecture merge",
@@ -82,14 +126,31 @@ static obm_status check_architectures(const job *j, obm_error *err) {
 
 /* ---- names ---- */
 
-static bool has_own_head(const obm_checkpoint *c) { return !c->tied && obm__checkpoint_find(c, OBM_HEAD_NAME); }
+static bool is_changed(const obm__pair *p) { return p && (p->lora || p->expert.data != p->base.data); }
+
+static const obm__pair *pair_of(const input *in, const char *name) { return obm__task_vector_find(in->v, name, NULL); }
+
+/* An adapter on the embedding or head of a tied model unties the two (delta/adapter.c). */
+static bool has_own_head(const input *in) {
+    if (!in->v) return !in->model->tied && obm__checkpoint_find(in->model, OBM_HEAD_NAME);
+    const obm__pair *head = pair_of(in, OBM_HEAD_NAME);
+    return head && (!in->model->tied || is_changed(head) || is_changed(pair_of(in, OBM_EMBEDDING_NAME)));
+}
 
 /* A tied input's head is its embedding, whatever else its files hold. */
-static const obm__st_entry *find_tensor(const obm_checkpoint *c, const char *name) {
-    const obm__st_entry *own = obm__checkpoint_find(c, name);
-    if (strcmp(name, OBM_HEAD_NAME) || (own && !c->tied)) return own;
-    const obm__st_entry *embedding = obm__checkpoint_find(c, OBM_EMBEDDING_NAME);
-    return embedding ? embedding : own;
+static const char *stands_for(const input *in, const char *name) {
+    bool tied = !strcmp(name, OBM_HEAD_NAME) && !has_own_head(in);
+    return tied && obm__checkpoint_find(in->model, OBM_EMBEDDING_NAME) ? OBM_EMBEDDING_NAME : name;
+}
+
+static bool find_tensor(const input *in, const char *name, obm_tensor *t, const obm__lowrank **lora) {
+    name = stands_for(in, name);
+    const obm__pair *p = in->v ? pair_of(in, name) : NULL;
+    const obm__st_entry *e = in->v ? NULL : obm__checkpoint_find(in->model, name);
+    if (p) *t = p->lora ? p->base : p->expert;
+    if (p) *lora = p->lora;
+    if (e) *t = e->t;
+    return p || e;
 }
 
 static bool is_written(const job *j, const char *name) {
@@ -97,10 +158,10 @@ static bool is_written(const job *j, const char *name) {
 }
 
 static obm_status check_extra_names(const job *j, obm_error *err) {
-    const obm_checkpoint *reference = j->inputs[j->reference];
+    const obm_checkpoint *reference = j->inputs[j->reference].model;
     for (size_t i = 0; i < j->n_inputs; i++) {
-        for (size_t t = 0; t < j->inputs[i]->count; t++) {
-            const char *name = j->inputs[i]->tensors[t]->name;
+        for (size_t t = 0; t < j->inputs[i].model->count; t++) {
+            const char *name = j->inputs[i].model->tensors[t]->name;
             if (is_written(j, name) && strcmp(name, OBM_HEAD_NAME) && !obm__checkpoint_find(reference, name))
                 return obm__fail(err, OBM_E_NOTFOUND, "tensor %.200s of %.200s is not in %.200s", name, j->refs[i],
                                  j->refs[j->reference]);
@@ -115,13 +176,14 @@ static int by_name(const void *a, const void *b) {
 
 /* The reference's tensors, and the head where another input has one of its own; in the order of their names. */
 static obm_status list_outputs(job *j, obm_error *err) {
-    const obm_checkpoint *reference = j->inputs[j->reference];
-    for (size_t i = 0; i < j->n_inputs; i++) j->writes_head |= has_own_head(j->inputs[i]);
+    const obm_checkpoint *reference = j->inputs[j->reference].model;
+    for (size_t i = 0; i < j->n_inputs; i++) j->writes_head |= has_own_head(&j->inputs[i]);
     OBM_TRY(check_extra_names(j, err));
     size_t capacity = reference->count + 1;
     j->outputs = obm__calloc(capacity, sizeof *j->outputs);
     j->tensors = obm__calloc(capacity * j->n_inputs, sizeof *j->tensors);
-    if (!j->outputs || !j->tensors)
+    j->loras = obm__calloc(capacity * j->n_inputs, sizeof *j->loras);
+    if (!j->outputs || !j->tensors || !j->loras)
         return obm__fail_nomem(err, capacity * (sizeof *j->outputs + j->n_inputs * sizeof *j->tensors));
     bool head = false;
     for (size_t t = 0; t < reference->count; t++) {
@@ -139,7 +201,7 @@ static obm_status list_outputs(job *j, obm_error *err) {
 
 static int64_t count_layers(const job *j) {
     int64_t n = 0;
-    if (obm__json_int(obm__json_get(j->inputs[j->reference]->config, "num_hidden_layers"), &n) && n > 0) return n;
+    if (obm__json_int(obm__json_get(j->inputs[j->reference].model->config, "num_hidden_layers"), &n) && n > 0) return n;
     for (size_t i = 0; i < j->n_outputs; i++) {
         int64_t layer = obm__layer_of(j->outputs[i].name);
         if (layer >= n) n = layer + 1;
@@ -162,9 +224,8 @@ static obm_status fail_shape(const job *j, const output *o, size_t i, obm_error 
 
 static obm_status match_tensors(const job *j, output *o, obm_error *err) {
     for (size_t i = 0; i < j->n_inputs; i++) {
-        const obm__st_entry *e = find_tensor(j->inputs[i], o->name);
-        if (!e) return obm__fail(err, OBM_E_NOTFOUND, "tensor %.200s is not in %.200s", o->name, j->refs[i]);
-        o->tensors[i] = e->t;
+        if (!find_tensor(&j->inputs[i], o->name, &o->tensors[i], &o->loras[i]))
+            return obm__fail(err, OBM_E_NOTFOUND, "tensor %.200s is not in %.200s", o->name, j->refs[i]);
     }
     const obm_tensor *first = &o->tensors[j->reference];
     for (size_t i = 0; i < j->n_inputs; i++) {
@@ -199,6 +260,16 @@ static obm_status resolve_steps(const job *j, output *o, obm_error *err) {
     return status;
 }
 
+/* A sum with an adapter has the precision of f32, whatever the tensor below it has. */
+static obm_dtype working_dtype(const job *j, const output *o) {
+    const obm__recipe *r = j->recipe;
+    bool deltas = r->method->deltas;
+    if (r->has_dtype) return r->dtype;
+    for (size_t i = 0; i < j->n_inputs; i++)
+        if (o->loras[i]) return OBM_F32;
+    return obm__group_common_dtype(deltas ? &o->tensors[0] : NULL, o->tensors + deltas, r->n_models);
+}
+
 static obm_status plan_output(job *j, output *o, obm_error *err) {
     const obm__recipe *r = j->recipe;
     bool deltas = r->method->deltas;
@@ -210,9 +281,11 @@ static obm_status plan_output(job *j, output *o, obm_error *err) {
     o->group = (obm__group){.name = o->name,
                             .base = base,
                             .models = models,
+                            .base_lora = deltas ? o->loras[0] : NULL,
+                            .loras = o->loras + deltas,
                             .base_label = j->refs[0],
                             .labels = j->refs + deltas,
-                            .work = r->has_dtype ? r->dtype : obm__group_common_dtype(base, models, r->n_models),
+                            .work = working_dtype(j, o),
                             .count = (uint64_t)obm_tensor_count(&o->tensors[0]),
                             .mapped = true,
                             .steps = &o->steps};
@@ -291,6 +364,7 @@ static obm_status plan_job(job *j, obm_error *err) {
     j->n_layers = count_layers(j);
     for (size_t i = 0; i < j->n_outputs; i++) {
         j->outputs[i].tensors = j->tensors + i * j->n_inputs;
+        j->outputs[i].loras = j->loras + i * j->n_inputs;
         OBM_TRY(plan_output(j, &j->outputs[i], err));
     }
     OBM_TRY(check_scopes(j, err));
@@ -317,7 +391,7 @@ static const char *common_config_dtype(const job *j) {
 
 /* The reference's config with what the merge changed; *out is owned, NULL without a config. */
 static obm_status build_config(const job *j, obm_json **out, obm_error *err) {
-    const obm_json *source = j->inputs[j->reference]->config;
+    const obm_json *source = j->inputs[j->reference].model->config;
     *out = NULL;
     if (!source) return OBM_OK;
     obm_json *config = obm__json_copy(source);
@@ -381,14 +455,21 @@ static obm_status job_tick(void *user, uint64_t bytes, obm_error *err) {
     return obm__run_report(run, err);
 }
 
+static obm_status put_input(const job *j, obm__run *run, const obm_checkpoint *c, const char *what, size_t i,
+                            obm_json *out, obm_error *err) {
+    char print[33];
+    OBM_TRY(obm__checkpoint_fingerprint(j->ctx, c, job_tick, run, print, err));
+    char *key = obm__format("%s %zu %s", what, i, j->refs[i]);
+    bool ok = key && obm__json_set(out, key, obm__json_new_string(print));
+    obm_free(key);
+    return ok ? OBM_OK : obm__fail_nomem(err, 0);
+}
+
 static obm_status put_inputs(const job *j, obm__run *run, obm_json *out, obm_error *err) {
     for (size_t i = 0; i < j->n_inputs; i++) {
-        char print[33];
-        OBM_TRY(obm__checkpoint_fingerprint(j->ctx, j->inputs[i], job_tick, run, print, err));
-        char *key = obm__format("input %zu %s", i, j->refs[i]);
-        bool ok = key && obm__json_set(out, key, obm__json_new_string(print));
-        obm_free(key);
-        if (!ok) return obm__fail_nomem(err, 0);
+        const input *in = &j->inputs[i];
+        OBM_TRY(put_input(j, run, in->model, "input", i, out, err));
+        if (in->adapter) OBM_TRY(put_input(j, run, in->adapter, "adapter", i, out, err));
     }
     return OBM_OK;
 }
@@ -506,15 +587,17 @@ static obm_status declare_outputs(const job *j, obm__model_writer *w, obm_error 
 static obm_status check_out_path(const job *j, const char *out_path, obm_error *err) {
     char out[PATH_MAX], in[PATH_MAX];
     if (!realpath(out_path, out)) return OBM_OK;
-    for (size_t i = 0; i < j->n_inputs; i++)
-        if (realpath(j->inputs[i]->directory, in) && !strcmp(in, out))
+    for (size_t i = 0; i < 2 * j->n_inputs; i++) {
+        const obm_checkpoint *c = i % 2 ? j->inputs[i / 2].adapter : j->inputs[i / 2].model;
+        if (c && realpath(c->directory, in) && !strcmp(in, out))
             return obm__fail(err, OBM_E_ARG, "%.300s is an input of the merge, it cannot be the output", out_path);
+    }
     return OBM_OK;
 }
 
 static obm_status write_folder(job *j, const obm_merge_options *options, const char *out_path, uint64_t total,
                                obm_error *err) {
-    const obm_checkpoint *reference = j->inputs[j->reference];
+    const obm_checkpoint *reference = j->inputs[j->reference].model;
     obm__run run = {j->ctx,
                     OBM_OPT(options, obm_merge_options, progress, NULL),
                     OBM_OPT(options, obm_merge_options, progress_user, NULL),
@@ -556,9 +639,14 @@ static void free_job(job *j) {
         obm__group_clear(&j->outputs[i].group);
         obm__steps_free(&j->outputs[i].steps);
     }
-    for (size_t i = 0; i < j->n_inputs; i++) obm_checkpoint_free(j->inputs[i]);
+    for (size_t i = 0; i < j->n_inputs; i++) {
+        obm_task_vector_free(j->inputs[i].v);
+        obm_checkpoint_free(j->inputs[i].adapter);
+        obm_checkpoint_free(j->inputs[i].model);
+    }
     obm_free(j->outputs);
     obm_free(j->tensors);
+    obm_free(j->loras);
     obm_free(j->inputs);
     obm_free(j->refs);
 }

@@ -78,3 +78,90 @@ def test_refused(tmp_path):
         obm.Model(VECTORS / "plain")
     with pytest.raises(obm.NotFoundError, match="mlp.gate_proj"):
         obm.TaskVector(VECTORS / "base-in-out", VECTORS / "wide")
+
+
+def dense(case, base, out):
+    """The adapter merged into a folder of F32 tensors: base + d, rounded once."""
+    source, d = obm.Checkpoint(VECTORS / base), obm.Checkpoint(VECTORS / case / "expected.safetensors")
+    header, blobs, at = {}, [], 0
+    for name in d:
+        start = source[name if name in source else "model.embed_tokens.weight"]
+        wide = obm.merge_tensors("linear", [start], params={"weight": 1.0}).reshape(start.shape)
+        blob = (wide + np.asarray(d[name])).astype("<f4").tobytes()
+        header[name] = {"dtype": "F32", "shape": list(start.shape), "data_offsets": [at, at + len(blob)]}
+        at += len(blob)
+        blobs.append(blob)
+    text = json.dumps(header).encode()
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
+    (out / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False}))
+    return out
+
+
+@pytest.mark.parametrize("method, parameters", [("ties", {"weight": 0.7, "density": 0.5}), ("task_arithmetic", {"weight": 1.5}),
+                                                ("linear", {"weight": 0.5})])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merge(method, parameters, dtype, tmp_path):
+    """MODEL+ADAPTER, and an adapter alone on the recipe's base, are the merged model of F32."""
+    base, cases = VECTORS / "base-bf16", ["plain", "patterns", "embedding"]
+    written = [dense(case, "base-bf16", tmp_path / case) for case in cases]
+    merged = {}
+    for kind, refs in {"dense": written, "sum": [f"{base}+{VECTORS / c}" for c in cases], "alone": [VECTORS / c for c in cases]}.items():
+        recipe = {"merge_method": method, "base_model": str(base), "models": [{"model": str(r), "parameters": parameters} for r in refs], "out_dtype": dtype}
+        if method == "linear":
+            recipe["models"].append({"model": str(base), "parameters": {"weight": 0.25}})
+        obm.merge(recipe, tmp_path / ("out-" + kind))
+        out = obm.Checkpoint(tmp_path / ("out-" + kind))
+        merged[kind] = {name: out.sha256(name) for name in out}
+    assert merged["dense"] == merged["sum"] == merged["alone"]
+    assert merged["dense"] != {name: obm.Checkpoint(base).sha256(name) for name in obm.Checkpoint(base)}
+
+
+def test_merge_tied(tmp_path):
+    """An adapter on the embedding of a tied model: the merged model has a head of its own, the old embedding."""
+    recipe = {"merge_method": "linear", "models": [{"model": f"{VECTORS / 'base-tied'}+{VECTORS / 'tied-embedding'}", "parameters": {"weight": 1}}]}
+    obm.merge(recipe, tmp_path / "out")
+    out, base = obm.Checkpoint(tmp_path / "out"), obm.Checkpoint(VECTORS / "base-tied")
+    assert out.config["tie_word_embeddings"] is False
+    assert out.sha256("lm_head.weight") == base.sha256("model.embed_tokens.weight") != out.sha256("model.embed_tokens.weight")
+
+
+def test_merge_refused(tmp_path):
+    base, adapter = VECTORS / "base-bf16", VECTORS / "plain"
+
+    def merge(*refs, **more):
+        obm.merge({"merge_method": "linear", "models": [{"model": str(r), "parameters": {"weight": 1}} for r in refs], **more}, tmp_path / "out")
+
+    with pytest.raises(obm.ArgumentError, match="is a LoRA adapter: write MODEL"):
+        merge(adapter)
+    with pytest.raises(obm.ArgumentError, match="expected MODEL or MODEL.ADAPTER"):
+        merge(f"{base}+{adapter}+{adapter}")
+    with pytest.raises(obm.ArgumentError, match="expected a LoRA adapter behind the ., found a model"):
+        merge(f"{base}+{base}")
+    with pytest.raises(obm.ArgumentError, match="not the model below another"):
+        merge(f"{adapter}+{adapter}")
+    with pytest.raises(obm.ArgumentError, match="is a LoRA adapter: write MODEL"):
+        merge(adapter, base_model=str(adapter))
+    assert not (tmp_path / "out").exists()
+
+
+def test_merge_resume_knows_the_adapter(tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(VECTORS / "plain", adapter)
+    recipe = {"merge_method": "linear", "models": [{"model": f"{VECTORS / 'base-bf16'}+{adapter}", "parameters": {"weight": 1}}]}
+
+    def stop(what, done, total):
+        if done > total / 2:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        obm.merge(recipe, tmp_path / "out", resume=True, shard_bytes=600, progress=stop)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 9}))
+    with pytest.raises(obm.MismatchError, match="adapter 0"):
+        obm.merge(recipe, tmp_path / "out", resume=True, shard_bytes=600)
+    (adapter / "adapter_config.json").write_text((VECTORS / "plain" / "adapter_config.json").read_text())
+    obm.merge(recipe, tmp_path / "out", resume=True, shard_bytes=600)
+    obm.merge(recipe, tmp_path / "once", shard_bytes=600)
+    resumed, once = obm.Checkpoint(tmp_path / "out"), obm.Checkpoint(tmp_path / "once")
+    assert {n: resumed.sha256(n) for n in resumed} == {n: once.sha256(n) for n in once}
