@@ -553,7 +553,10 @@ static obm_status model_statistics(job *j, const obm__run *run, obm_error *err) 
 }
 
 static obm_status check_inputs(const job *j, obm_error *err) {
-    for (size_t i = 0; i < j->n_inputs; i++) OBM_TRY(obm__checkpoint_check(j->inputs[i], err));
+    for (size_t i = 0; i < j->n_inputs; i++) {
+        const input *in = &j->inputs[i];
+        OBM_TRY(in->v ? obm__task_vector_check(in->v, err) : obm__checkpoint_check(in->model, err));
+    }
     return OBM_OK;
 }
 
