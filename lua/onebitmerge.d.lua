@@ -257,15 +257,16 @@ function tokenizer:encode(text, options) end
 ---@return string?, string? message, onebitmerge.Code? code
 function tokenizer:decode(ids, options) end
 
----The built-in template that fits the model's own (ChatML).  add_generation (default true): open the assistant's turn.
+---The built-in template that the model's own is, or the one of that name: llama2, mistral, llama3, chatml, gemma, phi3, granite.
+---add_generation (default true): open the assistant's turn.
 ---@param messages onebitmerge.Message[]
----@param options? { add_generation?: boolean }
+---@param options? { add_generation?: boolean, name?: string }
 ---@return string?, string? message, onebitmerge.Code? code
 function tokenizer:apply_template(messages, options) end
 
 ---The same; Python's apply_template tries the model's own Jinja template first.
 ---@param messages onebitmerge.Message[]
----@param options? { add_generation?: boolean }
+---@param options? { add_generation?: boolean, name?: string }
 ---@return string?, string? message, onebitmerge.Code? code
 function tokenizer:builtin_template(messages, options) end
 
@@ -281,6 +282,10 @@ function tokenizer:id(piece) end
 ---The model's own Jinja chat template.
 ---@return string?
 function tokenizer:template() end
+
+---The built-in template that it is.
+---@return string?
+function tokenizer:template_name() end
 
 ---@return string?
 function tokenizer:bos() end

@@ -58,10 +58,10 @@ static int tokenizer_decode(lua_State *L) {
     return 1;
 }
 
-/* tokenizer:apply_template(messages, {add_generation = true}) -> text; the template that is built in */
+/* tokenizer:apply_template(messages, {add_generation = true, name = nil}) -> text; the template that is built in */
 static int tokenizer_apply_template(lua_State *L) {
     const obm_tokenizer *t = check(L);
-    obm_lua_options(L, 3, "add_generation");
+    obm_lua_options(L, 3, "add_generation", "name");
     bool add = obm_lua_field_boolean(L, 3, "add_generation", true);
     lua_newtable(L);
     obm_lua_prompts prompts;
@@ -70,8 +70,9 @@ static int tokenizer_apply_template(lua_State *L) {
         return luaL_argerror(L, 2, "a list of messages expected ({ role = ..., content = ... })");
     char **text = obm_lua_scratch(L, sizeof *text, obm_lua_clear_pointer);
     obm_error err;
-    if (obm_tokenizer_apply_template(t, prompts.items[0].messages, prompts.items[0].n_messages, add, text, &err) !=
-        OBM_OK)
+    const char *name = obm_lua_field_string(L, 3, lua_gettop(L), "name");
+    if (obm_tokenizer_builtin_template(t, name, prompts.items[0].messages, prompts.items[0].n_messages, add, text,
+                                       &err) != OBM_OK)
         return obm_lua_fail(L, &err);
     lua_pushstring(L, *text);
     obm_lua_scratch_end(text);
@@ -92,6 +93,11 @@ static int tokenizer_id(lua_State *L) {
         lua_pushnil(L);
     else
         lua_pushinteger(L, id);
+    return 1;
+}
+
+static int tokenizer_template_name(lua_State *L) {
+    lua_pushstring(L, obm_tokenizer_template_name(check(L)));
     return 1;
 }
 
@@ -122,6 +128,7 @@ static const luaL_Reg tokenizer_methods[] = {{"encode", tokenizer_encode},
                                              {"piece", tokenizer_piece},
                                              {"id", tokenizer_id},
                                              {"template", tokenizer_template},
+                                             {"template_name", tokenizer_template_name},
                                              {"bos", tokenizer_bos},
                                              {"eos", tokenizer_eos},
                                              {NULL, NULL}};

@@ -99,10 +99,12 @@ static PyObject *tokenizer_decode(PyObject *o, PyObject *args, PyObject *kwargs)
 }
 
 /* The built-in template; the package's apply_template tries the model's own Jinja first. */
-static PyObject *tokenizer_builtin_template(PyObject *o, PyObject *args) {
+static PyObject *tokenizer_builtin_template(PyObject *o, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"messages", "add_generation", "name", NULL};
     PyObject *given;
+    const char *name = NULL;
     int add = 1;
-    if (!PyArg_ParseTuple(args, "O|p", &given, &add)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|pz", names, &given, &add, &name)) return NULL;
     obm_py_prompts prompts;
     if (obm_py_prompts_from(given, &prompts) < 0) return NULL;
     PyObject *s = NULL;
@@ -110,8 +112,8 @@ static PyObject *tokenizer_builtin_template(PyObject *o, PyObject *args) {
     obm_error err;
     if (!prompts.single || !prompts.items[0].messages) {
         PyErr_SetString(PyExc_TypeError, "expected a list of messages ({\"role\": ..., \"content\": ...})");
-    } else if (obm_tokenizer_apply_template(obm_py_tokenizer_get(o), prompts.items[0].messages,
-                                            prompts.items[0].n_messages, add, &text, &err) != OBM_OK) {
+    } else if (obm_tokenizer_builtin_template(obm_py_tokenizer_get(o), name, prompts.items[0].messages,
+                                              prompts.items[0].n_messages, add, &text, &err) != OBM_OK) {
         obm_py_raise(OBM_PY_STATE(o), &err);
     } else {
         s = PyUnicode_FromString(text);
@@ -159,6 +161,11 @@ static PyObject *tokenizer_template(PyObject *o, void *unused) {
     return text_or_none(obm_tokenizer_template(obm_py_tokenizer_get(o)));
 }
 
+static PyObject *tokenizer_template_name(PyObject *o, void *unused) {
+    (void)unused;
+    return text_or_none(obm_tokenizer_template_name(obm_py_tokenizer_get(o)));
+}
+
 static PyObject *tokenizer_bos(PyObject *o, void *unused) {
     (void)unused;
     return text_or_none(obm_tokenizer_bos(obm_py_tokenizer_get(o)));
@@ -181,13 +188,16 @@ static PyMethodDef tokenizer_methods[] = {
     {"apply_template", KW(tokenizer_apply_template),
      "apply_template(messages, add_generation=True) -> str\n\nThe model's own template where jinja2 is installed, else "
      "the built-in one."},
-    {"builtin_template", tokenizer_builtin_template, METH_VARARGS,
-     "builtin_template(messages, add_generation=True) -> str"},
+    {"builtin_template", KW(tokenizer_builtin_template),
+     "builtin_template(messages, add_generation=True, name=None) -> str\n\nname: llama2, mistral, llama3, chatml, "
+     "gemma, "
+     "phi3, granite; None: the one that the model's own is."},
     {"piece", tokenizer_piece, METH_O, "piece(id) -> str or None\n\nAs in tokenizer.json."},
     {"id", tokenizer_id, METH_O, "id(piece) -> int or None"},
     {NULL, NULL, 0, NULL}};
 static PyGetSetDef tokenizer_getset[] = {
     {"template", tokenizer_template, NULL, "the model's own Jinja chat template, or None", NULL},
+    {"template_name", tokenizer_template_name, NULL, "the built-in template that the model's own is, or None", NULL},
     {"bos", tokenizer_bos, NULL, "tokenizer_config.json's bos_token, or None", NULL},
     {"eos", tokenizer_eos, NULL, "tokenizer_config.json's eos_token, or None", NULL},
     {NULL, NULL, NULL, NULL, NULL}};

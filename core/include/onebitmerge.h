@@ -389,8 +389,15 @@ OBM_API obm_status obm_tokenizer_encode(const obm_tokenizer *t, const char *text
 /* *text owned, NUL-terminated, *len its bytes.  Errors: ARG (an id out of range). */
 OBM_API obm_status obm_tokenizer_decode(const obm_tokenizer *t, const int32_t *ids, size_t n, bool skip_special, char **text,
                                         size_t *len, obm_error *err);
-/* Renders messages with the built-in template that fits the model's own (ChatML); UNSUPPORTED names the others.
- * add_generation: append the opening of the assistant's turn.  *text owned. */
+/* The built-in template that the model's own is (compared as a whole): "llama2", "mistral", "llama3", "chatml", "gemma", "phi3",
+ * "granite"; NULL: without one, or of another kind.  Static. */
+OBM_API const char *obm_tokenizer_template_name(const obm_tokenizer *t);
+/* Renders messages with a built-in template by name, or with the one that the model's own is (name NULL).  add_generation: append
+ * the opening of the assistant's turn.  *text owned.  Errors: UNSUPPORTED (name NULL and the template is none of the built-in
+ * ones), ARG (no such name; roles in an order that the template refuses). */
+OBM_API obm_status obm_tokenizer_builtin_template(const obm_tokenizer *t, const char *name, const obm_message *messages, size_t n,
+                                                  bool add_generation, char **text, obm_error *err);
+/* The same with name NULL. */
 OBM_API obm_status obm_tokenizer_apply_template(const obm_tokenizer *t, const obm_message *messages, size_t n,
                                                 bool add_generation, char **text, obm_error *err);
 /* bos_token and eos_token of tokenizer_config.json as text, NULL without; borrowed. */

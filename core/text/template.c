@@ -1,4 +1,5 @@
-/* Chat templates: ChatML is built in; a model's own Jinja template is recognised as ChatML or refused, never run. */
+/* Chat templates: ChatML and those of style.c are built in; a model's own Jinja template is recognised as one of them
+ * or refused, never run. */
 #include "../io/io.h"
 #include "text.h"
 
@@ -64,6 +65,8 @@ static obm_status note_system(obm__chat *c, const char *at, obm_error *err) {
 }
 
 obm_status obm__chat_use(obm__chat *c, obm_error *err) {
+    OBM_TRY(obm__style_recognise(c->source, &c->style, err));
+    if (c->style) return OBM_OK;
     c->chatml = strstr(c->source, START) && strstr(c->source, END);
     for (size_t i = 0; i < sizeof obstacles / sizeof *obstacles && !c->obstacle; i++) {
         if (strstr(c->source, obstacles[i].word)) c->obstacle = obstacles[i].obstacle;
@@ -157,16 +160,17 @@ void obm__chat_free(obm__chat *c) {
 
 static obm_status check_template(const obm__chat *c, obm_error *err) {
     if (!c->source) {
+        return obm__fail(err, OBM_E_UNSUPPORTED,
+                         "the model has no chat template (neither chat_template.jinja nor chat_template in "
+                         "tokenizer_config.json); a built-in one can be given by name: %s",
+                         obm__style_names());
+    }
+    if (c->style) return OBM_OK;
+    if (!c->chatml || c->obstacle) {
         return obm__fail(
             err, OBM_E_UNSUPPORTED,
-            "the model has no chat template (neither chat_template.jinja nor chat_template in tokenizer_config.json)");
-    }
-    if (!c->chatml) {
-        return obm__fail(err, OBM_E_UNSUPPORTED,
-                         "%s: the chat template is not ChatML (%s, %s), the one that is built in", c->name, START, END);
-    }
-    if (c->obstacle) {
-        return obm__fail(err, OBM_E_UNSUPPORTED, "%s: the chat template is not plain ChatML: %s", c->name, c->obstacle);
+            "%s: the chat template is none of the built-in ones%s%s; if one of them fits, give its name: %s", c->name,
+            c->chatml ? ", not plain ChatML: " : "", c->chatml ? c->obstacle : "", obm__style_names());
     }
     return OBM_OK;
 }
@@ -193,18 +197,64 @@ static void add_turn(obm__buffer *out, const char *role, const char *content) {
     obm__buffer_text(out, END "\n");
 }
 
+static void render_chatml(const char *system, const obm_message *messages, size_t n, bool add_generation,
+                          obm__buffer *out) {
+    if (system && strcmp(messages[0].role, "system") != 0) add_turn(out, "system", system);
+    for (size_t i = 0; i < n; i++) add_turn(out, messages[i].role, messages[i].content);
+    if (add_generation) obm__buffer_text(out, START "assistant\n");
+}
+
+/* A token that a file without bos_token or eos_token leaves out is the usual one, if the vocabulary has it. */
+static const char *or_usual(const obm_tokenizer *t, const char *own, const char *const usual[3]) {
+    for (int i = 0; !own && i < 3; i++) {
+        if (obm_tokenizer_id(t, usual[i]) >= 0) own = usual[i];
+    }
+    return own;
+}
+
+static obm_status render_named(const obm_tokenizer *t, const char *name, const obm_message *messages, size_t n,
+                               bool add_generation, obm__buffer *out, obm_error *err) {
+    static const char *const bos[] = {"<|begin_of_text|>", "<bos>", "<s>"}, *const eos[] = {"<|end_of_text|>", "<eos>",
+                                                                                            "</s>"};
+    const obm__style *style = obm__style_find(name);
+    if (!style && strcmp(name, "chatml") != 0)
+        return obm__fail(err, OBM_E_ARG, "no built-in chat template is called \"%.64s\" (%s)", name,
+                         obm__style_names());
+    if (style)
+        return obm__style_render(style, or_usual(t, t->chat.bos, bos), or_usual(t, t->chat.eos, eos), messages, n,
+                                 add_generation, out, err);
+    render_chatml(NULL, messages, n, add_generation, out);
+    return OBM_OK;
+}
+
+obm_status obm_tokenizer_builtin_template(const obm_tokenizer *t, const char *name, const obm_message *messages,
+                                          size_t n, bool add_generation, char **text, obm_error *err) {
+    obm__buffer out = {0};
+    obm_status status = OBM_OK;
+    const obm__chat *c = &t->chat;
+    if (!name) OBM_TRY(check_template(c, err));
+    OBM_TRY(check_messages(messages, n, err));
+    obm__buffer_add(&out, "", 0);
+    if (name)
+        OBM_GO(render_named(t, name, messages, n, add_generation, &out, err));
+    else if (c->style)
+        OBM_GO(obm__style_render(c->style, c->bos, c->eos, messages, n, add_generation, &out, err));
+    else
+        render_chatml(c->system, messages, n, add_generation, &out);
+    if (out.failed) OBM_GO(obm__fail_nomem(err, out.size));
+    *text = out.data;
+    out.data = NULL;
+done:
+    obm__buffer_free(&out);
+    return status;
+}
+
 obm_status obm_tokenizer_apply_template(const obm_tokenizer *t, const obm_message *messages, size_t n,
                                         bool add_generation, char **text, obm_error *err) {
-    obm__buffer out = {0};
-    OBM_TRY(check_template(&t->chat, err));
-    OBM_TRY(check_messages(messages, n, err));
-    if (t->chat.system && strcmp(messages[0].role, "system") != 0) add_turn(&out, "system", t->chat.system);
-    for (size_t i = 0; i < n; i++) add_turn(&out, messages[i].role, messages[i].content);
-    if (add_generation) obm__buffer_text(&out, START "assistant\n");
-    if (out.failed) {
-        obm__buffer_free(&out);
-        return obm__fail_nomem(err, out.size);
-    }
-    *text = out.data;
-    return OBM_OK;
+    return obm_tokenizer_builtin_template(t, NULL, messages, n, add_generation, text, err);
+}
+
+const char *obm_tokenizer_template_name(const obm_tokenizer *t) {
+    if (t->chat.style) return obm__style_name(t->chat.style);
+    return t->chat.chatml && !t->chat.obstacle ? "chatml" : NULL;
 }

@@ -245,12 +245,23 @@ obm_status obm__decoding_end(obm__decoding *s, obm__buffer *out, obm_error *err)
 
 /* ---- template.c ---- */
 
+typedef struct obm__style obm__style;   /* a built-in template, style.c */
+/* The one whose Jinja text this is but for spaces inside of tags and comments; NULL: unknown.  Errors: NOMEM. */
+obm_status obm__style_recognise(const char *jinja, const obm__style **out, obm_error *err);
+const obm__style *obm__style_find(const char *name);   /* NULL: none */
+const char *obm__style_name(const obm__style *s);
+const char *obm__style_names(void);                    /* "llama2, mistral, ..." for messages */
+/* bos, eos: nullable.  Errors as the Jinja template raises them: ARG. */
+obm_status obm__style_render(const obm__style *s, const char *bos, const char *eos, const obm_message *messages, size_t n,
+                             bool add_generation, obm__buffer *out, obm_error *err);
+
 typedef struct obm__chat {
     char *source;            /* the Jinja text, NULL without */
     char *name;              /* of where it came from, for messages */
     char *bos, *eos;         /* bos_token and eos_token of tokenizer_config.json, NULL without */
     char *system;            /* what the template says when no system message comes first, NULL: nothing */
     bool chatml;
+    const obm__style *style; /* another built-in that it is; then `chatml` is false */
     const char *obstacle;    /* why the built-in cannot stand in for it; static, NULL if it can */
 } obm__chat;
 /* Paths of chat_template.jinja and tokenizer_config.json; NULL, or nothing there: without. */

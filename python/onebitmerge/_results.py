@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import html
+import json
 import os
 import threading
 from typing import Any, Mapping, NamedTuple, Sequence
@@ -186,6 +188,8 @@ def render_template(tokenizer, messages, add_generation=True):
     # As transformers renders: sandboxed, trimmed blocks, loop controls.
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    env.filters["tojson"] = lambda value, **kwargs: json.dumps(value, ensure_ascii=False, **kwargs)   # Jinja's escapes HTML
     return env.from_string(source).render(messages=list(messages), add_generation_prompt=bool(add_generation),
                                           bos_token=tokenizer.bos or "", eos_token=tokenizer.eos or "")
 

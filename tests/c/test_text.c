@@ -552,7 +552,7 @@ static void refuses(const char *jinja, const char *said) {
 static void test_template_refused(void **state) {
     (void)state;
     refuses(NULL, "no chat template");
-    refuses("{{ '[INST] ' + content }}", "is not ChatML");
+    refuses("{{ '[INST] ' + content }}", "none of the built-in ones");
     refuses("{{ bos_token }}{% for message in messages %}" LOOP, "bos_token");
     refuses("{{ '<|im_start|>system\\nA<|im_end|>\\n' }}{{ '<|im_start|>system\\nB<|im_end|>\\n' }}",
             "several default system messages");
@@ -562,6 +562,35 @@ static void test_template_refused(void **state) {
     assert_int_equal(obm_tokenizer_apply_template(t, &tool, 1, true, &text, NULL), OBM_E_UNSUPPORTED);
     assert_int_equal(obm_tokenizer_apply_template(t, &unknown, 1, true, &text, NULL), OBM_E_ARG);
     assert_int_equal(obm_tokenizer_apply_template(t, hello, 0, true, &text, NULL), OBM_E_ARG);
+    obm_tokenizer_free(t);
+}
+
+/* Recognised by its whole text; other text around the same marks is not. */
+static void test_template_llama3(void **state) {
+    (void)state;
+    char *jinja = NULL, *text = NULL;
+    size_t size = 0;
+    obm_error err;
+    const obm_message odd = {"user", " \t\xc2\xa0 "};
+    assert_int_equal(obm__file_read(OBM_SOURCE_DIR "/tests/vectors/templates/llama3.jinja", &jinja, &size, &err), OBM_OK);
+    obm_tokenizer *t = open_with("{\"bos_token\":\"<B>\"}", jinja);
+    assert_string_equal(obm_tokenizer_template_name(t), "llama3");
+    renders(t, with_system, 2, true,
+            "<B><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi"
+            "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n");
+    renders(t, &odd, 1, false, "<B><|start_header_id|>user<|end_header_id|>\n\n<|eot_id|>");
+    assert_int_equal(obm_tokenizer_builtin_template(t, "alpaca", &odd, 1, true, &text, &err), OBM_E_ARG);
+    assert_int_equal(obm_tokenizer_builtin_template(t, "mistral", with_system, 2, true, &text, &err), OBM_E_ARG);
+    assert_non_null(strstr(err.message, "no system messages"));
+    obm_tokenizer_free(t);
+    jinja[size - 3] = 0;
+    refuses(jinja, "give its name");
+    obm_free(jinja);
+    t = open_with(NULL, NULL);
+    assert_null(obm_tokenizer_template_name(t));
+    assert_int_equal(obm_tokenizer_builtin_template(t, "llama2", hello, 2, true, &text, &err), OBM_OK);
+    assert_string_equal(text, "[INST] Hi [/INST] Ho ");
+    obm_free(text);
     obm_tokenizer_free(t);
 }
 
@@ -591,6 +620,7 @@ int main(void) {
         cmocka_unit_test(test_template_default),
         cmocka_unit_test(test_template_branches),
         cmocka_unit_test(test_template_refused),
+        cmocka_unit_test(test_template_llama3),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
