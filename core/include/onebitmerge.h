@@ -283,7 +283,8 @@ OBM_API const obm_checkpoint *obm_pack_base(const obm_pack *p);   /* borrowed */
 /* Checksums of every file and the full hash of the base.  Errors: FORMAT names the file, MISMATCH the tensor. */
 OBM_API obm_status obm_pack_verify(const obm_pack *p, obm_progress_fn progress, void *user, obm_error *err);
 /* Change the pack, on disk and in *p, atomically.  Everything that changes a pack locks its folder meanwhile: BUSY when
- * another process (or another obm_pack of this one) is changing it, or has changed it since this one was opened. */
+ * another process (or another obm_pack of this one) is changing it, or has changed it since this one was opened, and while
+ * a call that takes its time over the pack runs, on this thread (a callback) or another: that of a model, say. */
 OBM_API obm_status obm_pack_add(obm_pack *p, const obm_expert *expert, const obm_compress_options *options, obm_error *err);
 OBM_API obm_status obm_pack_remove(obm_pack *p, const char *name, obm_error *err);   /* drops the router too: its tasks changed */
 

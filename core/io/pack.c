@@ -191,7 +191,7 @@ static uint64_t text_bytes(const obm_json *record) {
     return sum;
 }
 
-obm_status obm_pack_verify(const obm_pack *p, obm_progress_fn progress, void *user, obm_error *err) {
+static obm_status verify(const obm_pack *p, obm_progress_fn progress, void *user, obm_error *err) {
     const obm_json *router = obm__json_get(p->manifest, "router");
     obm__ticker ticker = {.fn = progress, .user = user, .what = "verify", .total = obm_pack_base_bytes(p)};
     for (size_t i = 0; i < p->n_experts; i++)
@@ -199,4 +199,11 @@ obm_status obm_pack_verify(const obm_pack *p, obm_progress_fn progress, void *us
     for (size_t i = 0; i < p->n_experts; i++) OBM_TRY(verify_expert(p, p->experts[i].record, &ticker, err));
     if (obm__json_kind(router) == OBM_JSON_OBJECT) OBM_TRY(verify_record(p, router, false, &ticker, err));
     return obm__base_check(p->ctx, p->base, obm__json_get(p->manifest, "base"), p->path, true, &ticker, err);
+}
+
+obm_status obm_pack_verify(const obm_pack *p, obm_progress_fn progress, void *user, obm_error *err) {
+    OBM_TRY(obm__pack_use(p, err));
+    obm_status status = verify(p, progress, user, err);
+    obm__pack_unuse(p);
+    return status;
 }

@@ -65,12 +65,20 @@ struct obm_pack {
     uint64_t revision;         /* how often experts were added, replaced or removed since it was opened */
     obm_pack_settings settings;
     obm__router *router;       /* NULL until trained */
+    _Atomic int users;         /* calls that read it now, -1: it is being exchanged (pack_lock.c) */
     _Atomic int warned_of_other_expert;   /* so that a warning comes once (route/plan.c) */
 };
 /* Index into tensors, or SIZE_MAX. */
 size_t obm__pack_find(const obm_pack *p, const char *name);
 /* obm__map_check of the base's and the experts' files. */
 obm_status obm__pack_check(const obm_pack *p, obm_error *err);
+/* Around calls that take their time over a pack, on any thread.  BUSY while it changes; no part of the pack's value. */
+obm_status obm__pack_use(const obm_pack *p, obm_error *err);
+void obm__pack_unuse(const obm_pack *p);
+/* Around what changes the pack in memory; BUSY while somebody uses it. */
+obm_status obm__pack_claim(obm_pack *p, obm_error *err);
+void obm__pack_unclaim(obm_pack *p);
+obm_status obm__pack_idle(obm_pack *p, obm_error *err);   /* BUSY as obm__pack_claim: before the work, not only after it */
 /* Writes the manifest (the commit of every change). */
 obm_status obm__pack_commit(obm_pack *p, obm_error *err);
 /* router.safetensors in and out of the pack (pack_router.c calls these; route/ knows what the tensors mean).

@@ -117,8 +117,12 @@ obm_status obm_pack_set_settings(obm_pack *p, const obm_pack_settings *settings,
     int lock;
     OBM_TRY(obm__settings_check(&s, err));
     OBM_TRY(obm__pack_begin(p, &lock, err));
-    obm_status status = change_member(p, "settings", obm__settings_record(&s), err);
-    if (status == OBM_OK) p->settings = s;
+    obm_status status = obm__pack_claim(p, err);
+    if (status == OBM_OK) {
+        status = change_member(p, "settings", obm__settings_record(&s), err);
+        if (status == OBM_OK) p->settings = s;
+        obm__pack_unclaim(p);
+    }
     obm__pack_unlock(lock);
     return status;
 }
@@ -206,8 +210,10 @@ static obm_status replace(obm_pack *p, obm_json *manifest, obm_error *err) {
     obm_pack *next = NULL;
     obm_status status =
         manifest ? obm__pack_load(p->ctx, p->path, manifest, p->base, &next, err) : obm__fail_nomem(err, 0);
-    if (status == OBM_OK) status = obm__manifest_write(p->path, manifest, next->manifest_xxh3, err);
+    bool claimed = status == OBM_OK && (status = obm__pack_claim(p, err)) == OBM_OK;
+    if (claimed) status = obm__manifest_write(p->path, manifest, next->manifest_xxh3, err);
     if (status != OBM_OK) {
+        if (claimed) obm__pack_unclaim(p);
         obm__pack_unload(next);
         obm__json_free(manifest);
         obm__pack_clean(p->path, p->manifest);
@@ -215,8 +221,10 @@ static obm_status replace(obm_pack *p, obm_json *manifest, obm_error *err) {
     }
     obm_pack old = *p;
     next->revision = p->revision + 1;
+    next->users = p->users;
     *p = *next;
     *next = old;
+    obm__pack_unclaim(p);
     obm_json *gone = next->manifest;
     obm__pack_unload(next);
     obm__json_free(gone);
@@ -267,14 +275,14 @@ static obm__ticker make_ticker(const obm_compress_options *o, const char *what, 
                          .user = OBM_OPT(o, obm_compress_options, progress_user, NULL)};
 }
 
-static obm_status add_locked(obm_pack *p, size_t at, const obm__expert_request *r, const obm_checkpoint *checkpoint,
+static obm_status add_locked(obm_pack *p, const obm__expert_request *r, const obm_checkpoint *checkpoint,
                              obm_error *err) {
     obm_json *record = NULL;
     int lock;
     OBM_TRY(obm__pack_begin(p, &lock, err));
     obm_status status = obm__expert_write(r, checkpoint, &record, err);
-    if (status == OBM_OK)
-        status = replace(p, edit_manifest(p, at, record), err);
+    if (status == OBM_OK) /* looked for under the lock: another thread may have changed the pack before it */
+        status = replace(p, edit_manifest(p, find_task(p, r->expert->name), record), err);
     else
         obm__pack_clean(p->path, p->manifest);
     obm__pack_unlock(lock);
@@ -292,6 +300,7 @@ obm_status obm_pack_add(obm_pack *p, const obm_expert *given, const obm_compress
     }
     if (at == OBM_PACK_MAX_TASKS)
         return obm__fail(err, OBM_E_UNSUPPORTED, "a pack holds at most %d experts", OBM_PACK_MAX_TASKS);
+    OBM_TRY(obm__pack_idle(p, err));
     obm_checkpoint *checkpoint = NULL;
     OBM_TRY(obm_checkpoint_open(p->ctx, expert->path, &checkpoint, err));
     obm__ticker ticker = make_ticker(options, "compress", obm__expert_bytes(p->base, checkpoint));
@@ -300,7 +309,7 @@ obm_status obm_pack_add(obm_pack *p, const obm_expert *given, const obm_compress
     if (r.profile == OBM_PROFILE_DEFAULT) r.profile = p->settings.profile;
     r.dry_run = OBM_OPT(options, obm_compress_options, dry_run, false);
     obm_status status =
-        r.dry_run ? obm__expert_write(&r, checkpoint, NULL, err) : add_locked(p, at, &r, checkpoint, err);
+        r.dry_run ? obm__expert_write(&r, checkpoint, NULL, err) : add_locked(p, &r, checkpoint, err);
     obm_checkpoint_free(checkpoint);
     return status;
 }

@@ -200,12 +200,16 @@ obm_status obm_stream_open(obm_model *m, const obm_prompt *prompt, const obm_gen
     if (!s) return obm__fail_nomem(err, sizeof *s);
     s->m = m;
     obm_status status = open_stream(s, prompt, options, err);
-    if (status == OBM_OK) *out = s;
-    else obm_stream_free(s);
-    return status;
+    if (status != OBM_OK) {
+        obm_stream_free(s);
+        return status;
+    }
+    obm__model_pause(m);
+    *out = s;
+    return OBM_OK;
 }
 
-obm_status obm_stream_next(obm_stream *s, const char **text, size_t *len, obm_error *err) {
+static obm_status next_text(obm_stream *s, const char **text, size_t *len, obm_error *err) {
     obm__generation *g = s->g;
     if (!g->finished) OBM_TRY(obm__weights_check(s->m, err));
     while (!g->finished && g->safe == s->given) {
@@ -219,6 +223,13 @@ obm_status obm_stream_next(obm_stream *s, const char **text, size_t *len, obm_er
     if (*text) return OBM_OK;
     let_go(s);
     return obm__pulse_done(&s->pulse, 1, err);
+}
+
+obm_status obm_stream_next(obm_stream *s, const char **text, size_t *len, obm_error *err) {
+    if (!s->g->finished) OBM_TRY(obm__model_resume(s->m, err));
+    obm_status status = next_text(s, text, len, err);
+    if (s->holds_model) obm__model_pause(s->m);
+    return status;
 }
 
 const obm_completion *obm_stream_result(const obm_stream *s) {

@@ -134,7 +134,11 @@ static obm_status prepare(obm_model *m, const obm_model_options *options, obm_er
 
 /* Takes ownership of m. */
 static obm_status finish_open(obm_model *m, const obm_model_options *options, obm_model **out, obm_error *err) {
-    obm_status status = prepare(m, options, err);
+    obm_status status = obm__model_enter(m, NULL, err);
+    if (status == OBM_OK) {
+        status = prepare(m, options, err);
+        obm__model_leave(m);
+    }
     if (status == OBM_OK) *out = m;
     else obm_model_free(m);
     return status;
@@ -203,10 +207,24 @@ static obm_status check_files(const obm_model *m, obm_error *err) {
     return m->pack ? obm__pack_check(m->pack, err) : obm__checkpoint_check(m->base, err);
 }
 
+obm_status obm__model_resume(obm_model *m, obm_error *err) {
+    if (!m->pack) return OBM_OK;
+    OBM_TRY(obm__pack_use(m->pack, err));
+    m->uses_pack = true;
+    return OBM_OK;
+}
+
+void obm__model_pause(obm_model *m) {
+    if (m->uses_pack) obm__pack_unuse(m->pack);
+    m->uses_pack = false;
+}
+
 obm_status obm__model_enter(obm_model *m, obm__pulse *pulse, obm_error *err) {
     OBM_TRY(obm__guard_enter(&m->guard, "the model", err));
-    obm_status status = check_files(m, err);
+    obm_status status = obm__model_resume(m, err);
+    if (status == OBM_OK) status = check_files(m, err);
     if (status != OBM_OK) {
+        obm__model_pause(m);
         obm__guard_leave(&m->guard);
         return status;
     }
@@ -219,6 +237,7 @@ obm_status obm__model_enter(obm_model *m, obm__pulse *pulse, obm_error *err) {
 void obm__model_leave(obm_model *m) {
     obm__weights_cancel(m);
     m->pulse = NULL;
+    obm__model_pause(m);
     obm__guard_leave(&m->guard);
 }
 

@@ -424,6 +424,7 @@ struct obm_model {
     obm__hard_routes *hard_routes;      /* of the pack's last settings; NULL: no route has asked yet */
     obm__overlay *overlays;             /* list */
     obm__build *building;               /* a route whose overlays are on their way; NULL */
+    bool uses_pack;                     /* counted among the pack's users */
     bool materialise;                   /* nothing runs on planes */
     bool decoding;                      /* sequences run that must not wait for overlays of others */
     uint64_t params, base_bytes, kv_bytes, overlay_bytes, signs_bytes, terms_bytes;
@@ -433,6 +434,9 @@ struct obm_model {
 /* Enters the guard and sets the pulse (nullable) of this call; obm__model_leave undoes both. */
 obm_status obm__model_enter(obm_model *m, obm__pulse *pulse, obm_error *err);
 void obm__model_leave(obm_model *m);
+/* A stream keeps the model between its calls, but not the pack: that may change, and ends the stream with an error. */
+void obm__model_pause(obm_model *m);
+obm_status obm__model_resume(obm_model *m, obm_error *err);   /* BUSY while the pack changes */
 /* Mean of the hidden states after `layer` of the base alone over the ids (layer 0: the embeddings, no forward pass).
  * out: (hidden).  Does not enter the guard: for callers that hold the model. */
 obm_status obm__model_pool(obm_model *m, const int32_t *ids, size_t n, int layer, float *out, obm_error *err);

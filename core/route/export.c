@@ -418,8 +418,8 @@ static obm_status refuse_sources(const obm_pack *p, const char *path, obm_error 
     return OBM_OK;
 }
 
-obm_status obm_pack_export(const obm_pack *p, const double *weights, const obm_export_options *options,
-                           const char *out_path, obm_export_report *report, obm_error *err) {
+static obm_status export_pack(const obm_pack *p, const double *weights, const obm_export_options *options,
+                              const char *out_path, obm_export_report *report, obm_error *err) {
     OBM_TRY(OBM_CHECK(obm_export_options, options, err));
     bool dry = OBM_OPT(options, obm_export_options, dry_run, false);
     obm__route_plan *plan = NULL;
@@ -434,5 +434,13 @@ obm_status obm_pack_export(const obm_pack *p, const double *weights, const obm_e
     obm_status status = dry ? OBM_OK : run_export(&j, out_path, err);
     obm__route_plan_free(plan);
     if (status == OBM_OK && report) *report = j.report;
+    return status;
+}
+
+obm_status obm_pack_export(const obm_pack *p, const double *weights, const obm_export_options *options,
+                           const char *out_path, obm_export_report *report, obm_error *err) {
+    OBM_TRY(obm__pack_use(p, err));
+    obm_status status = export_pack(p, weights, options, out_path, report, err);
+    obm__pack_unuse(p);
     return status;
 }

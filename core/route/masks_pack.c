@@ -256,7 +256,7 @@ static obm_status plan_routes(report_job *job, obm_error *err) {
     return OBM_OK;
 }
 
-obm_status obm_pack_runs(const obm_pack *p, obm_tensor_run *out, obm_error *err) {
+static obm_status report_all(const obm_pack *p, obm_tensor_run *out, obm_error *err) {
     size_t n = p->n_experts;
     report_job job = {.pack = p,
                       .plans = obm__calloc(n + 1, sizeof *job.plans),
@@ -273,5 +273,12 @@ done:
     obm_free(job.plans);
     obm_free(job.weights);
     obm_free(job.failed);
+    return status;
+}
+
+obm_status obm_pack_runs(const obm_pack *p, obm_tensor_run *out, obm_error *err) {
+    OBM_TRY(obm__pack_use(p, err));
+    obm_status status = report_all(p, out, err);
+    obm__pack_unuse(p);
     return status;
 }

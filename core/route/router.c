@@ -311,6 +311,28 @@ static obm_status train(obm_pack *p, const obm_prompt *prompts, const char *cons
     return status;
 }
 
+static obm_status train_in_use(obm_pack *p, const obm_prompt *prompts, const char *const *task, size_t n,
+                               const obm_router_options *o, uint32_t *label, obm__router **out, obm_error *err) {
+    OBM_TRY(obm__pack_use(p, err));
+    obm_status status = train(p, prompts, task, n, o, label, out, err);
+    obm__pack_unuse(p);
+    return status;
+}
+
+/* Takes r over on success. */
+static obm_status exchange(obm_pack *p, uint64_t revision, obm__router *r, obm_error *err) {
+    OBM_TRY(obm__pack_claim(p, err));
+    obm_status status = p->revision == revision ? store(p, r, err)
+                                                : obm__fail(err, OBM_E_BUSY, "pack %s was changed while its router was trained",
+                                                            p->path);
+    if (status == OBM_OK) {
+        obm__router_free(p->router);
+        p->router = r;
+    }
+    obm__pack_unclaim(p);
+    return status;
+}
+
 obm_status obm_router_train(obm_pack *p, const obm_prompt *prompts, const char *const *task, size_t n,
                             const obm_router_options *options, obm_router_report *report, obm_error *err) {
     obm__router *r = NULL;
@@ -320,17 +342,17 @@ obm_status obm_router_train(obm_pack *p, const obm_prompt *prompts, const char *
     if (p->n_experts > OBM_MAX_REPORT_TASKS)
         return obm__fail(err, OBM_E_UNSUPPORTED, "router: %zu tasks, at most %d are possible", p->n_experts,
                          OBM_MAX_REPORT_TASKS);
+    OBM_TRY(obm__pack_idle(p, err));
+    uint64_t revision = p->revision;
     uint32_t *label = obm__calloc(n, sizeof *label);
     if (!label) return obm__fail_nomem(err, n * sizeof *label);
-    obm_status status = train(p, prompts, task, n, options, label, &r, err);
-    if (status == OBM_OK) status = store(p, r, err);
+    obm_status status = train_in_use(p, prompts, task, n, options, label, &r, err);
     obm_free(label);
+    if (status == OBM_OK) status = exchange(p, revision, r, err);
     if (status != OBM_OK) {
         obm__router_free(r);
         return status;
     }
-    obm__router_free(p->router);
-    p->router = r;
     if (report) *report = r->report;
     return OBM_OK;
 }

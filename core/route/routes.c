@@ -183,8 +183,7 @@ static obm_status check_finite(const float *values, const obm_tensor *shape, con
                      (long long)i);
 }
 
-obm_status obm_pack_materialise(const obm_pack *p, const double *weights, const char *name, float *out,
-                                obm_error *err) {
+static obm_status materialise(const obm_pack *p, const double *weights, const char *name, float *out, obm_error *err) {
     size_t tensor;
     obm__route_plan *plan = NULL;
     obm_tensor shape;
@@ -197,5 +196,13 @@ obm_status obm_pack_materialise(const obm_pack *p, const double *weights, const 
     if (status == OBM_OK) status = obm__route_materialise(plan, tensor, out, err);
     if (status == OBM_OK && obm__route_changes(plan, tensor)) status = check_finite(out, &shape, name, err);
     obm__route_plan_free(plan);
+    return status;
+}
+
+obm_status obm_pack_materialise(const obm_pack *p, const double *weights, const char *name, float *out,
+                                obm_error *err) {
+    OBM_TRY(obm__pack_use(p, err));
+    obm_status status = materialise(p, weights, name, out, err);
+    obm__pack_unuse(p);
     return status;
 }

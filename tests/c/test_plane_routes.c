@@ -346,6 +346,53 @@ static obm_status replace_expert(world *w, int k, bool remove_first, obm_error *
     return obm_pack_add(w->pack, &e, &o, err);
 }
 
+/* A callback of a call that runs on the pack tries to change it. */
+typedef struct meddler {
+    world *w;
+    obm_status add, remove, set, train;
+} meddler;
+
+static obm_status meddle(void *user, obm_request *request, double *weights, obm_error *err) {
+    meddler *md = user;
+    obm_pack *p = md->w->pack;
+    obm_pack_settings s = OBM_INIT(obm_pack_settings);
+    obm_prompt prompt = {.ids = md->w->ids, .n_ids = 5};
+    const char *task = obm_pack_task_name(p, 0);
+    (void)request;
+    obm_pack_get_settings(p, &s);
+    md->add = replace_expert(md->w, 0, 0, err);
+    md->remove = obm_pack_remove(p, task, err);
+    md->set = obm_pack_set_settings(p, &s, err);
+    md->train = obm_router_train(p, &prompt, &task, 1, NULL, NULL, err);
+    weights[0] = 1;
+    return OBM_OK;
+}
+
+static void a_pack_in_use_does_not_change(void **state) {
+    (void)state;
+    obm_error err;
+    world w = {.c = {"llama", 150, 70, 130, 1, 5, 5, 14, 0, 1, OBM_F32, 3, NULL}, .tasks = 3};
+    double weights[3] = {0};
+    open_world(&w, 2);
+    meddler md = {.w = &w};
+    obm_model *m = open_model(&w, false, 0);
+    obm_prompt p = {.ids = w.ids, .n_ids = 5};
+    obm_generate_options o = OBM_INIT(obm_generate_options);
+    obm_completion c;
+    check_ok(obm_model_route(m, &p, meddle, &md, weights, NULL, &err), &err);
+    assert_true(md.add == OBM_E_BUSY && md.remove == OBM_E_BUSY && md.set == OBM_E_BUSY && md.train == OBM_E_BUSY);
+    o.router = meddle;
+    o.router_user = &md;
+    o.max_tokens = 2;
+    md = (meddler){.w = &w};
+    check_ok(obm_model_generate_batch(m, &p, 1, &o, &c, &err), &err);
+    assert_true(md.add == OBM_E_BUSY && md.remove == OBM_E_BUSY && md.set == OBM_E_BUSY && md.train == OBM_E_BUSY);
+    obm_completion_clear(&c);
+    check_ok(obm_pack_remove(w.pack, obm_pack_task_name(w.pack, 0), &err), &err); /* it is given back */
+    obm_model_free(m);
+    close_world(&w);
+}
+
 /* What a model holds of an expert is gone with it: a clear error, also where as many experts are there again. */
 static void other_experts_need_another_model(void **state) {
     (void)state;
@@ -643,6 +690,7 @@ int main(void) {
         cmocka_unit_test(extra_rows_tell_overlays_apart),
         cmocka_unit_test(changed_settings_are_noticed),
         cmocka_unit_test(other_experts_need_another_model),
+        cmocka_unit_test(a_pack_in_use_does_not_change),
         cmocka_unit_test(a_sequence_runs_on_while_overlays_are_built),
         cmocka_unit_test(a_build_can_be_left),
         cmocka_unit_test(waiting_for_a_build_can_be_stopped),

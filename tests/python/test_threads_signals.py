@@ -188,6 +188,34 @@ def test_shared_packs_in_many_threads(pack):
     assert not wrong
 
 
+def test_a_pack_does_not_change_under_a_model_that_runs(own_pack):
+    m, running, stop, ended = obm.Model(own_pack), threading.Event(), threading.Event(), []
+
+    def watch(*_):
+        running.set()
+        if stop.is_set():
+            raise StopIteration
+
+    def run():
+        with pytest.raises(StopIteration):
+            m.generate(["hello"] * 400, route=["chat", "math", "code", {"chat": .5, "math": .5}] * 100, max_tokens=400, ignore_eos=True,
+                       progress=watch)
+        ended.append(1)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert running.wait(20)
+    for change in (lambda: own_pack.remove("code"), lambda: own_pack.set(lambda_=.5)):
+        with pytest.raises(obm.BusyError, match="in use"):
+            change()
+    stop.set()
+    thread.join()
+    assert ended and own_pack.tasks == ["chat", "math", "code"]
+    own_pack.remove("code")
+    with pytest.raises(obm.ArgumentError, match="open it again"):
+        m.generate("hello", route="chat")
+
+
 def test_what_another_thread_does_to_a_stream(models):
     m = obm.Model(models / "base")
     inside, seen = threading.Event(), []
