@@ -61,16 +61,16 @@ static int tokenizer_decode(lua_State *L) {
 /* tokenizer:apply_template(messages, {add_generation = true, name = nil}) -> text; the template that is built in */
 static int tokenizer_apply_template(lua_State *L) {
     const obm_tokenizer *t = check(L);
-    obm_lua_options(L, 3, "add_generation", "name");
+    obm_lua_options(L, 3, "add_generation name");
     bool add = obm_lua_field_boolean(L, 3, "add_generation", true);
     lua_newtable(L);
+    const char *name = obm_lua_field_string(L, 3, lua_gettop(L), "name");
     obm_lua_prompts prompts;
     obm_lua_prompts_from(L, -1, 2, &prompts);
     if (!prompts.single || !prompts.items[0].messages)
         return luaL_argerror(L, 2, "a list of messages expected ({ role = ..., content = ... })");
     char **text = obm_lua_scratch(L, sizeof *text, obm_lua_clear_pointer);
     obm_error err;
-    const char *name = obm_lua_field_string(L, 3, lua_gettop(L), "name");
     if (obm_tokenizer_builtin_template(t, name, prompts.items[0].messages, prompts.items[0].n_messages, add, text,
                                        &err) != OBM_OK)
         return obm_lua_fail(L, &err);

@@ -155,6 +155,11 @@ describe("tokenizer", function()
     assert.is_nil(tokenizer:piece(#tokenizer + 10))
     assert.is_nil(tokenizer:id("no such piece"))
     assert.has_error(function() tokenizer:decode({ #tokenizer + 10 }) end)
+    local turn = { { role = "user", content = " a" } }
+    assert.equal("chatml", tokenizer:template_name())
+    assert.equal("<|user|>\n a<|end|>\n<|assistant|>\n", tokenizer:builtin_template(turn, { name = "phi3" }))
+    assert.has_error(function() tokenizer:builtin_template(turn, { name = "alpaca" }) end,
+      'no built-in chat template is called "alpaca" (llama2, mistral, llama3, chatml, gemma, phi3, granite)')
     assert.error_matches(function() tokenizer:decode({ 1.5 }) end, "integers")
     assert.error_matches(function() tokenizer:encode("a", { spezial = true }) end, "unknown option spezial %(known: special%)")
     assert.equal("FORMAT", select(3, tokenizer:encode("\255")))
