@@ -102,7 +102,7 @@ neon_step() {   # the kernels need libc only, so an emulated ARM64 can run their
     done
     grep -q "neon tested" build/neon/test_kernels.log
 }
-kill_step() {   # kill_step [--short]: SIGKILL and full disks in every verb that writes; prints its seed
+kill_step() {   # kill_step [--short]: SIGKILL, full and read-only disks and races in every verb that writes; prints its seed
     install_python
     mkdir -p build/kill
     gcc -O1 -Wall -Wextra -Werror -shared -fPIC -o build/kill/faults.so tests/kill/faults.c -ldl

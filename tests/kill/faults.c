@@ -1,5 +1,6 @@
 /* Preloaded into the sweep: counts the calls that change files under one folder, and lets the process die before the
- * n-th of them, or the disk be full after so many bytes.  Does nothing until it is armed. */
+ * n-th of them, the disk be full after so many bytes, or the file system be read-only (a folder's mode does not keep root
+ * out).  Does nothing until it is armed. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -15,6 +16,7 @@
 static char folder[4096];
 static _Atomic long calls, written;
 static long die_at, full_at = -1;
+static int read_only;
 
 /* kill_at 0 and disk -1: only count.  Every path that starts with `prefix` counts. */
 void faults_arm(const char *prefix, long kill_at, long disk) {
@@ -22,7 +24,10 @@ void faults_arm(const char *prefix, long kill_at, long disk) {
     calls = written = 0;
     die_at = kill_at;
     full_at = disk;
+    read_only = 0;
 }
+/* After arming: every change is refused. */
+void faults_read_only(void) { read_only = 1; }
 long faults_calls(void) { return calls; }
 long faults_written(void) { return written; }
 
@@ -42,10 +47,18 @@ static void count(int ours) {
     if (ours && ++calls == die_at) raise(SIGKILL);
 }
 
+static int refuses(int ours) {
+    if (!ours || !read_only) return 0;
+    errno = EROFS;
+    return 1;
+}
+
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
 static int open_any(int (*real)(const char *, int, ...), const char *path, int flags, mode_t mode) {
-    count((flags & O_CREAT) && is_ours(path));
+    int changes = (flags & (O_CREAT | O_TRUNC | O_WRONLY | O_RDWR)) && is_ours(path);
+    count((flags & O_CREAT) && changes);
+    if (refuses(changes)) return -1;
     return real(path, flags, mode);
 }
 
@@ -82,20 +95,24 @@ int fsync(int fd) {
 
 int rename(const char *from, const char *to) {
     count(is_ours(to));
+    if (refuses(is_ours(to))) return -1;
     return REAL(rename)(from, to);
 }
 
 int unlink(const char *path) {
     count(is_ours(path));
+    if (refuses(is_ours(path))) return -1;
     return REAL(unlink)(path);
 }
 
 int mkdir(const char *path, mode_t mode) {
     count(is_ours(path));
+    if (refuses(is_ours(path))) return -1;
     return REAL(mkdir)(path, mode);
 }
 
 int rmdir(const char *path) {
     count(is_ours(path));
+    if (refuses(is_ours(path))) return -1;
     return REAL(rmdir)(path);
 }

@@ -1,5 +1,5 @@
-"""Kills every verb that writes, and fills its disk: what is there afterwards is the old state or the new one, and the same
-command succeeds and leaves nothing behind.
+"""Kills every verb that writes, fills its disk, takes away its right to write, and runs it twice at once: what is there
+afterwards is the old state or the new one, and the same command succeeds and leaves nothing behind.
 
     LD_PRELOAD=faults.so python tests/kill/sweep.py [--short] [--seed N] [--only NAME]
 
@@ -33,15 +33,17 @@ faults.faults_calls.restype = faults.faults_written.restype = ctypes.c_long
 class Run:
     """A command in a fork: exit code (negative: the signal), what it said, calls counted, bytes written, seconds."""
 
-    def __init__(self, argv, under="", kill_at=0, disk=-1, kill_after=None):
+    def __init__(self, argv, under="", kill_at=0, disk=-1, kill_after=None, read_only=False, wait=True):
         read, write = os.pipe()
-        begin = time.monotonic()
-        pid = os.fork()
+        self.begin = time.monotonic()
+        self.pid = pid = os.fork()
         if pid == 0:
             try:
                 os.close(read)
                 sys.stdout = sys.stderr = said = io.StringIO()
                 faults.faults_arm(os.fsencode(str(under)), kill_at, disk)
+                if read_only:
+                    faults.faults_read_only()
                 code = argv() if callable(argv) else cli.main([str(a) for a in argv])
                 calls, written = faults.faults_calls(), faults.faults_written()
                 faults.faults_arm(b"", 0, -1)
@@ -54,10 +56,15 @@ class Run:
         if kill_after is not None:
             time.sleep(kill_after)
             os.kill(pid, signal.SIGKILL)
-        with os.fdopen(read, "rb") as pipe:
+        self.read = read
+        if wait:
+            self.wait()
+
+    def wait(self):
+        with os.fdopen(self.read, "rb") as pipe:
             answer = pipe.read()
-        _, status = os.waitpid(pid, 0)
-        self.seconds = time.monotonic() - begin
+        _, status = os.waitpid(self.pid, 0)
+        self.seconds = time.monotonic() - self.begin
         if os.WIFSIGNALED(status):
             self.code, self.said, self.calls, self.written = -os.WTERMSIG(status), "", 0, 0
         else:
@@ -145,6 +152,28 @@ class Case:
             f"{what}: not the old state: {sorted(contents(self.place))}"
 
 
+    def refuse_changes(self):
+        what = f"{self.name}, read-only"
+        self.prepare()
+        run = Run(self.argv, self.place, read_only=True)
+        assert run.code == 1 and "Read-only file system" in run.said and run.said.count("\n") == 1, f"{what}: {run.code} {run.said}"
+        assert contents(self.place) == self.before and self.place.exists() == bool(self.old), f"{what}: changed"
+
+    def race(self):
+        """Two processes at once: one at least succeeds, and the other too, or it says in a line why not."""
+        what = f"{self.name}, twice at once"
+        self.prepare()
+        runs = [Run(self.argv, self.place, wait=False) for _ in range(2)]
+        for run in runs:
+            run.wait()
+        codes = sorted(run.code for run in runs)
+        assert codes in ([0, 0], [0, 1]), f"{what}: {codes} {[run.said for run in runs]}"
+        for run in runs:
+            assert run.code == 0 or run.said.splitlines()[-1].startswith("onebitmerge: "), f"{what}: {run.said}"
+        assert self.check_state(what), f"{what}: not the new state"
+        assert set(contents(self.place)) == set(self.after), f"{what}: left over: {sorted(contents(self.place))}"
+
+
 def write_inputs(work):
     recipe = {"merge_method": "ties", "base_model": str(MODELS / "base"), "parameters": {"density": 0.5},
               "models": [{"model": str(MODELS / m), "parameters": {"weight": 1}} for m in ("chat", "math")]}
@@ -202,7 +231,12 @@ def sweep(case, rng, short):
     disks = [rng.randrange(most)] if short else [0, most, *(rng.randrange(most) for _ in range(3))]
     for disk in disks:
         case.fill_disk(disk)
-    print(f"{case.name}: {len(moments)} of {case.calls} changes, {timed} moments, {len(disks)} full disks", flush=True)
+    case.refuse_changes()
+    races = 1 if short else 5
+    for _ in range(races):
+        case.race()
+    print(f"{case.name}: {len(moments)} of {case.calls} changes, {timed} moments, {len(disks)} full disks, read-only, {races} races",
+          flush=True)
 
 
 def main():
