@@ -108,6 +108,15 @@ kill_step() {   # kill_step [--short]: SIGKILL, full and read-only disks and rac
     gcc -O1 -Wall -Wextra -Werror -shared -fPIC -o build/kill/faults.so tests/kill/faults.c -ldl
     LD_PRELOAD="$ROOT/build/kill/faults.so" "$PYTHON" tests/kill/sweep.py "$@"
 }
+nomem_step() {   # nomem_step [--short]: allocations fail one after the other under Python and Lua; prints its seed
+    install_python
+    [ -f build/tests/CMakeCache.txt ] || configure build/tests
+    mkdir -p build/kill
+    gcc -O1 -Wall -Wextra -Werror -shared -fPIC -o build/kill/nomem.so tests/kill/nomem.c -ldl
+    LD_PRELOAD="$ROOT/build/kill/nomem.so" "$PYTHON" tests/kill/nomem.py "$@"
+    LUA_PATH="$ROOT/lua/?.lua;$ROOT/build/tests/lua/?.lua;$ROOT/build/tests/lua/?/init.lua;;" LUA_CPATH="$ROOT/build/tests/lua/?.so;;" \
+        LD_PRELOAD="$ROOT/build/kill/nomem.so" lua5.4 tests/kill/nomem.lua "$@"
+}
 fuzz_step() {   # fuzz_step SECONDS
     CC=clang cmake -S . -B build/fuzz -DOBM_FUZZ=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
     cmake --build build/fuzz -j "$JOBS" >/dev/null
@@ -145,12 +154,14 @@ long)
     step neon neon_step
     if [ "$SHORT" = yes ]; then
         step kill kill_step --short
+        step nomem nomem_step --short
         step fuzz fuzz_step 60
     else
         step tsan tsan_c
         step isa each_isa
         step valgrind valgrind_c
         step kill kill_step
+        step nomem nomem_step
         step fuzz fuzz_step 300
     fi
     ;;
