@@ -33,6 +33,42 @@ static void log_warning(void *user, const char *message) {
     PyGILState_Release(gil);
 }
 
+/* The exception of the resolver as an error of the core; Ctrl-C waits for the next look at signals. */
+static obm_status take_exception(const char *name, obm_error *err) {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyErr_NormalizeException(&type, &value, &trace);
+    if (PyErr_GivenExceptionMatches(type, PyExc_KeyboardInterrupt)) PyErr_SetInterrupt();
+    PyObject *text = value ? PyObject_Str(value) : NULL;
+    const char *message = text ? PyUnicode_AsUTF8AndSize(text, NULL) : NULL;
+    if (err) {
+        err->code = OBM_E_IO;
+        err->os_errno = PyErr_GivenExceptionMatches(type, PyExc_FileNotFoundError) ? ENOENT : EIO;
+        PyOS_snprintf(err->message, sizeof err->message, "%.700s", message ? message : name);
+    }
+    PyErr_Clear();
+    Py_XDECREF(text);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(trace);
+    return OBM_E_IO;
+}
+
+static obm_status resolve_name(void *user, const char *name, char *path, size_t size, obm_error *err) {
+    PyGILState_STATE gil = PyGILState_Ensure();
+    PyObject *hook = obm_py_hook(user, "resolve");
+    PyObject *found = hook ? PyObject_CallFunction(hook, "s", name) : NULL;
+    PyObject *bytes = found ? PyUnicode_EncodeFSDefault(found) : NULL;
+    char *text = bytes ? PyBytes_AsString(bytes) : NULL;
+    if (text && strlen(text) >= size) PyErr_SetString(PyExc_OSError, "the path in the cache is too long");
+    obm_status status = text && strlen(text) < size ? OBM_OK : take_exception(name, err);
+    if (status == OBM_OK) memcpy(path, text, strlen(text) + 1);
+    Py_XDECREF(bytes);
+    Py_XDECREF(found);
+    PyGILState_Release(gil);
+    return status;
+}
+
 static void context_release(PyObject *capsule) {
     obm_context_free(PyCapsule_GetPointer(capsule, "onebitmerge.context"));
 }
@@ -41,6 +77,8 @@ PyObject *obm_py_set_threads(obm_py_state *st, int threads) {
     obm_context_options options = OBM_INIT(obm_context_options);
     options.threads = threads;
     options.log = log_warning;
+    options.resolve = resolve_name;
+    options.resolve_user = st;
     obm_context *ctx;
     obm_error err;
     if (obm_context_new(&options, &ctx, &err) != OBM_OK) return obm_py_raise(st, &err);

@@ -99,11 +99,17 @@ typedef void (*obm_log_fn)(void *user, const char *message);   /* one warning, n
  * another caller's work, a call runs on its own thread alone, with the same result. */
 typedef struct obm_context obm_context;
 
+/* Writes the local path of an input that is a name, "org/name" or "org/name@revision", into path[size]; called where there is
+ * no file or folder of that name, on the caller's thread.  On failure fills err. */
+typedef obm_status (*obm_resolve_fn)(void *user, const char *name, char *path, size_t size, obm_error *err);
+
 typedef struct obm_context_options {
     size_t struct_size;
     int threads;            /* 0: one per core this process may use */
     obm_log_fn log;         /* warnings; NULL: dropped */
     void *log_user;
+    obm_resolve_fn resolve; /* names of checkpoints, models and packs that are no paths; NULL: they are an IO error */
+    void *resolve_user;
 } obm_context_options;
 
 /* Reads the environment once: ONEBITMERGE_ISA lowers the instruction set ("scalar", "avx2", "avx512", "neon"; an unknown

@@ -305,9 +305,9 @@ static obm_status open_file(obm_checkpoint *c, obm_error *err) {
     return list_all(c, err);
 }
 
-static obm_status open_parts(obm_checkpoint *c, const char *path, obm_error *err) {
-    c->path = obm__strdup(path);
-    if (!c->path) return obm__fail_nomem(err, strlen(path));
+static obm_status open_parts(obm_checkpoint *c, const char *name, obm_error *err) {
+    OBM_TRY(obm__source_find(c->ctx, name, &c->path, err));
+    const char *path = c->path;
     bool folder = obm__is_directory(path);
     c->directory = folder ? obm__strdup(path) : obm__path_directory(path);
     if (!c->directory) return obm__fail_nomem(err, strlen(path));

@@ -48,6 +48,12 @@ size_t obm__temp_stem(const char *name);
 obm_status obm__directory_lock(const char *dir, int *lock, obm_error *err);
 void obm__directory_unlock(int lock);
 
+/* The local path of an input, owned: the name itself, or what the context's resolver makes of org/name[@revision] where
+ * there is no such path (source.c).  Errors: those of the resolver; IO without one. */
+obm_status obm__source_find(const obm_context *ctx, const char *name, char **out, obm_error *err);
+bool obm__source_is_local(const char *path);
+bool obm__source_is_name(const char *s); /* has the form org/name or org/name@revision */
+
 /* Drops the whole pages inside [data, data + size) of a read-only file mapping from resident memory (pages.c); they are
  * read again when touched. */
 void obm__pages_release(const void *data, size_t size);

@@ -44,7 +44,7 @@ static obm_status read_manifest(const char *path, obm_json **out, char xxh3[33],
     return status;
 }
 
-obm_status obm_pack_open(obm_context *ctx, const char *path, const char *base_path, obm_pack **out, obm_error *err) {
+static obm_status open_at(obm_context *ctx, const char *path, const char *base_path, obm_pack **out, obm_error *err) {
     obm_json *manifest = NULL;
     obm_checkpoint *base = NULL;
     const obm_json *record;
@@ -61,6 +61,14 @@ obm_status obm_pack_open(obm_context *ctx, const char *path, const char *base_pa
     }
     memcpy((*out)->manifest_xxh3, xxh3, sizeof xxh3);
     return OBM_OK;
+}
+
+obm_status obm_pack_open(obm_context *ctx, const char *path, const char *base_path, obm_pack **out, obm_error *err) {
+    char *local;
+    OBM_TRY(obm__source_find(ctx, path, &local, err));
+    obm_status status = open_at(ctx, local, base_path, out, err);
+    obm_free(local);
+    return status;
 }
 
 void obm_pack_free(obm_pack *p) {

@@ -48,9 +48,17 @@ typedef struct job {
 
 /* ---- inputs ---- */
 
+/* In the recipe's folder, or a name of the hub.  Owned. */
+static char *place_of(const job *j, const char *name) {
+    char *path = j->directory && name[0] != '/' ? obm__path_join(j->directory, name) : obm__strdup(name);
+    bool by_name = path && obm__source_is_name(name) && !obm__source_is_local(path) && !obm__source_is_local(name);
+    if (!by_name || !j->ctx->resolve) return path;
+    obm_free(path);
+    return obm__strdup(name);
+}
+
 static obm_status open_path(const job *j, const char *ref, size_t n, obm_checkpoint **out, obm_error *err) {
-    char *name = obm__strndup(ref, n), *path = NULL;
-    if (name) path = j->directory && name[0] != '/' ? obm__path_join(j->directory, name) : obm__strdup(name);
+    char *name = obm__strndup(ref, n), *path = name ? place_of(j, name) : NULL;
     obm_status status = path ? obm_checkpoint_open(j->ctx, path, out, err) : obm__fail_nomem(err, n);
     obm_free(name);
     obm_free(path);
@@ -58,8 +66,8 @@ static obm_status open_path(const job *j, const char *ref, size_t n, obm_checkpo
 }
 
 static bool is_here(const job *j, const char *ref) {
-    char *path = j->directory && ref[0] != '/' ? obm__path_join(j->directory, ref) : obm__strdup(ref);
-    bool here = path && (obm__is_directory(path) || obm__file_exists(path));
+    char *path = place_of(j, ref);
+    bool here = path && obm__source_is_local(path);
     obm_free(path);
     return here;
 }

@@ -144,7 +144,7 @@ static obm_status finish_open(obm_model *m, const obm_model_options *options, ob
     return status;
 }
 
-static obm_status open_source(obm_model *m, const char *path, const char *base, obm_error *err) {
+static obm_status open_local(obm_model *m, const char *path, const char *base, obm_error *err) {
     char *manifest = obm__path_join(path, "pack.json");
     if (!manifest) return obm__fail_nomem(err, strlen(path));
     bool is_pack = obm__file_exists(manifest);
@@ -159,6 +159,14 @@ static obm_status open_source(obm_model *m, const char *path, const char *base, 
     OBM_TRY(obm_checkpoint_open(m->ctx, path, &m->own_checkpoint, err));
     m->base = m->own_checkpoint;
     return obm__checkpoint_is_model(m->base, "a model to run", err);
+}
+
+static obm_status open_source(obm_model *m, const char *name, const char *base, obm_error *err) {
+    char *path;
+    OBM_TRY(obm__source_find(m->ctx, name, &path, err));
+    obm_status status = open_local(m, path, base, err);
+    obm_free(path);
+    return status;
 }
 
 obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_options *options, obm_model **out,

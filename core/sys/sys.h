@@ -69,6 +69,8 @@ struct obm_context {
     obm__pool *pool;           /* its workers start at the first parallel call */
     obm_log_fn log;
     void *log_user;
+    obm_resolve_fn resolve;
+    void *resolve_user;
     obm_context_info info;
     char blas[128], topology_text[256], available[64];
 };

@@ -3,7 +3,7 @@
 import json as _json
 import os as _os
 
-from . import _core, _results
+from . import _core, _hub, _results
 from ._core import (ArgumentError, BusyError, Checkpoint, DtypeError, Error, FormatError, MismatchError, Model, NonFiniteError,
                     NotFoundError, Pack, ShapeError, TaskVector, Tensor, Tokenizer, UnsupportedError, __version__, class_of, info,
                     merge_tensors, methods, set_threads)
@@ -11,7 +11,7 @@ from ._results import Completion, Expert, RouterReport, Score
 
 for _name, _hook in {"Completion": Completion.make, "Score": Score, "RouterReport": RouterReport, "experts": _results.experts,
                      "pack_repr": _results.pack_repr, "pack_html": _results.pack_html, "render_template": _results.render_template,
-                     "progress_bar": _results.progress_bar}.items():
+                     "progress_bar": _results.progress_bar, "resolve": _hub.resolve}.items():
     _core._register(_name, _hook)
 
 

@@ -184,6 +184,38 @@ static void test_gguf(void **state) {
     refused(in_dir("gguf/model-q4.gguf"), OBM_E_UNSUPPORTED, "gguf_file=NAME");
 }
 
+static obm_status to_fixture(void *user, const char *name, char *path, size_t size, obm_error *err) {
+    (*(int *)user)++;
+    if (!strcmp(name, "org/none")) return obm__fail(err, OBM_E_NOTFOUND, "%s: nobody has it", name);
+    snprintf(path, size, "%s/named", fixture_dir);
+    return OBM_OK;
+}
+
+static void test_names(void **state) {
+    (void)state;
+    int asked = 0;
+    obm_error err;
+    obm_checkpoint *c = NULL;
+    obm_context *with;
+    obm_context_options options = OBM_INIT(obm_context_options);
+    options.resolve = to_fixture;
+    options.resolve_user = &asked;
+    assert_int_equal(obm_context_new(&options, &with, &err), OBM_OK);
+    put_weights(folder("named"), "model.safetensors", "a", "aa");
+    assert_int_equal(obm_checkpoint_open(with, "org/name@v1", &c, &err), OBM_OK);
+    assert_string_equal(obm_checkpoint_path(c), in_dir("named"));
+    obm_checkpoint_free(c);
+    assert_int_equal(obm_checkpoint_open(with, "org/none", &c, &err), OBM_E_NOTFOUND);
+    assert_non_null(strstr(err.message, "nobody has it"));
+    assert_int_equal(asked, 2);
+    static const char *const paths[] = {"./org/name", "/org/name", "name", "a/b/c", "a/b@", "@/b", "a//b", ".a/b", "a/..", "a/b@c@d", "a b/c"};
+    for (size_t i = 0; i < sizeof paths / sizeof *paths; i++)
+        assert_int_equal(obm_checkpoint_open(with, paths[i], &c, &err), OBM_E_IO);
+    assert_int_equal(asked, 2);
+    obm_context_free(with);
+    refused("org/name", OBM_E_IO, "org/name: a local path is needed here; names of the Hugging Face hub resolve in the Python");
+}
+
 static void test_config(void **state) {
     (void)state;
     const char *dir = folder("config");
@@ -232,7 +264,7 @@ static void test_message_is_one_line(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_single_file), cmocka_unit_test(test_indexed),  cmocka_unit_test(test_bad_index),
-        cmocka_unit_test(test_precedence),  cmocka_unit_test(test_no_index), cmocka_unit_test(test_refused_kinds), cmocka_unit_test(test_gguf),
+        cmocka_unit_test(test_precedence),  cmocka_unit_test(test_no_index), cmocka_unit_test(test_refused_kinds), cmocka_unit_test(test_gguf), cmocka_unit_test(test_names),
         cmocka_unit_test(test_config),      cmocka_unit_test(test_tied),     cmocka_unit_test(test_message_is_one_line),
     };
     return cmocka_run_group_tests(tests, fixture_make, fixture_remove);

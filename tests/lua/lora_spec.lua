@@ -38,6 +38,13 @@ describe("adapters", function()
     assert.truthy(tostring(pack):find("a was made from LoRA factors of 672 B", 1, true))
   end)
 
+  it("have local paths", function()
+    local checkpoint, message, code = obm.checkpoint("org/name")
+    assert.is_nil(checkpoint)
+    assert.equal("IO", code)
+    assert.truthy(message:find("org/name: a local path is needed here", 1, true))
+  end)
+
   it("are refused by name where they are more than LoRA", function()
     local folder = support.folder()
     support.write(folder .. "/adapter_config.json", '{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_dora": true}')
