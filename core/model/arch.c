@@ -19,6 +19,11 @@
     [OBM_GATE] = LAYER "mlp.gate_proj.weight", [OBM_GATE_BIAS] = LAYER "mlp.gate_proj.bias", \
     [OBM_UP] = LAYER "mlp.up_proj.weight", [OBM_UP_BIAS] = LAYER "mlp.up_proj.bias"
 #define MATRIX_NAMES OUTER_NAMES, QKV_NAMES, OUTPUT_NAMES, GATE_UP_NAMES
+/* Roles with one name share a tensor (obm__config_place). */
+#define FUSED_NAMES                                                                                                  \
+    [OBM_Q] = LAYER "self_attn.qkv_proj.weight", [OBM_K] = LAYER "self_attn.qkv_proj.weight",                        \
+    [OBM_V] = LAYER "self_attn.qkv_proj.weight", [OBM_GATE] = LAYER "mlp.gate_up_proj.weight",                       \
+    [OBM_UP] = LAYER "mlp.gate_up_proj.weight"
 #define QK_NORM_NAMES [OBM_Q_NORM] = LAYER "self_attn.q_norm.weight", [OBM_K_NORM] = LAYER "self_attn.k_norm.weight"
 /* The norm's input is the residual stream, ... */
 #define PRE_NORM_NAMES \
@@ -98,6 +103,12 @@ static const obm__arch archs[] = {
      .default_theta = 1e6,
      .default_query_scalar = 256,
      .default_tied = true},
+    {.model_type = "phi3", /* and Phi-3.5, Phi-4 */
+     .names = {OUTER_NAMES, OUTPUT_NAMES, FUSED_NAMES, PRE_NORM_NAMES},
+     .has = OBM_HAS_WINDOW | OBM_HAS_PARTIAL_ROPE | OBM_HAS_OLD_LONGROPE,
+     .default_positions = 4096,
+     .default_original_positions = 4096,
+     .default_eps = 1e-5},
     {.model_type = "granite", .names = {MATRIX_NAMES, PRE_NORM_NAMES}, .has = OPTIONAL_BIASES | OBM_HAS_MULTIPLIERS},
     {.model_type = "olmo2",
      .names = {MATRIX_NAMES, POST_NORM_NAMES, QK_NORM_NAMES},

@@ -315,6 +315,20 @@ bool obm__config_has(const obm__config *c, obm__role role) {
     return role != OBM_HEAD || !c->tied;
 }
 
+void obm__config_place(const obm__config *c, obm__role role, int64_t *first, int64_t *whole) {
+    int64_t rows, cols;
+    obm__config_shape(c, role, whole, &cols);
+    *first = 0;
+    if (role >= OBM_MATRIX_ROLES) return;
+    *whole = 0;
+    for (int other = 0; other < OBM_MATRIX_ROLES; other++) {
+        if (strcmp(c->arch->names[other], c->arch->names[role])) continue;
+        obm__config_shape(c, (obm__role)other, &rows, &cols);
+        if (other < (int)role) *first += rows;
+        *whole += rows;
+    }
+}
+
 void obm__config_shape(const obm__config *c, obm__role role, int64_t *rows, int64_t *cols) {
     int64_t q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim, r = 1, h = c->hidden;
     bool bias = role >= OBM_Q_BIAS && role <= OBM_DOWN_BIAS, whole = c->arch->has & OBM_HAS_WHOLE_QK_NORM;

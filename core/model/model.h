@@ -119,6 +119,9 @@ obm_status obm__config_parse(const obm_json *config, const obm_json *generation,
 void obm__config_clear(obm__config *c);
 bool obm__config_has(const obm__config *c, obm__role role);   /* false: an absent bias, the head of a tied model */
 void obm__config_shape(const obm__config *c, obm__role role, int64_t *rows, int64_t *cols);   /* vectors: rows 1 */
+/* Matrices that share a name share a tensor, one after the other in the order of their roles (Phi-3's qkv_proj and
+ * gate_up_proj): this one's rows begin at `first` of `whole`. */
+void obm__config_place(const obm__config *c, obm__role role, int64_t *first, int64_t *whole);
 
 /* ---- sign planes (planes.c) ---- */
 
@@ -131,6 +134,7 @@ typedef struct obm__signs {
     uint8_t *blocks;            /* (ceil(rows / 64), n, row_bytes, 64); NULL: no expert is 1-bit here */
     size_t n;                   /* planes in pack order: experts, then planes of an expert */
     int64_t rows, cols, row_bytes;
+    int64_t first;              /* its first row in the tensor of the pack */
     obm__segment *segments;
     size_t n_segments;
 } obm__signs;
@@ -255,8 +259,10 @@ typedef struct obm__pending {
     size_t tensor;
     obm_tensor shape;
     bool vector;
+    obm__role role;
     obm__matrix *out;           /* where it belongs in the weights */
     obm__overlay *overlay;      /* NULL: a vector, which its route keeps for itself */
+    bool shared;                /* an entry before this one fills the overlay: a fused tensor has several roles */
     obm__matrix filled;         /* that vector */
 } obm__pending;
 typedef struct obm__build {

@@ -51,8 +51,8 @@ static void repack_blocks(void *arg, size_t begin, size_t end, int worker) {
         size_t bytes = (size_t)s->row_bytes;
         for (size_t p = 0; p < s->n; p++)
             j->k->plane_repack((uint8_t *)block_at(s, block, p),
-                               j->planes->from[p]->signs[j->planes->plane[p]] + (size_t)row * bytes, bytes, rows,
-                               bytes);
+                               j->planes->from[p]->signs[j->planes->plane[p]] + (size_t)(s->first + row) * bytes,
+                               bytes, rows, bytes);
     }
 }
 
@@ -81,10 +81,20 @@ static void cut_segments(const plane_list *planes, obm__signs *s) {
     s->n_segments = n;
 }
 
-static obm_status fill_signs(obm_model *m, const plane_list *planes, obm__signs *s, obm_error *err) {
-    const obm__planes *first = planes->from[0];
-    size_t blocks = ((size_t)first->rows + OBM__PLANE_ROWS - 1) / OBM__PLANE_ROWS, bytes = 0;
-    *s = (obm__signs){.n = planes->n, .rows = first->rows, .cols = first->cols, .row_bytes = first->row_bytes};
+/* The rows of a role in its tensor; a head is whole, and tied it may be any length. */
+static void place_signs(const obm_model *m, obm__role role, const plane_list *planes, obm__signs *s) {
+    const obm__planes *p = planes->from[0];
+    int64_t whole, cols;
+    *s = (obm__signs){.n = planes->n, .rows = p->rows, .cols = p->cols, .row_bytes = p->row_bytes};
+    if (role == OBM_HEAD) return;
+    obm__config_place(&m->config, role, &s->first, &whole);
+    obm__config_shape(&m->config, role, &s->rows, &cols);
+}
+
+static obm_status fill_signs(obm_model *m, obm__role role, const plane_list *planes, obm__signs *s, obm_error *err) {
+    size_t bytes = 0;
+    place_signs(m, role, planes, s);
+    size_t blocks = ((size_t)s->rows + OBM__PLANE_ROWS - 1) / OBM__PLANE_ROWS;
     bool fits = obm__mul(blocks * OBM__PLANE_ROWS, (size_t)s->row_bytes, &bytes) && obm__mul(bytes, s->n, &bytes);
     cut_segments(planes, s);
     s->segments = obm__calloc(s->n_segments, sizeof *s->segments);
@@ -94,18 +104,19 @@ static obm_status fill_signs(obm_model *m, const plane_list *planes, obm__signs 
     obm__parallel(m->ctx, blocks, 1, repack_blocks, &(repack_job){m->ctx->k, planes, s});
     m->signs_bytes += bytes;
     for (size_t p = 0; p < s->n; p++) /* runs do not look at the file's pages again */
-        obm__pages_release(planes->from[p]->signs[planes->plane[p]], (size_t)(s->rows * s->row_bytes));
+        obm__pages_release(planes->from[p]->signs[planes->plane[p]] + s->first * s->row_bytes,
+                           (size_t)(s->rows * s->row_bytes));
     return OBM_OK;
 }
 
-static obm_status load_tensor(obm_model *m, size_t tensor, obm__signs *s, obm_error *err) {
+static obm_status load_tensor(obm_model *m, size_t tensor, obm__role role, obm__signs *s, obm_error *err) {
     size_t n = tensor == SIZE_MAX ? 0 : list_planes(m->pack, tensor, NULL);
     if (!n) return OBM_OK;
     plane_list list = {n, obm__calloc(n, sizeof *list.from), obm__calloc(n, sizeof *list.plane)};
     obm_status status = OBM_OK;
     if (!list.from || !list.plane) OBM_GO(obm__fail_nomem(err, n * sizeof *list.from));
     list_planes(m->pack, tensor, &list);
-    OBM_GO(fill_signs(m, &list, s, err));
+    OBM_GO(fill_signs(m, role, &list, s, err));
 done:
     obm_free(list.from);
     obm_free(list.plane);
@@ -121,9 +132,9 @@ obm_status obm__signs_load(obm_model *m, obm_error *err) {
     if (!m->signs) return obm__fail_nomem(err, count * sizeof *m->signs);
     for (size_t i = 0; i < count; i++) {
         bool head = i == count - 1;
-        size_t tensor = obm__model_tensor(m, head ? 0 : (int64_t)(i / OBM_MATRIX_ROLES),
-                                          head ? OBM_HEAD : (obm__role)(i % OBM_MATRIX_ROLES));
-        OBM_TRY(load_tensor(m, tensor, &m->signs[i], err));
+        obm__role role = head ? OBM_HEAD : (obm__role)(i % OBM_MATRIX_ROLES);
+        size_t tensor = obm__model_tensor(m, head ? 0 : (int64_t)(i / OBM_MATRIX_ROLES), role);
+        OBM_TRY(load_tensor(m, tensor, role, &m->signs[i], err));
         OBM_TRY(obm__pulse_check(m->pulse, err));
     }
     return OBM_OK;
@@ -181,7 +192,7 @@ obm_status obm__coefficients_acquire(obm_model *m, obm__hard_routes **out, obm_e
 static const float *coefficients_at(const obm__terms *t, int mask, const obm__segment *g, int64_t row) {
     const obm__coefficient_shape *s = t->shape;
     int64_t group = s->groups == 1 ? 0 : (int64_t)g->first * 8 / s->group;
-    return t->masks->c[mask] + (s->c_rows == 1 ? group : group * s->c_rows + row);
+    return t->masks->c[mask] + (s->c_rows == 1 ? group : group * s->c_rows + t->signs->first + row);
 }
 
 /* ---- one vector ---- */

@@ -80,10 +80,33 @@ static obm_status use_tensor(obm__build *b, const obm_tensor *t, bool vector, ob
     return OBM_OK;
 }
 
+/* Of the whole tensor. */
 static void expected_shape(const obm__config *c, obm__role role, obm_tensor *t) {
-    int64_t rows, cols;
+    int64_t first, rows, cols;
     obm__config_shape(c, role, &rows, &cols);
+    obm__config_place(c, role, &first, &rows);
     *t = is_vector(role) ? (obm_tensor){.ndim = 1, .shape = {cols}} : (obm_tensor){.ndim = 2, .shape = {rows, cols}};
+}
+
+/* The role's rows of a tensor. */
+static obm_tensor slice_tensor(const obm__config *c, obm__role role, const obm_tensor *whole) {
+    obm_tensor t = *whole;
+    int64_t first, rows, cols;
+    if (role >= OBM_MATRIX_ROLES) return t;
+    obm__config_shape(c, role, &rows, &cols);
+    obm__config_place(c, role, &first, &t.shape[0]);
+    t.data = (const char *)whole->data + (size_t)(first * cols) * obm_dtype_size(t.dtype);
+    t.shape[0] = rows;
+    return t;
+}
+
+static obm__matrix slice_matrix(const obm__config *c, obm__role role, const obm__matrix *whole) {
+    obm_tensor t = {.data = whole->data, .dtype = whole->dtype, .ndim = 2, .shape = {whole->rows, whole->cols}};
+    obm__matrix m = *whole;
+    t = slice_tensor(c, role, &t);
+    m.data = t.data;
+    m.rows = t.shape[0];
+    return m;
 }
 
 static obm_status base_tensor(obm__build *b, const char *name, obm__role role, obm__matrix *out) {
@@ -93,7 +116,8 @@ static obm_status base_tensor(obm__build *b, const char *name, obm__role role, o
         return obm__fail(b->err, OBM_E_NOTFOUND, "%s: tensor \"%s\" is missing", obm_checkpoint_path(b->m->base), name);
     expected_shape(&b->m->config, role, &expected);
     OBM_TRY(check_tensor(b, name, &e->t, &expected, false));
-    return use_tensor(b, &e->t, is_vector(role), out);
+    obm_tensor t = slice_tensor(&b->m->config, role, &e->t);
+    return use_tensor(b, &t, is_vector(role), out);
 }
 
 /* ---- what a route makes of a tensor ---- */
@@ -124,17 +148,17 @@ size_t obm__model_tensor(const obm_model *m, int64_t layer, obm__role role) {
 static bool is_runnable(obm_dtype dtype) { return dtype == OBM_F32 || dtype == OBM_F16 || dtype == OBM_BF16; }
 
 /* Filled once the other tensors are decided, perhaps on another thread. */
-static obm_status add_pending(obm__build *b, size_t tensor, const obm_tensor *shape, bool vector, obm__matrix *out,
-                              obm__overlay *overlay) {
+static obm_status add_pending(obm__build *b, obm__pending p) {
     obm__pending *pending = obm__realloc(b->pending, b->n_pending + 1, sizeof *pending);
     if (!pending) return obm__fail_nomem(b->err, (b->n_pending + 1) * sizeof *pending);
     b->pending = pending;
-    b->pending[b->n_pending++] =
-        (obm__pending){.tensor = tensor, .shape = *shape, .vector = vector, .out = out, .overlay = overlay};
+    b->pending[b->n_pending++] = p;
     return OBM_OK;
 }
 
 static obm_status reference(obm__build *b, obm__overlay *o) {
+    for (size_t i = 0; i < b->w->n_overlays; i++)
+        if (b->w->overlays[i] == o) return OBM_OK;
     obm__overlay **overlays = obm__realloc(b->w->overlays, b->w->n_overlays + 1, sizeof *overlays);
     if (!overlays) return obm__fail_nomem(b->err, (b->w->n_overlays + 1) * sizeof *overlays);
     b->w->overlays = overlays;
@@ -143,8 +167,28 @@ static obm_status reference(obm__build *b, obm__overlay *o) {
     return OBM_OK;
 }
 
+/* That of another role of the same tensor. */
+static obm__overlay *find_pending(const obm__build *b, size_t tensor) {
+    for (size_t i = b->n_pending; i-- > 0;)
+        if (b->pending[i].overlay && b->pending[i].tensor == tensor) return b->pending[i].overlay;
+    return NULL;
+}
+
+static obm_status new_overlay(obm__build *b, obm__pending p, const double *route) {
+    OBM_TRY(obm__overlay_new(b->m, p.tensor, p.shape.shape[0], route, &p.overlay, b->err));
+    b->needed += (uint64_t)obm_tensor_count(&p.shape) * obm_dtype_size(b->m->pack->tensors[p.tensor].base.dtype);
+    obm_status status = add_pending(b, p);
+    if (status != OBM_OK) obm__overlay_free(p.overlay);
+    return status;
+}
+
 /* One that another route has already, or one of our own to be filled. */
-static obm_status take_overlay(obm__build *b, size_t tensor, const obm_tensor *shape, obm__matrix *out) {
+static obm_status take_overlay(obm__build *b, size_t tensor, const obm_tensor *shape, obm__role role,
+                               obm__matrix *out) {
+    obm__pending p = {.tensor = tensor, .shape = *shape, .role = role, .out = out};
+    p.overlay = find_pending(b, tensor);
+    p.shared = p.overlay != NULL;
+    if (p.shared) return add_pending(b, p);
     double *route = obm__calloc(b->m->tasks, sizeof *route);
     if (!route) return obm__fail_nomem(b->err, b->m->tasks * sizeof *route);
     obm__route_effective(b->w->plan, tensor, route);
@@ -152,13 +196,10 @@ static obm_status take_overlay(obm__build *b, size_t tensor, const obm_tensor *s
     obm_status status = OBM_OK;
     if (o) {
         OBM_GO(reference(b, o));
-        *out = o->matrix;
+        *out = slice_matrix(&b->m->config, role, &o->matrix);
         goto done;
     }
-    OBM_GO(obm__overlay_new(b->m, tensor, shape->shape[0], route, &o, b->err));
-    status = add_pending(b, tensor, shape, false, out, o);
-    if (status != OBM_OK) obm__overlay_free(o);
-    b->needed += (uint64_t)obm_tensor_count(shape) * obm_dtype_size(b->m->pack->tensors[tensor].base.dtype);
+    status = new_overlay(b, p, route);
 done:
     obm_free(route);
     return status;
@@ -215,14 +256,17 @@ static obm_status changed_matrix(obm__build *b, size_t tensor, const obm_tensor 
     obm__route_kind kind = obm__route_kind_of(b->w->plan, tensor);
     const obm_tensor *own = kind == OBM_ROUTE_EXPERT ? obm__route_own(b->w->plan, tensor) : NULL;
     bool grows = shape->shape[0] > b->m->pack->tensors[tensor].base.shape[0];
-    if (own && is_runnable(own->dtype)) return use_tensor(b, own, false, out);
+    if (own && is_runnable(own->dtype)) {
+        obm_tensor t = slice_tensor(&b->m->config, role, own);
+        return use_tensor(b, &t, false, out);
+    }
     if (kind == OBM_ROUTE_PATTERNS && !grows && take_planes(b, tensor, layer, role, out)) return OBM_OK;
     if (role == OBM_EMBEDDING && !b->m->materialise && (b->head_has_planes || has_own_head(b))) {
         merge_by_token(b, tensor, shape, out);
         return OBM_OK;
     }
     b->trims |= kind == OBM_ROUTE_ELEMENTS;
-    return take_overlay(b, tensor, shape, out);
+    return take_overlay(b, tensor, shape, role, out);
 }
 
 /* Sets *done when the route has its own version of the tensor. */
@@ -237,11 +281,11 @@ static obm_status route_tensor(obm__build *b, const char *name, int64_t layer, o
     if (!exists) return OBM_OK;
     shape.dtype = OBM_F32;
     expected_shape(&b->m->config, role, &expected);
-    OBM_TRY(check_tensor(b, name, &shape, &expected, !is_vector(role)));
+    OBM_TRY(check_tensor(b, name, &shape, &expected, role == OBM_EMBEDDING || role == OBM_HEAD));
     *done = true;
     if (!is_vector(role)) return changed_matrix(b, i, &shape, layer, role, out);
     b->trims |= obm__route_kind_of(b->w->plan, i) == OBM_ROUTE_ELEMENTS;
-    return add_pending(b, i, &shape, true, out, NULL);
+    return add_pending(b, (obm__pending){.tensor = i, .shape = shape, .vector = true, .role = role, .out = out});
 }
 
 /* A tied head is the embedding.  Where the route only adds planes to that, they are added here, and rows are all that
@@ -331,7 +375,7 @@ void obm__build_free(obm__build *b) {
     for (size_t i = 0; i < b->n_pending; i++) {
         if (!b->pending[i].overlay)
             obm_free((void *)b->pending[i].filled.data);
-        else if (!b->pending[i].overlay->refs)
+        else if (!b->pending[i].shared && !b->pending[i].overlay->refs)
             obm__overlay_free(b->pending[i].overlay);
     }
     obm__weights_free(b->m, b->w);
@@ -365,6 +409,7 @@ obm_status obm__build_run(obm__build *b, const _Atomic int *stop, obm_error *err
     if (b->trims) OBM_TRY(obm__route_plan_trim(b->w->plan, stop, err));
     for (size_t i = 0; i < b->n_pending; i++) {
         obm__pending *p = &b->pending[i];
+        if (p->shared) continue;
         obm__route_plan plan = *b->w->plan; /* an overlay has the same bits whichever of its routes comes first */
         if (p->overlay) plan.rule.weights = p->overlay->route;
         OBM_TRY(obm__overlay_fill(b->m, &plan, p->tensor, &p->shape, p->vector, stop,
@@ -379,9 +424,11 @@ static obm_status keep_pending(obm__build *b, obm__pending *p) {
         p->filled.data = NULL; /* own() frees it on failure */
         return own(b, (void *)p->out->data, (size_t)p->out->cols * sizeof(float));
     }
-    OBM_TRY(reference(b, p->overlay));
-    obm__overlay_keep(b->m, p->overlay);
-    *p->out = p->overlay->matrix;
+    if (!p->shared) {
+        OBM_TRY(reference(b, p->overlay));
+        obm__overlay_keep(b->m, p->overlay);
+    }
+    *p->out = slice_matrix(&b->m->config, p->role, &p->overlay->matrix);
     return OBM_OK;
 }
 

@@ -356,7 +356,7 @@ static void matches_transformers(void **state) {
     (void)state;
     const char *names[] = {"llama-tied",     "llama-untied-bias", "llama3-rope", "llama3-rope-v5", "mistral-window",
                            "mistral-full",   "smollm3",           "qwen2-window", "qwen2-yarn",    "qwen3",
-                           "gemma2",         "gemma3",            "granite",     "olmo2"};
+                           "gemma2",         "gemma3",            "phi3",        "granite",      "olmo2"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) compare_with_transformers(names[i]);
 }
 

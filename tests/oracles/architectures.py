@@ -58,6 +58,11 @@ CASES = {
     "gemma3": model("Gemma3", **S, head_dim=14, sliding_window=9, query_pre_attn_scalar=10, num_hidden_layers=3, sliding_window_pattern=3),
     "gemma3-linear": model("Gemma3", **S, head_dim=12, sliding_window=9, layer_types=ALTERNATE, rope_parameters={
         "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 8.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}),
+    "phi3": model("Phi3", **{**S, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 40}, sliding_window=13),
+    "phi3-longrope": model("Phi3", **{**S, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64},
+                           original_max_position_embeddings=64, rope_parameters={**longrope(6, 64), "partial_rotary_factor": 0.75}),
+    "phi3-short": model("Phi3", **{**S, "num_attention_heads": 3, "num_key_value_heads": 3}, tie_word_embeddings=True,
+                        original_max_position_embeddings=128, rope_parameters=longrope(6, 128)),
     "granite": model("Granite", **S, embedding_multiplier=1.7, residual_multiplier=0.6, attention_multiplier=0.3, logits_scaling=0.8),
     "granite-defaults": model("Granite", **S, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
     "olmo2": model("Olmo2", **S),

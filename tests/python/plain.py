@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 
-DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "U8": "u1", "I64": "<i8", "BF16": "<u2"}
+DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "U8": "u1", "I32": "<i4", "I64": "<i8", "BF16": "<u2"}
 
 
 # ---- safetensors: 8 bytes of header length, a JSON header, the bytes ----

@@ -63,6 +63,9 @@ CASES = {
     "granite": (*tiny("Granite", embedding_multiplier=1.7, residual_multiplier=0.6, attention_multiplier=0.3, logits_scaling=0.8),
                 False),
     "olmo2": (*tiny("Olmo2"), False),
+    "phi3": (*tiny("Phi3", hidden_size=24, sliding_window=50, original_max_position_embeddings=64, rope_parameters={
+        "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, "short_factor": [1.0, 1.1],
+        "long_factor": [1.5, 4.0], "original_max_position_embeddings": 64}), True),
 }
 
 
@@ -85,6 +88,8 @@ def rewrite_as_v4(path):
         rope = rope["full_attention"]
     config.pop("layer_types", None)  # so that the rule of the architecture counts
     config["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
