@@ -33,13 +33,13 @@ static void read_input(const obm_kernels *k, const obm__group *g, const obm_tens
 static const obm__lowrank *lora_of(const obm__group *g, size_t model) { return g->loras ? g->loras[model] : NULL; }
 
 void obm__group_base(const obm_kernels *k, const obm__group *g, uint64_t begin, size_t n, float *base, float *scratch) {
-    if (g->steps->deltas) read_input(k, g, g->base, g->base_lora, begin, n, base, scratch);
+    if (g->base) read_input(k, g, g->base, g->base_lora, begin, n, base, scratch);
 }
 
 size_t obm__group_delta(const obm_kernels *k, const obm__group *g, size_t model, uint64_t begin, size_t n,
                         const float *base, float *d, float *scratch) {
     read_input(k, g, &g->models[model], lora_of(g, model), begin, n, d, scratch);
-    if (g->steps->deltas) {
+    if (g->steps->deltas && g->base) {
         k->sub_f32(d, d, base, n);
         if (g->steps->round_deltas) round_to(k, g->work, d, n, scratch);
     }
@@ -68,7 +68,7 @@ static bool element_is_bad(const obm_kernels *k, const obm__group *g, const obm_
 obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t index, obm_error *err) {
     const char *name = g->name[0] ? g->name : "the tensor";
     unsigned long long at = index;
-    if (g->steps->deltas && element_is_bad(k, g, g->base, g->base_lora, index))
+    if (g->base && element_is_bad(k, g, g->base, g->base_lora, index))
         return obm__fail(err, OBM_E_VALUE, "%s: NaN or Inf in %s at index %llu", name,
                          g->base_label ? g->base_label : "the base", at);
     for (size_t i = 0; i < g->steps->n; i++) {

@@ -21,20 +21,51 @@
 
 /* ---- methods (registry.c; one file each) ---- */
 
-typedef enum { OBM_MASK_NONE, OBM_MASK_MAGNITUDE, OBM_MASK_RANDOM } obm__mask_kind;
+typedef enum { OBM_MASK_NONE, OBM_MASK_MAGNITUDE, OBM_MASK_OUTLIERS, OBM_MASK_RANDOM, OBM_MASK_RANKED } obm__mask_kind;
 typedef enum { OBM_CONSENSUS_NONE, OBM_CONSENSUS_SIGN } obm__consensus;
-typedef enum { OBM_RESCALE_NONE, OBM_RESCALE_L1, OBM_RESCALE_INVERSE_DENSITY } obm__rescale;
+/* BY_PROFILE: to the L1 norm as mergekit does, by 1 / probability in the paper profile. */
+typedef enum { OBM_RESCALE_NONE, OBM_RESCALE_L1, OBM_RESCALE_INVERSE_DENSITY, OBM_RESCALE_BY_PROFILE } obm__rescale;
+
+typedef struct obm__run obm__run;
+typedef struct obm__group obm__group;
+typedef struct obm__block obm__block;
+typedef struct obm__steps obm__steps;
+
+/* What a method does that is no row of settings; each may be NULL.  They get a group after its deltas are formed. */
+typedef struct obm__custom {
+    /* What the parameters must fulfil together. */
+    obm_status (*check)(const obm__steps *s, obm_error *err);
+    /* Statistics over all groups of one scope, into groups[i].stats and cuts. */
+    obm_status (*prepare)(const obm__run *run, obm__group *groups, size_t n_groups, obm_error *err);
+    /* A number per element >= 0 that obm__select ranks when its model is OBM_BY_SCORE. */
+    void (*score)(const obm__block *b, float *out);
+    /* Replaces consensus, reduction and adding: the merged values of a block into b->mixed. */
+    void (*merge)(const obm__block *b);
+    /* Bytes that `prepare` keeps for one tensor. */
+    uint64_t (*bytes)(const obm__group *g);
+} obm__custom;
 
 typedef struct obm__method {
     obm_method_info info;
-    bool deltas; /* works on task vectors and adds the base; else on the weights themselves */
+    bool deltas;        /* works on task vectors and adds the base; else on the weights themselves */
+    bool optional_base; /* takes a base, but needs none */
     obm__mask_kind mask;
     obm__consensus consensus;
-    obm__rescale rescale; /* what the parameter `rescale` asks for */
+    obm__rescale rescale;   /* what the parameter `rescale` asks for */
+    bool tensor_statistics; /* scope -1 is the tensor in the paper profile too */
+    const obm__custom *custom;
 } obm__method;
 
 extern const obm__method obm__method_linear, obm__method_task_arithmetic, obm__method_ties, obm__method_dare_linear,
-    obm__method_dare_ties;
+    obm__method_dare_ties, obm__method_passthrough, obm__method_slerp, obm__method_nuslerp, obm__method_multislerp,
+    obm__method_karcher, obm__method_della, obm__method_della_linear, obm__method_breadcrumbs,
+    obm__method_breadcrumbs_ties, obm__method_model_stock, obm__method_sce, obm__method_ram, obm__method_ramplus_tl,
+    obm__method_nearswap, obm__method_arcee_fusion, obm__method_consensus, obm__method_emr, obm__method_varm;
+
+/* A base is an input of its own; else it is a model like the others. */
+static inline bool obm__method_takes_base(const obm__method *m) { return m->info.needs_base || m->optional_base; }
+/* ARG unless the method takes n models; `where` goes in front. */
+obm_status obm__method_check_count(const obm__method *m, size_t n, const char *where, obm_error *err);
 
 /* Parameter rows that several methods share. */
 #define OBM_PARAM_ROW(name, doc, scope, required, dflt, min, max, is_bool) \
@@ -68,7 +99,9 @@ const char *obm__suggest(const char *name, const char *const *names, size_t n, c
 
 /* ---- steps: a method with its parameters, for the n models of one tensor ---- */
 
-typedef struct obm__steps {
+struct obm__steps {
+    const obm__method *method;
+    bool paper; /* the profile */
     bool deltas;
     obm__mask_kind mask;
     obm__rescale rescale;
@@ -83,19 +116,38 @@ typedef struct obm__steps {
     size_t n;
     float *weight;   /* (n), owned */
     double *density; /* (n), owned */
-} obm__steps;
+    double *values;  /* (parameters of the method, n), owned: completed with defaults */
+};
 
 /* Checks names, ranges and required parameters, fills defaults.  A per-model parameter with model -1 holds for every
  * model that has none of its own.  Errors: NOTFOUND, ARG, NOMEM. */
 obm_status obm__steps_new(const obm__method *m, obm_profile profile, size_t n, const obm_param *params, size_t n_params,
                           uint64_t seed, obm__steps *out, obm_error *err);
 void obm__steps_free(obm__steps *s);
+/* A parameter of the method; for one of the whole merge any model will do. */
+double obm__steps_value(const obm__steps *s, const char *name, size_t model);
 
 /* ---- random numbers (random.c) ---- */
 
 uint64_t obm__random_key(uint64_t seed, const char *tensor, size_t model);
+/* The draw of one element: kept with probability `keep` if it is below obm__random_limit(keep). */
+uint64_t obm__random_draw(uint64_t key, uint64_t element);
+uint64_t obm__random_limit(double keep);
 /* Zeroes d[j] unless element begin + j is drawn with probability `keep`. */
 void obm__random_mask(uint64_t key, uint64_t begin, double keep, float *d, size_t n);
+
+/* ---- masks by rank (ranked.c) ---- */
+
+/* What a mask by rank leaves of each element of a span: 0, 1, or in the paper profile 1 / probability. */
+typedef struct obm__ranked obm__ranked;
+/* For walks over `count` elements.  Whole rows are ranked, so that memory grows with the length of a row. */
+obm_status obm__ranked_new(const obm__run *run, const obm__group *g, uint64_t count, obm__ranked **out, obm_error *err);
+obm_status obm__ranked_fill(const obm__run *run, obm__ranked *r, const obm__group *g, uint64_t at, uint64_t until,
+                            float *lanes, obm_error *err);
+/* Elements [offset, offset + n) of the span. */
+void obm__ranked_apply(const obm__ranked *r, const obm__group *g, size_t model, uint64_t offset, float *d, size_t n);
+void obm__ranked_free(obm__ranked *r);
+uint64_t obm__ranked_bytes(const obm__group *g, int threads);
 
 /* ---- exact selection (select.c) ---- */
 
@@ -111,19 +163,19 @@ typedef struct obm__cut {
 /* ---- groups: one tensor across the models ---- */
 
 /* Who runs and who is told. */
-typedef struct obm__run {
+struct obm__run {
     obm_context *ctx;
     obm_progress_fn progress; /* nullable */
     void *user;
     const char *what;
     uint64_t done, total;
-} obm__run;
+};
 /* Reports done of total; USER when the callback asks to stop. */
 obm_status obm__run_report(const obm__run *run, obm_error *err);
 
-typedef struct obm__group {
+struct obm__group {
     const char *name;                       /* feeds the random masks; "" for a nameless tensor */
-    const obm_tensor *base;                 /* NULL for methods without deltas */
+    const obm_tensor *base;                 /* NULL for methods without one */
     const obm_tensor *models;               /* (steps->n) */
     const obm__lowrank *base_lora, *const *loras; /* what adapters add to base and models; NULL, or (steps->n) of them or NULL */
     const char *base_label, *const *labels; /* for messages, nullable */
@@ -133,8 +185,72 @@ typedef struct obm__group {
     const obm__steps *steps;
     obm__cut *cuts;  /* (n), from obm__statistics */
     float *factors;  /* (n), rescale factors */
+    obm__cut *tops;  /* (n), what a mask of outliers takes away again */
+    double *stats;   /* of the method's own `prepare`, owned */
     float zero_sign; /* +1 or -1: what a zero sum elects */
-} obm__group;
+};
+
+/* Elements [begin, begin + n) of a group in the hands of one worker; n <= OBM_MERGE_BLOCK. */
+struct obm__block {
+    const obm_kernels *k;
+    const obm__group *g;
+    uint64_t begin;
+    size_t n;
+    float *base, *scratch, *sum, *mixed, *divisor; /* (OBM_MERGE_BLOCK) each */
+    float *deltas;                                 /* (n_models, OBM_MERGE_BLOCK) */
+};
+static inline float *obm__block_delta(const obm__block *b, size_t model) { return b->deltas + model * OBM_MERGE_BLOCK; }
+#define OBM_BLOCK_LANES 5
+/* The lanes of one worker in memory of obm__group_scratch bytes per worker. */
+static inline obm__block obm__block_of(float *memory, const obm_kernels *k, const obm__group *g, int worker) {
+    float *p = memory + (size_t)worker * (OBM_BLOCK_LANES + g->steps->n) * OBM_MERGE_BLOCK;
+    return (obm__block){.k = k,
+                        .g = g,
+                        .base = p,
+                        .scratch = p + OBM_MERGE_BLOCK,
+                        .sum = p + 2 * OBM_MERGE_BLOCK,
+                        .mixed = p + 3 * OBM_MERGE_BLOCK,
+                        .divisor = p + 4 * OBM_MERGE_BLOCK,
+                        .deltas = p + OBM_BLOCK_LANES * OBM_MERGE_BLOCK};
+}
+/* Base and deltas as they are, without masks.  Returns the first index that is not finite, n if all are. */
+size_t obm__block_load(const obm__block *b);
+
+/* Vectors along the last dimension: how long, and how many of them. */
+static inline uint64_t obm__group_cols(const obm__group *g) {
+    return g->models[0].ndim ? (uint64_t)g->models[0].shape[g->models[0].ndim - 1] : 1;
+}
+static inline uint64_t obm__group_rows(const obm__group *g) { return g->count ? g->count / obm__group_cols(g) : 0; }
+
+/* Adds up numbers over all elements: fn gives the n_sums of one block.  Blocks join by obm__tree_sum within a span,
+ * spans one after the other.  n_sums <= OBM_MAX_SUMS. */
+#define OBM_MAX_SUMS 2048
+typedef void (*obm__sums_fn)(const obm__block *b, const void *arg, double *sums);
+obm_status obm__group_sums(const obm__run *run, const obm__group *g, size_t n_sums, obm__sums_fn fn, const void *arg,
+                           double *total, obm_error *err);
+/* Calls fn for ranges that one worker works on alone, in parallel: whole rows, or up to OBM_MERGE_BLOCK columns of a
+ * band of rows; the bands come in order.  fn loads what it needs and returns the first index that is not finite, else
+ * UINT64_MAX. */
+typedef struct obm__part {
+    uint64_t row, rows, col, cols; /* of a matrix whose vectors are rows, or columns */
+} obm__part;
+typedef uint64_t (*obm__part_fn)(obm__block *b, const obm__part *part, void *arg);
+obm_status obm__group_parts(const obm__run *run, const obm__group *g, uint64_t rows, uint64_t cols, bool by_columns,
+                            obm__part_fn fn, void *arg, obm_error *err);
+
+/* ---- combinations of vectors by their inner products (combine.c) ---- */
+
+/* What is one vector: the tensor, each row along the last dimension, or each column along the first.  A 1-D tensor is
+ * one row, and one column. */
+typedef enum { OBM_VECTOR_TENSOR, OBM_VECTOR_ROW, OBM_VECTOR_COLUMN } obm__vector;
+/* The factors c (n) of n vectors with the inner products gram (n, n). */
+typedef obm_status (*obm__mix_fn)(const obm__steps *s, const double *gram, size_t n, double *c, obm_error *err);
+/* Factors of every vector into stats: of the task vectors (or of the weights where there is no base), or of base and
+ * models, in this order, for a method with a base that works on the weights themselves. */
+obm_status obm__combine(const obm__run *run, obm__group *groups, size_t n_groups, obm__vector kind, obm__mix_fn mix,
+                        obm_error *err);
+void obm__combine_merge(const obm__block *b);
+uint64_t obm__combine_bytes(const obm__group *g);
 
 /* The dtype that a merge without a `dtype` works in: the common one, F32 where they differ. */
 obm_dtype obm__group_common_dtype(const obm_tensor *base, const obm_tensor *models, size_t n);
@@ -169,10 +285,14 @@ void obm__group_release(const obm__group *g, uint64_t begin, uint64_t n);
 /* The error for an element that is not finite, naming tensor, model and index. */
 obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t index, obm_error *err);
 
+#define OBM_BY_SCORE SIZE_MAX
 /* The first n_keep elements by magnitude of model `model` over the concatenation of all groups; fills
- * groups[i].cuts[model]. */
+ * groups[i].cuts[model], or cuts[0] for the method's own score (OBM_BY_SCORE). */
 obm_status obm__select(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, uint64_t n_keep,
                        obm_error *err);
+/* The n-th largest (from 1) of the same values. */
+obm_status obm__select_value(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, uint64_t n,
+                             float *out, obm_error *err);
 void obm__cut_apply(const obm__cut *c, uint64_t block, float *d, size_t n);
 
 /* Everything the element pass needs to know in advance, over all groups of one scope; call obm__group_clear afterwards

@@ -37,7 +37,8 @@ typedef struct job {
     input *inputs;              /* the base first where the method has one, then the models */
     const char **refs;          /* their names in the recipe, for messages */
     size_t n_inputs, reference; /* the input whose names, config and tokenizer count */
-    bool writes_head;           /* some input has a head of its own, so the result has one */
+    bool has_base;
+    bool writes_head; /* some input has a head of its own, so the result has one */
     int64_t n_layers;
     output *outputs;
     size_t n_outputs;
@@ -108,9 +109,10 @@ static obm_status open_inputs(job *j, obm_error *err) {
     j->inputs = obm__calloc(n, sizeof *j->inputs);
     j->refs = obm__calloc(n, sizeof *j->refs);
     if (!j->inputs || !j->refs) return obm__fail_nomem(err, n * (sizeof *j->inputs + sizeof *j->refs));
-    if (r->method->deltas) OBM_TRY(open_input(j, r->base, err));
+    j->has_base = r->base && obm__method_takes_base(r->method);
+    if (j->has_base) OBM_TRY(open_input(j, r->base, err));
     for (size_t i = 0; i < r->n_models; i++) {
-        if (!r->method->deltas && r->base && !strcmp(r->models[i].ref, r->base)) j->reference = j->n_inputs;
+        if (!j->has_base && r->base && !strcmp(r->models[i].ref, r->base)) j->reference = j->n_inputs;
         OBM_TRY(open_input(j, r->models[i].ref, err));
     }
     return OBM_OK;
@@ -271,32 +273,45 @@ static obm_status resolve_steps(const job *j, output *o, obm_error *err) {
 /* A sum with an adapter has the precision of f32, whatever the tensor below it has. */
 static obm_dtype working_dtype(const job *j, const output *o) {
     const obm__recipe *r = j->recipe;
-    bool deltas = r->method->deltas;
     if (r->has_dtype) return r->dtype;
     for (size_t i = 0; i < j->n_inputs; i++)
         if (o->loras[i]) return OBM_F32;
-    return obm__group_common_dtype(deltas ? &o->tensors[0] : NULL, o->tensors + deltas, r->n_models);
+    return obm__group_common_dtype(j->has_base ? &o->tensors[0] : NULL, o->tensors + j->has_base, r->n_models);
 }
 
 static obm_status plan_output(job *j, output *o, obm_error *err) {
     const obm__recipe *r = j->recipe;
-    bool deltas = r->method->deltas;
     OBM_TRY(match_tensors(j, o, err));
-    const obm_tensor *base = deltas ? &o->tensors[0] : NULL, *models = o->tensors + deltas;
+    const obm_tensor *base = j->has_base ? &o->tensors[0] : NULL, *models = o->tensors + j->has_base;
     o->dtype = o->copy ? o->tensors[j->reference].dtype : written_dtype(r, &o->tensors[j->reference]);
     if (o->copy) return OBM_OK;
     OBM_TRY(resolve_steps(j, o, err));
     o->group = (obm__group){.name = o->name,
                             .base = base,
                             .models = models,
-                            .base_lora = deltas ? o->loras[0] : NULL,
-                            .loras = o->loras + deltas,
+                            .base_lora = j->has_base ? o->loras[0] : NULL,
+                            .loras = o->loras + j->has_base,
                             .base_label = j->refs[0],
-                            .labels = j->refs + deltas,
+                            .labels = j->refs + j->has_base,
                             .work = working_dtype(j, o),
                             .count = (uint64_t)obm_tensor_count(&o->tensors[0]),
                             .mapped = true,
                             .steps = &o->steps};
+    return OBM_OK;
+}
+
+static bool has_density(const obm__steps *s) { return s->mask == OBM_MASK_MAGNITUDE || s->mask == OBM_MASK_OUTLIERS; }
+
+/* What selects over the whole model is one number. */
+static obm_status check_scope_values(const output *o, const output *first, obm_error *err) {
+    static const char *const names[] = {"gamma", "select_topk", "select_weights_only"};
+    for (size_t i = 0; o->steps.model_scope && i < OBM_COUNT(names); i++)
+        for (size_t m = 0; m < o->steps.n; m++)
+            if (obm__steps_value(&o->steps, names[i], m) != obm__steps_value(&first->steps, names[i], m))
+                return obm__fail(err, OBM_E_ARG,
+                                 "recipe: a selection over the whole model takes one %s, but it differs in %.150s and "
+                                 "%.150s (scope: tensor allows it)",
+                                 names[i], first->name, o->name);
     return OBM_OK;
 }
 
@@ -311,7 +326,8 @@ static obm_status check_scopes(const job *j, obm_error *err) {
             return obm__fail(err, OBM_E_ARG,
                              "recipe: scope must be the same for all tensors, it differs in %.150s and %.150s",
                              first->name, o->name);
-        for (size_t m = 0; o->steps.model_scope && o->steps.mask == OBM_MASK_MAGNITUDE && m < o->steps.n; m++)
+        OBM_TRY(check_scope_values(o, first, err));
+        for (size_t m = 0; o->steps.model_scope && has_density(&o->steps) && m < o->steps.n; m++)
             if (o->steps.density[m] != first->steps.density[m])
                 return obm__fail(err, OBM_E_ARG,
                                  "recipe: a trim over the whole model takes one density per model, but %.150s has %g "
@@ -326,12 +342,19 @@ static obm_status check_scopes(const job *j, obm_error *err) {
 /* Everything but the output tile: scratch of the passes, histograms, per-block records of the largest tensor, and the
  * pages of the inputs that one span touches. */
 static uint64_t fixed_memory(const job *j) {
-    uint64_t threads = (uint64_t)j->ctx->threads, models = j->recipe->n_models, largest = 0;
-    for (size_t i = 0; i < j->n_outputs; i++)
-        if (j->outputs[i].group.count > largest) largest = j->outputs[i].group.count;
+    uint64_t threads = (uint64_t)j->ctx->threads, models = j->recipe->n_models, largest = 0, own = 0;
+    for (size_t i = 0; i < j->n_outputs; i++) {
+        const obm__group *g = &j->outputs[i].group;
+        const obm__custom *custom = j->recipe->method->custom;
+        if (j->outputs[i].copy) continue;
+        uint64_t bytes = custom && custom->bytes ? custom->bytes(g) : 0;
+        if (g->steps->mask == OBM_MASK_RANKED) bytes += obm__ranked_bytes(g, j->ctx->threads);
+        if (bytes > own) own = bytes;
+        if (g->count > largest) largest = g->count;
+    }
     uint64_t blocks = largest / OBM_MERGE_BLOCK + 1, span = largest < OBM_MERGE_SPAN ? largest : OBM_MERGE_SPAN;
     return threads * (obm__group_scratch(models) + (65536 + 3 * OBM_MERGE_BLOCK) * 4) + 65536 * 8 +
-           blocks * models * 3 * 8 + span * j->n_inputs * 4;
+           blocks * models * (j->recipe->method->mask == OBM_MASK_OUTLIERS ? 4 : 3) * 8 + own + span * j->n_inputs * 4;
 }
 
 static obm_status choose_tile(job *j, obm_error *err) {
@@ -350,6 +373,15 @@ static bool whole_model(const job *j) {
     return false;
 }
 
+/* Passes over a tensor, as far as a guess of the time needs them. */
+static double pass_count(const obm__steps *s) {
+    double trims = s->mask == OBM_MASK_MAGNITUDE  ? 2
+                   : s->mask == OBM_MASK_OUTLIERS ? 4
+                   : s->mask == OBM_MASK_RANKED   ? 8
+                                                  : 0;
+    return 1 + trims + (s->rescale == OBM_RESCALE_L1) + (s->method->custom && s->method->custom->prepare);
+}
+
 static obm_plan sizes(const job *j) {
     obm_plan p = {.tensors = j->n_outputs, .peak_memory = fixed_memory(j) + 4 * j->tile};
     double passes = 0;
@@ -357,7 +389,7 @@ static obm_plan sizes(const job *j) {
         const output *o = &j->outputs[i];
         for (size_t t = 0; t < j->n_inputs; t++) p.bytes_read += obm__tensor_bytes(&o->tensors[t]);
         p.bytes_written += (uint64_t)obm_tensor_count(&o->tensors[0]) * obm_dtype_size(o->dtype);
-        passes += (double)o->group.count * (double)o->steps.n * (o->steps.mask == OBM_MASK_MAGNITUDE ? 3 : 1);
+        if (!o->copy) passes += (double)o->group.count * (double)o->steps.n * pass_count(&o->steps);
     }
     if (whole_model(j)) p.bytes_read *= 3; /* the statistics read everything before the merge does */
     p.seconds = (double)(p.bytes_read + p.bytes_written) / BYTES_PER_SECOND +
@@ -446,7 +478,7 @@ static char *build_card(const job *j) {
                        obm_version(), r->method->info.name, r->method->info.doc, r->method->info.source,
                        r->profile == OBM_PROFILE_PAPER ? "paper" : "mergekit", (unsigned long long)j->seed);
     for (size_t i = 0; i < j->n_inputs; i++)
-        obm__buffer_printf(&b, "- %s%s\n", j->refs[i], i == 0 && r->method->deltas ? " (base)" : "");
+        obm__buffer_printf(&b, "- %s%s\n", j->refs[i], i == 0 && j->has_base ? " (base)" : "");
     obm__buffer_text(&b, "\n");
     add_recipe(&b, r->text);
     if (!b.failed) return b.data;

@@ -9,24 +9,9 @@
 /* mergekit does not rescale what has practically no norm, and does not divide by practically no weight. */
 #define LEAST_NORM 1e-7
 #define LEAST_WEIGHT 1e-8f
+#define SPAN_BLOCKS ((size_t)(OBM_MERGE_SPAN / OBM_MERGE_BLOCK))
 
-/* One worker's lanes, OBM_MERGE_BLOCK floats each; deltas: (n_models, OBM_MERGE_BLOCK). */
-typedef struct lanes {
-    float *base, *scratch, *sum, *mixed, *divisor, *deltas;
-} lanes;
-#define FIXED_LANES 5
-
-size_t obm__group_scratch(size_t n_models) { return (FIXED_LANES + n_models) * OBM_MERGE_BLOCK * sizeof(float); }
-
-static lanes worker_lanes(float *block, size_t n_models, int worker) {
-    float *p = block + (size_t)worker * (FIXED_LANES + n_models) * OBM_MERGE_BLOCK;
-    return (lanes){p,
-                   p + OBM_MERGE_BLOCK,
-                   p + 2 * OBM_MERGE_BLOCK,
-                   p + 3 * OBM_MERGE_BLOCK,
-                   p + 4 * OBM_MERGE_BLOCK,
-                   p + 5 * OBM_MERGE_BLOCK};
-}
+size_t obm__group_scratch(size_t n_models) { return (OBM_BLOCK_LANES + n_models) * OBM_MERGE_BLOCK * sizeof(float); }
 
 /* A parallel walk over the blocks of one group. */
 typedef struct walk {
@@ -35,49 +20,72 @@ typedef struct walk {
     uint64_t begin, end;
     uint64_t at, until;     /* the span in work; blocks count from `at` */
     float *block;           /* (workers) lanes */
+    obm__ranked *ranked;    /* masks by rank of the span; NULL for other masks */
     double *before, *after; /* L1 norms: (n_models, blocks) */
     int64_t *votes;         /* elected signs: (workers) */
+    obm__sums_fn sums;      /* what to add up, of `arg`: */
+    const void *arg;
+    size_t n_sums;
+    double *partial, *total; /* (OBM_MERGE_SPAN / OBM_MERGE_BLOCK, n_sums) of the span; (n_sums) */
     obm_dtype dtype;
     char *out;
     _Atomic uint64_t bad;
 } walk;
 
-static size_t block_length(const walk *w, uint64_t begin) {
-    return w->until - begin < OBM_MERGE_BLOCK ? (size_t)(w->until - begin) : OBM_MERGE_BLOCK;
+static void set_block(const walk *w, size_t block, obm__block *b) {
+    b->begin = w->at + (uint64_t)block * OBM_MERGE_BLOCK;
+    b->n = w->until - b->begin < OBM_MERGE_BLOCK ? (size_t)(w->until - b->begin) : OBM_MERGE_BLOCK;
 }
-
-static uint64_t block_begin(const walk *w, size_t block) { return w->at + (uint64_t)block * OBM_MERGE_BLOCK; }
 
 static obm_status walk_spans(const obm__run *run, walk *w, obm__range_fn fn, obm_error *err) {
     for (w->at = w->begin; w->at < w->end; w->at = w->until) {
         w->until = w->end - w->at < OBM_MERGE_SPAN ? w->end : w->at + OBM_MERGE_SPAN;
-        obm__parallel(run->ctx, (size_t)((w->until - w->at + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK), 1, fn, w);
+        size_t blocks = (size_t)((w->until - w->at + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK);
+        if (w->ranked) OBM_TRY(obm__ranked_fill(run, w->ranked, w->g, w->at, w->until, w->block, err));
+        obm__parallel(run->ctx, blocks, 1, fn, w);
         if (w->bad != UINT64_MAX) return obm__group_bad(w->k, w->g, w->bad, err);
+        for (size_t i = 0; i < w->n_sums; i++) w->total[i] += obm__tree_sum(w->partial + i * SPAN_BLOCKS, blocks);
         obm__group_release(w->g, w->at, w->until - w->at);
         OBM_TRY(obm__run_report(run, err));
     }
     return OBM_OK;
 }
 
+static bool is_ranked(const obm__steps *s) {
+    bool any = false;
+    for (size_t i = 0; i < s->n; i++) any |= s->density[i] > 0 && s->density[i] < 1;
+    return any && s->mask == OBM_MASK_RANKED;
+}
+
 static obm_status walk_blocks(const obm__run *run, walk *w, obm__range_fn fn, obm_error *err) {
     size_t threads = (size_t)run->ctx->threads, bytes = obm__group_scratch(w->g->steps->n);
+    obm_status status = OBM_OK;
     w->k = run->ctx->k;
     w->bad = UINT64_MAX;
     w->block = obm__alloc(threads, bytes);
     if (!w->block) return obm__fail_nomem(err, (uint64_t)threads * bytes);
-    obm_status status = walk_spans(run, w, fn, err);
+    if (is_ranked(w->g->steps)) status = obm__ranked_new(run, w->g, w->end - w->begin, &w->ranked, err);
+    if (status == OBM_OK) status = walk_spans(run, w, fn, err);
+    obm__ranked_free(w->ranked);
     obm_free(w->block);
     return status;
 }
 
 /* ---- mask and rescale ---- */
 
-static void mask_delta(const obm__group *g, size_t model, uint64_t begin, float *d, size_t n) {
+static void mask_delta(const walk *w, size_t model, const obm__block *b, float *d) {
+    const obm__group *g = w->g;
     const obm__steps *s = g->steps;
-    if (s->mask == OBM_MASK_MAGNITUDE) {
-        obm__cut_apply(&g->cuts[model], begin / OBM_MERGE_BLOCK, d, n);
+    if (s->mask == OBM_MASK_MAGNITUDE || s->mask == OBM_MASK_OUTLIERS) {
+        obm__cut_apply(&g->cuts[model], b->begin / OBM_MERGE_BLOCK, d, b->n);
+        if (s->mask == OBM_MASK_MAGNITUDE || g->tops[model].none) return;
+        memcpy(b->scratch, d, b->n * sizeof *d);
+        obm__cut_apply(&g->tops[model], b->begin / OBM_MERGE_BLOCK, b->scratch, b->n);
+        w->k->sub_f32(d, d, b->scratch, b->n); /* takes the outliers away: d - d or d - 0 */
     } else if (s->mask == OBM_MASK_RANDOM && s->density[model] < 1) {
-        obm__random_mask(obm__random_key(s->seed, g->name, model), begin, s->density[model], d, n);
+        obm__random_mask(obm__random_key(s->seed, g->name, model), b->begin, s->density[model], d, b->n);
+    } else if (s->mask == OBM_MASK_RANKED) {
+        obm__ranked_apply(w->ranked, g, model, b->begin - w->at, d, b->n);
     }
 }
 
@@ -86,17 +94,22 @@ static void scale(float *d, float factor, size_t n) {
     for (size_t j = 0; j < n; j++) d[j] *= factor;
 }
 
-/* Base and masked, rescaled deltas of one block.  Returns the first index that is not finite, n if all are. */
-static size_t load_block(const walk *w, const lanes *l, uint64_t begin, size_t n) {
-    const obm__group *g = w->g;
-    size_t first = n;
-    obm__group_base(w->k, g, begin, n, l->base, l->scratch);
-    for (size_t i = 0; i < g->steps->n; i++) {
-        float *d = l->deltas + i * OBM_MERGE_BLOCK;
-        size_t bad = obm__group_delta(w->k, g, i, begin, n, l->base, d, l->scratch);
+size_t obm__block_load(const obm__block *b) {
+    size_t first = b->n;
+    obm__group_base(b->k, b->g, b->begin, b->n, b->base, b->scratch);
+    for (size_t i = 0; i < b->g->steps->n; i++) {
+        size_t bad = obm__group_delta(b->k, b->g, i, b->begin, b->n, b->base, obm__block_delta(b, i), b->scratch);
         if (bad < first) first = bad;
-        mask_delta(g, i, begin, d, n);
-        scale(d, g->factors[i], n);
+    }
+    return first;
+}
+
+/* Base and masked, rescaled deltas of one block.  Returns the first index that is not finite, n if all are. */
+static size_t load_block(const walk *w, const obm__block *b) {
+    size_t first = obm__block_load(b);
+    for (size_t i = 0; i < w->g->steps->n; i++) {
+        mask_delta(w, i, b, obm__block_delta(b, i));
+        scale(obm__block_delta(b, i), w->g->factors[i], b->n);
     }
     return first;
 }
@@ -104,7 +117,7 @@ static size_t load_block(const walk *w, const lanes *l, uint64_t begin, size_t n
 /* ---- consensus and reduction ---- */
 
 /* What each model brings to the election of element j: its weighted delta, or the delta itself. */
-static void sum_election(const walk *w, const lanes *l, size_t n) {
+static void sum_election(const walk *w, const obm__block *l, size_t n) {
     const obm__steps *s = w->g->steps;
     memset(l->sum, 0, n * sizeof *l->sum);
     for (size_t i = 0; i < s->n; i++)
@@ -112,7 +125,7 @@ static void sum_election(const walk *w, const lanes *l, size_t n) {
 }
 
 /* sum(w d) and sum(w) over the models whose sign is the elected one; zeros agree with nobody. */
-static void reduce_agreeing(const walk *w, const lanes *l, size_t n) {
+static void reduce_agreeing(const walk *w, const obm__block *l, size_t n) {
     const obm__steps *s = w->g->steps;
     float zero_sign = w->g->zero_sign;
     for (size_t j = 0; j < n; j++) {
@@ -132,7 +145,7 @@ static void reduce_agreeing(const walk *w, const lanes *l, size_t n) {
     for (size_t j = 0; s->normalize && j < n; j++) l->mixed[j] /= l->divisor[j] == 0 ? 1.0f : l->divisor[j];
 }
 
-static void reduce_all(const walk *w, const lanes *l, size_t n) {
+static void reduce_all(const walk *w, const obm__block *l, size_t n) {
     const obm__steps *s = w->g->steps;
     float divisor = 0;
     memset(l->mixed, 0, n * sizeof *l->mixed);
@@ -144,7 +157,8 @@ static void reduce_all(const walk *w, const lanes *l, size_t n) {
     for (size_t j = 0; s->normalize && j < n; j++) l->mixed[j] /= divisor;
 }
 
-static void add_base(const obm__steps *s, const lanes *l, size_t n) {
+static void add_base(const obm__block *l, size_t n) {
+    const obm__steps *s = l->g->steps;
     if (s->lambda != 1.0f) scale(l->mixed, s->lambda, n);
     for (size_t j = 0; s->deltas && j < n; j++) l->mixed[j] = l->base[j] + l->mixed[j];
 }
@@ -162,20 +176,23 @@ static size_t store_block(const walk *w, uint64_t begin, float *x, size_t n) {
 static void merge_blocks(void *arg, size_t first, size_t last, int worker) {
     walk *w = arg;
     const obm__steps *s = w->g->steps;
-    lanes l = worker_lanes(w->block, s->n, worker);
+    obm__block l = obm__block_of(w->block, w->k, w->g, worker);
     for (size_t b = first; b < last; b++) {
-        uint64_t begin = block_begin(w, b);
-        size_t n = block_length(w, begin), bad = load_block(w, &l, begin, n);
-        if (s->consensus == OBM_CONSENSUS_SIGN) {
-            sum_election(w, &l, n);
-            reduce_agreeing(w, &l, n);
+        set_block(w, b, &l);
+        size_t bad = load_block(w, &l);
+        if (s->method->custom && s->method->custom->merge) {
+            s->method->custom->merge(&l);
+        } else if (s->consensus == OBM_CONSENSUS_SIGN) {
+            sum_election(w, &l, l.n);
+            reduce_agreeing(w, &l, l.n);
+            add_base(&l, l.n);
         } else {
-            reduce_all(w, &l, n);
+            reduce_all(w, &l, l.n);
+            add_base(&l, l.n);
         }
-        add_base(s, &l, n);
-        size_t overflow = store_block(w, begin, l.mixed, n);
+        size_t overflow = store_block(w, l.begin, l.mixed, l.n);
         if (overflow < bad) bad = overflow;
-        if (bad < n) obm__note_lowest(&w->bad, begin + bad);
+        if (bad < l.n) obm__note_lowest(&w->bad, l.begin + bad);
     }
 }
 
@@ -194,19 +211,17 @@ obm_status obm__group_run(const obm__run *run, const obm__group *g, uint64_t beg
 
 static void norm_blocks(void *arg, size_t first, size_t last, int worker) {
     walk *w = arg;
-    const obm__group *g = w->g;
-    size_t blocks = (size_t)((g->count + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK);
-    lanes l = worker_lanes(w->block, g->steps->n, worker);
+    size_t blocks = (size_t)((w->g->count + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK);
+    obm__block l = obm__block_of(w->block, w->k, w->g, worker);
     for (size_t b = first; b < last; b++) {
-        uint64_t begin = block_begin(w, b);
-        size_t n = block_length(w, begin);
-        obm__group_base(w->k, g, begin, n, l.base, l.scratch);
-        for (size_t i = 0; i < g->steps->n; i++) {
-            size_t bad = obm__group_delta(w->k, g, i, begin, n, l.base, l.deltas, l.scratch);
-            if (bad < n) obm__note_lowest(&w->bad, begin + bad);
-            w->before[i * blocks + begin / OBM_MERGE_BLOCK] = w->k->abs_sum(l.deltas, n);
-            mask_delta(g, i, begin, l.deltas, n);
-            w->after[i * blocks + begin / OBM_MERGE_BLOCK] = w->k->abs_sum(l.deltas, n);
+        set_block(w, b, &l);
+        size_t bad = obm__block_load(&l), at = (size_t)(l.begin / OBM_MERGE_BLOCK);
+        if (bad < l.n) obm__note_lowest(&w->bad, l.begin + bad);
+        for (size_t i = 0; i < w->g->steps->n; i++) {
+            float *d = obm__block_delta(&l, i);
+            w->before[i * blocks + at] = w->k->abs_sum(d, l.n);
+            mask_delta(w, i, &l, d);
+            w->after[i * blocks + at] = w->k->abs_sum(d, l.n);
         }
     }
 }
@@ -232,7 +247,8 @@ static obm_status find_factors(const obm__run *run, obm__group *g, obm_error *er
     const obm__steps *s = g->steps;
     for (size_t i = 0; i < s->n; i++) {
         g->factors[i] = 1.0f;
-        if (s->rescale == OBM_RESCALE_INVERSE_DENSITY && s->density[i] > 0 && s->density[i] < 1)
+        if (s->rescale == OBM_RESCALE_INVERSE_DENSITY && s->mask == OBM_MASK_RANDOM && s->density[i] > 0 &&
+            s->density[i] < 1)
             g->factors[i] = (float)(1.0 / s->density[i]);
     }
     return s->rescale == OBM_RESCALE_L1 && s->mask != OBM_MASK_NONE ? norm_factors(run, g, err) : OBM_OK;
@@ -240,14 +256,14 @@ static obm_status find_factors(const obm__run *run, obm__group *g, obm_error *er
 
 static void vote_blocks(void *arg, size_t first, size_t last, int worker) {
     walk *w = arg;
-    lanes l = worker_lanes(w->block, w->g->steps->n, worker);
+    obm__block l = obm__block_of(w->block, w->k, w->g, worker);
     for (size_t b = first; b < last; b++) {
-        uint64_t begin = block_begin(w, b);
-        size_t n = block_length(w, begin), bad = load_block(w, &l, begin, n);
-        if (bad < n) obm__note_lowest(&w->bad, begin + bad);
-        sum_election(w, &l, n);
+        set_block(w, b, &l);
+        size_t bad = load_block(w, &l);
+        if (bad < l.n) obm__note_lowest(&w->bad, l.begin + bad);
+        sum_election(w, &l, l.n);
         int64_t votes = 0;
-        for (size_t j = 0; j < n; j++) votes += (l.sum[j] > 0) - (l.sum[j] < 0);
+        for (size_t j = 0; j < l.n; j++) votes += (l.sum[j] > 0) - (l.sum[j] < 0);
         w->votes[worker] += votes;
     }
 }
@@ -269,10 +285,8 @@ static obm_status find_majority(const obm__run *run, obm__group *groups, size_t 
 }
 
 /* max(1, int(density * n)) elements stay, as the double product truncates. */
-static obm_status find_cuts(const obm__run *run, obm__group *groups, size_t n_groups, obm_error *err) {
+static obm_status find_cuts(const obm__run *run, obm__group *groups, size_t n_groups, uint64_t count, obm_error *err) {
     const obm__steps *s = groups[0].steps;
-    uint64_t count = 0;
-    for (size_t i = 0; i < n_groups; i++) count += groups[i].count;
     for (size_t m = 0; m < s->n; m++) {
         double density = s->density[m];
         if (density > 0 && density < 1 && count > 0) {
@@ -285,26 +299,147 @@ static obm_status find_cuts(const obm__run *run, obm__group *groups, size_t n_gr
     return OBM_OK;
 }
 
+/* int(density * n) elements stay: those behind the int(gamma * n) largest, or behind fewer where that many are not
+ * left (Davari and Belilovsky, Model Breadcrumbs, section 3; the counts as mergekit takes them). */
+static obm_status find_crumbs(const obm__run *run, obm__group *groups, size_t n_groups, size_t m, uint64_t count,
+                              obm_error *err) {
+    const obm__steps *s = groups[0].steps;
+    double density = s->density[m];
+    uint64_t keep = density < 1 ? (uint64_t)(density * (double)count) : count,
+             top = (uint64_t)(obm__steps_value(s, "gamma", m) * (double)count);
+    if (density >= 1) top = 0;
+    if (top > count - keep) top = count - keep;
+    for (size_t i = 0; i < n_groups; i++) groups[i].tops[m] = (obm__cut){.none = true};
+    if (top > 0 && keep > 0) {
+        OBM_TRY(obm__select(run, groups, n_groups, m, top, err));
+        for (size_t i = 0; i < n_groups; i++) {
+            groups[i].tops[m] = groups[i].cuts[m];
+            groups[i].cuts[m] = (obm__cut){0};
+        }
+    }
+    if (keep > 0 && keep + top < count) return obm__select(run, groups, n_groups, m, keep + top, err);
+    for (size_t i = 0; i < n_groups; i++) groups[i].cuts[m] = (obm__cut){.all = keep > 0, .none = keep == 0};
+    return OBM_OK;
+}
+
+static obm_status find_masks(const obm__run *run, obm__group *groups, size_t n_groups, obm_error *err) {
+    const obm__steps *s = groups[0].steps;
+    uint64_t count = 0;
+    for (size_t i = 0; i < n_groups; i++) count += groups[i].count;
+    if (s->mask == OBM_MASK_MAGNITUDE) return find_cuts(run, groups, n_groups, count, err);
+    for (size_t m = 0; s->mask == OBM_MASK_OUTLIERS && m < s->n; m++)
+        OBM_TRY(find_crumbs(run, groups, n_groups, m, count, err));
+    return OBM_OK;
+}
+
 static obm_status group_prepare(obm__group *g, obm_error *err) {
+    size_t n = g->steps->n;
     g->zero_sign = 1.0f;
-    g->cuts = obm__calloc(g->steps->n, sizeof *g->cuts);
-    g->factors = obm__calloc(g->steps->n, sizeof *g->factors);
-    return g->cuts && g->factors ? OBM_OK : obm__fail_nomem(err, g->steps->n * (sizeof *g->cuts + sizeof *g->factors));
+    g->cuts = obm__calloc(n, sizeof *g->cuts);
+    g->tops = obm__calloc(n, sizeof *g->tops);
+    g->factors = obm__calloc(n, sizeof *g->factors);
+    return g->cuts && g->tops && g->factors ? OBM_OK
+                                            : obm__fail_nomem(err, n * (2 * sizeof *g->cuts + sizeof *g->factors));
 }
 
 obm_status obm__statistics(const obm__run *run, obm__group *groups, size_t n_groups, obm_error *err) {
     if (n_groups == 0) return OBM_OK;
     const obm__steps *s = groups[0].steps;
     for (size_t i = 0; i < n_groups; i++) OBM_TRY(group_prepare(&groups[i], err));
-    if (s->mask == OBM_MASK_MAGNITUDE) OBM_TRY(find_cuts(run, groups, n_groups, err));
+    OBM_TRY(find_masks(run, groups, n_groups, err));
     for (size_t i = 0; i < n_groups; i++) OBM_TRY(find_factors(run, &groups[i], err));
+    if (s->method->custom && s->method->custom->prepare) return s->method->custom->prepare(run, groups, n_groups, err);
     return s->consensus == OBM_CONSENSUS_SIGN && s->majority_zero ? find_majority(run, groups, n_groups, err) : OBM_OK;
 }
 
 void obm__group_clear(obm__group *g) {
     for (size_t i = 0; g->cuts && i < g->steps->n; i++) obm_free(g->cuts[i].before);
+    for (size_t i = 0; g->tops && i < g->steps->n; i++) obm_free(g->tops[i].before);
     obm_free(g->cuts);
+    obm_free(g->tops);
     obm_free(g->factors);
-    g->cuts = NULL;
+    obm_free(g->stats);
+    g->cuts = g->tops = NULL;
     g->factors = NULL;
+    g->stats = NULL;
+}
+
+/* ---- sums for methods of their own ---- */
+
+static void sum_blocks(void *arg, size_t first, size_t last, int worker) {
+    walk *w = arg;
+    obm__block l = obm__block_of(w->block, w->k, w->g, worker);
+    for (size_t b = first; b < last; b++) {
+        double sums[OBM_MAX_SUMS];
+        set_block(w, b, &l);
+        size_t bad = obm__block_load(&l);
+        if (bad < l.n) obm__note_lowest(&w->bad, l.begin + bad);
+        memset(sums, 0, w->n_sums * sizeof *sums);
+        w->sums(&l, w->arg, sums);
+        for (size_t i = 0; i < w->n_sums; i++) w->partial[i * SPAN_BLOCKS + b] = sums[i];
+    }
+}
+
+obm_status obm__group_sums(const obm__run *run, const obm__group *g, size_t n_sums, obm__sums_fn fn, const void *arg,
+                           double *total, obm_error *err) {
+    walk w = {.g = g, .end = g->count, .sums = fn, .arg = arg, .n_sums = n_sums, .total = total};
+    memset(total, 0, n_sums * sizeof *total);
+    w.partial = obm__alloc(n_sums * SPAN_BLOCKS, sizeof *w.partial);
+    if (!w.partial) return obm__fail_nomem(err, n_sums * SPAN_BLOCKS * sizeof *w.partial);
+    obm_status status = walk_blocks(run, &w, sum_blocks, err);
+    obm_free(w.partial);
+    return status;
+}
+
+/* ---- rows and columns for methods of their own ---- */
+
+typedef struct parts {
+    const obm_kernels *k;
+    const obm__group *g;
+    float *block;
+    uint64_t row, rows, cols; /* the band in work */
+    uint64_t width;           /* columns of a part */
+    obm__part_fn fn;
+    void *arg;
+    _Atomic uint64_t bad;
+} parts;
+
+static void part_range(void *arg, size_t first, size_t last, int worker) {
+    parts *p = arg;
+    obm__block l = obm__block_of(p->block, p->k, p->g, worker);
+    for (size_t i = first; i < last; i++) {
+        obm__part part = {p->row, p->rows, i * p->width, p->width};
+        if (p->width == p->cols) part = (obm__part){p->row + i, 1, 0, p->cols};
+        if (part.col + part.cols > p->cols) part.cols = p->cols - part.col;
+        uint64_t bad = p->fn(&l, &part, p->arg);
+        if (bad != UINT64_MAX) obm__note_lowest(&p->bad, bad);
+    }
+}
+
+static obm_status run_bands(const obm__run *run, parts *p, uint64_t rows, bool by_columns, obm_error *err) {
+    uint64_t band = OBM_MERGE_SPAN / p->cols ? OBM_MERGE_SPAN / p->cols : 1;
+    for (p->row = 0; p->row < rows; p->row += p->rows) {
+        p->rows = rows - p->row < band ? rows - p->row : band;
+        size_t n = (size_t)(by_columns ? (p->cols + p->width - 1) / p->width : p->rows);
+        obm__parallel(run->ctx, n, 1, part_range, p);
+        if (p->bad != UINT64_MAX) return obm__group_bad(p->k, p->g, p->bad, err);
+        obm__group_release(p->g, p->row * p->cols, p->rows * p->cols);
+        OBM_TRY(obm__run_report(run, err));
+    }
+    return OBM_OK;
+}
+
+#define PART_COLUMNS 512
+
+obm_status obm__group_parts(const obm__run *run, const obm__group *g, uint64_t rows, uint64_t cols, bool by_columns,
+                            obm__part_fn fn, void *arg, obm_error *err) {
+    if (g->count == 0) return OBM_OK;
+    size_t threads = (size_t)run->ctx->threads, bytes = obm__group_scratch(g->steps->n);
+    parts p = {.k = run->ctx->k, .g = g, .cols = cols, .fn = fn, .arg = arg, .bad = UINT64_MAX};
+    p.width = by_columns ? PART_COLUMNS : cols;
+    p.block = obm__alloc(threads, bytes);
+    if (!p.block) return obm__fail_nomem(err, (uint64_t)threads * bytes);
+    obm_status status = run_bands(run, &p, rows, by_columns, err);
+    obm_free(p.block);
+    return status;
 }

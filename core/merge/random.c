@@ -29,9 +29,15 @@ uint64_t obm__random_key(uint64_t seed, const char *tensor, size_t model) {
     return mix(mix(mix(seed + GOLDEN) ^ name) + ((uint64_t)model + 1) * GOLDEN);
 }
 
+uint64_t obm__random_draw(uint64_t key, uint64_t element) { return mix(key + (element + 1) * GOLDEN) >> 11; }
+
+/* u * 2^-53 < keep as integers: scaling by a power of two is exact, and u < x iff u < ceil(x). */
+uint64_t obm__random_limit(double keep) {
+    return keep <= 0 ? 0 : keep >= 1 ? UINT64_MAX : (uint64_t)ceil(keep * 0x1p53);
+}
+
 void obm__random_mask(uint64_t key, uint64_t begin, double keep, float *d, size_t n) {
-    /* u * 2^-53 < keep as integers: scaling by a power of two is exact, and u < x iff u < ceil(x). */
-    uint64_t limit = keep <= 0 ? 0 : keep >= 1 ? UINT64_MAX : (uint64_t)ceil(keep * 0x1p53);
+    uint64_t limit = obm__random_limit(keep);
     uint64_t state = key + begin * GOLDEN;
     for (size_t j = 0; j < n; j++) {
         uint64_t draw = mix(state + ((uint64_t)j + 1) * GOLDEN);

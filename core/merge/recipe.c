@@ -306,7 +306,7 @@ static obm_status read_model(const obm_context *ctx, obm__recipe *r, const obm_j
     char path[96];
     snprintf(path, sizeof path, "%s.parameters", where);
     OBM_TRY(check_parameters(ctx, r->method, m.parameters, true, path, err));
-    if (r->method->deltas && r->base && same_ref(r->base, m.ref)) {
+    if (obm__method_takes_base(r->method) && r->base && same_ref(r->base, m.ref)) {
         if (obm__json_size(m.parameters)) obm__warn(ctx, "%s is the base: its parameters are ignored", where);
         return OBM_OK;
     }
@@ -316,7 +316,7 @@ static obm_status read_model(const obm_context *ctx, obm__recipe *r, const obm_j
 
 /* The base is an input like the others where the method has no task vectors: mergekit adds it if it is not listed. */
 static void add_base_as_model(obm__recipe *r) {
-    if (r->method->deltas || !r->base) return;
+    if (obm__method_takes_base(r->method) || !r->base) return;
     for (size_t i = 0; i < r->n_models; i++)
         if (same_ref(r->models[i].ref, r->base)) return;
     r->models[r->n_models++] = (obm__recipe_model){r->base, NULL};
@@ -332,11 +332,7 @@ static obm_status read_models(const obm_context *ctx, obm__recipe *r, obm_error 
     if (!r->models) return obm__fail_nomem(err, (n + 1) * sizeof *r->models);
     for (size_t i = 0; i < n; i++) OBM_TRY(read_model(ctx, r, obm__json_at(models, i), i, err));
     add_base_as_model(r);
-    const obm_method_info *info = &r->method->info;
-    if (r->n_models < (size_t)info->min_models || (info->max_models && r->n_models > (size_t)info->max_models))
-        return obm__fail(err, OBM_E_ARG, WHERE ": %s takes at least %d models%s, found %zu", info->name, info->min_models,
-                         info->needs_base ? " besides the base" : "", r->n_models);
-    return OBM_OK;
+    return obm__method_check_count(r->method, r->n_models, WHERE ": ", err);
 }
 
 /* ---- the whole ---- */

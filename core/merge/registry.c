@@ -5,8 +5,29 @@
 #include <string.h>
 
 static const obm__method *const methods[] = {
-    &obm__method_linear,      &obm__method_task_arithmetic, &obm__method_ties,
-    &obm__method_dare_linear, &obm__method_dare_ties,
+    &obm__method_linear,
+    &obm__method_task_arithmetic,
+    &obm__method_ties,
+    &obm__method_dare_linear,
+    &obm__method_dare_ties,
+    &obm__method_della,
+    &obm__method_della_linear,
+    &obm__method_breadcrumbs,
+    &obm__method_breadcrumbs_ties,
+    &obm__method_slerp,
+    &obm__method_nuslerp,
+    &obm__method_multislerp,
+    &obm__method_karcher,
+    &obm__method_model_stock,
+    &obm__method_sce,
+    &obm__method_ram,
+    &obm__method_ramplus_tl,
+    &obm__method_nearswap,
+    &obm__method_arcee_fusion,
+    &obm__method_passthrough,
+    &obm__method_varm,
+    &obm__method_consensus,
+    &obm__method_emr,
 };
 #define N_METHODS OBM_COUNT(methods)
 
@@ -35,10 +56,22 @@ obm_status obm__method_find(const char *name, const obm__method **out, obm_error
             return OBM_OK;
         }
     }
-    char known[256], hint[128];
+    char known[400], hint[128];
     list_names(names, N_METHODS, known, sizeof known);
     return obm__fail(err, OBM_E_NOTFOUND, "no merge method \"%.64s\" (known: %s)%s", name ? name : "", known,
                      obm__suggest(name ? name : "", names, N_METHODS, hint, sizeof hint));
+}
+
+obm_status obm__method_check_count(const obm__method *m, size_t n, const char *where, obm_error *err) {
+    const obm_method_info *info = &m->info;
+    size_t least = (size_t)info->min_models, most = (size_t)info->max_models;
+    if (n >= least && (most == 0 || n <= most)) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG, "%s%s takes %s %zu model%s%s, found %zu", where, info->name,
+                     least == most ? "exactly"
+                     : n < least   ? "at least"
+                                   : "at most",
+                     n < least ? least : most, (n < least ? least : most) == 1 ? "" : "s",
+                     info->needs_base ? " besides the base" : "", n);
 }
 
 const obm_param_info *obm__method_param(const obm__method *m, const char *name) {
@@ -118,11 +151,20 @@ static obm_status check_required(const obm__method *m, obm_profile profile, size
 }
 
 static obm_status fill_model_values(const obm_param *params, size_t n_params, obm__steps *s, obm_error *err) {
+    const obm_method_info *info = &s->method->info;
     s->weight = obm__alloc(s->n, sizeof *s->weight);
     s->density = obm__alloc(s->n, sizeof *s->density);
-    if (!s->weight || !s->density) {
+    s->values = obm__alloc(info->n_params * s->n, sizeof *s->values);
+    if (!s->weight || !s->density || !s->values) {
         obm__steps_free(s);
-        return obm__fail_nomem(err, s->n * (sizeof *s->weight + sizeof *s->density));
+        return obm__fail_nomem(err, s->n * (sizeof *s->weight + (1 + info->n_params) * sizeof *s->density));
+    }
+    for (size_t p = 0; p < info->n_params; p++) {
+        for (size_t i = 0; i < s->n; i++) {
+            int model = info->params[p].scope == OBM_PARAM_PER_MODEL ? (int)i : -1;
+            const obm_param *given = find_param(params, n_params, info->params[p].name, model);
+            s->values[p * s->n + i] = given ? given->value : info->params[p].dflt;
+        }
     }
     for (size_t i = 0; i < s->n; i++) {
         const obm_param *w = find_param(params, n_params, "weight", (int)i),
@@ -155,15 +197,17 @@ obm_status obm__steps_new(const obm__method *m, obm_profile profile, size_t n, c
 #define GLOBAL(name, absent) global_value(m, params, n_params, name, absent)
     bool paper = profile == OBM_PROFILE_PAPER;
     double scope = GLOBAL("scope", -1);
-    obm__steps s = {.deltas = m->deltas, .mask = m->mask, .consensus = m->consensus, .seed = seed, .n = n};
+    obm__steps s = {.method = m, .deltas = m->deltas, .mask = m->mask, .consensus = m->consensus, .seed = seed, .n = n};
     s.round_deltas = !paper;
     s.weighted_election = !paper;
     s.majority_zero = paper;
-    bool has_statistics = m->mask == OBM_MASK_MAGNITUDE || m->consensus == OBM_CONSENSUS_SIGN;
-    s.model_scope = has_statistics && (scope < 0 ? paper : scope == 1);
+    bool has_statistics = obm__method_param(m, "scope") != NULL;
+    s.model_scope = has_statistics && (scope < 0 ? paper && !m->tensor_statistics : scope == 1);
     s.normalize = GLOBAL("normalize", 0) != 0;
     s.lambda = (float)GLOBAL("lambda", 1);
     s.rescale = GLOBAL("rescale", 0) == 0 ? OBM_RESCALE_NONE : GLOBAL("rescale_l1", 0) ? OBM_RESCALE_L1 : m->rescale;
+    if (s.rescale == OBM_RESCALE_BY_PROFILE) s.rescale = paper ? OBM_RESCALE_INVERSE_DENSITY : OBM_RESCALE_L1;
+    s.paper = paper;
 #undef GLOBAL
     if (scope > -1 && scope != 0 && scope != 1)
         return obm__fail(err, OBM_E_ARG, "%s: scope: expected 0 (tensor), 1 (model) or -1, found %g", m->info.name,
@@ -171,6 +215,7 @@ obm_status obm__steps_new(const obm__method *m, obm_profile profile, size_t n, c
     if (!isfinite(s.lambda)) return obm__fail(err, OBM_E_ARG, "%s: lambda does not fit f32", m->info.name);
     OBM_TRY(fill_model_values(params, n_params, &s, err));
     obm_status status = check_weight_sum(m, &s, err);
+    if (status == OBM_OK && m->custom && m->custom->check) status = m->custom->check(&s, err);
     if (status != OBM_OK) {
         obm__steps_free(&s);
         return status;
@@ -182,6 +227,13 @@ obm_status obm__steps_new(const obm__method *m, obm_profile profile, size_t n, c
 void obm__steps_free(obm__steps *s) {
     obm_free(s->weight);
     obm_free(s->density);
+    obm_free(s->values);
     s->weight = NULL;
     s->density = NULL;
+    s->values = NULL;
+}
+
+double obm__steps_value(const obm__steps *s, const char *name, size_t model) {
+    const obm_param_info *info = obm__method_param(s->method, name);
+    return info ? s->values[(size_t)(info - s->method->info.params) * s->n + model] : 0;
 }

@@ -18,7 +18,7 @@ typedef struct pass {
     count_what what;
     uint32_t high, bits; /* the decisive upper bits; the threshold */
     uint64_t begin, end; /* elements, begin at a block boundary */
-    float *scratch;      /* (workers, 3, OBM_MERGE_BLOCK) */
+    float *scratch;      /* (workers) lanes */
     uint32_t *histogram; /* (workers, bins) */
     size_t bins;
     uint64_t *equal;      /* (blocks) of the whole group */
@@ -32,6 +32,7 @@ typedef struct selection {
     float *scratch;
     uint32_t *histogram;
     uint64_t *total; /* (LOW_BINS) */
+    uint64_t equal;  /* elements at the threshold */
 } selection;
 
 static inline uint32_t magnitude_bits(float x) { return obm__bits_of(x) & 0x7fffffffu; }
@@ -49,16 +50,28 @@ static uint64_t count_equal(uint32_t bits, const float *d, size_t n) {
     return count;
 }
 
+/* What is ranked, into b->mixed; returns the first index that is not finite. */
+static size_t load_values(const pass *p, obm__block *b, uint64_t begin, size_t n) {
+    b->begin = begin;
+    b->n = n;
+    if (p->model == OBM_BY_SCORE) {
+        size_t bad = obm__block_load(b);
+        if (bad == n) p->g->steps->method->custom->score(b, b->mixed);
+        return bad;
+    }
+    obm__group_base(p->k, p->g, begin, n, b->base, b->scratch);
+    return obm__group_delta(p->k, p->g, p->model, begin, n, b->base, b->mixed, b->scratch);
+}
+
 static void count_blocks(void *arg, size_t first, size_t last, int worker) {
     pass *p = arg;
-    float *base = p->scratch + (size_t)worker * 3 * OBM_MERGE_BLOCK, *d = base + OBM_MERGE_BLOCK,
-          *tmp = d + OBM_MERGE_BLOCK;
+    obm__block block = obm__block_of(p->scratch, p->k, p->g, worker);
+    float *d = block.mixed;
     uint32_t *histogram = p->histogram + (size_t)worker * p->bins;
     for (size_t b = first; b < last; b++) {
         uint64_t begin = p->begin + (uint64_t)b * OBM_MERGE_BLOCK;
         size_t n = p->end - begin < OBM_MERGE_BLOCK ? (size_t)(p->end - begin) : OBM_MERGE_BLOCK;
-        obm__group_base(p->k, p->g, begin, n, base, tmp);
-        size_t bad = obm__group_delta(p->k, p->g, p->model, begin, n, base, d, tmp);
+        size_t bad = load_values(p, &block, begin, n);
         if (bad < n) {
             obm__note_lowest(&p->bad, begin + bad);
         } else if (p->what == COUNT_HIGH) {
@@ -121,6 +134,7 @@ static uint32_t decisive_bin(const uint64_t *total, size_t bins, uint64_t *rest)
 
 /* bf16 values have no bits below the upper 15, so the first histogram tells all. */
 static bool high_bits_suffice(const selection *s) {
+    if (s->model == OBM_BY_SCORE) return false;
     for (size_t i = 0; i < s->n_groups; i++)
         if (s->groups[i].work != OBM_BF16 || !s->groups[i].steps->round_deltas) return false;
     return true;
@@ -128,7 +142,7 @@ static bool high_bits_suffice(const selection *s) {
 
 /* Cuts of one group when `*rest` more equal elements may stay; counts them only if it has to. */
 static obm_status share_equal(const selection *s, obm__group *g, uint32_t bits, uint64_t *rest, obm_error *err) {
-    obm__cut *cut = &g->cuts[s->model];
+    obm__cut *cut = &g->cuts[s->model == OBM_BY_SCORE ? 0 : s->model];
     size_t blocks = (size_t)((g->count + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK);
     *cut = (obm__cut){.bits = bits};
     if (*rest == 0 || blocks == 0) return OBM_OK;
@@ -157,20 +171,27 @@ static obm_status share_equal(const selection *s, obm__group *g, uint32_t bits, 
     return status;
 }
 
-static obm_status select_run(const selection *s, uint64_t n_keep, obm_error *err) {
-    uint64_t rest = n_keep, equal;
+/* The pattern of the *rest-th largest; *rest becomes how many of that pattern are wanted. */
+static obm_status find_threshold(selection *s, uint64_t *rest, uint32_t *bits, obm_error *err) {
     OBM_TRY(count_all(s, COUNT_HIGH, 0, err));
-    uint32_t high = decisive_bin(s->total, HIGH_BINS, &rest), bits = high << 16;
-    equal = s->total[high];
-    if (!high_bits_suffice(s) && equal > 0) {
-        OBM_TRY(count_all(s, COUNT_LOW, high, err));
-        uint32_t low = decisive_bin(s->total, LOW_BINS, &rest);
-        bits |= low;
-        equal = s->total[low];
-    }
+    uint32_t high = decisive_bin(s->total, HIGH_BINS, rest);
+    *bits = high << 16;
+    s->equal = s->total[high];
+    if (high_bits_suffice(s) || s->equal == 0) return OBM_OK;
+    OBM_TRY(count_all(s, COUNT_LOW, high, err));
+    uint32_t low = decisive_bin(s->total, LOW_BINS, rest);
+    *bits |= low;
+    s->equal = s->total[low];
+    return OBM_OK;
+}
+
+static obm_status select_run(selection *s, uint64_t n_keep, obm_error *err) {
+    uint64_t rest = n_keep;
+    uint32_t bits;
+    OBM_TRY(find_threshold(s, &rest, &bits, err));
     for (size_t i = 0; i < s->n_groups; i++) {
-        obm__cut *cut = &s->groups[i].cuts[s->model];
-        if (rest == equal) {
+        obm__cut *cut = &s->groups[i].cuts[s->model == OBM_BY_SCORE ? 0 : s->model];
+        if (rest == s->equal) {
             *cut = (obm__cut){.bits = bits, .equal = UINT64_MAX};
         } else {
             OBM_TRY(share_equal(s, &s->groups[i], bits, &rest, err));
@@ -179,19 +200,37 @@ static obm_status select_run(const selection *s, uint64_t n_keep, obm_error *err
     return OBM_OK;
 }
 
+static obm_status selection_new(selection *s, obm_error *err) {
+    size_t threads = (size_t)s->run->ctx->threads, scratch = obm__group_scratch(s->groups[0].steps->n);
+    s->scratch = obm__alloc(threads, scratch);
+    s->histogram = obm__alloc(threads * LOW_BINS, sizeof *s->histogram);
+    s->total = obm__alloc(LOW_BINS, sizeof *s->total);
+    return s->scratch && s->histogram && s->total ? OBM_OK : obm__fail_nomem(err, threads * (scratch + LOW_BINS * 4));
+}
+
+static void selection_clear(selection *s) {
+    obm_free(s->scratch);
+    obm_free(s->histogram);
+    obm_free(s->total);
+}
+
 obm_status obm__select(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, uint64_t n_keep,
                        obm_error *err) {
-    size_t threads = (size_t)run->ctx->threads;
     selection s = {.run = run, .groups = groups, .n_groups = n_groups, .model = model};
-    s.scratch = obm__alloc(threads * 3 * OBM_MERGE_BLOCK, sizeof *s.scratch);
-    s.histogram = obm__alloc(threads * LOW_BINS, sizeof *s.histogram);
-    s.total = obm__alloc(LOW_BINS, sizeof *s.total);
-    obm_status status = s.scratch && s.histogram && s.total
-                            ? select_run(&s, n_keep, err)
-                            : obm__fail_nomem(err, threads * (3 * OBM_MERGE_BLOCK + LOW_BINS) * 4);
-    obm_free(s.scratch);
-    obm_free(s.histogram);
-    obm_free(s.total);
+    obm_status status = selection_new(&s, err);
+    if (status == OBM_OK) status = select_run(&s, n_keep, err);
+    selection_clear(&s);
+    return status;
+}
+
+obm_status obm__select_value(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, uint64_t n,
+                             float *out, obm_error *err) {
+    selection s = {.run = run, .groups = groups, .n_groups = n_groups, .model = model};
+    uint32_t bits = 0;
+    obm_status status = selection_new(&s, err);
+    if (status == OBM_OK) status = find_threshold(&s, &n, &bits, err);
+    if (status == OBM_OK) memcpy(out, &bits, sizeof *out);
+    selection_clear(&s);
     return status;
 }
 

@@ -20,10 +20,9 @@ static obm_status check_tensor(const obm_tensor *t, const obm_tensor *first, con
 static obm_status check_inputs(const obm__method *m, const obm_tensor *base, const obm_tensor *models, size_t n,
                                obm_error *err) {
     const obm_method_info *info = &m->info;
-    if (n < (size_t)info->min_models || (info->max_models && n > (size_t)info->max_models))
-        return obm__fail(err, OBM_E_ARG, "%s takes at least %d models, found %zu", info->name, info->min_models, n);
+    OBM_TRY(obm__method_check_count(m, n, "", err));
     if (info->needs_base && !base) return obm__fail(err, OBM_E_ARG, "%s needs a base", info->name);
-    if (!m->deltas && base)
+    if (!obm__method_takes_base(m) && base)
         return obm__fail(err, OBM_E_ARG, "%s has no base: pass it as one of the models", info->name);
     const obm_tensor *first = base ? base : models;
     OBM_TRY(check_tensor(first, first, base ? "base" : "model 0", err));

@@ -195,7 +195,7 @@ static void test_recipe_errors(void **state) {
     expect_error("merge_method: dare_tie\nmodels: []\n", OBM_E_NOTFOUND, "did you mean \"dare_ties\"?");
     expect_error("merge_method: ties\n" MODELS, OBM_E_ARG, "needs a \"base_model\"");
     expect_error(TIES, OBM_E_ARG, "\"models\" is missing");
-    expect_error(TIES "models: []\n", OBM_E_ARG, "at least 1 models besides the base");
+    expect_error(TIES "models: []\n", OBM_E_ARG, "at least 1 model besides the base, found 0");
     expect_error(TIES "models: [{model: b}]\n", OBM_E_ARG, "found 0");
     expect_error(TIES "models: [{modle: x}]\n", OBM_E_NOTFOUND,
                  "models[0]: unknown key \"modle\", did you mean \"model\"?");

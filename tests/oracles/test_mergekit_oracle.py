@@ -62,6 +62,87 @@ def test_tensors(method, weight, density, shared):
     assert differs.sum() <= 2 * len(weight), f"{differs.sum()} elements differ by up to {np.abs(got - want).max()}"
 
 
+SHAPES = [(61, 83), (83,), (1, 7), (7, 1), (5, 3, 4)]
+OWN = [   # method, models, takes the base, parameters of the models, of the merge
+    ("slerp", 1, True, {}, {"t": 0.3}),
+    ("slerp", 1, True, {}, {"t": 1.2}),
+    ("nuslerp", 2, True, {"weight": [0.4, 0.9]}, {}),
+    ("nuslerp", 2, False, {"weight": [0.4, 0.9]}, {}),
+    ("nuslerp", 2, True, {"weight": [0.4, 0.9]}, {"nuslerp_flatten": False}),
+    ("nuslerp", 2, True, {"weight": [0.4, 0.9]}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    ("multislerp", 3, True, {"weight": WEIGHTS}, {}),
+    ("multislerp", 3, False, {"weight": WEIGHTS}, {"normalize_weights": False}),
+    ("karcher", 3, False, {}, {}),
+    ("model_stock", 3, True, {}, {}),
+    ("model_stock", 2, True, {}, {"filter_wise": True}),
+    ("sce", 3, True, {}, {}),
+    ("sce", 3, True, {}, {"select_topk": 0.3}),
+    ("ram", 3, True, {}, {"epsilon": 0.05}),
+    ("ramplus_tl", 3, True, {}, {"epsilon": 0.05, "r": 0.3, "alpha": 5.0}),
+    ("nearswap", 1, True, {}, {"t": 0.02}),
+    ("arcee_fusion", 1, True, {}, {}),
+    ("passthrough", 1, False, {"scale": [0.7]}, {}),
+    ("breadcrumbs", 3, True, {"weight": WEIGHTS, "density": [0.5] * 3, "gamma": [0.1, 0.01, 0.0]}, {"rescale": True}),
+    ("breadcrumbs", 3, True, {"weight": WEIGHTS, "density": [0.95] * 3, "gamma": [0.1] * 3}, {"lambda": 0.7}),
+    ("breadcrumbs_ties", 3, True, {"weight": WEIGHTS, "density": [0.5, 0.2, 1.0], "gamma": [0.1] * 3}, {"normalize": True}),
+]
+DEFAULTS = {"nuslerp": {"nuslerp_flatten": True, "nuslerp_row_wise": False}, "multislerp": {"normalize_weights": True, "eps": 1e-8},
+            "karcher": {"max_iter": 10, "tol": 1e-5}, "model_stock": {"filter_wise": False}, "sce": {"int8_mask": False, "select_topk": 1.0},
+            **dict.fromkeys(("breadcrumbs", "breadcrumbs_ties"), {"int8_mask": False, "lambda": 1.0, "normalize": False, "rescale": False})}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("method, n, has_base, per_model, shared", OWN, ids=lambda v: v if isinstance(v, str) else None)
+def test_every_method(method, n, has_base, per_model, shared, shape):
+    """Theirs in f64, so that their rounding does not count: what differs by more than a few units of f32 is a selection or an
+    elected sign that f32 decides otherwise, one element per model at most."""
+    generator = torch.Generator().manual_seed(math.prod(shape))
+    base = torch.randn(shape, generator=generator).float()
+    models = [base + 0.1 * torch.randn(shape, generator=generator) for _ in range(n)]
+    ids = [f"m{i}" for i in range(n)]
+    wide = [x.double() for x in ([base] if has_base else []) + models]
+    group = TensorGroup.from_tensors(wide, ids=["base"] * has_base + ids, base_index=0 if has_base else None)
+    spec = {**DEFAULTS.get(method, {}), **shared}
+    spec.update({name: PerInputValues(list(zip(ids, values))) for name, values in per_model.items()})
+    if method == "slerp":   # mergekit has it for batches of tensors
+        from mergekit.merge_methods.slerp import slerp
+        want = slerp(torch.tensor([shared["t"]]), wide[0][None], wide[1][None])[0].numpy()
+    else:
+        want = registry.get(method).merge_group(group, **spec).numpy()
+    got = np.asarray(obm.merge_tensors(method, [x.numpy() for x in models], base.numpy() if has_base else None, {**per_model, **shared}))
+    assert got.shape == shape
+    differs = (np.abs(got - want) > 4e-6 * np.maximum(1, np.abs(want))).sum()
+    assert differs <= (n if method in ("sce", "arcee_fusion", "breadcrumbs", "breadcrumbs_ties") else 0), \
+        f"{differs} elements differ by up to {np.abs(got - want).max()}"
+
+
+@pytest.mark.parametrize("method", ["della", "della_linear"])
+@pytest.mark.parametrize("shape", [(61, 83), (5003,)], ids=str)
+def test_della_keeps_as_often_by_rank(method, shape):
+    """Other random numbers than torch's, the same law: how often each rank of a row stays over many seeds, and the L1 norm."""
+    generator = torch.Generator().manual_seed(1)
+    base = torch.zeros(shape)
+    model = torch.randn(shape, generator=generator)
+    runs, kept = 60, [torch.zeros(shape), torch.zeros(shape)]
+    params = {"weight": [1.0], "density": [0.5], "epsilon": [0.3]}
+    for seed in range(runs):
+        torch.manual_seed(seed)
+        group = TensorGroup.from_tensors([base, model], ids=["base", "m0"], base_index=0)
+        spec = {"int8_mask": False, "lambda": 1.0, "normalize": False, "rescale": True}
+        spec.update({k: PerInputValues([("m0", v[0])]) for k, v in params.items()})
+        results = (registry.get(method).merge_group(group, **spec),
+                   torch.from_numpy(np.asarray(obm.merge_tensors(method, [model.numpy()], base.numpy(), {**params, "normalize": False}, seed=seed))))
+        for count, merged in zip(kept, results):
+            count += merged != 0
+            assert math.isclose(merged.abs().sum(), model.abs().sum(), rel_tol=1e-4)
+    order = model.reshape(-1, shape[-1]).abs().argsort(dim=1)
+    rates = [count.reshape(-1, shape[-1]).gather(1, order).reshape(-1, shape[-1]).mean(dim=0) / runs for count in kept]
+    rows = model.numel() // shape[-1]
+    law = 0.2 + 0.6 * torch.arange(shape[-1]) / (shape[-1] - 1)
+    for rate in rates:
+        assert ((rate - law).abs() < 6 * (law * (1 - law) / (rows * runs)).sqrt()).all()
+
+
 # ---- folders ----
 
 def tiny_model(seed, path, dtype=torch.float32, tied=False, around=None, noise=0.02):
@@ -132,6 +213,44 @@ def test_recipes(models, tmp_path, name):
     assert got.keys() == want.keys()
     for key in want:
         assert got[key].dtype == want[key].dtype
+        differs = ((got[key] - want[key]).abs() > 1e-5).sum().item()
+        assert differs <= 4, f"{key}: {differs} elements differ by up to {(got[key] - want[key]).abs().max()}"
+
+
+FOLDERS = {
+    "slerp": ({}, {}, {"t": [{"filter": "self_attn", "value": [0, 0.5, 1]}, {"filter": "mlp", "value": [1, 0.5, 0]}, {"value": 0.5}]}),
+    "nuslerp": ({"weight": [0.2, 0.9]}, {"weight": 0.5}, {}),
+    "multislerp": ({"weight": 0.3}, {"weight": 0.5}, {}),
+    "karcher": ({}, {}, {"max_iter": 5}),
+    "breadcrumbs": ({"weight": 0.7, "density": 0.5, "gamma": 0.02}, {"weight": 0.5}, {"density": 0.8}),
+    "breadcrumbs_ties": ({"weight": 0.7, "density": 0.5, "gamma": 0.02}, {"weight": [0.5, 0.1]}, {}),
+    "model_stock": ({}, {}, {"filter_wise": True}),
+    "sce": ({}, {}, {"select_topk": 0.4}),
+    "ram": ({}, {}, {"epsilon": 0.01}),
+    "ramplus_tl": ({}, {}, {"epsilon": 0.01}),
+    "nearswap": ({}, {}, {"t": 0.01}),
+    "passthrough": ({"scale": [{"filter": "o_proj", "value": 0}, {"value": 1}]}, {}, {}),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("method", FOLDERS)
+def test_recipes_of_every_method(models, tmp_path, method, tied):
+    base, one, two = models(torch.float32, (tied,) * 3)
+    first, second, shared = FOLDERS[method]
+    listed = [{"model": one, "parameters": first}]
+    if method in ("slerp", "nearswap"):
+        listed.insert(0, {"model": base})
+    elif method != "passthrough":
+        listed.append({"model": two, "parameters": second})
+    recipe = {"merge_method": method, "models": listed, "parameters": shared, "dtype": "float32"}
+    if method not in ("karcher", "passthrough"):
+        recipe["base_model"] = base
+    want, got = theirs(recipe, tmp_path / "theirs"), ours(recipe, tmp_path / "ours")
+    if tied:   # mergekit writes a head that transformers does not read
+        want.pop("lm_head.weight", None)
+    assert got.keys() == want.keys()
+    for key in want:
         differs = ((got[key] - want[key]).abs() > 1e-5).sum().item()
         assert differs <= 4, f"{key}: {differs} elements differ by up to {(got[key] - want[key]).abs().max()}"
 

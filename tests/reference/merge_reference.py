@@ -74,6 +74,10 @@ DEFAULTS = {
     "ties": dict(normalize=1, rescale=0),
     "dare_linear": dict(normalize=0, rescale=1),
     "dare_ties": dict(normalize=0, rescale=1),
+    "della": dict(normalize=1, rescale=1),
+    "della_linear": dict(normalize=0, rescale=1),
+    "breadcrumbs": dict(normalize=0, rescale=0),
+    "breadcrumbs_ties": dict(normalize=0, rescale=0),
 }
 
 
@@ -94,8 +98,38 @@ def drop(d, density, seed, name, model):
     return [x if kept_at_random(seed, name, model, j, density) else 0.0 for j, x in enumerate(d)]
 
 
+def crumbs(d, density, gamma):
+    """int(density * n) elements behind the int(gamma * n) largest, or behind fewer; the lowest index first among equals."""
+    if density >= 1:
+        return list(d)
+    n = len(d)
+    keep = int(density * n)
+    top = min(int(gamma * n), n - keep)
+    order = sorted(range(n), key=lambda j: (-abs(d[j]), j))
+    kept = set(order[top : top + keep])
+    return [x if j in kept else 0.0 for j, x in enumerate(d)]
+
+
+def drop_by_rank(d, density, epsilon, shape, seed, name, model, inverse):
+    """The chance to stay runs from density - epsilon to density + epsilon over the ranks of a row."""
+    if density >= 1:
+        return list(d)
+    if density <= 0:
+        return [0.0] * len(d)
+    out, cols = [], shape[-1]
+    for start in range(0, len(d), cols):
+        row = d[start : start + cols]
+        order = sorted(range(cols), key=lambda j: (abs(row[j]), j))
+        rank = {j: r for r, j in enumerate(order)}
+        for j, x in enumerate(row):
+            keep = density if cols == 1 else density - epsilon + 2 * epsilon * (rank[j] / (cols - 1))
+            stays = kept_at_random(seed, name, model, start + j, keep)
+            out.append(0.0 if not stays else f32(x * f32(1 / keep)) if inverse else x)
+    return out
+
+
 def rescale(before, after, method, density, p):
-    if not p.get("rescale") or method == "task_arithmetic":
+    if not p.get("rescale") or method == "task_arithmetic" or p.get("inverse"):
         return after
     if method.startswith("dare") and not p.get("rescale_l1"):
         factor = f32(1 / density) if 0 < density < 1 else 1.0
@@ -105,11 +139,20 @@ def rescale(before, after, method, density, p):
     return [f32(x * factor) for x in after]
 
 
+def of_model(p, name, i, default):
+    value = p.get(name, default)
+    return value[i] if isinstance(value, list) else value
+
+
 def sparsify(method, d, density, seed, name, model, p):
     if method == "ties":
         masked = trim(d, density)
     elif method.startswith("dare"):
         masked = drop(d, density, seed, name, model)
+    elif method.startswith("della"):
+        masked = drop_by_rank(d, density, of_model(p, "epsilon", model, 0.15), p["shape"], seed, name, model, p["inverse"])
+    elif method.startswith("breadcrumbs"):
+        masked = crumbs(d, density, of_model(p, "gamma", model, 0.01))
     else:
         masked = list(d)
     return rescale(d, masked, method, density, p)
@@ -126,10 +169,246 @@ def sign(x):
     return (x > 0) - (x < 0)
 
 
+# ---- methods that look at whole vectors, or at an element across the models ----
+
+def norm(v):
+    return math.sqrt(math.fsum(x * x for x in v))
+
+
+def inner(v, w):
+    return math.fsum(x * y for x, y in zip(v, w))
+
+
+def combine(factors, vectors):
+    return [math.fsum(f * v[j] for f, v in zip(factors, vectors)) for j in range(len(vectors[0]))]
+
+
+def arc(v, w, t, least, line):
+    a, b = (norm(x) for x in (v, w))
+    cosine = max(-1.0, min(1.0, inner(v, w) / (least(a) * least(b))))
+    if line(cosine):
+        return combine([1 - t, t], [v, w])
+    angle = math.acos(cosine)
+    return combine([math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)], [v, w])
+
+
+def split(v, shape, kind):
+    """Vectors of a tensor as lists of indices."""
+    n = len(v)
+    if kind == "tensor":
+        return [list(range(n))]
+    if kind == "row":
+        return [list(range(i, i + shape[-1])) for i in range(0, n, shape[-1])]
+    cols = n // shape[0]
+    return [list(range(i, n, cols)) for i in range(cols)]
+
+
+def by_vector(indices, inputs, f):
+    out = [0.0] * len(inputs[0])
+    for index in indices:
+        for j, x in zip(index, f([[v[j] for j in index] for v in inputs])):
+            out[j] = x
+    return out
+
+
+def slerp(base, models, p, shape, paper):
+    return arc(base, models[0], p["t"], lambda a: a if a > 1e-8 else 1.0, lambda c: abs(c) > 0.9995)
+
+
+def nuslerp(base, models, p, shape, paper):
+    w = p["weight"]
+    t = 0.5 if abs(sum(w)) < 1e-6 else w[1] / sum(w)
+    kind = "tensor" if p.get("nuslerp_flatten", 1) else "column" if p.get("nuslerp_row_wise", 0) else "row"
+    vectors = differences(base, models) if base else models
+    merged = by_vector(split(models[0], shape, kind), vectors,
+                       lambda vs: arc(*vs, t, lambda a: max(a, 1e-7), lambda c: 1 - c * c <= 1e-16))
+    return add(base, merged) if base else merged
+
+
+def differences(base, models):
+    return [[f32(x - b) for x, b in zip(m, base)] for m in models]
+
+
+def add(base, d):
+    return [b + x for b, x in zip(base, d)]
+
+
+def multislerp(base, models, p, shape, paper):
+    """Tangents at the mean direction, averaged and mapped back: nothing of the library's shorter form."""
+    eps, w = p.get("eps", 1e-8), p["weight"]
+    vectors = differences(base, models) if base else models
+    if p.get("normalize_weights", 1):
+        w = [x / sum(w) for x in w]
+    units = [[x / (norm(v) + eps) for x in v] for v in vectors]
+    mean = combine(w, units)
+    if norm(mean) < eps:
+        merged = combine(w, vectors)
+    else:
+        mean = [x / norm(mean) for x in mean]
+        tangents = [combine([1, -inner(u, mean)], [u, mean]) for u in units]
+        tangent = combine(w, tangents)
+        size = norm(tangent) + eps
+        on_sphere = combine([math.cos(size), math.sin(size) / size], [mean, tangent])
+        merged = combine([sum(a * norm(v) for a, v in zip(w, vectors))], [on_sphere])
+    return add(base, merged) if base else merged
+
+
+def karcher(base, models, p, shape, paper):
+    tol, n = p.get("tol", 1e-5), len(models)
+    units = [[x / norm(v) for x in v] for v in models if norm(v) > tol]
+    size = sum(map(norm, models)) / n
+    if not units:
+        return [0.0] * len(models[0])
+    mean = combine([1 / len(units)] * len(units), units)
+    mean = units[0] if norm(mean) < tol else [x / norm(mean) for x in mean]
+    for _ in range(int(p.get("max_iter", 10))):
+        tangent = [0.0] * len(mean)
+        for u in units:
+            cosine = max(-1.0, min(1.0, inner(mean, u)))
+            angle = math.acos(cosine)
+            if angle >= tol and math.sin(angle) != 0:
+                step = angle / math.sin(angle) / len(units)
+                tangent = combine([1, step, -step * cosine], [tangent, u, mean])
+        length = norm(tangent)
+        if length < tol:
+            break
+        mean = combine([math.cos(length), math.sin(length) / length], [mean, tangent])
+        mean = [x / norm(mean) for x in mean]
+    return [size * x for x in mean]
+
+
+def model_stock(base, models, p, shape, paper):
+    def part(vectors):
+        first, *rest = vectors
+        ds, n, cosines = differences(first, rest), len(rest), []
+        for i in range(n):
+            for j in range(i):
+                product = max(norm(ds[i]) * norm(ds[j]), 0 if paper else 1e-6)
+                cosines.append(max(-1.0, min(1.0, inner(ds[i], ds[j]) / product)) if product else 0.0)
+        cosine = sum(cosines) / len(cosines)
+        divisor = 1 + (n - 1) * cosine
+        t = 0.0 if abs(divisor) < 1e-6 else n * cosine / divisor
+        return combine([t / n] * n + [1 - t], rest + [first])
+    return by_vector(split(base, shape, "row" if p.get("filter_wise") else "tensor"), [base, *models], part)
+
+
+def varm(base, models, p, shape, paper):
+    ds = differences(base, models)
+    squares = [inner(d, d) for d in ds]
+    weight = [s / sum(squares) if sum(squares) else 1 / len(ds) for s in squares]
+    return add(base, combine([p.get("lambda", 1.0) * w for w in weight], ds))
+
+
+def sce(base, models, p, shape, paper):
+    ds, n, count = differences(base, models), len(models), len(base)
+    topk = p.get("select_topk", 1.0)
+    keep = set(range(count))
+    if topk < 1:
+        def variance(j):
+            xs = [d[j] for d in ds]
+            mean = math.fsum(xs) / n
+            return 0.0 if len(set(xs)) == 1 else math.fsum((x - mean) ** 2 for x in xs) / n
+        spread = [variance(j) for j in range(count)]
+        order = sorted((j for j in range(count) if spread[j]), key=lambda j: (-f32(spread[j]), j))
+        keep = set(order[: int(topk * len(order))])
+    masked = [[x if j in keep else 0.0 for j, x in enumerate(d)] for d in ds]
+    squares = [math.fsum(x * x for x in d) / count for d in masked]
+    even = sum(squares) == 0 if paper else sum(squares) < 1e-6
+    weight = [1 / n if even else s / sum(squares) for s in squares]
+    used = ds if p.get("select_weights_only") else masked
+    out = []
+    for j in range(count):
+        elected = 1 if sum(d[j] for d in used) >= 0 else -1
+        agree = [i for i in range(n) if sign(used[i][j]) == elected]
+        mass = sum(weight[i] for i in agree)
+        divisor = (mass or 1.0) if paper else max(mass, 1e-6)
+        out.append(base[j] + sum(weight[i] * used[i][j] for i in agree) / divisor)
+    return out
+
+
+def ram(base, models, p, shape, paper, plus=False):
+    ds, epsilon = differences(base, models), f32(p.get("epsilon", 1e-5))
+    ds = [[x if abs(x) > epsilon else 0.0 for x in d] for d in ds]
+    count = [sum(d[j] != 0 for d in ds) for j in range(len(base))]
+    factor = [1.0] * len(ds)
+    if plus:
+        for i, d in enumerate(ds):
+            shared, unique = (sum(x != 0 and pick(c) for x, c in zip(d, count)) for pick in (lambda c: c > 1, lambda c: c == 1))
+            share = shared / max(unique, p.get("epsilon", 1e-5)) if shared else 0.0
+            factor[i] = 1 + p.get("r", 0.1) * min(share, p.get("alpha", 0.2))
+    out = []
+    for j, b in enumerate(base):
+        if count[j] > 1:
+            out.append(b + sum(d[j] for d in ds) / count[j])
+        else:
+            out.append(b + sum(f * d[j] for f, d in zip(factor, ds)))
+    return out
+
+
+def ramplus_tl(*args):
+    return ram(*args, plus=True)
+
+
+def nearswap(base, models, p, shape, paper):
+    out = []
+    for b, x in zip(base, models[0]):
+        weight = min(max(p["t"] / max(abs(b - x), 1e-6), 0.0), 1.0)
+        out.append(weight * x + (1 - weight) * b)
+    return out
+
+
+def arcee_fusion(base, models, p, shape, paper):
+    x = models[0]
+
+    def softmax(row):
+        e = [math.exp(v - max(row)) for v in row]
+        return [v / math.fsum(e) + 1e-8 for v in e]
+    importance = [0.0] * len(x)
+    for index in split(x, shape, "row"):
+        ps, qs = (softmax([v[j] for j in index]) for v in (x, base))
+        kl = max(0.0, math.fsum(a * math.log(a / b) for a, b in zip(ps, qs)))
+        for j in index:
+            importance[j] = f32(abs(f32(x[j] - base[j])) * kl)
+    ranked = sorted(importance)
+    q1, q2, q3 = (ranked[int(q * (len(ranked) - 1))] for q in (0.25, 0.5, 0.75))
+    threshold = f32(q2 + f32(1.5 * f32(q3 - q1)))
+    return [v if i >= threshold else b for v, b, i in zip(x, base, importance)]
+
+
+def passthrough(base, models, p, shape, paper):
+    return [of_model(p, "scale", 0, 1.0) * x for x in models[0]]
+
+
+def consensus(base, models, p, shape, paper):
+    ds = differences(base, models)
+    out = []
+    for j, b in enumerate(base):
+        total = sum32(d[j] for d in ds)
+        owners = sum(abs(d[j]) > of_model(p, "mask_lambda", i, 0.4) * abs(total - d[j]) for i, d in enumerate(ds))
+        out.append(b + (f32(p.get("lambda", 1.0)) * total if owners >= p.get("k", 2) else 0.0))
+    return out
+
+
+def emr(base, models, p, shape, paper):
+    ds = differences(base, models)
+    out = []
+    for j, b in enumerate(base):
+        elected = sign(sum32(d[j] for d in ds))
+        largest = max([abs(d[j]) for d in ds if sign(d[j]) == elected != 0], default=0.0)
+        out.append(b + f32(p.get("lambda", 1.0)) * elected * largest)
+    return out
+
+
+OF_THEIR_OWN = {f.__name__: f for f in (slerp, nuslerp, multislerp, karcher, model_stock, varm, sce, ram, ramplus_tl, nearswap, arcee_fusion,
+                                        passthrough, consensus, emr)}
+
+
 def merge(case):
     method, paper = case["method"], case["profile"] == "paper"
+    if method in OF_THEIR_OWN:
+        return [f32(x) for x in OF_THEIR_OWN[method](case["base"], case["models"], case["params"], case["shape"], paper)]
     base, models, dtype = case["base"], case["models"], case["dtype"]
-    p = dict(DEFAULTS[method], **case["params"])
+    p = dict(DEFAULTS[method], **case["params"], shape=case["shape"], inverse=paper and method.startswith("della"))
     n, count = len(models), len(models[0])
     weight = [f32(w) for w in p.get("weight", [1.0] * n)]
     density = p.get("density", [1.0] * n)
@@ -141,7 +420,7 @@ def merge(case):
     work = f32 if paper else ROUND[dtype]
     deltas = [[work(f32(x - b)) for x, b in zip(m, base)] for m in models]
     deltas = [sparsify(method, d, density[i], case["seed"], "", i, p) for i, d in enumerate(deltas)]
-    consensus = method.endswith("ties")
+    elects = method.endswith("ties") or method == "della"
     votes = [[d if paper else f32(weight[i] * d) for d in deltas[i]] for i in range(n)]
     sums = [sum32(votes[i][j] for i in range(n)) for j in range(count)]
     zero = 1
@@ -151,10 +430,10 @@ def merge(case):
     out = []
     for j in range(count):
         elected = sign(sums[j]) or zero
-        agree = [i for i in range(n) if not consensus or sign(votes[i][j]) == elected]
+        agree = [i for i in range(n) if not elects or sign(votes[i][j]) == elected]
         mixed = sum32(f32(weight[i] * deltas[i][j]) for i in agree)
         divisor = sum32(weight[i] for i in agree)
-        if (consensus and divisor == 0) or (not consensus and abs(divisor) < 1e-8):
+        if (elects and divisor == 0) or (not elects and abs(divisor) < 1e-8):
             divisor = 1.0
         if p["normalize"]:
             mixed = f32(mixed / divisor)
@@ -178,13 +457,22 @@ def tensors(seed, shape, n, dtype, steps):
     return [ROUND[dtype](b) for b in base], [[ROUND[dtype](x) for x in m] for m in models]
 
 
-def case(name, method, shape=(4, 6), n=3, dtype="f32", profile="mergekit", seed=0, steps=None, tolerance="exact", data=1, **params):
+BASELESS = ("linear", "karcher", "passthrough")
+SINGLE = ("slerp", "nearswap", "arcee_fusion", "passthrough")
+
+
+def case(name, method, shape=(4, 6), n=3, dtype="f32", profile="mergekit", seed=0, steps=None, tolerance="exact", data=1, base_too=None, **params):
+    n = 1 if method in SINGLE else 2 if method == "nuslerp" else n
+    base_too = method not in BASELESS if base_too is None else base_too
     base, models = tensors(data, shape, n, dtype, steps)
     return dict(name=name, method=method, shape=shape, dtype=dtype, profile=profile, seed=seed, tolerance=tolerance, params=params,
-                base=None if method == "linear" else base, models=models)
+                base=base if base_too else None, models=models)
 
 
 W = [0.5, 0.3, 0.7]
+L1 = "0x1p-20"
+# Values are of size 1 to 4, the library rounds factors and each step of a sum to f32: a few units in the last place.
+ARC = "0x1p-19"
 CASES = [
     case("linear/normalised", "linear", weight=W),
     case("linear/sum", "linear", weight=W, normalize=0),
@@ -219,6 +507,74 @@ CASES = [
     case("dare_linear/bf16", "dare_linear", shape=(8, 9), dtype="bf16", weight=W, density=[0.1, 0.5, 0.9], seed=7, data=12),
     case("dare_ties/density-0.5", "dare_ties", shape=(8, 9), weight=W, density=[0.5] * 3, seed=1, data=13),
     case("dare_ties/normalised", "dare_ties", shape=(8, 9), weight=W, density=[0.3, 0.6, 1.0], seed=2, normalize=1, data=13),
+    case("della/by-rank", "della", shape=(5, 9), weight=W, density=[0.5] * 3, seed=5, data=15, tolerance=L1),
+    case("della/vector-no-rescale", "della", shape=(37,), weight=W, density=[0.3, 0.6, 1.0], epsilon=[0.2, 0.1, 0.3], rescale=0, seed=6, data=16),
+    case("della/equal-magnitudes", "della", shape=(3, 2, 7), dtype="bf16", weight=W, density=[0.4] * 3, rescale=0, steps=2, seed=7, data=17),
+    case("della/paper", "della", shape=(6, 7), profile="paper", weight=W, density=[0.5] * 3, epsilon=0.3, seed=8, data=18),
+    case("della_linear/by-rank", "della_linear", shape=(5, 9), weight=W, density=[0.5, 0.0, 0.7], seed=5, data=15, tolerance=L1),
+    case("della_linear/one-column", "della_linear", shape=(21, 1), weight=W, density=[0.5] * 3, rescale=0, seed=9, data=19),
+    case("della_linear/paper", "della_linear", shape=(4, 11), profile="paper", weight=W, density=[0.5] * 3, seed=10, data=20, **{"lambda": 0.7}),
+    case("breadcrumbs/outliers", "breadcrumbs", shape=(10, 10), weight=W, density=[0.5, 0.3, 0.9], gamma=0.05, data=21),
+    case("breadcrumbs/gamma-gives-way", "breadcrumbs", shape=(7, 3), weight=W, density=[0.9] * 3, gamma=[0.2, 0.0, 0.1], data=22),
+    case("breadcrumbs/equal-magnitudes", "breadcrumbs", shape=(83,), weight=W, density=[0.4] * 3, gamma=0.2, steps=3, data=23),
+    case("breadcrumbs/none-left", "breadcrumbs", shape=(5,), weight=W, density=[0.1, 0.5, 1.0], gamma=0.4, data=24),
+    case("breadcrumbs_ties/outliers", "breadcrumbs_ties", shape=(10, 10), weight=W, density=[0.5, 0.3, 0.9], gamma=0.05, normalize=1, data=21),
+    case("breadcrumbs_ties/bf16", "breadcrumbs_ties", shape=(9, 11), dtype="bf16", weight=W, density=[0.4] * 3, gamma=0.1, data=25),
+    case("breadcrumbs_ties/rescale", "breadcrumbs_ties", shape=(9, 11), weight=W, density=[0.4] * 3, gamma=0.1, rescale=1, tolerance=L1, data=26),
+    case("slerp/arc", "slerp", t=0.35, tolerance=ARC),
+    case("slerp/vector", "slerp", shape=(13,), t=0.8, tolerance=ARC, data=31),
+    case("slerp/parallel", "slerp", shape=(5, 3), dtype="bf16", t=0.25, steps=0, tolerance=ARC, data=32),
+    case("slerp/outside", "slerp", shape=(3, 5), t=-0.4, tolerance=ARC, data=33),
+    case("nuslerp/models", "nuslerp", weight=[0.5, 0.3], base_too=False, tolerance=ARC),
+    case("nuslerp/deltas", "nuslerp", shape=(5, 7), weight=[0.5, 0.3], tolerance=ARC, data=34),
+    case("nuslerp/rows", "nuslerp", shape=(5, 7), weight=[0.2, 0.3], nuslerp_flatten=0, tolerance=ARC, data=35),
+    case("nuslerp/columns", "nuslerp", shape=(5, 7), weight=[0.2, 0.3], nuslerp_flatten=0, nuslerp_row_wise=1, tolerance=ARC, data=35),
+    case("nuslerp/columns-3d", "nuslerp", shape=(5, 2, 3), weight=[0.2, 0.3], nuslerp_flatten=0, nuslerp_row_wise=1, base_too=False, tolerance=ARC, data=36),
+    case("nuslerp/vector-by-columns", "nuslerp", shape=(9,), weight=[1.0, -1.0], nuslerp_flatten=0, nuslerp_row_wise=1, tolerance=ARC, data=37),
+    case("nuslerp/equal-rows", "nuslerp", shape=(6, 2), weight=[0.2, 0.3], nuslerp_flatten=0, steps=1, tolerance=ARC, data=38),
+    case("multislerp/models", "multislerp", weight=W, base_too=False, tolerance=ARC),
+    case("multislerp/deltas", "multislerp", shape=(5, 7), weight=W, tolerance=ARC, data=39),
+    case("multislerp/vector", "multislerp", shape=(11,), n=4, weight=[0.1, 0.7, 0.2, 0.4], normalize_weights=0, tolerance=ARC, data=40),
+    case("multislerp/large-eps", "multislerp", shape=(3, 3), weight=W, eps=0.05, tolerance=ARC, data=41),
+    case("karcher/models", "karcher", tolerance=ARC),
+    case("karcher/vector", "karcher", shape=(7,), n=4, tolerance=ARC, data=42),
+    case("karcher/two-steps", "karcher", shape=(3, 5), n=2, max_iter=2, tol=1e-9, tolerance=ARC, data=43),
+    case("karcher/equal", "karcher", shape=(3, 5), n=3, steps=0, tolerance=ARC, data=44),
+    case("model_stock/tensor", "model_stock", tolerance=ARC),
+    case("model_stock/rows", "model_stock", shape=(5, 7), filter_wise=1, tolerance=ARC, data=45),
+    case("model_stock/vector", "model_stock", shape=(7,), n=2, filter_wise=1, tolerance=ARC, data=46),
+    case("model_stock/paper-some-equal", "model_stock", shape=(6, 2), profile="paper", filter_wise=1, steps=1, tolerance=ARC, data=47),
+    case("varm/tensor", "varm", tolerance=ARC),
+    case("varm/vector", "varm", shape=(7,), n=2, tolerance=ARC, data=48, **{"lambda": 0.5}),
+    case("varm/all-equal", "varm", shape=(3, 3), steps=0, tolerance=ARC, data=49),
+    case("sce/all", "sce", tolerance=ARC),
+    case("sce/select", "sce", shape=(9, 11), select_topk=0.3, tolerance=ARC, data=50),
+    case("sce/equal-variances", "sce", shape=(47,), n=2, select_topk=0.6, steps=2, tolerance=ARC, data=51),
+    case("sce/weights-only-paper", "sce", shape=(9, 11), profile="paper", select_topk=0.3, select_weights_only=1, tolerance=ARC, data=52),
+    case("sce/select-none", "sce", shape=(3, 3), select_topk=0.0, tolerance=ARC, data=53),
+    case("sce/steps-paper", "sce", shape=(5, 9), n=2, profile="paper", steps=1, tolerance=ARC, data=54),
+    case("ram/epsilon", "ram", epsilon=0.2, tolerance=ARC),
+    case("ram/vector", "ram", shape=(31,), n=4, steps=1, tolerance=ARC, data=55),
+    case("ram/odd-bf16", "ram", shape=(3, 7), dtype="bf16", steps=1, tolerance=ARC, data=56),
+    case("ramplus_tl/epsilon", "ramplus_tl", epsilon=0.2, tolerance=ARC),
+    case("ramplus_tl/vector", "ramplus_tl", shape=(31,), n=4, steps=1, r=0.3, alpha=5.0, tolerance=ARC, data=57),
+    case("ramplus_tl/none-unique", "ramplus_tl", shape=(3, 5), n=2, alpha=1e9, r=1e-7, tolerance=ARC, data=58),
+    case("nearswap/matrix", "nearswap", t=0.05),
+    case("nearswap/vector", "nearswap", shape=(17,), t=0.3, data=59),
+    case("nearswap/equal", "nearswap", shape=(3, 7), dtype="bf16", t=1e-4, steps=1, data=60),
+    case("arcee_fusion/matrix", "arcee_fusion", shape=(9, 11), data=61),
+    case("arcee_fusion/vector", "arcee_fusion", shape=(29,), data=62),
+    case("arcee_fusion/equal", "arcee_fusion", shape=(5, 7), steps=0, data=63),
+    case("arcee_fusion/columns", "arcee_fusion", shape=(2, 5, 3), dtype="bf16", data=64),
+    case("passthrough/as-it-is", "passthrough", shape=(3, 7)),
+    case("passthrough/scaled", "passthrough", shape=(7,), scale=0.3, data=65),
+    case("passthrough/none", "passthrough", shape=(3, 3), dtype="f16", scale=0.0, data=66),
+    case("consensus/two", "consensus", shape=(9, 11), data=67),
+    case("consensus/vector", "consensus", shape=(19,), k=1, mask_lambda=[0.2, 0.6, 1.0], data=68, **{"lambda": 0.5}),
+    case("consensus/equal", "consensus", shape=(5, 7), n=2, mask_lambda=1.0, steps=1, data=69),
+    case("emr/matrix", "emr", shape=(9, 11), data=70),
+    case("emr/vector", "emr", shape=(19,), n=2, data=71, **{"lambda": 0.5}),
+    case("emr/equal", "emr", shape=(5, 7), dtype="bf16", steps=1, data=72),
     case("dare_ties/paper", "dare_ties", shape=(8, 9), profile="paper", weight=W, density=[0.5] * 3, seed=2**64 - 1, data=13),
 ]
 
