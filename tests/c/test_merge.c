@@ -564,6 +564,24 @@ static void test_errors(void **state) {
     EXPECT(merge_with(ctx, "linear", NULL, (obm_tensor[]){top, top}, 2,
                       (obm_param[]){{"weight", -1, 1}, {"normalize", -1, 0}}, 2, &err),
            OBM_E_VALUE, "overflows the output");
+    const obm_param t = {"t", -1, 0.5};
+    EXPECT(merge_with(ctx, "slerp", NULL, &m, 1, &t, 1, &err), OBM_E_ARG, "slerp needs a base");
+    EXPECT(merge_with(ctx, "slerp", &b, &m, 1, NULL, 0, &err), OBM_E_ARG, "slerp needs the parameter t");
+    EXPECT(merge_with(ctx, "slerp", &b, (obm_tensor[]){m, m}, 2, &t, 1, &err), OBM_E_ARG,
+           "slerp takes exactly 1 model besides the base, found 2");
+    EXPECT(merge_with(ctx, "nuslerp", NULL, &m, 1, &weight, 1, &err), OBM_E_ARG, "nuslerp takes exactly 2 models, found 1");
+    EXPECT(merge_with(ctx, "model_stock", &b, &m, 1, NULL, 0, &err), OBM_E_ARG, "at least 2 models besides the base");
+    EXPECT(merge_with(ctx, "karcher", &b, &m, 1, NULL, 0, &err), OBM_E_ARG, "has no base");
+    EXPECT(merge_with(ctx, "slerp", &bad, &b, 1, &t, 1, &err), OBM_E_VALUE, "NaN or Inf in the base at index 4");
+    EXPECT(merge_with(ctx, "arcee_fusion", &b, &bad, 1, NULL, 0, &err), OBM_E_VALUE, "NaN or Inf in model 0 at index 4");
+    EXPECT(merge_with(ctx, "model_stock", &b, (obm_tensor[]){bad, b}, 2, &(obm_param){"filter_wise", -1, 1}, 1, &err),
+           OBM_E_VALUE, "NaN or Inf in model 0 at index 4");
+    const obm_param narrow[] = {weight, {"density", 0, 0.1}};
+    EXPECT(merge_with(ctx, "della", &b, &m, 1, narrow, 2, &err), OBM_E_ARG, "density - epsilon");
+    const obm_param half_kept[] = {weight, {"density", 0, 0.5}};
+    EXPECT(merge_with(ctx, "della", &b, &bad, 1, half_kept, 2, &err), OBM_E_VALUE, "NaN or Inf in model 0 at index 4");
+    const obm_param balanced[] = {{"weight", 0, 1}, {"weight", 1, -1}};
+    EXPECT(merge_with(ctx, "multislerp", &b, (obm_tensor[]){m, m}, 2, balanced, 2, &err), OBM_E_ARG, "sum to 0");
     m.dtype = OBM_I32;
     EXPECT(merge_with(ctx, "ties", &b, &m, 1, &weight, 1, &err), OBM_E_DTYPE, "found I32");
     obm_context_free(ctx);
