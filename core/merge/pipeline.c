@@ -97,6 +97,7 @@ static void scale(float *d, float factor, size_t n) {
 size_t obm__block_load(const obm__block *b) {
     size_t first = b->n;
     obm__group_base(b->k, b->g, b->begin, b->n, b->base, b->scratch);
+    if (b->g->base && !b->g->steps->deltas) first = b->k->find_nonfinite(b->base, b->n);
     for (size_t i = 0; i < b->g->steps->n; i++) {
         size_t bad = obm__group_delta(b->k, b->g, i, b->begin, b->n, b->base, obm__block_delta(b, i), b->scratch);
         if (bad < first) first = bad;
