@@ -117,17 +117,19 @@ nomem_step() {   # nomem_step [--short]: allocations fail one after the other un
     LUA_PATH="$ROOT/lua/?.lua;$ROOT/build/tests/lua/?.lua;$ROOT/build/tests/lua/?/init.lua;;" LUA_CPATH="$ROOT/build/tests/lua/?.so;;" \
         LD_PRELOAD="$ROOT/build/kill/nomem.so" lua5.4 tests/kill/nomem.lua "$@"
 }
-fuzz_step() {   # fuzz_step SECONDS
+fuzz_one() {   # fuzz_one SECONDS TARGET
+    local words=tests/fuzz/dict/$2.dict
+    [ -f "$words" ] && words=-dict=$words || words=-verbosity=0
+    mkdir -p "build/fuzz/new/$2"
+    "build/fuzz/tests/fuzz/fuzz_$2" "$words" -max_total_time="$1" -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 -verbosity=0 \
+        "build/fuzz/new/$2" "tests/fuzz/corpus/$2" 2>&1 | { grep -E "stat::number_of_executed|ERROR|SUMMARY|Test unit" || true; } | sed "s/^/$2: /"
+    return "${PIPESTATUS[0]}"
+}
+fuzz_step() {   # fuzz_step SECONDS: as many targets at a time as there are cores
     CC=clang cmake -S . -B build/fuzz -DOBM_FUZZ=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
     cmake --build build/fuzz -j "$JOBS" >/dev/null
-    for target in safetensors index config pack recipe tokenizer; do
-        local words=tests/fuzz/dict/$target.dict
-        [ -f "$words" ] && words=-dict=$words || words=-verbosity=0
-        mkdir -p "build/fuzz/new/$target"
-        "build/fuzz/tests/fuzz/fuzz_$target" "$words" -max_total_time="$1" -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 -verbosity=0 \
-            "build/fuzz/new/$target" "tests/fuzz/corpus/$target" 2>&1 | { grep -E "stat::number_of_executed|ERROR|SUMMARY|Test unit" || true; }
-        test "${PIPESTATUS[0]}" -eq 0
-    done
+    export -f fuzz_one
+    printf '%s\n' safetensors index config pack recipe tokenizer | xargs -P "$JOBS" -I{} bash -c "fuzz_one $1 {}"
 }
 
 # shellcheck disable=SC2086
