@@ -79,6 +79,7 @@ static inline void fixture_write_file(const obm_context *ctx, const char *path, 
         size_t bytes = obm__tensor_bytes(&view);
         void *data = obm__alloc(bytes, 1);
         if (t[i].raw) memcpy(data, t[i].raw, bytes);
+        else if (!t[i].values) memset(data, 0, bytes);
         else if (t[i].dtype == OBM_F64)
             for (int64_t k = 0; k < obm_tensor_count(&view); k++) ((double *)data)[k] = (double)t[i].values[k];
         else obm__narrow(ctx->k, t[i].dtype, t[i].values, obm_tensor_count(&view), data);
