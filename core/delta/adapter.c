@@ -95,7 +95,7 @@ static obm_status unknown(const work *w, const char *name, obm_error *err) {
 static obm_status compile_one(const work *w, const char *pattern, const char *key, obm__regex **out, obm_error *err) {
     /* peft: re.match(rf"(.*\.)?({key})$", module name) */
     char *anchored = obm__format("^(.*\\.)?(%s)$", pattern), *where = obm__format("%s: %s", w->a->path, key);
-    obm_status status = anchored && where ? obm__regex_new(anchored, strlen(anchored), where, out, err)
+    obm_status status = anchored && where ? obm__regex_new_rare(anchored, strlen(anchored), where, out, err)
                                           : obm__fail_nomem(err, strlen(pattern));
     obm_free(anchored);
     obm_free(where);

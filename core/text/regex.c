@@ -242,28 +242,52 @@ static obm_status compile(const char *pattern, size_t n, uint32_t options, const
         if (code == PCRE2_ERROR_HEAP_FAILED) return obm__fail_nomem(err, n);
         return obm__fail(err, OBM_E_FORMAT, "%s: a regex does not compile: %s", where, (const char *)reason);
     }
-    pcre2_jit_compile(r->code, PCRE2_JIT_COMPLETE); /* a build or system without JIT interprets */
     *out = r;
     return OBM_OK;
 }
 
-obm_status obm__regex_new(const char *pattern, size_t n, const char *where, obm__regex **out, obm_error *err) {
+/* A build or system without JIT interprets. */
+static obm_status compile_fast(const char *pattern, size_t n, uint32_t options, const char *where, obm__regex **out,
+                               obm_error *err) {
+    OBM_TRY(compile(pattern, n, options, where, out, err));
+    pcre2_jit_compile((*out)->code, PCRE2_JIT_COMPLETE);
+    return OBM_OK;
+}
+
+/* MULTILINE: ^ and $ are always about lines in Ruby syntax. */
+#define RUBY (PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C)
+
+static obm_status rewrite_all(const char *pattern, size_t n, const char *where, obm__buffer *out, obm_error *err) {
     rewrite w = {.p = pattern, .end = pattern + n, .where = where, .err = err};
     obm_status status = OBM_OK;
     if (obm__utf8_check(pattern, n) != n) return obm__fail(err, OBM_E_FORMAT, "%s: a regex is not UTF-8", where);
     obm__buffer_add(&w.out, "", 0);
-    while (w.p < w.end) OBM_GO(rewrite_one(&w));
-    if (w.out.failed) OBM_GO(obm__fail_nomem(err, n));
-    /* MULTILINE: ^ and $ are always about lines in Ruby syntax. */
-    status = compile(w.out.data, w.out.size, PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C, where, out, err);
-done:
-    obm__buffer_free(&w.out);
+    while (w.p < w.end && status == OBM_OK) status = rewrite_one(&w);
+    if (status == OBM_OK && w.out.failed) status = obm__fail_nomem(err, n);
+    if (status == OBM_OK) *out = w.out;
+    else obm__buffer_free(&w.out);
+    return status;
+}
+
+obm_status obm__regex_new(const char *pattern, size_t n, const char *where, obm__regex **out, obm_error *err) {
+    obm__buffer text;
+    OBM_TRY(rewrite_all(pattern, n, where, &text, err));
+    obm_status status = compile_fast(text.data, text.size, RUBY, where, out, err);
+    obm__buffer_free(&text);
+    return status;
+}
+
+obm_status obm__regex_new_rare(const char *pattern, size_t n, const char *where, obm__regex **out, obm_error *err) {
+    obm__buffer text;
+    OBM_TRY(rewrite_all(pattern, n, where, &text, err));
+    obm_status status = compile(text.data, text.size, RUBY, where, out, err);
+    obm__buffer_free(&text);
     return status;
 }
 
 obm_status obm__regex_new_literal(const char *text, size_t n, const char *where, obm__regex **out, obm_error *err) {
     if (obm__utf8_check(text, n) != n) return obm__fail(err, OBM_E_FORMAT, "%s: a pattern is not UTF-8", where);
-    return compile(text, n, PCRE2_LITERAL, where, out, err);
+    return compile_fast(text, n, PCRE2_LITERAL, where, out, err);
 }
 
 void obm__regex_free(obm__regex *r) {

@@ -29,6 +29,8 @@ obm_status obm__normal_form(obm__form form, const char *s, size_t n, obm__buffer
 typedef struct obm__regex obm__regex;
 /* `where` names the source in messages.  Errors: FORMAT, UNSUPPORTED (constructs whose meaning differs), NOMEM. */
 obm_status obm__regex_new(const char *pattern, size_t n, const char *where, obm__regex **out, obm_error *err);
+/* The same for one that meets a few short texts: it is not compiled to machine code. */
+obm_status obm__regex_new_rare(const char *pattern, size_t n, const char *where, obm__regex **out, obm_error *err);
 obm_status obm__regex_new_literal(const char *text, size_t n, const char *where, obm__regex **out, obm_error *err);
 void obm__regex_free(obm__regex *r);
 

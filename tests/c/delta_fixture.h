@@ -77,9 +77,8 @@ static inline void fixture_write_file(const obm_context *ctx, const char *path, 
         obm_tensor view = {.dtype = t[i].dtype, .ndim = t[i].ndim};
         memcpy(view.shape, t[i].shape, sizeof t[i].shape);
         size_t bytes = obm__tensor_bytes(&view);
-        void *data = obm__alloc(bytes, 1);
+        void *data = obm__calloc(bytes, 1); /* values of other dtypes than floats stay 0 */
         if (t[i].raw) memcpy(data, t[i].raw, bytes);
-        else if (!t[i].values) memset(data, 0, bytes);
         else if (t[i].dtype == OBM_F64)
             for (int64_t k = 0; k < obm_tensor_count(&view); k++) ((double *)data)[k] = (double)t[i].values[k];
         else obm__narrow(ctx->k, t[i].dtype, t[i].values, obm_tensor_count(&view), data);
