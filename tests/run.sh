@@ -69,6 +69,7 @@ asan_c() {
 }
 asan_lua() { ASAN_OPTIONS=detect_leaks=0 lua_tests "$ROOT/build/asan" env LD_PRELOAD="$(gcc -print-file-name=libasan.so)"; }
 asan_python() {
+    install_python   # pytest and what the tests import
     cmake -S . -B build/asan -DOBM_PYTHON=ON -DPython_EXECUTABLE="$ROOT/$PYTHON" -DOBM_PY_OUTDIR="$ROOT/build/asan-python/onebitmerge" >/dev/null
     cmake --build build/asan -j "$JOBS" --target onebitmerge_python >/dev/null
     cp python/onebitmerge/*.py python/onebitmerge/*.lua build/asan-python/onebitmerge/
@@ -77,6 +78,8 @@ asan_python() {
 }
 tsan_c() { configure build/tsan -DOBM_SANITIZE=thread; ctest --test-dir build/tsan --output-on-failure; }
 each_isa() {
+    install_python
+    configure build/tests
     for isa in scalar avx2 avx512 neon; do
         if ! ONEBITMERGE_ISA=$isa build/tests/tests/c/test_sys >/dev/null 2>&1; then echo "ISA $isa: not run, this machine cannot"; continue; fi
         echo "ISA $isa"
@@ -85,6 +88,7 @@ each_isa() {
     done
 }
 valgrind_c() {
+    configure build/tests
     for test in build/tests/tests/c/test_*; do
         [ -x "$test" ] || continue
         echo "valgrind $(basename "$test")"
