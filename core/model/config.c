@@ -243,6 +243,9 @@ static obm_status read_heads(const obm__reader *r, obm__config *c) {
     const obm_json *dim = obm__json_get(r->json, "head_dim");
     OBM_TRY(obm__read_size(
         r, "head_dim", dim || !arch->default_head_dim ? c->hidden / c->heads : arch->default_head_dim, &c->head_dim));
+    if (c->head_dim < 2 || c->head_dim % 2)
+        return obm__fail(r->err, OBM_E_FORMAT, "%s: \"head_dim\": expected an even number, found %lld", r->where,
+                         (long long)c->head_dim);
     if (c->heads > MAX_SIZE / c->head_dim)
         return obm__fail(r->err, OBM_E_FORMAT, "%s: expected \"num_attention_heads\" times \"head_dim\" up to %lld, found %lld by %lld",
                          r->where, (long long)MAX_SIZE, (long long)c->heads, (long long)c->head_dim);
@@ -250,9 +253,6 @@ static obm_status read_heads(const obm__reader *r, obm__config *c) {
         return obm__fail(r->err, OBM_E_FORMAT,
                          "%s: \"num_attention_heads\" (%lld) must be a multiple of \"num_key_value_heads\" (%lld)",
                          r->where, (long long)c->heads, (long long)c->kv_heads);
-    if (c->head_dim < 2 || c->head_dim % 2)
-        return obm__fail(r->err, OBM_E_FORMAT, "%s: \"head_dim\": expected an even number, found %lld", r->where,
-                         (long long)c->head_dim);
     return OBM_OK;
 }
 
