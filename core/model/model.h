@@ -176,6 +176,12 @@ void obm__terms_multiply(const obm_kernels *k, const obm__terms *t, const obm__t
 #define OBM_STRIP_BYTES ((size_t)OBM_ROUTE_MASKS * OBM__PLANE_ROWS * OBM__PLANE_TILE / 8)
 void obm__terms_add(const obm_kernels *k, const obm__terms *t, int64_t row, int64_t rows, float *panel, uint8_t *strip);
 
+/* Where a role's tensor stands in a list of (layers, OBM_LAYER_ROLES), then the three of the model. */
+static inline size_t obm__role_index(int64_t layers, int64_t layer, obm__role role) {
+    return role < OBM_LAYER_ROLES ? (size_t)(layer * OBM_LAYER_ROLES + role)
+                                  : (size_t)(layers * OBM_LAYER_ROLES + role - OBM_LAYER_ROLES);
+}
+
 /* ---- weights under a route (weights.c) ---- */
 
 typedef struct obm__matrix {
@@ -234,8 +240,7 @@ struct obm__weights {
 };
 /* The one question a linear layer asks: this matrix under this route. */
 static inline const obm__matrix *obm__weights_at(const obm__weights *w, int64_t layer, obm__role role) {
-    return role < OBM_LAYER_ROLES ? &w->tensors[layer * OBM_LAYER_ROLES + role]
-                                  : &w->tensors[w->layers * OBM_LAYER_ROLES + role - OBM_LAYER_ROLES];
+    return &w->tensors[obm__role_index(w->layers, layer, role)];
 }
 static inline int64_t obm__weights_vocab(const obm__weights *w) { return obm__weights_at(w, 0, OBM_EMBEDDING)->rows; }
 /* Row `id` of the embedding, f32, (hidden). */

@@ -142,7 +142,7 @@ obm_status obm__model_find_tensors(obm_model *m, obm_error *err) {
 }
 
 size_t obm__model_tensor(const obm_model *m, int64_t layer, obm__role role) {
-    return m->tensors[role < OBM_LAYER_ROLES ? layer * OBM_LAYER_ROLES + role : m->config.layers * OBM_LAYER_ROLES + role - OBM_LAYER_ROLES];
+    return m->tensors[obm__role_index(m->config.layers, layer, role)];
 }
 
 static bool is_runnable(obm_dtype dtype) { return dtype == OBM_F32 || dtype == OBM_F16 || dtype == OBM_BF16; }

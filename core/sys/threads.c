@@ -135,18 +135,23 @@ obm__pool *obm__pool_new(const obm__topology *topology, int threads, int cores) 
     return p;
 }
 
-/* Workers take no signals: handlers (Ctrl-C in the bindings) belong to the caller's threads.  Too few threads is no
- * error. */
-static void start_workers(obm__pool *p) {
+/* Our threads take no signals: handlers (Ctrl-C in the bindings) belong to the caller's.  0, or an errno. */
+static int start_thread(pthread_t *thread, void *(*main)(void *), void *arg) {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
+    int failed = pthread_create(thread, NULL, main, arg);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return failed;
+}
+
+/* Too few threads is no error. */
+static void start_workers(obm__pool *p) {
     for (int i = 1; i < p->threads; i++) {
         p->workers[i] = (worker){.pool = p, .index = i};
-        if (pthread_create(&p->workers[i].thread, NULL, worker_main, &p->workers[i])) break;
+        if (start_thread(&p->workers[i].thread, worker_main, &p->workers[i])) break;
         p->running = i;
     }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
     atomic_store(&p->owner, getpid());
     atomic_store(&p->started, 1);
 }
@@ -240,14 +245,10 @@ static void *task_main(void *arg) {
 
 obm_status obm__task_start(void (*fn)(void *), void *arg, obm__task **out, obm_error *err) {
     obm__task *t = obm__calloc(1, sizeof *t);
-    sigset_t all, before;
     if (!t) return obm__fail_nomem(err, sizeof *t);
     t->fn = fn;
     t->arg = arg;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int failed = pthread_create(&t->thread, NULL, task_main, t);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    int failed = start_thread(&t->thread, task_main, t);
     if (!failed) {
         *out = t;
         return OBM_OK;

@@ -246,13 +246,8 @@ static obm_status compile(const char *pattern, size_t n, uint32_t options, const
     return OBM_OK;
 }
 
-/* A build or system without JIT interprets. */
-static obm_status compile_fast(const char *pattern, size_t n, uint32_t options, const char *where, obm__regex **out,
-                               obm_error *err) {
-    OBM_TRY(compile(pattern, n, options, where, out, err));
-    pcre2_jit_compile((*out)->code, PCRE2_JIT_COMPLETE);
-    return OBM_OK;
-}
+/* To machine code; a build or system without JIT interprets. */
+static void speed_up(obm__regex *r) { pcre2_jit_compile(r->code, PCRE2_JIT_COMPLETE); }
 
 /* MULTILINE: ^ and $ are always about lines in Ruby syntax. */
 #define RUBY (PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C)
@@ -269,14 +264,6 @@ static obm_status rewrite_all(const char *pattern, size_t n, const char *where, 
     return status;
 }
 
-obm_status obm__regex_new(const char *pattern, size_t n, const char *where, obm__regex **out, obm_error *err) {
-    obm__buffer text;
-    OBM_TRY(rewrite_all(pattern, n, where, &text, err));
-    obm_status status = compile_fast(text.data, text.size, RUBY, where, out, err);
-    obm__buffer_free(&text);
-    return status;
-}
-
 obm_status obm__regex_new_rare(const char *pattern, size_t n, const char *where, obm__regex **out, obm_error *err) {
     obm__buffer text;
     OBM_TRY(rewrite_all(pattern, n, where, &text, err));
@@ -285,9 +272,17 @@ obm_status obm__regex_new_rare(const char *pattern, size_t n, const char *where,
     return status;
 }
 
+obm_status obm__regex_new(const char *pattern, size_t n, const char *where, obm__regex **out, obm_error *err) {
+    OBM_TRY(obm__regex_new_rare(pattern, n, where, out, err));
+    speed_up(*out);
+    return OBM_OK;
+}
+
 obm_status obm__regex_new_literal(const char *text, size_t n, const char *where, obm__regex **out, obm_error *err) {
     if (obm__utf8_check(text, n) != n) return obm__fail(err, OBM_E_FORMAT, "%s: a pattern is not UTF-8", where);
-    return compile_fast(text, n, PCRE2_LITERAL, where, out, err);
+    OBM_TRY(compile(text, n, PCRE2_LITERAL, where, out, err));
+    speed_up(*out);
+    return OBM_OK;
 }
 
 void obm__regex_free(obm__regex *r) {

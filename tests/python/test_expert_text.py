@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import jinja2   # of the extra [test]
 import pytest
 
 import onebitmerge as obm
@@ -105,7 +106,6 @@ def test_text_prompts(model):
 
 
 def test_jinja_templates_of_the_route(model):
-    pytest.importorskip("jinja2")
     routes = ["chat", "math", {"chat": 0.5}]
     assert [c.prompt_tokens for c in model.generate([MESSAGES] * 3, route=routes, max_tokens=1)] == [3, 2, 2]
     assert [c.prompt_tokens for c in model.generate(["ab"] * 3, chat=True, route=routes, max_tokens=1)] == [3, 2, 2]
@@ -120,7 +120,6 @@ def test_jinja_templates_of_the_route(model):
 
 
 def test_what_a_template_raises(tmp_path, base, chat):
-    jinja2 = pytest.importorskip("jinja2")
     (chat / "chat_template.jinja").write_text("{{ raise_exception('only tools') }}")   # wins over tokenizer_config.json
     model = obm.Model(obm.compress(base, {"chat": chat}, tmp_path / "p"))
     for call in (lambda: model.generate(MESSAGES, route="chat"), lambda: model.stream(MESSAGES, route="chat"),
