@@ -140,6 +140,13 @@ obm_status obm__pack_check(const obm_pack *p, obm_error *err) {
     return OBM_OK;
 }
 
+void obm__pack_release_pages(const obm_pack *p) {
+    for (size_t i = 0; i < p->n_experts; i++) {
+        const obm__safetensors *file = p->experts[i].file;
+        if (file) obm__pages_release(file->map.data, file->map.size);
+    }
+}
+
 /* ---- verify ---- */
 
 /* A buffer of this size between two progress calls keeps a stop within a few ms. */

@@ -72,6 +72,9 @@ struct obm_pack {
 size_t obm__pack_find(const obm_pack *p, const char *name);
 /* obm__map_check of the base's and the experts' files. */
 obm_status obm__pack_check(const obm_pack *p, obm_error *err);
+/* Hands the resident pages of the experts' files back: a fault maps cached neighbours too, so that reading the scales
+ * alone may leave most of a file resident. */
+void obm__pack_release_pages(const obm_pack *p);
 /* Around calls that take their time over a pack, on any thread.  BUSY while it changes; no part of the pack's value. */
 obm_status obm__pack_use(const obm_pack *p, obm_error *err);
 void obm__pack_unuse(const obm_pack *p);

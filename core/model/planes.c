@@ -137,6 +137,7 @@ obm_status obm__signs_load(obm_model *m, obm_error *err) {
         OBM_TRY(load_tensor(m, tensor, role, &m->signs[i], err));
         OBM_TRY(obm__pulse_check(m->pulse, err));
     }
+    obm__pack_release_pages(m->pack);
     return OBM_OK;
 }
 
@@ -180,6 +181,7 @@ obm_status obm__coefficients_acquire(obm_model *m, obm__hard_routes **out, obm_e
     if (!m->hard_routes || !obm__same_settings(&m->hard_routes->settings, &m->pack->settings)) {
         obm__hard_routes *h = NULL;
         OBM_TRY(hard_routes_new(m->pack, &h, err));
+        obm__pack_release_pages(m->pack);
         obm__coefficients_release(m->hard_routes);
         m->hard_routes = h;
     }

@@ -33,8 +33,7 @@ typedef struct mask {
 
 typedef struct term {
     mask mask;
-    const float *c; /* (groups, c_rows) */
-    float *owned;   /* c; NULL: it is the pack's */
+    float *c; /* (groups, c_rows), owned: those that the pack maps would keep the planes around them resident too */
 } term;
 
 typedef struct hard_route {
@@ -133,12 +132,6 @@ static void read_alphas(const obm__coefficients *c, const obm__plane_ref *p, int
     for (int64_t i = 0; i < n; i++) alpha[i] = obm__planes_alpha(p->from, p->plane, row + i, col);
 }
 
-/* The pack's scales are the coefficients, in place: with one group both are by rows, or one number. */
-static bool lies_like_the_pack(const obm__coefficients *c, const obm__plane_ref *p) {
-    return c->shape.groups == 1 &&
-           (size_t)obm__scale_count(p->from->scale, p->from->rows, p->from->cols) == c->shape.count;
-}
-
 /* ---- the terms of a hard route while they are being found ---- */
 
 static obm_status too_large(const obm__coefficients *c, obm_error *err) {
@@ -147,7 +140,7 @@ static obm_status too_large(const obm__coefficients *c, obm_error *err) {
 }
 
 static void drop_terms(hard_route *h) {
-    for (int i = 0; i < h->n; i++) obm_free(h->terms[i].owned);
+    for (int i = 0; i < h->n; i++) obm_free(h->terms[i].c);
     h->n = 0;
 }
 
@@ -160,15 +153,15 @@ static obm_status term_of(const obm__coefficients *c, hard_route *h, const mask 
     float *values = obm__calloc(c->shape.count, sizeof *values);
     if (!values) return obm__fail_nomem(err, c->shape.count * sizeof *values);
     *out = &h->terms[h->n++];
-    **out = (term){*m, values, values};
+    **out = (term){*m, values};
     return OBM_OK;
 }
 
 static obm_status store(const obm__coefficients *c, term *t, int64_t at, int64_t n, const double *value,
                         obm_error *err) {
     for (int64_t i = 0; i < n; i++) {
-        t->owned[at + i] = (float)value[i];
-        if (!isfinite(t->owned[at + i])) return too_large(c, err);
+        t->c[at + i] = (float)value[i];
+        if (!isfinite(t->c[at + i])) return too_large(c, err);
     }
     return OBM_OK;
 }
@@ -201,10 +194,6 @@ static obm_status add_own_planes(const obm__coefficients *c, size_t task, hard_r
         mask own = single(i);
         term *t;
         if (p->task != task || p->absent) continue;
-        if (lies_like_the_pack(c, p) && h->n < OBM_ROUTE_MASKS) {
-            h->terms[h->n++] = (term){.mask = own, .c = p->from->alphas[p->plane]};
-            continue;
-        }
         OBM_TRY(term_of(c, h, &own, &t, err));
         if (t) OBM_TRY(expand_scales(c, p, t, err));
     }
@@ -410,7 +399,7 @@ size_t obm__coefficients_bytes(const obm__coefficients *c) {
     if (c->mix.c) bytes += (size_t)c->mix.all.n * c->n_tasks * sizeof *c->mix.c;
     for (size_t k = 0; k < c->n_tasks; k++) {
         for (int i = 0; i < c->hard[k].n; i++)
-            if (c->hard[k].terms[i].owned) bytes += c->shape.count * sizeof(float);
+            bytes += c->shape.count * sizeof(float);
     }
     return bytes;
 }
