@@ -137,7 +137,7 @@ fuzz_step() {   # fuzz_step SECONDS: as many targets at a time as there are core
     CC=clang cmake -S . -B build/fuzz -DOBM_FUZZ=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
     cmake --build build/fuzz -j "$JOBS" >/dev/null
     export -f fuzz_one
-    printf '%s\n' safetensors index config pack recipe tokenizer | xargs -P "$JOBS" -I{} bash -c "fuzz_one $1 {}"
+    printf '%s\n' safetensors index config adapter pack recipe tokenizer | xargs -P "$JOBS" -I{} bash -c "fuzz_one $1 {}"
 }
 
 # shellcheck disable=SC2086

@@ -183,6 +183,45 @@ static void test_index(void **state) {
     obm_free(to);
 }
 
+static obm_status use_adapter(const world *w, obm_error *err) {
+    obm_checkpoint *base = NULL, *adapter = NULL;
+    obm_task_vector *v = NULL;
+    char *folder = obm__path_join(w->root, "adapter");
+    OK(obm_checkpoint_open(w->ctx, w->base, &base, err));
+    obm_status status = obm_checkpoint_open(w->ctx, folder, &adapter, err);
+    if (status == OBM_OK) status = obm_task_vector_new(base, adapter, &v, err);
+    assert_true((status == OBM_OK) == (v != NULL));
+    obm_task_vector_free(v);
+    obm_checkpoint_free(adapter);
+    obm_checkpoint_free(base);
+    obm_free(folder);
+    return status;
+}
+
+/* A LoRA folder: what says how its factors are scaled, and the factors. */
+static void test_adapter_folder(void **state) {
+    static const char config[] = "{\"peft_type\":\"LORA\",\"task_type\":\"CAUSAL_LM\",\"r\":1,\"lora_alpha\":2,"
+                                 "\"use_rslora\":true,\"rank_pattern\":{\"q_proj\":2},\"alpha_pattern\":{\"^q\":0.5}}";
+    static const float x[8] = {1, -2, 3, -4, 5, -6, 7, -8};
+#define Q "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+#define HEAD "base_model.model.lm_head.lora_"
+    static const fixture_tensor tensors[] = {{Q "A.weight", OBM_BF16, 2, {2, 4}, x, NULL},
+                                             {Q "B.weight", OBM_BF16, 2, {4, 2}, x, NULL},
+                                             {HEAD "A.weight", OBM_F32, 2, {1, 4}, x, NULL},
+                                             {HEAD "B.weight", OBM_F32, 2, {8, 1}, x, NULL}};
+    world *w = *state;
+    char *folder = obm__path_join(w->root, "adapter");
+    OK(obm__make_directory(folder, err));
+    char *json = obm__path_join(folder, "adapter_config.json"), *weights = obm__path_join(folder, OBM_ADAPTER_WEIGHTS);
+    put(json, config, strlen(config));
+    fixture_write_file(w->ctx, weights, tensors, OBM_COUNT(tensors));
+    cut_everywhere(w, json, 0, use_adapter);
+    cut_everywhere(w, weights, 0, use_adapter);
+    obm_free(json);
+    obm_free(weights);
+    obm_free(folder);
+}
+
 static size_t list_pack(const world *w, char names[16][128]) {
     char command[700];
     size_t n = 0;
@@ -459,6 +498,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_model_folder),
         cmocka_unit_test(test_index),
+        cmocka_unit_test(test_adapter_folder),
         cmocka_unit_test(test_pack_folder),
         cmocka_unit_test(test_recipe),
         cmocka_unit_test(test_recipe_of_long_keys),
