@@ -76,17 +76,17 @@ def contents(folder):
 
 
 def model_of(files):
-    """What a reader of a model folder sees: the one file, else the index and its shards; and all but the card."""
+    """What a reader of a model folder sees: the one file, else each tensor's shard, whatever the shard's name; and all but the card."""
     if "model.safetensors" in files:
-        weights = {"model.safetensors"}
+        weights = {"": files["model.safetensors"]}
     elif "model.safetensors.index.json" in files:
-        index = "model.safetensors.index.json"
-        weights = {index, *json.loads(files[index])["weight_map"].values()}
-        assert weights <= set(files), f"the index names files that are not there: {weights - set(files)}"
+        shards = json.loads(files["model.safetensors.index.json"])["weight_map"]
+        assert set(shards.values()) <= set(files), f"the index names files that are not there: {set(shards.values()) - set(files)}"
+        weights = {tensor: files[shard] for tensor, shard in shards.items()}
     else:
         return None
     small = {n for n in files if n.endswith((".json", ".jinja", ".txt")) and not n.startswith(("model.", "onebitmerge-"))}
-    return {n: files[n] for n in weights | small}
+    return weights, {n: files[n] for n in small}
 
 
 def pack_of(files):
@@ -171,7 +171,8 @@ class Case:
         for run in runs:
             assert run.code == 0 or run.said.splitlines()[-1].startswith("onebitmerge: "), f"{what}: {run.said}"
         assert self.check_state(what), f"{what}: not the new state"
-        assert set(contents(self.place)) == set(self.after), f"{what}: left over: {sorted(contents(self.place))}"
+        files = contents(self.place)   # one after the other, the second names its shards otherwise
+        assert len(files) == len(self.after) and not any(".tmp-" in n or "unfinished" in n for n in files), f"{what}: left over: {sorted(files)}"
 
 
 def write_inputs(work):
