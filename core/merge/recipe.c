@@ -6,18 +6,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define WHERE "recipe"
+#define WHERE OBM_RECIPE_WHERE
 
 /* ---- keys ---- */
 
 static const char *const recipe_keys[] = {"merge_method", "models",           "base_model", "parameters",   "dtype",
                                           "out_dtype",    "tokenizer_source", "profile",    "random_seed",  "name",
                                           "slices",       "modules",          "tokenizer",  "chat_template"};
-static const char *const model_keys[] = {"model", "parameters"};
 static const char *const condition_keys[] = {"filter", "value"};
 
-static obm_status check_keys(const obm_json *object, const char *where, const char *const *keys, size_t n,
-                             obm_error *err) {
+obm_status obm__recipe_check_keys(const obm_json *object, const char *where, const char *const *keys, size_t n,
+                                  obm_error *err) {
     for (void *it = obm__json_first(object); it; it = obm__json_next(object, it)) {
         const char *key = obm__json_key(it);
         size_t i = 0;
@@ -30,31 +29,28 @@ static obm_status check_keys(const obm_json *object, const char *where, const ch
     return OBM_OK;
 }
 
-static bool is_set(const obm_json *v) { return v && obm__json_kind(v) != OBM_JSON_NULL; }
-
 /* Keys of mergekit that a merge here cannot honour. */
 static obm_status check_supported(const obm_json *root, obm_error *err) {
     static const struct {
         const char *key, *why;
     } unsupported[] = {
-        {"slices", "layer slices are not supported: list whole models under \"models\""},
-        {"modules", "modules are not supported: list whole models under \"models\""},
         {"tokenizer", "building a tokenizer is not supported: the base's is carried over (tokenizer_source: base)"},
         {"chat_template", "replacing the chat template is not supported: the base's is carried over"},
     };
     for (size_t i = 0; i < OBM_COUNT(unsupported); i++)
-        if (is_set(obm__json_get(root, unsupported[i].key)))
+        if (obm__recipe_is_set(obm__json_get(root, unsupported[i].key)))
             return obm__fail(err, OBM_E_UNSUPPORTED, WHERE ": %s: %s", unsupported[i].key, unsupported[i].why);
     return OBM_OK;
 }
 
-static obm_status read_text(const obm_json *root, const char *key, const char **out, obm_error *err) {
-    const obm_json *v = obm__json_get(root, key);
+obm_status obm__recipe_text(const obm_json *object, const char *where, const char *key, const char **out,
+                            obm_error *err) {
+    const obm_json *v = obm__json_get(object, key);
     *out = NULL;
-    if (!is_set(v)) return OBM_OK;
+    if (!obm__recipe_is_set(v)) return OBM_OK;
     *out = obm__json_string(v);
     if (*out && **out) return OBM_OK;
-    return obm__fail(err, OBM_E_ARG, WHERE ": %s: expected text, found %s", key,
+    return obm__fail(err, OBM_E_ARG, "%s: %s: expected text, found %s", where, key,
                      *out ? "an empty string" : obm__json_kind_name(v));
 }
 
@@ -67,7 +63,7 @@ static obm_status read_dtype(const obm_json *root, const char *key, bool *has, o
         {"f32", OBM_F32},     {"f16", OBM_F16},     {"bf16", OBM_BF16},
     };
     const char *name, *names[OBM_COUNT(known)];
-    OBM_TRY(read_text(root, key, &name, err));
+    OBM_TRY(obm__recipe_text(root, WHERE, key, &name, err));
     if (!name) return OBM_OK;
     if (!strncmp(name, "torch.", 6)) name += 6;
     for (size_t i = 0; i < OBM_COUNT(known); i++) {
@@ -142,11 +138,11 @@ static obm_status check_condition(const obm_param_info *info, const obm_json *v,
         return obm__fail(err, OBM_E_ARG,
                          "%s: a list is either all values or all filter/value pairs, found %s among pairs", where,
                          obm__json_kind_name(v));
-    OBM_TRY(check_keys(v, where, condition_keys, OBM_COUNT(condition_keys), err));
+    OBM_TRY(obm__recipe_check_keys(v, where, condition_keys, OBM_COUNT(condition_keys), err));
     const obm_json *filter = obm__json_get(v, "filter"), *value = obm__json_get(v, "value");
-    if (is_set(filter) && !obm__json_string(filter))
+    if (obm__recipe_is_set(filter) && !obm__json_string(filter))
         return obm__fail(err, OBM_E_ARG, "%s: filter: expected text, found %s", where, obm__json_kind_name(filter));
-    if (!is_set(value)) return obm__fail(err, OBM_E_ARG, "%s: a filter without a value", where);
+    if (!obm__recipe_is_set(value)) return obm__fail(err, OBM_E_ARG, "%s: a filter without a value", where);
     return check_values(info, value, where, err);
 }
 
@@ -174,9 +170,9 @@ static obm_status unknown_parameter(const obm__method *m, const char *name, cons
 
 /* One `parameters` mapping.  What mergekit ignores without a word (another method's parameter, a setting of the whole
  * merge under one model) is ignored with one; what nobody knows is an error. */
-static obm_status check_parameters(const obm_context *ctx, const obm__method *m, const obm_json *v, bool of_model,
-                                   const char *where, obm_error *err) {
-    if (!is_set(v)) return OBM_OK;
+obm_status obm__recipe_check_parameters(const obm_context *ctx, const obm__method *m, const obm_json *v, bool of_model,
+                                        const char *where, obm_error *err) {
+    if (!obm__recipe_is_set(v)) return OBM_OK;
     if (obm__json_kind(v) != OBM_JSON_OBJECT)
         return obm__fail(err, OBM_E_ARG, "%s: expected a mapping, found %s", where, obm__json_kind_name(v));
     for (void *it = obm__json_first(v); it; it = obm__json_next(v, it)) {
@@ -189,7 +185,7 @@ static obm_status check_parameters(const obm_context *ctx, const obm__method *m,
             obm__warn(ctx, "%s: %s takes no %s; ignored", where, m->info.name, key);
         } else if (of_model && info->scope == OBM_PARAM_GLOBAL) {
             obm__warn(ctx, "%s: %s holds for the whole merge, not for one model; ignored", where, key);
-        } else if (is_set(obm__json_value(it))) {
+        } else if (obm__recipe_is_set(obm__json_value(it))) {
             OBM_TRY(check_setting(info, obm__json_value(it), path, err));
         }
     }
@@ -225,7 +221,7 @@ static bool condition_holds(const obm_json *condition, const char *tensor) {
 /* False where no filter matches: the next level of precedence is asked then. */
 static bool setting_value(const obm_param_info *info, const obm_json *v, const char *tensor, double depth,
                           double *out) {
-    if (!is_set(v)) return false;
+    if (!obm__recipe_is_set(v)) return false;
     if (!is_conditional(v)) {
         *out = plain_value(info, v, depth);
         return true;
@@ -242,15 +238,25 @@ static bool setting_value(const obm_param_info *info, const obm_json *v, const c
 
 size_t obm__recipe_params_capacity(const obm__recipe *r) { return r->method->info.n_params * (r->n_models + 1); }
 
-size_t obm__recipe_params(const obm__recipe *r, const char *tensor, double depth, obm_param *out) {
+/* The first of the levels that says something for a tensor of this name; own NULL: settings of the whole merge. */
+static bool level_value(const obm__recipe *r, const obm__slice *s, const obm_json *own, const obm_param_info *info,
+                        const char *tensor, double depth, double *out) {
+    const obm_json *const levels[] = {own, s->parameters, s->modules, r->parameters};
+    for (size_t i = 0; i < OBM_COUNT(levels); i++)
+        if (setting_value(info, obm__json_get(levels[i], info->name), tensor, depth, out)) return true;
+    return false;
+}
+
+size_t obm__recipe_params(const obm__recipe *r, const obm__slice *s, const char *tensor, const char *const *inputs,
+                          double depth, obm_param *out) {
     size_t n = 0;
     for (size_t i = 0; i < r->method->info.n_params; i++) {
         const obm_param_info *info = &r->method->info.params[i];
         obm_param p = {info->name, -1, 0};
-        if (setting_value(info, obm__json_get(r->parameters, info->name), tensor, depth, &p.value)) out[n++] = p;
-        for (size_t m = 0; info->scope == OBM_PARAM_PER_MODEL && m < r->n_models; m++) {
+        if (info->scope == OBM_PARAM_GLOBAL && level_value(r, s, NULL, info, tensor, depth, &p.value)) out[n++] = p;
+        for (size_t m = 0; info->scope == OBM_PARAM_PER_MODEL && m < s->n_models; m++) {
             p.model = (int)m;
-            if (setting_value(info, obm__json_get(r->models[m].parameters, info->name), tensor, depth, &p.value))
+            if (level_value(r, s, s->models[m].parameters, info, inputs ? inputs[m] : tensor, depth, &p.value))
                 out[n++] = p;
         }
     }
@@ -273,87 +279,23 @@ double obm__recipe_depth(const char *tensor, int64_t n_layers) {
     return layer >= n_layers ? 1 : (double)layer / (double)(n_layers - 1);
 }
 
-/* ---- models ---- */
-
-static size_t ref_length(const char *ref) {
-    size_t n = strlen(ref);
-    while (n > 1 && ref[n - 1] == '/') n--;
-    return n;
-}
-
-static bool same_ref(const char *a, const char *b) {
-    size_t n = ref_length(a);
-    return n == ref_length(b) && !strncmp(a, b, n);
-}
-
-static obm_status read_model(const obm_context *ctx, obm__recipe *r, const obm_json *v, size_t i, obm_error *err) {
-    char where[64];
-    snprintf(where, sizeof where, WHERE ": models[%zu]", i);
-    if (obm__json_kind(v) != OBM_JSON_OBJECT)
-        return obm__fail(err, OBM_E_ARG, "%s: expected a mapping with \"model\", found %s", where, obm__json_kind_name(v));
-    OBM_TRY(check_keys(v, where, model_keys, OBM_COUNT(model_keys), err));
-    const obm_json *model = obm__json_get(v, "model");
-    if (model && obm__json_kind(model) == OBM_JSON_OBJECT)
-        return obm__fail(err, OBM_E_UNSUPPORTED,
-                         "%s: a model given as a mapping (revision, LoRA, architecture) is not supported: give a path",
-                         where);
-    obm__recipe_model m = {obm__json_string(model), obm__json_get(v, "parameters")};
-    if (!m.ref || !*m.ref) return obm__fail(err, OBM_E_ARG, "%s: \"model\": expected a path", where);
-    for (size_t j = 0; j < r->n_models; j++)
-        if (same_ref(r->models[j].ref, m.ref))
-            return obm__fail(err, OBM_E_ARG, "%s: %.200s is listed twice", where, m.ref);
-
-    char path[96];
-    snprintf(path, sizeof path, "%s.parameters", where);
-    OBM_TRY(check_parameters(ctx, r->method, m.parameters, true, path, err));
-    if (obm__method_takes_base(r->method) && r->base && same_ref(r->base, m.ref)) {
-        if (obm__json_size(m.parameters)) obm__warn(ctx, "%s is the base: its parameters are ignored", where);
-        return OBM_OK;
-    }
-    r->models[r->n_models++] = m;
-    return OBM_OK;
-}
-
-/* The base is an input like the others where the method has no task vectors: mergekit adds it if it is not listed. */
-static void add_base_as_model(obm__recipe *r) {
-    if (obm__method_takes_base(r->method) || !r->base) return;
-    for (size_t i = 0; i < r->n_models; i++)
-        if (same_ref(r->models[i].ref, r->base)) return;
-    r->models[r->n_models++] = (obm__recipe_model){r->base, NULL};
-}
-
-static obm_status read_models(const obm_context *ctx, obm__recipe *r, obm_error *err) {
-    const obm_json *models = obm__json_get(r->root, "models");
-    if (!is_set(models)) return obm__fail(err, OBM_E_ARG, WHERE ": \"models\" is missing");
-    if (obm__json_kind(models) != OBM_JSON_ARRAY)
-        return obm__fail(err, OBM_E_ARG, WHERE ": models: expected a list, found %s", obm__json_kind_name(models));
-    size_t n = obm__json_size(models);
-    r->models = obm__calloc(n + 1, sizeof *r->models);
-    if (!r->models) return obm__fail_nomem(err, (n + 1) * sizeof *r->models);
-    for (size_t i = 0; i < n; i++) OBM_TRY(read_model(ctx, r, obm__json_at(models, i), i, err));
-    add_base_as_model(r);
-    return obm__method_check_count(r->method, r->n_models, WHERE ": ", err);
-}
-
 /* ---- the whole ---- */
 
 static obm_status read_method(obm__recipe *r, obm_error *err) {
     const char *method;
-    OBM_TRY(read_text(r->root, "merge_method", &method, err));
+    OBM_TRY(obm__recipe_text(r->root, WHERE, "merge_method", &method, err));
     if (!method) return obm__fail(err, OBM_E_ARG, WHERE ": \"merge_method\" is missing");
     obm_error why = {0};
     obm_status status = obm__method_find(method, &r->method, &why);
     if (status != OBM_OK) return obm__fail(err, status, WHERE ": merge_method: %.400s", why.message);
-    OBM_TRY(read_text(r->root, "base_model", &r->base, err));
-    if (r->method->info.needs_base && !r->base)
-        return obm__fail(err, OBM_E_ARG, WHERE ": %s needs a \"base_model\"", method);
+    OBM_TRY(obm__recipe_text(r->root, WHERE, "base_model", &r->base, err));
     return OBM_OK;
 }
 
 static obm_status read_tokenizer_source(const obm__recipe *r, obm_error *err) {
     const char *source;
-    OBM_TRY(read_text(r->root, "tokenizer_source", &source, err));
-    if (!source || !strcmp(source, "base") || (r->base && same_ref(source, r->base))) return OBM_OK;
+    OBM_TRY(obm__recipe_text(r->root, WHERE, "tokenizer_source", &source, err));
+    if (!source || !strcmp(source, "base") || (r->base && obm__recipe_same_ref(source, r->base))) return OBM_OK;
     return obm__fail(err, OBM_E_UNSUPPORTED,
                      WHERE ": tokenizer_source: %.100s is not supported, only base: the vocabularies must be the same",
                      source);
@@ -361,7 +303,7 @@ static obm_status read_tokenizer_source(const obm__recipe *r, obm_error *err) {
 
 static obm_status read_profile(obm__recipe *r, obm_profile override, obm_error *err) {
     const char *name;
-    OBM_TRY(read_text(r->root, "profile", &name, err));
+    OBM_TRY(obm__recipe_text(r->root, WHERE, "profile", &name, err));
     bool paper = name && !strcmp(name, "paper");
     if (name && !paper && strcmp(name, "mergekit"))
         return obm__fail(err, OBM_E_ARG, WHERE ": profile: expected mergekit or paper, found \"%.64s\"", name);
@@ -372,7 +314,7 @@ static obm_status read_profile(obm__recipe *r, obm_profile override, obm_error *
 static obm_status read_seed(obm__recipe *r, obm_error *err) {
     const obm_json *v = obm__json_get(r->root, "random_seed");
     int64_t seed = 0;
-    if (is_set(v) && (!obm__json_int(v, &seed) || seed < 0))
+    if (obm__recipe_is_set(v) && (!obm__json_int(v, &seed) || seed < 0))
         return obm__fail(err, OBM_E_ARG, WHERE ": random_seed: expected an integer >= 0");
     r->seed = (uint64_t)seed;
     return OBM_OK;
@@ -381,18 +323,18 @@ static obm_status read_seed(obm__recipe *r, obm_error *err) {
 static obm_status read_recipe(const obm_context *ctx, obm__recipe *r, obm_profile profile, obm_error *err) {
     if (obm__json_kind(r->root) != OBM_JSON_OBJECT)
         return obm__fail(err, OBM_E_FORMAT, WHERE ": expected a mapping, found %s", obm__json_kind_name(r->root));
-    OBM_TRY(check_keys(r->root, WHERE, recipe_keys, OBM_COUNT(recipe_keys), err));
+    OBM_TRY(obm__recipe_check_keys(r->root, WHERE, recipe_keys, OBM_COUNT(recipe_keys), err));
     OBM_TRY(check_supported(r->root, err));
     OBM_TRY(read_method(r, err));
     OBM_TRY(read_profile(r, profile, err));
-    OBM_TRY(read_text(r->root, "name", &r->name, err));
+    OBM_TRY(obm__recipe_text(r->root, WHERE, "name", &r->name, err));
     OBM_TRY(read_dtype(r->root, "dtype", &r->has_dtype, &r->dtype, err));
     OBM_TRY(read_dtype(r->root, "out_dtype", &r->has_out_dtype, &r->out_dtype, err));
     OBM_TRY(read_seed(r, err));
     OBM_TRY(read_tokenizer_source(r, err));
     r->parameters = obm__json_get(r->root, "parameters");
-    OBM_TRY(check_parameters(ctx, r->method, r->parameters, false, WHERE ": parameters", err));
-    return read_models(ctx, r, err);
+    OBM_TRY(obm__recipe_check_parameters(ctx, r->method, r->parameters, false, WHERE ": parameters", err));
+    return obm__recipe_read_models(ctx, r, err);
 }
 
 obm_status obm__recipe_parse(const obm_context *ctx, const char *text, obm_profile profile, obm__recipe **out,
@@ -414,7 +356,8 @@ obm_status obm__recipe_parse(const obm_context *ctx, const char *text, obm_profi
 void obm__recipe_free(obm__recipe *r) {
     if (!r) return;
     obm__json_free(r->root);
-    obm_free(r->models);
+    for (size_t i = 0; r->slices && i < r->n_slices; i++) obm_free(r->slices[i].models);
+    obm_free(r->slices);
     obm_free(r->text);
     obm_free(r);
 }

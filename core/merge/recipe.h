@@ -8,19 +8,32 @@
 /* YAML 1.1 text as a JSON tree (yaml.c).  FORMAT names `where`, line and column.  *out is owned. */
 obm_status obm__yaml_parse(const char *text, size_t size, const char *where, obm_json **out, obm_error *err);
 
-typedef struct obm__recipe_model {
+/* One model among the sources of a slice. */
+typedef struct obm__source {
     const char *ref;            /* as written; borrowed from the tree */
     const obm_json *parameters; /* nullable */
-} obm__recipe_model;
+    size_t index;               /* in the recipe's list, for messages */
+    int64_t first, end;         /* layers [first, end) where the recipe says so, else 0 and -1: all */
+} obm__source;
+
+/* A run of layers of the result, or with `models` the whole of it. */
+typedef struct obm__slice {
+    obm__source *models; /* the inputs of the method in order; the base only for methods without task vectors; owned */
+    size_t n_models;
+    obm__source base;                     /* what task vectors start from; ref NULL without */
+    const obm_json *parameters, *modules; /* of the slice, of the module it is in; nullable */
+    int64_t layers;                       /* -1: all */
+} obm__slice;
 
 typedef struct obm__recipe {
     obm_json *root;
     char *text; /* as given, for the model card */
     const obm__method *method;
-    obm_profile profile;       /* never DEFAULT */
-    const char *name, *base;   /* nullable */
-    obm__recipe_model *models; /* the inputs of the method in order; the base only for methods without task vectors */
-    size_t n_models;
+    obm_profile profile;     /* never DEFAULT */
+    const char *name, *base; /* nullable */
+    const char *sliced;      /* where the slices are listed, "slices" or "modules.default.slices"; NULL for `models` */
+    obm__slice *slices;      /* owned */
+    size_t n_slices, n_models;  /* n_models: the most that a slice has */
     const obm_json *parameters; /* of the whole merge, nullable */
     bool has_dtype, has_out_dtype;
     obm_dtype dtype, out_dtype;
@@ -37,9 +50,30 @@ void obm__recipe_free(obm__recipe *r);
 double obm__recipe_depth(const char *tensor, int64_t n_layers);
 /* The number in `model.layers.12.mlp...`, -1 without one. */
 int64_t obm__layer_of(const char *tensor);
-/* Room for every parameter of every model. */
+/* Room for every parameter of every model of a slice. */
 size_t obm__recipe_params_capacity(const obm__recipe *r);
-/* Resolves filters and gradients for one tensor.  Precedence: the model's own parameters, then the merge's. */
-size_t obm__recipe_params(const obm__recipe *r, const char *tensor, double depth, obm_param *out);
+/* Resolves filters and gradients for one tensor.  inputs: its names in the slice's models, in whose layers it has other
+ * numbers; NULL: the same name.  Precedence: the parameters of the model, the slice, the module, the merge. */
+size_t obm__recipe_params(const obm__recipe *r, const obm__slice *s, const char *tensor, const char *const *inputs,
+                          double depth, obm_param *out);
+/* "recipe: slices[1].sources[0]: " in front of what is wrong with a source, "" where there are no slices. */
+const char *obm__recipe_where(const obm__recipe *r, const obm__slice *s, const obm__source *source, char *buf,
+                              size_t size);
+
+/* ---- reading (recipe.c, recipe_models.c) ---- */
+
+#define OBM_RECIPE_WHERE "recipe"
+static inline bool obm__recipe_is_set(const obm_json *v) { return v && obm__json_kind(v) != OBM_JSON_NULL; }
+bool obm__recipe_same_ref(const char *a, const char *b);
+/* NOTFOUND with a suggestion for a key of `object` that is not among `keys`. */
+obm_status obm__recipe_check_keys(const obm_json *object, const char *where, const char *const *keys, size_t n,
+                                  obm_error *err);
+obm_status obm__recipe_check_parameters(const obm_context *ctx, const obm__method *m, const obm_json *v, bool of_model,
+                                        const char *where, obm_error *err);
+/* *out NULL where the key is absent; ARG unless it is text. */
+obm_status obm__recipe_text(const obm_json *object, const char *where, const char *key, const char **out,
+                            obm_error *err);
+/* `models`, `slices` or `modules` into r->slices. */
+obm_status obm__recipe_read_models(const obm_context *ctx, obm__recipe *r, obm_error *err);
 
 #endif

@@ -71,7 +71,7 @@ static void expect_error(const char *text, obm_status status, const char *part) 
 static double value(const obm__recipe *r, const char *tensor, int64_t n_layers, const char *name, int model) {
     obm_param params[64];
     assert_true(obm__recipe_params_capacity(r) <= 64);
-    size_t n = obm__recipe_params(r, tensor, obm__recipe_depth(tensor, n_layers), params);
+    size_t n = obm__recipe_params(r, &r->slices[0], tensor, NULL, obm__recipe_depth(tensor, n_layers), params);
     double global = NAN, own = NAN;
     for (size_t i = 0; i < n; i++) {
         if (strcmp(params[i].name, name)) continue;
@@ -106,7 +106,7 @@ static void test_settings(void **state) {
     (void)state;
     obm__recipe *r = parse(settings);
     assert_int_equal(r->n_models, 2);
-    assert_string_equal(r->models[0].ref, "x");
+    assert_string_equal(r->slices[0].models[0].ref, "x");
     assert_int_equal(r->seed, 12);
     assert_int_equal(r->profile, OBM_PROFILE_MERGEKIT);
     /* a gradient over 5 layers: t = layer / 4, three values at 0, 1/2, 1 */
@@ -154,7 +154,7 @@ static void test_json_text(void **state) {
     assert_int_equal(r->n_models, 2);
     assert_true(r->has_dtype && r->dtype == OBM_BF16 && !r->has_out_dtype);
     assert_int_equal(r->profile, OBM_PROFILE_PAPER);
-    assert_string_equal(r->models[0].ref, "a\xf0\x9f\x98\x80");
+    assert_string_equal(r->slices[0].models[0].ref, "a\xf0\x9f\x98\x80");
     assert_true(value(r, "w", 1, "weight", 0) == 0.25 && value(r, "w", 1, "weight", 1) == 2);
     obm__recipe_free(r);
 }
@@ -163,7 +163,7 @@ static void test_base_of_linear(void **state) {
     (void)state;
     obm__recipe *r = parse("merge_method: linear\nbase_model: b\nmodels: [{model: x}]\nparameters: {weight: 1}\n");
     assert_int_equal(r->n_models, 2); /* as mergekit: the base becomes one more input */
-    assert_string_equal(r->models[1].ref, "b");
+    assert_string_equal(r->slices[0].models[1].ref, "b");
     obm__recipe_free(r);
 }
 
@@ -204,7 +204,7 @@ static void test_recipe_errors(void **state) {
     expect_error(TIES MODELS "out_dytpe: bfloat16\n", OBM_E_NOTFOUND, "did you mean \"out_dtype\"?");
     expect_error(TIES MODELS "dtype: float64\n", OBM_E_UNSUPPORTED, "float64");
     expect_error(TIES MODELS "dtype: bfloat\n", OBM_E_ARG, "did you mean \"bfloat16\"?");
-    expect_error(TIES MODELS "slices: []\n", OBM_E_UNSUPPORTED, "slices");
+    expect_error(TIES MODELS "slices: []\n", OBM_E_ARG, "both \"models\" and \"slices\", expected one");
     expect_error(TIES MODELS "tokenizer_source: union\n", OBM_E_UNSUPPORTED, "tokenizer_source");
     expect_error(TIES MODELS "chat_template: auto\n", OBM_E_UNSUPPORTED, "chat_template");
     expect_error(TIES MODELS "profile: official\n", OBM_E_ARG, "mergekit or paper");

@@ -29,16 +29,16 @@ static const obm_param_info *info_of(const obm__recipe *r, const char *name) {
     abort();
 }
 
-static void check_params(const obm__recipe *r, const char *tensor) {
+static void check_params(const obm__recipe *r, const obm__slice *s, const char *tensor) {
     size_t room = obm__recipe_params_capacity(r);
     obm_param *params = malloc((room ? room : 1) * sizeof *params);
     if (!params) abort();
-    size_t n = obm__recipe_params(r, tensor, obm__recipe_depth(tensor, 3), params);
+    size_t n = obm__recipe_params(r, s, tensor, NULL, obm__recipe_depth(tensor, 3), params);
     if (n > room) abort();
     for (size_t i = 0; i < n; i++) {
         const obm_param_info *info = info_of(r, params[i].name);
         double x = params[i].value;
-        if (!isfinite(x) || x < info->min || x > info->max || params[i].model >= (int)r->n_models) abort();
+        if (!isfinite(x) || x < info->min || x > info->max || params[i].model >= (int)s->n_models) abort();
     }
     free(params);
 }
@@ -64,7 +64,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         if (r) abort();
         check_error(&err);
     } else {
-        for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) check_params(r, tensors[i]);
+        for (size_t s = 0; s < r->n_slices; s++)
+            for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) check_params(r, &r->slices[s], tensors[i]);
         obm__recipe_free(r);
     }
     free(text);

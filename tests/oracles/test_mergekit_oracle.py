@@ -345,3 +345,48 @@ dtype: float32
     got = load_file(tmp_path / "ours" / "model.safetensors")
     for key in want:
         assert ((got[key] - want[key]).abs() > 1e-5).sum() <= 4, key
+
+
+# ---- slices and modules ----
+
+def source(model, first, end, **parameters):
+    return {"model": model, "layer_range": [first, end], **({"parameters": parameters} if parameters else {})}
+
+
+SLICED = {   # from the models base, one, two
+    "stack": lambda b, x, y: {"merge_method": "passthrough", "slices": [
+        {"sources": [source(x, 0, 3)]}, {"sources": [source(y, 1, 4, scale=[{"filter": "o_proj", "value": 0}, {"value": 1}])]},
+        {"sources": [source(x, 3, 4)]}]},
+    "linear": lambda b, x, y: {"merge_method": "linear", "parameters": {"weight": [{"filter": "layers.2.", "value": 3}, {"value": 1}]}, "slices": [
+        {"sources": [source(x, 0, 2, weight=[0.2, 0.8]), source(y, 2, 4)]},
+        {"sources": [source(x, 1, 4), source(y, 0, 3, weight=[0.1, 0.5, 2])], "parameters": {"normalize": False}}]},
+    "ties": lambda b, x, y: {"merge_method": "ties", "base_model": b, "parameters": {"weight": 0.5, "density": [1, 0.3]}, "slices": [
+        {"sources": [source(b, 0, 2), source(x, 0, 2, density=0.6), source(y, 0, 2)]},
+        {"sources": [source(y, 1, 4), source(b, 1, 4)], "parameters": {"lambda": 0.7}}]},
+    "slerp": lambda b, x, y: {"merge_method": "slerp", "base_model": x, "parameters": {
+        "t": [{"filter": "self_attn", "value": [0, 0.5, 1]}, {"filter": "mlp", "value": [1, 0]}, {"value": 0.5}]}, "slices": [
+            {"sources": [source(x, 0, 4), source(y, 0, 4)]}]},
+    "own base": lambda b, x, y: {"merge_method": "task_arithmetic", "base_model": b, "parameters": {"weight": 0.5}, "slices": [
+        {"sources": [source(b, 0, 2), source(x, 0, 2)]}, {"base_model": y, "sources": [source(x, 2, 4), source(y, 2, 4)]}]},
+    "module": lambda b, x, y: {"merge_method": "linear", "parameters": {"weight": 3}, "modules": {"default": {
+        "parameters": {"weight": [0.2, 0.8]}, "models": [{"model": x}, {"model": y, "parameters": {"weight": 0.4}}]}}},
+    "module of slices": lambda b, x, y: {"merge_method": "passthrough", "modules": {"default": {"parameters": {"scale": 0.5}, "slices": [
+        {"sources": [source(x, 1, 3)]}, {"sources": [source(y, 0, 1)], "parameters": {"scale": 2}}]}}},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", SLICED)
+def test_slices(models, tmp_path, name, tied):
+    recipe = {**SLICED[name](*models(torch.float32, (tied,) * 3)), "dtype": "float32"}
+    want, got = theirs(recipe, tmp_path / "theirs"), ours(recipe, tmp_path / "ours")
+    if tied:
+        want.pop("lm_head.weight", None)
+    assert got.keys() == want.keys()
+    for key in want:
+        differs = ((got[key] - want[key]).abs() > 1e-5).sum().item()
+        assert differs <= 4, f"{key}: {differs} elements differ by up to {(got[key] - want[key]).abs().max()}"
+    configs = [json.loads((tmp_path / who / "config.json").read_text()) for who in ("theirs", "ours")]
+    assert configs[0]["num_hidden_layers"] == configs[1]["num_hidden_layers"]
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[key], got[key]) for key in got)

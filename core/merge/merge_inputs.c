@@ -1,0 +1,192 @@
+/* The inputs of a merge: opened once each, whether the recipe says a path, a name of the hub, or MODEL+ADAPTER, and
+ * assigned to the slices that take layers of them. */
+#include "job.h"
+
+#include <stdio.h>
+#include <string.h>
+
+/* ---- opening ---- */
+
+/* In the recipe's folder, or a name of the hub.  Owned. */
+static char *place_of(const obm__job *j, const char *name) {
+    char *path = j->directory && name[0] != '/' ? obm__path_join(j->directory, name) : obm__strdup(name);
+    bool by_name = path && obm__source_is_name(name) && !obm__source_is_local(path) && !obm__source_is_local(name);
+    if (!by_name || !j->ctx->resolve) return path;
+    obm_free(path);
+    return obm__strdup(name);
+}
+
+static obm_status open_path(const obm__job *j, const char *ref, size_t n, obm_checkpoint **out, obm_error *err) {
+    char *name = obm__strndup(ref, n), *path = name ? place_of(j, name) : NULL;
+    obm_status status = path ? obm_checkpoint_open(j->ctx, path, out, err) : obm__fail_nomem(err, n);
+    obm_free(name);
+    obm_free(path);
+    return status;
+}
+
+static bool is_here(const obm__job *j, const char *ref) {
+    char *path = place_of(j, ref);
+    bool here = path && obm__source_is_local(path);
+    obm_free(path);
+    return here;
+}
+
+/* mergekit's MODEL+ADAPTER; a path that holds a + of its own is there as it stands. */
+static obm_status open_sum(const obm__job *j, const char *ref, const char *plus, obm__input *in, obm_error *err) {
+    if (strchr(plus + 1, '+') || plus == ref || !plus[1])
+        return obm__fail(err, OBM_E_ARG, "recipe: \"%.300s\": expected MODEL or MODEL+ADAPTER", ref);
+    OBM_TRY(open_path(j, ref, (size_t)(plus - ref), &in->model, err));
+    OBM_TRY(open_path(j, plus + 1, strlen(plus + 1), &in->adapter, err));
+    if (in->adapter->adapter) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG, "recipe: \"%.300s\": expected a LoRA adapter behind the +, found a model", ref);
+}
+
+/* An adapter by itself stands for the recipe's base with it. */
+static obm_status add_base_below(const obm__job *j, const char *ref, obm__input *in, obm_error *err) {
+    const char *base = j->recipe->base;
+    if (!base || !strcmp(base, ref) || (strchr(base, '+') && !is_here(j, base)))
+        return obm__fail(err, OBM_E_ARG, "recipe: %.300s is a LoRA adapter: write MODEL+%.300s", ref, ref);
+    in->adapter = in->model;
+    in->model = NULL;
+    return open_path(j, base, strlen(base), &in->model, err);
+}
+
+/* Layers of the model as its config counts them, else its tensors. */
+static int64_t count_layers(const obm_checkpoint *c) {
+    int64_t n = 0;
+    if (obm__json_int(obm__json_get(c->config, "num_hidden_layers"), &n) && n > 0) return n;
+    n = 0;
+    for (size_t i = 0; i < c->count; i++) {
+        int64_t layer = obm__layer_of(c->tensors[i]->name);
+        if (layer >= n) n = layer + 1;
+    }
+    return n;
+}
+
+static obm_status open_input(obm__job *j, const char *ref, obm_error *err) {
+    obm__input *in = &j->inputs[j->n_inputs++];
+    const char *plus = is_here(j, ref) ? NULL : strchr(ref, '+');
+    in->ref = ref;
+    OBM_TRY(plus ? open_sum(j, ref, plus, in, err) : open_path(j, ref, strlen(ref), &in->model, err));
+    if (!in->adapter && in->model->adapter) OBM_TRY(add_base_below(j, ref, in, err));
+    OBM_TRY(obm__checkpoint_is_model(in->model, "the model below another", err));
+    in->layers = count_layers(in->model);
+    return in->adapter ? obm_task_vector_new(in->model, in->adapter, &in->v, err) : OBM_OK;
+}
+
+/* The same reference is the same input, however many slices take layers of it. */
+static obm_status find_input(obm__job *j, const char *ref, size_t *out, obm_error *err) {
+    for (size_t i = 0; i < j->n_inputs; i++) {
+        if (!obm__recipe_same_ref(j->inputs[i].ref, ref)) continue;
+        *out = i;
+        return OBM_OK;
+    }
+    *out = j->n_inputs;
+    return open_input(j, ref, err);
+}
+
+/* ---- slices ---- */
+
+static obm_status add_source(obm__job *j, obm__slice_plan *p, const obm__source *s, obm_error *err) {
+    size_t i = p->n;
+    char where[96];
+    OBM_TRY(find_input(j, s->ref, &p->inputs[i], err));
+    const obm__input *in = &j->inputs[p->inputs[i]];
+    p->sources[i] = s;
+    p->refs[i] = s->ref;
+    p->n++;
+    if (s->end <= in->layers) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG,
+                     "%slayer_range: %.200s has layers [0, %lld), expected a part of it, found [%lld, %lld)",
+                     obm__recipe_where(j->recipe, p->slice, s, where, sizeof where), s->ref, (long long)in->layers,
+                     (long long)s->first, (long long)s->end);
+}
+
+static obm_status open_slice(obm__job *j, obm__slice_plan *p, obm_error *err) {
+    const obm__slice *s = p->slice;
+    size_t n = s->n_models + 1;
+    p->sources = obm__calloc(n, sizeof *p->sources);
+    p->inputs = obm__calloc(n, sizeof *p->inputs);
+    p->refs = obm__calloc(n, sizeof *p->refs);
+    if (!p->sources || !p->inputs || !p->refs)
+        return obm__fail_nomem(err, n * (sizeof *p->sources + sizeof *p->inputs + sizeof *p->refs));
+    p->has_base = s->base.ref != NULL;
+    if (p->has_base) OBM_TRY(add_source(j, p, &s->base, err));
+    for (size_t i = 0; i < s->n_models; i++) {
+        OBM_TRY(add_source(j, p, &s->models[i], err));
+        if (!p->has_base && p->inputs[i] == j->donor) p->reference = i;
+    }
+    if (p->n > j->widest) j->widest = p->n;
+    return OBM_OK;
+}
+
+static obm_status open_slices(obm__job *j, obm_error *err) {
+    const obm__recipe *r = j->recipe;
+    size_t n = 1;
+    for (size_t i = 0; i < r->n_slices; i++) n += r->slices[i].n_models + 1;
+    j->inputs = obm__calloc(n, sizeof *j->inputs);
+    j->slices = obm__calloc(r->n_slices, sizeof *j->slices);
+    if (!j->inputs || !j->slices) return obm__fail_nomem(err, n * sizeof *j->inputs + r->n_slices * sizeof *j->slices);
+    if (r->base) OBM_TRY(open_input(j, r->base, err));
+    for (size_t i = 0; i < r->n_slices; i++) {
+        j->slices[i].slice = &r->slices[i];
+        j->slices[i].first = j->n_layers;
+        OBM_TRY(open_slice(j, &j->slices[i], err));
+        if (r->sliced) j->n_layers += r->slices[i].layers;
+    }
+    if (!r->sliced) j->n_layers = j->inputs[j->donor].layers;
+    return OBM_OK;
+}
+
+static const char *model_type(const obm_checkpoint *c) {
+    return obm__json_string(obm__json_get(c->config, "model_type"));
+}
+
+static obm_status check_architectures(const obm__job *j, obm_error *err) {
+    const obm__input *donor = &j->inputs[j->donor];
+    const char *first = model_type(donor->model);
+    for (size_t i = 0; i < j->n_inputs; i++) {
+        const char *type = model_type(j->inputs[i].model);
+        if (first && type && strcmp(first, type))
+            return obm__fail(err, OBM_E_ARG,
+                             "%.200s is a %.40s model, %.200s a %.40s: only models of one architecture merge",
+                             donor->ref, first, j->inputs[i].ref, type);
+    }
+    return OBM_OK;
+}
+
+obm_status obm__job_open(obm__job *j, obm_error *err) {
+    OBM_TRY(open_slices(j, err));
+    return check_architectures(j, err);
+}
+
+/* ---- tensors of an input ---- */
+
+static bool is_changed(const obm__pair *p) { return p && (p->lora || p->expert.data != p->base.data); }
+
+static const obm__pair *pair_of(const obm__input *in, const char *name) {
+    return obm__task_vector_find(in->v, name, NULL);
+}
+
+/* An adapter on the embedding or head of a tied model unties the two (delta/adapter.c). */
+bool obm__input_has_head(const obm__input *in) {
+    if (!in->v) return !in->model->tied && obm__checkpoint_find(in->model, OBM_HEAD_NAME);
+    const obm__pair *head = pair_of(in, OBM_HEAD_NAME);
+    return head && (!in->model->tied || is_changed(head) || is_changed(pair_of(in, OBM_EMBEDDING_NAME)));
+}
+
+/* A tied input's head is its embedding, whatever else its files hold. */
+static const char *stands_for(const obm__input *in, const char *name) {
+    bool tied = !strcmp(name, OBM_HEAD_NAME) && !obm__input_has_head(in);
+    return tied && obm__checkpoint_find(in->model, OBM_EMBEDDING_NAME) ? OBM_EMBEDDING_NAME : name;
+}
+
+bool obm__input_find(const obm__input *in, const char *name, obm_tensor *t, const obm__lowrank **lora) {
+    name = stands_for(in, name);
+    const obm__pair *p = in->v ? pair_of(in, name) : NULL;
+    const obm__st_entry *e = in->v ? NULL : obm__checkpoint_find(in->model, name);
+    if (p) *t = p->lora ? p->base : p->expert;
+    if (p) *lora = p->lora;
+    if (e) *t = e->t;
+    return p || e;
+}
