@@ -36,10 +36,20 @@ typedef struct obm__output {
     obm__group group;
 } obm__output;
 
+/* The output of one document of a recipe that others refer to. */
+typedef struct obm__stage {
+    const char *name;
+    char *path;              /* where it is, or will be; owned */
+    obm_checkpoint *planned; /* its headers without data, for those that are planned before it is there; owned */
+    bool done;
+} obm__stage;
+
 typedef struct obm__job {
     obm_context *ctx;
     const obm__recipe *recipe;
     const char *directory;
+    const obm__stage *parts; /* (n_parts), borrowed */
+    size_t n_parts;
     uint64_t memory, seed;
     obm__input *inputs;      /* each once, in the order of their first mention; the recipe's base first */
     size_t n_inputs, donor;  /* the input whose config and tokenizer count */
@@ -62,8 +72,27 @@ obm_status obm__job_outputs(obm__job *j, obm_error *err);
 bool obm__job_whole_model(const obm__job *j);
 void obm__job_clear(obm__job *j);
 
+/* Frees a checkpoint unless it is a part's. */
+void obm__job_close(const obm__job *j, obm_checkpoint *c);
+
 bool obm__input_has_head(const obm__input *in); /* of its own, not the embedding */
 bool obm__input_find(const obm__input *in, const char *name, obm_tensor *t, const obm__lowrank **lora);
+/* ---- several documents (documents.c) ---- */
+
+/* The documents of a recipe in an order in which each comes after those it refers to. */
+typedef struct obm__documents {
+    obm__recipe **recipes; /* (n), in this order */
+    obm__stage *parts;     /* (n): the output of each; a name of NULL for the one without */
+    size_t n;
+    char *folder; /* holds parts that are removed in the end; NULL without */
+} obm__documents;
+obm_status obm__documents_read(const obm_context *ctx, const char *text, obm_profile profile, const char *out_path,
+                               obm__documents *out, obm_error *err);
+/* The headers of a planned output; config is copied. */
+obm_status obm__documents_plan_part(const obm__job *j, const obm_json *config, obm__stage *part, obm_error *err);
+void obm__documents_remove_parts(const obm__documents *d);
+void obm__documents_free(obm__documents *d);
+
 /* The name without its layer's number replaced by `layer`; owned. */
 char *obm__layer_rename(const char *name, int64_t layer);
 

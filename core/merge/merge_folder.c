@@ -338,36 +338,31 @@ static obm_status check_out_path(const obm__job *j, const char *out_path, obm_er
     return OBM_OK;
 }
 
-static obm_status write_folder(obm__job *j, const obm_merge_options *options, const char *out_path, uint64_t total,
-                               obm_error *err) {
+/* overwrite: whatever the options say, for a folder that is the merge's own. */
+static obm_status write_folder(obm__job *j, const obm_merge_options *options, const char *out_path, bool overwrite,
+                               obm__run *run, obm_error *err) {
     const obm_checkpoint *reference = j->inputs[j->donor].model;
-    obm__run run = {j->ctx,
-                    OBM_OPT(options, obm_merge_options, progress, NULL),
-                    OBM_OPT(options, obm_merge_options, progress_user, NULL),
-                    "merge",
-                    0,
-                    total};
     obm__model_writer *w = NULL;
     obm_json *config = NULL, *record = NULL;
     obm_status status;
     char *card = build_card(j);
     if (!card) return obm__fail_nomem(err, strlen(j->recipe->text));
     OBM_GO(check_out_path(j, out_path, err));
-    OBM_GO(obm__model_writer_check(out_path, OBM_OPT(options, obm_merge_options, overwrite, false), err));
+    OBM_GO(obm__model_writer_check(out_path, overwrite, err));
     OBM_GO(build_config(j, &config, err));
-    OBM_GO(build_job(j, options, &run, &record, err));
+    OBM_GO(build_job(j, options, run, &record, err));
     obm__model_writer_options o = {.shard_bytes = OBM_OPT(options, obm_merge_options, shard_bytes, 0),
-                                   .overwrite = OBM_OPT(options, obm_merge_options, overwrite, false),
+                                   .overwrite = overwrite,
                                    .copy_from = reference->config ? reference->directory : NULL,
                                    .config = config,
                                    .card = card,
                                    .job = record,
                                    .resume = OBM_OPT(options, obm_merge_options, resume, false),
                                    .tick = job_tick,
-                                   .user = &run};
+                                   .user = run};
     OBM_GO(obm__model_writer_new(out_path, &o, &w, err));
     OBM_GO(declare_outputs(j, w, err));
-    OBM_GO(write_outputs(j, &run, w, err));
+    OBM_GO(write_outputs(j, run, w, err));
     OBM_GO(obm__model_writer_finish(w, err));
 done:
     obm__model_writer_free(w);
@@ -377,25 +372,102 @@ done:
     return status;
 }
 
+/* ---- documents ---- */
+
+static obm__job new_job(obm_context *ctx, const obm_merge_options *options, const obm__documents *d, size_t i) {
+    uint64_t memory = OBM_OPT(options, obm_merge_options, memory, 0);
+    obm__job j = {.ctx = ctx,
+                  .recipe = d->recipes[i],
+                  .directory = OBM_OPT(options, obm_merge_options, directory, NULL),
+                  .parts = d->parts,
+                  .n_parts = d->n > 1 ? i : 0, /* those before it */
+                  .memory = memory ? memory : DEFAULT_MEMORY,
+                  .seed = d->recipes[i]->seed};
+    if (OBM_OPT(options, obm_merge_options, has_seed, false)) j.seed = options->seed;
+    return j;
+}
+
+static obm_status plan_part(const obm__job *j, obm__stage *part, obm_error *err) {
+    obm_json *config;
+    OBM_TRY(build_config(j, &config, err));
+    obm_status status = obm__documents_plan_part(j, config, part, err);
+    obm__json_free(config);
+    return status;
+}
+
+static void add_plan(obm_plan *sum, const obm_plan *p) {
+    sum->tensors += p->tensors;
+    sum->bytes_read += p->bytes_read;
+    sum->bytes_written += p->bytes_written;
+    sum->seconds += p->seconds;
+    if (p->peak_memory > sum->peak_memory) sum->peak_memory = p->peak_memory;
+}
+
+/* Every document is planned before the first is run: outputs of others stand there as headers without data. */
+static obm_status plan_documents(obm_context *ctx, const obm_merge_options *options, obm__documents *d, obm__job *jobs,
+                                 obm_plan *plan, obm_error *err) {
+    for (size_t i = 0; i < d->n; i++) {
+        jobs[i] = new_job(ctx, options, d, i);
+        OBM_TRY(plan_job(&jobs[i], err));
+        obm_plan one = sizes(&jobs[i]);
+        add_plan(plan, &one);
+        if (d->n > 1 && d->parts[i].name) OBM_TRY(plan_part(&jobs[i], &d->parts[i], err));
+    }
+    return OBM_OK;
+}
+
+static bool takes_part(const obm__job *j) {
+    for (size_t i = 0; i < j->n_inputs; i++)
+        for (size_t p = 0; p < j->n_parts; p++)
+            if (j->inputs[i].model == j->parts[p].planned) return true;
+    return false;
+}
+
+static obm_status run_documents(const obm_merge_options *options, obm__documents *d, obm__job *jobs, obm__run *run,
+                                obm_error *err) {
+    for (size_t i = 0; i < d->n; i++) {
+        obm__stage *part = &d->parts[i];
+        bool own = d->folder && part->name;
+        if (takes_part(&jobs[i])) { /* which is there by now */
+            obm__job_clear(&jobs[i]);
+            jobs[i] = new_job(run->ctx, options, d, i);
+            OBM_TRY(plan_job(&jobs[i], err));
+        }
+        OBM_TRY(write_folder(&jobs[i], options, part->path,
+                             own || OBM_OPT(options, obm_merge_options, overwrite, false), run, err));
+        part->done = true;
+    }
+    return OBM_OK;
+}
+
+static obm_status merge_documents(obm_context *ctx, const obm_merge_options *options, obm__documents *d, obm_plan *plan,
+                                  obm_error *err) {
+    obm__run run = {.ctx = ctx,
+                    .progress = OBM_OPT(options, obm_merge_options, progress, NULL),
+                    .user = OBM_OPT(options, obm_merge_options, progress_user, NULL),
+                    .what = "merge"};
+    bool dry_run = OBM_OPT(options, obm_merge_options, dry_run, false);
+    obm__job *jobs = obm__calloc(d->n, sizeof *jobs);
+    if (!jobs) return obm__fail_nomem(err, d->n * sizeof *jobs);
+    obm_status status = plan_documents(ctx, options, d, jobs, plan, err);
+    run.total = plan->bytes_written;
+    if (status == OBM_OK && !dry_run) status = run_documents(options, d, jobs, &run, err);
+    if (!dry_run && (status == OBM_OK || !OBM_OPT(options, obm_merge_options, resume, false)))
+        obm__documents_remove_parts(d);
+    for (size_t i = 0; i < d->n; i++) obm__job_clear(&jobs[i]);
+    obm_free(jobs);
+    return status;
+}
+
 obm_status obm_merge(obm_context *ctx, const char *recipe, const obm_merge_options *options, const char *out_path,
                      obm_plan *plan, obm_error *err) {
     OBM_TRY(OBM_CHECK(obm_merge_options, options, err));
-    obm__recipe *r;
-    OBM_TRY(obm__recipe_parse(ctx, recipe, OBM_OPT(options, obm_merge_options, profile, OBM_PROFILE_DEFAULT), &r, err));
-    uint64_t memory = OBM_OPT(options, obm_merge_options, memory, 0);
-    obm__job j = {.ctx = ctx,
-                  .recipe = r,
-                  .directory = OBM_OPT(options, obm_merge_options, directory, NULL),
-                  .memory = memory ? memory : DEFAULT_MEMORY,
-                  .seed = r->seed};
-    if (OBM_OPT(options, obm_merge_options, has_seed, false)) j.seed = options->seed;
+    obm__documents d;
     obm_plan planned = {0};
-    obm_status status = plan_job(&j, err);
-    if (status == OBM_OK) planned = sizes(&j);
-    if (status == OBM_OK && !OBM_OPT(options, obm_merge_options, dry_run, false))
-        status = write_folder(&j, options, out_path, planned.bytes_written, err);
+    OBM_TRY(obm__documents_read(ctx, recipe, OBM_OPT(options, obm_merge_options, profile, OBM_PROFILE_DEFAULT),
+                                out_path, &d, err));
+    obm_status status = merge_documents(ctx, options, &d, &planned, err);
     if (status == OBM_OK && plan) *plan = planned;
-    obm__job_clear(&j);
-    obm__recipe_free(r);
+    obm__documents_free(&d);
     return status;
 }

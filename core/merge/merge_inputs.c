@@ -16,19 +16,45 @@ static char *place_of(const obm__job *j, const char *name) {
     return obm__strdup(name);
 }
 
-static obm_status open_path(const obm__job *j, const char *ref, size_t n, obm_checkpoint **out, obm_error *err) {
-    char *name = obm__strndup(ref, n), *path = name ? place_of(j, name) : NULL;
-    obm_status status = path ? obm_checkpoint_open(j->ctx, path, out, err) : obm__fail_nomem(err, n);
-    obm_free(name);
-    obm_free(path);
-    return status;
-}
-
 static bool is_here(const obm__job *j, const char *ref) {
     char *path = place_of(j, ref);
     bool here = path && obm__source_is_local(path);
     obm_free(path);
     return here;
+}
+
+/* A local folder has no revisions: what stands behind its @ is dropped, as mergekit does. */
+static void drop_revision(const obm__job *j, char *name) {
+    char *at = strrchr(name, '@');
+    if (!at || at == name || is_here(j, name)) return;
+    *at = 0;
+    bool here = is_here(j, name);
+    if (here) obm__warn(j->ctx, "%s is a local folder: the revision %s is ignored", name, at + 1);
+    if (!here) *at = '@';
+}
+
+/* The output of an earlier document of the recipe comes before files and hub names. */
+static const obm__stage *find_part(const obm__job *j, const char *name) {
+    for (size_t i = 0; i < j->n_parts; i++)
+        if (!strcmp(j->parts[i].name, name)) return &j->parts[i];
+    return NULL;
+}
+
+static obm_status open_path(const obm__job *j, const char *ref, size_t n, obm_checkpoint **out, obm_error *err) {
+    char *name = obm__strndup(ref, n);
+    if (!name) return obm__fail_nomem(err, n);
+    const obm__stage *part = find_part(j, name);
+    if (part && !part->done) {
+        *out = part->planned;
+        obm_free(name);
+        return OBM_OK;
+    }
+    if (!part) drop_revision(j, name);
+    char *path = part ? obm__strdup(part->path) : place_of(j, name);
+    obm_status status = path ? obm_checkpoint_open(j->ctx, path, out, err) : obm__fail_nomem(err, n);
+    obm_free(name);
+    obm_free(path);
+    return status;
 }
 
 /* mergekit's MODEL+ADAPTER; a path that holds a + of its own is there as it stands. */

@@ -352,6 +352,12 @@ obm_status obm__job_outputs(obm__job *j, obm_error *err) {
     return check_scopes(j, err);
 }
 
+void obm__job_close(const obm__job *j, obm_checkpoint *c) {
+    for (size_t i = 0; i < j->n_parts; i++)
+        if (c && j->parts[i].planned == c) return;
+    obm_checkpoint_free(c);
+}
+
 void obm__job_clear(obm__job *j) {
     for (size_t i = 0; j->outputs && i < j->n_outputs; i++) {
         obm__group_clear(&j->outputs[i].group);
@@ -365,12 +371,13 @@ void obm__job_clear(obm__job *j) {
     }
     for (size_t i = 0; i < j->n_inputs; i++) {
         obm_task_vector_free(j->inputs[i].v);
-        obm_checkpoint_free(j->inputs[i].adapter);
-        obm_checkpoint_free(j->inputs[i].model);
+        obm__job_close(j, j->inputs[i].adapter);
+        obm__job_close(j, j->inputs[i].model);
     }
     obm_free(j->outputs);
     obm_free(j->tensors);
     obm_free(j->loras);
     obm_free(j->slices);
     obm_free(j->inputs);
+    *j = (obm__job){0};
 }

@@ -13,20 +13,49 @@
 static const char *const recipe_keys[] = {"merge_method", "models",           "base_model", "parameters",   "dtype",
                                           "out_dtype",    "tokenizer_source", "profile",    "random_seed",  "name",
                                           "slices",       "modules",          "tokenizer",  "chat_template"};
+/* Settings of mergekit's command line, and what its documentation names but its code does not read. */
+static const char *const ignored_keys[] = {"input_model_parameters",
+                                           "int8_mask",
+                                           "trust_remote_code",
+                                           "allow_crimes",
+                                           "copy_tokenizer",
+                                           "lazy_unpickle",
+                                           "low_cpu_memory",
+                                           "clone_tensors",
+                                           "write_model_card",
+                                           "out_shard_size",
+                                           "cuda"};
 static const char *const condition_keys[] = {"filter", "value"};
+
+static bool is_among(const char *key, const char *const *keys, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (!strcmp(key, keys[i])) return true;
+    return false;
+}
+
+obm_status obm__recipe_check_ignored(const obm_context *ctx, const obm_json *object, const char *where,
+                                     const char *const *keys, size_t n, const char *const *ignored, size_t n_ignored,
+                                     obm_error *err) {
+    for (void *it = obm__json_first(object); it; it = obm__json_next(object, it)) {
+        const char *key = obm__json_key(it);
+        char hint[128];
+        if (is_among(key, keys, n)) continue;
+        if (is_among(key, ignored, n_ignored)) {
+            obm__warn(ctx, "%s: %s has no effect here, in mergekit too; ignored", where, key);
+        } else if (is_among("parameters", keys, n) && obm__param_is_known(key)) {
+            return obm__fail(err, OBM_E_NOTFOUND, "%s: unknown key \"%.64s\", it belongs under \"parameters\"", where,
+                             key);
+        } else {
+            return obm__fail(err, OBM_E_NOTFOUND, "%s: unknown key \"%.64s\"%s", where, key,
+                             obm__suggest(key, keys, n, hint, sizeof hint));
+        }
+    }
+    return OBM_OK;
+}
 
 obm_status obm__recipe_check_keys(const obm_json *object, const char *where, const char *const *keys, size_t n,
                                   obm_error *err) {
-    for (void *it = obm__json_first(object); it; it = obm__json_next(object, it)) {
-        const char *key = obm__json_key(it);
-        size_t i = 0;
-        while (i < n && strcmp(key, keys[i])) i++;
-        char hint[128];
-        if (i == n)
-            return obm__fail(err, OBM_E_NOTFOUND, "%s: unknown key \"%.64s\"%s", where, key,
-                             obm__suggest(key, keys, n, hint, sizeof hint));
-    }
-    return OBM_OK;
+    return obm__recipe_check_ignored(NULL, object, where, keys, n, NULL, 0, err);
 }
 
 /* Keys of mergekit that a merge here cannot honour. */
@@ -281,14 +310,14 @@ double obm__recipe_depth(const char *tensor, int64_t n_layers) {
 
 /* ---- the whole ---- */
 
-static obm_status read_method(obm__recipe *r, obm_error *err) {
+static obm_status read_method(const obm_context *ctx, obm__recipe *r, obm_error *err) {
     const char *method;
     OBM_TRY(obm__recipe_text(r->root, WHERE, "merge_method", &method, err));
     if (!method) return obm__fail(err, OBM_E_ARG, WHERE ": \"merge_method\" is missing");
     obm_error why = {0};
     obm_status status = obm__method_find(method, &r->method, &why);
     if (status != OBM_OK) return obm__fail(err, status, WHERE ": merge_method: %.400s", why.message);
-    OBM_TRY(obm__recipe_text(r->root, WHERE, "base_model", &r->base, err));
+    OBM_TRY(obm__recipe_ref(ctx, r, obm__json_get(r->root, "base_model"), WHERE ": base_model", &r->base, err));
     return OBM_OK;
 }
 
@@ -323,9 +352,10 @@ static obm_status read_seed(obm__recipe *r, obm_error *err) {
 static obm_status read_recipe(const obm_context *ctx, obm__recipe *r, obm_profile profile, obm_error *err) {
     if (obm__json_kind(r->root) != OBM_JSON_OBJECT)
         return obm__fail(err, OBM_E_FORMAT, WHERE ": expected a mapping, found %s", obm__json_kind_name(r->root));
-    OBM_TRY(obm__recipe_check_keys(r->root, WHERE, recipe_keys, OBM_COUNT(recipe_keys), err));
+    OBM_TRY(obm__recipe_check_ignored(ctx, r->root, WHERE, recipe_keys, OBM_COUNT(recipe_keys), ignored_keys,
+                                      OBM_COUNT(ignored_keys), err));
     OBM_TRY(check_supported(r->root, err));
-    OBM_TRY(read_method(r, err));
+    OBM_TRY(read_method(ctx, r, err));
     OBM_TRY(read_profile(r, profile, err));
     OBM_TRY(obm__recipe_text(r->root, WHERE, "name", &r->name, err));
     OBM_TRY(read_dtype(r->root, "dtype", &r->has_dtype, &r->dtype, err));
@@ -337,14 +367,17 @@ static obm_status read_recipe(const obm_context *ctx, obm__recipe *r, obm_profil
     return obm__recipe_read_models(ctx, r, err);
 }
 
-obm_status obm__recipe_parse(const obm_context *ctx, const char *text, obm_profile profile, obm__recipe **out,
-                             obm_error *err) {
+obm_status obm__recipe_read(const obm_context *ctx, const char *text, obm_json *root, obm_profile profile,
+                            obm__recipe **out, obm_error *err) {
     obm__recipe *r = obm__calloc(1, sizeof *r);
-    if (!r) return obm__fail_nomem(err, sizeof *r);
+    if (!r) {
+        obm__json_free(root);
+        return obm__fail_nomem(err, sizeof *r);
+    }
+    r->root = root;
     r->text = obm__strdup(text);
-    obm_status status =
-        r->text ? obm__yaml_parse(text, strlen(text), WHERE, &r->root, err) : obm__fail_nomem(err, strlen(text));
-    if (status == OBM_OK) status = read_recipe(ctx, r, profile, err);
+    r->refs = obm__json_new_array();
+    obm_status status = r->text && r->refs ? read_recipe(ctx, r, profile, err) : obm__fail_nomem(err, strlen(text));
     if (status == OBM_OK) {
         *out = r;
     } else {
@@ -353,9 +386,17 @@ obm_status obm__recipe_parse(const obm_context *ctx, const char *text, obm_profi
     return status;
 }
 
+obm_status obm__recipe_parse(const obm_context *ctx, const char *text, obm_profile profile, obm__recipe **out,
+                             obm_error *err) {
+    obm_json *root;
+    OBM_TRY(obm__yaml_parse(text, strlen(text), WHERE, &root, err));
+    return obm__recipe_read(ctx, text, root, profile, out, err);
+}
+
 void obm__recipe_free(obm__recipe *r) {
     if (!r) return;
     obm__json_free(r->root);
+    obm__json_free(r->refs);
     for (size_t i = 0; r->slices && i < r->n_slices; i++) obm_free(r->slices[i].models);
     obm_free(r->slices);
     obm_free(r->text);

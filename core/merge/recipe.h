@@ -8,6 +8,9 @@
 /* YAML 1.1 text as a JSON tree (yaml.c).  FORMAT names `where`, line and column.  *out is owned. */
 obm_status obm__yaml_parse(const char *text, size_t size, const char *where, obm_json **out, obm_error *err);
 
+/* The same for text of several documents (---), as a list; empty ones do not count. */
+obm_status obm__yaml_parse_all(const char *text, size_t size, const char *where, obm_json **out, obm_error *err);
+
 /* One model among the sources of a slice. */
 typedef struct obm__source {
     const char *ref;            /* as written; borrowed from the tree */
@@ -26,8 +29,8 @@ typedef struct obm__slice {
 } obm__slice;
 
 typedef struct obm__recipe {
-    obm_json *root;
-    char *text; /* as given, for the model card */
+    obm_json *root, *refs; /* refs: those that are given as mappings, written out */
+    char *text;            /* as given, for the model card */
     const obm__method *method;
     obm_profile profile;     /* never DEFAULT */
     const char *name, *base; /* nullable */
@@ -43,6 +46,9 @@ typedef struct obm__recipe {
 /* Errors: FORMAT (syntax), NOTFOUND (unknown key, method or parameter, with a suggestion), ARG, UNSUPPORTED. */
 obm_status obm__recipe_parse(const obm_context *ctx, const char *text, obm_profile profile, obm__recipe **out,
                              obm_error *err);
+/* One document of several; root is owned by the recipe whatever it returns. */
+obm_status obm__recipe_read(const obm_context *ctx, const char *text, obm_json *root, obm_profile profile,
+                            obm__recipe **out, obm_error *err);
 void obm__recipe_free(obm__recipe *r);
 
 /* Where a tensor lies for gradients: the layer's share of the depth, 0 for what is in no layer (mergekit: embeddings,
@@ -73,6 +79,14 @@ obm_status obm__recipe_check_parameters(const obm_context *ctx, const obm__metho
 /* *out NULL where the key is absent; ARG unless it is text. */
 obm_status obm__recipe_text(const obm_json *object, const char *where, const char *key, const char **out,
                             obm_error *err);
+/* A reference to a model, as text or as mergekit's mapping {model: {path, revision}, lora: {path, revision}}; *out NULL
+ * where v is absent, else borrowed from r. */
+obm_status obm__recipe_ref(const obm_context *ctx, obm__recipe *r, const obm_json *v, const char *where,
+                           const char **out, obm_error *err);
+/* NOTFOUND for unknown keys; those of `ignored` are ones that mergekit does not read either, and warn. */
+obm_status obm__recipe_check_ignored(const obm_context *ctx, const obm_json *object, const char *where,
+                                     const char *const *keys, size_t n, const char *const *ignored, size_t n_ignored,
+                                     obm_error *err);
 /* `models`, `slices` or `modules` into r->slices. */
 obm_status obm__recipe_read_models(const obm_context *ctx, obm__recipe *r, obm_error *err);
 

@@ -12,6 +12,10 @@
 static const char *const model_keys[] = {"model", "parameters"};
 static const char *const source_keys[] = {"model", "parameters", "layer_range"};
 static const char *const slice_keys[] = {"sources", "base_model", "parameters", "residual_weight"};
+static const char *const ref_keys[] = {"model", "lora", "override_architecture"};
+static const char *const path_keys[] = {"path", "revision"};
+/* What mergekit reads in slices only. */
+static const char *const ignored_in_models[] = {"layer_range"};
 static const char *const module_keys[] = {"models", "slices", "parameters"};
 
 static size_t ref_length(const char *ref) {
@@ -35,14 +39,47 @@ const char *obm__recipe_where(const obm__recipe *r, const obm__slice *s, const o
 
 /* ---- one model ---- */
 
-static obm_status read_ref(const obm_json *v, const char *where, const char **out, obm_error *err) {
-    const obm_json *model = obm__json_get(v, "model");
-    if (model && obm__json_kind(model) == OBM_JSON_OBJECT)
-        return obm__fail(err, OBM_E_UNSUPPORTED,
-                         "%s: a model given as a mapping (revision, LoRA, architecture) is not supported: give a path",
-                         where);
-    *out = obm__json_string(model);
-    return *out && **out ? OBM_OK : obm__fail(err, OBM_E_ARG, "%s: \"model\": expected a path", where);
+/* A path or name, or {path, revision}. */
+static obm_status add_path(const obm_json *v, const char *where, obm__buffer *b, obm_error *err) {
+    const char *text = obm__json_string(v), *revision = NULL;
+    if (obm__json_kind(v) == OBM_JSON_OBJECT) {
+        OBM_TRY(obm__recipe_check_keys(v, where, path_keys, OBM_COUNT(path_keys), err));
+        OBM_TRY(obm__recipe_text(v, where, "path", &text, err));
+        OBM_TRY(obm__recipe_text(v, where, "revision", &revision, err));
+    }
+    if (!text || !*text) return obm__fail(err, OBM_E_ARG, "%s: expected a path", where);
+    obm__buffer_text(b, text);
+    if (revision) obm__buffer_printf(b, "@%s", revision);
+    return b->failed ? obm__fail_nomem(err, strlen(text)) : OBM_OK;
+}
+
+static obm_status add_mapping(const obm_context *ctx, const obm_json *v, const char *where, obm__buffer *b,
+                              obm_error *err) {
+    const obm_json *lora = obm__json_get(v, "lora");
+    OBM_TRY(obm__recipe_check_keys(v, where, ref_keys, OBM_COUNT(ref_keys), err));
+    if (obm__recipe_is_set(obm__json_get(v, "override_architecture")))
+        obm__warn(ctx, "%s: override_architecture has no effect here, tensors are known by their names; ignored",
+                  where);
+    OBM_TRY(add_path(obm__json_get(v, "model"), where, b, err));
+    if (!obm__recipe_is_set(lora)) return OBM_OK;
+    obm__buffer_text(b, "+");
+    return add_path(lora, where, b, err);
+}
+
+obm_status obm__recipe_ref(const obm_context *ctx, obm__recipe *r, const obm_json *v, const char *where,
+                           const char **out, obm_error *err) {
+    *out = obm__json_string(v);
+    if (!obm__recipe_is_set(v) || (*out && **out)) return OBM_OK;
+    if (obm__json_kind(v) != OBM_JSON_OBJECT)
+        return obm__fail(err, OBM_E_ARG, "%s: expected a path, found %s", where,
+                         *out ? "an empty string" : obm__json_kind_name(v));
+    obm__buffer b = {0};
+    obm_status status = add_mapping(ctx, v, where, &b, err);
+    if (status == OBM_OK && !obm__json_append(r->refs, obm__json_new_string(b.data)))
+        status = obm__fail_nomem(err, b.size);
+    if (status == OBM_OK) *out = obm__json_string(obm__json_at(r->refs, obm__json_size(r->refs) - 1));
+    obm__buffer_free(&b);
+    return status;
 }
 
 /* [first, end), as mergekit counts. */
@@ -57,16 +94,19 @@ static obm_status read_range(const obm_json *v, const char *where, obm__source *
                      (long long)s->first, (long long)s->end);
 }
 
-static obm_status read_source(const obm_context *ctx, const obm__recipe *r, const obm_json *v, bool sliced,
-                              const char *where, obm__source *out, obm_error *err) {
+static obm_status read_source(const obm_context *ctx, obm__recipe *r, const obm_json *v, bool sliced, const char *where,
+                              obm__source *out, obm_error *err) {
     char path[160];
     obm__source s = {.index = out->index, .end = -1};
     if (obm__json_kind(v) != OBM_JSON_OBJECT)
         return obm__fail(err, OBM_E_ARG, "%s: expected a mapping with \"model\", found %s", where,
                          obm__json_kind_name(v));
     OBM_TRY(sliced ? obm__recipe_check_keys(v, where, source_keys, OBM_COUNT(source_keys), err)
-                   : obm__recipe_check_keys(v, where, model_keys, OBM_COUNT(model_keys), err));
-    OBM_TRY(read_ref(v, where, &s.ref, err));
+                   : obm__recipe_check_ignored(ctx, v, where, model_keys, OBM_COUNT(model_keys), ignored_in_models,
+                                               OBM_COUNT(ignored_in_models), err));
+    snprintf(path, sizeof path, "%s.model", where);
+    OBM_TRY(obm__recipe_ref(ctx, r, obm__json_get(v, "model"), path, &s.ref, err));
+    if (!s.ref) return obm__fail(err, OBM_E_ARG, "%s: \"model\" is missing", where);
     if (sliced) OBM_TRY(read_range(v, where, &s, err));
     s.parameters = obm__json_get(v, "parameters");
     snprintf(path, sizeof path, "%s.parameters", where);
@@ -94,7 +134,7 @@ static obm_status add_source(const obm_context *ctx, const obm__recipe *r, obm__
 }
 
 /* The list under `models` or `sources`, at most one longer for a base that is not in it. */
-static obm_status read_list(const obm_context *ctx, const obm__recipe *r, const obm_json *list, const char *base,
+static obm_status read_list(const obm_context *ctx, obm__recipe *r, const obm_json *list, const char *base,
                             const char *where, obm__slice *slice, obm_error *err) {
     if (obm__json_kind(list) != OBM_JSON_ARRAY)
         return obm__fail(err, OBM_E_ARG, "%s: expected a list, found %s", where, obm__json_kind_name(list));
@@ -151,7 +191,8 @@ static obm_status read_slice(const obm_context *ctx, obm__recipe *r, const obm_j
     OBM_TRY(obm__recipe_check_keys(v, where, slice_keys, OBM_COUNT(slice_keys), err));
     if (obm__recipe_is_set(obm__json_get(v, "residual_weight")))
         obm__warn(ctx, "%s: residual_weight has no effect, in mergekit too; ignored", where);
-    OBM_TRY(obm__recipe_text(v, where, "base_model", &base, err));
+    snprintf(path, sizeof path, "%s.base_model", where);
+    OBM_TRY(obm__recipe_ref(ctx, r, obm__json_get(v, "base_model"), path, &base, err));
     s->parameters = obm__json_get(v, "parameters");
     snprintf(path, sizeof path, "%s.parameters", where);
     OBM_TRY(obm__recipe_check_parameters(ctx, r->method, s->parameters, false, path, err));

@@ -1,4 +1,4 @@
-/* YAML 1.1 into a JSON tree, over libyaml (the only file that includes it).  One document, plain data: anchors and
+/* YAML 1.1 into a JSON tree, over libyaml (the only file that includes it).  Plain data: anchors and
  * aliases within a budget, no merge keys, no custom tags, no duplicate keys. */
 #include "recipe.h"
 
@@ -12,6 +12,7 @@
  * several. */
 #define MAX_NODES 100000
 #define MAX_DEPTH 64
+#define MAX_DOCUMENTS 64
 
 typedef struct reader {
     yaml_document_t *document;
@@ -162,43 +163,61 @@ static obm_status read_node(reader *r, yaml_node_t *node, int depth, obm_json **
 
 /* ---- documents ---- */
 
-static obm_status read_document(yaml_parser_t *parser, const char *where, obm_json **out, obm_error *err) {
-    yaml_document_t document;
-    if (!yaml_parser_load(parser, &document)) return fail_parser(parser, where, err);
-    reader r = {.document = &document, .where = where, .err = err};
-    yaml_node_t *root = yaml_document_get_root_node(&document);
-    obm_status status = root ? read_node(&r, root, 0, out) : obm__fail(err, OBM_E_FORMAT, "%s: empty", where);
-    yaml_document_delete(&document);
-    return status;
+/* All documents but empty ones into a list. */
+static obm_status read_documents(yaml_parser_t *parser, const char *where, obm_json *list, obm_error *err) {
+    for (bool more = true; more;) {
+        yaml_document_t document;
+        obm_json *value = NULL;
+        if (!yaml_parser_load(parser, &document)) return fail_parser(parser, where, err);
+        reader r = {.document = &document, .where = where, .nodes = obm__json_size(list), .err = err};
+        yaml_node_t *root = yaml_document_get_root_node(&document);
+        more = root != NULL;
+        obm_status status = more ? read_node(&r, root, 0, &value) : OBM_OK;
+        yaml_document_delete(&document);
+        OBM_TRY(status);
+        bool empty = obm__json_kind(value) == OBM_JSON_NULL;
+        if (empty) obm__json_free(value);
+        if (!empty && !obm__json_append(list, value)) return obm__fail_nomem(err, 0);
+        if (obm__json_size(list) > MAX_DOCUMENTS)
+            return obm__fail(err, OBM_E_FORMAT, "%s: more than %d documents", where, MAX_DOCUMENTS);
+    }
+    return obm__json_size(list) ? OBM_OK : obm__fail(err, OBM_E_FORMAT, "%s: empty", where);
 }
 
-/* mergekit-multi puts several merges into one file. */
-static obm_status expect_end(yaml_parser_t *parser, const char *where, obm_error *err) {
-    yaml_document_t document;
-    if (!yaml_parser_load(parser, &document)) return fail_parser(parser, where, err);
-    bool more = yaml_document_get_root_node(&document) != NULL;
-    yaml_document_delete(&document);
-    return more ? obm__fail(err, OBM_E_UNSUPPORTED, "%s: more than one document (---) is not supported", where)
-                : OBM_OK;
+obm_status obm__yaml_parse_all(const char *text, size_t size, const char *where, obm_json **out, obm_error *err) {
+    size_t start = 0;
+    obm_json *list = obm__json_new_array(), *root;
+    if (!list) return obm__fail_nomem(err, 0);
+    while (start < size && isspace((unsigned char)text[start])) start++;
+    /* JSON is nearly YAML, but not where strings hold \u surrogates or tabs separate tokens. */
+    bool json = start < size && text[start] == '{' && obm__json_parse(text, size, where, &root, NULL) == OBM_OK;
+    obm_status status = OBM_OK;
+    yaml_parser_t parser;
+    if (json) {
+        if (!obm__json_append(list, root)) status = obm__fail_nomem(err, size);
+    } else if (!yaml_parser_initialize(&parser)) {
+        status = obm__fail_nomem(err, 0);
+    } else {
+        yaml_parser_set_input_string(&parser, (const unsigned char *)text, size);
+        status = read_documents(&parser, where, list, err);
+        yaml_parser_delete(&parser);
+    }
+    if (status == OBM_OK) {
+        *out = list;
+    } else {
+        obm__json_free(list);
+    }
+    return status;
 }
 
 obm_status obm__yaml_parse(const char *text, size_t size, const char *where, obm_json **out, obm_error *err) {
-    size_t start = 0;
-    while (start < size && isspace((unsigned char)text[start])) start++;
-    /* JSON is nearly YAML, but not where strings hold \u surrogates or tabs separate tokens. */
-    if (start < size && text[start] == '{' && obm__json_parse(text, size, where, out, NULL) == OBM_OK) return OBM_OK;
-
-    yaml_parser_t parser;
-    if (!yaml_parser_initialize(&parser)) return obm__fail_nomem(err, 0);
-    yaml_parser_set_input_string(&parser, (const unsigned char *)text, size);
-    obm_json *root = NULL;
-    obm_status status = read_document(&parser, where, &root, err);
-    if (status == OBM_OK) status = expect_end(&parser, where, err);
-    yaml_parser_delete(&parser);
-    if (status == OBM_OK) {
-        *out = root;
-    } else {
-        obm__json_free(root);
-    }
-    return status;
+    obm_json *list;
+    OBM_TRY(obm__yaml_parse_all(text, size, where, &list, err));
+    obm_json *root = obm__json_size(list) == 1 ? obm__json_copy(obm__json_at(list, 0)) : NULL;
+    bool several = obm__json_size(list) > 1;
+    obm__json_free(list);
+    if (several) return obm__fail(err, OBM_E_UNSUPPORTED, "%s: more than one document (---), expected one", where);
+    if (!root) return obm__fail_nomem(err, size);
+    *out = root;
+    return OBM_OK;
 }

@@ -200,7 +200,13 @@ static void test_recipe_errors(void **state) {
     expect_error(TIES "models: [{modle: x}]\n", OBM_E_NOTFOUND,
                  "models[0]: unknown key \"modle\", did you mean \"model\"?");
     expect_error(TIES "models: [{model: x}, {model: x/}]\n", OBM_E_ARG, "listed twice");
-    expect_error(TIES "models: [{model: {path: x}}]\n", OBM_E_UNSUPPORTED, "mapping");
+    expect_error(TIES "models: [{model: {path: x}}]\n", OBM_E_NOTFOUND, "models[0].model: unknown key \"path\"");
+    expect_error(TIES "models: [{model: {model: {paht: x}}}]\n", OBM_E_NOTFOUND, "did you mean \"path\"?");
+    expect_error(TIES "models: [{model: {model: {revision: x}}}]\n", OBM_E_ARG, "models[0].model: expected a path");
+    expect_error(TIES "models: [{model: 3}]\n", OBM_E_ARG, "models[0].model: expected a path, found an integer");
+    expect_error(TIES "models: [{model: x, weight: 1}]\n", OBM_E_NOTFOUND,
+                 "models[0]: unknown key \"weight\", it belongs under \"parameters\"");
+    expect_error(TIES MODELS "density: 0.5\n", OBM_E_NOTFOUND, "it belongs under \"parameters\"");
     expect_error(TIES MODELS "out_dytpe: bfloat16\n", OBM_E_NOTFOUND, "did you mean \"out_dtype\"?");
     expect_error(TIES MODELS "dtype: float64\n", OBM_E_UNSUPPORTED, "float64");
     expect_error(TIES MODELS "dtype: bfloat\n", OBM_E_ARG, "did you mean \"bfloat16\"?");
@@ -227,6 +233,28 @@ static void test_ignored_parameters_warn(void **state) {
     obm__recipe_free(parse(TIES "models: [{model: x, parameters: {weight: 1, normalize: false, gamma: 0.1}}]\n"));
     assert_non_null(strstr(warnings, "normalize holds for the whole merge"));
     assert_non_null(strstr(warnings, "ties takes no gamma"));
+}
+
+static void test_ignored_keys_warn(void **state) {
+    (void)state;
+    obm__recipe_free(parse(TIES "models: [{model: x, layer_range: [0, 4], parameters: {weight: 1}}]\nint8_mask: true\n"
+                                "trust_remote_code: true\n"));
+    assert_non_null(strstr(warnings, "models[0]: layer_range has no effect here, in mergekit too"));
+    assert_non_null(strstr(warnings, "recipe: int8_mask has no effect"));
+    assert_non_null(strstr(warnings, "recipe: trust_remote_code has no effect"));
+}
+
+static void test_references(void **state) {
+    (void)state;
+    obm__recipe *r = parse("merge_method: linear\nbase_model: {model: org/b, lora: null}\nmodels:\n"
+                           "- model: {model: {path: org/x, revision: v2}, lora: {path: l, revision: main}, "
+                           "override_architecture: LlamaForCausalLM}\n"
+                           "- model: {model: y@z, lora: m}\nparameters: {weight: 1}\n");
+    assert_string_equal(r->base, "org/b");
+    assert_string_equal(r->slices[0].models[0].ref, "org/x@v2+l@main");
+    assert_string_equal(r->slices[0].models[1].ref, "y@z+m");
+    assert_non_null(strstr(warnings, "override_architecture has no effect"));
+    obm__recipe_free(r);
 }
 
 static void test_hostile_yaml(void **state) {
@@ -716,6 +744,8 @@ int main(void) {
         cmocka_unit_test(test_aliases),
         cmocka_unit_test(test_recipe_errors),
         cmocka_unit_test(test_ignored_parameters_warn),
+        cmocka_unit_test(test_ignored_keys_warn),
+        cmocka_unit_test(test_references),
         cmocka_unit_test(test_hostile_yaml),
         cmocka_unit_test(test_ties_folder),
         cmocka_unit_test(test_paper_differs),

@@ -364,11 +364,128 @@ static void test_model_errors(void **state) {
                  OBM_E_ARG, "the same models in every slice");
 }
 
+/* ---- several documents ---- */
+
+#define HALF "{model: a, layer_range: [0, 2]}"
+static const char chain[] =
+    "merge_method: linear\nmodels: [{model: stacked}, {model: scaled}]\nparameters: {weight: 1}\n"
+    "---\nname: scaled\nmerge_method: passthrough\nmodels: [{model: stacked, parameters: {scale: 3}}]\n"
+    "---\nname: stacked\nmerge_method: passthrough\n"
+    "slices: [{sources: [" HALF "]}, {sources: [{model: b, layer_range: [0, 1]}]}]\n---\n";
+
+static bool is_there(const char *name) {
+    char *path = in_folder(name);
+    bool there = obm__is_directory(path);
+    obm_free(path);
+    return there;
+}
+
+static void test_documents(void **state) {
+    (void)state;
+    two_models();
+    obm_checkpoint *c = merged(chain, "chained");
+    expect_layer(c, 0, 2, 0, 0, 0);
+    expect_layer(c, 1, 2, 1, 0, 0);
+    expect_layer(c, 2, 0, 0, 2, 0);
+    expect_config(c, 3, "a0 a1 b0 ");
+    obm_checkpoint_free(c);
+    assert_false(is_there("chained.onebitmerge-parts"));
+
+    obm_error err;
+    obm_plan plan = {0};
+    ok(merge_to(chain, NULL, &plan, &err), &err);
+    const uint64_t one = 8 + 2 + 8 + 3 * 8; /* elements */
+    assert_int_equal(plan.bytes_read, 4 * (one + one + 2 * one));
+    assert_int_equal(plan.bytes_written, 4 * 3 * one);
+    assert_int_equal(plan.tensors, 3 * 9);
+}
+
+static void test_documents_with_names(void **state) {
+    (void)state;
+    two_models();
+    char text[1024];
+    snprintf(text, sizeof text, "name: last\n%s", chain);
+    obm_error err;
+    ok(merge_to(text, "all", NULL, &err), &err);
+    static const char *const names[] = {"all/stacked", "all/scaled", "all/last"};
+    const double scales[] = {1, 3, 2};
+    for (int i = 0; i < 3; i++) {
+        obm_checkpoint *c;
+        char *path = in_folder(names[i]);
+        ok(obm_checkpoint_open(ctx, path, &c, &err), &err);
+        expect_layer(c, 1, scales[i], 1, 0, 0);
+        obm_checkpoint_free(c);
+        obm_free(path);
+    }
+}
+
+#define NAMED(name, model) "name: " name "\nmerge_method: passthrough\nmodels: [{model: " model "}]\n"
+
+/* All of a recipe is planned before any of it is run. */
+static void test_document_errors(void **state) {
+    (void)state;
+    two_models();
+    obm_error err;
+    const char late[] =
+        "merge_method: passthrough\nslices: [{sources: [{model: x, layer_range: [2, 5]}]}]\n---\n" NAMED("x", "a");
+    assert_int_equal(merge_to(late, "late", NULL, &err), OBM_E_ARG);
+    assert_non_null(strstr(err.message, "layer_range: x has layers [0, 4)"));
+    assert_false(is_there("late.onebitmerge-parts") || is_there("late"));
+    expect_error(NAMED("x", "y") "---\n" NAMED("y", "x"), OBM_E_ARG, "document \"y\" needs \"x\", which needs it too");
+    expect_error(NAMED("x", "x") "---\n" NAMED("y", "a"), OBM_E_ARG, "which needs it too");
+    expect_error(NAMED("x", "a") "---\n" NAMED("x", "b"), OBM_E_ARG, "two documents have the name \"x\"");
+    expect_error(NAMED("../x", "a") "---\n" NAMED("y", "b"), OBM_E_ARG, "name: expected the name of a folder");
+    expect_error(PASS "models: [{model: a}]\n---\n" PASS "models: [{model: a}]\n", OBM_E_ARG,
+                 "more than one document without a \"name\"");
+    expect_error(NAMED("x", "a") "---\nmerge_method: passthruogh\nmodels: [{model: x}]\n", OBM_E_NOTFOUND,
+                 "did you mean \"passthrough\"?");
+    expect_error(NAMED("x", "a") "---\n- 1\n", OBM_E_FORMAT, "expected a mapping");
+}
+
+/* Where a run fails nothing of its parts stays, and what is no part is not touched. */
+static void test_document_failures(void **state) {
+    (void)state;
+    two_models();
+    write_model((made){"nan", NULL, 3, 3, 2, true, false});
+    char *path = in_folder("nan/model.safetensors"), *bytes;
+    size_t size;
+    obm_error err;
+    ok(obm__file_read(path, &bytes, &size, &err), &err);
+    memcpy(bytes + size - 4, &(float){NAN}, 4);
+    ok(obm__file_write(path, bytes, size, &err), &err);
+    obm_free(bytes), obm_free(path);
+    const char recipe[] = NAMED(
+        "x", "a") "---\nmerge_method: linear\nmodels: [{model: nan}, {model: y}]\nparameters: {weight: 1}\n"
+                  "---\nname: y\nmerge_method: passthrough\nslices: [{sources: [{model: x, layer_range: [0, 3]}]}]\n";
+    assert_int_equal(merge_to(recipe, "failed", NULL, &err), OBM_E_VALUE);
+    assert_false(is_there("failed.onebitmerge-parts") || is_there("failed"));
+}
+
+/* A local folder has no revisions; parts and hub names do. */
+static void test_revisions(void **state) {
+    (void)state;
+    two_models();
+    obm_checkpoint *c = merged(PASS SLICE("{model: a@main, layer_range: [1, 2]}"), "revision");
+    expect_layer(c, 0, 1, 1, 0, 0);
+    obm_checkpoint_free(c);
+    assert_non_null(strstr(warnings, "a is a local folder: the revision main is ignored"));
+    expect_error(PASS "models: [{model: org/model@v1}]\n", OBM_E_IO, "org/model@v1");
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_stack),        cmocka_unit_test(test_settings), cmocka_unit_test(test_bases),
-        cmocka_unit_test(test_tied),         cmocka_unit_test(test_plan),     cmocka_unit_test(test_form_errors),
+        cmocka_unit_test(test_stack),
+        cmocka_unit_test(test_settings),
+        cmocka_unit_test(test_bases),
+        cmocka_unit_test(test_tied),
+        cmocka_unit_test(test_plan),
+        cmocka_unit_test(test_form_errors),
         cmocka_unit_test(test_model_errors),
+        cmocka_unit_test(test_documents),
+        cmocka_unit_test(test_documents_with_names),
+        cmocka_unit_test(test_document_errors),
+        cmocka_unit_test(test_document_failures),
+        cmocka_unit_test(test_revisions),
     };
     return cmocka_run_group_tests_name("slices", tests, setup, teardown);
 }

@@ -390,3 +390,34 @@ def test_slices(models, tmp_path, name, tied):
     assert configs[0]["num_hidden_layers"] == configs[1]["num_hidden_layers"]
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).state_dict()
     assert all(torch.equal(loaded[key], got[key]) for key in got)
+
+
+def test_documents(models, tmp_path):
+    """The file that mergekit-multi takes: in any order, the output of one the input of another."""
+    from click.testing import CliRunner
+    from mergekit.scripts.multimerge import main
+    base, one, two = models(torch.float32)
+    text = f"""
+merge_method: task_arithmetic
+base_model: {base}
+models: [{{model: stacked, parameters: {{weight: 0.3}}}}, {{model: {two}, parameters: {{weight: [0, 1]}}}}]
+dtype: float32
+---
+name: stacked
+merge_method: passthrough
+slices:
+- sources: [{{model: mixed, layer_range: [0, 3]}}]
+- sources: [{{model: {one}, layer_range: [0, 1]}}]
+---
+name: mixed
+merge_method: linear
+models: [{{model: {{model: {{path: {one}}}}}, parameters: {{weight: 1}}}}, {{model: {two}, parameters: {{weight: 2}}}}]
+"""
+    (tmp_path / "recipe.yml").write_text(text)
+    result = CliRunner().invoke(main, [str(tmp_path / "recipe.yml"), "-I", str(tmp_path / "parts"), "--out-path", str(tmp_path / "theirs"), "--quiet"])
+    assert result.exit_code == 0, result.output
+    obm.merge(tmp_path / "recipe.yml", tmp_path / "ours")
+    want, got = (load_file(tmp_path / who / "model.safetensors") for who in ("theirs", "ours"))
+    assert got.keys() == want.keys()
+    assert all(torch.allclose(got[key], want[key], atol=1e-5) for key in want)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "parts", "recipe.yml", "theirs"]
