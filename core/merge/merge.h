@@ -41,7 +41,9 @@ typedef struct obm__custom {
     void (*score)(const obm__block *b, float *out);
     /* Replaces consensus, reduction and adding: the merged values of a block into b->mixed. */
     void (*merge)(const obm__block *b);
-    /* Bytes that `prepare` keeps for one tensor. */
+    /* What the merge needs of this tensor as a whole: into g->formed, just before its elements are merged. */
+    obm_status (*form)(const obm__run *run, obm__group *g, obm_error *err);
+    /* Bytes that `prepare` or `form` take for one tensor. */
     uint64_t (*bytes)(const obm__group *g);
 } obm__custom;
 
@@ -53,6 +55,7 @@ typedef struct obm__method {
     obm__consensus consensus;
     obm__rescale rescale;   /* what the parameter `rescale` asks for */
     bool tensor_statistics; /* scope -1 is the tensor in the paper profile too */
+    bool f32_deltas; /* task vectors are never rounded to the working dtype: no profile of mergekit's to follow */
     const obm__custom *custom;
 } obm__method;
 
@@ -60,7 +63,9 @@ extern const obm__method obm__method_linear, obm__method_task_arithmetic, obm__m
     obm__method_dare_ties, obm__method_passthrough, obm__method_slerp, obm__method_nuslerp, obm__method_multislerp,
     obm__method_karcher, obm__method_della, obm__method_della_linear, obm__method_breadcrumbs,
     obm__method_breadcrumbs_ties, obm__method_model_stock, obm__method_sce, obm__method_ram, obm__method_ramplus_tl,
-    obm__method_nearswap, obm__method_arcee_fusion, obm__method_consensus, obm__method_emr, obm__method_varm;
+    obm__method_nearswap, obm__method_arcee_fusion, obm__method_consensus, obm__method_emr, obm__method_varm,
+    obm__method_wudi, obm__method_optmerge, obm__method_tsvm, obm__method_iso_c, obm__method_iso_cts, obm__method_opcm,
+    obm__method_twin;
 
 /* A base is an input of its own; else it is a model like the others. */
 static inline bool obm__method_takes_base(const obm__method *m) { return m->info.needs_base || m->optional_base; }
@@ -174,10 +179,11 @@ struct obm__run {
 obm_status obm__run_report(const obm__run *run, obm_error *err);
 
 struct obm__group {
-    const char *name;                       /* feeds the random masks; "" for a nameless tensor */
-    const obm_tensor *base;                 /* NULL for methods without one */
-    const obm_tensor *models;               /* (steps->n) */
-    const obm__lowrank *base_lora, *const *loras; /* what adapters add to base and models; NULL, or (steps->n) of them or NULL */
+    const char *name;         /* feeds the random masks; "" for a nameless tensor */
+    const obm_tensor *base;   /* NULL for methods without one */
+    const obm_tensor *models; /* (steps->n) */
+    const obm__lowrank *base_lora,
+        *const *loras; /* what adapters add to base and models; NULL, or (steps->n) of them or NULL */
     const char *base_label, *const *labels; /* for messages, nullable */
     obm_dtype work; /* what inputs, and in the mergekit profile deltas, are rounded to; F32: nothing is */
     uint64_t count; /* elements */
@@ -187,6 +193,7 @@ struct obm__group {
     float *factors;  /* (n), rescale factors */
     obm__cut *tops;  /* (n), what a mask of outliers takes away again */
     double *stats;   /* of the method's own `prepare`, owned */
+    float *formed;   /* of the method's own `form`, owned */
     float zero_sign; /* +1 or -1: what a zero sum elects */
 };
 
@@ -252,6 +259,45 @@ obm_status obm__combine(const obm__run *run, obm__group *groups, size_t n_groups
 void obm__combine_merge(const obm__block *b);
 uint64_t obm__combine_bytes(const obm__group *g);
 
+/* ---- matrices as a whole (dense.c), for the methods on LAPACK ---- */
+
+/* Linear weights: 2-D, neither an embedding nor a head.  Every other tensor has a rule without decompositions, since
+ * all of these methods are defined on linear layers (and so are their authors' codes). */
+bool obm__dense_is_matrix(const obm__group *g);
+/* (m, n) and min(m, n) of a matrix. */
+typedef struct obm__dense_size {
+    size_t m, n, k;
+} obm__dense_size;
+obm__dense_size obm__dense_size_of(const obm__group *g);
+const char *obm__dense_name(const obm__group *g);
+/* out (m, n) = (add ? out : 0) + factor * task vector. */
+obm_status obm__dense_load(const obm__run *run, const obm__group *g, size_t model, double factor, bool add, double *out,
+                           obm_error *err);
+/* C = alpha * op(A) * op(B) + beta * C, asking the progress callback in between. */
+obm_status obm__dense_multiply(const obm__run *run, const obm__product *p, obm_error *err);
+obm_status obm__dense_polar(const obm__run *run, const obm__group *g, obm__svd *d, size_t m, size_t n, double *x,
+                            obm_error *err);
+/* The merged task vector of the tensor, rounded to f32, into g->formed. */
+obm_status obm__dense_form(obm__group *g, const double *x, obm_error *err);
+/* mixed = base + factor * formed; then the rule of most methods: lambda is the factor, and what was not formed is the
+ * mean of the weighted task vectors. */
+void obm__dense_add(const obm__block *b, double factor);
+void obm__dense_merge(const obm__block *b);
+
+/* ---- least squares under Gram matrices (gram.c) ---- */
+
+/* Eigenvalues w of C that count, and how: 1 / (w + ridge) for the `keep` largest; never those of practically 0, where R
+ * is 0 too. */
+typedef struct obm__gram_filter {
+    double ridge;
+    size_t keep;
+} obm__gram_filter;
+/* min over M of sum_t tr[(M - D_t) G_t (M - D_t)^T] with C = sum G_t and R = sum D_t G_t - M_0 C: M = M_0 + R g(C).  R
+ * (m, n) is replaced by R g(C), C (n, n) is lost; work: (m, n), not used where a ridge on all eigenvalues lets a
+ * Cholesky factorisation do. */
+obm_status obm__gram_solve(const obm__run *run, size_t m, size_t n, double *c, double *r, double *work,
+                           obm__gram_filter f, const char *what, obm_error *err);
+
 /* The dtype that a merge without a `dtype` works in: the common one, F32 where they differ. */
 obm_dtype obm__group_common_dtype(const obm_tensor *base, const obm_tensor *models, size_t n);
 /* base and d: floats of elements [begin, begin + n), n <= OBM_MERGE_BLOCK; scratch: OBM_MERGE_BLOCK floats. */
@@ -299,6 +345,8 @@ void obm__cut_apply(const obm__cut *c, uint64_t block, float *d, size_t n);
  * whatever it returns. */
 obm_status obm__statistics(const obm__run *run, obm__group *groups, size_t n_groups, obm_error *err);
 void obm__group_clear(obm__group *g);
+/* The method's own `form`, unless it is done. */
+obm_status obm__group_form(const obm__run *run, obm__group *g, obm_error *err);
 /* Merges elements [begin, begin + n) into out as `dtype`; begin is a multiple of OBM_MERGE_BLOCK. */
 obm_status obm__group_run(const obm__run *run, const obm__group *g, uint64_t begin, uint64_t n, obm_dtype dtype,
                           void *out, obm_error *err);

@@ -49,7 +49,8 @@ static double pass_count(const obm__steps *s) {
                    : s->mask == OBM_MASK_OUTLIERS ? 4
                    : s->mask == OBM_MASK_RANKED   ? 8
                                                   : 0;
-    return 1 + trims + (s->rescale == OBM_RESCALE_L1) + (s->method->custom && s->method->custom->prepare);
+    return 1 + trims + (s->rescale == OBM_RESCALE_L1) +
+           (s->method->custom && (s->method->custom->prepare || s->method->custom->form));
 }
 
 static obm_plan sizes(const obm__job *j) {
@@ -268,6 +269,7 @@ static obm_status write_merged(const obm__job *j, obm__output *o, obm__run *run,
                                obm_error *err) {
     size_t size = obm_dtype_size(o->dtype);
     if (!o->group.cuts) OBM_TRY(obm__statistics(run, &o->group, 1, err));
+    OBM_TRY(obm__group_form(run, &o->group, err));
     for (uint64_t at = 0; at < o->group.count; at += j->tile) {
         uint64_t n = o->group.count - at < j->tile ? o->group.count - at : j->tile;
         OBM_TRY(obm__group_run(run, &o->group, at, n, o->dtype, tile, err));

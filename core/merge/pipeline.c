@@ -353,6 +353,11 @@ obm_status obm__statistics(const obm__run *run, obm__group *groups, size_t n_gro
     return s->consensus == OBM_CONSENSUS_SIGN && s->majority_zero ? find_majority(run, groups, n_groups, err) : OBM_OK;
 }
 
+obm_status obm__group_form(const obm__run *run, obm__group *g, obm_error *err) {
+    const obm__custom *custom = g->steps->method->custom;
+    return custom && custom->form && !g->formed && g->count ? custom->form(run, g, err) : OBM_OK;
+}
+
 void obm__group_clear(obm__group *g) {
     for (size_t i = 0; g->cuts && i < g->steps->n; i++) obm_free(g->cuts[i].before);
     for (size_t i = 0; g->tops && i < g->steps->n; i++) obm_free(g->tops[i].before);
@@ -360,9 +365,11 @@ void obm__group_clear(obm__group *g) {
     obm_free(g->tops);
     obm_free(g->factors);
     obm_free(g->stats);
+    obm_free(g->formed);
     g->cuts = g->tops = NULL;
     g->factors = NULL;
     g->stats = NULL;
+    g->formed = NULL;
 }
 
 /* ---- sums for methods of their own ---- */

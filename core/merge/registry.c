@@ -28,6 +28,13 @@ static const obm__method *const methods[] = {
     &obm__method_varm,
     &obm__method_consensus,
     &obm__method_emr,
+    &obm__method_wudi,
+    &obm__method_optmerge,
+    &obm__method_tsvm,
+    &obm__method_iso_c,
+    &obm__method_iso_cts,
+    &obm__method_opcm,
+    &obm__method_twin,
 };
 #define N_METHODS OBM_COUNT(methods)
 
@@ -56,7 +63,7 @@ obm_status obm__method_find(const char *name, const obm__method **out, obm_error
             return OBM_OK;
         }
     }
-    char known[400], hint[128];
+    char known[512], hint[128];
     list_names(names, N_METHODS, known, sizeof known);
     return obm__fail(err, OBM_E_NOTFOUND, "no merge method \"%.64s\" (known: %s)%s", name ? name : "", known,
                      obm__suggest(name ? name : "", names, N_METHODS, hint, sizeof hint));
@@ -198,7 +205,7 @@ obm_status obm__steps_new(const obm__method *m, obm_profile profile, size_t n, c
     bool paper = profile == OBM_PROFILE_PAPER;
     double scope = GLOBAL("scope", -1);
     obm__steps s = {.method = m, .deltas = m->deltas, .mask = m->mask, .consensus = m->consensus, .seed = seed, .n = n};
-    s.round_deltas = !paper;
+    s.round_deltas = !paper && !m->f32_deltas;
     s.weighted_election = !paper;
     s.majority_zero = paper;
     bool has_statistics = obm__method_param(m, "scope") != NULL;

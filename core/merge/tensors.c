@@ -39,6 +39,7 @@ static obm_status merge_group(const obm__run *run, obm__group *g, float *out, ob
     float *merged = obm__alloc((size_t)g->count, sizeof *merged);
     if (!merged) return obm__fail_nomem(err, g->count * sizeof *merged);
     obm_status status = obm__statistics(run, g, 1, err);
+    if (status == OBM_OK) status = obm__group_form(run, g, err);
     if (status == OBM_OK) status = obm__group_run(run, g, 0, g->count, OBM_F32, merged, err);
     if (status == OBM_OK) memcpy(out, merged, (size_t)g->count * sizeof *merged);
     obm_free(merged);

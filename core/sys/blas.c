@@ -1,4 +1,5 @@
-/* The only door to OpenBLAS.  Matrix products run on the calling thread; the library's own threads are not used. */
+/* The only door to OpenBLAS and the LAPACK in it.  Everything runs on the calling thread; the library's own threads are
+ * not used. */
 #include "sys.h"
 
 #include <cblas.h>
@@ -68,6 +69,55 @@ void obm__sgemm_nt(int64_t m, int64_t n, int64_t k, float alpha, const float *a,
     cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b,
                 (blasint)ldb, beta, c, (blasint)ldc);
     obm__blas_leave();
+}
+
+void obm__dgemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, double alpha, const double *a,
+                int64_t lda, const double *b, int64_t ldb, double beta, double *c, int64_t ldc) {
+    obm__blas_enter();
+    cblas_dgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans,
+                (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb, beta, c, (blasint)ldc);
+    obm__blas_leave();
+}
+
+/* ---- LAPACK ----
+ *
+ * By its Fortran names: they are in every OpenBLAS that has LAPACK, while Debian's has no LAPACKE.  Fortran passes the
+ * lengths of strings behind the arguments.  A row-major matrix is its transpose in column-major order. */
+
+extern void dgesdd_(const char *job, const blasint *m, const blasint *n, double *a, const blasint *lda, double *s,
+                    double *u, const blasint *ldu, double *vt, const blasint *ldvt, double *work, const blasint *lwork,
+                    blasint *iwork, blasint *info, size_t job_length);
+extern void dsyevd_(const char *job, const char *uplo, const blasint *n, double *a, const blasint *lda, double *w,
+                    double *work, const blasint *lwork, blasint *iwork, const blasint *liwork, blasint *info,
+                    size_t job_length, size_t uplo_length);
+extern void dposv_(const char *uplo, const blasint *n, const blasint *columns, double *a, const blasint *lda, double *b,
+                   const blasint *ldb, blasint *info, size_t uplo_length);
+
+/* A^T = V S U^T.  Job O overwrites the larger of the two factors' places, the other one has a place of its own. */
+int obm__dgesdd(int64_t m, int64_t n, double *a, double *s, double *small, double *work, int64_t n_work,
+                int32_t *integers) {
+    _Static_assert(sizeof(blasint) == sizeof(int32_t), "the LAPACK of this OpenBLAS has 64-bit integers");
+    blasint rows = (blasint)n, cols = (blasint)m, k = rows < cols ? rows : cols, size = (blasint)n_work, info = 0;
+    obm__blas_enter();
+    dgesdd_("O", &rows, &cols, a, &rows, s, small, &k, small, &k, work, &size, integers, &info, 1);
+    obm__blas_leave();
+    return (int)info;
+}
+
+int obm__dsyevd(int64_t n, double *a, double *w, double *work, int64_t n_work, int32_t *integers, int64_t n_integers) {
+    blasint order = (blasint)n, size = (blasint)n_work, n_iwork = (blasint)n_integers, info = 0;
+    obm__blas_enter();
+    dsyevd_("V", "L", &order, a, &order, w, work, &size, integers, &n_iwork, &info, 1, 1);
+    obm__blas_leave();
+    return (int)info;
+}
+
+int obm__dposv(int64_t n, int64_t m, double *c, double *x) {
+    blasint order = (blasint)n, columns = (blasint)m, info = 0;
+    obm__blas_enter();
+    dposv_("L", &order, &columns, c, &order, x, &order, &info, 1);
+    obm__blas_leave();
+    return (int)info;
 }
 
 /* openblas_get_config() is "OpenBLAS 0.3.21 NO_LAPACKE ...": the first two words are name and version. */

@@ -112,7 +112,62 @@ obm_status obm__blas_check(int threads, obm_error *err);
 /* C (m, n) = alpha * A (m, k) * B (n, k)^T + beta * C; row-major, one thread, called by our own workers on fixed panels. */
 void obm__sgemm_nt(int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda, const float *b, int64_t ldb,
                    float beta, float *c, int64_t ldc);
+/* The same in f64 with either factor transposed: C = alpha * op(A) * op(B) + beta * C. */
+void obm__dgemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, double alpha, const double *a, int64_t lda,
+                const double *b, int64_t ldb, double beta, double *c, int64_t ldc);
+/* LAPACK on row-major matrices; linalg.c makes room and errors of the answers: 0, or > 0 without convergence. */
+int obm__dgesdd(int64_t m, int64_t n, double *a, double *s, double *small, double *work, int64_t n_work, int32_t *integers);
+int obm__dsyevd(int64_t n, double *a, double *w, double *work, int64_t n_work, int32_t *integers, int64_t n_integers);
+int obm__dposv(int64_t n, int64_t m, double *c, double *x);
 const char *obm__blas_describe(char *buf, size_t size);
+
+/* ---- dense matrices (linalg.c): f64, row-major, without gaps ---- */
+
+/* What rounding to f32 leaves of a zero singular value: an error of 2^-24 of each element is a matrix of norm 2^-23 times
+ * the largest singular value at most, on average; values below eight times that have no direction worth its name. */
+#define OBM_RANK_TOLERANCE 0x1p-20
+/* C (m, n) = alpha * op(A) * op(B) + beta * C, op(A) (m, k); in fixed panels of rows, so that no bit depends on threads. `look`
+ * (nullable) is asked after some tenths of a second each. */
+typedef obm_status (*obm__look_fn)(void *user, obm_error *err);
+typedef struct obm__product {
+    bool transpose_a, transpose_b;
+    size_t m, n, k;
+    double alpha, beta;
+    const double *a, *b;
+    double *c;
+} obm__product;
+obm_status obm__multiply(obm_context *ctx, const obm__product *p, obm__look_fn look, void *user, obm_error *err);
+
+/* A (m, n) = U diag(s) VT; k = min(m, n).  Views of one allocation. */
+typedef struct obm__svd {
+    size_t m, n, k;
+    double *a;         /* (m, n): the matrix in, overwritten */
+    double *s;         /* (k), falling */
+    double *u, *vt;    /* (m, k), (k, n) */
+    double *work;      /* (n_work): free for other use between decompositions */
+    size_t n_work;
+    void *memory;
+} obm__svd;
+/* UNSUPPORTED for matrices beyond LAPACK's 32-bit sizes, which names `what`; NOMEM. */
+obm_status obm__svd_new(size_t m, size_t n, const char *what, obm__svd *out, obm_error *err);
+void obm__svd_free(obm__svd *d);
+uint64_t obm__svd_bytes(uint64_t m, uint64_t n);
+/* VALUE where LAPACK does not converge; names `what`.  Signs are as LAPACK gives them: the same for the same input. */
+obm_status obm__svd_run(const obm__svd *d, const char *what, obm_error *err);
+/* The same memory for a matrix that is not larger in either direction. */
+void obm__svd_shape(obm__svd *d, size_t m, size_t n);
+/* The orthogonal polar factor U VT of x (m, n) in its place, by the room of d, which keeps its shape and nothing else.  Directions
+ * beyond the rank have no factor and stay out. */
+obm_status obm__polar(obm_context *ctx, obm__svd *d, size_t m, size_t n, double *x, const char *what, obm__look_fn look, void *user,
+                      obm_error *err);
+/* How many singular values are above OBM_RANK_TOLERANCE of the largest. */
+size_t obm__svd_rank(const obm__svd *d);
+
+/* Eigenvalues w (n), rising, of the symmetric matrix a (n, n), whose rows become the eigenvectors. */
+obm_status obm__eigen(size_t n, double *a, double *w, const char *what, obm_error *err);
+uint64_t obm__eigen_bytes(uint64_t n);
+/* X (m, n) with X C = B in place of B, for a positive definite C (n, n), which is lost. */
+obm_status obm__solve(size_t m, size_t n, double *c, double *b, const char *what, obm_error *err);
 
 /* ---- topology (topology.c): the only file that includes hwloc.h ---- */
 

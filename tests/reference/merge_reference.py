@@ -399,8 +399,205 @@ def emr(base, models, p, shape, paper):
     return out
 
 
+# ---- the methods on matrices: lists of rows, singular values by Jacobi rotations ----
+
+def transposed(a):
+    return [list(row) for row in zip(*a)]
+
+
+def product(a, b):
+    columns = transposed(b)
+    return [[math.fsum(x * y for x, y in zip(row, column)) for column in columns] for row in a]
+
+
+def total(terms):
+    return [[math.fsum(values) for values in zip(*rows)] for rows in zip(*terms)]
+
+
+def scaled(factor, a):
+    return [[factor * x for x in row] for row in a]
+
+
+def frobenius(a):
+    return math.sqrt(math.fsum(x * x for row in a for x in row))
+
+
+def svd(a):
+    """One-sided Jacobi (Hestenes): -> [(s, u, v)], s falling, only what is not practically 0."""
+    if len(a) < len(a[0]):
+        return [(s, u, v) for s, v, u in svd(transposed(a))]
+    columns, v = transposed(a), [[float(i == j) for j in range(len(a[0]))] for i in range(len(a[0]))]
+    for _ in range(60):
+        off = 0.0
+        for p in range(len(columns)):
+            for q in range(p + 1, len(columns)):
+                x, y = columns[p], columns[q]
+                alpha, beta, gamma = inner(x, x), inner(y, y), inner(x, y)
+                if abs(gamma) <= 1e-17 * math.sqrt(alpha * beta):
+                    continue
+                off = max(off, abs(gamma) / math.sqrt(alpha * beta))
+                zeta = (beta - alpha) / (2 * gamma)
+                t = math.copysign(1, zeta) / (abs(zeta) + math.hypot(1, zeta))
+                c = 1 / math.hypot(1, t)
+                for rows in (columns, v):
+                    rows[p], rows[q] = ([c * a - c * t * b for a, b in zip(rows[p], rows[q])],
+                                        [c * t * a + c * b for a, b in zip(rows[p], rows[q])])
+        if off < 1e-15:
+            break
+    triples = sorted(((norm(x), x, y) for x, y in zip(columns, v)), key=lambda triple: -triple[0])
+    return [(s, [z / s for z in x], y) for s, x, y in triples if s > 2**-20 * triples[0][0]]
+
+
+def from_triples(triples, m, n):
+    return [[math.fsum(s * u[i] * v[j] for s, u, v in triples) for j in range(n)] for i in range(m)]
+
+
+def pseudo_inverse(a):
+    return from_triples([(1 / s, v, u) for s, u, v in svd(a)], len(a[0]), len(a))
+
+
+def orthogonalised(vectors):
+    """The nearest orthonormal vectors (polar factor); none for a vector of zeros."""
+    triples = svd(transposed(vectors))
+    return transposed(from_triples([(1.0, u, v) for _, u, v in triples], len(vectors[0]), len(vectors)))
+
+
+def on_matrices(by_matrix, by_vector):
+    """A method whose task vectors are matrices; 1-D tensors go their own way."""
+    def method(base, models, p, shape, paper):
+        ds = [[f32(x - b) for x, b in zip(m, base)] for m in models]
+        if len(shape) != 2:
+            return add(base, by_vector(ds, p))
+        rows = [[d[i : i + shape[1]] for i in range(0, len(d), shape[1])] for d in ds]
+        return add(base, [x for row in by_matrix(rows, p, *shape) for x in row])
+    return method
+
+
+def mean_vector(ds, p):
+    weight = [f32(w) for w in p.get("weight", [1.0] * len(ds))]
+    return combine([f32(p.get("lambda", 1.0)) * w / len(ds) for w in weight], ds)
+
+
+def least_interference(targets, sizes, start, p):
+    """min over M of sum_t ||(M - T_t) T_t^T||^2 / size_t, from the loss itself: M X^T = Y with X the T_t / sqrt(size_t) below each
+    other and Y the T_t T_t^T / sqrt(size_t) beside each other.  The singular values of X are the roots of the eigenvalues of the Gram
+    matrix; what they do not reach stays at the start."""
+    x = [row for t, size in zip(targets, sizes) if size for row in scaled(1 / size, t)]
+    y = transposed([row for t, size in zip(targets, sizes) if size for row in scaled(1 / size, product(t, transposed(t)))])
+    if not x:
+        return start
+    n, rank, ridge = len(x[0]), p.get("rank", 1.0), p.get("ridge", 0.0)
+    mean = frobenius(x) ** 2 / n
+    missing = total([y, scaled(-1, product(start, transposed(x)))])
+    inverse = from_triples([(s / (s * s + ridge * mean), u, v) for s, u, v in svd(x)[: math.ceil(rank * n)]], len(x), n)
+    return scaled(f32(p.get("lambda", 1.0)), total([start, product(missing, inverse)]))
+
+
+def wudi(ds, p, m, n):
+    return least_interference(ds, [frobenius(d) for d in ds], total(ds), p)
+
+
+def optmerge(ds, p, m, n):
+    keep = max(1, min(m, n) // len(ds))
+    targets = [from_triples(svd(d)[:keep], m, n) if frobenius(d) else d for d in ds]
+    return least_interference(targets, [frobenius(d) for d in ds], scaled(1 / len(ds), total(ds)), p)
+
+
+def weighted(ds, p):
+    return [scaled(f32(w), d) for w, d in zip(p.get("weight", [1.0] * len(ds)), ds)]
+
+
+def joined(triples, m, n, value=None):
+    """Vectors made orthogonal across all triples; with their own values, or one for all."""
+    us, vs = orthogonalised([u for _, u, _ in triples]), orthogonalised([v for _, _, v in triples])
+    return from_triples([(s if value is None else value, u, v) for (s, _, _), u, v in zip(triples, us, vs)], m, n)
+
+
+def tsvm(ds, p, m, n):
+    each = min(m, n) // len(ds)
+    lam = f32(p.get("lambda", 1.0))
+    if each == 0:
+        return scaled(lam / len(ds), total(weighted(ds, p)))
+    return scaled(lam, joined([t for d in weighted(ds, p) for t in svd(d)[:each]], m, n))
+
+
+def iso_c(ds, p, m, n):
+    triples = svd(total(weighted(ds, p)))
+    mean = math.fsum(s for s, _, _ in triples) / min(m, n)
+    return scaled(f32(p.get("lambda", 1.0)) * mean, from_triples([(1.0, u, v) for _, u, v in triples], m, n))
+
+
+def iso_cts(ds, p, m, n):
+    k, ds = min(m, n), weighted(ds, p)
+    each = round((k - int(p.get("common", 0.8) * k)) / len(ds))
+    each -= each * len(ds) > k
+    common = svd(total(ds))[: k - each * len(ds)]
+    us = [u for _, u, _ in common]
+    triples = []
+    for d in ds:
+        inside = product(transposed(us), product(us, d)) if us else scaled(0, d)
+        triples += svd(total([d, scaled(-1, inside)]))[:each]
+    triples += common
+    mean = math.fsum(s for s, _, _ in triples) / len(triples)
+    return scaled(f32(p.get("lambda", 1.0)), joined(triples, m, n, mean))
+
+
+def opcm(ds, p, m, n):
+    """The recursion as it is stated: the merged task vector has the mean norm of the experts so far after every step."""
+    merged, factor, sizes = ds[0], 1.0, [frobenius(ds[0])]
+    for d in ds[1:]:
+        triples = svd(merged)
+        values, running, cut = math.fsum(s for s, _, _ in triples), 0.0, 0
+        for i, (s, _, _) in enumerate(triples):
+            running += s
+            if running / values > p.get("alpha", 0.5):
+                cut = i
+                break
+        for i, (_, u, _) in enumerate(triples):
+            for j, (_, _, v) in enumerate(triples):
+                if i == j or (i < cut and j < cut):
+                    part = inner(product([u], d)[0], v)
+                    d = total([d, from_triples([(-part, u, v)], m, n)])
+        sizes.append(frobenius(ds[len(sizes)]))
+        merged = total([scaled(factor, merged), d])
+        target = math.fsum(sizes) / len(sizes)
+        factor = frobenius(merged) / target
+        merged = scaled(1 / factor, merged)
+    return scaled(f32(p.get("lambda", 1.0)), merged)
+
+
+def opcm_vector(ds, p):
+    summed = combine([1.0] * len(ds), ds)
+    return combine([f32(p.get("lambda", 1.0)) * math.fsum(map(norm, ds)) / len(ds) / norm(summed)], [summed])
+
+
+def shares(p, n):
+    given = [f32(w) for w in p.get("weight", [1.0] * n)]
+    return [w / math.fsum(given) for w in given] if p.get("normalize", 1) and any(given) else given
+
+
+def twin(ds, p, m, n):
+    shared = scaled(p.get("lambda", 0.3), total(ds))
+    parts = [shared]
+    for i, (d, share) in enumerate(zip(ds, shares(p, len(ds)))):
+        own = total([d, scaled(-1, shared)])
+        rank = int(of_model(p, "density", i, 0.1) * min(m, n))
+        parts.append(scaled(share, from_triples(svd(own)[:rank], m, n)))
+    return total(parts)
+
+
+def twin_vector(ds, p):
+    shared = combine([p.get("lambda", 0.3)] * len(ds), ds)
+    share = shares(p, len(ds))
+    return combine([1 - math.fsum(share)] + share, [shared] + ds)
+
+
+MATRIX_METHODS = {"wudi": (wudi, mean_vector), "optmerge": (optmerge, mean_vector), "tsvm": (tsvm, mean_vector), "iso_c": (iso_c, mean_vector),
+                  "iso_cts": (iso_cts, mean_vector), "opcm": (opcm, opcm_vector), "twin": (twin, twin_vector)}
+
 OF_THEIR_OWN = {f.__name__: f for f in (slerp, nuslerp, multislerp, karcher, model_stock, varm, sce, ram, ramplus_tl, nearswap, arcee_fusion,
                                         passthrough, consensus, emr)}
+OF_THEIR_OWN.update((name, on_matrices(*pair)) for name, pair in MATRIX_METHODS.items())
 
 
 def merge(case):
@@ -575,6 +772,49 @@ CASES = [
     case("emr/matrix", "emr", shape=(9, 11), data=70),
     case("emr/vector", "emr", shape=(19,), n=2, data=71, **{"lambda": 0.5}),
     case("emr/equal", "emr", shape=(5, 7), dtype="bf16", steps=1, data=72),
+    case("wudi/tall", "wudi", shape=(7, 5), tolerance=ARC, data=80),
+    case("wudi/wide-rank-deficient", "wudi", shape=(3, 11), n=2, tolerance=ARC, data=81, **{"lambda": 0.7}),
+    case("wudi/ridge", "wudi", shape=(5, 7), ridge=0.3, tolerance=ARC, data=82),
+    case("wudi/rank-and-ridge", "wudi", shape=(6, 5), ridge=0.1, rank=0.5, tolerance=ARC, data=83),
+    case("wudi/one-model", "wudi", shape=(4, 9), n=1, dtype="bf16", tolerance=ARC, data=84),
+    case("wudi/vector", "wudi", shape=(13,), tolerance=ARC, data=85),
+    case("wudi/equal", "wudi", shape=(3, 5), steps=0, tolerance=ARC, data=86),
+    case("wudi/ridge-equal", "wudi", shape=(3, 5), ridge=0.5, steps=0, tolerance=ARC, data=86),
+    case("optmerge/tall", "optmerge", shape=(11, 6), tolerance=ARC, data=87),
+    case("optmerge/wide", "optmerge", shape=(5, 9), n=2, tolerance=ARC, data=88),
+    case("optmerge/rank", "optmerge", shape=(7, 7), n=2, rank=0.3, tolerance=ARC, data=89, **{"lambda": 1.5}),
+    case("optmerge/ridge", "optmerge", shape=(4, 6), n=4, ridge=0.2, tolerance=ARC, data=90),
+    case("optmerge/more-models-than-rows", "optmerge", shape=(2, 5), n=3, tolerance=ARC, data=91),
+    case("optmerge/vector", "optmerge", shape=(7,), n=2, tolerance=ARC, data=92),
+    case("tsvm/tall", "tsvm", shape=(11, 7), weight=W, tolerance=ARC, data=93),
+    case("tsvm/wide", "tsvm", shape=(5, 13), n=2, tolerance=ARC, data=94, **{"lambda": 0.5}),
+    case("tsvm/one-model", "tsvm", shape=(6, 6), n=1, tolerance=ARC, data=95),
+    case("tsvm/more-models-than-rows", "tsvm", shape=(2, 9), weight=W, tolerance=ARC, data=96),
+    case("tsvm/bf16-column", "tsvm", shape=(9, 1), n=1, dtype="bf16", tolerance=ARC, data=97),
+    case("tsvm/vector", "tsvm", shape=(5,), weight=W, tolerance=ARC, data=98),
+    case("tsvm/3-d", "tsvm", shape=(2, 3, 4), tolerance=ARC, data=99),
+    case("tsvm/equal", "tsvm", shape=(6, 4), n=2, steps=0, tolerance=ARC, data=100),
+    case("iso_c/tall", "iso_c", shape=(9, 5), weight=W, tolerance=ARC, data=101),
+    case("iso_c/wide", "iso_c", shape=(4, 11), n=2, tolerance=ARC, data=102, **{"lambda": 0.4}),
+    case("iso_c/square-paper", "iso_c", shape=(7, 7), profile="paper", tolerance=ARC, data=103),
+    case("iso_c/vector", "iso_c", shape=(19,), weight=W, tolerance=ARC, data=104),
+    case("iso_c/equal", "iso_c", shape=(3, 4), steps=0, tolerance=ARC, data=105),
+    case("iso_cts/tall", "iso_cts", shape=(13, 11), weight=W, tolerance=ARC, data=106),
+    case("iso_cts/wide-half", "iso_cts", shape=(7, 12), n=2, common=0.5, tolerance=ARC, data=107),
+    case("iso_cts/nothing-common", "iso_cts", shape=(6, 9), n=2, common=0.0, tolerance=ARC, data=108, **{"lambda": 0.3}),
+    case("iso_cts/rounds-beyond", "iso_cts", shape=(3, 8), n=2, common=0.0, tolerance=ARC, data=109),
+    case("iso_cts/all-common", "iso_cts", shape=(5, 7), common=1.0, tolerance=ARC, data=110),
+    case("iso_cts/vector", "iso_cts", shape=(6,), n=4, tolerance=ARC, data=111),
+    case("opcm/tall", "opcm", shape=(9, 7), tolerance=ARC, data=112),
+    case("opcm/wide", "opcm", shape=(5, 11), n=4, alpha=0.8, tolerance=ARC, data=113),
+    case("opcm/square-none", "opcm", shape=(6, 6), n=2, alpha=0.0, tolerance=ARC, data=114, **{"lambda": 0.5}),
+    case("opcm/one-model", "opcm", shape=(4, 3), n=1, tolerance=ARC, data=115),
+    case("opcm/vector-paper", "opcm", shape=(17,), profile="paper", tolerance=ARC, data=116),
+    case("twin/tall", "twin", shape=(12, 11), weight=W, density=0.4, tolerance=ARC, data=117),
+    case("twin/wide-per-model", "twin", shape=(7, 15), weight=[1.0, 0.0, 0.5], density=[0.3, 1.0, 1.0], normalize=0, tolerance=ARC, data=118,
+         **{"lambda": 0.25}),
+    case("twin/shared-alone", "twin", shape=(5, 5), n=2, weight=[0.0, 0.0], tolerance=ARC, data=119),
+    case("twin/vector", "twin", shape=(9,), weight=W, tolerance=ARC, data=120),
     case("dare_ties/paper", "dare_ties", shape=(8, 9), profile="paper", weight=W, density=[0.5] * 3, seed=2**64 - 1, data=13),
 ]
 
