@@ -75,10 +75,8 @@ typedef struct work {
 
 static const char *file_of(const work *w) { return w->v->expert->files[0]->path; }
 
-static int compare_name(const void *key, const void *pair) { return strcmp(key, ((const obm__pair *)pair)->name); }
-
 static obm__pair *find_pair(const work *w, const char *name) {
-    return bsearch(name, w->v->pairs, w->v->count, sizeof *w->v->pairs, compare_name);
+    return (obm__pair *)obm__task_vector_find(w->v, name, NULL);
 }
 
 static obm_status unknown(const work *w, const char *name, obm_error *err) {
@@ -246,8 +244,9 @@ static bool touches(const obm_checkpoint *c, const char *tensor) {
     for (size_t i = 0; i < c->count && !found; i++) {
         part what;
         char *module = split_name(c->tensors[i]->name, &what);
-        size_t n = module ? strlen(module) : 0;
-        found = module && !strncmp(module, tensor, n) && (!tensor[n] || !strcmp(tensor + n, ".weight"));
+        char *whole = module && what != PART_WHOLE ? obm__format("%s.weight", module) : NULL;
+        found = module && obm__same_place(whole ? whole : module, tensor);
+        obm_free(whole);
         obm_free(module);
     }
     return found;
@@ -266,7 +265,7 @@ static obm_status untie(work *w, obm_error *err) {
             "%s: ensure_weight_tying on an embedding or head is not supported; merge the adapter with peft",
             w->a->path);
     if (find_pair(w, OBM_HEAD_NAME)) return OBM_OK;
-    OBM_TRY(obm__pair_fill(&v->pairs[v->count], OBM_HEAD_NAME, &embedding->t, &embedding->t, err));
+    OBM_TRY(obm__pair_fill(&v->pairs[v->count], obm__layout_head(v->base->layout), &embedding->t, &embedding->t, err));
     v->count++;
     qsort(v->pairs, v->count, sizeof *v->pairs, by_name);
     return OBM_OK;

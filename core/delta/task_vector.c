@@ -103,10 +103,10 @@ bool obm__is_derived_buffer(const char *name) {
     return n >= m && !strcmp(name + n - m, suffix);
 }
 
-/* What stands for a tensor that `c` does not list: the embedding for the head of a tied model, else NULL. */
-static const obm__st_entry *stand_in(const obm_checkpoint *c, const char *name) {
-    if (!c->tied || strcmp(name, OBM_HEAD_NAME)) return NULL;
-    return obm__checkpoint_find(c, OBM_EMBEDDING_NAME);
+/* The tensor, or what stands for one that `c` does not list: the embedding for the head of a tied model.  NULL: none.
+ */
+static const obm__st_entry *find_in(const obm_checkpoint *c, const char *name) {
+    return obm__checkpoint_find(c, c->tied && obm__is_head(name) ? OBM_EMBEDDING_NAME : name);
 }
 
 static bool same_tail(const obm_tensor *a, const obm_tensor *b, int from) {
@@ -150,24 +150,45 @@ static obm_status missing(const char *name, const obm_checkpoint *has, const obm
     return obm__fail(err, OBM_E_NOTFOUND, "tensor %s is in %s but not in %s", name, has->path, lacks->path);
 }
 
-/* Walks both sorted lists at once. */
-static obm_status match(obm_task_vector *v, obm_error *err) {
-    const obm_checkpoint *b = v->base, *e = v->expert;
-    size_t i = 0, j = 0;
-    while (i < b->count || j < e->count) {
-        int order = i == b->count ? 1 : j == e->count ? -1 : strcmp(b->tensors[i]->name, e->tensors[j]->name);
-        const obm__st_entry *in_base = order <= 0 ? b->tensors[i++] : NULL;
-        const obm__st_entry *in_expert = order >= 0 ? e->tensors[j++] : NULL;
-        const obm__st_entry *named = in_base ? in_base : in_expert;
-        if (!in_base) in_base = stand_in(b, named->name);
-        if (!in_expert) in_expert = stand_in(e, named->name);
-        if (!in_base || !in_expert) {
-            if (obm__is_derived_buffer(named->name)) continue;
-            return in_base ? missing(named->name, b, e, err) : missing(named->name, e, b, err);
-        }
-        OBM_TRY(obm__pair_fill(&v->pairs[v->count], named->name, &in_base->t, &in_expert->t, err));
-        v->count++;
+static obm_status add_pair(obm_task_vector *v, const char *name, const obm__st_entry *base, const obm__st_entry *expert,
+                           obm_error *err) {
+    OBM_TRY(obm__pair_fill(&v->pairs[v->count], name, &base->t, &expert->t, err));
+    v->count++;
+    return OBM_OK;
+}
+
+/* Those of the base, under its names. */
+static obm_status match_base(obm_task_vector *v, obm_error *err) {
+    for (size_t i = 0; i < v->base->count; i++) {
+        const obm__st_entry *in_base = v->base->tensors[i], *in_expert = find_in(v->expert, in_base->name);
+        if (!in_expert && obm__is_derived_buffer(in_base->name)) continue;
+        if (!in_expert) return missing(in_base->name, v->base, v->expert, err);
+        OBM_TRY(add_pair(v, in_base->name, in_base, in_expert, err));
     }
+    return OBM_OK;
+}
+
+/* What the base lacks can only be a head.  An expert that holds one tensor under two names has one of them in vain. */
+static obm_status match_expert(obm_task_vector *v, obm_error *err) {
+    for (size_t i = 0; i < v->expert->count; i++) {
+        const obm__st_entry *in_expert = v->expert->tensors[i], *in_base = find_in(v->base, in_expert->name);
+        bool is_head = v->base->tied && obm__is_head(in_expert->name);
+        if (in_base && !is_head && obm__checkpoint_find(v->expert, in_base->name) == in_expert) continue;
+        if (!is_head && obm__is_derived_buffer(in_expert->name)) continue;
+        if (!in_base || !is_head) return missing(in_expert->name, v->expert, v->base, err);
+        OBM_TRY(add_pair(v, obm__layout_head(v->base->layout), in_base, in_expert, err));
+    }
+    return OBM_OK;
+}
+
+static int by_name(const void *a, const void *b) {
+    return strcmp(((const obm__pair *)a)->name, ((const obm__pair *)b)->name);
+}
+
+static obm_status match(obm_task_vector *v, obm_error *err) {
+    OBM_TRY(match_base(v, err));
+    OBM_TRY(match_expert(v, err));
+    if (v->count > 1) qsort(v->pairs, v->count, sizeof *v->pairs, by_name);
     return OBM_OK;
 }
 
@@ -215,10 +236,10 @@ void obm_task_vector_at(const obm_task_vector *v, size_t i, const char **name, o
     if (expert) *expert = p->expert;
 }
 
-static int compare_name(const void *key, const void *pair) { return strcmp(key, ((const obm__pair *)pair)->name); }
+static const char *name_of(const void *pair) { return ((const obm__pair *)pair)->name; }
 
 const obm__pair *obm__task_vector_find(const obm_task_vector *v, const char *name, obm_error *err) {
-    const obm__pair *p = v->count ? bsearch(name, v->pairs, v->count, sizeof *v->pairs, compare_name) : NULL;
+    const obm__pair *p = obm__find_named(name, v->base->layout, v->pairs, v->count, sizeof *v->pairs, name_of);
     if (!p) obm__fail(err, OBM_E_NOTFOUND, "no tensor %s in the task vector of %s", name, v->expert->path);
     return p;
 }

@@ -163,7 +163,8 @@ typedef enum obm_class {
 } obm_class;
 #define OBM_CLASS_COUNT 7
 OBM_API const char *obm_class_name(obm_class cls);          /* "attention", ... */
-OBM_API obm_class obm_class_of(const char *tensor_name, int32_t ndim);   /* by the names of the LLaMA family; 1-D: bias or norm */
+OBM_API obm_class obm_class_of(const char *tensor_name, int32_t ndim);   /* by the names of the LLaMA family; 1-D: bias or norm;
+                                                            * OTHER for what sees or hears ("vision_tower.", ...) */
 
 /* ---- Checkpoints ------------------------------------------------------------------------------------------------ */
 
@@ -178,7 +179,7 @@ OBM_API obm_status obm_checkpoint_open(obm_context *ctx, const char *path, obm_c
 OBM_API void obm_checkpoint_free(obm_checkpoint *c);
 OBM_API const char *obm_checkpoint_path(const obm_checkpoint *c);       /* borrowed */
 OBM_API const char *obm_checkpoint_config(const obm_checkpoint *c);     /* text of config.json, NULL without; borrowed */
-OBM_API bool obm_checkpoint_is_tied(const obm_checkpoint *c);           /* no head of its own: lm_head = embedding */
+OBM_API bool obm_checkpoint_is_tied(const obm_checkpoint *c);           /* no head in its files, whatever config.json says: it is the embedding */
 OBM_API bool obm_checkpoint_is_adapter(const obm_checkpoint *c);        /* a PEFT LoRA folder; its tensors have the adapter's names */
 OBM_API size_t obm_checkpoint_count(const obm_checkpoint *c);
 /* Tensors in the order of their names.  i < count.  *name borrowed, *t a view into the mapping. */

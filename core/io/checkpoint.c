@@ -20,10 +20,11 @@ static int by_name(const void *a, const void *b) {
     return strcmp((*(const obm__st_entry *const *)a)->name, (*(const obm__st_entry *const *)b)->name);
 }
 
+static const char *name_of(const void *entry) { return (*(const obm__st_entry *const *)entry)->name; }
+
 const obm__st_entry *obm__checkpoint_find(const obm_checkpoint *c, const char *name) {
-    obm__st_entry key = {(char *)name, {0}};
-    const obm__st_entry *p = &key;
-    const obm__st_entry **found = c->count ? bsearch(&p, c->tensors, c->count, sizeof p, by_name) : NULL;
+    const obm__st_entry *const *found =
+        obm__find_named(name, c->layout, c->tensors, c->count, sizeof *c->tensors, name_of);
     return found ? *found : NULL;
 }
 
@@ -290,12 +291,43 @@ done:
     return status;
 }
 
-/* Without a head the embedding serves as one, whatever config.json says: there is nothing else. */
+/* tie_word_embeddings is not asked, like in transformers 5: a head that is in the files counts, though config.json (or
+ * the architecture by default) ties it.  Without one the embedding serves as head: there is nothing else. */
 static bool detect_tied(const obm_checkpoint *c) {
-    if (!obm__checkpoint_find(c, OBM_EMBEDDING_NAME)) return false;
-    bool tied = false;
-    obm__json_bool(obm__json_get(c->config, "tie_word_embeddings"), &tied);
-    return tied || !obm__checkpoint_find(c, OBM_HEAD_NAME);
+    return obm__checkpoint_find(c, OBM_EMBEDDING_NAME) && !obm__checkpoint_find(c, OBM_HEAD_NAME);
+}
+
+/* The one that has the embedding. */
+static int detect_layout(const obm_checkpoint *c) {
+    for (int i = OBM_LAYOUTS - 1; i > 0; i--) {
+        const char *name = obm__layout_embedding(i);
+        const obm__st_entry *e = obm__checkpoint_find(c, name);
+        if (e && !strcmp(e->name, name)) return i;
+    }
+    return 0;
+}
+
+/* ---- models with a text model inside ---- */
+
+#define TEXT_CONFIG "text_config"
+
+const obm_json *obm__checkpoint_text_config(const obm_checkpoint *c) {
+    const obm_json *inner = obm__json_get(c->config, TEXT_CONFIG);
+    return inner && obm__json_kind(inner) == OBM_JSON_OBJECT ? inner : c->config;
+}
+
+bool obm__text_config_set(obm_json *config, const char *key, obm_json *value) {
+    const obm_json *inner = obm__json_get(config, TEXT_CONFIG);
+    if (!inner || obm__json_kind(inner) != OBM_JSON_OBJECT) return obm__json_set(config, key, value);
+    obm_json *copy = obm__json_copy(inner);
+    bool ok = obm__json_set(copy, key, value);
+    return obm__json_set(config, TEXT_CONFIG, copy) && ok;
+}
+
+bool obm__config_untie(obm_json *config) {
+    static const char key[] = "tie_word_embeddings";
+    return obm__json_set(config, key, obm__json_new_bool(false)) &&
+           obm__text_config_set(config, key, obm__json_new_bool(false));
 }
 
 static obm_status open_file(obm_checkpoint *c, obm_error *err) {
@@ -313,6 +345,7 @@ static obm_status open_parts(obm_checkpoint *c, const char *name, obm_error *err
     if (!c->directory) return obm__fail_nomem(err, strlen(path));
     OBM_TRY(folder ? open_folder(c, err) : open_file(c, err));
     OBM_TRY(read_config(c, err));
+    c->layout = detect_layout(c);
     c->tied = detect_tied(c);
     return OBM_OK;
 }

@@ -156,6 +156,22 @@ void obm__adapter_free(obm__adapter *a);
 bool obm__adapter_here(const char *directory, bool *out); /* false: out of memory */
 #define OBM_ADAPTER_WEIGHTS "adapter_model.safetensors"
 
+/* ---- names (layout.c) ---- */
+
+/* Names in the core are those of a text model by itself; tensors in files may lie elsewhere ("language_model.model." for
+ * "model.").  Layout 0 is the former. */
+#define OBM_LAYOUTS 3
+#define OBM_EMBEDDING_NAME "model.embed_tokens.weight"
+#define OBM_HEAD_NAME "lm_head.weight"
+const char *obm__layout_embedding(int layout);
+const char *obm__layout_head(int layout);
+bool obm__is_head(const char *name);                        /* in any layout */
+bool obm__same_place(const char *a, const char *b); /* one tensor or module, but for the layout */
+/* The item of a sorted array that has this name, else the one that has it in `layout`; NULL: none. */
+typedef const char *(*obm__name_fn)(const void *item);
+const void *obm__find_named(const char *name, int layout, const void *items, size_t count, size_t size,
+                            obm__name_fn name_of);
+
 /* ---- checkpoints (checkpoint.c) ---- */
 
 struct obm_checkpoint {
@@ -168,16 +184,22 @@ struct obm_checkpoint {
     size_t n_files;
     const obm__st_entry **tensors; /* all, sorted by name; borrowed from files */
     size_t count;
-    bool tied; /* no lm_head.weight here (or config says tied) and an embedding */
+    int layout; /* of its names */
+    bool tied;  /* an embedding and no head of its own, whatever config.json says */
     obm__adapter *adapter; /* NULL for a model; else the tensors are an adapter's own, under its names */
 };
 /* ARG where an adapter cannot stand for `what`, "a base" or "a model". */
 obm_status obm__checkpoint_is_model(const obm_checkpoint *c, const char *what, obm_error *err);
-#define OBM_EMBEDDING_NAME "model.embed_tokens.weight"
-#define OBM_HEAD_NAME "lm_head.weight"
 /* obm__map_check of all its files; passes call it before they read. */
 obm_status obm__checkpoint_check(const obm_checkpoint *c, obm_error *err);
-const obm__st_entry *obm__checkpoint_find(const obm_checkpoint *c, const char *name); /* NULL if absent */
+/* By its own name or that in another layout; NULL if absent. */
+const obm__st_entry *obm__checkpoint_find(const obm_checkpoint *c, const char *name);
+/* What config.json says about the text model: its "text_config", or all of it; NULL without config. */
+const obm_json *obm__checkpoint_text_config(const obm_checkpoint *c);
+/* Sets a key there, in a copy of such a config.json; takes value over, NULL is fine.  false: out of memory. */
+bool obm__text_config_set(obm_json *config, const char *key, obm_json *value);
+/* Makes it say that the head is a tensor of its own. */
+bool obm__config_untie(obm_json *config);
 /* XXH3 over the config and every tensor's name, dtype, shape and sampled contents, as a pack knows its base
  * (pack_base.c).  tick nullable. */
 obm_status obm__checkpoint_fingerprint(obm_context *ctx, const obm_checkpoint *c, obm__tick_fn tick, void *user,

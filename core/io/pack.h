@@ -68,7 +68,7 @@ struct obm_pack {
     _Atomic int users;         /* calls that read it now, -1: it is being exchanged (pack_lock.c) */
     _Atomic int warned_of_other_expert;   /* so that a warning comes once (route/plan.c) */
 };
-/* Index into tensors, or SIZE_MAX. */
+/* Index into tensors by the base's name or that in another layout, or SIZE_MAX. */
 size_t obm__pack_find(const obm_pack *p, const char *name);
 /* obm__map_check of the base's and the experts' files. */
 obm_status obm__pack_check(const obm_pack *p, obm_error *err);

@@ -218,9 +218,9 @@ static obm_status load_entry(place *at, const obm_json *record, const obm__pack_
 /* ---- the union of tensors ---- */
 
 /* A tied base under an untied expert: the head exists for that expert only and its base value is the embedding. */
-static bool any_own_head(const obm_json *experts) {
+static bool any_own_head(const obm_json *experts, const char *head) {
     for (size_t i = 0; i < obm__json_size(experts); i++) {
-        if (obm__json_get(obm__json_get(obm__json_at(experts, i), "tensors"), OBM_HEAD_NAME)) return true;
+        if (obm__json_get(obm__json_get(obm__json_at(experts, i), "tensors"), head)) return true;
     }
     return false;
 }
@@ -232,23 +232,25 @@ static int compare_info(const void *a, const void *b) {
 static obm_status fill_tensors(obm_pack *p, const obm_json *experts, obm_error *err) {
     const obm_checkpoint *base = p->base;
     const obm__st_entry *embedding = obm__checkpoint_find(base, OBM_EMBEDDING_NAME);
+    const char *head = obm__layout_head(base->layout);
     p->tensors = obm__calloc(base->count + 1, sizeof *p->tensors);
     if (!p->tensors) return obm__fail_nomem(err, (base->count + 1) * sizeof *p->tensors);
     for (size_t i = 0; i < base->count; i++) {
         const obm__st_entry *e = base->tensors[i];
         p->tensors[p->n_tensors++] = (obm__pack_tensor_info){e->name, obm_class_of(e->name, e->t.ndim), e->t, true};
     }
-    if (base->tied && embedding && !obm__checkpoint_find(base, OBM_HEAD_NAME) && any_own_head(experts)) {
-        p->tensors[p->n_tensors++] = (obm__pack_tensor_info){OBM_HEAD_NAME, OBM_CLASS_HEAD, embedding->t, false};
+    if (base->tied && any_own_head(experts, head)) {
+        p->tensors[p->n_tensors++] = (obm__pack_tensor_info){head, OBM_CLASS_HEAD, embedding->t, false};
         qsort(p->tensors, p->n_tensors, sizeof *p->tensors, compare_info);
     }
     return OBM_OK;
 }
 
+static const char *name_of(const void *info) { return ((const obm__pack_tensor_info *)info)->name; }
+
 size_t obm__pack_find(const obm_pack *p, const char *name) {
-    obm__pack_tensor_info key = {.name = name};
     const obm__pack_tensor_info *t =
-        p->n_tensors ? bsearch(&key, p->tensors, p->n_tensors, sizeof key, compare_info) : NULL;
+        obm__find_named(name, p->base->layout, p->tensors, p->n_tensors, sizeof *p->tensors, name_of);
     return t ? (size_t)(t - p->tensors) : SIZE_MAX;
 }
 

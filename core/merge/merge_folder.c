@@ -101,7 +101,7 @@ static obm_json *list_by_layer(const obm__job *j, const char *key) {
     for (size_t s = 0; s < j->recipe->n_slices; s++) {
         const obm__slice_plan *p = &j->slices[s];
         const obm__source *source = p->sources[p->reference];
-        const obm_json *own = obm__json_get(j->inputs[p->inputs[p->reference]].model->config, key);
+        const obm_json *own = obm__json_get(obm__checkpoint_text_config(j->inputs[p->inputs[p->reference]].model), key);
         for (int64_t layer = source->first; ok && layer < source->end; layer++) {
             const obm_json *value = obm__json_at(own, (size_t)layer);
             ok = obm__json_append(list, value ? obm__json_copy(value) : obm__json_new_null());
@@ -116,11 +116,12 @@ static obm_json *list_by_layer(const obm__job *j, const char *key) {
 static bool set_layers(const obm__job *j, obm_json *config) {
     static const char *const lists[] = {"layer_types", "no_rope_layers"};
     if (!j->recipe->sliced) return true;
-    bool fine = obm__json_set(config, "num_hidden_layers", obm__json_new_int(j->n_layers));
+    const obm_json *donor = obm__checkpoint_text_config(j->inputs[j->donor].model);
+    bool fine = obm__text_config_set(config, "num_hidden_layers", obm__json_new_int(j->n_layers));
     for (size_t i = 0; fine && i < OBM_COUNT(lists); i++) {
-        const obm_json *old = obm__json_get(config, lists[i]);
+        const obm_json *old = obm__json_get(donor, lists[i]);
         if (obm__json_kind(old) == OBM_JSON_ARRAY && (int64_t)obm__json_size(old) == donor_layers(j))
-            fine = obm__json_set(config, lists[i], list_by_layer(j, lists[i]));
+            fine = obm__text_config_set(config, lists[i], list_by_layer(j, lists[i]));
     }
     return fine;
 }
@@ -140,11 +141,9 @@ static obm_status build_config(const obm__job *j, obm_json **out, obm_error *err
     *out = NULL;
     if (!source) return OBM_OK;
     obm_json *config = obm__json_copy(source);
-    bool tied = false, fine = config && set_dtype(config, common_config_dtype(j)) && set_layers(j, config);
-    obm__json_bool(obm__json_get(config, "tie_word_embeddings"), &tied);
+    bool fine = config && set_dtype(config, common_config_dtype(j)) && set_layers(j, config);
     /* transformers ties by default where the key is absent, so a written head needs an explicit false. */
-    if (fine && j->writes_head && (tied || !obm__json_get(config, "tie_word_embeddings")))
-        fine = obm__json_set(config, "tie_word_embeddings", obm__json_new_bool(false));
+    if (fine && j->writes_head) fine = obm__config_untie(config);
     if (fine) {
         *out = config;
         return OBM_OK;

@@ -80,7 +80,7 @@ static obm_status add_base_below(const obm__job *j, const char *ref, obm__input 
 /* Layers of the model as its config counts them, else its tensors. */
 static int64_t count_layers(const obm_checkpoint *c) {
     int64_t n = 0;
-    if (obm__json_int(obm__json_get(c->config, "num_hidden_layers"), &n) && n > 0) return n;
+    if (obm__json_int(obm__json_get(obm__checkpoint_text_config(c), "num_hidden_layers"), &n) && n > 0) return n;
     n = 0;
     for (size_t i = 0; i < c->count; i++) {
         int64_t layer = obm__layer_of(c->tensors[i]->name);
@@ -177,6 +177,13 @@ static obm_status check_architectures(const obm__job *j, obm_error *err) {
             return obm__fail(err, OBM_E_ARG,
                              "%.200s is a %.40s model, %.200s a %.40s: only models of one architecture merge",
                              donor->ref, first, j->inputs[i].ref, type);
+        if (j->recipe->sliced && j->inputs[i].model->layout != donor->model->layout)
+            return obm__fail(
+                err, OBM_E_UNSUPPORTED,
+                "%.200s has %s, %.200s has %s: slices of models that name their tensors differently are not "
+                "supported",
+                donor->ref, obm__layout_embedding(donor->model->layout), j->inputs[i].ref,
+                obm__layout_embedding(j->inputs[i].model->layout));
     }
     return OBM_OK;
 }
@@ -203,7 +210,7 @@ bool obm__input_has_head(const obm__input *in) {
 
 /* A tied input's head is its embedding, whatever else its files hold. */
 static const char *stands_for(const obm__input *in, const char *name) {
-    bool tied = !strcmp(name, OBM_HEAD_NAME) && !obm__input_has_head(in);
+    bool tied = obm__is_head(name) && !obm__input_has_head(in);
     return tied && obm__checkpoint_find(in->model, OBM_EMBEDDING_NAME) ? OBM_EMBEDDING_NAME : name;
 }
 

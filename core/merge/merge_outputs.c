@@ -35,7 +35,7 @@ static char *source_name(const obm__slice_plan *p, size_t i, const char *name, i
 }
 
 static bool is_written(const obm__job *j, const char *name) {
-    return !obm__is_derived_buffer(name) && (strcmp(name, OBM_HEAD_NAME) || j->writes_head);
+    return !obm__is_derived_buffer(name) && (!obm__is_head(name) || j->writes_head);
 }
 
 /* Whether the output has, from this slice, a tensor that its input i has; *layer within the slice.  What lies in front
@@ -65,7 +65,7 @@ static obm_status check_extra_names(const obm__job *j, const obm__slice_plan *p,
     int64_t layer;
     for (size_t t = 0; t < model->count; t++) {
         const char *name = model->tensors[t]->name;
-        if (!is_taken(j, p, i, model->tensors[t], &layer) || !strcmp(name, OBM_HEAD_NAME)) continue;
+        if (!is_taken(j, p, i, model->tensors[t], &layer) || obm__is_head(name)) continue;
         char *theirs = source_name(p, p->reference, name, layer);
         if (!theirs) return obm__fail_nomem(err, strlen(name));
         bool found = obm__checkpoint_find(reference, theirs) != NULL;
@@ -92,9 +92,10 @@ static obm_status list_slice(obm__job *j, const obm__slice_plan *p, obm_error *e
     for (size_t t = 0; t < reference->count; t++) {
         if (!is_taken(j, p, p->reference, reference->tensors[t], &layer)) continue;
         OBM_TRY(add_output(j, p, reference->tensors[t]->name, layer, err));
-        head |= !strcmp(reference->tensors[t]->name, OBM_HEAD_NAME);
+        head |= obm__is_head(reference->tensors[t]->name);
     }
-    return p == last_slice(j) && j->writes_head && !head ? add_output(j, p, OBM_HEAD_NAME, -1, err) : OBM_OK;
+    const char *name = obm__layout_head(reference->layout);
+    return p == last_slice(j) && j->writes_head && !head ? add_output(j, p, name, -1, err) : OBM_OK;
 }
 
 static int by_name(const void *a, const void *b) {
@@ -183,7 +184,7 @@ static bool donor_tensor(const obm__job *j, const char *name, int64_t layer, obm
 static obm_status check_fit(const obm__job *j, const obm__output *o, obm_error *err) {
     const obm__slice_plan *p = o->slice;
     obm_tensor t;
-    if (!j->recipe->sliced || p->inputs[p->reference] == j->donor || !strcmp(o->name, OBM_HEAD_NAME)) return OBM_OK;
+    if (!j->recipe->sliced || p->inputs[p->reference] == j->donor || obm__is_head(o->name)) return OBM_OK;
     char *name = source_name(p, p->reference, o->name, o->layer);
     if (!name) return obm__fail_nomem(err, strlen(o->name));
     obm_status status = OBM_OK;

@@ -293,6 +293,7 @@ size_t obm__recipe_params(const obm__recipe *r, const obm__slice *s, const char 
 }
 
 int64_t obm__layer_of(const char *tensor) {
+    if (obm__is_outside(tensor)) return -1; /* a layer of something else */
     for (const char *p = tensor; p; p = strchr(p, '.')) {
         p += *p == '.';
         size_t digits = strspn(p, "0123456789");

@@ -20,9 +20,9 @@
     [OBM_UP] = LAYER "mlp.up_proj.weight", [OBM_UP_BIAS] = LAYER "mlp.up_proj.bias"
 #define MATRIX_NAMES OUTER_NAMES, QKV_NAMES, OUTPUT_NAMES, GATE_UP_NAMES
 /* Roles with one name share a tensor (obm__config_place). */
-#define FUSED_NAMES                                                                                                  \
-    [OBM_Q] = LAYER "self_attn.qkv_proj.weight", [OBM_K] = LAYER "self_attn.qkv_proj.weight",                        \
-    [OBM_V] = LAYER "self_attn.qkv_proj.weight", [OBM_GATE] = LAYER "mlp.gate_up_proj.weight",                       \
+#define FUSED_NAMES                                                                            \
+    [OBM_Q] = LAYER "self_attn.qkv_proj.weight", [OBM_K] = LAYER "self_attn.qkv_proj.weight",  \
+    [OBM_V] = LAYER "self_attn.qkv_proj.weight", [OBM_GATE] = LAYER "mlp.gate_up_proj.weight", \
     [OBM_UP] = LAYER "mlp.gate_up_proj.weight"
 #define QK_NORM_NAMES [OBM_Q_NORM] = LAYER "self_attn.q_norm.weight", [OBM_K_NORM] = LAYER "self_attn.k_norm.weight"
 /* The norm's input is the residual stream, ... */
@@ -97,12 +97,16 @@ static const obm__arch archs[] = {
      .window_pattern = 6,
      .norm_offset = 1,
      .default_window = 4096,
+     .default_heads = 8,
      .default_kv_heads = 4,
      .default_head_dim = 256,
+     .default_vocab = 262208,
      .default_positions = 131072,
      .default_theta = 1e6,
      .default_query_scalar = 256,
      .default_tied = true},
+    /* Gemma 3 that sees images (4B and larger): its text part */
+    {.model_type = "gemma3", .inner = "text_config", .inner_type = "gemma3_text"},
     {.model_type = "phi3", /* and Phi-3.5, Phi-4 */
      .names = {OUTER_NAMES, OUTPUT_NAMES, FUSED_NAMES, PRE_NORM_NAMES},
      .has = OBM_HAS_WINDOW | OBM_HAS_PARTIAL_ROPE | OBM_HAS_OLD_LONGROPE,

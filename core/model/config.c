@@ -223,20 +223,41 @@ static obm_status read_eos(const obm__reader *r, obm__config *c) {
 
 /* ---- the whole ---- */
 
-static obm_status read_arch(const obm__reader *r, obm__config *c) {
-    const char *type = obm__json_string(obm__json_get(r->json, "model_type"));
+static obm_status find_arch(const obm__reader *r, const char *type, const obm__arch **out) {
     char known[160];
-    if (!type) return obm__fail(r->err, OBM_E_FORMAT, "%s: key \"model_type\" is missing or not a string", r->where);
-    c->arch = obm__arch_find(type);
-    if (c->arch) return OBM_OK;
+    *out = obm__arch_find(type);
+    if (*out) return OBM_OK;
     obm__arch_list(known, sizeof known);
     return obm__fail(r->err, OBM_E_UNSUPPORTED, "%s: \"model_type\": \"%.60s\" is not supported (known: %s)", r->where,
                      type, known);
 }
 
+/* Goes on in the config of the text model, where that lies inside of another's. */
+static obm_status enter_inner(obm__reader *r, obm__config *c) {
+    const obm__arch *outer = c->arch;
+    const obm_json *inner = obm__json_get(r->json, outer->inner);
+    if (obm__json_kind(inner) != OBM_JSON_OBJECT) return obm__wrong_kind(r, outer->inner, "an object");
+    OBM_TRY(obm__check_outer_keys(r, inner));
+    const char *type = obm__json_string(obm__json_get(inner, "model_type"));
+    OBM_TRY(find_arch(r, type ? type : outer->inner_type, &c->arch));
+    if (c->arch->inner)
+        return obm__fail(r->err, OBM_E_UNSUPPORTED,
+                         "%s: \"%s\": \"model_type\": \"%s\" inside of another is not supported", r->where,
+                         outer->inner, c->arch->model_type);
+    r->json = inner;
+    return OBM_OK;
+}
+
+static obm_status read_arch(obm__reader *r, obm__config *c) {
+    const char *type = obm__json_string(obm__json_get(r->json, "model_type"));
+    if (!type) return obm__fail(r->err, OBM_E_FORMAT, "%s: key \"model_type\" is missing or not a string", r->where);
+    OBM_TRY(find_arch(r, type, &c->arch));
+    return c->arch->inner ? enter_inner(r, c) : OBM_OK;
+}
+
 static obm_status read_heads(const obm__reader *r, obm__config *c) {
     const obm__arch *arch = c->arch;
-    OBM_TRY(obm__read_size(r, "num_attention_heads", -1, &c->heads));
+    OBM_TRY(obm__read_size(r, "num_attention_heads", arch->default_heads ? arch->default_heads : -1, &c->heads));
     const obm_json *kv = obm__json_get(r->json, "num_key_value_heads");
     OBM_TRY(obm__read_size(r, "num_key_value_heads", kv || !arch->default_kv_heads ? c->heads : arch->default_kv_heads,
                            &c->kv_heads));
@@ -247,7 +268,8 @@ static obm_status read_heads(const obm__reader *r, obm__config *c) {
         return obm__fail(r->err, OBM_E_FORMAT, "%s: \"head_dim\": expected an even number, found %lld", r->where,
                          (long long)c->head_dim);
     if (c->heads > MAX_SIZE / c->head_dim)
-        return obm__fail(r->err, OBM_E_FORMAT, "%s: expected \"num_attention_heads\" times \"head_dim\" up to %lld, found %lld by %lld",
+        return obm__fail(r->err, OBM_E_FORMAT,
+                         "%s: expected \"num_attention_heads\" times \"head_dim\" up to %lld, found %lld by %lld",
                          r->where, (long long)MAX_SIZE, (long long)c->heads, (long long)c->head_dim);
     if (c->heads % c->kv_heads)
         return obm__fail(r->err, OBM_E_FORMAT,
@@ -259,7 +281,7 @@ static obm_status read_heads(const obm__reader *r, obm__config *c) {
 static obm_status read_sizes(const obm__reader *r, obm__config *c) {
     double eps;
     int64_t positions = c->arch->default_positions ? c->arch->default_positions : 2048;
-    OBM_TRY(obm__read_size(r, "vocab_size", -1, &c->vocab));
+    OBM_TRY(obm__read_size(r, "vocab_size", c->arch->default_vocab ? c->arch->default_vocab : -1, &c->vocab));
     OBM_TRY(obm__read_size(r, "hidden_size", -1, &c->hidden));
     OBM_TRY(obm__read_size(r, "intermediate_size", -1, &c->intermediate));
     OBM_TRY(obm__read_size(r, "num_hidden_layers", -1, &c->layers));
@@ -273,7 +295,8 @@ static obm_status read_sizes(const obm__reader *r, obm__config *c) {
     return OBM_OK;
 }
 
-static obm_status read_all(const obm__reader *r, obm__config *c) {
+static obm_status read_all(obm__reader *r, obm__config *c) {
+    const obm__reader whole = *r;
     OBM_TRY(read_arch(r, c));
     OBM_TRY(obm__check_keys(r, c->arch));
     OBM_TRY(read_sizes(r, c));
@@ -284,7 +307,8 @@ static obm_status read_all(const obm__reader *r, obm__config *c) {
     OBM_TRY(read_scales(r, c));
     OBM_TRY(obm__read_ropes(r, c));
     OBM_TRY(read_layers(r, c));
-    return read_eos(r, c);
+    OBM_TRY(read_eos(r, c));
+    return whole.json == r->json ? OBM_OK : read_eos(&whole, c);
 }
 
 obm_status obm__config_parse(const obm_json *config, const obm_json *generation, const char *where, obm__config *out,

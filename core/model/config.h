@@ -23,6 +23,7 @@ obm_status obm__refuse_key(const obm__reader *r, const char *key, const obm_json
 /* Refuses what would change results and is not understood (arch: of the config's model_type). */
 obm_status obm__check_keys(const obm__reader *r, const obm__arch *arch);
 obm_status obm__check_rope_keys(const obm__reader *r, const obm__arch *arch);
+obm_status obm__check_outer_keys(const obm__reader *r, const obm_json *inner);
 /* c->ropes and n_ropes; may raise c->max_positions.  The layers are not looked at. */
 obm_status obm__read_ropes(const obm__reader *r, obm__config *c);
 

@@ -137,6 +137,13 @@ static const char *const harmless[] = {
     "use_flash_attn",
 };
 
+/* Beside the config of a text model: what sees images, and the ids that stand for them. */
+static const char *const outer_keys[] = {
+    "boi_token_id", "boi_token_index", "eoi_token_id",        "eoi_token_index",
+    "eos_token_id", "image_token_id",  "image_token_index",   "mm_tokens_per_image",
+    "model_type",   "text_config",     "tie_word_embeddings", "vision_config",
+};
+
 /* In rope_scaling and rope_parameters; those that a type does not read say nothing there. */
 static const char *const rope_keys[] = {
     "rope_type",        "type",         "rope_theta",  "factor",          "original_max_position_embeddings",
@@ -180,6 +187,17 @@ obm_status obm__check_keys(const obm__reader *r, const obm__arch *arch) {
         const obm_json *v = obm__json_value(it);
         if (!says_nothing(v) && !is_understood(obm__json_key(it), v, arch))
             return obm__refuse_key(r, obm__json_key(it), v);
+    }
+    return OBM_OK;
+}
+
+/* Besides those, what repeats the inner config. */
+obm_status obm__check_outer_keys(const obm__reader *r, const obm_json *inner) {
+    for (void *it = obm__json_first(r->json); it; it = obm__json_next(r->json, it)) {
+        const char *key = obm__json_key(it);
+        const obm_json *v = obm__json_value(it), *same = obm__json_get(inner, key);
+        bool known = key[0] == '_' || LISTED(outer_keys, key) || LISTED(harmless, key);
+        if (!known && !says_nothing(v) && !(same && obm__json_equal(v, same))) return obm__refuse_key(r, key, v);
     }
     return OBM_OK;
 }

@@ -35,7 +35,7 @@ static obm_status load_config(obm_model *m, obm_error *err) {
     obm_status status =
         where ? obm__config_parse(c->config, generation, where, &m->config, err) : obm__fail_nomem(err, 1);
     if (status == OBM_OK) status = check_layers(m, where, err);
-    if (status == OBM_OK && c->tied) m->config.tied = true;
+    if (status == OBM_OK) m->config.tied = c->tied;
     obm_free(where);
     obm__json_free(generation);
     return status;

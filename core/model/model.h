@@ -62,12 +62,13 @@ typedef enum obm__activation { OBM_SILU, OBM_GELU_TANH } obm__activation;
 /* Defaults are those of a key that config.json lacks; 0 where LLaMA's hold. */
 typedef struct obm__arch {
     const char *model_type;
+    const char *inner, *inner_type; /* the key of the text model's own config, and the model_type there; else NULL */
     const char *names[OBM_ROLES];   /* tensor names, "{}" is the layer; NULL: the architecture has no such tensor */
     unsigned has;                   /* OBM_HAS_* */
     obm__window_rule windows;
     int64_t window_pattern;
     float norm_offset;              /* added to the weights of all norms */
-    int64_t default_window, default_positions, default_original_positions;
+    int64_t default_heads, default_vocab, default_window, default_positions, default_original_positions;
     int64_t default_kv_heads;       /* 0: as many as heads */
     int64_t default_head_dim;       /* 0: hidden / heads */
     double default_theta, default_eps;

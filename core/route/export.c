@@ -101,11 +101,13 @@ static void count_bytes(export_job *j) {
 
 /* ---- config and card ---- */
 
-/* The head is written on its own beside an embedding that it was tied to. */
+/* The head is written on its own.  Then config.json must not say that it is tied, nor leave that to the architecture:
+ * transformers before version 5 would throw the head away. */
 static bool is_untied(const export_job *j) {
     size_t head = obm__pack_find(j->pack, OBM_HEAD_NAME), embedding = obm__pack_find(j->pack, OBM_EMBEDDING_NAME);
     obm_tensor shape;
-    if (!j->pack->base->tied || head == SIZE_MAX || !shape_of(j, head, &shape)) return false;
+    if (head == SIZE_MAX || !shape_of(j, head, &shape)) return false;
+    if (j->pack->tensors[head].in_base) return true;
     return obm__route_changes(j->plan, head) || (embedding != SIZE_MAX && obm__route_changes(j->plan, embedding));
 }
 
@@ -155,11 +157,11 @@ static obm_status make_config(const export_job *j, obm_json **out, obm_error *er
     if (!j->pack->base->config) return OBM_OK;
     obm_json *config = obm__json_copy(j->pack->base->config);
     bool ok = config != NULL;
-    if (ok && is_untied(j)) ok = obm__json_set(config, "tie_word_embeddings", obm__json_new_bool(false));
+    if (ok && is_untied(j)) ok = obm__config_untie(config);
     if (ok && j->has_dtype) ok = set_dtype(config, j->dtype);
     if (ok && own_text(j) && own_text(j)->eos) ok = set_eos(config, own_text(j));
     if (ok && embedding != SIZE_MAX && shape_of(j, embedding, &shape) && obm__route_changes(j->plan, embedding))
-        ok = obm__json_set(config, "vocab_size", obm__json_new_int(shape.shape[0]));
+        ok = obm__text_config_set(config, "vocab_size", obm__json_new_int(shape.shape[0]));
     if (!ok) {
         obm__json_free(config);
         return obm__fail_nomem(err, 0);

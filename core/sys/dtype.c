@@ -100,9 +100,25 @@ static bool ends_with(const char *s, size_t n, const char *suffix) {
     return n >= m && !memcmp(s + n - m, suffix, m);
 }
 
+/* Parts of a model that are not its text model, whatever their modules are called (transformers' names in LLaVA's
+ * likes, Gemma 3 and Qwen-VL). */
+bool obm__is_outside(const char *name) {
+    static const char *const parts[] = {"vision_tower", "vision_model", "visual", "multi_modal_projector",
+                                        "audio_tower"};
+    for (const char *p = name; p; p = strchr(p, '.')) {
+        p += *p == '.';
+        for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+            size_t n = strlen(parts[i]);
+            if (!strncmp(p, parts[i], n) && p[n] == '.') return true;
+        }
+    }
+    return false;
+}
+
 obm_class obm_class_of(const char *tensor_name, int32_t ndim) {
     size_t n;
     const char *part, *module = module_of(tensor_name, &n, &part);
+    if (obm__is_outside(tensor_name)) return OBM_CLASS_OTHER;
     if (!strcmp(part, "bias")) return OBM_CLASS_BIAS;
     if (ndim <= 1 || ends_with(module, n, "norm")) return OBM_CLASS_NORM;
     for (size_t i = 0; i < sizeof modules / sizeof *modules && !strcmp(part, "weight"); i++)

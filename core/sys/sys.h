@@ -7,6 +7,11 @@
 
 #include <stdarg.h>
 
+/* ---- names (dtype.c) ---- */
+
+/* A tensor of what sees or hears beside the text model. */
+bool obm__is_outside(const char *name);
+
 /* ---- errors (status.c) ---- */
 
 /* Fills err (nullable) and returns status, so that `return obm__fail(err, OBM_E_ARG, "...", ...)` reads as one step. */

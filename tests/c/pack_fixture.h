@@ -17,6 +17,7 @@
 
 typedef struct fixture {
     obm_pack pack;
+    obm_checkpoint base; /* without tensors */
     void *owned[512];
     size_t n_owned;
     uint64_t state;
@@ -51,6 +52,7 @@ static inline fixture *fixture_new(size_t tasks, size_t tensors, int threads) {
     o.log = fixture_count_warning;
     o.log_user = f;
     assert_int_equal(obm_context_new(&o, &f->pack.ctx, NULL), OBM_OK);
+    f->pack.base = &f->base;
     f->pack.path = fixture_own(f, 16);
     strcpy(f->pack.path, "by-hand.pack");
     f->pack.tensors = fixture_own(f, tensors * sizeof *f->pack.tensors);

@@ -235,7 +235,7 @@ static void test_tied(void **state) {
         {NULL, "x", true, true},
         {NULL, OBM_HEAD_NAME, true, false},
         {"{}", OBM_HEAD_NAME, true, false},
-        {"{\"tie_word_embeddings\": true}", OBM_HEAD_NAME, true, true},
+        {"{\"tie_word_embeddings\": true}", OBM_HEAD_NAME, true, false},
         {"{\"tie_word_embeddings\": false}", OBM_HEAD_NAME, true, false},
         {"{\"tie_word_embeddings\": false}", "x", true, true},
         {"{\"tie_word_embeddings\": true}", "x", false, false},

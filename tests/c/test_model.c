@@ -354,9 +354,10 @@ static void compare_with_transformers(const char *name) {
 
 static void matches_transformers(void **state) {
     (void)state;
-    const char *names[] = {"llama-tied",     "llama-untied-bias", "llama3-rope", "llama3-rope-v5", "mistral-window",
-                           "mistral-full",   "smollm3",           "qwen2-window", "qwen2-yarn",    "qwen3",
-                           "gemma2",         "gemma3",            "phi3",        "granite",      "olmo2"};
+    const char *names[] = {"llama-tied", "llama-untied-bias", "llama3-rope", "llama3-rope-v5", "mistral-window",
+                           "mistral-full", "smollm3", "qwen2-window", "qwen2-yarn", "qwen3",
+                           "gemma2", "gemma3", "gemma3-vision", "phi3", "granite",
+                           "olmo2"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) compare_with_transformers(names[i]);
 }
 
@@ -365,6 +366,7 @@ static void matches_transformers(void **state) {
 #define SIZES                                                                                                      \
     ",\"vocab_size\":9,\"hidden_size\":8,\"intermediate_size\":5,\"num_hidden_layers\":1,\"num_attention_heads\":2"
 #define OTHER SIZES ",\"num_key_value_heads\":2"
+#define OTHER_GEMMA3 "\"model_type\":\"gemma3_text\"" OTHER
 #define BASIC "\"model_type\":\"llama\"" SIZES
 
 static obm_status parse(const char *text, obm__config *out, obm_error *err) {
@@ -421,7 +423,17 @@ static void config_refuses(void **state) {
          "use_bidirectional_attention"},
         {"{\"model_type\":\"gemma3_text\"" OTHER ",\"rope_parameters\":{\"rope_type\":\"default\"}}", OBM_E_FORMAT,
          "sliding_attention"},
-        {"{\"model_type\":\"gemma3\"" OTHER "}", OBM_E_UNSUPPORTED, "gemma3_text"},
+        {"{\"model_type\":\"gemma3\"" OTHER "}", OBM_E_FORMAT, "\"text_config\": expected an object, found nothing"},
+        {"{\"model_type\":\"gemma3\",\"text_config\":[{" BASIC "}]}", OBM_E_FORMAT, "text_config"},
+        {"{\"model_type\":\"gemma3\",\"text_config\":{\"model_type\":\"gemma3\",\"text_config\":{}}}", OBM_E_UNSUPPORTED,
+         "inside of another"},
+        {"{\"model_type\":\"gemma3\",\"text_config\":{\"model_type\":\"gpt2\"" SIZES "}}", OBM_E_UNSUPPORTED, "gpt2"},
+        {"{\"model_type\":\"gemma3\",\"hidden_size\":9,\"text_config\":{\"model_type\":\"gemma3_text\"" OTHER "}}",
+         OBM_E_UNSUPPORTED, "\"hidden_size\": 9"},
+        {"{\"model_type\":\"gemma3\",\"quantization_config\":{\"bits\":4},\"text_config\":{" OTHER_GEMMA3 "}}",
+         OBM_E_UNSUPPORTED, "quantization_config"},
+        {"{\"model_type\":\"gemma3\",\"text_config\":{" OTHER_GEMMA3 ",\"scale_depth\":2}}", OBM_E_UNSUPPORTED,
+         "scale_depth"},
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         obm__config c;
@@ -462,6 +474,55 @@ static void config_reads(void **state) {
     assert_int_equal(c.kv_heads, 8);
     assert_true(c.ropes[0].theta == 7 && c.ropes[0].type == OBM_ROPE_DEFAULT && !c.n_eos);
     obm__config_clear(&c);
+}
+
+/* The keys and sizes of Gemma 3 4B as it is published: most are left to defaults. */
+static void config_of_a_model_that_sees(void **state) {
+    (void)state;
+    obm__config c;
+    obm_error err;
+    check_ok(parse("{\"architectures\":[\"Gemma3ForConditionalGeneration\"],\"boi_token_index\":255999,"
+                   "\"eoi_token_index\":256000,\"eos_token_id\":[1,106],\"image_token_index\":262144,"
+                   "\"initializer_range\":0.02,\"mm_tokens_per_image\":256,\"model_type\":\"gemma3\","
+                   "\"hidden_size\":2560,\"text_config\":{\"hidden_size\":2560,\"intermediate_size\":10240,"
+                   "\"num_hidden_layers\":34,\"rope_scaling\":{\"factor\":8.0,\"rope_type\":\"linear\"},"
+                   "\"sliding_window\":1024},\"vision_config\":{\"hidden_size\":1152,\"model_type\":\"siglip\"}}",
+                   &c, &err),
+             &err);
+    assert_string_equal(c.arch->model_type, "gemma3_text");
+    assert_int_equal(c.vocab, 262208);
+    assert_int_equal(c.heads, 8);
+    assert_int_equal(c.kv_heads, 4);
+    assert_int_equal(c.head_dim, 256);
+    assert_int_equal(c.window, 1024);
+    assert_int_equal(c.layer[4].window, 1024);
+    assert_int_equal(c.layer[5].window, 0);
+    assert_true(c.tied && c.n_ropes == 2 && c.ropes[0].type == OBM_ROPE_LINEAR && c.ropes[0].factor == 8);
+    assert_true(c.ropes[0].theta == 1e6 && c.ropes[1].theta == 1e4 && c.ropes[1].type == OBM_ROPE_DEFAULT);
+    assert_int_equal(c.n_eos, 2);
+    assert_int_equal(c.eos[1], 106);
+    obm__config_clear(&c);
+}
+
+/* The files decide about the head, whatever config.json says: as in transformers 5. */
+static void files_decide_about_the_head(void **state) {
+    (void)state;
+    for (int tied = 0; tied < 2; tied++) {
+        fixture f;
+        obm_error err;
+        open_fixture(&f, &shapes[tied ? 0 : 1], OBM_F32, 1);
+        float *before = all_logits(f.m, f.ids, T, false, OBM_F32);
+        obm_model_free(f.m);
+        f.c.tied = !tied;
+        tiny_write_config(&f.c, f.dir);
+        check_ok(obm_model_open(f.ctx, f.dir, NULL, &f.m, &err), &err);
+        float *after = all_logits(f.m, f.ids, T, false, OBM_F32);
+        assert_memory_equal(after, before, (size_t)(T * f.c.vocab) * sizeof *after);
+        f.c.tied = tied;
+        free(before);
+        free(after);
+        close_fixture(&f);
+    }
 }
 
 /* ---- errors ---- */
@@ -557,6 +618,8 @@ int main(void) {
         cmocka_unit_test(matches_transformers),
         cmocka_unit_test(config_refuses),
         cmocka_unit_test(config_reads),
+        cmocka_unit_test(config_of_a_model_that_sees),
+        cmocka_unit_test(files_decide_about_the_head),
         cmocka_unit_test(wrong_ids_are_refused),
         cmocka_unit_test(broken_folders_are_refused),
         cmocka_unit_test(describes_itself),

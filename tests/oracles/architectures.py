@@ -22,6 +22,7 @@ def longrope(pairs, original):
 
 
 S = dict(vocab_size=97, hidden_size=36, intermediate_size=51, num_attention_heads=6, num_key_value_heads=3)
+VISION = t.SiglipVisionConfig(hidden_size=8, intermediate_size=9, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
 ALTERNATE = ["sliding_attention", "full_attention"]
 
 CASES = {
@@ -58,6 +59,10 @@ CASES = {
     "gemma3": model("Gemma3", **S, head_dim=14, sliding_window=9, query_pre_attn_scalar=10, num_hidden_layers=3, sliding_window_pattern=3),
     "gemma3-linear": model("Gemma3", **S, head_dim=12, sliding_window=9, layer_types=ALTERNATE, rope_parameters={
         "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 8.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}),
+    "gemma3-vision": (t.Gemma3ForConditionalGeneration, t.Gemma3Config, dict(
+        text_config={**COMMON, **S, "head_dim": 14, "sliding_window": 9, "query_pre_attn_scalar": 10, "num_hidden_layers": 3,
+                     "sliding_window_pattern": 3},
+        vision_config=VISION, mm_tokens_per_image=4, boi_token_index=94, eoi_token_index=95, image_token_index=96, eos_token_id=None)),
     "phi3": model("Phi3", **{**S, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 40}, sliding_window=13),
     "phi3-longrope": model("Phi3", **{**S, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64},
                            original_max_position_embeddings=64, rope_parameters={**longrope(6, 64), "partial_rotary_factor": 0.75}),
@@ -78,12 +83,13 @@ def randomise(reference, seed):
         for name, p in reference.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             p.copy_(ones + 0.2 * noise if "norm" in name else 0.25 * noise)
-        ids = torch.randint(3, reference.config.vocab_size, (TOKENS,), generator=generator)
-        cap, reference.config.final_logit_softcapping = getattr(reference.config, "final_logit_softcapping", None), None
+        config = reference.config.get_text_config()
+        ids = torch.randint(3, config.vocab_size, (TOKENS,), generator=generator)
+        cap, config.final_logit_softcapping = getattr(config, "final_logit_softcapping", None), None
         spread = reference(ids[None]).logits.std()
-        reference.config.final_logit_softcapping = cap
-        reference.get_input_embeddings().weight.mul_(3 / spread if reference.config.tie_word_embeddings else 1)
-        if not reference.config.tie_word_embeddings:
+        config.final_logit_softcapping = cap
+        reference.get_input_embeddings().weight.mul_(3 / spread if config.tie_word_embeddings else 1)
+        if not config.tie_word_embeddings:
             reference.get_output_embeddings().weight.mul_(3 / spread)
     return ids
 

@@ -1,8 +1,11 @@
 """The live oracle: tiny random models of every architecture made by transformers, run by both."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import architectures
 import onebitmerge as obm
@@ -52,7 +55,7 @@ def test_greedy_generation(pair):
     reference, model, ids = pair
     compared = 0
     # A dynamic rotation is chosen once for all that a call may reach, while transformers changes it with every token.
-    changes = (reference.config.rope_parameters or {}).get("rope_type") == "dynamic" and model.info["max_positions"] < 256
+    changes = (reference.config.get_text_config().rope_parameters or {}).get("rope_type") == "dynamic" and model.info["max_positions"] < 256
     for length in (1, 7, 40) if changes else (1, 7, 40, 70):
         prompt = ids[:length]
         with torch.no_grad():
@@ -82,3 +85,32 @@ def test_scores(pair):
     score = model.score({"ids": prompt}, continuation)
     assert np.abs(np.asarray(score.token_logprobs) - expected).max() <= 1e-3
     assert abs(score.logprob - sum(expected)) <= 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma3", "gemma3-vision"])
+@pytest.mark.parametrize("said", [True, None])
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_head_in_the_files_of_a_tied_model(tmp_path, name, said, equal):
+    """config.json, or the architecture where it says nothing, ties the head: the files decide."""
+    reference, ids = architectures.build(name)
+    reference.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for part in (config, config.get("text_config", {})):
+        part.pop("tie_word_embeddings", None)
+        if said is not None:
+            part["tie_word_embeddings"] = said
+    if name == "llama-tied" and said is None:  # LLaMA is untied by default
+        equal = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "model.safetensors")
+    embedding = next(x for n, x in tensors.items() if n.endswith("embed_tokens.weight"))
+    head = "language_model.lm_head.weight" if name == "gemma3-vision" else "lm_head.weight"
+    tensors[head] = embedding.clone() if equal else torch.randn(embedding.shape, generator=torch.Generator().manual_seed(1))
+    save_file(tensors, tmp_path / "model.safetensors")
+    loaded = type(reference).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = loaded(ids[None]).logits[0].numpy()
+        tied = reference(ids[None]).logits[0].numpy()
+    got = obm.Model(str(tmp_path)).logits(ids.tolist(), all=True)
+    assert np.abs(got - expected).max() <= BOUND * max(1, np.abs(expected).max() / 10)
+    assert (np.abs(expected - tied).max() > 1) != equal

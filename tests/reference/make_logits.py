@@ -27,6 +27,9 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_fre
 TINY = dict(vocab_size=29, hidden_size=16, intermediate_size=17, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, **COMMON)
 
 
+VISION = dict(hidden_size=8, intermediate_size=9, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+
+
 def tiny(name, config=None, **kw):
     return getattr(transformers, f"{name}ForCausalLM"), getattr(transformers, config or f"{name}Config")(**{**TINY, **kw})
 
@@ -60,6 +63,11 @@ CASES = {
                      final_logit_softcapping=4.0), True),
     "gemma3": (*tiny("Gemma3", "Gemma3TextConfig", num_hidden_layers=3, head_dim=6, sliding_window=5, sliding_window_pattern=2,
                      query_pre_attn_scalar=9), True),
+    "gemma3-vision": (transformers.Gemma3ForConditionalGeneration, transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(**{**TINY, "num_hidden_layers": 3, "head_dim": 6, "sliding_window": 5,
+                                                     "sliding_window_pattern": 2, "query_pre_attn_scalar": 9}),
+        vision_config=transformers.SiglipVisionConfig(**VISION), mm_tokens_per_image=4, boi_token_index=26, eoi_token_index=27,
+        image_token_index=28), True),
     "granite": (*tiny("Granite", embedding_multiplier=1.7, residual_multiplier=0.6, attention_multiplier=0.3, logits_scaling=0.8),
                 False),
     "olmo2": (*tiny("Olmo2"), False),
@@ -80,7 +88,8 @@ def randomise(model, seed):
 
 
 def rewrite_as_v4(path):
-    config = json.loads(path.read_text())
+    whole = json.loads(path.read_text())
+    config = whole.get("text_config", whole)
     rope = config.pop("rope_parameters")
     if "full_attention" in rope:  # Gemma 3
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
@@ -91,7 +100,7 @@ def rewrite_as_v4(path):
     if "partial_rotary_factor" in rope:
         config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
 
 
 def main():
@@ -104,7 +113,7 @@ def main():
         randomise(model, seed)
         folder = OUT / name
         model.save_pretrained(folder)
-        ids = torch.randint(config.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(100 + seed))
+        ids = torch.randint(config.get_text_config().vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(100 + seed))
         with torch.no_grad():
             logits = model(ids[None]).logits[0]
         save_file({"ids": ids.to(torch.int32), "logits": logits.contiguous()}, OUT / f"{name}-expected.safetensors")
