@@ -54,7 +54,7 @@ int obm_lua_end(obm_lua_call *c, obm_status status, const obm_error *err) {
 }
 
 /* The first error counts; later callbacks of the same call must not run Lua code any more. */
-static bool run(obm_lua_call *c, lua_CFunction body, int callback, void *arguments) {
+bool obm_lua_run(obm_lua_call *c, lua_CFunction body, int callback, void *arguments) {
     lua_State *L = c->L;
     if (c->failed || !lua_checkstack(L, 8)) return false;
     lua_pushcfunction(L, body);
@@ -93,7 +93,7 @@ int obm_lua_progress(void *user, const char *what, uint64_t done, uint64_t total
     if (t - c->last < 0.03 && done != total) return c->failed;
     c->last = t;
     progress_arguments a = {what, done, total};
-    return !run(c, progress_body, c->progress, &a);
+    return !obm_lua_run(c, progress_body, c->progress, &a);
 }
 
 /* ---- routers ---- */
@@ -123,7 +123,7 @@ obm_status obm_lua_router(void *user, obm_request *request, double *weights, obm
     obm_lua_call *c = user;
     obm_error own;
     router_arguments a = {c, request, weights, OBM_OK, err ? err : &own};
-    return run(c, router_body, c->router, &a) ? a.status : OBM_E_USER;
+    return obm_lua_run(c, router_body, c->router, &a) ? a.status : OBM_E_USER;
 }
 
 /* ---- Request: what a router sees, valid during its call ---- */

@@ -148,14 +148,71 @@ end
 --- Merges by a recipe (a table with mergekit's keys, or the path of a YAML or JSON file) into the Hugging Face folder `out`.
 -- Relative paths in a file start at its folder.  With `resume` the finished shards of a killed merge of the same recipe,
 -- options and inputs are kept.
+-- options.method, a name or a function (tile), takes the place of merge_method, which in a table may be a function too.
 function M.merge(recipe, out, options)
-  if type(recipe) == "table" then return core.merge(encode(recipe), out, options) end
+  if type(recipe) == "table" then
+    local copy, more = {}, {}
+    for key, value in pairs(recipe) do copy[key] = value end
+    for key, value in pairs(options or {}) do more[key] = value end
+    if type(copy.merge_method) == "function" then
+      more.method = more.method or copy.merge_method
+      copy.merge_method = nil
+    end
+    return core.merge(encode(copy), out, more)
+  end
   local text, message, code = read_recipe(recipe)
   if not text then return nil, message, code end
   local copy = { directory = recipe:match("^(.*)/[^/]*$") or "." }
   if copy.directory == "" then copy.directory = "/" end
   for key, value in pairs(options or {}) do copy[key] = value end
   return core.merge(text, out, copy)
+end
+
+---- merge methods ----
+
+local function first_line(text) return (text:match("^%s*([^\n]*)")) end
+
+-- A default alone is a parameter of the whole merge; a table has the keys that methods() prints.
+local function parameter(name, given)
+  local spec = { name = name }
+  if type(given) ~= "table" then
+    spec.default, spec.type = given, type(given) == "boolean" and "bool" or "number"
+    return spec
+  end
+  local known = { name = 1, doc = 1, scope = 1, required = 1, default = 1, min = 1, max = 1, type = 1 }
+  for key, value in pairs(given) do
+    if not known[key] then error(("parameter %s: unknown key %s"):format(name, key), 3) end
+    if key ~= "name" then spec[key] = value end
+  end
+  if spec.scope and spec.scope ~= "global" and spec.scope ~= "model" then
+    error(("parameter %s: scope: expected global or model, found %s"):format(name, spec.scope), 3)
+  end
+  spec.type = spec.type or type(spec.default) == "boolean" and "bool" or "number"
+  return spec
+end
+
+-- Makes a merge method of a function (tile), which returns the merged task vector of the tile as a tensor; the base is added.
+-- options: parameters ({name = default} or {name = {default, min, max, scope, required, type, doc}}), scope "element" (tiles of
+-- any size, on which the result must not depend) or "tensor", base = false (merges the weights themselves), doc, min_models,
+-- max_models.  Function nil forgets the method.
+function M.register_method(name, fn, options)
+  if fn == nil then return core.register_method(name, nil) end
+  local given, params = {}, {}
+  for key, value in pairs(options or {}) do given[key] = value end
+  for key, value in pairs(given.parameters or {}) do params[#params + 1] = parameter(key, value) end
+  table.sort(params, function(a, b) return a.name < b.name end)
+  if given.scope and given.scope ~= "element" and given.scope ~= "tensor" then
+    error(("%s: scope: expected element or tensor, found %s"):format(name, given.scope), 2)
+  end
+  local known = { parameters = 1, scope = 1, base = 1, doc = 1, min_models = 1, max_models = 1 }
+  for key in pairs(given) do
+    if not known[key] then error(("%s: unknown option %s"):format(name, key), 2) end
+  end
+  local where = type(fn) == "function" and debug.getinfo(fn, "S") or {}
+  core.register_method(name, fn, { params = params, scope = given.scope, base = given.base,
+    doc = given.doc and first_line(given.doc) or "a method of the caller's own",
+    source = ("%s:%s"):format(where.short_src or "?", where.linedefined or "?"),
+    min_models = given.min_models, max_models = given.max_models })
 end
 
 ---- progress = true ----

@@ -1,11 +1,12 @@
 /* Static merges: recipes to folders, tensors to tensors, the method table. */
 #include "obm_lua.h"
 
-/* merge(recipe text, out, {profile, directory, seed, shard_bytes, memory, overwrite, resume, dry_run, progress}) ->
+/* merge(recipe text, out, {profile, directory, seed, shard_bytes, memory, overwrite, resume, dry_run,
+ * method, progress}) ->
  * plan; init.lua makes the text out of a table or a file. */
 int obm_lua_merge(lua_State *L) {
     lua_settop(L, 3);
-    obm_lua_options(L, 3, "profile directory seed shard_bytes memory overwrite resume dry_run progress");
+    obm_lua_options(L, 3, "profile directory seed shard_bytes memory overwrite resume dry_run method progress");
     lua_newtable(L);
     const char *recipe = obm_lua_string(L, 1), *out = obm_lua_string(L, 2);
     obm_context *ctx = obm_lua_context(L);
@@ -24,6 +25,13 @@ int obm_lua_merge(lua_State *L) {
     obm_lua_call_init(L, &call, 3, false);
     options.progress = obm_lua_progress;
     options.progress_user = &call;
+    obm_lua_methods methods;
+    lua_getfield(L, 3, "method");
+    obm_lua_methods_init(L, 4, lua_gettop(L), &methods);
+    obm_lua_methods_begin(&methods, &call);
+    options.method = methods.method;
+    options.methods = methods.specs;
+    options.n_methods = methods.n;
     obm_plan plan = {0};
     obm_error err;
     obm_lua_begin(&call, lua_touserdata(L, 5));
@@ -82,8 +90,8 @@ static param_list params_from(lua_State *L, int at, int keep) {
 
 /* merge_tensors(method, models, base, params, {profile, seed}) -> tensor, f32 */
 int obm_lua_merge_tensors(lua_State *L) {
-    const char *method = obm_lua_string(L, 1);
     lua_settop(L, 5);
+    if (lua_type(L, 1) != LUA_TFUNCTION) obm_lua_string(L, 1);
     luaL_checktype(L, 2, LUA_TTABLE);
     obm_lua_options(L, 5, "profile seed");
     lua_newtable(L);
@@ -103,10 +111,23 @@ int obm_lua_merge_tensors(lua_State *L) {
     obm_context *ctx = obm_lua_context(L);
     const obm_tensor *shape = n ? &models[0] : &base;
     float *out = obm_lua_tensor_new(L, shape->ndim, shape->shape);
+    int result = lua_gettop(L);
+    obm_lua_methods methods;
+    obm_lua_call call;
+    obm_lua_methods_init(L, keep, 1, &methods);
+    obm_lua_call_init(L, &call, 0, false);
+    obm_lua_methods_begin(&methods, &call);
+    const obm_custom_method *own = obm_lua_methods_find(&methods);
     obm_error err;
-    obm_status status = obm_merge_tensors(ctx, method, profile, has_base ? &base : NULL, models, n, params.items,
-                                          params.n, seed, out, &err);
-    return status == OBM_OK ? 1 : obm_lua_fail(L, &err);
+    obm_lua_begin(&call, NULL);
+    obm_status status = own ? obm_merge_tensors_custom(ctx, own, profile, has_base ? &base : NULL, models, n,
+                                                       params.items, params.n, seed, out, &err)
+                            : obm_merge_tensors(ctx, methods.method, profile, has_base ? &base : NULL, models, n,
+                                                params.items, params.n, seed, out, &err);
+    int failed = obm_lua_end(&call, status, &err);
+    if (failed) return failed;
+    lua_settop(L, result);
+    return 1;
 }
 
 static void push_param(lua_State *L, const obm_param_info *p) {
@@ -121,25 +142,37 @@ static void push_param(lua_State *L, const obm_param_info *p) {
     obm_lua_set_string(L, "type", p->is_bool ? "bool" : "number");
 }
 
-/* methods() -> list of {name, doc, source, needs_base, min_models, max_models, params} */
-int obm_lua_methods(lua_State *L) {
+static void push_method(lua_State *L, const obm_method_info *m) {
+    lua_newtable(L);
+    obm_lua_set_string(L, "name", m->name);
+    obm_lua_set_string(L, "doc", m->doc);
+    obm_lua_set_string(L, "source", m->source);
+    obm_lua_set_boolean(L, "needs_base", m->needs_base);
+    obm_lua_set_integer(L, "min_models", (uint64_t)m->min_models);
+    obm_lua_set_integer(L, "max_models", (uint64_t)m->max_models);
+    lua_newtable(L);
+    for (size_t j = 0; j < m->n_params; j++) {
+        push_param(L, &m->params[j]);
+        lua_rawseti(L, -2, (lua_Integer)j + 1);
+    }
+    lua_setfield(L, -2, "params");
+}
+
+/* methods() -> list of {name, doc, source, needs_base, min_models, max_models, params}: the built-in ones, then those
+ * that are registered */
+int obm_lua_list_methods(lua_State *L) {
+    obm_lua_methods own;
+    lua_newtable(L);
     lua_newtable(L);
     for (size_t i = 0; i < obm_method_count(); i++) {
-        const obm_method_info *m = obm_method_at(i);
-        lua_newtable(L);
-        obm_lua_set_string(L, "name", m->name);
-        obm_lua_set_string(L, "doc", m->doc);
-        obm_lua_set_string(L, "source", m->source);
-        obm_lua_set_boolean(L, "needs_base", m->needs_base);
-        obm_lua_set_integer(L, "min_models", (uint64_t)m->min_models);
-        obm_lua_set_integer(L, "max_models", (uint64_t)m->max_models);
-        lua_newtable(L);
-        for (size_t j = 0; j < m->n_params; j++) {
-            push_param(L, &m->params[j]);
-            lua_rawseti(L, -2, (lua_Integer)j + 1);
-        }
-        lua_setfield(L, -2, "params");
-        lua_rawseti(L, -2, (lua_Integer)i + 1);
+        push_method(L, obm_method_at(i));
+        lua_rawseti(L, 2, (lua_Integer)i + 1);
     }
+    obm_lua_methods_init(L, 1, 0, &own);
+    for (size_t i = 0; i < own.n; i++) {
+        push_method(L, &own.specs[i]->info);
+        lua_rawseti(L, 2, (lua_Integer)(obm_method_count() + i) + 1);
+    }
+    lua_settop(L, 2);
     return 1;
 }

@@ -126,13 +126,39 @@ void obm_lua_call_init(lua_State *L, obm_lua_call *c, int at, bool with_router);
 void obm_lua_begin(obm_lua_call *c, obm_lua_box *held);
 /* 0, or the number of values pushed for a failure; re-raises what a callback raised. */
 int obm_lua_end(obm_lua_call *c, obm_status status, const obm_error *err);
+/* Calls body(callback at the place, or nil; arguments as light userdata), protected; false once something was raised.
+ */
+bool obm_lua_run(obm_lua_call *c, lua_CFunction body, int callback, void *arguments);
 int obm_lua_progress(void *call, const char *what, uint64_t done, uint64_t total);
 obm_status obm_lua_router(void *call, obm_request *request, double *weights, obm_error *err);
 void obm_lua_request_push(lua_State *L, obm_request *r, const obm_pack *pack, obm_request ***slot);
 
+/* ---- method.c: merge methods in Lua ---- */
+
+typedef struct obm_lua_method {
+    obm_custom_method spec; /* its `user` is this struct */
+    obm_lua_call *call;
+    int functions, index; /* place of the list of functions, and where in it */
+} obm_lua_method;
+typedef struct obm_lua_methods {
+    obm_lua_method *items; /* those that are registered, then a function by itself */
+    const obm_custom_method **specs;
+    size_t n;
+    int functions;
+    const char *method; /* the name that was asked for; NULL without */
+} obm_lua_methods;
+/* method: the place of nil, a name or a function; 0: none.  Pushes the list of functions, which has to stay; all else
+ * is anchored in `keep`.  Raises. */
+void obm_lua_methods_init(lua_State *L, int keep, int method, obm_lua_methods *list);
+void obm_lua_methods_begin(obm_lua_methods *list, obm_lua_call *call);
+const obm_custom_method *obm_lua_methods_find(const obm_lua_methods *list); /* NULL: no method of ours has the name */
+int obm_lua_register_method(lua_State *L);
+
 /* ---- one file per type ---- */
 
 void obm_lua_tensor_view(lua_State *L, const obm_tensor *t, int owner);
+/* Pushes a tensor (n) over memory that is not Lua's: close the box before the memory goes. */
+obm_lua_box *obm_lua_tensor_lend(lua_State *L, const float *data, int64_t n);
 float *obm_lua_tensor_new(lua_State *L, int32_t ndim, const int64_t *shape);
 obm_tensor obm_lua_tensor_import(lua_State *L, int keep, int at);
 void obm_lua_checkpoint_borrow(lua_State *L, const obm_checkpoint *c, int owner);
@@ -154,6 +180,6 @@ int obm_lua_tokenizer(lua_State *L);
 int obm_lua_model(lua_State *L);
 int obm_lua_merge(lua_State *L);
 int obm_lua_merge_tensors(lua_State *L);
-int obm_lua_methods(lua_State *L);
+int obm_lua_list_methods(lua_State *L);
 
 #endif

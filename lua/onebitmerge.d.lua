@@ -21,6 +21,24 @@
 ---@field nbytes integer
 ---@field [integer] number|integer|boolean
 ---@operator len: integer
+---@operator add(onebitmerge.tensor|number): onebitmerge.tensor
+---@operator sub(onebitmerge.tensor|number): onebitmerge.tensor
+---@operator mul(onebitmerge.tensor|number): onebitmerge.tensor
+---@operator div(onebitmerge.tensor|number): onebitmerge.tensor
+---@operator unm: onebitmerge.tensor
+---@field min fun(self, other: onebitmerge.tensor|number): onebitmerge.tensor  arithmetic is in f32, element by element
+---@field max fun(self, other: onebitmerge.tensor|number): onebitmerge.tensor
+---@field lt fun(self, other: onebitmerge.tensor|number): onebitmerge.tensor  1 where self is less, else 0
+---@field le fun(self, other: onebitmerge.tensor|number): onebitmerge.tensor
+---@field eq fun(self, other: onebitmerge.tensor|number): onebitmerge.tensor
+---@field where fun(self, yes: onebitmerge.tensor|number, no: onebitmerge.tensor|number): onebitmerge.tensor  yes where self is not 0
+---@field abs fun(self): onebitmerge.tensor
+---@field sign fun(self): onebitmerge.tensor
+---@field sqrt fun(self): onebitmerge.tensor
+---@field exp fun(self): onebitmerge.tensor
+---@field log fun(self): onebitmerge.tensor
+---@field tanh fun(self): onebitmerge.tensor
+---@field dot fun(self, other: onebitmerge.tensor|number): number  in f64; dot(1) is the sum
 local tensor = {}
 
 ---All elements, flat.
@@ -469,18 +487,38 @@ function obm.tokenizer(path) end
 ---one with an element 1 is a list, every other one, the empty one too, a mapping.
 ---@param recipe table|string
 ---@param out string
----@param options? { directory?: string, profile?: onebitmerge.Profile, seed?: integer, shard_bytes?: integer, memory?: integer, overwrite?: boolean, resume?: boolean, dry_run?: boolean, progress?: onebitmerge.Progress }
+---@param options? { directory?: string, profile?: onebitmerge.Profile, seed?: integer, shard_bytes?: integer, memory?: integer, overwrite?: boolean, resume?: boolean, dry_run?: boolean, method?: string|onebitmerge.Method, progress?: onebitmerge.Progress }
 ---@return onebitmerge.Plan?, string? message, onebitmerge.Code? code
 function obm.merge(recipe, out, options) end
 
 ---Merges tensors of one shape.  params: a number is global, a sequence one value per model.
----@param method string
+---@param method string|onebitmerge.Method
 ---@param models onebitmerge.TensorLike[]
 ---@param base? onebitmerge.TensorLike
 ---@param params? table<string, number|boolean|(number|boolean)[]>
 ---@param options? { profile?: onebitmerge.Profile, seed?: integer }
 ---@return onebitmerge.tensor?, string? message, onebitmerge.Code? code
 function obm.merge_tensors(method, models, base, params, options) end
+
+---A part of one tensor, elements begin to begin + #vectors[1] - 1, row-major; its tensors (n) live as long as the call.
+---@class onebitmerge.Tile
+---@field tensor string the tensor's name
+---@field shape integer[] of the whole tensor
+---@field begin integer
+---@field vectors onebitmerge.tensor[] task vectors, or the weights for a method without a base
+---@field base? onebitmerge.tensor
+---@field parameters table<string, any> a number or boolean, or a sequence of one per model
+
+---Returns the merged task vector of the tile, F32 (n); the base is added to it.
+---@alias onebitmerge.Method fun(tile: onebitmerge.Tile): onebitmerge.tensor
+
+---Makes a merge method of a function: `merge_method: name` in recipes, merge_tensors(name, ...).  nil forgets it.  parameters:
+---name = default, or a table with default, min, max, scope ("global"|"model"), required, type ("number"|"bool"), doc.  scope:
+---"element" (tiles of any size, on which the result must not depend) or "tensor" (a tensor at once).
+---@param name string
+---@param fn? onebitmerge.Method
+---@param options? { parameters?: table<string, any>, scope?: "element"|"tensor", base?: boolean, doc?: string, min_models?: integer, max_models?: integer }
+function obm.register_method(name, fn, options) end
 
 ---Every merge method: name, doc, source, needs_base, min_models, max_models, params.
 ---@return table[]

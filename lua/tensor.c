@@ -1,4 +1,4 @@
-/* Tensor: memory with a dtype and a shape; elements, tables and raw bytes out, all of them in.  Never computes. */
+/* Tensor: memory with a dtype and a shape; elements, tables and raw bytes out, all of them in.  The core computes. */
 #include "obm_lua.h"
 
 #include <stdint.h>
@@ -20,6 +20,13 @@ void obm_lua_tensor_view(lua_State *L, const obm_tensor *t, int owner) {
     self->box.parents[0]->views++;
     self->t = *t;
     self->box.p = &self->t;
+}
+
+obm_lua_box *obm_lua_tensor_lend(lua_State *L, const float *data, int64_t n) {
+    tensor *self = obm_lua_box_new(L, sizeof *self, OBM_LUA_TENSOR, NULL);
+    self->t = (obm_tensor){.dtype = OBM_F32, .ndim = 1, .shape = {n}, .data = data};
+    self->box.p = &self->t;
+    return &self->box;
 }
 
 /* The memory lies behind the head, so that the collector knows its size. */
@@ -227,6 +234,71 @@ obm_tensor obm_lua_tensor_import(lua_State *L, int keep, int at) {
     return t;
 }
 
+/* ---- arithmetic ---- */
+
+/* A number is a tensor without dimensions; its memory is anchored in `keep`. */
+static obm_tensor operand(lua_State *L, int keep, int at) {
+    if (lua_type(L, at) != LUA_TNUMBER) return obm_lua_tensor_import(L, keep, at);
+    float *memory = obm_lua_alloc(L, keep, 1, sizeof *memory);
+    *memory = (float)lua_tonumber(L, at);
+    return (obm_tensor){.dtype = OBM_F32, .data = memory};
+}
+
+/* Upvalues: the operation and its number of arguments, which `-t` passes twice.  Raises: an operator has no place for
+ * nil, message, code. */
+static int tensor_compute(lua_State *L) {
+    const char *op = lua_tostring(L, lua_upvalueindex(1));
+    int n = (int)lua_tointeger(L, lua_upvalueindex(2));
+    obm_tensor args[3];
+    lua_settop(L, n);
+    lua_newtable(L);
+    for (int i = 0; i < n; i++) args[i] = operand(L, n + 1, i + 1);
+    size_t shape_of;
+    obm_error err;
+    if (obm_tensor_compute(op, args, (size_t)n, &shape_of, NULL, &err) != OBM_OK)
+        return luaL_error(L, "%s", err.message);
+    float *out = obm_lua_tensor_new(L, args[shape_of].ndim, args[shape_of].shape);
+    if (obm_tensor_compute(op, args, (size_t)n, NULL, out, &err) != OBM_OK) return luaL_error(L, "%s", err.message);
+    return 1;
+}
+
+/* t:dot(u) -> number, f64; u may be a number, so t:dot(1) is the sum */
+static int tensor_dot(lua_State *L) {
+    lua_settop(L, 2);
+    lua_newtable(L);
+    obm_tensor a = operand(L, 3, 1), b = operand(L, 3, 2);
+    double sum;
+    obm_error err;
+    if (obm_tensor_dot(&a, &b, &sum, &err) != OBM_OK) return luaL_error(L, "%s", err.message);
+    lua_pushnumber(L, sum);
+    return 1;
+}
+
+static const struct {
+    const char *name, *op;
+    int n;
+} arithmetic[] = {{"__add", "add", 2}, {"__sub", "sub", 2}, {"__mul", "mul", 2},   {"__div", "div", 2},
+                  {"__unm", "neg", 1}, {"min", "min", 2},   {"max", "max", 2},     {"lt", "lt", 2},
+                  {"le", "le", 2},     {"eq", "eq", 2},     {"where", "where", 3}, {"abs", "abs", 1},
+                  {"sign", "sign", 1}, {"sqrt", "sqrt", 1}, {"exp", "exp", 1},     {"log", "log", 1},
+                  {"tanh", "tanh", 1}};
+
+/* Operators into the metatable, names into the table of methods, which is the first upvalue of __index. */
+static void add_arithmetic(lua_State *L) {
+    luaL_getmetatable(L, OBM_LUA_TENSOR);
+    lua_getfield(L, -1, "__index");
+    lua_getupvalue(L, -1, 1);
+    for (size_t i = 0; i < sizeof arithmetic / sizeof *arithmetic; i++) {
+        lua_pushstring(L, arithmetic[i].op);
+        lua_pushinteger(L, arithmetic[i].n);
+        lua_pushcclosure(L, tensor_compute, 2);
+        lua_setfield(L, arithmetic[i].name[0] == '_' ? -4 : -2, arithmetic[i].name);
+    }
+    lua_pushcfunction(L, tensor_dot);
+    lua_setfield(L, -2, "dot");
+    lua_pop(L, 3);
+}
+
 static const luaL_Reg tensor_methods[] = {{"totable", tensor_totable}, {"tostring", tensor_tostring}, {NULL, NULL}};
 static const luaL_Reg tensor_fields[] = {
     {"shape", tensor_shape}, {"dtype", tensor_dtype}, {"nbytes", tensor_nbytes}, {NULL, NULL}};
@@ -234,4 +306,5 @@ static const luaL_Reg tensor_meta[] = {{"__len", tensor_len}, {NULL, NULL}};
 
 void obm_lua_open_tensor(lua_State *L) {
     obm_lua_type(L, OBM_LUA_TENSOR, tensor_methods, tensor_fields, tensor_meta, tensor_element);
+    add_arithmetic(L);
 }

@@ -201,7 +201,7 @@ int obm_py_end(obm_py_call *c, obm_status status, const obm_error *err) {
 }
 
 /* The first exception counts; later callbacks of the same call must not run Python code any more. */
-static int stash(obm_py_call *c) {
+int obm_py_stash(obm_py_call *c) {
     PyErr_Fetch(&c->raised[0], &c->raised[1], &c->raised[2]);
     return 1;
 }
@@ -220,7 +220,7 @@ int obm_py_progress(void *user, const char *what, uint64_t done, uint64_t total)
         stop = !r;
         Py_XDECREF(r);
     }
-    if (stop) stash(c);
+    if (stop) obm_py_stash(c);
     c->saved = PyEval_SaveThread();
     return stop;
 }
@@ -233,7 +233,7 @@ obm_status obm_py_router(void *user, obm_request *request, double *weights, obm_
     PyObject *r = obm_py_request_new(c->state, request, c->pack);
     PyObject *answer = r ? PyObject_CallFunctionObjArgs(c->router, r, NULL) : NULL;
     int failed = !answer || obm_py_weights(c->state, c->pack, answer, weights) < 0;
-    if (failed) stash(c);
+    if (failed) obm_py_stash(c);
     if (r) obm_py_request_end(r);
     Py_XDECREF(answer);
     Py_XDECREF(r);
@@ -552,7 +552,7 @@ obm_status obm_py_render(void *user, const obm_tokenizer *t, const obm_message *
     if (c->raised[0]) return OBM_E_USER;
     PyEval_RestoreThread(c->saved);
     int failed = render(c, t, messages, n, text) < 0;
-    if (failed) stash(c);
+    if (failed) obm_py_stash(c);
     c->saved = PyEval_SaveThread();
     return failed ? OBM_E_USER : OBM_OK;
 }

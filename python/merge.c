@@ -4,25 +4,28 @@
 #include <string.h>
 
 PyObject *obm_py_merge(PyObject *module, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"recipe", "out",       "profile", "directory", "seed",   "shard_bytes",
-                            "memory", "overwrite", "dry_run", "progress",  "resume", NULL};
+    static char *names[] = {"recipe",    "out",     "profile",  "directory", "seed",   "shard_bytes", "memory",
+                            "overwrite", "dry_run", "progress", "resume",    "method", NULL};
     const char *recipe, *profile = NULL;
     PyObject *out, *directory_arg = Py_None, *directory = NULL, *seed = Py_None, *progress = Py_None, *context = NULL,
-                   *result = NULL;
+                   *method = Py_None, *result = NULL;
     unsigned long long shard = 0, memory = 0;
     int overwrite = 0, dry_run = 0, resume = 0;
     obm_py_state *st = PyModule_GetState(module);
     obm_merge_options options = OBM_INIT(obm_merge_options);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO&|zOOKKppOp", names, &recipe, obm_py_path, &out, &profile,
-                                     &directory_arg, &seed, &shard, &memory, &overwrite, &dry_run, &progress, &resume))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO&|zOOKKppOpO", names, &recipe, obm_py_path, &out, &profile,
+                                     &directory_arg, &seed, &shard, &memory, &overwrite, &dry_run, &progress, &resume,
+                                     &method))
         return NULL;
     obm_py_call call;
+    obm_py_methods methods = {0};
     if (seed != Py_None) {
         options.seed = PyLong_AsUnsignedLongLong(seed);
         options.has_seed = true;
     }
     bool ok = !PyErr_Occurred() && (directory_arg == Py_None || obm_py_path(directory_arg, &directory)) &&
-              obm_py_profile(st, profile, &options.profile) == 0 && obm_py_call_init(&call, st, progress) == 0;
+              obm_py_profile(st, profile, &options.profile) == 0 && obm_py_call_init(&call, st, progress) == 0 &&
+              obm_py_methods_init(&methods, st, method) == 0;
     obm_context *ctx = ok ? obm_py_context(st, &context) : NULL;
     if (ctx) {
         options.directory = directory ? PyBytes_AsString(directory) : NULL;
@@ -33,9 +36,13 @@ PyObject *obm_py_merge(PyObject *module, PyObject *args, PyObject *kwargs) {
         options.dry_run = dry_run;
         options.progress = obm_py_progress;
         options.progress_user = &call;
+        options.method = methods.method;
+        options.methods = methods.specs;
+        options.n_methods = methods.n;
         obm_plan plan = {0};
         obm_error err;
         const char *out_text = PyBytes_AsString(out);
+        obm_py_methods_begin(&methods, &call);
         obm_py_begin(&call);
         obm_status status = obm_merge(ctx, recipe, &options, out_text, &plan, &err);
         if (obm_py_end(&call, status, &err) == 0)
@@ -44,6 +51,7 @@ PyObject *obm_py_merge(PyObject *module, PyObject *args, PyObject *kwargs) {
                                    (unsigned long long)plan.bytes_written, "peak_memory",
                                    (unsigned long long)plan.peak_memory, "seconds", plan.seconds);
     }
+    obm_py_methods_clear(&methods);
     Py_XDECREF(context);
     Py_XDECREF(directory);
     Py_DECREF(out);
@@ -95,11 +103,11 @@ static int params_from(PyObject *dict, param_list *p) {
 PyObject *obm_py_merge_tensors(PyObject *module, PyObject *args, PyObject *kwargs) {
     obm_py_state *st = PyModule_GetState(module);
     static char *names[] = {"method", "models", "base", "params", "profile", "seed", NULL};
-    const char *method, *profile_name = NULL;
-    PyObject *given, *base = Py_None, *dict = NULL, *context = NULL, *result = NULL;
+    const char *profile_name = NULL;
+    PyObject *method, *given, *base = Py_None, *dict = NULL, *context = NULL, *result = NULL;
     unsigned long long seed = 0;
     obm_profile profile;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO|OO!zK", names, &method, &given, &base, &PyDict_Type, &dict,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|OO!zK", names, &method, &given, &base, &PyDict_Type, &dict,
                                      &profile_name, &seed) ||
         obm_py_profile(st, profile_name, &profile) < 0)
         return NULL;
@@ -107,7 +115,10 @@ PyObject *obm_py_merge_tensors(PyObject *module, PyObject *args, PyObject *kwarg
     size_t n = models ? (size_t)PyList_Size(models) : 0;
     obm_tensor *views = PyMem_Calloc(n + 2, sizeof *views);
     param_list params = {.keep = PyList_New(0)};
-    bool ok = models && views && params.keep && params_from(dict, &params) == 0;
+    obm_py_methods methods = {0};
+    obm_py_call call;
+    bool ok = models && views && params.keep && params_from(dict, &params) == 0 &&
+              obm_py_methods_init(&methods, st, method) == 0 && obm_py_call_init(&call, st, NULL) == 0;
     for (size_t i = 0; ok && i < n + (base != Py_None); i++) {
         PyObject *holder = NULL;
         ok = obm_py_tensor_import(st, i < n ? PyList_GetItem(models, (Py_ssize_t)i) : base, &views[i], &holder) == 0 &&
@@ -119,19 +130,20 @@ PyObject *obm_py_merge_tensors(PyObject *module, PyObject *args, PyObject *kwarg
         const obm_tensor *shape = n ? &views[0] : &views[n];
         float *data;
         result = obm_py_tensor_new(st, shape->ndim, shape->shape, &data);
+        const obm_custom_method *own = obm_py_methods_find(&methods);
+        const obm_tensor *base_view = base == Py_None ? NULL : &views[n];
         obm_error err;
-        obm_status status = OBM_OK;
         if (result) {
-            Py_BEGIN_ALLOW_THREADS;
-            status = obm_merge_tensors(ctx, method, profile, base == Py_None ? NULL : &views[n], views, n, params.items,
-                                       params.n, seed, data, &err);
-            Py_END_ALLOW_THREADS;
-        }
-        if (status != OBM_OK) {
-            Py_CLEAR(result);
-            obm_py_raise(st, &err);
+            obm_py_methods_begin(&methods, &call);
+            obm_py_begin(&call);
+            obm_status status = own ? obm_merge_tensors_custom(ctx, own, profile, base_view, views, n, params.items,
+                                                               params.n, seed, data, &err)
+                                    : obm_merge_tensors(ctx, methods.method, profile, base_view, views, n, params.items,
+                                                        params.n, seed, data, &err);
+            if (obm_py_end(&call, status, &err) < 0) Py_CLEAR(result);
         }
     }
+    obm_py_methods_clear(&methods);
     Py_XDECREF(context);
     Py_XDECREF(models);
     Py_XDECREF(params.keep);
@@ -147,23 +159,35 @@ static PyObject *param_dict(const obm_param_info *p) {
                          p->is_bool ? "bool" : "number");
 }
 
-PyObject *obm_py_methods(PyObject *module, PyObject *args) {
-    (void)module, (void)args;
-    PyObject *list = PyList_New(0);
-    for (size_t i = 0; list && i < obm_method_count(); i++) {
-        const obm_method_info *m = obm_method_at(i);
-        PyObject *params = PyList_New(0);
-        for (size_t j = 0; params && j < m->n_params; j++) {
-            PyObject *p = param_dict(&m->params[j]);
-            if (!p || PyList_Append(params, p) < 0) Py_CLEAR(params);
-            Py_XDECREF(p);
-        }
-        PyObject *d = params ? Py_BuildValue("{ss,ss,ss,sO,si,si,sN}", "name", m->name, "doc", m->doc, "source",
-                                             m->source, "needs_base", m->needs_base ? Py_True : Py_False, "min_models",
-                                             m->min_models, "max_models", m->max_models, "params", params)
-                             : NULL;
-        if (!d || PyList_Append(list, d) < 0) Py_CLEAR(list);
-        Py_XDECREF(d);
+static PyObject *method_dict(const obm_method_info *m) {
+    PyObject *params = PyList_New(0);
+    for (size_t j = 0; params && j < m->n_params; j++) {
+        PyObject *p = param_dict(&m->params[j]);
+        if (!p || PyList_Append(params, p) < 0) Py_CLEAR(params);
+        Py_XDECREF(p);
     }
+    return params ? Py_BuildValue("{ss,ss,ss,sO,si,si,sN}", "name", m->name, "doc", m->doc, "source", m->source,
+                                  "needs_base", m->needs_base ? Py_True : Py_False, "min_models", m->min_models,
+                                  "max_models", m->max_models, "params", params)
+                  : NULL;
+}
+
+static int append_method(PyObject *list, const obm_method_info *m) {
+    PyObject *d = method_dict(m);
+    int rc = d ? PyList_Append(list, d) : -1;
+    Py_XDECREF(d);
+    return rc;
+}
+
+/* The built-in ones, then those that are registered. */
+PyObject *obm_py_list_methods(PyObject *module, PyObject *args) {
+    (void)args;
+    obm_py_methods own = {0};
+    PyObject *list = PyList_New(0);
+    int rc = list ? obm_py_methods_init(&own, PyModule_GetState(module), Py_None) : -1;
+    for (size_t i = 0; rc == 0 && i < obm_method_count(); i++) rc = append_method(list, obm_method_at(i));
+    for (size_t i = 0; rc == 0 && i < own.n; i++) rc = append_method(list, &own.specs[i]->info);
+    obm_py_methods_clear(&own);
+    if (rc < 0) Py_CLEAR(list);
     return list;
 }

@@ -96,7 +96,8 @@ static PyMethodDef module_methods[] = {
     {"merge", KW(obm_py_merge), "merge(recipe_text, out, ...) -> dict"},
     {"merge_tensors", KW(obm_py_merge_tensors),
      "merge_tensors(method, models, base=None, params={}, profile=None, seed=0) -> ndarray"},
-    {"methods", obm_py_methods, METH_NOARGS,
+    {"register_method", obm_py_register_method, METH_VARARGS, "register_method(name, function, ...)"},
+    {"methods", obm_py_list_methods, METH_NOARGS,
      "methods() -> list of dict\n\nEvery merge method: name, doc, source, params."},
     {"info", module_info, METH_NOARGS, "info() -> dict\n\nVersion, ISA, BLAS, topology, threads, memory."},
     {"set_threads", module_set_threads, METH_O,
@@ -113,13 +114,15 @@ static int module_exec(PyObject *module) {
         return -1;
     }
     st->hooks = PyDict_New();
-    if (!st->hooks || add_exceptions(module, st) < 0 || add_types(module, st) < 0) return -1;
+    st->methods = PyDict_New();
+    if (!st->hooks || !st->methods || add_exceptions(module, st) < 0 || add_types(module, st) < 0) return -1;
     return PyModule_AddStringConstant(module, "__version__", obm_version());
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     obm_py_state *st = PyModule_GetState(module);
     Py_VISIT(st->hooks);
+    Py_VISIT(st->methods);
     Py_VISIT(st->error);
     return 0;
 }
@@ -127,6 +130,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg) {
 static int module_clear(PyObject *module) {
     obm_py_state *st = PyModule_GetState(module);
     Py_CLEAR(st->hooks);
+    Py_CLEAR(st->methods);
     Py_CLEAR(st->context);
     Py_CLEAR(st->error);
     for (size_t i = 0; i < sizeof st->errors / sizeof *st->errors; i++) Py_CLEAR(st->errors[i]);

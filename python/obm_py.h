@@ -15,6 +15,7 @@ typedef struct obm_py_state {
     PyObject *errors[16]; /* -status -> exception class, NULL: the base class or a built-in */
     PyObject *context;    /* capsule of the default context, made at first use */
     PyObject *hooks;      /* dict: what the Python side of the package registers (result classes, reprs) */
+    PyObject *methods;    /* dict: merge methods by name */
     PyTypeObject *tensor, *checkpoint, *task_vector, *pack, *tokenizer, *model, *stream, *request;
 } obm_py_state;
 #define OBM_PY_STATE(self) ((obm_py_state *)PyType_GetModuleState(Py_TYPE(self)))
@@ -49,6 +50,7 @@ typedef struct obm_py_call {
 int obm_py_call_init(obm_py_call *c, obm_py_state *st, PyObject *progress); /* -1 with an exception */
 void obm_py_begin(obm_py_call *c);
 int obm_py_end(obm_py_call *c, obm_status status, const obm_error *err); /* 0, or -1 with the exception set */
+int obm_py_stash(obm_py_call *c); /* keeps the exception that is set for obm_py_end; 1 */
 int obm_py_progress(void *call, const char *what, uint64_t done, uint64_t total);
 obm_status obm_py_router(void *call, obm_request *request, double *weights, obm_error *err);
 /* The tokenizer's own Jinja template, where jinja2 is installed; else it is left to the built-in ones. */
@@ -101,6 +103,29 @@ PyObject *obm_py_router_report(obm_py_state *st, const obm_router_report *r, con
 PyObject *obm_py_compress(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *obm_py_merge(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *obm_py_merge_tensors(PyObject *module, PyObject *args, PyObject *kwargs);
-PyObject *obm_py_methods(PyObject *module, PyObject *args);
+PyObject *obm_py_list_methods(PyObject *module, PyObject *args);
+
+/* ---- method.c: merge methods in Python ---- */
+typedef struct obm_py_method {
+    obm_custom_method spec; /* its `user` is this struct */
+    obm_param_info *params; /* owned (PyMem) */
+    PyObject *entry;        /* owns the strings and the function */
+    PyObject *function;     /* borrowed */
+    PyObject *buffer;       /* Tensor: memory of the tile */
+    float *data;            /* of the buffer */
+    obm_py_call *call;
+} obm_py_method;
+typedef struct obm_py_methods {
+    obm_py_method *items; /* those that are registered, then a callable by itself */
+    const obm_custom_method **specs;
+    size_t n;
+    const char *method; /* the name that was asked for; NULL without */
+} obm_py_methods;
+/* method: None, a name or a callable.  Clear it whatever it returns (-1 with an exception). */
+int obm_py_methods_init(obm_py_methods *list, obm_py_state *st, PyObject *method);
+void obm_py_methods_begin(obm_py_methods *list, obm_py_call *call);
+const obm_custom_method *obm_py_methods_find(const obm_py_methods *list); /* NULL: no method of ours has the name */
+void obm_py_methods_clear(obm_py_methods *list);
+PyObject *obm_py_register_method(PyObject *module, PyObject *entry);
 
 #endif

@@ -643,6 +643,48 @@ OBM_API obm_status obm_merge_tensors(obm_context *ctx, const char *method, obm_p
                                      const obm_tensor *models, size_t n, const obm_param *params, size_t n_params, uint64_t seed,
                                      float *out, obm_error *err);
 
+/* A part of one tensor in the hands of a method of the caller's, row-major. */
+typedef struct obm_merge_tile {
+    const char *tensor;                  /* its name, "" in obm_merge_tensors_custom */
+    int32_t ndim; const int64_t *shape;  /* of the whole tensor */
+    uint64_t begin; size_t count;        /* elements [begin, begin + count) */
+    size_t n_models;
+    float *vectors;                      /* (n_models, count): task vectors, or the weights without a base; free to overwrite */
+    const float *base;                   /* (count), NULL without a base */
+    const double *values;                /* (n_params, n_models); a parameter of the whole merge is the same in each model */
+    float *out;                          /* (count), zeros: takes the merged task vector (the base is added to it), or weights */
+} obm_merge_tile;
+/* A status other than OK ends the merge with it and *err. */
+typedef obm_status (*obm_merge_fn)(void *user, const obm_merge_tile *tile, obm_error *err);
+/* A merge method of the caller's: called on the caller's thread, tile after tile, in the order of a tensor's elements.
+ * Task vectors are rounded and parameters are resolved (gradients, filters, defaults) as those of the built-in methods.
+ * With info.needs_base it gets task vectors, else the weights themselves.  What it gives must be finite. */
+typedef struct obm_custom_method {
+    size_t struct_size;
+    obm_method_info info;       /* name: letters, digits, `_`, `-`, `.`, other than a built-in's; doc and source nullable */
+    bool whole_tensor;          /* one tile per tensor; else its size is not defined, and must not matter */
+    obm_merge_fn merge;
+    /* Nullable: memory for `floats` floats, asked for before every tile, in use until `merge` returns; NULL: none left.
+     * vectors, base (if any) and out lie in it one after the other. */
+    float *(*memory)(void *user, size_t floats);
+    void *user;
+} obm_custom_method;
+/* What every function that takes a method checks of it.  Errors: ARG. */
+OBM_API obm_status obm_custom_method_check(const obm_custom_method *m, obm_error *err);
+/* obm_merge_tensors by a method of the caller's. */
+OBM_API obm_status obm_merge_tensors_custom(obm_context *ctx, const obm_custom_method *method, obm_profile profile,
+                                            const obm_tensor *base, const obm_tensor *models, size_t n, const obm_param *params,
+                                            size_t n_params, uint64_t seed, float *out, obm_error *err);
+
+/* Arithmetic for methods written in a language without arrays: out[i] = op(args[0][i], ...) in f32.  op: add sub mul div min
+ * max; lt le eq (1 or 0); where (a != 0: b, else c); neg abs sign sqrt exp log tanh.  args: floats of one shape, or without
+ * dimensions: a number for all elements.  *shape_of (nullable) tells whose shape the result has; out NULL: nothing else is
+ * done.  Errors: NOTFOUND (op), ARG (number of args), SHAPE, DTYPE. */
+OBM_API obm_status obm_tensor_compute(const char *op, const obm_tensor *args, size_t n, size_t *shape_of, float *out,
+                                      obm_error *err);
+/* Sum of a[i] * b[i] in f64, over a fixed tree; shapes as above. */
+OBM_API obm_status obm_tensor_dot(const obm_tensor *a, const obm_tensor *b, double *out, obm_error *err);
+
 typedef struct obm_merge_options {
     size_t struct_size;
     obm_profile profile;        /* DEFAULT: the recipe's `profile` key, else mergekit */
@@ -658,6 +700,9 @@ typedef struct obm_merge_options {
      * says what differs, for another merge's remains, unless `overwrite` is set too; a folder without remains is a first
      * run.  And a run with `resume` that fails or is stopped keeps its finished shards, where others take back all. */
     bool resume;
+    const char *method;         /* in place of merge_method in all of the recipe; nullable */
+    /* Methods that merge_method may name besides the built-in ones, borrowed.  Of one only the name counts for `resume`. */
+    const obm_custom_method *const *methods; size_t n_methods;
 } obm_merge_options;
 /* recipe: mergekit's YAML (or JSON) as text.  A model is a path, MODEL+ADAPTER with a LoRA folder behind the +, or such a
  * folder alone, which stands for base_model with it; base + d is taken in f32.  Writes a Hugging Face folder; plan nullable, filled in a dry run and after.

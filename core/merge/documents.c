@@ -93,7 +93,7 @@ static obm_status check_names(const obm__documents *d, obm_error *err) {
 }
 
 static obm_status read_documents(const obm_context *ctx, const char *text, const obm_json *list, obm_profile profile,
-                                 obm__documents *d, obm_error *err) {
+                                 const obm__recipe_methods *methods, obm__documents *d, obm_error *err) {
     size_t n = obm__json_size(list);
     d->recipes = obm__calloc(n, sizeof *d->recipes);
     d->parts = obm__calloc(n, sizeof *d->parts);
@@ -101,7 +101,7 @@ static obm_status read_documents(const obm_context *ctx, const char *text, const
     for (; d->n < n; d->n++) {
         obm_json *root = obm__json_copy(obm__json_at(list, d->n));
         if (!root) return obm__fail_nomem(err, strlen(text));
-        OBM_TRY(obm__recipe_read(ctx, text, root, profile, &d->recipes[d->n], err));
+        OBM_TRY(obm__recipe_read(ctx, text, root, profile, methods, &d->recipes[d->n], err));
     }
     return OBM_OK;
 }
@@ -124,12 +124,13 @@ static obm_status place_parts(obm__documents *d, const char *out_path, obm_error
     return OBM_OK;
 }
 
-obm_status obm__documents_read(const obm_context *ctx, const char *text, obm_profile profile, const char *out_path,
-                               obm__documents *out, obm_error *err) {
+obm_status obm__documents_read(const obm_context *ctx, const char *text, obm_profile profile,
+                               const obm__recipe_methods *methods, const char *out_path, obm__documents *out,
+                               obm_error *err) {
     obm__documents d = {0};
     obm_json *list;
     OBM_TRY(obm__yaml_parse_all(text, strlen(text), WHERE, &list, err));
-    obm_status status = read_documents(ctx, text, list, profile, &d, err);
+    obm_status status = read_documents(ctx, text, list, profile, methods, &d, err);
     obm__json_free(list);
     if (status == OBM_OK && d.n > 1) status = check_names(&d, err);
     if (status == OBM_OK && d.n > 1) status = sort_documents(&d, err);

@@ -86,8 +86,9 @@ typedef struct obm__documents {
     size_t n;
     char *folder; /* holds parts that are removed in the end; NULL without */
 } obm__documents;
-obm_status obm__documents_read(const obm_context *ctx, const char *text, obm_profile profile, const char *out_path,
-                               obm__documents *out, obm_error *err);
+obm_status obm__documents_read(const obm_context *ctx, const char *text, obm_profile profile,
+                               const obm__recipe_methods *methods, const char *out_path, obm__documents *out,
+                               obm_error *err);
 /* The headers of a planned output; config is copied. */
 obm_status obm__documents_plan_part(const obm__job *j, const obm_json *config, obm__stage *part, obm_error *err);
 void obm__documents_remove_parts(const obm__documents *d);

@@ -43,8 +43,11 @@ typedef struct obm__custom {
     void (*merge)(const obm__block *b);
     /* What the merge needs of this tensor as a whole: into g->formed, just before its elements are merged. */
     obm_status (*form)(const obm__run *run, obm__group *g, obm_error *err);
-    /* Bytes that `prepare` or `form` take for one tensor. */
+    /* Bytes that `prepare`, `form` or `run` take for one tensor. */
     uint64_t (*bytes)(const obm__group *g);
+    /* Replaces the pass over the elements: obm__group_run. */
+    obm_status (*run)(const obm__run *run, const obm__group *g, uint64_t begin, uint64_t n, obm_dtype dtype, void *out,
+                      obm_error *err);
 } obm__custom;
 
 typedef struct obm__method {
@@ -101,6 +104,16 @@ bool obm__param_is_known(const char *name);
 
 /* The nearest of `names` by edit distance as ", did you mean `x`?", or "" if none is near.  buf: 96 bytes or more. */
 const char *obm__suggest(const char *name, const char *const *names, size_t n, char *buf, size_t size);
+
+/* ---- methods of the caller (own.c) ---- */
+
+/* A row of the table made from a description; the description stays the caller's. */
+typedef struct obm__own {
+    obm__method row;
+    const obm_custom_method *spec;
+} obm__own;
+/* Errors: ARG. */
+obm_status obm__own_new(const obm_custom_method *spec, obm__own *out, obm_error *err);
 
 /* ---- steps: a method with its parameters, for the n models of one tensor ---- */
 
@@ -350,6 +363,8 @@ obm_status obm__group_form(const obm__run *run, obm__group *g, obm_error *err);
 /* Merges elements [begin, begin + n) into out as `dtype`; begin is a multiple of OBM_MERGE_BLOCK. */
 obm_status obm__group_run(const obm__run *run, const obm__group *g, uint64_t begin, uint64_t n, obm_dtype dtype,
                           void *out, obm_error *err);
+/* Writes n floats as `dtype` and returns the first index that became NaN or Inf, n if none; x is overwritten. */
+size_t obm__store_block(const obm_kernels *k, obm_dtype dtype, float *x, size_t n, void *out);
 /* Scratch of one worker in the element pass, bytes. */
 size_t obm__group_scratch(size_t n_models);
 

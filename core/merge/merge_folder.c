@@ -465,8 +465,11 @@ obm_status obm_merge(obm_context *ctx, const char *recipe, const obm_merge_optio
     OBM_TRY(OBM_CHECK(obm_merge_options, options, err));
     obm__documents d;
     obm_plan planned = {0};
+    obm__recipe_methods methods = {OBM_OPT(options, obm_merge_options, method, NULL),
+                                   OBM_OPT(options, obm_merge_options, methods, NULL),
+                                   OBM_OPT(options, obm_merge_options, n_methods, 0)};
     OBM_TRY(obm__documents_read(ctx, recipe, OBM_OPT(options, obm_merge_options, profile, OBM_PROFILE_DEFAULT),
-                                out_path, &d, err));
+                                &methods, out_path, &d, err));
     obm_status status = merge_documents(ctx, options, &d, &planned, err);
     if (status == OBM_OK && plan) *plan = planned;
     obm__documents_free(&d);

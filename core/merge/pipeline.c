@@ -164,14 +164,11 @@ static void add_base(const obm__block *l, size_t n) {
     for (size_t j = 0; s->deltas && j < n; j++) l->mixed[j] = l->base[j] + l->mixed[j];
 }
 
-/* Writes the block and returns the first index that became NaN or Inf, n if none; x is overwritten. */
-static size_t store_block(const walk *w, uint64_t begin, float *x, size_t n) {
-    size_t size = obm_dtype_size(w->dtype);
-    char *out = w->out + (begin - w->begin) * size;
-    obm__narrow(w->k, w->dtype, x, (int64_t)n, out);
-    if (w->dtype == OBM_BF16) w->k->bf16_to_f32(x, (const uint16_t *)out, n);
-    if (w->dtype == OBM_F16) w->k->f16_to_f32(x, (const uint16_t *)out, n);
-    return w->k->find_nonfinite(x, n);
+size_t obm__store_block(const obm_kernels *k, obm_dtype dtype, float *x, size_t n, void *out) {
+    obm__narrow(k, dtype, x, (int64_t)n, out);
+    if (dtype == OBM_BF16) k->bf16_to_f32(x, out, n);
+    if (dtype == OBM_F16) k->f16_to_f32(x, out, n);
+    return k->find_nonfinite(x, n);
 }
 
 static void merge_blocks(void *arg, size_t first, size_t last, int worker) {
@@ -191,7 +188,8 @@ static void merge_blocks(void *arg, size_t first, size_t last, int worker) {
             reduce_all(w, &l, l.n);
             add_base(&l, l.n);
         }
-        size_t overflow = store_block(w, l.begin, l.mixed, l.n);
+        char *out = w->out + (l.begin - w->begin) * obm_dtype_size(w->dtype);
+        size_t overflow = obm__store_block(w->k, w->dtype, l.mixed, l.n, out);
         if (overflow < bad) bad = overflow;
         if (bad < l.n) obm__note_lowest(&w->bad, l.begin + bad);
     }
@@ -204,6 +202,8 @@ obm_status obm__run_report(const obm__run *run, obm_error *err) {
 
 obm_status obm__group_run(const obm__run *run, const obm__group *g, uint64_t begin, uint64_t n, obm_dtype dtype,
                           void *out, obm_error *err) {
+    const obm__custom *custom = g->steps->method->custom;
+    if (custom && custom->run) return custom->run(run, g, begin, n, dtype, out, err);
     walk w = {.g = g, .begin = begin, .end = begin + n, .dtype = dtype, .out = out};
     return walk_blocks(run, &w, merge_blocks, err);
 }

@@ -311,13 +311,21 @@ double obm__recipe_depth(const char *tensor, int64_t n_layers) {
 
 /* ---- the whole ---- */
 
+static obm_status find_method(obm__recipe *r, const char *name, obm_error *err) {
+    for (size_t i = r->n_own; i-- > 0;) {
+        r->method = &r->own[i].row;
+        if (!strcmp(r->method->info.name, name)) return OBM_OK;
+    }
+    obm_error why = {0};
+    obm_status status = obm__method_find(name, &r->method, &why);
+    return status == OBM_OK ? OBM_OK : obm__fail(err, status, WHERE ": merge_method: %.400s", why.message);
+}
+
 static obm_status read_method(const obm_context *ctx, obm__recipe *r, obm_error *err) {
     const char *method;
     OBM_TRY(obm__recipe_text(r->root, WHERE, "merge_method", &method, err));
     if (!method) return obm__fail(err, OBM_E_ARG, WHERE ": \"merge_method\" is missing");
-    obm_error why = {0};
-    obm_status status = obm__method_find(method, &r->method, &why);
-    if (status != OBM_OK) return obm__fail(err, status, WHERE ": merge_method: %.400s", why.message);
+    OBM_TRY(find_method(r, method, err));
     OBM_TRY(obm__recipe_ref(ctx, r, obm__json_get(r->root, "base_model"), WHERE ": base_model", &r->base, err));
     return OBM_OK;
 }
@@ -368,8 +376,17 @@ static obm_status read_recipe(const obm_context *ctx, obm__recipe *r, obm_profil
     return obm__recipe_read_models(ctx, r, err);
 }
 
+static obm_status take_methods(obm__recipe *r, const obm__recipe_methods *methods, obm_error *err) {
+    if (methods->n) r->own = obm__calloc(methods->n, sizeof *r->own);
+    if (methods->n && !r->own) return obm__fail_nomem(err, methods->n * sizeof *r->own);
+    for (; r->n_own < methods->n; r->n_own++) OBM_TRY(obm__own_new(methods->items[r->n_own], &r->own[r->n_own], err));
+    if (!methods->method || obm__json_kind(r->root) != OBM_JSON_OBJECT) return OBM_OK;
+    bool ok = obm__json_set(r->root, "merge_method", obm__json_new_string(methods->method));
+    return ok ? OBM_OK : obm__fail_nomem(err, strlen(methods->method));
+}
+
 obm_status obm__recipe_read(const obm_context *ctx, const char *text, obm_json *root, obm_profile profile,
-                            obm__recipe **out, obm_error *err) {
+                            const obm__recipe_methods *methods, obm__recipe **out, obm_error *err) {
     obm__recipe *r = obm__calloc(1, sizeof *r);
     if (!r) {
         obm__json_free(root);
@@ -378,7 +395,8 @@ obm_status obm__recipe_read(const obm_context *ctx, const char *text, obm_json *
     r->root = root;
     r->text = obm__strdup(text);
     r->refs = obm__json_new_array();
-    obm_status status = r->text && r->refs ? read_recipe(ctx, r, profile, err) : obm__fail_nomem(err, strlen(text));
+    obm_status status = r->text && r->refs ? take_methods(r, methods, err) : obm__fail_nomem(err, strlen(text));
+    if (status == OBM_OK) status = read_recipe(ctx, r, profile, err);
     if (status == OBM_OK) {
         *out = r;
     } else {
@@ -391,7 +409,7 @@ obm_status obm__recipe_parse(const obm_context *ctx, const char *text, obm_profi
                              obm_error *err) {
     obm_json *root;
     OBM_TRY(obm__yaml_parse(text, strlen(text), WHERE, &root, err));
-    return obm__recipe_read(ctx, text, root, profile, out, err);
+    return obm__recipe_read(ctx, text, root, profile, &(obm__recipe_methods){0}, out, err);
 }
 
 void obm__recipe_free(obm__recipe *r) {
@@ -400,6 +418,7 @@ void obm__recipe_free(obm__recipe *r) {
     obm__json_free(r->refs);
     for (size_t i = 0; r->slices && i < r->n_slices; i++) obm_free(r->slices[i].models);
     obm_free(r->slices);
+    obm_free(r->own);
     obm_free(r->text);
     obm_free(r);
 }

@@ -32,6 +32,8 @@ typedef struct obm__recipe {
     obm_json *root, *refs; /* refs: those that are given as mappings, written out */
     char *text;            /* as given, for the model card */
     const obm__method *method;
+    obm__own *own; /* (n_own), owned: methods of the caller */
+    size_t n_own;
     obm_profile profile;     /* never DEFAULT */
     const char *name, *base; /* nullable */
     const char *sliced;      /* where the slices are listed, "slices" or "modules.default.slices"; NULL for `models` */
@@ -46,9 +48,15 @@ typedef struct obm__recipe {
 /* Errors: FORMAT (syntax), NOTFOUND (unknown key, method or parameter, with a suggestion), ARG, UNSUPPORTED. */
 obm_status obm__recipe_parse(const obm_context *ctx, const char *text, obm_profile profile, obm__recipe **out,
                              obm_error *err);
+/* Methods of the caller, of which `merge_method` may be one; `method` (nullable) takes its place. */
+typedef struct obm__recipe_methods {
+    const char *method;
+    const obm_custom_method *const *items;
+    size_t n;
+} obm__recipe_methods;
 /* One document of several; root is owned by the recipe whatever it returns. */
 obm_status obm__recipe_read(const obm_context *ctx, const char *text, obm_json *root, obm_profile profile,
-                            obm__recipe **out, obm_error *err);
+                            const obm__recipe_methods *methods, obm__recipe **out, obm_error *err);
 void obm__recipe_free(obm__recipe *r);
 
 /* Where a tensor lies for gradients: the layer's share of the depth, 0 for what is in no layer (mergekit: embeddings,

@@ -47,12 +47,10 @@ static obm_status merge_group(const obm__run *run, obm__group *g, float *out, ob
     return status;
 }
 
-obm_status obm_merge_tensors(obm_context *ctx, const char *method, obm_profile profile, const obm_tensor *base,
-                             const obm_tensor *models, size_t n, const obm_param *params, size_t n_params,
-                             uint64_t seed, float *out, obm_error *err) {
-    const obm__method *m;
+static obm_status merge_by(obm_context *ctx, const obm__method *m, obm_profile profile, const obm_tensor *base,
+                           const obm_tensor *models, size_t n, const obm_param *params, size_t n_params, uint64_t seed,
+                           float *out, obm_error *err) {
     obm__steps steps;
-    OBM_TRY(obm__method_find(method, &m, err));
     OBM_TRY(check_inputs(m, base, models, n, err));
     OBM_TRY(obm__steps_new(m, profile == OBM_PROFILE_PAPER ? profile : OBM_PROFILE_MERGEKIT, n, params, n_params, seed,
                            &steps, err));
@@ -65,4 +63,20 @@ obm_status obm_merge_tensors(obm_context *ctx, const char *method, obm_profile p
     obm_status status = merge_group(&(obm__run){.ctx = ctx}, &g, out, err);
     obm__steps_free(&steps);
     return status;
+}
+
+obm_status obm_merge_tensors(obm_context *ctx, const char *method, obm_profile profile, const obm_tensor *base,
+                             const obm_tensor *models, size_t n, const obm_param *params, size_t n_params,
+                             uint64_t seed, float *out, obm_error *err) {
+    const obm__method *m;
+    OBM_TRY(obm__method_find(method, &m, err));
+    return merge_by(ctx, m, profile, base, models, n, params, n_params, seed, out, err);
+}
+
+obm_status obm_merge_tensors_custom(obm_context *ctx, const obm_custom_method *method, obm_profile profile,
+                                    const obm_tensor *base, const obm_tensor *models, size_t n, const obm_param *params,
+                                    size_t n_params, uint64_t seed, float *out, obm_error *err) {
+    obm__own own;
+    OBM_TRY(obm__own_new(method, &own, err));
+    return merge_by(ctx, &own.row, profile, base, models, n, params, n_params, seed, out, err);
 }

@@ -3,15 +3,17 @@
 import json as _json
 import os as _os
 
-from . import _core, _hub, _results
+from . import _core, _hub, _methods, _results
 from ._core import (ArgumentError, BusyError, Checkpoint, DtypeError, Error, FormatError, MismatchError, Model, NonFiniteError,
                     NotFoundError, Pack, ShapeError, TaskVector, Tensor, Tokenizer, UnsupportedError, __version__, class_of, info,
                     merge_tensors, methods, set_threads)
+from ._methods import Tile, register_method
 from ._results import Completion, Expert, RouterReport, Score
 
 for _name, _hook in {"Completion": Completion.make, "Score": Score, "RouterReport": RouterReport, "experts": _results.experts,
                      "pack_repr": _results.pack_repr, "pack_html": _results.pack_html, "render_template": _results.render_template,
-                     "progress_bar": _results.progress_bar, "resolve": _hub.resolve}.items():
+                     "progress_bar": _results.progress_bar, "resolve": _hub.resolve, "merge_tile": _methods.merge_tile,
+                     "method_entry": _methods.method_entry}.items():
     _core._register(_name, _hook)
 
 
@@ -26,16 +28,21 @@ def compress(base, experts, out, *, profile=None, overwrite=False, dry_run=False
 
 
 def merge(recipe, out, *, directory=None, profile=None, seed=None, shard_bytes=0, memory=0, overwrite=False, dry_run=False,
-          progress=None, resume=False):
+          progress=None, resume=False, method=None):
     """Merge by a recipe into the Hugging Face folder `out`; returns the plan as a dict.
 
     recipe: a dict with mergekit's keys, or the path of a YAML or JSON file; relative paths in a file start at its folder.
     resume: keep the finished shards of a killed merge of the same recipe, options and inputs; and keep one's own when stopped.
+    method: a name or a callable (tile) in place of the recipe's merge_method, which in a dict may be a callable too; see
+    register_method.
     """
     if isinstance(recipe, (str, _os.PathLike)):
         with open(recipe, encoding="utf-8") as file:
             text = file.read()
         directory = directory if directory is not None else _os.path.dirname(_os.path.abspath(recipe))
     else:
+        if callable(recipe.get("merge_method")):
+            recipe, method = dict(recipe), recipe["merge_method"] if method is None else method
+            del recipe["merge_method"]
         text = _json.dumps(recipe, default=_os.fspath)
-    return _core.merge(text, out, profile, directory, seed, shard_bytes, memory, overwrite, dry_run, progress, resume)
+    return _core.merge(text, out, profile, directory, seed, shard_bytes, memory, overwrite, dry_run, progress, resume, method)
