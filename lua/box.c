@@ -189,6 +189,14 @@ static void log_warning(void *user, const char *message) {
     lua_warning(L, message, 0);
 }
 
+/* The lua program's Ctrl-C is a hook of the main thread, with these masks, that raises an error; it gets to run once the
+ * call has returned, also one inside a coroutine. */
+static int interrupted(void *user) {
+    lua_State *L = user;
+    const int all = LUA_MASKCALL | LUA_MASKRET | LUA_MASKLINE | LUA_MASKCOUNT;
+    return lua_gethook(L) && lua_gethookmask(L) == all && lua_gethookcount(L) == 1;
+}
+
 static void context_release(void *own) { obm_context_free(own); }
 
 static obm_context *context_new(lua_State *L, int threads) {
@@ -197,7 +205,8 @@ static obm_context *context_new(lua_State *L, int threads) {
     options.threads = threads;
     options.log = log_warning;
     lua_rawgeti(L, LUA_REGISTRYINDEX, LUA_RIDX_MAINTHREAD);
-    options.log_user = lua_tothread(L, -1);
+    options.log_user = options.interrupt_user = lua_tothread(L, -1);
+    options.interrupt = interrupted;
     lua_pop(L, 1);
     obm_context *ctx;
     obm_error err;

@@ -8,11 +8,12 @@ static obm_model *model_of(lua_State *L) { return model_at(L, 1); }
 
 static void model_release(void *own) { obm_model_free(own); }
 
-/* model(path_or_pack, {base, kv, route_budget, materialise}) */
+/* model(path_or_pack, {base, kv, route_budget, materialise, progress}) */
 int obm_lua_model(lua_State *L) {
     lua_settop(L, 2);
-    obm_lua_options(L, 2, "base kv route_budget materialise");
+    obm_lua_options(L, 2, "base kv route_budget materialise progress");
     lua_newtable(L);
+    const int context = 4;
     bool from_pack = luaL_testudata(L, 1, OBM_LUA_PACK) != NULL;
     const obm_pack *pack = from_pack ? obm_lua_box_check(L, 1, OBM_LUA_PACK)->p : NULL;
     const char *path = from_pack ? NULL : obm_lua_string(L, 1);
@@ -23,15 +24,26 @@ int obm_lua_model(lua_State *L) {
     options.materialise = obm_lua_field_boolean(L, 2, "materialise", false);
     obm_context *ctx = obm_lua_context(L);
     obm_lua_box *b = obm_lua_box_new(L, sizeof *b, OBM_LUA_MODEL, model_release);
-    obm_lua_box_parent(L, b, 0, 4);
+    obm_lua_box_parent(L, b, 0, context);
     if (from_pack) obm_lua_box_parent(L, b, 1, 1);
+    const int made = lua_gettop(L);
+    obm_lua_call call;
+    obm_lua_call_init(L, &call, 2, false);
+    options.progress = obm_lua_progress;
+    options.progress_user = &call;
     obm_model *m;
     obm_error err;
+    obm_lua_begin(&call, lua_touserdata(L, from_pack ? 1 : context));
     obm_status status =
         from_pack ? obm_model_from_pack(ctx, pack, &options, &m, &err) : obm_model_open(ctx, path, &options, &m, &err);
-    if (status == OBM_OK) return obm_lua_box_fill(b, m), 1;
-    obm_lua_box_close(b);
-    return obm_lua_fail(L, &err);
+    if (status == OBM_OK)
+        obm_lua_box_fill(b, m);
+    else
+        obm_lua_box_close(b);
+    int failed = obm_lua_end(&call, status, &err);
+    if (failed) return failed;
+    lua_settop(L, made);
+    return 1;
 }
 
 static const obm_pack *pack_for_route(lua_State *L, const obm_model *m) {

@@ -8,6 +8,7 @@
 /* ---- errors ---- */
 
 PyObject *obm_py_raise(obm_py_state *st, const obm_error *err) {
+    if (err->code == OBM_E_USER && PyErr_Occurred()) return NULL; /* what `interrupted` met */
     if (err->code == OBM_E_NOMEM) {
         PyErr_SetString(PyExc_MemoryError, err->message);
         return NULL;
@@ -29,8 +30,18 @@ PyObject *obm_py_raise(obm_py_state *st, const obm_error *err) {
 static void log_warning(void *user, const char *message) {
     (void)user;
     PyGILState_STATE gil = PyGILState_Ensure();
-    if (PyErr_WarnEx(PyExc_RuntimeWarning, message, 1) < 0) PyErr_WriteUnraisable(NULL);
+    if (!PyErr_Occurred() && PyErr_WarnEx(PyExc_RuntimeWarning, message, 1) < 0) PyErr_WriteUnraisable(NULL);
     PyGILState_Release(gil);
+}
+
+/* Ctrl-C, and what other signal handlers raise, in calls without a progress callback: the exception stays set in this
+ * thread, and obm_py_raise leaves it as it is. */
+static int interrupted(void *user) {
+    (void)user;
+    PyGILState_STATE gil = PyGILState_Ensure();
+    int stop = PyErr_Occurred() || PyErr_CheckSignals() < 0;
+    PyGILState_Release(gil);
+    return stop;
 }
 
 /* The exception of the resolver as an error of the core; Ctrl-C waits for the next look at signals. */
@@ -79,6 +90,7 @@ PyObject *obm_py_set_threads(obm_py_state *st, int threads) {
     options.log = log_warning;
     options.resolve = resolve_name;
     options.resolve_user = st;
+    options.interrupt = interrupted;
     obm_context *ctx;
     obm_error err;
     if (obm_context_new(&options, &ctx, &err) != OBM_OK) return obm_py_raise(st, &err);

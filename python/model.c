@@ -12,16 +12,18 @@ static obm_model *model_get(PyObject *o) { return ((Model *)o)->m; }
 static const obm_pack *model_pack_of(PyObject *o) { return obm_model_pack(model_get(o)); }
 
 static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"path", "base", "kv", "route_budget", "materialise", NULL};
-    PyObject *what, *base_arg = Py_None, *path = NULL, *base = NULL;
+    static char *names[] = {"path", "base", "kv", "route_budget", "materialise", "progress", NULL};
+    PyObject *what, *base_arg = Py_None, *path = NULL, *base = NULL, *progress = Py_None;
     const char *kv = "f32";
     unsigned long long budget = 0;
     int materialise = 0;
     obm_py_state *st = PyType_GetModuleState(type);
     obm_model_options options = OBM_INIT(obm_model_options);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OsKp", names, &what, &base_arg, &kv, &budget, &materialise))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OsKpO", names, &what, &base_arg, &kv, &budget, &materialise,
+                                     &progress))
         return NULL;
-    if (obm_py_dtype(st, kv, &options.kv) < 0) return NULL;
+    obm_py_call call;
+    if (obm_py_dtype(st, kv, &options.kv) < 0 || obm_py_call_init(&call, st, progress) < 0) return NULL;
     bool from_pack = Py_TYPE(what) == st->pack;
     if (!from_pack && !obm_py_path(what, &path)) return NULL;
     PyObject *context = NULL;
@@ -34,18 +36,15 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         options.base = base ? PyBytes_AsString(base) : NULL;
         options.route_budget = budget;
         options.materialise = materialise;
+        options.progress = obm_py_progress;
+        options.progress_user = &call;
         const char *path_text = path ? PyBytes_AsString(path) : NULL;
         const obm_pack *pack = from_pack ? obm_py_pack_get(what) : NULL;
         obm_error err;
-        obm_status status;
-        Py_BEGIN_ALLOW_THREADS;
-        status = from_pack ? obm_model_from_pack(ctx, pack, &options, &self->m, &err)
-                           : obm_model_open(ctx, path_text, &options, &self->m, &err);
-        Py_END_ALLOW_THREADS;
-        if (status != OBM_OK) {
-            Py_DECREF(self);
-            self = (Model *)obm_py_raise(st, &err);
-        }
+        obm_py_begin(&call);
+        obm_status status = from_pack ? obm_model_from_pack(ctx, pack, &options, &self->m, &err)
+                                      : obm_model_open(ctx, path_text, &options, &self->m, &err);
+        if (obm_py_end(&call, status, &err) < 0) Py_CLEAR(self);
     }
     Py_XDECREF(context);
     Py_XDECREF(path);

@@ -90,7 +90,11 @@ static PyObject *tokenizer_decode(PyObject *o, PyObject *args, PyObject *kwargs)
     if (!ids) return NULL;
     char *text;
     obm_error err;
-    obm_status status = obm_tokenizer_decode(obm_py_tokenizer_get(o), ids, n, skip, &text, &len, &err);
+    obm_status status;
+    const obm_tokenizer *t = obm_py_tokenizer_get(o);
+    Py_BEGIN_ALLOW_THREADS;
+    status = obm_tokenizer_decode(t, ids, n, skip, &text, &len, &err);
+    Py_END_ALLOW_THREADS;
     PyMem_Free(ids);
     if (status != OBM_OK) return obm_py_raise(OBM_PY_STATE(o), &err);
     PyObject *s = PyUnicode_DecodeUTF8(text, (Py_ssize_t)len, "replace");

@@ -134,7 +134,11 @@ static void scan_join(const scan *s, totals *t) {
     t->error_matrix += onebit_error(joined[SUM_B], joined[SUM_C], n);
 }
 
-static obm_status scan_tensor(obm_context *ctx, const obm__pair *a, const obm__pair *b, totals *t, obm_error *err) {
+/* Elements between two looks at the pulse, per thread: some tens of ms at most. */
+#define SLICE (64 * OBM_TILE)
+
+static obm_status scan_tensor(obm_context *ctx, const obm__pair *a, const obm__pair *b, obm__pulse *pulse, totals *t,
+                              obm_error *err) {
     if (!obm__is_float(a->base.dtype)) return OBM_OK;
     scan s = {.k = ctx->k, .a = a, .b = b, .threads = ctx->threads, .bad = INT64_MAX};
     obm__tensor_rows(&a->base, &s.rows, &s.cols);
@@ -142,8 +146,10 @@ static obm_status scan_tensor(obm_context *ctx, const obm__pair *a, const obm__p
     if (!scan_alloc(&s)) {
         status = obm__fail_nomem(err, (uint64_t)s.rows * 5 * sizeof(double));
     } else {
-        obm__parallel(ctx, (size_t)s.rows, (size_t)(OBM_TILE / 4 / (s.cols ? s.cols : 1)) + 1, scan_rows, &s);
-        if (s.bad != INT64_MAX) status = obm__fail_nonfinite(err, a, s.bad);
+        int64_t cols = s.cols ? s.cols : 1;
+        status = obm__parallel_slices(ctx, (size_t)s.rows, (size_t)(OBM_TILE / 4 / cols) + 1,
+                                      (size_t)(ctx->threads * SLICE / cols) + 1, scan_rows, &s, pulse, err);
+        if (status == OBM_OK && s.bad != INT64_MAX) status = obm__fail_nonfinite(err, a, s.bad);
     }
     if (status == OBM_OK) scan_join(&s, t);
     scan_clear(&s);
@@ -166,22 +172,15 @@ static uint64_t float_bytes(const obm_task_vector *v) {
     return n;
 }
 
-static obm_status report(obm_progress_fn progress, void *user, const char *what, uint64_t done, uint64_t total,
-                         obm_error *err) {
-    if (!progress || !progress(user, what, done, total)) return OBM_OK;
-    return obm__fail(err, OBM_E_USER, "stopped by the progress callback");
-}
-
 obm_status obm_task_vector_stats(obm_context *ctx, const obm_task_vector *v, obm_progress_fn progress, void *user,
                                  obm_delta_stats *out, obm_error *err) {
     totals t[OBM_CLASS_COUNT] = {0};
-    uint64_t done = 0, total = float_bytes(v);
+    obm__pulse pulse = obm__pulse_new(ctx, progress, user, "stats", float_bytes(v));
     for (size_t i = 0; i < v->count; i++) {
         const obm__pair *p = &v->pairs[i];
         OBM_TRY(obm__task_vector_check(v, err));
-        OBM_TRY(scan_tensor(ctx, p, NULL, &t[p->cls], err));
-        done += obm__tensor_bytes(&p->expert);
-        OBM_TRY(report(progress, user, "stats", done, total, err));
+        OBM_TRY(scan_tensor(ctx, p, NULL, &pulse, &t[p->cls], err));
+        OBM_TRY(obm__pulse_done(&pulse, pulse.done + obm__tensor_bytes(&p->expert), err));
     }
     for (int c = 0; c < OBM_CLASS_COUNT; c++) finish_stats(&t[c], &out[c]);
     return OBM_OK;
@@ -192,14 +191,15 @@ obm_status obm_task_vector_tensor_stats(obm_context *ctx, const obm_task_vector 
     const obm__pair *p = obm__task_vector_find(v, name, err);
     if (!p) return OBM_E_NOTFOUND;
     totals t = {0};
+    obm__pulse pulse = obm__pulse_new(ctx, NULL, NULL, "stats", 1);
     OBM_TRY(obm__task_vector_check(v, err));
-    OBM_TRY(scan_tensor(ctx, p, NULL, &t, err));
+    OBM_TRY(scan_tensor(ctx, p, NULL, &pulse, &t, err));
     finish_stats(&t, out);
     return OBM_OK;
 }
 
-static obm_status compare_tensor(obm_context *ctx, const obm__pair *a, const obm_task_vector *vb, totals *t,
-                                 obm_error *err) {
+static obm_status compare_tensor(obm_context *ctx, const obm__pair *a, const obm_task_vector *vb, obm__pulse *pulse,
+                                 totals *t, obm_error *err) {
     const obm__pair *b = obm__task_vector_find(vb, a->name, NULL);
     if (!b) return OBM_OK; /* a head of its own on one side only */
     char have[160], want[160];
@@ -210,19 +210,18 @@ static obm_status compare_tensor(obm_context *ctx, const obm__pair *a, const obm
                          obm__shape_text(&b->base, want, sizeof want));
     }
     if (!obm__is_float(b->base.dtype)) return OBM_OK;
-    return scan_tensor(ctx, a, b, t, err);
+    return scan_tensor(ctx, a, b, pulse, t, err);
 }
 
 obm_status obm_task_vector_compare(obm_context *ctx, const obm_task_vector *a, const obm_task_vector *b,
                                    obm_progress_fn progress, void *user, obm_delta_pair *out, obm_error *err) {
     totals t[OBM_CLASS_COUNT] = {0};
-    uint64_t done = 0, total = float_bytes(a);
+    obm__pulse pulse = obm__pulse_new(ctx, progress, user, "compare", float_bytes(a));
     for (size_t i = 0; i < a->count; i++) {
         OBM_TRY(obm__task_vector_check(a, err));
         OBM_TRY(obm__task_vector_check(b, err));
-        OBM_TRY(compare_tensor(ctx, &a->pairs[i], b, &t[a->pairs[i].cls], err));
-        done += obm__tensor_bytes(&a->pairs[i].expert);
-        OBM_TRY(report(progress, user, "compare", done, total, err));
+        OBM_TRY(compare_tensor(ctx, &a->pairs[i], b, &pulse, &t[a->pairs[i].cls], err));
+        OBM_TRY(obm__pulse_done(&pulse, pulse.done + obm__tensor_bytes(&a->pairs[i].expert), err));
     }
     for (int c = 0; c < OBM_CLASS_COUNT; c++) {
         double norms = sqrt(t[c].sums[SUM_A]) * sqrt(t[c].sums[SUM_B]);

@@ -265,12 +265,14 @@ obm_status obm_task_vector_read(const obm_task_vector *v, const char *name, floa
         return OBM_OK;
     }
     const obm_kernels *k = v->base->ctx->k;
+    obm__pulse pulse = obm__pulse_new(v->base->ctx, NULL, NULL, "task vector", 1);
     float scratch[OBM_BLOCK];
     for (int64_t at = 0; at < n; at += OBM_BLOCK) {
         int64_t m = n - at < OBM_BLOCK ? n - at : OBM_BLOCK;
         obm__pair_read(k, p, at, m, out + at, scratch);
         int64_t bad = (int64_t)k->find_nonfinite(out + at, (size_t)m);
         if (bad < m) return obm__fail_nonfinite(err, p, at + bad);
+        OBM_TRY(obm__pulse_check(&pulse, err));
     }
     return OBM_OK;
 }

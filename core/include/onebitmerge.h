@@ -18,7 +18,8 @@
  *     from another version of this header is understood: fields that a smaller one lacks have their defaults, and
  *     bytes that a larger one has beyond this version's must be zero (UNSUPPORTED).  The elements of an array are
  *     as far apart as the first one's struct_size.  Structs that are filled are not written beyond their struct_size.
- *   - Long work takes a progress callback; it is called on the caller's thread only; non-zero stops with OBM_E_USER.
+ *   - Long work takes a progress callback; it is called on the caller's thread only; non-zero stops with OBM_E_USER.  What
+ *     takes none asks the context's `interrupt`.  Either way a call returns within about 100 ms of the answer.
  *
  * Sections: Version, Status, Context, Tensors, Checkpoints, Task vectors, Compression and packs, Routes, Routers,
  *           Static merges, Text, Models, Generation.
@@ -103,6 +104,10 @@ typedef struct obm_context obm_context;
  * no file or folder of that name, on the caller's thread.  On failure fills err. */
 typedef obm_status (*obm_resolve_fn)(void *user, const char *name, char *path, size_t size, obm_error *err);
 
+/* Asked on the caller's thread, about every 50 ms, by long calls that take no progress callback or were given none; non-zero
+ * stops the call with OBM_E_USER.  A program's Ctrl-C handler sets a flag, and this says whether it is set. */
+typedef int (*obm_interrupt_fn)(void *user);
+
 typedef struct obm_context_options {
     size_t struct_size;
     int threads;            /* 0: one per core this process may use */
@@ -110,6 +115,8 @@ typedef struct obm_context_options {
     void *log_user;
     obm_resolve_fn resolve; /* names of checkpoints, models and packs that are no paths; NULL: they are an IO error */
     void *resolve_user;
+    obm_interrupt_fn interrupt;   /* NULL: such calls run to their end */
+    void *interrupt_user;
 } obm_context_options;
 
 /* Reads the environment once: ONEBITMERGE_ISA lowers the instruction set ("scalar", "avx2", "avx512", "neon"; an unknown
@@ -427,6 +434,8 @@ typedef struct obm_model_options {
                                  * least recently used go first, also the limit of the routes that one batch runs at a
                                  * time (at least one); 0: a quarter of the memory */
     bool materialise;           /* dense weights for every route, instead of running on the sign planes */
+    obm_progress_fn progress;   /* while it is opened ("open"): matrices made ready to run on planes */
+    void *progress_user;
 } obm_model_options;
 OBM_API obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_options *options, obm_model **out, obm_error *err);
 /* From a pack that is open already; borrows it. */

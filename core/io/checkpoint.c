@@ -406,6 +406,6 @@ obm_status obm_checkpoint_get(const obm_checkpoint *c, const char *name, obm_ten
 obm_status obm_checkpoint_sha256(const obm_checkpoint *c, const char *name, char out[65], obm_error *err) {
     obm_tensor t;
     OBM_TRY(obm_checkpoint_get(c, name, &t, err));
-    obm__sha256_of(t.data, (size_t)obm_tensor_count(&t) * obm_dtype_size(t.dtype), out);
-    return OBM_OK;
+    obm__pulse pulse = obm__pulse_new(c->ctx, NULL, NULL, "sha256", 1);
+    return obm__sha256_of(t.data, (size_t)obm_tensor_count(&t) * obm_dtype_size(t.dtype), &pulse, out, err);
 }

@@ -39,8 +39,8 @@ void obm__xxh3_end(obm__xxh3 *h, char out[33]) {
 
 void obm__xxh3_of(const void *bytes, size_t n, char out[33]) { xxh3_hex(XXH3_128bits(bytes, n), out); }
 
-/* Bytes between two ticks: about a hundredth of a second from memory, a tenth from a slow disk. */
-#define HASH_PIECE ((size_t)16 << 20)
+/* Bytes between two ticks: about a millisecond from memory, some tens from a slow disk. */
+#define HASH_PIECE ((size_t)4 << 20)
 
 obm_status obm__map_xxh3(const obm__map *m, obm__tick_fn tick, void *user, char out[33], obm_error *err) {
     obm__xxh3 *h = obm__xxh3_new();
@@ -103,15 +103,22 @@ static void sha256_tail(uint32_t state[8], const uint8_t *rest, size_t n_rest, u
     for (size_t at = 0; at < size; at += 64) sha256_block(state, tail + at);
 }
 
-void obm__sha256_of(const void *bytes, size_t n, char out[65]) {
+/* Bytes between two looks at the pulse: some ms. */
+#define SHA256_PIECE ((size_t)1 << 20)
+
+obm_status obm__sha256_of(const void *bytes, size_t n, obm__pulse *pulse, char out[65], obm_error *err) {
     /* Section 5.3.3: the first 32 bits of the fractional parts of the square roots of the first eight primes. */
     uint32_t state[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
                          0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
     const uint8_t *p = bytes;
     size_t whole = n / 64 * 64;
-    for (size_t at = 0; at < whole; at += 64) sha256_block(state, p + at);
+    for (size_t at = 0; at < whole; at += 64) {
+        sha256_block(state, p + at);
+        if (at % SHA256_PIECE == 0) OBM_TRY(obm__pulse_check(pulse, err));
+    }
     sha256_tail(state, p ? p + whole : NULL, n - whole, n);
     uint8_t digest[32];
     for (int i = 0; i < 32; i++) digest[i] = (uint8_t)(state[i / 4] >> (24 - 8 * (i % 4)));
     to_hex(digest, 32, out);
+    return OBM_OK;
 }

@@ -70,7 +70,8 @@ void obm__xxh3_end(obm__xxh3 *h, char out[33]); /* canonical big-endian hex; fre
 void obm__xxh3_of(const void *bytes, size_t n, char out[33]);
 /* A whole file, whose pages do not stay resident; tick nullable, out untouched on failure. */
 obm_status obm__map_xxh3(const obm__map *m, obm__tick_fn tick, void *user, char out[33], obm_error *err);
-void obm__sha256_of(const void *bytes, size_t n, char out[65]);
+/* pulse (nullable) is looked at now and then. */
+obm_status obm__sha256_of(const void *bytes, size_t n, obm__pulse *pulse, char out[65], obm_error *err);
 
 /* ---- safetensors (safetensors.c) ---- */
 

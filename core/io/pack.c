@@ -44,7 +44,8 @@ static obm_status read_manifest(const char *path, obm_json **out, char xxh3[33],
     return status;
 }
 
-static obm_status open_at(obm_context *ctx, const char *path, const char *base_path, obm_pack **out, obm_error *err) {
+static obm_status open_at(obm_context *ctx, const char *path, const char *base_path, obm__pulse *pulse, obm_pack **out,
+                          obm_error *err) {
     obm_json *manifest = NULL;
     obm_checkpoint *base = NULL;
     const obm_json *record;
@@ -52,7 +53,7 @@ static obm_status open_at(obm_context *ctx, const char *path, const char *base_p
     OBM_TRY(read_manifest(path, &manifest, xxh3, err));
     obm_status status = obm__field(manifest, "base", OBM_JSON_OBJECT, path, &record, err);
     if (status == OBM_OK) status = obm__base_open(ctx, record, path, base_path, &base, err);
-    if (status == OBM_OK) status = obm__base_check(ctx, base, record, path, false, NULL, err);
+    if (status == OBM_OK) status = obm__base_check(ctx, base, record, path, false, pulse, err);
     if (status == OBM_OK) status = obm__pack_load(ctx, path, manifest, base, out, err);
     if (status != OBM_OK) {
         obm_checkpoint_free(base);
@@ -63,12 +64,18 @@ static obm_status open_at(obm_context *ctx, const char *path, const char *base_p
     return OBM_OK;
 }
 
-obm_status obm_pack_open(obm_context *ctx, const char *path, const char *base_path, obm_pack **out, obm_error *err) {
+obm_status obm__pack_open(obm_context *ctx, const char *path, const char *base_path, obm__pulse *pulse, obm_pack **out,
+                          obm_error *err) {
     char *local;
     OBM_TRY(obm__source_find(ctx, path, &local, err));
-    obm_status status = open_at(ctx, local, base_path, out, err);
+    obm_status status = open_at(ctx, local, base_path, pulse, out, err);
     obm_free(local);
     return status;
+}
+
+obm_status obm_pack_open(obm_context *ctx, const char *path, const char *base_path, obm_pack **out, obm_error *err) {
+    obm__pulse pulse = obm__pulse_new(ctx, NULL, NULL, "open", 1);
+    return obm__pack_open(ctx, path, base_path, &pulse, out, err);
 }
 
 void obm_pack_free(obm_pack *p) {
@@ -150,9 +157,9 @@ void obm__pack_release_pages(const obm_pack *p) {
 /* ---- verify ---- */
 
 /* A buffer of this size between two progress calls keeps a stop within a few ms. */
-#define PIECE ((size_t)16 << 20)
+#define PIECE ((size_t)4 << 20)
 
-static obm_status verify_file(const char *path, uint64_t bytes, const char *want, obm__ticker *ticker, obm_error *err) {
+static obm_status verify_file(const char *path, uint64_t bytes, const char *want, obm__pulse *ticker, obm_error *err) {
     char have[33] = "";
     uint64_t done = ticker->done;
     obm__map map = {0};
@@ -174,7 +181,7 @@ static obm_status verify_file(const char *path, uint64_t bytes, const char *want
     return status;
 }
 
-static obm_status verify_record(const obm_pack *p, const obm_json *record, bool text, obm__ticker *ticker,
+static obm_status verify_record(const obm_pack *p, const obm_json *record, bool text, obm__pulse *ticker,
                                 obm_error *err) {
     char *path = NULL;
     const char *want;
@@ -186,7 +193,7 @@ static obm_status verify_record(const obm_pack *p, const obm_json *record, bool 
     return status;
 }
 
-static obm_status verify_expert(const obm_pack *p, const obm_json *record, obm__ticker *ticker, obm_error *err) {
+static obm_status verify_expert(const obm_pack *p, const obm_json *record, obm__pulse *ticker, obm_error *err) {
     OBM_TRY(verify_record(p, record, false, ticker, err));
     for (int f = 0; f < OBM_TEXT_FILES; f++) {
         const obm_json *file = obm__text_record(obm__json_get(record, "text"), (obm__text_file)f);
@@ -208,7 +215,7 @@ static uint64_t text_bytes(const obm_json *record) {
 
 static obm_status verify(const obm_pack *p, obm_progress_fn progress, void *user, obm_error *err) {
     const obm_json *router = obm__json_get(p->manifest, "router");
-    obm__ticker ticker = {.fn = progress, .user = user, .what = "verify", .total = obm_pack_base_bytes(p)};
+    obm__pulse ticker = obm__pulse_new(p->ctx, progress, user, "verify", obm_pack_base_bytes(p));
     for (size_t i = 0; i < p->n_experts; i++)
         ticker.total += p->experts[i].file->map.size + text_bytes(p->experts[i].record);
     for (size_t i = 0; i < p->n_experts; i++) OBM_TRY(verify_expert(p, p->experts[i].record, &ticker, err));

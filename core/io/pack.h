@@ -68,6 +68,9 @@ struct obm_pack {
     _Atomic int users;         /* calls that read it now, -1: it is being exchanged (pack_lock.c) */
     _Atomic int warned_of_other_expert;   /* so that a warning comes once (route/plan.c) */
 };
+/* obm_pack_open, with a look at the pulse now and then. */
+obm_status obm__pack_open(obm_context *ctx, const char *path, const char *base_path, obm__pulse *pulse, obm_pack **out,
+                          obm_error *err);
 /* Index into tensors by the base's name or that in another layout, or SIZE_MAX. */
 size_t obm__pack_find(const obm_pack *p, const char *name);
 /* obm__map_check of the base's and the experts' files. */

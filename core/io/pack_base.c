@@ -62,16 +62,21 @@ static void sample_range(void *arg, size_t begin, size_t end, int id) {
     }
 }
 
-static obm_status sample_all(obm_context *ctx, const obm_checkpoint *base, bool large, digest **out, obm_error *err) {
+/* Tensors between two looks at the pulse, per thread: some hundreds of pages from a disk. */
+#define SAMPLE_BATCH 4
+
+static obm_status sample_all(obm_context *ctx, const obm_checkpoint *base, bool large, obm__pulse *pulse, digest **out,
+                             obm_error *err) {
     digest *d = obm__calloc(base->count, sizeof *d);
     sample_job job = {.base = base, .out = d, .large = large};
-    if (d) obm__parallel(ctx, base->count, 1, sample_range, &job);
-    if (!d || job.failed) {
+    size_t batch = SAMPLE_BATCH * (size_t)ctx->threads;
+    obm_status status = d ? obm__parallel_slices(ctx, base->count, 1, batch, sample_range, &job, pulse, err) : OBM_OK;
+    if (!d || job.failed) status = obm__fail_nomem(err, base->count * sizeof *d);
+    if (status == OBM_OK)
+        *out = d;
+    else
         obm_free(d);
-        return obm__fail_nomem(err, base->count * sizeof *d);
-    }
-    *out = d;
-    return OBM_OK;
+    return status;
 }
 
 /* ---- fingerprint of a whole checkpoint ---- */
@@ -164,12 +169,12 @@ uint64_t obm__base_memory(const obm_context *ctx, const obm_checkpoint *base) {
     return window < all ? window : all;
 }
 
-static obm_status hash_chunks(obm_context *ctx, const hash_job *all, size_t n, obm__ticker *ticker, obm_error *err) {
+static obm_status hash_chunks(obm_context *ctx, const hash_job *all, size_t n, obm__pulse *ticker, obm_error *err) {
     uint64_t done = ticker ? ticker->done : 0;
     for (size_t at = 0, m; at < n; at += m) {
         hash_job job = {all->base, all->chunks + at, all->digests + at, all->samples};
         size_t bytes = 0;
-        for (m = 0; m < n - at && bytes < (size_t)ctx->threads * 2 * CHUNK; m++) bytes += job.chunks[m].n;
+        for (m = 0; m < n - at && bytes < (size_t)ctx->threads * CHUNK; m++) bytes += job.chunks[m].n;
         obm__parallel(ctx, m, 1, hash_range, &job);
         done += bytes;
         OBM_TRY(obm__tick(ticker, done, err));
@@ -188,7 +193,7 @@ static void join_digests(const obm_checkpoint *base, const digest *chunks, diges
     }
 }
 
-static obm_status hash_all(obm_context *ctx, const obm_checkpoint *base, obm__ticker *ticker, digest *samples,
+static obm_status hash_all(obm_context *ctx, const obm_checkpoint *base, obm__pulse *ticker, digest *samples,
                            digest **out, obm_error *err) {
     size_t n = 0;
     for (size_t i = 0; i < base->count; i++) n += chunks_of(&base->tensors[i]->t);
@@ -262,10 +267,10 @@ static bool put_tensors(obm_json *record, const obm_checkpoint *base, const dige
     return obm__json_set(record, "tensors", tensors) && ok;
 }
 
-obm_status obm__base_record(obm_context *ctx, const obm_checkpoint *base, const char *dir, obm__ticker *ticker,
+obm_status obm__base_record(obm_context *ctx, const obm_checkpoint *base, const char *dir, obm__pulse *ticker,
                             obm_json **out, obm_error *err) {
     digest *samples = NULL, *hashes = NULL;
-    obm_status status = sample_all(ctx, base, true, &samples, err);
+    obm_status status = sample_all(ctx, base, true, ticker, &samples, err);
     if (status == OBM_OK) status = hash_all(ctx, base, ticker, samples, &hashes, err);
     obm_json *record = status == OBM_OK ? obm__json_new_object() : NULL;
     if (status == OBM_OK && !(record && put_paths(record, base, dir) && put_tensors(record, base, samples, hashes))) {
@@ -362,7 +367,7 @@ static obm_status check_names(const obm_checkpoint *base, const obm_json *tensor
 }
 
 obm_status obm__base_check(obm_context *ctx, const obm_checkpoint *base, const obm_json *record, const char *pack_path,
-                           bool full, obm__ticker *ticker, obm_error *err) {
+                           bool full, obm__pulse *ticker, obm_error *err) {
     const obm_json *tensors;
     OBM_TRY(obm__checkpoint_is_model(base, "a base", err));
     OBM_TRY(obm__field(record, "tensors", OBM_JSON_OBJECT, OBM_PACK_MANIFEST ": base", &tensors, err));
@@ -373,7 +378,7 @@ obm_status obm__base_check(obm_context *ctx, const obm_checkpoint *base, const o
     }
     digest *have;
     OBM_TRY(obm__checkpoint_check(base, err));
-    OBM_TRY(full ? hash_all(ctx, base, ticker, NULL, &have, err) : sample_all(ctx, base, false, &have, err));
+    OBM_TRY(full ? hash_all(ctx, base, ticker, NULL, &have, err) : sample_all(ctx, base, false, ticker, &have, err));
     obm_status status = OBM_OK;
     for (size_t i = 0; i < base->count && status == OBM_OK; i++) {
         check_place place = {base->path, pack_path, base->tensors[i]->name};

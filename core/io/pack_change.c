@@ -268,13 +268,6 @@ obm_status obm_pack_remove(obm_pack *p, const char *name, obm_error *err) {
     return status;
 }
 
-static obm__ticker make_ticker(const obm_compress_options *o, const char *what, uint64_t total) {
-    return (obm__ticker){.fn = OBM_OPT(o, obm_compress_options, progress, NULL),
-                         .what = what,
-                         .total = total,
-                         .user = OBM_OPT(o, obm_compress_options, progress_user, NULL)};
-}
-
 static obm_status add_locked(obm_pack *p, const obm__expert_request *r, const obm_checkpoint *checkpoint,
                              obm_error *err) {
     obm_json *record = NULL;
@@ -303,7 +296,7 @@ obm_status obm_pack_add(obm_pack *p, const obm_expert *given, const obm_compress
     OBM_TRY(obm__pack_idle(p, err));
     obm_checkpoint *checkpoint = NULL;
     OBM_TRY(obm_checkpoint_open(p->ctx, expert->path, &checkpoint, err));
-    obm__ticker ticker = make_ticker(options, "compress", obm__expert_bytes(p->base, checkpoint));
+    obm__pulse ticker = obm__compress_pulse(p->ctx, options, "compress", obm__expert_bytes(p->base, checkpoint));
     obm__expert_request r = {.ctx = p->ctx, .base = p->base, .expert = expert, .dir = p->path, .ticker = &ticker};
     r.profile = OBM_OPT(options, obm_compress_options, profile, OBM_PROFILE_DEFAULT);
     if (r.profile == OBM_PROFILE_DEFAULT) r.profile = p->settings.profile;

@@ -131,10 +131,7 @@ static obm_status open_all(compression *c, const char *base_path, uint64_t *byte
 }
 
 static obm_status add_experts(compression *c, obm_json *list, uint64_t bytes, obm_error *err) {
-    obm__ticker ticker = {.fn = OBM_OPT(c->options, obm_compress_options, progress, NULL),
-                          .what = "compress",
-                          .total = bytes,
-                          .user = OBM_OPT(c->options, obm_compress_options, progress_user, NULL)};
+    obm__pulse ticker = obm__compress_pulse(c->ctx, c->options, "compress", bytes);
     uint64_t done = 0;
     for (size_t i = 0; i < c->n; i++) {
         obm_json *record = NULL;
@@ -167,10 +164,7 @@ static bool put_head(obm_json *m) {
 static obm_status make_manifest(compression *c, uint64_t bytes, obm_error *err) {
     obm_pack_settings settings;
     obm_json *base = NULL, *list = NULL;
-    obm__ticker ticker = {.fn = OBM_OPT(c->options, obm_compress_options, progress, NULL),
-                          .what = "fingerprint",
-                          .user = OBM_OPT(c->options, obm_compress_options, progress_user, NULL),
-                          .total = obm__checkpoint_bytes(c->base)};
+    obm__pulse ticker = obm__compress_pulse(c->ctx, c->options, "fingerprint", obm__checkpoint_bytes(c->base));
     obm__settings_default(c->profile, &settings);
     if (!(c->manifest = obm__json_new_object()) || !put_head(c->manifest)) return obm__fail_nomem(err, 0);
     if (!(list = obm__json_new_array())) return obm__fail_nomem(err, 0);

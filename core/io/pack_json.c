@@ -4,11 +4,15 @@
 #include <math.h>
 #include <string.h>
 
-obm_status obm__tick(obm__ticker *t, uint64_t done, obm_error *err) {
+obm__pulse obm__compress_pulse(const obm_context *ctx, const obm_compress_options *options, const char *what,
+                               uint64_t total) {
+    return obm__pulse_new(ctx, OBM_OPT(options, obm_compress_options, progress, NULL),
+                          OBM_OPT(options, obm_compress_options, progress_user, NULL), what, total);
+}
+
+obm_status obm__tick(obm__pulse *t, uint64_t done, obm_error *err) {
     if (!t) return OBM_OK;
-    if (done > t->done) t->done = done < t->total ? done : t->total;
-    if (!t->fn || !t->fn(t->user, t->what, t->done, t->total)) return OBM_OK;
-    return obm__fail(err, OBM_E_USER, "stopped by the progress callback");
+    return obm__pulse_done(t, done <= t->done ? t->done : done < t->total ? done : t->total, err);
 }
 
 const char *obm__printable(const char *s, char *buf, size_t size) {

@@ -12,18 +12,14 @@
 #define OBM_PACK_MAX_TASKS OBM_MAX_REPORT_TASKS
 
 /* Progress of one long call; `done` never goes back. */
-typedef struct obm__ticker {
-    obm_progress_fn fn;
-    void *user;
-    const char *what;
-    uint64_t done, total;
-} obm__ticker;
-obm_status obm__tick(obm__ticker *t, uint64_t done, obm_error *err);   /* USER when the callback stops */
+obm__pulse obm__compress_pulse(const obm_context *ctx, const obm_compress_options *options, const char *what, uint64_t total);
+/* Reports now; t nullable.  What is done never goes back, and never beyond the total. */
+obm_status obm__tick(obm__pulse *t, uint64_t done, obm_error *err);
 
 /* ---- the base (pack_base.c) ---- */
 
 /* The "base" member: where it lies, seen from the folder `dir` (which exists), and its fingerprint with full hashes. */
-obm_status obm__base_record(obm_context *ctx, const obm_checkpoint *base, const char *dir, obm__ticker *ticker, obm_json **out,
+obm_status obm__base_record(obm_context *ctx, const obm_checkpoint *base, const char *dir, obm__pulse *ticker, obm_json **out,
                             obm_error *err);
 uint64_t obm__base_memory(const obm_context *ctx, const obm_checkpoint *base);   /* resident while hashing, about */
 /* path NULL: the record's relative path, then the absolute one.  Does not check the fingerprint. */
@@ -31,7 +27,7 @@ obm_status obm__base_open(obm_context *ctx, const obm_json *record, const char *
                           obm_checkpoint **out, obm_error *err);
 /* MISMATCH names the first tensor that differs.  full: whole contents instead of the samples (ticker nullable otherwise). */
 obm_status obm__base_check(obm_context *ctx, const obm_checkpoint *base, const obm_json *record, const char *pack_path, bool full,
-                           obm__ticker *ticker, obm_error *err);
+                           obm__pulse *ticker, obm_error *err);
 
 /* Text from a file for a message: control characters become '?', at most size - 1 bytes.  Returns buf. */
 const char *obm__printable(const char *s, char *buf, size_t size);
@@ -70,7 +66,7 @@ typedef struct obm__expert_request {
     obm_profile profile;
     const char *dir;           /* of the pack */
     bool dry_run;
-    obm__ticker *ticker;       /* total is set by the caller: obm__expert_bytes of all */
+    obm__pulse *ticker;       /* total is set by the caller: obm__expert_bytes of all */
     obm_plan *plan;            /* added to */
 } obm__expert_request;
 /* The caller's array, whose elements may be of another size, into one of ours: (n).  Strings and maps stay borrowed. */

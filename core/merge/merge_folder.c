@@ -443,10 +443,9 @@ static obm_status run_documents(const obm_merge_options *options, obm__documents
 
 static obm_status merge_documents(obm_context *ctx, const obm_merge_options *options, obm__documents *d, obm_plan *plan,
                                   obm_error *err) {
-    obm__run run = {.ctx = ctx,
-                    .progress = OBM_OPT(options, obm_merge_options, progress, NULL),
-                    .user = OBM_OPT(options, obm_merge_options, progress_user, NULL),
-                    .what = "merge"};
+    obm__pulse pulse = obm__pulse_new(ctx, OBM_OPT(options, obm_merge_options, progress, NULL),
+                                      OBM_OPT(options, obm_merge_options, progress_user, NULL), "merge", 0);
+    obm__run run = {.ctx = ctx, .progress = pulse.fn, .user = pulse.user, .what = pulse.what};
     bool dry_run = OBM_OPT(options, obm_merge_options, dry_run, false);
     obm__job *jobs = obm__calloc(d->n, sizeof *jobs);
     if (!jobs) return obm__fail_nomem(err, d->n * sizeof *jobs);

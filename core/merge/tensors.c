@@ -60,7 +60,8 @@ static obm_status merge_by(obm_context *ctx, const obm__method *m, obm_profile p
                     .steps = &steps,
                     .count = (uint64_t)obm_tensor_count(&models[0]),
                     .work = obm__group_common_dtype(base, models, n)};
-    obm_status status = merge_group(&(obm__run){.ctx = ctx}, &g, out, err);
+    obm__pulse pulse = obm__pulse_new(ctx, NULL, NULL, "merge", 0);
+    obm_status status = merge_group(&(obm__run){ctx, pulse.fn, pulse.user, pulse.what, 0, 0}, &g, out, err);
     obm__steps_free(&steps);
     return status;
 }

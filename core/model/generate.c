@@ -99,10 +99,8 @@ static obm_status run_batch(batch *b, obm_error *err) {
 }
 
 static obm_status start_batch(batch *b, const obm_generate_options *o, obm_error *err) {
-    b->pulse = (obm__pulse){.fn = OBM_OPT(o, obm_generate_options, progress, NULL),
-                            .user = OBM_OPT(o, obm_generate_options, progress_user, NULL),
-                            .what = "generate",
-                            .total = b->n};
+    b->pulse = obm__pulse_new(b->m->ctx, OBM_OPT(o, obm_generate_options, progress, NULL),
+                              OBM_OPT(o, obm_generate_options, progress_user, NULL), "generate", b->n);
     b->size = OBM_OPT(o, obm_generate_options, batch, 0);
     if (!b->size) b->size = 8;
     if (b->size > b->n) b->size = b->n;
@@ -179,10 +177,8 @@ static void let_go(obm_stream *s) {
 static obm_status open_stream(obm_stream *s, const obm_prompt *prompt, const obm_generate_options *o, obm_error *err) {
     OBM_TRY(obm__model_enter(s->m, &s->pulse, err));
     s->holds_model = true;
-    s->pulse = (obm__pulse){.fn = OBM_OPT(o, obm_generate_options, progress, NULL),
-                            .user = OBM_OPT(o, obm_generate_options, progress_user, NULL),
-                            .what = "generate",
-                            .total = 1};
+    s->pulse = obm__pulse_new(s->m->ctx, OBM_OPT(o, obm_generate_options, progress, NULL),
+                              OBM_OPT(o, obm_generate_options, progress_user, NULL), "generate", 1);
     OBM_TRY(obm__settings_init(&s->settings, s->m, o, 1, err));
     s->logits = obm__alloc((size_t)s->m->vocab, sizeof *s->logits);
     if (!s->logits) return obm__fail_nomem(err, (uint64_t)s->m->vocab * sizeof *s->logits);

@@ -129,12 +129,18 @@ static obm_status prepare(obm_model *m, const obm_model_options *options, obm_er
     /* a head_dim that fits the tensors is no larger than they are */
     OBM_TRY(load_rotation(m, err));
     m->embedding_scale = embedding_scale(m, m->base_alone);
-    return m->pack && !m->materialise ? obm__signs_load(m, err) : OBM_OK;
+    return m->pack && !m->materialise ? obm__signs_load(m, err) : obm__pulse_done(m->pulse, 1, err);
+}
+
+static obm__pulse open_pulse(const obm_context *ctx, const obm_model_options *o) {
+    return obm__pulse_new(ctx, OBM_OPT(o, obm_model_options, progress, NULL),
+                          OBM_OPT(o, obm_model_options, progress_user, NULL), "open", 1);
 }
 
 /* Takes ownership of m. */
-static obm_status finish_open(obm_model *m, const obm_model_options *options, obm_model **out, obm_error *err) {
-    obm_status status = obm__model_enter(m, NULL, err);
+static obm_status finish_open(obm_model *m, const obm_model_options *options, obm__pulse *pulse, obm_model **out,
+                              obm_error *err) {
+    obm_status status = obm__model_enter(m, pulse, err);
     if (status == OBM_OK) {
         status = prepare(m, options, err);
         obm__model_leave(m);
@@ -144,13 +150,13 @@ static obm_status finish_open(obm_model *m, const obm_model_options *options, ob
     return status;
 }
 
-static obm_status open_local(obm_model *m, const char *path, const char *base, obm_error *err) {
+static obm_status open_local(obm_model *m, const char *path, const char *base, obm__pulse *pulse, obm_error *err) {
     char *manifest = obm__path_join(path, "pack.json");
     if (!manifest) return obm__fail_nomem(err, strlen(path));
     bool is_pack = obm__file_exists(manifest);
     obm_free(manifest);
     if (is_pack) {
-        OBM_TRY(obm_pack_open(m->ctx, path, base, &m->own_pack, err));
+        OBM_TRY(obm__pack_open(m->ctx, path, base, pulse, &m->own_pack, err));
         m->pack = m->own_pack;
         m->base = obm_pack_base(m->pack);
         return OBM_OK;
@@ -161,10 +167,10 @@ static obm_status open_local(obm_model *m, const char *path, const char *base, o
     return obm__checkpoint_is_model(m->base, "a model to run", err);
 }
 
-static obm_status open_source(obm_model *m, const char *name, const char *base, obm_error *err) {
+static obm_status open_source(obm_model *m, const char *name, const char *base, obm__pulse *pulse, obm_error *err) {
     char *path;
     OBM_TRY(obm__source_find(m->ctx, name, &path, err));
-    obm_status status = open_local(m, path, base, err);
+    obm_status status = open_local(m, path, base, pulse, err);
     obm_free(path);
     return status;
 }
@@ -175,8 +181,9 @@ obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_op
     obm_model *m = obm__calloc(1, sizeof *m);
     if (!m) return obm__fail_nomem(err, sizeof *m);
     m->ctx = ctx;
-    obm_status status = open_source(m, path, OBM_OPT(options, obm_model_options, base, NULL), err);
-    if (status == OBM_OK) return finish_open(m, options, out, err);
+    obm__pulse pulse = open_pulse(ctx, options);
+    obm_status status = open_source(m, path, OBM_OPT(options, obm_model_options, base, NULL), &pulse, err);
+    if (status == OBM_OK) return finish_open(m, options, &pulse, out, err);
     obm_model_free(m);
     return status;
 }
@@ -191,7 +198,8 @@ obm_status obm_model_from_pack(obm_context *ctx, const obm_pack *pack, const obm
     m->ctx = ctx;
     m->pack = pack;
     m->base = obm_pack_base(pack);
-    return finish_open(m, options, out, err);
+    obm__pulse pulse = open_pulse(ctx, options);
+    return finish_open(m, options, &pulse, out, err);
 }
 
 void obm_model_free(obm_model *m) {
@@ -321,10 +329,11 @@ static obm_status collect(void *arg, obm_model *m, const obm__row *rows, size_t 
 static obm_status run(obm_model *m, const int32_t *ids, size_t n, int64_t layers, const obm_run_options *options,
                       collector *c, obm_error *err) {
     OBM_TRY(OBM_CHECK(obm_run_options, options, err));
+    obm__pulse pulse = obm__pulse_new(m->ctx, NULL, NULL, c->logits ? "logits" : "hidden", n);
     obm__sequence *s = NULL;
     const double *route = OBM_OPT(options, obm_run_options, route, NULL);
     if (route && !m->pack) return obm__fail(err, OBM_E_ARG, "a route applies to a pack, and this is a plain model");
-    OBM_TRY(obm__model_enter(m, NULL, err));
+    OBM_TRY(obm__model_enter(m, &pulse, err));
     obm_status status = obm__sequence_new(m, route, OBM_OPT(options, obm_run_options, kv, m->kv), &s, err);
     if (status == OBM_OK) status = obm__model_check_ids(m, s->weights, ids, n, err);
     if (status == OBM_OK) status = obm__sequence_expect(m, s, (int64_t)n, err);
@@ -396,7 +405,7 @@ static obm_status embed_one(obm_model *m, const obm_prompt *prompt, int layer, f
 
 obm_status obm_model_embed(obm_model *m, const obm_prompt *prompts, size_t n, int layer, obm_progress_fn progress,
                            void *user, float *out, obm_error *err) {
-    obm__pulse pulse = {.fn = progress, .user = user, .what = "embed", .total = n};
+    obm__pulse pulse = obm__pulse_new(m->ctx, progress, user, "embed", n);
     if (!m->tokenizer) return obm__fail(err, OBM_E_ARG, "%s: no tokenizer.json here", obm_checkpoint_path(m->base));
     OBM_TRY(obm__model_enter(m, &pulse, err));
     obm_status status = OBM_OK;

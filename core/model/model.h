@@ -314,19 +314,6 @@ obm_status obm__sequence_reserve(obm_model *m, obm__sequence *s, int64_t positio
 /* Keys (which 0) or values (which 1) of one page: (64, head_dim) of dtype s->kv. */
 void *obm__kv_at(const obm_model *m, const obm__sequence *s, int64_t page, int64_t layer, int which, int64_t kv_head);
 
-/* ---- progress and Ctrl-C ---- */
-
-/* Calls `fn` at most every 50 ms, from the caller's thread, between slices of work. */
-typedef struct obm__pulse {
-    obm_progress_fn fn;
-    void *user;
-    const char *what;
-    uint64_t done, total;
-    uint64_t last;              /* nanoseconds, monotonic */
-} obm__pulse;
-obm_status obm__pulse_check(obm__pulse *p, obm_error *err);   /* NULL is fine; OBM_E_USER when asked to stop */
-obm_status obm__pulse_done(obm__pulse *p, uint64_t done, obm_error *err);   /* reports now */
-
 /* ---- rotary embedding (rope.c) ---- */
 
 int64_t obm__rope_pairs(const obm__rope *r);   /* columns (i, i + pairs) of a head rotate together */

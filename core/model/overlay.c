@@ -20,6 +20,7 @@ typedef struct merge_job {
     int64_t base_count;        /* elements of the base; those after it are extra vocabulary rows */
     float *merged;             /* (rows, cols) */
     uint16_t *rounded;         /* per worker: (block, cols) */
+    uint8_t *narrowed;         /* (rows, cols) in the base's dtype */
     _Atomic uint64_t changed, lost;
     _Atomic int failed;
     obm_error err;
@@ -62,18 +63,43 @@ static void merge_blocks(void *arg, size_t begin, size_t end, int worker) {
     }
 }
 
+static void narrow_tiles(void *arg, size_t begin, size_t end, int worker) {
+    const merge_job *j = arg;
+    size_t size = obm_dtype_size(j->base->dtype);
+    (void)worker;
+    for (size_t tile = begin; tile < end; tile++) {
+        int64_t at = (int64_t)tile * OBM_TILE, left = j->rows * j->cols - at;
+        obm__narrow(j->k, j->base->dtype, j->merged + at, left < OBM_TILE ? left : OBM_TILE,
+                    j->narrowed + (size_t)at * size);
+    }
+}
+
+/* Tiles between two looks at the pulse, per thread. */
+#define NARROW_TILES 64
+
+static obm_status narrow_all(obm_model *m, merge_job *j, const _Atomic int *stop, obm_error *err) {
+    size_t tiles = ((size_t)(j->rows * j->cols) + OBM_TILE - 1) / OBM_TILE;
+    if (!stop)
+        return obm__parallel_slices(m->ctx, tiles, 1, NARROW_TILES * (size_t)m->ctx->threads, narrow_tiles, j,
+                                    m->pulse, err);
+    for (size_t tile = 0; tile < tiles && !atomic_load(stop); tile++) narrow_tiles(j, tile, tile + 1, 0);
+    return atomic_load(stop) ? obm__fail(err, OBM_E_USER, "stopped") : OBM_OK;
+}
+
 /* merged stays f32 or goes to the base's dtype: design.md, "Precision of dense results". */
-static obm_status keep_merged(merge_job *j, bool vector, obm__matrix *out, obm_error *err) {
+static obm_status keep_merged(obm_model *m, merge_job *j, bool vector, const _Atomic int *stop, obm__matrix *out,
+                              obm_error *err) {
     size_t count = (size_t)(j->rows * j->cols), size = obm_dtype_size(j->base->dtype);
     if (vector || j->base->dtype == OBM_F32 || (double)j->lost > MAX_LOST_SHARE * (double)j->changed) {
         *out = (obm__matrix){.data = j->merged, .dtype = OBM_F32, .rows = j->rows, .cols = j->cols};
         j->merged = NULL;
         return OBM_OK;
     }
-    void *data = obm__alloc(count, size);
-    if (!data) return obm__fail_nomem(err, count * size);
-    obm__narrow(j->k, j->base->dtype, j->merged, (int64_t)count, data);
-    *out = (obm__matrix){.data = data, .dtype = j->base->dtype, .rows = j->rows, .cols = j->cols};
+    j->narrowed = obm__alloc(count, size);
+    if (!j->narrowed) return obm__fail_nomem(err, count * size);
+    OBM_TRY(narrow_all(m, j, stop, err));
+    *out = (obm__matrix){.data = j->narrowed, .dtype = j->base->dtype, .rows = j->rows, .cols = j->cols};
+    j->narrowed = NULL;
     return OBM_OK;
 }
 
@@ -111,7 +137,8 @@ obm_status obm__overlay_fill(obm_model *m, const obm__route_plan *plan, size_t t
     if (narrow) j.rounded = obm__alloc((size_t)(j.block * j.cols) * (size_t)m->ctx->threads, sizeof *j.rounded);
     obm_status status = j.merged && (!narrow || j.rounded) ? merge_all(m, &j, stop, err)
                                                            : obm__fail_nomem(err, count * sizeof *j.merged);
-    if (status == OBM_OK) status = keep_merged(&j, vector, out, err);
+    if (status == OBM_OK) status = keep_merged(m, &j, vector, stop, out, err);
+    obm_free(j.narrowed);
     obm_free(j.merged);
     obm_free(j.rounded);
     return status;

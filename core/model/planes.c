@@ -13,23 +13,10 @@
 /* All planes of one matrix in pack order. */
 typedef struct plane_list {
     size_t n;
-    const obm__planes **from;
-    int *plane;
+    obm__plane_ref *at;
 } plane_list;
 
-static size_t list_planes(const obm_pack *p, size_t tensor, plane_list *out) {
-    size_t n = 0;
-    for (size_t k = 0; k < p->n_experts; k++) {
-        const obm__pack_entry *e = obm__route_entry(p, k, tensor);
-        if (e->mode != OBM_MODE_1BIT) continue;
-        for (int i = 0; i < e->planes.n; i++, n++) {
-            if (!out) continue;
-            out->from[n] = &e->planes;
-            out->plane[n] = i;
-        }
-    }
-    return n;
-}
+static const uint8_t *plane_signs(const obm__plane_ref *p) { return p->from->signs[p->plane]; }
 
 static const uint8_t *block_at(const obm__signs *s, size_t block, size_t plane) {
     return s->blocks + (block * s->n + plane) * (size_t)s->row_bytes * OBM__PLANE_ROWS;
@@ -51,8 +38,7 @@ static void repack_blocks(void *arg, size_t begin, size_t end, int worker) {
         size_t bytes = (size_t)s->row_bytes;
         for (size_t p = 0; p < s->n; p++)
             j->k->plane_repack((uint8_t *)block_at(s, block, p),
-                               j->planes->from[p]->signs[j->planes->plane[p]] + (size_t)(s->first + row) * bytes,
-                               bytes, rows, bytes);
+                               plane_signs(&j->planes->at[p]) + (size_t)(s->first + row) * bytes, bytes, rows, bytes);
     }
 }
 
@@ -60,7 +46,7 @@ static void repack_blocks(void *arg, size_t begin, size_t end, int worker) {
 static int64_t shared_span(const plane_list *planes, int64_t col) {
     int64_t span = INT64_MAX;
     for (size_t p = 0; p < planes->n; p++) {
-        int64_t own = obm__planes_span(planes->from[p], col);
+        int64_t own = obm__planes_span(planes->at[p].from, col);
         if (own < span) span = own;
     }
     return span;
@@ -83,13 +69,16 @@ static void cut_segments(const plane_list *planes, obm__signs *s) {
 
 /* The rows of a role in its tensor; a head is whole, and tied it may be any length. */
 static void place_signs(const obm_model *m, obm__role role, const plane_list *planes, obm__signs *s) {
-    const obm__planes *p = planes->from[0];
+    const obm__planes *p = planes->at[0].from;
     int64_t whole, cols;
     *s = (obm__signs){.n = planes->n, .rows = p->rows, .cols = p->cols, .row_bytes = p->row_bytes};
     if (role == OBM_HEAD) return;
     obm__config_place(&m->config, role, &s->first, &whole);
     obm__config_shape(&m->config, role, &s->rows, &cols);
 }
+
+/* Bytes between two looks at the pulse, per thread: a few ms, some tens from a file that is not in memory. */
+#define REPACK_BYTES ((size_t)4 << 20)
 
 static obm_status fill_signs(obm_model *m, obm__role role, const plane_list *planes, obm__signs *s, obm_error *err) {
     size_t bytes = 0;
@@ -101,41 +90,45 @@ static obm_status fill_signs(obm_model *m, obm__role role, const plane_list *pla
     s->blocks = fits ? obm__alloc(bytes, 1) : NULL;
     if (!s->segments || !s->blocks) return obm__fail_nomem(err, bytes);
     cut_segments(planes, s);
-    obm__parallel(m->ctx, blocks, 1, repack_blocks, &(repack_job){m->ctx->k, planes, s});
+    size_t slice = (size_t)m->ctx->threads * REPACK_BYTES / (bytes / blocks) + 1;
+    OBM_TRY(obm__parallel_slices(m->ctx, blocks, 1, slice, repack_blocks, &(repack_job){m->ctx->k, planes, s},
+                                 m->pulse, err));
     m->signs_bytes += bytes;
     for (size_t p = 0; p < s->n; p++) /* runs do not look at the file's pages again */
-        obm__pages_release(planes->from[p]->signs[planes->plane[p]] + s->first * s->row_bytes,
-                           (size_t)(s->rows * s->row_bytes));
+        obm__pages_release(plane_signs(&planes->at[p]) + s->first * s->row_bytes, (size_t)(s->rows * s->row_bytes));
     return OBM_OK;
 }
 
 static obm_status load_tensor(obm_model *m, size_t tensor, obm__role role, obm__signs *s, obm_error *err) {
-    size_t n = tensor == SIZE_MAX ? 0 : list_planes(m->pack, tensor, NULL);
+    size_t n = tensor == SIZE_MAX ? 0 : obm__planes_list(m->pack, tensor, NULL);
     if (!n) return OBM_OK;
-    plane_list list = {n, obm__calloc(n, sizeof *list.from), obm__calloc(n, sizeof *list.plane)};
-    obm_status status = OBM_OK;
-    if (!list.from || !list.plane) OBM_GO(obm__fail_nomem(err, n * sizeof *list.from));
-    list_planes(m->pack, tensor, &list);
-    OBM_GO(fill_signs(m, role, &list, s, err));
-done:
-    obm_free(list.from);
-    obm_free(list.plane);
+    plane_list list = {n, obm__calloc(n, sizeof *list.at)};
+    if (!list.at) return obm__fail_nomem(err, n * sizeof *list.at);
+    obm__planes_list(m->pack, tensor, list.at);
+    obm_status status = fill_signs(m, role, &list, s, err);
+    obm_free(list.at);
     return status;
 }
 
 /* The matrices of the layers, then the head. */
 static size_t signs_count(const obm_model *m) { return (size_t)m->config.layers * OBM_MATRIX_ROLES + 1; }
 
+static obm__role role_at(const obm_model *m, size_t i, size_t *tensor) {
+    bool head = i + 1 == signs_count(m);
+    obm__role role = head ? OBM_HEAD : (obm__role)(i % OBM_MATRIX_ROLES);
+    *tensor = obm__model_tensor(m, head ? 0 : (int64_t)(i / OBM_MATRIX_ROLES), role);
+    return role;
+}
+
 obm_status obm__signs_load(obm_model *m, obm_error *err) {
-    size_t count = signs_count(m);
+    size_t count = signs_count(m), tensor;
     m->signs = obm__calloc(count, sizeof *m->signs);
     if (!m->signs) return obm__fail_nomem(err, count * sizeof *m->signs);
+    if (m->pulse) m->pulse->total = count;
     for (size_t i = 0; i < count; i++) {
-        bool head = i == count - 1;
-        obm__role role = head ? OBM_HEAD : (obm__role)(i % OBM_MATRIX_ROLES);
-        size_t tensor = obm__model_tensor(m, head ? 0 : (int64_t)(i / OBM_MATRIX_ROLES), role);
+        obm__role role = role_at(m, i, &tensor);
         OBM_TRY(load_tensor(m, tensor, role, &m->signs[i], err));
-        OBM_TRY(obm__pulse_check(m->pulse, err));
+        OBM_TRY(obm__pulse_done(m->pulse, i + 1, err));
     }
     obm__pack_release_pages(m->pack);
     return OBM_OK;
@@ -165,11 +158,11 @@ void obm__coefficients_release(obm__hard_routes *h) {
     obm_free(h);
 }
 
-static obm_status hard_routes_new(const obm_pack *p, obm__hard_routes **out, obm_error *err) {
+static obm_status hard_routes_new(const obm_pack *p, obm__pulse *pulse, obm__hard_routes **out, obm_error *err) {
     obm__hard_routes *h = obm__calloc(1, sizeof *h);
     if (!h) return obm__fail_nomem(err, sizeof *h);
     *h = (obm__hard_routes){.settings = p->settings, .refs = 1};
-    obm_status status = obm__coefficient_cache_new(p, &h->cache, err);
+    obm_status status = obm__coefficient_cache_new(p, pulse, &h->cache, err);
     if (status == OBM_OK)
         *out = h;
     else
@@ -180,7 +173,7 @@ static obm_status hard_routes_new(const obm_pack *p, obm__hard_routes **out, obm
 obm_status obm__coefficients_acquire(obm_model *m, obm__hard_routes **out, obm_error *err) {
     if (!m->hard_routes || !obm__same_settings(&m->hard_routes->settings, &m->pack->settings)) {
         obm__hard_routes *h = NULL;
-        OBM_TRY(hard_routes_new(m->pack, &h, err));
+        OBM_TRY(hard_routes_new(m->pack, m->pulse, &h, err));
         obm__pack_release_pages(m->pack);
         obm__coefficients_release(m->hard_routes);
         m->hard_routes = h;

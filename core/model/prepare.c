@@ -394,7 +394,7 @@ obm_status obm__build_new(obm_model *m, const double *route, obm__build **out, o
     if (route) {
         memcpy(b->w->route, route, m->tasks * sizeof *route);
         b->w->settings = m->pack->settings;
-        OBM_GO(obm__route_plan_for(m->pack, route, OBM_ROUTE_NONE, &b->w->plan, err));
+        OBM_GO(obm__route_plan_new(m->pack, route, OBM_ROUTE_NONE, NULL, &b->w->plan, err));
         OBM_GO(take_coefficients(b));
     }
     OBM_GO(decide_all(b));
@@ -406,7 +406,7 @@ done:
 }
 
 obm_status obm__build_run(obm__build *b, const _Atomic int *stop, obm_error *err) {
-    if (b->trims) OBM_TRY(obm__route_plan_trim(b->w->plan, stop, err));
+    if (b->trims) OBM_TRY(obm__route_plan_trim(b->w->plan, stop ? NULL : b->m->pulse, stop, err));
     for (size_t i = 0; i < b->n_pending; i++) {
         obm__pending *p = &b->pending[i];
         if (p->shared) continue;

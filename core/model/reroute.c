@@ -89,7 +89,7 @@ static obm_status knows_id(const obm_model *m, const double *route, int32_t id, 
     size_t i = obm__model_tensor(m, 0, OBM_EMBEDDING);
     *known = id < m->config.vocab;
     if (*known || i == SIZE_MAX) return OBM_OK;
-    OBM_TRY(obm__route_plan_for(m->pack, route, OBM_ROUTE_NONE, &plan, err));
+    OBM_TRY(obm__route_plan_new(m->pack, route, OBM_ROUTE_NONE, NULL, &plan, err));
     obm_status status = obm__route_shape(plan, i, &shape, &exists);
     obm__route_plan_free(plan);
     if (status != OBM_OK) return obm__fail(err, status, "the embedding has no shape under this route");

@@ -196,10 +196,8 @@ static obm_status name_item(size_t i, obm_status status, obm_error *err) {
 
 obm_status obm_model_score(obm_model *m, const obm_score_item *items, size_t n, const obm_score_options *options,
                            obm_score *out, obm_error *err) {
-    obm__pulse pulse = {.fn = OBM_OPT(options, obm_score_options, progress, NULL),
-                        .user = OBM_OPT(options, obm_score_options, progress_user, NULL),
-                        .what = "score",
-                        .total = n};
+    obm__pulse pulse = obm__pulse_new(m->ctx, OBM_OPT(options, obm_score_options, progress, NULL),
+                                      OBM_OPT(options, obm_score_options, progress_user, NULL), "score", n);
     OBM_TRY(OBM_CHECK(obm_score_options, options, err));
     obm_score *scores = obm__calloc(n, sizeof *scores);
     if (!scores) return obm__fail_nomem(err, n * sizeof *scores);

@@ -143,20 +143,6 @@ void obm__pattern_values(const obm__merge_rule *rule, const obm__plane_set *s, c
     }
 }
 
-/* prod_{i in M} s_i of a pattern: -1 to the number of cleared bits of M. */
-static double product_of_signs(unsigned mask, unsigned pattern) {
-    return __builtin_parity(mask & ~pattern) ? -1.0 : 1.0;
-}
-
-/* Where the sum has no product of these signs (a hard route is d~_k plus a function of the others), rounding must not
- * leave a trace that a run would have to touch: 256 values, each a few units of 2^-53 off, stay below 2^-40 of the
- * largest. */
-static double rounding_noise(const double *value, unsigned count) {
-    double largest = 0;
-    for (unsigned i = 0; i < count; i++) largest = fmax(largest, fabs(value[i]));
-    return largest * OBM_PATTERN_NOISE;
-}
-
 void obm__pattern_transform(double *c, int n, size_t lanes) {
     size_t count = (size_t)1 << n;
     for (size_t step = 1; step < count; step *= 2) {
@@ -174,26 +160,4 @@ void obm__pattern_transform(double *c, int n, size_t lanes) {
         double scale = __builtin_parity((unsigned)mask) ? 1.0 / (double)count : 0.0;
         for (size_t j = 0; j < lanes; j++) c[mask * lanes + j] *= scale;
     }
-}
-
-void obm__pattern_coefficients(const double *value, int n, double *c) {
-    unsigned count = 1u << n;
-    double noise = rounding_noise(value, count);
-    if (c != value) memcpy(c, value, count * sizeof *c);
-    obm__pattern_transform(c, n, 1);
-    for (unsigned mask = 0; mask < count; mask++) {
-        if (fabs(c[mask]) <= noise) c[mask] = 0;
-    }
-}
-
-double obm__pattern_sum(const double *c, int n, unsigned pattern) {
-    double sum = 0;
-    for (unsigned mask = 0; mask < 1u << n; mask++) sum += c[mask] * product_of_signs(mask, pattern);
-    return sum;
-}
-
-int obm__pattern_masks(const double *c, int n) {
-    int masks = 0;
-    for (unsigned mask = 0; mask < 1u << n; mask++) masks += c[mask] != 0.0;
-    return masks;
 }

@@ -10,7 +10,9 @@
 /* A pattern of the signs is one byte: bit i is the sign bit of plane i.  More planes take the elementwise rule. */
 #define OBM_PATTERN_PLANES 8
 #define OBM_PATTERNS (1 << OBM_PATTERN_PLANES)
-/* A coefficient below this share of the largest value is what rounding left of a 0 (coefficients.c). */
+/* A coefficient below this share of the largest value is what rounding left of a 0: where the sum has no product of these
+ * signs (a hard route is d~_k plus a function of the others), no trace may be left that a run would have to touch, and 256
+ * values, each a few units of 2^-53 off, stay below it. */
 #define OBM_PATTERN_NOISE 0x1p-40
 /* Experts in one pack, as far as routes are concerned. */
 #define OBM_ROUTE_TASKS OBM_MAX_REPORT_TASKS
@@ -49,14 +51,8 @@ void obm__planes_read_f64(const obm__planes *p, int64_t row, int64_t col, int64_
 
 /* value[2^n]: theta(w) - theta_base for every pattern of the n signs, by the elementwise rule in f64. */
 void obm__pattern_values(const obm__merge_rule *rule, const obm__plane_set *s, const float *alpha, double *value);
-/* The Walsh-Hadamard transform of `lanes` functions side by side: c (2^n, lanes), values in, coefficients out, in
- * place; 0 for every even-sized M. */
+/* The Walsh-Hadamard transform of `lanes` functions side by side, in place: c (2^n, lanes) has their values and gets
+ * coefficients, value(s) = sum over M of c[M] * prod_{i in M} s_i; 0 for every even-sized M. */
 void obm__pattern_transform(double *c, int n, size_t lanes);
-/* c[2^n] with value(s) = sum over M of c[M] * prod_{i in M} s_i; c[M] = 0 for every even-sized M.  c may be value. */
-void obm__pattern_coefficients(const double *value, int n, double *c);
-/* That sum for one pattern: what running on the planes computes, and the inverse of the above. */
-double obm__pattern_sum(const double *c, int n, unsigned pattern);
-/* The masks that a run has to touch: c[M] != 0. */
-int obm__pattern_masks(const double *c, int n);
 
 #endif

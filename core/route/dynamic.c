@@ -234,24 +234,18 @@ static void run_rows(void *arg, size_t begin, size_t end, int worker) {
         job->failed = 1;
 }
 
-obm_status obm__route_materialise(const obm__route_plan *r, size_t tensor, float *out, obm_error *err) {
+/* Elements between two looks at the pulse, per thread: the elementwise rule takes some tens of ms for them. */
+#define SLICE ((int64_t)1 << 19)
+
+obm_status obm__route_materialise(const obm__route_plan *r, size_t tensor, obm__pulse *pulse, float *out,
+                                  obm_error *err) {
     const obm__route_tensor *t = &r->tensors[tensor];
+    obm_context *ctx = r->pack->ctx;
     row_job job = {.plan = r, .tensor = tensor, .out = out};
-    obm__parallel(r->pack->ctx, (size_t)(t->rows + t->n_extra), 1, run_rows, &job);
+    size_t slice = (size_t)(ctx->threads * SLICE / (t->cols ? t->cols : 1)) + 1;
+    OBM_TRY(obm__parallel_slices(ctx, (size_t)(t->rows + t->n_extra), 1, slice, run_rows, &job, pulse, err));
     /* Running out of memory is the only way in which rows fail. */
     return job.failed ? obm__fail_nomem(err, sizeof(chunk)) : OBM_OK;
 }
 
-/* ---- for running on the planes ---- */
-
 obm__route_kind obm__route_kind_of(const obm__route_plan *r, size_t tensor) { return r->tensors[tensor].kind; }
-
-const obm__plane_set *obm__route_planes(const obm__route_plan *r, size_t tensor) { return &r->tensors[tensor].planes; }
-
-void obm__route_coefficients(const obm__route_plan *r, size_t tensor, int64_t row, int64_t col, double *c) {
-    const obm__plane_set *s = &r->tensors[tensor].planes;
-    float alpha[OBM_PATTERN_PLANES];
-    obm__plane_set_alphas(s, row, col, alpha);
-    obm__pattern_values(&r->rule, s, alpha, c);
-    obm__pattern_coefficients(c, s->n, c);
-}

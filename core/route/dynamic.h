@@ -30,15 +30,15 @@ size_t obm__route_hard(const double *weights, size_t n);
 /* A prepared route: trim thresholds of full tensors and which tensors differ from the base.  Borrows the pack.
  * Immutable, share freely. */
 typedef struct obm__route_plan obm__route_plan;
-obm_status obm__route_plan_new(const obm_pack *p, const double *weights, obm__route_plan **out, obm_error *err);
-/* The same, but only tensor `only` gets its trims, which take passes over full tensors; NONE: shapes can be asked for,
- * rows cannot. */
+/* `only` gets its trims, or ALL tensors do, which takes passes over full tensors; NONE: shapes can be asked for, rows
+ * cannot.  pulse (nullable) is looked at meanwhile. */
 #define OBM_ROUTE_ALL SIZE_MAX
 #define OBM_ROUTE_NONE (SIZE_MAX - 1)
-obm_status obm__route_plan_for(const obm_pack *p, const double *weights, size_t only, obm__route_plan **out,
-                               obm_error *err);
-/* The trims of a plan made with NONE, which then gives rows of any tensor.  stop (nullable): USER once *stop is set. */
-obm_status obm__route_plan_trim(obm__route_plan *r, const _Atomic int *stop, obm_error *err);
+obm_status obm__route_plan_new(const obm_pack *p, const double *weights, size_t only, obm__pulse *pulse,
+                               obm__route_plan **out, obm_error *err);
+/* The trims of a plan made with NONE, which then gives rows of any tensor.  Either of pulse and stop may be NULL: on a
+ * thread of its own there is no pulse, and USER once *stop is set. */
+obm_status obm__route_plan_trim(obm__route_plan *r, obm__pulse *pulse, const _Atomic int *stop, obm_error *err);
 void obm__route_plan_free(obm__route_plan *r);
 /* False: the tensor is the base's under this route, use it as it is. */
 bool obm__route_changes(const obm__route_plan *r, size_t tensor);
@@ -48,7 +48,8 @@ obm_status obm__route_shape(const obm__route_plan *r, size_t tensor, obm_tensor 
 /* Rows [row, row + n) of the merged tensor, f32, (n, cols); 1-D tensors are one row.  Thread-safe. */
 obm_status obm__route_rows(const obm__route_plan *r, size_t tensor, int64_t row, int64_t n, float *out, obm_error *err);
 /* All rows, by the pack's threads. */
-obm_status obm__route_materialise(const obm__route_plan *r, size_t tensor, float *out, obm_error *err);
+obm_status obm__route_materialise(const obm__route_plan *r, size_t tensor, obm__pulse *pulse, float *out,
+                                  obm_error *err);
 
 /* How a tensor comes about under a route. */
 typedef enum obm__route_kind {
@@ -64,9 +65,5 @@ const obm_tensor *obm__route_own(const obm__route_plan *r, size_t tensor);
  * Experts that are the base's in this tensor are alike there, so the first of them takes the weight of all (at lambda 0
  * none of them matters); under `recomputed` with trims, which are found for each routed expert, nothing is put together. */
 void obm__route_effective(const obm__route_plan *r, size_t tensor, double *weights);
-/* PATTERNS: the planes that a run touches, and c(w) of the stretch of columns at (row, col); c[2^n].  What running on
- * the planes is built on: a route changes these scalars and moves no weights. */
-const obm__plane_set *obm__route_planes(const obm__route_plan *r, size_t tensor);
-void obm__route_coefficients(const obm__route_plan *r, size_t tensor, int64_t row, int64_t col, double *c);
 
 #endif

@@ -28,7 +28,7 @@ typedef struct export_job {
     bool has_dtype;
     obm_dtype dtype;
     const obm_export_options *options;
-    uint64_t total, done; /* bytes written */
+    obm__pulse *pulse;    /* of bytes written */
     obm_export_report report;
     _Atomic uint64_t changed, lost;
     _Atomic int failed;
@@ -93,7 +93,7 @@ static void count_bytes(export_job *j) {
         for (size_t k = 0; k < j->pack->n_experts && obm__route_changes(j->plan, t); k++)
             plan->bytes_read += j->pack->experts[k].entries[t].bytes_pack;
     }
-    j->total = plan->bytes_written;
+    j->pulse->total = plan->bytes_written;
     plan->peak_memory = (uint64_t)EXPORT_TILE * 8;
     plan->seconds = (double)elements * NANOSECONDS_PER_ELEMENT * 1e-9 / j->pack->ctx->threads +
                     (double)plan->bytes_written / DISK_BYTES_PER_SECOND;
@@ -282,21 +282,13 @@ static void run_tile(void *arg, size_t begin, size_t end, int worker) {
     }
 }
 
-static obm_status report_progress(export_job *j, uint64_t bytes, obm_error *err) {
-    obm_progress_fn fn = OBM_OPT(j->options, obm_export_options, progress, NULL);
-    j->done += bytes;
-    if (fn && fn(OBM_OPT(j->options, obm_export_options, progress_user, NULL), "export", j->done, j->total))
-        return obm__fail(err, OBM_E_USER, "export was stopped");
-    return OBM_OK;
-}
-
 static obm_status write_copied(export_job *j, obm__model_writer *w, size_t tensor, obm_error *err) {
     const obm_tensor *t = &j->pack->tensors[tensor].base;
     size_t bytes = obm__tensor_bytes(t), piece = (size_t)EXPORT_TILE * 4;
     for (size_t at = 0; at < bytes; at += piece) {
         size_t n = bytes - at < piece ? bytes - at : piece;
         OBM_TRY(obm__model_writer_write(w, (const uint8_t *)t->data + at, n, err));
-        OBM_TRY(report_progress(j, n, err));
+        OBM_TRY(obm__pulse_done(j->pulse, j->pulse->done + n, err));
     }
     return OBM_OK;
 }
@@ -312,7 +304,7 @@ static obm_status write_merged(export_job *j, obm__model_writer *w, const obm_te
         if (j->failed) return obm__fail_nomem(err, OBM_ROUTE_TASKS * 4096);
         if (j->bad != UINT64_MAX) return refuse_bad(j, err);
         OBM_TRY(obm__model_writer_write(w, j->bytes, bytes, err));
-        OBM_TRY(report_progress(j, bytes, err));
+        OBM_TRY(obm__pulse_done(j->pulse, j->pulse->done + bytes, err));
     }
     return OBM_OK;
 }
@@ -430,7 +422,10 @@ static obm_status export_pack(const obm_pack *p, const double *weights, const ob
     if (!dry) OBM_TRY(refuse_own_folder(p, out_path, err));
     if (!dry) OBM_TRY(refuse_sources(p, out_path, err));
     if (!dry) OBM_TRY(obm__model_writer_check(out_path, OBM_OPT(options, obm_export_options, overwrite, false), err));
-    OBM_TRY(obm__route_plan_for(p, weights, dry ? OBM_ROUTE_NONE : OBM_ROUTE_ALL, &plan, err));
+    obm__pulse pulse = obm__pulse_new(p->ctx, OBM_OPT(options, obm_export_options, progress, NULL),
+                                      OBM_OPT(options, obm_export_options, progress_user, NULL), "export", 0);
+    j.pulse = &pulse;
+    OBM_TRY(obm__route_plan_new(p, weights, dry ? OBM_ROUTE_NONE : OBM_ROUTE_ALL, &pulse, &plan, err));
     j.plan = plan;
     count_bytes(&j);
     obm_status status = dry ? OBM_OK : run_export(&j, out_path, err);

@@ -92,18 +92,21 @@ static bool is_absent(const obm__planes *p, int plane) {
 
 static bool has_planes(const obm__pack_entry *e) { return e->mode == OBM_MODE_1BIT && e->planes.n > 0; }
 
-static obm_status list_planes(obm__coefficients *c, obm_error *err) {
-    for (int fill = 0; fill < 2; fill++) {
-        size_t n = 0;
-        for (size_t k = 0; k < c->n_tasks; k++) {
-            const obm__pack_entry *e = obm__route_entry(c->pack, k, c->tensor);
-            for (int p = 0; has_planes(e) && p < e->planes.n; p++, n++)
-                if (fill) c->planes[n] = (obm__plane_ref){k, p, is_absent(&e->planes, p), &e->planes};
-        }
-        c->n_planes = n;
-        if (!fill) c->planes = obm__calloc(n + 1, sizeof *c->planes);
-        if (!c->planes) return obm__fail_nomem(err, n * sizeof *c->planes);
+size_t obm__planes_list(const obm_pack *p, size_t tensor, obm__plane_ref *out) {
+    size_t n = 0;
+    for (size_t k = 0; k < p->n_experts; k++) {
+        const obm__pack_entry *e = obm__route_entry(p, k, tensor);
+        for (int i = 0; has_planes(e) && i < e->planes.n; i++, n++)
+            if (out) out[n] = (obm__plane_ref){k, i, is_absent(&e->planes, i), &e->planes};
     }
+    return n;
+}
+
+static obm_status list_planes(obm__coefficients *c, obm_error *err) {
+    size_t n = obm__planes_list(c->pack, c->tensor, NULL);
+    c->planes = obm__calloc(n + 1, sizeof *c->planes);
+    if (!c->planes) return obm__fail_nomem(err, n * sizeof *c->planes);
+    c->n_planes = obm__planes_list(c->pack, c->tensor, c->planes);
     return OBM_OK;
 }
 

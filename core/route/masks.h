@@ -19,6 +19,9 @@ typedef struct obm__plane_ref {
     const obm__planes *from; /* borrowed from the pack; a tied expert's head has its embedding's */
 } obm__plane_ref;
 
+/* The planes of a tensor, in this order: how many, and into out (nullable). */
+size_t obm__planes_list(const obm_pack *p, size_t tensor, obm__plane_ref *out);
+
 typedef struct obm__coefficients obm__coefficients;
 
 /* One matrix under one route.  Masks whose coefficient is 0 everywhere are left out, and planes that are in no mask. */
@@ -67,7 +70,9 @@ obm_status obm__coefficients_route(const obm__coefficients *c, const double *wei
 /* ---- all matrices of a pack ---- */
 
 typedef struct obm__coefficient_cache obm__coefficient_cache;
-obm_status obm__coefficient_cache_new(const obm_pack *p, obm__coefficient_cache **out, obm_error *err);
+/* pulse (nullable) is looked at between tensors. */
+obm_status obm__coefficient_cache_new(const obm_pack *p, obm__pulse *pulse, obm__coefficient_cache **out,
+                                      obm_error *err);
 void obm__coefficient_cache_free(obm__coefficient_cache *s);
 /* NULL: no expert has planes in this tensor; obm__route_changes says whether it is an overlay or the base's. */
 const obm__coefficients *obm__coefficient_cache_at(const obm__coefficient_cache *s, size_t tensor);
@@ -75,10 +80,8 @@ size_t obm__coefficient_cache_bytes(const obm__coefficient_cache *s);
 
 /* A route of all of them, by the pack's threads.  Borrows the cache.  Errors: as obm__coefficients_route, NOMEM. */
 typedef struct obm__planes_route obm__planes_route;
-obm_status obm__planes_route_new(const obm__coefficient_cache *s, const double *weights, obm__planes_route **out,
-                                 obm_error *err);
-/* The same in the memory of a route that is not needed any more (NULL: none), which it takes over: new pages cost more
- * than a soft route's sums. */
+/* In the memory of a route that is not needed any more (NULL: none), which it takes over: new pages cost more than a soft
+ * route's sums. */
 obm_status obm__planes_route_renew(obm__planes_route *old, const obm__coefficient_cache *s, const double *weights,
                                    obm__planes_route **out, obm_error *err);
 void obm__planes_route_free(obm__planes_route *r);

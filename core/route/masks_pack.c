@@ -50,26 +50,28 @@ static obm_status first_failure(const failure *failed, size_t n, obm_error *err)
     return OBM_OK;
 }
 
-static obm_status fill_cache(obm__coefficient_cache *s, obm_error *err) {
+static obm_status fill_cache(obm__coefficient_cache *s, obm__pulse *pulse, obm_error *err) {
     fill_job job = {s, obm__calloc(s->n + 1, sizeof *job.failed)};
     s->at = obm__calloc(s->n + 1, sizeof *s->at);
     obm_status status = OBM_OK;
     if (!s->at || !job.failed) {
         status = obm__fail_nomem(err, s->n * sizeof *job.failed);
     } else {
-        obm__parallel(s->pack->ctx, s->n, 1, run_fill, &job);
-        status = first_failure(job.failed, s->n, err);
+        obm_context *ctx = s->pack->ctx;
+        status = obm__parallel_slices(ctx, s->n, 1, (size_t)ctx->threads, run_fill, &job, pulse, err);
+        if (status == OBM_OK) status = first_failure(job.failed, s->n, err);
     }
     obm_free(job.failed);
     return status;
 }
 
-obm_status obm__coefficient_cache_new(const obm_pack *p, obm__coefficient_cache **out, obm_error *err) {
+obm_status obm__coefficient_cache_new(const obm_pack *p, obm__pulse *pulse, obm__coefficient_cache **out,
+                                      obm_error *err) {
     obm__coefficient_cache *s = obm__calloc(1, sizeof *s);
     if (!s) return obm__fail_nomem(err, sizeof *s);
     s->pack = p;
     s->n = p->n_tensors;
-    obm_status status = fill_cache(s, err);
+    obm_status status = fill_cache(s, pulse, err);
     if (status != OBM_OK) {
         obm__coefficient_cache_free(s);
         return status;
@@ -180,11 +182,6 @@ obm_status obm__planes_route_renew(obm__planes_route *old, const obm__coefficien
     return status;
 }
 
-obm_status obm__planes_route_new(const obm__coefficient_cache *s, const double *weights, obm__planes_route **out,
-                                 obm_error *err) {
-    return obm__planes_route_renew(NULL, s, weights, out, err);
-}
-
 void obm__planes_route_free(obm__planes_route *r) {
     if (!r) return;
     obm_free(r->at);
@@ -251,13 +248,14 @@ static obm_status plan_routes(report_job *job, obm_error *err) {
     for (size_t route = 0; route <= n; route++) {
         double *weights = job->weights + route * n;
         for (size_t k = 0; k < n; k++) weights[k] = route == k ? 1 : route == n ? 1.0 / (double)n : 0;
-        OBM_TRY(obm__route_plan_for(job->pack, weights, OBM_ROUTE_NONE, &job->plans[route], err));
+        OBM_TRY(obm__route_plan_new(job->pack, weights, OBM_ROUTE_NONE, NULL, &job->plans[route], err));
     }
     return OBM_OK;
 }
 
 static obm_status report_all(const obm_pack *p, obm_tensor_run *out, obm_error *err) {
     size_t n = p->n_experts;
+    obm__pulse pulse = obm__pulse_new(p->ctx, NULL, NULL, "runs", 1);
     report_job job = {.pack = p,
                       .plans = obm__calloc(n + 1, sizeof *job.plans),
                       .weights = obm__calloc((n + 1) * (n + 1), sizeof *job.weights),
@@ -266,7 +264,7 @@ static obm_status report_all(const obm_pack *p, obm_tensor_run *out, obm_error *
     obm_status status = OBM_OK;
     if (!job.plans || !job.weights || !job.failed) OBM_GO(obm__fail_nomem(err, p->n_tensors * sizeof *job.failed));
     OBM_GO(plan_routes(&job, err));
-    obm__parallel(p->ctx, p->n_tensors, 1, run_report, &job);
+    OBM_GO(obm__parallel_slices(p->ctx, p->n_tensors, 1, (size_t)p->ctx->threads, run_report, &job, &pulse, err));
     status = first_failure(job.failed, p->n_tensors, err);
 done:
     for (size_t i = 0; job.plans && i <= n; i++) obm__route_plan_free(job.plans[i]);

@@ -152,8 +152,8 @@ static obm_status plan_alloc(const obm_pack *p, const double *weights, obm__rout
     return OBM_OK;
 }
 
-obm_status obm__route_plan_for(const obm_pack *p, const double *weights, size_t only, obm__route_plan **out,
-                               obm_error *err) {
+obm_status obm__route_plan_new(const obm_pack *p, const double *weights, size_t only, obm__pulse *pulse,
+                               obm__route_plan **out, obm_error *err) {
     obm__route_plan *r = NULL;
     if (p->n_experts > OBM_ROUTE_TASKS)
         return obm__fail(err, OBM_E_UNSUPPORTED, "pack %s has %zu experts, routes take at most %d", p->path,
@@ -163,7 +163,9 @@ obm_status obm__route_plan_for(const obm_pack *p, const double *weights, size_t 
     OBM_TRY(plan_alloc(p, weights, &r, err));
     warn_once_of_other_expert(p);
     for (size_t t = 0; t < p->n_tensors; t++) prepare_tensor(r, t);
+    r->pulse = pulse;
     obm_status status = obm__route_trim(r, only, err);
+    r->pulse = NULL;
     if (status != OBM_OK) {
         obm__route_plan_free(r);
         return status;
@@ -172,15 +174,13 @@ obm_status obm__route_plan_for(const obm_pack *p, const double *weights, size_t 
     return OBM_OK;
 }
 
-obm_status obm__route_plan_trim(obm__route_plan *r, const _Atomic int *stop, obm_error *err) {
+obm_status obm__route_plan_trim(obm__route_plan *r, obm__pulse *pulse, const _Atomic int *stop, obm_error *err) {
+    r->pulse = pulse;
     r->stop = stop;
     obm_status status = obm__route_trim(r, OBM_ROUTE_ALL, err);
+    r->pulse = NULL;
     r->stop = NULL;
     return status;
-}
-
-obm_status obm__route_plan_new(const obm_pack *p, const double *weights, obm__route_plan **out, obm_error *err) {
-    return obm__route_plan_for(p, weights, OBM_ROUTE_ALL, out, err);
 }
 
 void obm__route_plan_free(obm__route_plan *r) {

@@ -32,7 +32,8 @@ struct obm__route_plan {
     size_t hard;                /* obm__route_hard */
     obm__route_tensor *tensors; /* (n_tensors) */
     size_t n_tensors;           /* of the pack, which may have changed when the plan goes */
-    const _Atomic int *stop;    /* looked at while trims are found; NULL: never */
+    obm__pulse *pulse;          /* these two are looked at while trims are found; each may be NULL */
+    const _Atomic int *stop;
 };
 
 /* The entry that gives expert k's task vector in a tensor: its own, or its embedding's where its head is tied. */

@@ -229,7 +229,8 @@ obm_status obm__route_text(obm_model *m, const char *text, size_t len, obm_route
 
 obm_status obm_model_route(obm_model *m, const obm_prompt *prompt, obm_router_fn fn, void *user, double *weights,
                            double *probabilities, obm_error *err) {
-    OBM_TRY(obm__model_enter(m, NULL, err));
+    obm__pulse pulse = obm__pulse_new(m->ctx, NULL, NULL, "route", 1);
+    OBM_TRY(obm__model_enter(m, &pulse, err));
     obm_status status = obm__route_prompt(m, prompt, fn, user, weights, probabilities, err);
     obm__model_leave(m);
     return status;

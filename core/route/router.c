@@ -164,8 +164,9 @@ obm_status obm__router_fit(obm_context *ctx, const float *features, int64_t widt
     double l2 = OBM_OPT(options, obm_router_options, l2, 0), holdout = OBM_OPT(options, obm_router_options, holdout, 0);
     obm__holdout_options how = {holdout == 0 ? DEFAULT_HOLDOUT : holdout,
                                 OBM_OPT(options, obm_router_options, seed, 0)};
-    obm__regression_options o = {l2 == 0 ? DEFAULT_L2 : l2, OBM_OPT(options, obm_router_options, progress, NULL),
-                                 OBM_OPT(options, obm_router_options, progress_user, NULL)};
+    obm__pulse pulse = obm__pulse_new(ctx, OBM_OPT(options, obm_router_options, progress, NULL),
+                                      OBM_OPT(options, obm_router_options, progress_user, NULL), "train", 0);
+    obm__regression_options o = {l2 == 0 ? DEFAULT_L2 : l2, pulse.fn, pulse.user};
     obm__router *r = NULL;
     obm__holdout split = {0};
     OBM_TRY(router_alloc(width, tasks, &r, err));
@@ -278,7 +279,10 @@ static obm_status collect_features(const obm_pack *p, const obm_prompt *prompts,
                                    const obm_router_options *o, float **features, int64_t *width, obm_error *err) {
     obm_model *m;
     obm_model_info info;
-    OBM_TRY(obm_model_open(p->ctx, p->base->path, NULL, &m, err));
+    obm_model_options how = OBM_INIT(obm_model_options);
+    how.progress = OBM_OPT(o, obm_router_options, progress, NULL);
+    how.progress_user = OBM_OPT(o, obm_router_options, progress_user, NULL);
+    OBM_TRY(obm_model_open(p->ctx, p->base->path, &how, &m, err));
     obm_model_describe(m, &info);
     float *x = obm__alloc(n, (size_t)info.hidden * sizeof *x);
     size_t count = n * (size_t)info.hidden, bad = count;

@@ -169,18 +169,24 @@ obm_status obm_pack_route_shape(const obm_pack *p, const double *weights, const 
     size_t tensor;
     obm__route_plan *plan = NULL;
     OBM_TRY(find_tensor(p, name, &tensor, err));
-    OBM_TRY(obm__route_plan_for(p, weights, OBM_ROUTE_NONE, &plan, err));
+    OBM_TRY(obm__route_plan_new(p, weights, OBM_ROUTE_NONE, NULL, &plan, err));
     obm_status status = shape_of(plan, name, tensor, shape, err);
     obm__route_plan_free(plan);
     return status;
 }
 
-static obm_status check_finite(const float *values, const obm_tensor *shape, const char *name, obm_error *err) {
-    int64_t n = obm_tensor_count(shape), i = 0;
-    while (i < n && isfinite(values[i])) i++;
-    if (i == n) return OBM_OK;
-    return obm__fail(err, OBM_E_VALUE, "tensor %s is %g at index %lld under this route", name, (double)values[i],
-                     (long long)i);
+static obm_status check_finite(const obm_pack *p, const float *values, const obm_tensor *shape, const char *name,
+                               obm__pulse *pulse, obm_error *err) {
+    size_t n = (size_t)obm_tensor_count(shape);
+    for (size_t at = 0, count; at < n; at += count) {
+        count = n - at < OBM_TILE ? n - at : OBM_TILE;
+        size_t bad = p->ctx->k->find_nonfinite(values + at, count);
+        if (bad < count)
+            return obm__fail(err, OBM_E_VALUE, "tensor %s is %g at index %zu under this route", name,
+                             (double)values[at + bad], at + bad);
+        OBM_TRY(obm__pulse_check(pulse, err));
+    }
+    return OBM_OK;
 }
 
 static obm_status materialise(const obm_pack *p, const double *weights, const char *name, float *out, obm_error *err) {
@@ -191,10 +197,11 @@ static obm_status materialise(const obm_pack *p, const double *weights, const ch
     obm_dtype dtype = p->tensors[tensor].base.dtype;
     if (!obm__is_float(dtype))
         return obm__fail(err, OBM_E_DTYPE, "tensor %s is %s, expected a float dtype", name, obm_dtype_name(dtype));
-    OBM_TRY(obm__route_plan_for(p, weights, tensor, &plan, err));
+    obm__pulse pulse = obm__pulse_new(p->ctx, NULL, NULL, "materialise", 1);
+    OBM_TRY(obm__route_plan_new(p, weights, tensor, &pulse, &plan, err));
     obm_status status = shape_of(plan, name, tensor, &shape, err);
-    if (status == OBM_OK) status = obm__route_materialise(plan, tensor, out, err);
-    if (status == OBM_OK && obm__route_changes(plan, tensor)) status = check_finite(out, &shape, name, err);
+    if (status == OBM_OK) status = obm__route_materialise(plan, tensor, &pulse, out, err);
+    if (status == OBM_OK && obm__route_changes(plan, tensor)) status = check_finite(p, out, &shape, name, &pulse, err);
     obm__route_plan_free(plan);
     return status;
 }

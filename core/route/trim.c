@@ -56,19 +56,25 @@ static void read_values(const vector *v, size_t tensor, int64_t row, int64_t col
     for (int64_t i = 0; i < n; i++) x[i] = (float)d[i];
 }
 
+static obm_status look(const obm__route_plan *r, obm_error *err) {
+    if (r->stop && *r->stop) return obm__fail(err, OBM_E_USER, "stopped");
+    return obm__pulse_check(r->pulse, err);
+}
+
 /* Calls `use` on the values of a tensor in order; false stops. */
 typedef bool (*use_fn)(void *state, const float *x, int64_t begin, int64_t n);
-static void for_values(const vector *v, size_t tensor, use_fn use, void *state) {
+static obm_status for_values(const vector *v, size_t tensor, use_fn use, void *state, obm_error *err) {
     const obm__route_tensor *t = &v->plan->tensors[tensor];
     float x[OBM_ROUTE_CHUNK];
-    const _Atomic int *stop = v->plan->stop;
-    for (int64_t row = 0; row < t->rows && !(stop && *stop); row++) {
+    for (int64_t row = 0; row < t->rows; row++) {
         for (int64_t col = 0, n; col < t->cols; col += n) {
             n = t->cols - col < OBM_ROUTE_CHUNK ? t->cols - col : OBM_ROUTE_CHUNK;
             read_values(v, tensor, row, col, n, x);
-            if (!use(state, x, row * t->cols + col, n)) return;
+            if (!use(state, x, row * t->cols + col, n)) return OBM_OK;
         }
+        OBM_TRY(look(v->plan, err));
     }
+    return OBM_OK;
 }
 
 typedef struct counting {
@@ -83,11 +89,12 @@ static bool count_values(void *state, const float *x, int64_t begin, int64_t n) 
     return true;
 }
 
-static void count_pass(const vector *v, counting *c) {
+static obm_status count_pass(const vector *v, counting *c, obm_error *err) {
     for (size_t t = v->first; t < v->end; t++) {
-        if (counts(v, t)) for_values(v, t, count_values, c);
+        if (counts(v, t)) OBM_TRY(for_values(v, t, count_values, c, err));
     }
     obm__kth_turn(&c->kth);
+    return OBM_OK;
 }
 
 /* Hands out the places of equal magnitudes in order; `last` is where they ran out. */
@@ -107,14 +114,14 @@ static bool hand_out(void *state, const float *x, int64_t begin, int64_t n) {
     return h->left > 0;
 }
 
-static obm__route_cut cut_of(const vector *v, size_t tensor, const obm__kth *kth, uint64_t *left) {
-    obm__route_cut cut = {true, kth->threshold, INT64_MAX};
-    if (kth->equal == kth->ties) return cut;
+static obm_status find_cut(const vector *v, size_t tensor, const obm__kth *kth, uint64_t *left, obm__route_cut *out,
+                           obm_error *err) {
     handing h = {kth->threshold, *left, -1};
-    if (*left > 0) for_values(v, tensor, hand_out, &h);
+    bool all = kth->equal == kth->ties;
+    if (!all && *left > 0) OBM_TRY(for_values(v, tensor, hand_out, &h, err));
+    *out = (obm__route_cut){true, kth->threshold, all ? INT64_MAX : h.last};
     *left = h.left;
-    cut.last = h.last;
-    return cut;
+    return OBM_OK;
 }
 
 static uint64_t wanted(const vector *v) {
@@ -129,14 +136,15 @@ static obm_status trim_vector(const vector *v, obm_error *err) {
     obm__route_plan *r = v->plan;
     counting c = {.kernels = r->pack->ctx->k};
     OBM_TRY(obm__kth_begin(&c.kth, wanted(v), err));
-    count_pass(v, &c);
-    count_pass(v, &c);
+    obm_status status = count_pass(v, &c, err);
+    if (status == OBM_OK) status = count_pass(v, &c, err);
     obm__kth_end(&c.kth);
     uint64_t left = c.kth.equal;
-    for (size_t t = v->first; t < v->end; t++) {
-        if (counts(v, t)) r->tensors[t].cuts[obm__route_cut_index(&r->rule, v->k, v->j)] = cut_of(v, t, &c.kth, &left);
+    for (size_t t = v->first; status == OBM_OK && t < v->end; t++) {
+        obm__route_cut *cut = counts(v, t) ? &r->tensors[t].cuts[obm__route_cut_index(&r->rule, v->k, v->j)] : NULL;
+        if (cut) status = find_cut(v, t, &c.kth, &left, cut, err);
     }
-    return OBM_OK;
+    return status;
 }
 
 /* `only` is wanted, or a head that takes its trim from the embedding. */
@@ -204,5 +212,5 @@ obm_status obm__route_trim(obm__route_plan *r, size_t only, obm_error *err) {
             if (k != j && rule->weights[k] != 0) OBM_TRY(trim_pair(r, only, k, j, err));
         }
     }
-    return r->stop && *r->stop ? obm__fail(err, OBM_E_USER, "stopped") : OBM_OK;
+    return OBM_OK;
 }

@@ -73,6 +73,8 @@ obm_status obm_context_new(const obm_context_options *options, obm_context **out
     ctx->log_user = OBM_OPT(options, obm_context_options, log_user, NULL);
     ctx->resolve = OBM_OPT(options, obm_context_options, resolve, NULL);
     ctx->resolve_user = OBM_OPT(options, obm_context_options, resolve_user, NULL);
+    ctx->interrupt = OBM_OPT(options, obm_context_options, interrupt, NULL);
+    ctx->interrupt_user = OBM_OPT(options, obm_context_options, interrupt_user, NULL);
     OBM_GO(choose_kernels(ctx, err));
     ctx->topology = obm__topology_new();
     OBM_GO(choose_threads(ctx, OBM_OPT(options, obm_context_options, threads, 0), err));

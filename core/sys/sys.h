@@ -76,6 +76,8 @@ struct obm_context {
     void *log_user;
     obm_resolve_fn resolve;
     void *resolve_user;
+    obm_interrupt_fn interrupt;
+    void *interrupt_user;
     obm_context_info info;
     char blas[128], topology_text[256], available[64];
 };
@@ -104,6 +106,25 @@ double obm__tree_sum(const double *partial, size_t n);
 typedef struct obm__guard { _Atomic int busy; } obm__guard;
 obm_status obm__guard_enter(obm__guard *g, const char *what, obm_error *err);
 void obm__guard_leave(obm__guard *g);
+
+/* ---- progress and Ctrl-C (pulse.c) ---- */
+
+/* Calls `fn` at most every 50 ms, from the caller's thread, between slices of work. */
+typedef struct obm__pulse {
+    obm_progress_fn fn;         /* NULL: nobody is to be asked */
+    void *user;
+    const char *what;
+    uint64_t done, total;
+    uint64_t last;              /* nanoseconds, monotonic */
+} obm__pulse;
+/* Of a call that takes or was given no `fn`: the context's interrupt is asked instead. */
+obm__pulse obm__pulse_new(const obm_context *ctx, obm_progress_fn fn, void *user, const char *what, uint64_t total);
+obm_status obm__pulse_check(obm__pulse *p, obm_error *err);   /* NULL is fine; OBM_E_USER when asked to stop */
+obm_status obm__pulse_done(obm__pulse *p, uint64_t done, obm_error *err);   /* reports now */
+/* obm__parallel over slices of `size` items, with a look at the pulse behind each.  What fn computes must not depend on
+ * the slicing either. */
+obm_status obm__parallel_slices(obm_context *ctx, size_t n, size_t grain, size_t size, obm__range_fn fn, void *arg,
+                                obm__pulse *pulse, obm_error *err);
 
 /* ---- BLAS (blas.c) ---- */
 

@@ -117,7 +117,7 @@ def is_pack(path):
 def open_model(args):
     if args.base and not is_pack(args.model):
         raise Usage("--base goes with a pack; this is a plain model")
-    return obm.Model(args.model, base=args.base, materialise=args.materialise)
+    return obm.Model(args.model, base=args.base, materialise=args.materialise, progress=progress_of(args))
 
 
 def parse_size(text):
@@ -401,7 +401,8 @@ def route(args):
     if bool(args.text) == bool(args.file):
         raise Usage("give either texts or --file")
     prompts = args.text or [need(item, i, "messages", "text", "prompt") for i, item in enumerate(read_lines(args.file))]
-    model = obm.Model(args.pack, base=args.base, materialise=True)   # a router sees the base alone: no planes to load
+    # a router sees the base alone: no planes to load
+    model = obm.Model(args.pack, base=args.base, materialise=True, progress=progress_of(args))
     router = load_router(args.router) if args.router else None
     for index, prompt in enumerate(prompts):
         weights, probabilities = model.route(prompt, router=router)

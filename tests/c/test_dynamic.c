@@ -3,6 +3,7 @@
 #include "pack_fixture.h"
 
 #include "route/kth.h"
+#include "route/masks.h"
 
 /* chat: 1-bit matrices; math: 1-bit by other scales; code: partly full.  Every kind of tensor comes up. */
 static fixture *mixed_pack(int threads) {
@@ -77,12 +78,12 @@ static void test_many_planes(void **state) {
     for (size_t k = 0; k < 3; k++) fixture_planes(f, k, t, 3, k ? OBM_SCALE_ROW : OBM_SCALE_GROUP, 64);
     obm__route_plan *plan;
     double weights[] = {0, 1, 0};
-    assert_int_equal(obm__route_plan_new(&f->pack, weights, &plan, NULL), OBM_OK);
+    assert_int_equal(obm__route_plan_new(&f->pack, weights, OBM_ROUTE_ALL, NULL, &plan, NULL), OBM_OK);
     assert_int_equal(obm__route_kind_of(plan, t), OBM_ROUTE_ELEMENTS);
     obm__route_plan_free(plan);
     check_settings(f);
     f->pack.settings.lambda = 0; /* routing only: three planes, a table again */
-    assert_int_equal(obm__route_plan_new(&f->pack, weights, &plan, NULL), OBM_OK);
+    assert_int_equal(obm__route_plan_new(&f->pack, weights, OBM_ROUTE_ALL, NULL, &plan, NULL), OBM_OK);
     assert_int_equal(obm__route_kind_of(plan, t), OBM_ROUTE_PATTERNS);
     obm__route_plan_free(plan);
     check_settings(f);
@@ -91,7 +92,7 @@ static void test_many_planes(void **state) {
 
 static obm__route_kind kind_under(fixture *f, const double *weights, size_t tensor) {
     obm__route_plan *plan;
-    assert_int_equal(obm__route_plan_new(&f->pack, weights, &plan, NULL), OBM_OK);
+    assert_int_equal(obm__route_plan_new(&f->pack, weights, OBM_ROUTE_ALL, NULL, &plan, NULL), OBM_OK);
     obm__route_kind kind = obm__route_kind_of(plan, tensor);
     assert_int_equal(obm__route_changes(plan, tensor), kind != OBM_ROUTE_BASE);
     obm__route_plan_free(plan);
@@ -269,27 +270,45 @@ static void test_recomputed_with_two_is_the_other(void **state) {
     fixture_free(f);
 }
 
-/* What running on planes will compute: base + sum of c_M times products of signs. */
+/* Sign of the plane `from` of a matrix at (row, col). */
+static double sign_at(const obm__plane_ref *p, int64_t row, int64_t col) {
+    return p->from->signs[p->plane][row * p->from->row_bytes + col / 8] >> col % 8 & 1 ? 1 : -1;
+}
+
+/* The same route run on planes: base + sum of c_M times products of signs. */
 static void test_coefficients_of_a_plan(void **state) {
     (void)state;
     fixture *f = mixed_pack(1);
-    double weights[] = {0.5, 0.25, 1}, c[OBM_PATTERNS];
+    double weights[] = {0.5, 0.25, 1};
     obm__route_plan *plan;
+    obm__coefficients *c;
+    obm__route_masks masks;
+    size_t n_planes;
     float row[200];
-    uint8_t pattern[200];
-    assert_int_equal(obm__route_plan_new(&f->pack, weights, &plan, NULL), OBM_OK);
-    const obm__plane_set *set = obm__route_planes(plan, 0);
-    assert_int_equal(set->n, 3);
+    assert_int_equal(obm__route_plan_new(&f->pack, weights, OBM_ROUTE_ALL, NULL, &plan, NULL), OBM_OK);
+    assert_int_equal(obm__coefficients_new(&f->pack, 0, &c, NULL), OBM_OK);
+    const obm__plane_ref *planes = obm__coefficients_planes(c, &n_planes);
+    const obm__coefficient_shape *shape = obm__coefficients_shape(c);
+    assert_int_equal(n_planes, 3);
+    float *room = malloc(obm__coefficients_room(c, weights) * sizeof *room);
+    assert_non_null(room);
+    assert_int_equal(obm__coefficients_route(c, weights, room, &masks, NULL), OBM_OK);
+    assert_int_equal(masks.n, 3); /* two others at a time are linear: no XOR */
     for (int64_t r = 0; r < 9; r++) {
         assert_int_equal(obm__route_rows(plan, 0, r, 1, row, NULL), OBM_OK);
-        obm__plane_set_patterns(set, r, 0, 200, pattern);
         for (int64_t i = 0; i < 200; i++) {
-            obm__route_coefficients(plan, 0, r, i, c);
-            double theta =
-                ((const float *)f->pack.tensors[0].base.data)[r * 200 + i] + obm__pattern_sum(c, 3, pattern[i]);
+            double theta = ((const float *)f->pack.tensors[0].base.data)[r * 200 + i];
+            for (int m = 0; m < masks.n; m++) {
+                double product = masks.c[m][i / shape->group * shape->c_rows + (shape->c_rows == 1 ? 0 : r)];
+                for (int p = 0; p < masks.n_planes; p++)
+                    if (masks.mask[m] >> p & 1) product *= sign_at(&planes[masks.plane[p]], r, i);
+                theta += product;
+            }
             assert_true(fabs(theta - row[i]) <= 1e-7);
         }
     }
+    free(room);
+    obm__coefficients_free(c);
     obm__route_plan_free(plan);
     fixture_free(f);
 }

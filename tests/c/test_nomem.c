@@ -181,12 +181,12 @@ static obm_status coefficients(obm_pack *p, obm_error *e) {
     obm__planes_route *route = NULL;
     assert_true(obm_pack_tensor_count(p) <= 64);
     OBM_TRY(obm_pack_runs(p, runs, e));
-    OBM_TRY(obm__coefficient_cache_new(p, &cache, e));
-    obm_status status = obm__planes_route_new(cache, hard, &route, e);
+    OBM_TRY(obm__coefficient_cache_new(p, NULL, &cache, e));
+    obm_status status = obm__planes_route_renew(NULL, cache, hard, &route, e);
     if (status == OBM_OK) {
         obm__planes_route_free(route);
         route = NULL;
-        status = obm__planes_route_new(cache, soft, &route, e);
+        status = obm__planes_route_renew(NULL, cache, soft, &route, e);
     }
     obm__planes_route_free(route);
     obm__coefficient_cache_free(cache);

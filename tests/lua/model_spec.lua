@@ -322,6 +322,22 @@ describe("progress", function()
     local prompts
     assert(model:generate({ question, question }, { max_tokens = 2, progress = function(_, done) prompts = done end }))
     assert.equal(2, prompts)
+    assert(obm.model(path, { progress = function(what, done, total) last = { what, done, total } end }))
+    assert.equal("open", last[1])
+    assert.equal(last[2], last[3])
+  end)
+
+  it("is no need of what the lua program does at Ctrl-C: a hook on everything", function()
+    local ids = {}
+    for i = 1, 100 do ids[i] = i end
+    assert.is_true(select(2, coroutine.running()))
+    debug.sethook(function() end, "crl", 1)
+    local logits, message, code = model:logits(ids)
+    debug.sethook()
+    assert.is_nil(logits)
+    assert.equal("USER", code)
+    assert.matches("interrupted", message)
+    assert(model:logits(ids))
   end)
 
   it("stops the call by raising, unchanged", function()
@@ -331,6 +347,8 @@ describe("progress", function()
     local texts, labels = support.labelled(3)
     for _, call in ipairs {
       function() pack:verify { progress = progress } end,
+      function() obm.model(path, { progress = progress }) end,
+      function() obm.model(pack, { progress = progress }) end,
       function() model:generate(question, { progress = progress, max_tokens = 50, ignore_eos = true }) end,
       function() model:score_items({ { question, " 22", "math" } }, { progress = progress }) end,
       function() model:embed({ "a" }, { progress = progress }) end,

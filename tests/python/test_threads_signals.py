@@ -133,6 +133,53 @@ def test_verify_and_stats(interrupted, large, tmp_path):
     pack.verify()
 
 
+def test_calls_without_a_progress_callback(models, tmp_path):
+    """They look at signals too: the handler runs while they work, not once they are over."""
+    name, rng = "model.layers.0.mlp.up_proj.weight", np.random.default_rng(0)
+    x = rng.standard_normal((2048, 2048)).astype(np.float32)
+    base = obm.Checkpoint(plain.write_folder(tmp_path / "base", {name: np.vstack([x] * 4)}, "BF16"))
+    vector = obm.TaskVector(base, plain.write_folder(tmp_path / "expert", {name: np.vstack([x + .01] * 4)}, "BF16"))
+    full = obm.Expert(tmp_path / "expert", policy="full")
+    pack = obm.compress(tmp_path / "base", {"a": full, "b": tmp_path / "expert"}, tmp_path / "p")
+    model, ids = obm.Model(models / "base"), list(range(480))
+    calls = {"read": lambda: vector[name], "sha256": lambda: base.sha256(name),
+             "materialise": lambda: pack.materialise({"a": .5, "b": .5}, name),
+             "merge_tensors": lambda: obm.merge_tensors("ties", [x, x], base=x, params={"density": .3, "weight": 1}),
+             "logits": lambda: model.logits(ids, decode=True)}
+    late = {}
+    try:
+        for what, call in calls.items():
+            def stop(*_):
+                late[what] = time.monotonic() - due
+                raise KeyboardInterrupt
+            signal.signal(signal.SIGALRM, stop)
+            begin = time.monotonic()
+            call()
+            took = time.monotonic() - begin
+            due = time.monotonic() + .02
+            signal.setitimer(signal.ITIMER_REAL, .02)
+            with pytest.raises(KeyboardInterrupt):
+                call()
+            assert late[what] < max(.1, took / 2), (what, late, took)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    assert np.isfinite(model.logits([1])).all()
+
+
+def test_opening_a_model(own_pack, models):
+    seen = []
+    obm.Model(own_pack, progress=lambda *a: seen.append(a))
+    assert seen[-1][0] == "open" and seen[-1][1] == seen[-1][2] > 1
+    with pytest.raises(ZeroDivisionError):
+        obm.Model(own_pack, progress=lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        obm.Model(models / "base", progress=lambda *_: 1 / 0)
+    with pytest.raises(TypeError, match="progress must be"):
+        obm.Model(own_pack, progress=3)
+    own_pack.remove("code")   # nothing of the failed ones holds the pack
+
+
 def test_the_lock_is_released(models):
     """Another thread's Python code runs while a model generates."""
     m = obm.Model(models / "base")

@@ -1,0 +1,71 @@
+/* Progress and Ctrl-C inside long calls: one callback at a bounded rate, on the caller's thread, and work cut into slices
+ * between which it is asked. */
+#include "sys.h"
+
+#include <time.h>
+
+#define PERIOD_NS 50000000u   /* half of the 100 ms in which a long call must notice Ctrl-C */
+
+static uint64_t now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* The context's interrupt in the form of a progress callback. */
+static int ask_context(void *user, const char *what, uint64_t done, uint64_t total) {
+    const obm_context *ctx = user;
+    (void)what, (void)done, (void)total;
+    return ctx->interrupt(ctx->interrupt_user);
+}
+
+obm__pulse obm__pulse_new(const obm_context *ctx, obm_progress_fn fn, void *user, const char *what, uint64_t total) {
+    if (!fn && ctx && ctx->interrupt) {
+        fn = ask_context;
+        user = (void *)ctx;
+    }
+    return (obm__pulse){.fn = fn, .user = user, .what = what, .total = total};
+}
+
+static obm_status report(obm__pulse *p, uint64_t time, obm_error *err) {
+    p->last = time;
+    if (!p->fn(p->user, p->what, p->done, p->total)) return OBM_OK;
+    return obm__fail(err, OBM_E_USER, p->fn == ask_context ? "%s: interrupted" : "%s: stopped by the progress callback",
+                     p->what);
+}
+
+obm_status obm__pulse_check(obm__pulse *p, obm_error *err) {
+    if (!p || !p->fn) return OBM_OK;
+    uint64_t time = now();
+    return time - p->last < PERIOD_NS ? OBM_OK : report(p, time, err);
+}
+
+obm_status obm__pulse_done(obm__pulse *p, uint64_t done, obm_error *err) {
+    if (!p) return OBM_OK;
+    p->done = done;
+    return p->fn ? report(p, now(), err) : OBM_OK;
+}
+
+/* ---- slices ---- */
+
+typedef struct slice {
+    obm__range_fn fn;
+    void *arg;
+    size_t first;
+} slice;
+
+static void run_slice(void *arg, size_t begin, size_t end, int worker) {
+    const slice *s = arg;
+    s->fn(s->arg, s->first + begin, s->first + end, worker);
+}
+
+obm_status obm__parallel_slices(obm_context *ctx, size_t n, size_t grain, size_t size, obm__range_fn fn, void *arg,
+                                obm__pulse *pulse, obm_error *err) {
+    slice s = {.fn = fn, .arg = arg};
+    for (size_t count; s.first < n; s.first += count) {
+        count = n - s.first < size ? n - s.first : size;
+        obm__parallel(ctx, count, grain, run_slice, &s);
+        OBM_TRY(obm__pulse_check(pulse, err));
+    }
+    return OBM_OK;
+}
