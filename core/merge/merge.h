@@ -68,7 +68,7 @@ extern const obm__method obm__method_linear, obm__method_task_arithmetic, obm__m
     obm__method_breadcrumbs_ties, obm__method_model_stock, obm__method_sce, obm__method_ram, obm__method_ramplus_tl,
     obm__method_nearswap, obm__method_arcee_fusion, obm__method_consensus, obm__method_emr, obm__method_varm,
     obm__method_wudi, obm__method_optmerge, obm__method_tsvm, obm__method_iso_c, obm__method_iso_cts, obm__method_opcm,
-    obm__method_twin;
+    obm__method_twin, obm__method_pcb, obm__method_magnitude_prune, obm__method_localize_stitch, obm__method_mwa;
 
 /* A base is an input of its own; else it is a model like the others. */
 static inline bool obm__method_takes_base(const obm__method *m) { return m->info.needs_base || m->optional_base; }

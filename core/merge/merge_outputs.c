@@ -294,7 +294,7 @@ static bool has_density(const obm__steps *s) { return s->mask == OBM_MASK_MAGNIT
 
 /* What selects over the whole model is one number. */
 static obm_status check_scope_values(const obm__output *o, const obm__output *first, obm_error *err) {
-    static const char *const names[] = {"gamma", "select_topk", "select_weights_only"};
+    static const char *const names[] = {"gamma", "select_topk", "select_weights_only", "variant", "ratio", "quantile"};
     for (size_t i = 0; o->steps.model_scope && i < OBM_COUNT(names); i++)
         for (size_t m = 0; m < o->steps.n; m++)
             if (obm__steps_value(&o->steps, names[i], m) != obm__steps_value(&first->steps, names[i], m))

@@ -248,8 +248,8 @@ static obm_status find_factors(const obm__run *run, obm__group *g, obm_error *er
     const obm__steps *s = g->steps;
     for (size_t i = 0; i < s->n; i++) {
         g->factors[i] = 1.0f;
-        if (s->rescale == OBM_RESCALE_INVERSE_DENSITY && s->mask == OBM_MASK_RANDOM && s->density[i] > 0 &&
-            s->density[i] < 1)
+        if (s->rescale == OBM_RESCALE_INVERSE_DENSITY &&
+            (s->mask == OBM_MASK_RANDOM || s->mask == OBM_MASK_MAGNITUDE) && s->density[i] > 0 && s->density[i] < 1)
             g->factors[i] = (float)(1.0 / s->density[i]);
     }
     return s->rescale == OBM_RESCALE_L1 && s->mask != OBM_MASK_NONE ? norm_factors(run, g, err) : OBM_OK;

@@ -35,6 +35,10 @@ static const obm__method *const methods[] = {
     &obm__method_iso_cts,
     &obm__method_opcm,
     &obm__method_twin,
+    &obm__method_pcb,
+    &obm__method_magnitude_prune,
+    &obm__method_localize_stitch,
+    &obm__method_mwa,
 };
 #define N_METHODS OBM_COUNT(methods)
 
@@ -173,11 +177,12 @@ static obm_status fill_model_values(const obm_param *params, size_t n_params, ob
             s->values[p * s->n + i] = given ? given->value : info->params[p].dflt;
         }
     }
+    const obm_param_info *density = obm__method_param(s->method, "density");
     for (size_t i = 0; i < s->n; i++) {
         const obm_param *w = find_param(params, n_params, "weight", (int)i),
                         *d = find_param(params, n_params, "density", (int)i);
         s->weight[i] = w ? (float)w->value : 1.0f;
-        s->density[i] = d ? d->value : 1.0;
+        s->density[i] = d ? d->value : density ? density->dflt : 1.0;
     }
     return OBM_OK;
 }

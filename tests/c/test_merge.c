@@ -425,11 +425,11 @@ static void merge_big(obm_context *ctx, const char *method, obm_profile profile,
     }
     const obm__method *row;
     obm_error err;
-    obm_param params[4];
+    obm_param params[5];
     size_t n_params = 0, n = 3;
     assert_int_equal(obm__method_find(method, &row, &err), OBM_OK);
-    const obm_param known[] = {{"weight", -1, 0.5}, {"density", -1, 0.4}, {"t", -1, 0.3}, {"select_topk", -1, 0.5}};
-    for (size_t i = 0; i < 4; i++)
+    const obm_param known[] = {{"weight", -1, 0.5}, {"density", -1, 0.4}, {"t", -1, 0.3}, {"select_topk", -1, 0.5}, {"metric", -1, 0.5}};
+    for (size_t i = 0; i < 5; i++)
         if (obm__method_param(row, known[i].name)) params[n_params++] = known[i];
     if (row->info.max_models && n > (size_t)row->info.max_models) n = (size_t)row->info.max_models;
     if (obm_merge_tensors(ctx, method, profile, obm__method_takes_base(row) ? &b : NULL, m, n, params, n_params, 9, out,

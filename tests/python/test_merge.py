@@ -317,7 +317,7 @@ def test_methods():
     methods = {m["name"]: m for m in obm.methods()}
     assert set(methods) == set("""linear task_arithmetic ties dare_linear dare_ties della della_linear breadcrumbs breadcrumbs_ties slerp
         nuslerp multislerp karcher model_stock sce ram ramplus_tl nearswap arcee_fusion passthrough varm consensus emr
-        wudi optmerge tsvm iso_c iso_cts opcm twin""".split())
+        wudi optmerge tsvm iso_c iso_cts opcm twin pcb magnitude_prune localize_stitch mwa""".split())
     for m in methods.values():
         assert m["doc"] and m["source"] and isinstance(m["needs_base"], bool) and m["min_models"] >= 1
         for p in m["params"]:

@@ -399,6 +399,58 @@ def emr(base, models, p, shape, paper):
     return out
 
 
+def pcb(base, models, p, shape, paper):
+    """Straight from the two variants of the authors' code: pcb-merging.py (1) and pcb_ES.py (2)."""
+    ds, n, count, variant = differences(base, models), len(models), len(base), p.get("variant", 2)
+    quantile, ratio = ((p[k] if p.get(k, -1) >= 0 else v) for k, v in zip(("quantile", "ratio"), ((1e-4, 0.1) if variant == 1 else (0.01, 0.05))))
+
+    def clamp(xs, low, high):
+        ranked = sorted(xs)
+        low, high = ranked[min(int(count * low), count - 1)], ranked[max(int(count * (1 - high) - 1), 0)]
+        return [min(max(x, low), high) for x in xs]
+
+    def minmax(xs):
+        return [(x - min(xs)) / (max(xs) - min(xs)) if max(xs) > min(xs) else 0.0 for x in xs]
+
+    sizes = [clamp([abs(x) for x in d], quantile, quantile) for d in ds]
+    norms = [minmax(a) for a in sizes]
+    signed = [[sign(x) * a for x, a in zip(d, norm)] for d, norm in zip(ds, norms)]
+    scales = []
+    for t in range(n):
+        if variant == 1:
+            between = [math.tanh(ds[t][j] * math.fsum(d[j] for d in ds)) for j in range(count)]
+        else:
+            between = [math.fsum(math.tanh(signed[t][j] * u[j]) for u in signed) for j in range(count)]
+        balanced = [math.exp(n * a * a) * x for a, x in zip(norms[t], between)]
+        scales.append(minmax(clamp(balanced, 1 - ratio, 0)))
+    out = []
+    for j, b in enumerate(base):
+        moved = math.fsum(of_model(p, "weight", t, 1.0) * sign(ds[t][j]) * sizes[t][j] * scales[t][j] for t in range(n))
+        out.append(b + moved / max(math.fsum(scale[j] for scale in scales), 1e-12))
+    return out
+
+
+def magnitude_prune(base, models, p, shape, paper):
+    ds = [trim(d, of_model(p, "density", i, 1.0)) for i, d in enumerate(differences(base, models))]
+    weight = [of_model(p, "weight", i, 1.0) for i in range(len(ds))]
+    density = [of_model(p, "density", i, 1.0) for i in range(len(ds))]
+    factor = [w / r if p.get("rescale", 1) and r > 0 else w for w, r in zip(weight, density)]
+    divisor = sum(weight) if p.get("normalize") else 1.0
+    return add(base, combine([p.get("lambda", 1.0) * f / divisor for f in factor], ds))
+
+
+def localize_stitch(base, models, p, shape, paper):
+    ds = [trim(d, of_model(p, "density", i, 0.1)) for i, d in enumerate(differences(base, models))]
+    owners = [max(1, sum(d[j] != 0 for d in ds)) for j in range(len(base))]
+    return add(base, [p.get("lambda", 1.0) * sum(d[j] for d in ds) / owners[j] for j in range(len(base))])
+
+
+def mwa(base, models, p, shape, paper):
+    power = p.get("penalty", 1) * (1 if p.get("higher_is_better") else -1)
+    raised = [x ** power for x in p["metric"]]
+    return combine([x / sum(raised) for x in raised], models)
+
+
 # ---- the methods on matrices: lists of rows, singular values by Jacobi rotations ----
 
 def transposed(a):
@@ -596,7 +648,7 @@ MATRIX_METHODS = {"wudi": (wudi, mean_vector), "optmerge": (optmerge, mean_vecto
                   "iso_cts": (iso_cts, mean_vector), "opcm": (opcm, opcm_vector), "twin": (twin, twin_vector)}
 
 OF_THEIR_OWN = {f.__name__: f for f in (slerp, nuslerp, multislerp, karcher, model_stock, varm, sce, ram, ramplus_tl, nearswap, arcee_fusion,
-                                        passthrough, consensus, emr)}
+                                        passthrough, consensus, emr, pcb, magnitude_prune, localize_stitch, mwa)}
 OF_THEIR_OWN.update((name, on_matrices(*pair)) for name, pair in MATRIX_METHODS.items())
 
 
@@ -654,7 +706,7 @@ def tensors(seed, shape, n, dtype, steps):
     return [ROUND[dtype](b) for b in base], [[ROUND[dtype](x) for x in m] for m in models]
 
 
-BASELESS = ("linear", "karcher", "passthrough")
+BASELESS = ("linear", "karcher", "passthrough", "mwa")
 SINGLE = ("slerp", "nearswap", "arcee_fusion", "passthrough")
 
 
@@ -670,6 +722,8 @@ W = [0.5, 0.3, 0.7]
 L1 = "0x1p-20"
 # Values are of size 1 to 4, the library rounds factors and each step of a sum to f32: a few units in the last place.
 ARC = "0x1p-19"
+# Scores are ranked as f32 and divided by the differences of two of them.
+RATIO = "0x1p-17"
 CASES = [
     case("linear/normalised", "linear", weight=W),
     case("linear/sum", "linear", weight=W, normalize=0),
@@ -815,6 +869,23 @@ CASES = [
          **{"lambda": 0.25}),
     case("twin/shared-alone", "twin", shape=(5, 5), n=2, weight=[0.0, 0.0], tolerance=ARC, data=119),
     case("twin/vector", "twin", shape=(9,), weight=W, tolerance=ARC, data=120),
+    case("pcb/second", "pcb", shape=(11, 13), tolerance=RATIO, data=130),
+    case("pcb/second-weighted", "pcb", shape=(37,), weight=[0.8, 1.2, -1.0], ratio=0.3, quantile=0.1, tolerance=RATIO, data=131),
+    case("pcb/first", "pcb", shape=(9, 11), variant=1, tolerance=RATIO, data=132),
+    case("pcb/first-negative-threshold", "pcb", shape=(9, 7), n=2, variant=1, ratio=0.9, tolerance=RATIO, data=133),
+    case("pcb/everything", "pcb", shape=(5, 7), ratio=1.0, quantile=0.0, tolerance=RATIO, data=134),
+    case("pcb/bf16-equal-magnitudes", "pcb", shape=(8, 9), dtype="bf16", steps=2, tolerance=RATIO, data=135),
+    case("pcb/one-element", "pcb", shape=(1,), tolerance=RATIO, data=136),
+    case("pcb/no-change", "pcb", shape=(3, 4), steps=0, tolerance=RATIO, data=137),
+    case("magnitude_prune/matrix", "magnitude_prune", shape=(9, 11), weight=W, density=[0.2, 0.5, 0.9], tolerance=ARC, data=138),
+    case("magnitude_prune/plain-vector", "magnitude_prune", shape=(19,), density=0.3, rescale=0, normalize=1, tolerance=ARC, data=139, **{"lambda": 0.5}),
+    case("magnitude_prune/equal", "magnitude_prune", shape=(5, 7), dtype="bf16", density=0.4, steps=2, tolerance=ARC, data=140),
+    case("localize_stitch/tenth", "localize_stitch", shape=(11, 13), tolerance=ARC, data=141),
+    case("localize_stitch/overlaps", "localize_stitch", shape=(23,), density=[0.3, 0.6, 1.0], tolerance=ARC, data=142, **{"lambda": 0.7}),
+    case("localize_stitch/equal", "localize_stitch", shape=(5, 7), dtype="bf16", density=0.5, steps=1, tolerance=ARC, data=143),
+    case("mwa/losses", "mwa", metric=[1.9, 1.2, 2.3], penalty=2, tolerance=ARC, data=144),
+    case("mwa/steps", "mwa", shape=(17,), metric=[100.0, 200.0, 400.0], higher_is_better=1, tolerance=ARC, data=145),
+    case("mwa/uniform", "mwa", shape=(3, 5), dtype="f16", metric=[1.0, 5.0, 9.0], penalty=0, tolerance=ARC, data=146),
     case("dare_ties/paper", "dare_ties", shape=(8, 9), profile="paper", weight=W, density=[0.5] * 3, seed=2**64 - 1, data=13),
 ]
 

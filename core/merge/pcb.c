@@ -1,0 +1,162 @@
+/* pcb: task vectors scaled element by element by what each parameter is worth against the others of its model and of
+ * the other models; only the best share of every model takes part. */
+#include "merge.h"
+
+static const obm_param_info params[] = {
+    OBM_PARAM_ROW("weight", "factor of this model", OBM_PARAM_PER_MODEL, false, 1, -INFINITY, INFINITY, false),
+    OBM_PARAM_ROW(
+        "variant",
+        "competition between models by tanh(d * sum of d) (1), or by the sum of tanh(n * n') of the normalised "
+        "task vectors, which no scale changes (2)",
+        OBM_PARAM_GLOBAL, false, 2, 1, 2, false),
+    OBM_PARAM_ROW("ratio", "share of each model's elements that take part; -1: 0.1 in variant 1, 0.05 in variant 2",
+                  OBM_PARAM_GLOBAL, false, -1, -1, 1, false),
+    OBM_PARAM_ROW("quantile",
+                  "magnitudes are cut at this quantile and at 1 - it; -1: 0.0001 in variant 1, 0.01 in variant 2",
+                  OBM_PARAM_GLOBAL, false, -1, -1, 0.5, false),
+    OBM_PARAM_ROW("scope", "quantiles over each tensor (0, `tensor`) or the whole model (1, `model`)", OBM_PARAM_GLOBAL,
+                  false, 1, 0, 1, false),
+};
+
+/* stats: the model whose scores are ranked, their sign (scores have to be >= 0), then of each model: */
+#define HEAD 2
+enum { LOW, HIGH, THRESHOLD, LARGEST, PER_MODEL };
+
+static const double *stats_of(const obm__block *b, size_t model) { return b->g->stats + HEAD + model * PER_MODEL; }
+
+static double setting(const obm__steps *s, const char *name, double first, double second) {
+    double x = obm__steps_value(s, name, 0);
+    return x >= 0 ? x : obm__steps_value(s, "variant", 0) == 1 ? first : second;
+}
+
+static double clamped(double d, const double *q) { return fmin(fmax(fabs(d), q[LOW]), q[HIGH]); }
+
+/* sign(d) times the clamped magnitude, scaled to [0, 1]; 0 where all magnitudes are the same. */
+static double normalised(double d, const double *q) {
+    double size = q[HIGH] > q[LOW] ? (clamped(d, q) - q[LOW]) / (q[HIGH] - q[LOW]) : 0;
+    return d > 0 ? size : d < 0 ? -size : 0;
+}
+
+/* Du et al., section 3: b = exp(N * norm^2) * competition.  exp(-N) in front changes no ratio of two of them, and keeps
+ * them below 1 however many models there are. */
+static float balance(const obm__block *b, size_t model, size_t j) {
+    const obm__steps *s = b->g->steps;
+    const double *q = stats_of(b, model);
+    double d = obm__block_delta(b, model)[j], n = normalised(d, q), sum = 0;
+    bool first = obm__steps_value(s, "variant", 0) == 1;
+    for (size_t u = 0; u < s->n; u++) {
+        double other = obm__block_delta(b, u)[j];
+        sum += first ? other : tanh(n * normalised(other, stats_of(b, u)));
+    }
+    return (float)(exp((double)s->n * (n * n - 1)) * (first ? tanh(d * sum) : sum));
+}
+
+static void score(const obm__block *b, float *out) {
+    size_t model = (size_t)b->g->stats[0];
+    for (size_t j = 0; j < b->n; j++) out[j] = fmaxf((float)b->g->stats[1] * balance(b, model, j), 0);
+}
+
+static obm_status ranked(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, double sign,
+                         uint64_t n, float *out, obm_error *err) {
+    for (size_t i = 0; i < n_groups; i++) {
+        groups[i].stats[0] = (double)model;
+        groups[i].stats[1] = sign;
+    }
+    return obm__select_value(run, groups, n_groups, OBM_BY_SCORE, n, out, err);
+}
+
+/* The n-th largest of `count` scores.  Where it is not above 0 it is the n-th smallest of the negated ones that are cut
+ * off at 0, since those above 0 come first in either order. */
+static obm_status find_score(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, uint64_t n,
+                             uint64_t count, double *out, obm_error *err) {
+    float x;
+    OBM_TRY(ranked(run, groups, n_groups, model, 1, n, &x, err));
+    *out = x;
+    if (x > 0) return OBM_OK;
+    OBM_TRY(ranked(run, groups, n_groups, model, -1, count - n + 1, &x, err));
+    *out = -(double)x;
+    return OBM_OK;
+}
+
+static void keep_stat(obm__group *groups, size_t n_groups, size_t model, int which, double value) {
+    for (size_t i = 0; i < n_groups; i++) groups[i].stats[HEAD + model * PER_MODEL + (size_t)which] = value;
+}
+
+/* The element at floor(share * count) + shift from the smallest, counted from the largest, from 1 (the authors' clamp).
+ */
+static uint64_t from_largest(double share, uint64_t count, double shift) {
+    double index = share * (double)count + shift;
+    uint64_t i = index > 0 ? (uint64_t)index : 0;
+    return i < count ? count - i : 1;
+}
+
+static obm_status find_magnitudes(const obm__run *run, obm__group *groups, size_t n_groups, size_t model,
+                                  uint64_t count, obm_error *err) {
+    double quantile = setting(groups[0].steps, "quantile", 1e-4, 0.01);
+    float low, high;
+    OBM_TRY(obm__select_value(run, groups, n_groups, model, from_largest(quantile, count, 0), &low, err));
+    OBM_TRY(obm__select_value(run, groups, n_groups, model, from_largest(1 - quantile, count, -1), &high, err));
+    keep_stat(groups, n_groups, model, LOW, low);
+    keep_stat(groups, n_groups, model, HIGH, high);
+    return OBM_OK;
+}
+
+static obm_status find_scores(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, uint64_t count,
+                              obm_error *err) {
+    double ratio = setting(groups[0].steps, "ratio", 0.1, 0.05), threshold, largest;
+    OBM_TRY(find_score(run, groups, n_groups, model, from_largest(1 - ratio, count, 0), count, &threshold, err));
+    OBM_TRY(find_score(run, groups, n_groups, model, 1, count, &largest, err));
+    keep_stat(groups, n_groups, model, THRESHOLD, threshold);
+    keep_stat(groups, n_groups, model, LARGEST, largest);
+    return OBM_OK;
+}
+
+static obm_status prepare(const obm__run *run, obm__group *groups, size_t n_groups, obm_error *err) {
+    size_t n = groups[0].steps->n, numbers = HEAD + n * PER_MODEL;
+    uint64_t count = 0;
+    for (size_t i = 0; i < n_groups; i++) {
+        groups[i].stats = obm__calloc(numbers, sizeof *groups[i].stats);
+        if (!groups[i].stats) return obm__fail_nomem(err, numbers * sizeof *groups[i].stats);
+        count += groups[i].count;
+    }
+    for (size_t m = 0; count > 0 && m < n; m++) OBM_TRY(find_magnitudes(run, groups, n_groups, m, count, err));
+    for (size_t m = 0; count > 0 && m < n; m++) OBM_TRY(find_scores(run, groups, n_groups, m, count, err));
+    return OBM_OK;
+}
+
+/* 0 at and below the threshold, 1 at the largest. */
+static double scale_of(const obm__block *b, size_t model, size_t j) {
+    const double *q = stats_of(b, model);
+    double x = balance(b, model, j);
+    return x > q[THRESHOLD] && q[LARGEST] > q[THRESHOLD] ? (x - q[THRESHOLD]) / (q[LARGEST] - q[THRESHOLD]) : 0;
+}
+
+static void merge(const obm__block *b) {
+    const obm__steps *s = b->g->steps;
+    for (size_t j = 0; j < b->n; j++) {
+        double sum = 0, mass = 0;
+        for (size_t i = 0; i < s->n; i++) {
+            double d = obm__block_delta(b, i)[j], scale = scale_of(b, i, j);
+            sum += obm__steps_value(s, "weight", i) * copysign(clamped(d, stats_of(b, i)), d) * (d == 0 ? 0 : scale);
+            mass += scale;
+        }
+        b->mixed[j] = (float)(b->base[j] + sum / fmax(mass, 1e-12));
+    }
+}
+
+static obm_status check(const obm__steps *s, obm_error *err) {
+    double variant = obm__steps_value(s, "variant", 0);
+    if (variant == 1 || variant == 2) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG, "pcb: variant: expected 1 or 2, found %g", variant);
+}
+
+static const obm__custom custom = {.check = check, .prepare = prepare, .score = score, .merge = merge};
+
+const obm__method obm__method_pcb = {
+    .info = {"pcb", "task vectors scaled by parameter competition within and between the models",
+             "Du et al., Parameter Competition Balancing for Model Merging, arXiv 2410.02396, section 3", params,
+             OBM_COUNT(params), true, 1, 0},
+    .deltas = true,
+    .f32_deltas = true,
+    .custom = &custom,
+};
