@@ -74,7 +74,9 @@ static PyObject *tokenizer_encode(PyObject *o, PyObject *args, PyObject *kwargs)
     if (status != OBM_OK) return obm_py_raise(OBM_PY_STATE(o), &err);
     PyObject *list = PyList_New((Py_ssize_t)n);
     for (size_t i = 0; list && i < n; i++) {
-        if (PyList_SetItem(list, (Py_ssize_t)i, PyLong_FromLong(ids[i])) < 0) Py_CLEAR(list);
+        if (PyList_SetItem(list, (Py_ssize_t)i, PyLong_FromLong(ids[i])) < 0 ||
+            (i % 65536 == 0 && PyErr_CheckSignals() < 0))
+            Py_CLEAR(list);
     }
     obm_free(ids);
     return list;

@@ -289,7 +289,7 @@ static obm_status add_all(work *w, obm_error *err) {
     OBM_TRY(untie(w, err));
     OBM_TRY(compile(w, w->a->rank_pattern, "rank_pattern", &w->ranks, err));
     OBM_TRY(compile(w, w->a->alpha_pattern, "alpha_pattern", &w->alphas, err));
-    if (!(w->matching = obm__matching_new())) return obm__fail_nomem(err, 0);
+    if (!(w->matching = obm__matching_new(NULL))) return obm__fail_nomem(err, 0);
     for (int factors = 0; factors < 2; factors++)
         for (size_t i = 0; i < c->count; i++) OBM_TRY(add_tensor(w, c->tensors[i], factors, err));
     return OBM_OK;

@@ -77,8 +77,8 @@ static void place_signs(const obm_model *m, obm__role role, const plane_list *pl
     obm__config_shape(&m->config, role, &s->rows, &cols);
 }
 
-/* Bytes between two looks at the pulse, per thread: a few ms, some tens from a file that is not in memory. */
-#define REPACK_BYTES ((size_t)4 << 20)
+/* Bytes between two looks at the pulse, per thread: a ms or two, some tens from a file that is not in memory. */
+#define REPACK_BYTES ((size_t)1 << 20)
 
 static obm_status fill_signs(obm_model *m, obm__role role, const plane_list *planes, obm__signs *s, obm_error *err) {
     size_t bytes = 0;

@@ -50,6 +50,7 @@ static obm_status load_own(obm_model *m, size_t task, const base_files *base, ob
                                  {base->jinja, base->config}};
     if (!own && !m->tokenizer) return OBM_OK; /* a template alone encodes nothing */
     OBM_TRY(obm__tokenizer_load(own ? own : base->tokenizer, places, 2, &m->texts[task].owned, err));
+    m->texts[task].owned->ctx = m->ctx;
     m->texts[task].tokenizer = m->texts[task].owned;
     if (!own || !m->tokenizer) return OBM_OK;
     return obm__vocab_check(&m->tokenizer->vocab, &m->texts[task].owned->vocab, m->config.vocab,

@@ -155,8 +155,11 @@ static obm_status keep(obm_model *m, obm__build *b, obm__weights **out, obm_erro
     return OBM_OK;
 }
 
+/* What keeping b will take: its overlays, and the coefficients that it holds already. */
+static uint64_t bytes_of(const obm__build *b) { return b->needed + b->w->bytes + b->w->terms_bytes; }
+
 static obm_status build_now(obm_model *m, obm__build *b, obm__weights **out, obm_error *err) {
-    evict(m, b->needed);
+    evict(m, bytes_of(b));
     obm_status status = obm__build_run(b, NULL, err);
     if (status == OBM_OK) return keep(m, b, out, err);
     obm__build_free(b);
@@ -222,7 +225,7 @@ static obm_status collect(obm_model *m, obm_error *err) {
 }
 
 static obm_status start_beside(obm_model *m, obm__build *b, obm_error *err) {
-    evict(m, b->needed);
+    evict(m, bytes_of(b));
     obm_status status = obm__task_start(build_beside, b, &b->task, err);
     if (status == OBM_OK)
         m->building = b;
@@ -236,7 +239,7 @@ static obm_status admit_new(obm_model *m, const double *route, obm__weights **ou
     obm__build *b;
     *out = NULL;
     OBM_TRY(obm__build_new(m, route, &b, err));
-    if (!fits(m, NULL, b->needed)) {
+    if (!fits(m, NULL, bytes_of(b))) {
         obm__build_free(b);
         return OBM_OK;
     }

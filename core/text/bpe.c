@@ -197,6 +197,8 @@ typedef struct candidate {
 } candidate; /* merge symbol `at` with its right neighbour */
 
 struct obm__bpe_work {
+    obm__pulse *pulse;
+    unsigned steps;  /* since it was looked at, in merges and words */
     symbol *symbols;
     candidate *heap; // binary, smallest (rank, at) first
     size_t capacity; /* symbols; the heap has three times as many */
@@ -204,7 +206,20 @@ struct obm__bpe_work {
     obm__buffer chars;
 };
 
-obm__bpe_work *obm__bpe_work_new(void) { return obm__calloc(1, sizeof(obm__bpe_work)); }
+obm__bpe_work *obm__bpe_work_new(obm__pulse *pulse) {
+    obm__bpe_work *w = obm__calloc(1, sizeof *w);
+    if (w) w->pulse = pulse;
+    return w;
+}
+
+/* A step takes some hundred nanoseconds: this many are well below 10 ms. */
+#define STEPS_PER_LOOK 8192
+
+static obm_status look(obm__bpe_work *w, obm_error *err) {
+    if (++w->steps < STEPS_PER_LOOK) return OBM_OK;
+    w->steps = 0;
+    return obm__pulse_check(w->pulse, err);
+}
 
 void obm__bpe_work_free(obm__bpe_work *w) {
     if (!w) return;
@@ -315,9 +330,10 @@ static void start_symbols(const obm__bpe *m, obm__bpe_work *w, const char *word,
     if (w->n_symbols) w->symbols[w->n_symbols - 1].next = -1;
 }
 
-static void merge_symbols(const obm__bpe *m, obm__bpe_work *w) {
+static obm_status merge_symbols(const obm__bpe *m, obm__bpe_work *w, obm_error *err) {
     for (size_t i = 0; i + 1 < w->n_symbols; i++) consider(m, w, (int32_t)i);
     while (w->n_heap) {
+        OBM_TRY(look(w, err));
         candidate c = heap_pop(w);
         symbol *left = &w->symbols[c.at];
         if (left->id < 0 || left->next < 0) continue;
@@ -331,6 +347,7 @@ static void merge_symbols(const obm__bpe *m, obm__bpe_work *w) {
         consider(m, w, left->previous);
         consider(m, w, c.at);
     }
+    return OBM_OK;
 }
 
 /* The whole word as a piece, before any merge; -1 if it is none. */
@@ -348,6 +365,7 @@ static int32_t find_whole(const obm__bpe *m, obm__bpe_work *w, const char *word,
 obm_status obm__bpe_encode(const obm__bpe *m, obm__bpe_work *w, const char *word, size_t n, obm__ids *out,
                            obm_error *err) {
     if (n == 0) return OBM_OK;
+    OBM_TRY(look(w, err));
     int32_t whole = m->ignore_merges ? find_whole(m, w, word, n) : -1;
     if (w->chars.failed) return obm__fail_nomem(err, 2 * (uint64_t)n);
     if (whole >= 0) {
@@ -355,7 +373,7 @@ obm_status obm__bpe_encode(const obm__bpe *m, obm__bpe_work *w, const char *word
     } else {
         OBM_TRY(reserve(w, n, err));
         start_symbols(m, w, word, n);
-        merge_symbols(m, w);
+        OBM_TRY(merge_symbols(m, w, err));
         for (int32_t i = w->n_symbols ? 0 : -1; i >= 0; i = w->symbols[i].next) obm__ids_add(out, w->symbols[i].id);
     }
     return out->failed ? obm__fail_nomem(err, n * sizeof(int32_t)) : OBM_OK;

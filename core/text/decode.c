@@ -128,7 +128,7 @@ obm_status obm__decoding_new(const obm__decoder *d, bool eager, obm__decoding **
     s->eager = eager;
     bool replaces = false;
     for (size_t i = 0; i < d->n; i++) replaces |= d->steps[i].kind == OBM__D_REPLACE;
-    if (replaces && !(s->matching = obm__matching_new())) {
+    if (replaces && !(s->matching = obm__matching_new(NULL))) {
         obm__decoding_free(s);
         return obm__fail_nomem(err, size);
     }

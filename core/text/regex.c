@@ -14,6 +14,8 @@ struct obm__regex {
 };
 
 struct obm__matching {
+    obm__pulse *pulse;
+    unsigned calls;
     pcre2_match_data *data;
     pcre2_match_context *context;
     pcre2_jit_stack *stack;
@@ -294,9 +296,17 @@ void obm__regex_free(obm__regex *r) {
 
 /* ---- matching ---- */
 
-obm__matching *obm__matching_new(void) {
+/* A match takes some hundred nanoseconds: this many are well below a millisecond. */
+#define MATCHES_PER_LOOK 1024
+
+obm_status obm__matching_look(obm__matching *m, obm_error *err) {
+    return m && m->pulse && ++m->calls % MATCHES_PER_LOOK == 0 ? obm__pulse_check(m->pulse, err) : OBM_OK;
+}
+
+obm__matching *obm__matching_new(obm__pulse *pulse) {
     obm__matching *m = obm__calloc(1, sizeof *m);
     if (!m) return NULL;
+    m->pulse = pulse;
     m->data = pcre2_match_data_create(1, NULL);
     m->context = pcre2_match_context_create(NULL);
     m->stack = pcre2_jit_stack_create(32 * 1024, 8 * 1024 * 1024, NULL); /* NULL without JIT */

@@ -112,6 +112,7 @@ static obm_status find(const obm__split *split, obm__matching *m, const char *s,
 
 obm_status obm__matches_next(obm__matches *i, const obm__split *split, obm__matching *m, const char *s, size_t n,
                              bool *found, obm__span *match, obm_error *err) {
+    OBM_TRY(obm__matching_look(m, err));
     while (i->at <= n) {
         size_t len;
         OBM_TRY(find(split, m, s, n, i->at, found, match, err));

@@ -36,7 +36,8 @@ void obm__regex_free(obm__regex *r);
 
 /* What one thread needs to match; any number of patterns. */
 typedef struct obm__matching obm__matching;
-obm__matching *obm__matching_new(void);   /* NULL: out of memory */
+obm__matching *obm__matching_new(obm__pulse *pulse);   /* NULL: out of memory; pulse: borrowed, nullable */
+obm_status obm__matching_look(obm__matching *m, obm_error *err);   /* at the pulse, every few hundred calls; m nullable */
 void obm__matching_free(obm__matching *m);
 /* The first match in s[start, n); s is well-formed UTF-8.  Errors: FORMAT (the pattern backtracks without bound), NOMEM. */
 obm_status obm__regex_find(const obm__regex *r, obm__matching *m, const char *s, size_t n, size_t start, bool *found,
@@ -127,7 +128,7 @@ obm_status obm__bpe_load(obm__bpe *m, const obm__vocab *vocab, const obm_json *m
 void obm__bpe_free(obm__bpe *m);
 
 typedef struct obm__bpe_work obm__bpe_work;   /* scratch of one thread */
-obm__bpe_work *obm__bpe_work_new(void);
+obm__bpe_work *obm__bpe_work_new(obm__pulse *pulse);   /* borrowed, nullable; looked at now and then */
 void obm__bpe_work_free(obm__bpe_work *w);
 /* Appends the ids of one word, UTF-8 unless m->bytes.  O(n log n). */
 obm_status obm__bpe_encode(const obm__bpe *m, obm__bpe_work *w, const char *word, size_t n, obm__ids *out, obm_error *err);
@@ -277,6 +278,7 @@ void obm__chat_free(obm__chat *c);
 /* ---- tokenizer.c ---- */
 
 struct obm_tokenizer {
+    const obm_context *ctx;   /* whose interrupt long texts ask; NULL: nobody's */
     obm__vocab vocab;
     obm__bpe bpe;
     obm__normalizer normalizer;

@@ -54,7 +54,7 @@ static obm_status read_all_added(obm_tokenizer *t, obm__words *w, obm__buffer wo
 static obm_status load_added(obm_tokenizer *t, const obm_json *added, obm_error *err) {
     size_t n = obm__json_size(added);
     obm__added_set *sets[2] = {&t->raw, &t->normalized};
-    obm__words words = {.matching = obm__matching_new()};
+    obm__words words = {.matching = obm__matching_new(NULL)};
     obm__buffer work[2] = {{0}, {0}};
     obm_status status = words.matching ? OBM_OK : obm__fail_nomem(err, sizeof words);
     for (int i = 0; i < 2 && status == OBM_OK; i++) {
@@ -152,7 +152,6 @@ static obm_status open_in(const char *directory, const char *file, obm_tokenizer
 }
 
 obm_status obm_tokenizer_open(obm_context *ctx, const char *path, obm_tokenizer **out, obm_error *err) {
-    (void)ctx;
     if (!path || !out) return obm__fail(err, OBM_E_ARG, "obm_tokenizer_open: path and out must be given");
     bool folder = obm__is_directory(path);
     const char *slash = strrchr(path, '/');
@@ -161,6 +160,7 @@ obm_status obm_tokenizer_open(obm_context *ctx, const char *path, obm_tokenizer 
                       : slash ? obm__strndup(path, (size_t)(slash - path) + 1)
                               : obm__strdup(".");
     obm_status status = file && directory ? open_in(directory, file, out, err) : obm__fail_nomem(err, strlen(path));
+    if (status == OBM_OK) (*out)->ctx = ctx;
     obm_free(file);
     obm_free(directory);
     return status;
@@ -205,11 +205,14 @@ typedef struct encoder {
     obm__buffer normal[2];
     obm__ids ids;
     bool at_start; /* of the part that is being encoded: it begins where the input does */
+    obm__pulse pulse;
     obm_error *err;
 } encoder;
 
 static obm_status encoder_start(encoder *e, const obm_tokenizer *t, obm_error *err) {
-    *e = (encoder){.t = t, .err = err, .words.matching = obm__matching_new(), .work = obm__bpe_work_new()};
+    *e = (encoder){.t = t, .err = err, .pulse = obm__pulse_new(t->ctx, NULL, NULL, "encode", 1)};
+    e->words.matching = obm__matching_new(&e->pulse);
+    e->work = obm__bpe_work_new(&e->pulse);
     return e->words.matching && e->work ? OBM_OK : obm__fail_nomem(err, sizeof *e);
 }
 
@@ -300,10 +303,13 @@ obm_status obm_tokenizer_decode(const obm_tokenizer *t, const int32_t *ids, size
                                 size_t *len, obm_error *err) {
     obm__buffer out = {0};
     obm__decoding *decoding = NULL;
+    obm__pulse pulse = obm__pulse_new(t->ctx, NULL, NULL, "decode", n);
     obm_status status = obm__decoding_new(&t->decoder, false, &decoding, err);
     obm__buffer_add(&out, "", 0);
-    for (size_t i = 0; i < n && status == OBM_OK; i++)
+    for (size_t i = 0; i < n && status == OBM_OK; i++) {
         status = obm__tokenizer_push(t, decoding, ids[i], skip_special, &out, err);
+        if (status == OBM_OK && i % 1024 == 0) status = obm__pulse_check(&pulse, err);
+    }
     if (status == OBM_OK) status = obm__decoding_end(decoding, &out, err);
     if (status == OBM_OK && out.failed) status = obm__fail_nomem(err, out.size);
     obm__decoding_free(decoding);

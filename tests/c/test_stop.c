@@ -217,6 +217,47 @@ static obm_status run_merge_tensors(obm_progress_fn progress) {
     return obm_merge_tensors(ctx, "ties", OBM_PROFILE_DEFAULT, &t[0], &t[1], 2, params, 2, 0, values, &err);
 }
 
+/* Some megabytes of words, and of one word. */
+static obm_tokenizer *tokenizer;
+static char *text;
+static size_t text_size;
+
+static obm_status run_encode(obm_progress_fn progress) {
+    int32_t *ids = NULL;
+    size_t n;
+    (void)progress;
+    obm_status status = obm_tokenizer_encode(tokenizer, text, text_size, false, &ids, &n, &err);
+    obm_free(ids);
+    return status;
+}
+
+static obm_status run_decode(obm_progress_fn progress) {
+    static int32_t ids[1 << 20];
+    char *out = NULL;
+    size_t n;
+    (void)progress;
+    for (size_t i = 0; i < sizeof ids / sizeof *ids; i++) ids[i] = (int32_t)(i * 7919 % 700);
+    obm_status status = obm_tokenizer_decode(tokenizer, ids, text_size / 2, false, &out, &n, &err);
+    obm_free(out);
+    return status;
+}
+
+static void long_texts(void **state) {
+    static const char words[] = "Tom has 3 apples, and buys 12 more. ";
+    (void)state;
+    assert_int_equal(obm_tokenizer_open(ctx, OBM_SOURCE_DIR "/examples/models/base", &tokenizer, &err), OBM_OK);
+    text_size = rows << 7; /* a megabyte */
+    text = malloc(text_size);
+    assert_non_null(text);
+    for (size_t i = 0; i < text_size; i++) text[i] = words[i % (sizeof words - 1)];
+    check_call(run_encode, "encode");
+    check_call(run_decode, "decode");
+    for (size_t i = 0; i < text_size; i++) text[i] = "theandhersingoutbuys"[i % 20];
+    check_call(run_encode, "encode one word");
+    free(text);
+    obm_tokenizer_free(tokenizer);
+}
+
 /* A progress callback that is not given: the interrupt stands in for it. */
 static obm_status run_without(obm_progress_fn progress) {
     (void)progress;
@@ -298,6 +339,6 @@ int main(void) {
         cmocka_unit_test(verify),        cmocka_unit_test(export),      cmocka_unit_test(merge),
         cmocka_unit_test(tensor_stats),  cmocka_unit_test(read_values),        cmocka_unit_test(sha256),
         cmocka_unit_test(materialise),   cmocka_unit_test(merge_tensors), cmocka_unit_test(without),
-        cmocka_unit_test(opening_models)};
+        cmocka_unit_test(opening_models), cmocka_unit_test(long_texts)};
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -388,7 +388,7 @@ static void test_regex_refused(void **state) {
 static void test_regex_backtracking(void **state) {
     (void)state;
     obm__regex *r = NULL;
-    obm__matching *m = obm__matching_new();
+    obm__matching *m = obm__matching_new(NULL);
     char text[65];
     bool found;
     size_t begin, end;
