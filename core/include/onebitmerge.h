@@ -716,7 +716,8 @@ typedef struct obm_merge_options {
 /* recipe: mergekit's YAML (or JSON) as text.  A model is a path, MODEL+ADAPTER with a LoRA folder behind the +, or such a
  * folder alone, which stands for base_model with it; base + d is taken in f32.  Writes a Hugging Face folder; plan nullable, filled in a dry run and after.
  * Of several documents (---) each may take the outputs of others by their `name`: the one without a name is written to
- * out_path and the others beside it while the merge runs; where all have names, to out_path/NAME.
+ * out_path and the others beside it while the merge runs; where all have names, to out_path/NAME.  With tokenizer_source
+ * or tokenizer the vocabulary is built as mergekit does it: embedding, head and vocab_size follow.
  * Fails while planning, before a tensor byte is read, for unknown keys (with a suggestion) and unsupported ones; BUSY
  * while another call writes to the folder.  What a killed run left there is removed, without `resume` all of it. */
 OBM_API obm_status obm_merge(obm_context *ctx, const char *recipe, const obm_merge_options *options, const char *out_path,

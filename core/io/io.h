@@ -220,6 +220,8 @@ typedef struct obm__model_writer_options {
     const char *const (*instead)[2]; /* (n_instead), borrowed until the writer is freed: name of such a file, and the
                                         path to carry it over from, NULL: the model has none */
     size_t n_instead;
+    const char *const (*texts)[2]; /* (n_texts), borrowed likewise: name of such a file, and what it holds */
+    size_t n_texts;
     obm_json *config;      /* replaces config.json (borrowed, nullable) */
     const char *card;      /* text of README.md, nullable */
     const obm_json *job;   /* a flat object; what decides the bytes of all shards (borrowed, nullable) */

@@ -64,6 +64,8 @@ struct obm__model_writer {
     char *path, *copy_from, *config, *card;
     const char *const (*instead)[2];
     size_t n_instead;
+    const char *const (*texts)[2];
+    size_t n_texts;
     uint64_t shard_bytes;
     bool overwrite, resume;
     obm_json *job;
@@ -120,6 +122,8 @@ static bool copy_options(obm__model_writer *w, const char *path, const obm__mode
     w->path = obm__strdup(path);
     w->instead = o ? o->instead : NULL;
     w->n_instead = o ? o->n_instead : 0;
+    w->texts = o ? o->texts : NULL;
+    w->n_texts = o ? o->n_texts : 0;
     w->small_records = obm__json_new_array();
     w->old = obm__json_new_array();
     bool ok = w->path && w->small_records && w->old;
@@ -513,6 +517,8 @@ static char *source_of(const obm__model_writer *w, const char *name, bool *none)
 }
 
 static obm_status stage_carried(obm__model_writer *w, const char *name, obm_error *err) {
+    for (size_t i = 0; i < w->n_texts; i++)
+        if (!strcmp(w->texts[i][0], name)) return stage(w, name, w->texts[i][1], strlen(w->texts[i][1]), err);
     bool none;
     char *source = source_of(w, name, &none), *text;
     size_t size;

@@ -48,6 +48,7 @@ static obm_status visit(order *o, size_t i, obm_error *err) {
     if (o->state[i] == 2) return OBM_OK;
     o->state[i] = 1;
     OBM_TRY(visit_ref(o, i, r->base, err));
+    OBM_TRY(visit_ref(o, i, r->tokenizer.model, err));
     for (size_t s = 0; s < r->n_slices; s++) {
         OBM_TRY(visit_ref(o, i, r->slices[s].base.ref, err));
         for (size_t m = 0; m < r->slices[s].n_models; m++) OBM_TRY(visit_ref(o, i, r->slices[s].models[m].ref, err));
@@ -162,6 +163,23 @@ static obm_status copy_headers(const obm__job *j, obm__safetensors *s, obm_check
     return OBM_OK;
 }
 
+/* The tokenizer of a planned output, for documents that build theirs from it. */
+static obm_status plan_tokenizer(const obm__job *j, obm__stage *part, obm_error *err) {
+    const obm_checkpoint *donor = j->inputs[j->donor].model;
+    const char *text = j->vocabulary ? obm__vocabulary_tokenizer(j->vocabulary) : NULL;
+    for (size_t i = 0; !text && i < j->n_parts; i++)
+        if (j->parts[i].planned == donor) text = j->parts[i].tokenizer;
+    if (text) {
+        part->tokenizer = obm__strdup(text);
+        return part->tokenizer ? OBM_OK : obm__fail_nomem(err, strlen(text));
+    }
+    char *path = obm__path_join(donor->directory, "tokenizer.json");
+    if (!path) return obm__fail_nomem(err, strlen(donor->directory));
+    obm_status status = obm__file_exists(path) ? obm__file_read(path, &part->tokenizer, NULL, err) : OBM_OK;
+    obm_free(path);
+    return status;
+}
+
 obm_status obm__documents_plan_part(const obm__job *j, const obm_json *config, obm__stage *part, obm_error *err) {
     obm_checkpoint *c = obm__calloc(1, sizeof *c);
     if (!c) return obm__fail_nomem(err, sizeof *c);
@@ -170,6 +188,7 @@ obm_status obm__documents_plan_part(const obm__job *j, const obm_json *config, o
     c->directory = obm__strdup(part->path);
     c->config = config ? obm__json_copy(config) : NULL;
     c->tied = !j->writes_head;
+    c->layout = j->inputs[j->donor].model->layout;
     c->files = obm__calloc(1, sizeof *c->files);
     if (c->files) c->files[0] = obm__calloc(1, sizeof *c->files[0]);
     c->n_files = c->files && c->files[0];
@@ -177,6 +196,7 @@ obm_status obm__documents_plan_part(const obm__job *j, const obm_json *config, o
     obm_status status = c->path && c->directory && c->n_files && c->files[0]->path && (c->config || !config)
                             ? copy_headers(j, c->files[0], c, err)
                             : obm__fail_nomem(err, strlen(part->path));
+    if (status == OBM_OK) status = plan_tokenizer(j, part, err);
     if (status == OBM_OK) {
         part->planned = c;
     } else {
@@ -209,6 +229,7 @@ void obm__documents_free(obm__documents *d) {
     for (size_t i = 0; d->parts && i < d->n; i++) {
         obm_checkpoint_free(d->parts[i].planned);
         obm_free(d->parts[i].path);
+        obm_free(d->parts[i].tokenizer);
     }
     obm_free(d->recipes);
     obm_free(d->parts);

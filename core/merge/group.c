@@ -19,9 +19,27 @@ static void round_to(const obm_kernels *k, obm_dtype dtype, float *x, size_t n, 
     }
 }
 
+/* The base, or a model. */
+#define BASE SIZE_MAX
+
+static const obm_tensor *tensor_of(const obm__group *g, size_t model) {
+    return model == BASE ? g->base : &g->models[model];
+}
+
+static const obm__lowrank *lora_of(const obm__group *g, size_t model) {
+    return model == BASE ? g->base_lora : g->loras ? g->loras[model] : NULL;
+}
+
 /* With an adapter the value is f32(tensor + d), which is rounded to the working dtype like a tensor of F32. */
-static void read_input(const obm_kernels *k, const obm__group *g, const obm_tensor *t, const obm__lowrank *lora,
-                       uint64_t begin, size_t n, float *out, float *scratch) {
+static void read_input(const obm_kernels *k, const obm__group *g, size_t model, uint64_t begin, size_t n, float *out,
+                       float *scratch) {
+    const obm_tensor *t = tensor_of(g, model);
+    const obm__lowrank *lora = lora_of(g, model);
+    if (g->rows) {
+        obm__rows_read(k, g->rows, model == BASE ? 0 : model + (g->base != NULL), begin, n, out, scratch);
+        round_to(k, g->work, out, n, scratch);
+        return;
+    }
     obm__widen(k, t, (int64_t)begin, (int64_t)n, out);
     if (lora) {
         obm__lowrank_read(k, lora, (int64_t)begin, (int64_t)n, scratch);
@@ -30,15 +48,13 @@ static void read_input(const obm_kernels *k, const obm__group *g, const obm_tens
     if (lora || t->dtype != g->work) round_to(k, g->work, out, n, scratch);
 }
 
-static const obm__lowrank *lora_of(const obm__group *g, size_t model) { return g->loras ? g->loras[model] : NULL; }
-
 void obm__group_base(const obm_kernels *k, const obm__group *g, uint64_t begin, size_t n, float *base, float *scratch) {
-    if (g->base) read_input(k, g, g->base, g->base_lora, begin, n, base, scratch);
+    if (g->base) read_input(k, g, BASE, begin, n, base, scratch);
 }
 
 size_t obm__group_delta(const obm_kernels *k, const obm__group *g, size_t model, uint64_t begin, size_t n,
                         const float *base, float *d, float *scratch) {
-    read_input(k, g, &g->models[model], lora_of(g, model), begin, n, d, scratch);
+    read_input(k, g, model, begin, n, d, scratch);
     if (g->steps->deltas && g->base) {
         k->sub_f32(d, d, base, n);
         if (g->steps->round_deltas) round_to(k, g->work, d, n, scratch);
@@ -51,29 +67,34 @@ static void release_tensor(const obm_tensor *t, uint64_t begin, uint64_t n) {
     obm__pages_release((const char *)t->data + begin * size, (size_t)n * size);
 }
 
+/* Rows lie anywhere in their tensors, so all pages of these go. */
+static void release_rows(const obm__rows *r) {
+    for (size_t i = 0; i < r->n; i++) obm__pages_release(r->sources[i].data, (size_t)obm__tensor_bytes(&r->sources[i]));
+}
+
 void obm__group_release(const obm__group *g, uint64_t begin, uint64_t n) {
-    if (!g->mapped) return;
+    if (g->rows && g->mapped) release_rows(g->rows);
+    if (g->rows || !g->mapped) return;
     if (g->base) release_tensor(g->base, begin, n);
     for (size_t i = 0; i < g->steps->n; i++) release_tensor(&g->models[i], begin, n);
 }
 
-/* True if element `index` of t alone is at fault; the message then names whose it is. */
-static bool element_is_bad(const obm_kernels *k, const obm__group *g, const obm_tensor *t, const obm__lowrank *lora,
-                           uint64_t index) {
+/* True if element `index` of one input alone is at fault; the message then names whose it is. */
+static bool element_is_bad(const obm_kernels *k, const obm__group *g, size_t model, uint64_t index) {
     float x, scratch;
-    read_input(k, g, t, lora, index, 1, &x, &scratch);
+    read_input(k, g, model, index, 1, &x, &scratch);
     return !isfinite(x);
 }
 
 obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t index, obm_error *err) {
     const char *name = g->name[0] ? g->name : "the tensor";
     unsigned long long at = index;
-    if (g->base && element_is_bad(k, g, g->base, g->base_lora, index))
+    if (g->base && element_is_bad(k, g, BASE, index))
         return obm__fail(err, OBM_E_VALUE, "%s: NaN or Inf in %s at index %llu", name,
                          g->base_label ? g->base_label : "the base", at);
     for (size_t i = 0; i < g->steps->n; i++) {
         float base, d, scratch;
-        bool own = element_is_bad(k, g, &g->models[i], lora_of(g, i), index);
+        bool own = element_is_bad(k, g, i, index);
         obm__group_base(k, g, index, 1, &base, &scratch);
         if (!own && obm__group_delta(k, g, i, index, 1, &base, &d, &scratch) == 1) continue;
         const char *what = own ? "NaN or Inf" : "a difference to the base that overflows";

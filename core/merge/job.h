@@ -34,7 +34,10 @@ typedef struct obm__output {
     const obm__lowrank **loras; /* (slice->n): what an adapter adds, NULL without */
     obm__steps steps;
     obm__group group;
+    obm__rows *rows; /* of a built vocabulary, else NULL; the shapes of `tensors` are then the result's; owned */
 } obm__output;
+
+typedef struct obm__vocabulary obm__vocabulary;
 
 /* The output of one document of a recipe that others refer to. */
 typedef struct obm__stage {
@@ -42,6 +45,7 @@ typedef struct obm__stage {
     char *path;              /* where it is, or will be; owned */
     obm_checkpoint *planned; /* its headers without data, for those that are planned before it is there; owned */
     bool done;
+    char *tokenizer; /* its tokenizer.json as planned, nullable; owned */
 } obm__stage;
 
 typedef struct obm__job {
@@ -59,9 +63,10 @@ typedef struct obm__job {
     int64_t n_layers;
     obm__output *outputs;
     size_t n_outputs, capacity;
-    obm_tensor *tensors;        /* (capacity, widest) */
-    const obm__lowrank **loras; /* (capacity, widest) */
-    uint64_t tile;              /* elements */
+    obm__vocabulary *vocabulary; /* NULL: the donor's, which all inputs have */
+    obm_tensor *tensors;         /* (capacity, widest) */
+    const obm__lowrank **loras;  /* (capacity, widest) */
+    uint64_t tile;               /* elements */
 } obm__job;
 
 /* Opens every model that the recipe names, and assigns them to its slices. */
@@ -72,11 +77,44 @@ obm_status obm__job_outputs(obm__job *j, obm_error *err);
 bool obm__job_whole_model(const obm__job *j);
 void obm__job_clear(obm__job *j);
 
+/* Where the model of a reference lies; *model is the input or planned document it is, else NULL.  *directory is
+ * owned. */
+obm_status obm__job_find_folder(const obm__job *j, const char *ref, char **directory, const obm_checkpoint **model,
+                                obm_error *err);
 /* Frees a checkpoint unless it is a part's. */
 void obm__job_close(const obm__job *j, obm_checkpoint *c);
 
 bool obm__input_has_head(const obm__input *in); /* of its own, not the embedding */
 bool obm__input_find(const obm__input *in, const char *name, obm_tensor *t, const obm__lowrank **lora);
+/* ---- vocabularies (vocabulary.c) ---- */
+
+/* From the inputs' tokenizers, by the recipe's rules.  Errors: NOTFOUND (a tokenizer, a token), FORMAT, UNSUPPORTED. */
+obm_status obm__vocabulary_new(const obm__job *j, obm__vocabulary **out, obm_error *err);
+void obm__vocabulary_free(obm__vocabulary *v, size_t n_inputs);
+size_t obm__vocabulary_rows_count(const obm__vocabulary *v);
+const char *obm__vocabulary_directory(const obm__vocabulary *v); /* whose tokenizer files the result takes */
+bool obm__vocabulary_changed(const obm__vocabulary *v);          /* but for these two: */
+const char *obm__vocabulary_tokenizer(const obm__vocabulary *v);
+const char *obm__vocabulary_config(const obm__vocabulary *v); /* nullable: that folder's */
+/* Of which token is which row of which input, for a record of the job. */
+void obm__vocabulary_hash(const obm__vocabulary *v, size_t n_inputs, char out[33]);
+/* The rows of an output that has one per token, whose tensors then take the result's shape; *out untouched where they
+ * are the inputs' own, all in place. */
+obm_status obm__vocabulary_rows(const obm__job *j, const obm__vocabulary *v, obm__output *o, obm__rows **out,
+                                obm_error *err);
+
+/* ---- small files (carried.c, chat.c) ---- */
+
+typedef struct obm__carried {
+    const char *instead[8][2], *texts[3][2]; /* as obm__model_writer_options has them */
+    size_t n_instead, n_texts, n_owned;
+    char *owned[16];
+} obm__carried;
+obm_status obm__carried_new(const obm__job *j, obm__carried *out, obm_error *err);
+void obm__carried_clear(obm__carried *c);
+/* The Jinja text that the recipe asks for; *out owned, NULL where the files keep what they have. */
+obm_status obm__chat_template(const obm__job *j, char **out, obm_error *err);
+
 /* ---- several documents (documents.c) ---- */
 
 /* The documents of a recipe in an order in which each comes after those it refers to. */

@@ -191,12 +191,44 @@ struct obm__run {
 /* Reports done of total; USER when the callback asks to stop. */
 obm_status obm__run_report(const obm__run *run, obm_error *err);
 
+/* ---- rows of other tensors (rows.c) ---- */
+
+typedef enum { OBM_ROW_INPUT, OBM_ROW_ZERO, OBM_ROW_MADE } obm__row_kind;
+typedef struct obm__row {
+    uint32_t row; /* of the input's tensor, or of what is made */
+    uint16_t input;
+    uint16_t kind;
+} obm__row;
+/* A row that is the mean of what the inputs have at this row of their maps. */
+typedef struct obm__mean {
+    uint64_t row;
+} obm__mean;
+/* The inputs of a group, base first, as tensors of (rows, cols) whose rows come from their own and each other's. */
+typedef struct obm__rows {
+    size_t n;
+    obm_tensor *sources;        /* (n), as they are in the files; owned, as are: */
+    const obm__lowrank **loras; /* (n), or NULL */
+    obm__row *maps;             /* (n, rows) */
+    obm__mean *means;           /* (n_means) */
+    size_t n_means;
+    uint64_t rows, filled, cols; /* rows behind `filled` are the mean of those before, for each input */
+    float *made;                 /* (n_means, then n if there is padding; cols) */
+} obm__rows;
+/* scratch: n floats */
+void obm__rows_read(const obm_kernels *k, const obm__rows *r, size_t input, uint64_t begin, size_t n, float *out,
+                    float *scratch);
+uint64_t obm__rows_made(const obm__rows *r); /* rows of `made` */
+/* Computes what is made, once, before anything is read. */
+obm_status obm__rows_fill(obm_context *ctx, obm__rows *r, obm_error *err);
+void obm__rows_free(obm__rows *r);
+
 struct obm__group {
     const char *name;         /* feeds the random masks; "" for a nameless tensor */
     const obm_tensor *base;   /* NULL for methods without one */
     const obm_tensor *models; /* (steps->n) */
     const obm__lowrank *base_lora,
-        *const *loras; /* what adapters add to base and models; NULL, or (steps->n) of them or NULL */
+        *const *loras;     /* what adapters add to base and models; NULL, or (steps->n) of them or NULL */
+    const obm__rows *rows; /* nullable: what base and models are read through, then they have no data of their own */
     const char *base_label, *const *labels; /* for messages, nullable */
     obm_dtype work; /* what inputs, and in the mergekit profile deltas, are rounded to; F32: nothing is */
     uint64_t count; /* elements */

@@ -18,10 +18,12 @@
 /* Everything but the output tile: scratch of the passes, histograms, per-block records of the largest tensor, and the
  * pages of the inputs that one span touches. */
 static uint64_t fixed_memory(const obm__job *j) {
-    uint64_t threads = (uint64_t)j->ctx->threads, models = j->recipe->n_models, largest = 0, own = 0;
+    uint64_t threads = (uint64_t)j->ctx->threads, models = j->recipe->n_models, largest = 0, own = 0, made = 0;
     for (size_t i = 0; i < j->n_outputs; i++) {
         const obm__group *g = &j->outputs[i].group;
         const obm__custom *custom = j->recipe->method->custom;
+        const obm__rows *rows = j->outputs[i].rows;
+        if (rows) made += obm__rows_made(rows) * rows->cols * sizeof(float);
         if (j->outputs[i].copy) continue;
         uint64_t bytes = custom && custom->bytes ? custom->bytes(g) : 0;
         if (g->steps->mask == OBM_MASK_RANKED) bytes += obm__ranked_bytes(g, j->ctx->threads);
@@ -30,7 +32,8 @@ static uint64_t fixed_memory(const obm__job *j) {
     }
     uint64_t blocks = largest / OBM_MERGE_BLOCK + 1, span = largest < OBM_MERGE_SPAN ? largest : OBM_MERGE_SPAN;
     return threads * (obm__group_scratch(models) + (65536 + 3 * OBM_MERGE_BLOCK) * 4) + 65536 * 8 +
-           blocks * models * (j->recipe->method->mask == OBM_MASK_OUTLIERS ? 4 : 3) * 8 + own + span * j->widest * 4;
+           blocks * models * (j->recipe->method->mask == OBM_MASK_OUTLIERS ? 4 : 3) * 8 + own + made +
+           span * j->widest * 4;
 }
 
 static obm_status choose_tile(obm__job *j, obm_error *err) {
@@ -141,7 +144,9 @@ static obm_status build_config(const obm__job *j, obm_json **out, obm_error *err
     *out = NULL;
     if (!source) return OBM_OK;
     obm_json *config = obm__json_copy(source);
+    size_t rows = j->vocabulary ? obm__vocabulary_rows_count(j->vocabulary) : 0;
     bool fine = config && set_dtype(config, common_config_dtype(j)) && set_layers(j, config);
+    if (fine && rows) fine = obm__text_config_set(config, "vocab_size", obm__json_new_int((int64_t)rows));
     /* transformers ties by default where the key is absent, so a written head needs an explicit false. */
     if (fine && j->writes_head) fine = obm__config_untie(config);
     if (fine) {
@@ -226,6 +231,11 @@ static bool put_options(const obm__job *j, const obm_merge_options *options, obm
                              obm__json_new_string(j->recipe->profile == OBM_PROFILE_PAPER ? "paper" : "mergekit"));
     ok = ok && obm__json_set(out, "random seed", obm__json_new_string(seed));
     ok = ok && obm__json_set(out, "shard size", obm__json_new_string(shard_bytes ? bytes : "default"));
+    if (ok && j->vocabulary) {
+        char hash[33];
+        obm__vocabulary_hash(j->vocabulary, j->n_inputs, hash);
+        ok = obm__json_set(out, "tokens of the inputs", obm__json_new_string(hash));
+    }
     for (void *it = obm__json_first(j->recipe->root); ok && it; it = obm__json_next(j->recipe->root, it)) {
         char *key = obm__format("recipe %s", obm__json_key(it));
         ok = key && obm__json_set(out, key, obm__json_copy(obm__json_value(it)));
@@ -307,6 +317,8 @@ static obm_status write_outputs(obm__job *j, obm__run *run, obm__model_writer *w
     obm_status status = check_inputs(j, err);
     bool any = false;
     for (size_t i = 0; i < j->n_outputs; i++) any |= !obm__model_writer_has(w, i);
+    for (size_t i = 0; status == OBM_OK && any && i < j->n_outputs; i++)
+        if (j->outputs[i].rows) status = obm__rows_fill(j->ctx, j->outputs[i].rows, err);
     if (status == OBM_OK && any && obm__job_whole_model(j)) status = model_statistics(j, run, err);
     for (size_t i = 0; status == OBM_OK && i < j->n_outputs; i++) {
         obm__output *o = &j->outputs[i];
@@ -344,6 +356,7 @@ static obm_status write_folder(obm__job *j, const obm_merge_options *options, co
                                obm__run *run, obm_error *err) {
     const obm_checkpoint *reference = j->inputs[j->donor].model;
     obm__model_writer *w = NULL;
+    obm__carried files = {0};
     obm_json *config = NULL, *record = NULL;
     obm_status status;
     char *card = build_card(j);
@@ -351,10 +364,15 @@ static obm_status write_folder(obm__job *j, const obm_merge_options *options, co
     OBM_GO(check_out_path(j, out_path, err));
     OBM_GO(obm__model_writer_check(out_path, overwrite, err));
     OBM_GO(build_config(j, &config, err));
+    OBM_GO(obm__carried_new(j, &files, err));
     OBM_GO(build_job(j, options, run, &record, err));
     obm__model_writer_options o = {.shard_bytes = OBM_OPT(options, obm_merge_options, shard_bytes, 0),
                                    .overwrite = overwrite,
                                    .copy_from = reference->config ? reference->directory : NULL,
+                                   .instead = (const char *const(*)[2])files.instead,
+                                   .n_instead = files.n_instead,
+                                   .texts = (const char *const(*)[2])files.texts,
+                                   .n_texts = files.n_texts,
                                    .config = config,
                                    .card = card,
                                    .job = record,
@@ -367,6 +385,7 @@ static obm_status write_folder(obm__job *j, const obm_merge_options *options, co
     OBM_GO(obm__model_writer_finish(w, err));
 done:
     obm__model_writer_free(w);
+    obm__carried_clear(&files);
     obm__json_free(config);
     obm__json_free(record);
     obm_free(card);

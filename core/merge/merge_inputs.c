@@ -164,6 +164,29 @@ static obm_status open_slices(obm__job *j, obm_error *err) {
     return OBM_OK;
 }
 
+obm_status obm__job_find_folder(const obm__job *j, const char *ref, char **directory, const obm_checkpoint **model,
+                                obm_error *err) {
+    *model = NULL;
+    for (size_t i = 0; i < j->n_inputs; i++)
+        if (obm__recipe_same_ref(j->inputs[i].ref, ref)) *model = j->inputs[i].model;
+    char *name = obm__strndup(ref, is_here(j, ref) ? strlen(ref) : strcspn(ref, "+"));
+    if (!name) return obm__fail_nomem(err, strlen(ref));
+    const obm__stage *part = find_part(j, name);
+    if (part && !part->done) *model = part->planned;
+    if (!part) drop_revision(j, name);
+    char *path = *model ? obm__strdup((*model)->directory) : part ? obm__strdup(part->path) : place_of(j, name);
+    obm_status status = path ? OBM_OK : obm__fail_nomem(err, strlen(ref));
+    if (status == OBM_OK && *model) {
+        *directory = path;
+        path = NULL;
+    } else if (status == OBM_OK) {
+        status = obm__source_find(j->ctx, path, directory, err);
+    }
+    obm_free(path);
+    obm_free(name);
+    return status;
+}
+
 static const char *model_type(const obm_checkpoint *c) {
     return obm__json_string(obm__json_get(c->config, "model_type"));
 }
@@ -190,7 +213,8 @@ static obm_status check_architectures(const obm__job *j, obm_error *err) {
 
 obm_status obm__job_open(obm__job *j, obm_error *err) {
     OBM_TRY(open_slices(j, err));
-    return check_architectures(j, err);
+    OBM_TRY(check_architectures(j, err));
+    return j->recipe->tokenizer.set ? obm__vocabulary_new(j, &j->vocabulary, err) : OBM_OK;
 }
 
 /* ---- tensors of an input ---- */

@@ -120,15 +120,23 @@ static obm_status list_outputs(obm__job *j, obm_error *err) {
 
 /* ---- shapes and dtypes ---- */
 
-static bool same_shape(const obm_tensor *a, const obm_tensor *b) {
-    return a->ndim == b->ndim && !memcmp(a->shape, b->shape, (size_t)a->ndim * sizeof *a->shape);
+/* A row per token; as many as the result's vocabulary has, where the recipe builds one. */
+static bool has_token_rows(const obm__job *j, const obm__output *o) {
+    return j->vocabulary && (obm__same_place(o->name, OBM_EMBEDDING_NAME) || obm__is_head(o->name));
+}
+
+static bool same_shape(const obm__job *j, const obm__output *o, const obm_tensor *a, const obm_tensor *b) {
+    int32_t from = has_token_rows(j, o) && a->ndim > 0;
+    if (a->ndim != b->ndim) return false;
+    return !memcmp(a->shape + from, b->shape + from, (size_t)(a->ndim - from) * sizeof *a->shape);
 }
 
 static obm_status fail_shape(const obm__job *j, const obm__output *o, size_t i, const obm_tensor *expected,
                              const char *owner, obm_error *err) {
     const obm__slice_plan *p = o->slice;
     obm_class cls = obm_class_of(o->name, expected->ndim);
-    const char *hint = cls == OBM_CLASS_EMBEDDING || cls == OBM_CLASS_HEAD ? ": the vocabularies must be the same" : "";
+    bool tokens = !j->vocabulary && (cls == OBM_CLASS_EMBEDDING || cls == OBM_CLASS_HEAD);
+    const char *hint = tokens ? ": the vocabularies must be the same, or tokenizer_source says which to take" : "";
     char first[128], other[128], where[96];
     char *name = source_name(p, i, o->name, o->layer);
     obm__shape_text(expected, first, sizeof first);
@@ -159,7 +167,7 @@ static obm_status match_tensors(const obm__job *j, obm__output *o, obm_error *er
     const obm_tensor *first = &o->tensors[p->reference];
     for (size_t i = 0; i < p->n; i++) {
         const obm_tensor *t = &o->tensors[i];
-        if (!same_shape(t, first)) return fail_shape(j, o, i, first, p->refs[p->reference], err);
+        if (!same_shape(j, o, t, first)) return fail_shape(j, o, i, first, p->refs[p->reference], err);
         if (t->dtype != first->dtype && !(obm__is_float(first->dtype) && obm__is_float(t->dtype)))
             return obm__fail(err, OBM_E_DTYPE, "%.200s: %s in %.150s, %s in %.150s", o->name,
                              obm_dtype_name(first->dtype), p->refs[p->reference], obm_dtype_name(t->dtype), p->refs[i]);
@@ -190,7 +198,7 @@ static obm_status check_fit(const obm__job *j, const obm__output *o, obm_error *
     obm_status status = OBM_OK;
     if (!donor_tensor(j, name, o->layer, &t))
         status = fail_missing(j, p, p->reference, name, p->refs[p->reference], j->donor, err);
-    else if (!same_shape(&t, &o->tensors[p->reference]))
+    else if (!same_shape(j, o, &t, &o->tensors[p->reference]))
         status = fail_shape(j, o, p->reference, &t, j->inputs[j->donor].ref, err);
     obm_free(name);
     return status;
@@ -275,12 +283,15 @@ static obm_status plan_output(obm__job *j, obm__output *o, obm_error *err) {
     const obm_tensor *base = p->has_base ? &o->tensors[0] : NULL, *models = o->tensors + p->has_base;
     o->dtype = o->copy ? o->tensors[p->reference].dtype : written_dtype(j->recipe, &o->tensors[p->reference]);
     if (o->copy) return OBM_OK;
+    if (has_token_rows(j, o) && o->tensors[0].ndim > 0)
+        OBM_TRY(obm__vocabulary_rows(j, j->vocabulary, o, &o->rows, err));
     OBM_TRY(resolve_steps(j, o, err));
     o->group = (obm__group){.name = o->name,
                             .base = base,
                             .models = models,
                             .base_lora = p->has_base ? o->loras[0] : NULL,
                             .loras = o->loras + p->has_base,
+                            .rows = o->rows,
                             .base_label = p->refs[0],
                             .labels = p->refs + p->has_base,
                             .work = working_dtype(j, o),
@@ -363,6 +374,7 @@ void obm__job_clear(obm__job *j) {
     for (size_t i = 0; j->outputs && i < j->n_outputs; i++) {
         obm__group_clear(&j->outputs[i].group);
         obm__steps_free(&j->outputs[i].steps);
+        obm__rows_free(j->outputs[i].rows);
         obm_free(j->outputs[i].name);
     }
     for (size_t i = 0; j->slices && i < j->recipe->n_slices; i++) {
@@ -375,6 +387,7 @@ void obm__job_clear(obm__job *j) {
         obm__job_close(j, j->inputs[i].adapter);
         obm__job_close(j, j->inputs[i].model);
     }
+    obm__vocabulary_free(j->vocabulary, j->n_inputs);
     obm_free(j->outputs);
     obm_free(j->tensors);
     obm_free(j->loras);

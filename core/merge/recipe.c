@@ -58,20 +58,6 @@ obm_status obm__recipe_check_keys(const obm_json *object, const char *where, con
     return obm__recipe_check_ignored(NULL, object, where, keys, n, NULL, 0, err);
 }
 
-/* Keys of mergekit that a merge here cannot honour. */
-static obm_status check_supported(const obm_json *root, obm_error *err) {
-    static const struct {
-        const char *key, *why;
-    } unsupported[] = {
-        {"tokenizer", "building a tokenizer is not supported: the base's is carried over (tokenizer_source: base)"},
-        {"chat_template", "replacing the chat template is not supported: the base's is carried over"},
-    };
-    for (size_t i = 0; i < OBM_COUNT(unsupported); i++)
-        if (obm__recipe_is_set(obm__json_get(root, unsupported[i].key)))
-            return obm__fail(err, OBM_E_UNSUPPORTED, WHERE ": %s: %s", unsupported[i].key, unsupported[i].why);
-    return OBM_OK;
-}
-
 obm_status obm__recipe_text(const obm_json *object, const char *where, const char *key, const char **out,
                             obm_error *err) {
     const obm_json *v = obm__json_get(object, key);
@@ -330,15 +316,6 @@ static obm_status read_method(const obm_context *ctx, obm__recipe *r, obm_error 
     return OBM_OK;
 }
 
-static obm_status read_tokenizer_source(const obm__recipe *r, obm_error *err) {
-    const char *source;
-    OBM_TRY(obm__recipe_text(r->root, WHERE, "tokenizer_source", &source, err));
-    if (!source || !strcmp(source, "base") || (r->base && obm__recipe_same_ref(source, r->base))) return OBM_OK;
-    return obm__fail(err, OBM_E_UNSUPPORTED,
-                     WHERE ": tokenizer_source: %.100s is not supported, only base: the vocabularies must be the same",
-                     source);
-}
-
 static obm_status read_profile(obm__recipe *r, obm_profile override, obm_error *err) {
     const char *name;
     OBM_TRY(obm__recipe_text(r->root, WHERE, "profile", &name, err));
@@ -363,14 +340,13 @@ static obm_status read_recipe(const obm_context *ctx, obm__recipe *r, obm_profil
         return obm__fail(err, OBM_E_FORMAT, WHERE ": expected a mapping, found %s", obm__json_kind_name(r->root));
     OBM_TRY(obm__recipe_check_ignored(ctx, r->root, WHERE, recipe_keys, OBM_COUNT(recipe_keys), ignored_keys,
                                       OBM_COUNT(ignored_keys), err));
-    OBM_TRY(check_supported(r->root, err));
     OBM_TRY(read_method(ctx, r, err));
     OBM_TRY(read_profile(r, profile, err));
     OBM_TRY(obm__recipe_text(r->root, WHERE, "name", &r->name, err));
     OBM_TRY(read_dtype(r->root, "dtype", &r->has_dtype, &r->dtype, err));
     OBM_TRY(read_dtype(r->root, "out_dtype", &r->has_out_dtype, &r->out_dtype, err));
     OBM_TRY(read_seed(r, err));
-    OBM_TRY(read_tokenizer_source(r, err));
+    OBM_TRY(obm__recipe_read_tokenizer(ctx, r, err));
     r->parameters = obm__json_get(r->root, "parameters");
     OBM_TRY(obm__recipe_check_parameters(ctx, r->method, r->parameters, false, WHERE ": parameters", err));
     return obm__recipe_read_models(ctx, r, err);
@@ -419,6 +395,7 @@ void obm__recipe_free(obm__recipe *r) {
     for (size_t i = 0; r->slices && i < r->n_slices; i++) obm_free(r->slices[i].models);
     obm_free(r->slices);
     obm_free(r->own);
+    obm_free(r->tokenizer.rules);
     obm_free(r->text);
     obm_free(r);
 }

@@ -28,6 +28,26 @@ typedef struct obm__slice {
     int64_t layers;                       /* -1: all */
 } obm__slice;
 
+/* Where the row of a token comes from that a model lacks, or of any token with `force`. */
+typedef enum { OBM_TOKEN_DEFAULT, OBM_TOKEN_ZERO, OBM_TOKEN_OF_MODEL, OBM_TOKEN_OTHER } obm__token_kind;
+typedef struct obm__token_rule {
+    const char *token;
+    obm__token_kind kind;
+    const char *model; /* of this model's row of the token, or of another of its tokens: */
+    const char *other; /* nullable, then: */
+    int64_t other_id;
+    bool force;
+} obm__token_rule;
+
+/* The result's tokenizer. */
+typedef struct obm__recipe_tokenizer {
+    bool set, unite;        /* not set: the donor's, whose vocabulary all models must have */
+    const char *model;      /* nullable: the base's */
+    obm__token_rule *rules; /* owned */
+    size_t n_rules;
+    int64_t pad; /* rows are a multiple of it, 0: any */
+} obm__recipe_tokenizer;
+
 typedef struct obm__recipe {
     obm_json *root, *refs; /* refs: those that are given as mappings, written out */
     char *text;            /* as given, for the model card */
@@ -43,6 +63,8 @@ typedef struct obm__recipe {
     bool has_dtype, has_out_dtype;
     obm_dtype dtype, out_dtype;
     uint64_t seed;
+    obm__recipe_tokenizer tokenizer;
+    const char *chat_template; /* auto, a name, or Jinja; nullable */
 } obm__recipe;
 
 /* Errors: FORMAT (syntax), NOTFOUND (unknown key, method or parameter, with a suggestion), ARG, UNSUPPORTED. */
@@ -97,5 +119,10 @@ obm_status obm__recipe_check_ignored(const obm_context *ctx, const obm_json *obj
                                      obm_error *err);
 /* `models`, `slices` or `modules` into r->slices. */
 obm_status obm__recipe_read_models(const obm_context *ctx, obm__recipe *r, obm_error *err);
+
+obm_status obm__recipe_read_tokenizer(const obm_context *ctx, obm__recipe *r, obm_error *err);
+/* Built-in chat templates (chat.c): the i-th name, and the Jinja text of one; NULL if there is none. */
+const char *obm__chat_name(size_t i);
+const char *obm__chat_named(const char *name);
 
 #endif

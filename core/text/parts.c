@@ -19,7 +19,7 @@ obm_status obm__part_unsupported(const char *where, const char *part, const char
 
 typedef struct walk {
     const char *key, *where;
-    obm__part_fn fn;
+    obm__text_part_fn fn;
     void *into;
     obm_error *err;
 } walk;
@@ -36,7 +36,7 @@ static obm_status each(const walk *w, const obm_json *part, int depth) {
     return OBM_OK;
 }
 
-obm_status obm__part_each(const obm_json *part, const char *key, obm__part_fn fn, void *into, const char *where,
+obm_status obm__part_each(const obm_json *part, const char *key, obm__text_part_fn fn, void *into, const char *where,
                           obm_error *err) {
     const walk w = {key, where, fn, into, err};
     return each(&w, part, 0);

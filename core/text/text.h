@@ -158,9 +158,9 @@ const obm__added *obm__added_next(const obm__added_set *s, const char *text, siz
 const char *obm__part_type(const obm_json *part);   /* "none" without */
 /* "WHERE: PART of type TYPE is not supported (KNOWN)". */
 obm_status obm__part_unsupported(const char *where, const char *part, const char *type, const char *known, obm_error *err);
-typedef obm_status (*obm__part_fn)(void *into, const obm_json *part, const char *where, obm_error *err);
+typedef obm_status (*obm__text_part_fn)(void *into, const obm_json *part, const char *where, obm_error *err);
 /* Calls fn for the part, or for the members (under `key`) of a Sequence, which may nest; not for null. */
-obm_status obm__part_each(const obm_json *part, const char *key, obm__part_fn fn, void *into, const char *where, obm_error *err);
+obm_status obm__part_each(const obm_json *part, const char *key, obm__text_part_fn fn, void *into, const char *where, obm_error *err);
 /* {"Regex": ...} or {"String": ...} of a Split or Replace; `part` names it in messages. */
 obm_status obm__part_pattern(const obm_json *pattern, const char *part, const char *where, obm__regex **out, obm_error *err);
 

@@ -211,8 +211,24 @@ static void test_recipe_errors(void **state) {
     expect_error(TIES MODELS "dtype: float64\n", OBM_E_UNSUPPORTED, "float64");
     expect_error(TIES MODELS "dtype: bfloat\n", OBM_E_ARG, "did you mean \"bfloat16\"?");
     expect_error(TIES MODELS "slices: []\n", OBM_E_ARG, "both \"models\" and \"slices\", expected one");
-    expect_error(TIES MODELS "tokenizer_source: union\n", OBM_E_UNSUPPORTED, "tokenizer_source");
-    expect_error(TIES MODELS "chat_template: auto\n", OBM_E_UNSUPPORTED, "chat_template");
+    expect_error(TIES MODELS "tokenizer_source: 3\n", OBM_E_ARG, "tokenizer_source: expected a path");
+    expect_error(TIES MODELS "tokenizer_source: base\ntokenizer: {source: base}\n", OBM_E_ARG,
+                 "both \"tokenizer_source\" and \"tokenizer\"");
+    expect_error(TIES MODELS "tokenizer: {sauce: base}\n", OBM_E_NOTFOUND, "did you mean \"source\"?");
+    expect_error(TIES MODELS "tokenizer: {pad_to_multiple_of: 0}\n", OBM_E_ARG,
+                 "pad_to_multiple_of: expected an integer");
+    expect_error(TIES MODELS "tokenizer: {tokens: [a]}\n", OBM_E_ARG, "tokenizer.tokens: expected a mapping");
+    expect_error(TIES MODELS "tokenizer: {tokens: {a: x}}\n", OBM_E_ARG, "tokenizer.tokens.a: expected a mapping");
+    expect_error(TIES MODELS "tokenizer: {tokens: {a: {forse: true}}}\n", OBM_E_NOTFOUND, "did you mean \"force\"?");
+    expect_error(TIES MODELS "tokenizer: {tokens: {a: {force: true}}}\n", OBM_E_ARG, "force needs a \"source\"");
+    expect_error(TIES MODELS "tokenizer: {tokens: {a: {source: {kind: zreo}}}}\n", OBM_E_ARG,
+                 "tokens.a.source: kind: expected model_token or zero, found \"zreo\"");
+    expect_error(TIES MODELS "tokenizer: {tokens: {a: {source: {kind: model_token, model: x}}}}\n", OBM_E_ARG,
+                 "expected \"token\" or \"token_id\"");
+    expect_error(TIES MODELS "tokenizer: {tokens: {a: {source: {kind: model_token, token: x}}}}\n", OBM_E_ARG,
+                 "\"model\" is missing");
+    expect_error(TIES MODELS "chat_template: chatlm\n", OBM_E_ARG, "did you mean \"chatml\"?");
+    expect_error(TIES MODELS "chat_template: a template without braces in it\n", OBM_E_ARG, "a Jinja template");
     expect_error(TIES MODELS "profile: official\n", OBM_E_ARG, "mergekit or paper");
     expect_error(TIES MODELS "random_seed: -1\n", OBM_E_ARG, "random_seed");
     expect_error(TIES MODELS "parameters: {lamda: 1}\n", OBM_E_NOTFOUND, "did you mean \"lambda\"?");
@@ -716,7 +732,8 @@ static void test_merge_errors(void **state) {
     ok(obm__file_write(config, CONFIG("false"), strlen(CONFIG("false")), &err), &err);
     obm_free(config);
     expect_merge_error(recipe, "x", OBM_E_SHAPE,
-                       "model.embed_tokens.weight: shape (7, 5) in base, (6, 5) in one: the vocabularies");
+                       "model.embed_tokens.weight: shape (7, 5) in base, (6, 5) in one: the vocabularies must be the "
+                       "same, or tokenizer_source");
 }
 
 static void test_card(void **state) {

@@ -421,3 +421,96 @@ models: [{{model: {{model: {{path: {one}}}}}, parameters: {{weight: 1}}}}, {{mod
     assert got.keys() == want.keys()
     assert all(torch.allclose(got[key], want[key], atol=1e-5) for key in want)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "parts", "recipe.yml", "theirs"]
+
+
+# ---- vocabularies ----
+
+def save_tokenizer(path, words, added, template=None):
+    """A tokenizer of single words, and added tokens behind them; ids as listed."""
+    import tokenizers
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    inner.add_tokens([tokenizers.AddedToken(token, special=token.startswith("<"), normalized=False) for token in added])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
+    fast.chat_template = template
+    fast.save_pretrained(path)
+
+
+def with_vocabulary(root, name, seed, words, added, rows=None, tied=False, template=None):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(vocab_size=rows or len(words) + len(added), hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied)
+    transformers.LlamaForCausalLM(config).save_pretrained(root / name)
+    save_tokenizer(root / name, words, added, template)
+    return str(root / name)
+
+
+TEMPLATES = ["{{ 'a template' }}{{ messages[0] }}", "{{ 'another one' }}{{ messages }}"]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def vocabularies(request, tmp_path_factory):
+    root, words, tied = tmp_path_factory.mktemp("vocabularies"), [f"w{i}" for i in range(20)], request.param
+    return [with_vocabulary(root, "base", 0, words, ["<s>", "</s>"], tied=tied, template=TEMPLATES[0]),
+            with_vocabulary(root, "one", 1, words, ["<s>", "</s>", "<extra>", "both"], tied=tied, template=TEMPLATES[1]),
+            with_vocabulary(root, "two", 2, words[:3] + ["new", "newer"] + words[5:][::-1], ["<s>", "</s>", "both"], rows=25, tied=tied,
+                            template=TEMPLATES[1])]
+
+
+def by_token(folder):
+    """Rows of embedding and head by token, the rows behind, the other tensors, and the config."""
+    tensors = load_file(folder / "model.safetensors")
+    vocab = transformers.AutoTokenizer.from_pretrained(folder).get_vocab()
+    tables = [tensors.pop(key) for key in ("model.embed_tokens.weight", "lm_head.weight") if key in tensors]
+    rows = {token: [table[i] for table in tables] for token, i in vocab.items()}
+    assert sorted(vocab.values()) == list(range(len(vocab)))
+    return rows, [table[len(vocab):] for table in tables], tensors, json.loads((folder / "config.json").read_text())
+
+
+LINEAR = {"merge_method": "linear", "parameters": {"weight": 0.5}}
+VOCABULARIES = {   # from the models base, one, two
+    "base": lambda b, x, y: {**LINEAR, "base_model": b, "models": [{"model": b}, {"model": x}, {"model": y}], "tokenizer_source": "base"},
+    "union": lambda b, x, y: {**LINEAR, "base_model": b, "models": [{"model": b}, {"model": x}, {"model": y}], "tokenizer_source": "union"},
+    "model": lambda b, x, y: {"merge_method": "task_arithmetic", "base_model": b, "models": [{"model": x}, {"model": y}],
+                              "parameters": {"weight": [0.3, 0.8]}, "tokenizer_source": x},
+    "ties": lambda b, x, y: {"merge_method": "ties", "base_model": b, "models": [{"model": x}, {"model": y}],
+                             "parameters": {"weight": 0.5, "density": 0.4}, "tokenizer_source": "union"},
+    "tokens": lambda b, x, y: {**LINEAR, "base_model": b, "models": [{"model": x}, {"model": y}], "tokenizer": {
+        "source": "union", "pad_to_multiple_of": 16, "tokens": {
+            "w3": {"source": x}, "w4": {"source": {"kind": "zero"}}, "<extra>": {"source": x, "force": True}, "w7": {"source": y, "force": True},
+            "both": {"source": {"kind": "model_token", "model": x, "token": "w1"}, "force": True},
+            "added": {"source": {"kind": "model_token", "model": y, "token_id": 6}}, "w9": {"source": {"kind": "zero"}, "force": True}}}},
+    "slices": lambda b, x, y: {"merge_method": "passthrough", "base_model": y, "slices": [
+        {"sources": [{"model": x, "layer_range": [0, 2]}]}, {"sources": [{"model": y, "layer_range": [1, 2]}]}],
+        "tokenizer": {"source": "union", "pad_to_multiple_of": 7}},
+}
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_vocabularies(vocabularies, tmp_path, name):
+    recipe = {**VOCABULARIES[name](*vocabularies), "dtype": "float32"}
+    theirs(recipe, tmp_path / "theirs")
+    obm.merge(recipe, tmp_path / "ours")
+    (want, want_padding, want_rest, want_config), (got, padding, rest, config) = (by_token(tmp_path / who) for who in ("theirs", "ours"))
+    assert got.keys() == want.keys()
+    for token in want:
+        for mine, other in zip(got[token], want[token]):
+            assert torch.allclose(mine, other, atol=1e-6), token
+    for mine, other in zip(padding, want_padding):
+        assert torch.allclose(mine, other, atol=1e-6)
+    assert rest.keys() == want_rest.keys()
+    for key in rest:
+        assert ((rest[key] - want_rest[key]).abs() > 1e-5).sum() <= 4, key
+    assert config["vocab_size"] == want_config["vocab_size"]
+    transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("template", ["auto", "chatml", "{% for m in messages %}{{ m['content'] }}{% endfor %}"])
+def test_chat_templates(vocabularies, tmp_path, template):
+    base, one, two = vocabularies
+    recipe = {**LINEAR, "base_model": base, "models": [{"model": base}, {"model": one}, {"model": two}], "tokenizer_source": "base",
+              "chat_template": template}
+    theirs(recipe, tmp_path / "theirs")
+    obm.merge(recipe, tmp_path / "ours")
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "you"}]
+    texts = [transformers.AutoTokenizer.from_pretrained(tmp_path / who).apply_chat_template(messages, tokenize=False) for who in ("theirs", "ours")]
+    assert texts[0].strip() == texts[1].strip()

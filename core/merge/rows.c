@@ -1,0 +1,97 @@
+/* Tensors whose rows are those of others: what a merge reads where the result's vocabulary is not its inputs'. */
+#include "merge.h"
+
+/* Columns that one worker sums at a time; a multiple of a cache line of every dtype. */
+#define COLUMNS 256
+
+void obm__rows_read(const obm_kernels *k, const obm__rows *r, size_t input, uint64_t begin, size_t n, float *out,
+                    float *scratch) {
+    for (size_t done = 0; done < n;) {
+        uint64_t at = begin + done, row = at / r->cols, col = at % r->cols;
+        size_t part = r->cols - col < n - done ? (size_t)(r->cols - col) : n - done;
+        const obm__row *from = &r->maps[input * r->rows + row];
+        if (from->kind == OBM_ROW_ZERO) {
+            memset(out + done, 0, part * sizeof *out);
+        } else if (from->kind == OBM_ROW_MADE) {
+            memcpy(out + done, r->made + from->row * r->cols + col, part * sizeof *out);
+        } else {
+            int64_t first = (int64_t)(from->row * r->cols + col);
+            obm__widen(k, &r->sources[from->input], first, (int64_t)part, out + done);
+            if (r->loras[from->input]) {
+                obm__lowrank_read(k, r->loras[from->input], first, (int64_t)part, scratch);
+                for (size_t i = 0; i < part; i++) out[done + i] += scratch[i];
+            }
+        }
+        done += part;
+    }
+}
+
+/* ---- rows that are means ---- */
+
+typedef struct filling {
+    const obm_kernels *k;
+    obm__rows *rows;
+} filling;
+
+/* mean of the rows of several inputs */
+static void mean_of_inputs(const filling *f, const obm__mean *m, uint64_t col, size_t n, float *out, float *x,
+                           float *scratch) {
+    obm__rows *r = f->rows;
+    memset(out, 0, n * sizeof *out);
+    size_t count = 0;
+    for (size_t i = 0; i < r->n; i++) {
+        if (r->maps[i * r->rows + m->row].kind != OBM_ROW_INPUT) continue;
+        obm__rows_read(f->k, r, i, m->row * r->cols + col, n, x, scratch);
+        for (size_t c = 0; c < n; c++) out[c] += x[c];
+        count++;
+    }
+    for (size_t c = 0; c < n; c++) out[c] /= (float)count;
+}
+
+/* The mean of all rows in front of the padding (Hewitt, Initializing New Word Embeddings for Pretrained Language
+ * Models, 2021). */
+static void mean_of_rows(const filling *f, size_t input, uint64_t col, size_t n, float *out, float *x, float *scratch) {
+    obm__rows *r = f->rows;
+    double sum[COLUMNS] = {0};
+    for (uint64_t row = 0; row < r->filled; row++) {
+        obm__rows_read(f->k, r, input, row * r->cols + col, n, x, scratch);
+        for (size_t c = 0; c < n; c++) sum[c] += x[c];
+    }
+    for (size_t c = 0; c < n; c++) out[c] = (float)(sum[c] / (double)r->filled);
+}
+
+static void fill_columns(void *arg, size_t first, size_t last, int worker) {
+    (void)worker;
+    const filling *f = arg;
+    obm__rows *r = f->rows;
+    float x[COLUMNS], scratch[COLUMNS];
+    for (size_t b = first; b < last; b++) {
+        uint64_t col = (uint64_t)b * COLUMNS;
+        size_t n = r->cols - col < COLUMNS ? (size_t)(r->cols - col) : COLUMNS;
+        for (size_t m = 0; m < r->n_means; m++)
+            mean_of_inputs(f, &r->means[m], col, n, r->made + m * r->cols + col, x, scratch);
+        for (size_t i = 0; r->rows > r->filled && i < r->n; i++)
+            mean_of_rows(f, i, col, n, r->made + (r->n_means + i) * r->cols + col, x, scratch);
+    }
+}
+
+uint64_t obm__rows_made(const obm__rows *r) { return r->n_means + (r->rows > r->filled ? r->n : 0); }
+
+obm_status obm__rows_fill(obm_context *ctx, obm__rows *r, obm_error *err) {
+    uint64_t made = obm__rows_made(r);
+    if (r->made || made == 0) return OBM_OK;
+    r->made = obm__alloc((size_t)made, (size_t)r->cols * sizeof *r->made);
+    if (!r->made) return obm__fail_nomem(err, made * r->cols * sizeof *r->made);
+    obm__parallel(ctx, (size_t)((r->cols + COLUMNS - 1) / COLUMNS), 1, fill_columns, &(filling){ctx->k, r});
+    return OBM_OK;
+}
+
+void obm__rows_free(obm__rows *r) {
+    if (!r) return;
+    obm_free(r->sources);
+    obm_free(r->loras);
+    obm_free(r->maps);
+    obm_free(r->means);
+    obm_free(r->made);
+    obm_free(r);
+}
