@@ -181,5 +181,6 @@ int obm_lua_model(lua_State *L);
 int obm_lua_merge(lua_State *L);
 int obm_lua_merge_tensors(lua_State *L);
 int obm_lua_list_methods(lua_State *L);
+int obm_lua_extract_lora(lua_State *L);
 
 #endif

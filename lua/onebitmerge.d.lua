@@ -520,6 +520,22 @@ function obm.merge_tensors(method, models, base, params, options) end
 ---@param options? { parameters?: table<string, any>, scope?: "element"|"tensor", base?: boolean, doc?: string, min_models?: integer, max_models?: integer }
 function obm.register_method(name, fn, options) end
 
+---@class onebitmerge.LoraMatrix
+---@field name string
+---@field rows integer
+---@field cols integer
+---@field rank integer  0: the tensor differs and is not in the adapter
+---@field norm number  of the task vector
+---@field energy number  the share of norm^2 that is kept
+
+---A fine-tune's linear weights as a PEFT LoRA folder, cut by rank or by energy; the plan with dry_run.
+---@param base string
+---@param expert string
+---@param out string
+---@param options { rank?: integer, energy?: number, dtype?: "f32"|"bf16"|"f16", base_name?: string, overwrite?: boolean, dry_run?: boolean, progress?: onebitmerge.Progress }
+---@return onebitmerge.LoraMatrix[]|onebitmerge.Plan|nil, string? message, onebitmerge.Code? code
+function obm.extract_lora(base, expert, out, options) end
+
 ---Every merge method: name, doc, source, needs_base, min_models, max_models, params.
 ---@return table[]
 function obm.methods() end

@@ -13,7 +13,8 @@ static const struct {
     {OBM_E_FORMAT, "FormatError", "ValueError", "A file is not what it should be."},
     {OBM_E_NOTFOUND, "NotFoundError", "LookupError", "No tensor, expert or task of that name."},
     {OBM_E_UNSUPPORTED, "UnsupportedError", "NotImplementedError", "Understood, but this version cannot do it."},
-    {OBM_E_BUSY, "BusyError", "RuntimeError", "An object that serves one call at a time is in use, or another process changes the pack."},
+    {OBM_E_BUSY, "BusyError", "RuntimeError",
+     "An object that serves one call at a time is in use, or another process changes the pack."},
     {OBM_E_MISMATCH, "MismatchError", "ValueError", "A pack meets another base than its own."},
     {OBM_E_VALUE, "NonFiniteError", "ValueError", "NaN or Inf where a number is needed."},
 };
@@ -99,6 +100,12 @@ static PyMethodDef module_methods[] = {
     {"register_method", obm_py_register_method, METH_VARARGS, "register_method(name, function, ...)"},
     {"methods", obm_py_list_methods, METH_NOARGS,
      "methods() -> list of dict\n\nEvery merge method: name, doc, source, params."},
+    {"extract_lora", KW(obm_py_extract_lora),
+     "extract_lora(base, expert, out, rank=None, energy=None, dtype=None, base_name=None, overwrite=False, "
+     "dry_run=False, "
+     "progress=None) -> list of dict\n\nA fine-tune's linear weights as a PEFT LoRA folder, cut by rank or by energy; "
+     "the "
+     "plan with dry_run."},
     {"info", module_info, METH_NOARGS, "info() -> dict\n\nVersion, ISA, BLAS, topology, threads, memory."},
     {"set_threads", module_set_threads, METH_O,
      "set_threads(n)\n\nThreads of objects opened from now on; 0: one per core."},

@@ -155,7 +155,7 @@ static int experts_from(obm_py_state *st, PyObject *given, expert_args *e) {
     return rc;
 }
 
-static PyObject *plan_dict(const obm_plan *p) {
+PyObject *obm_py_plan(const obm_plan *p) {
     return Py_BuildValue("{sK,sK,sK,sK,sd}", "tensors", (unsigned long long)p->tensors, "bytes_read",
                          (unsigned long long)p->bytes_read, "bytes_written", (unsigned long long)p->bytes_written,
                          "peak_memory", (unsigned long long)p->peak_memory, "seconds", p->seconds);
@@ -191,7 +191,7 @@ PyObject *obm_py_compress(PyObject *module, PyObject *args, PyObject *kwargs) {
         obm_status status = obm_compress(ctx, base_text, experts.items, experts.n, &options, out_text, &plan,
                                          dry_run ? NULL : &pack, &err);
         if (obm_py_end(&call, status, &err) == 0)
-            result = dry_run ? plan_dict(&plan) : pack_own(st, pack, Py_NewRef(context));
+            result = dry_run ? obm_py_plan(&plan) : pack_own(st, pack, Py_NewRef(context));
     }
     Py_XDECREF(context);
     experts_clear(&experts);
@@ -484,7 +484,7 @@ static PyObject *pack_materialise(PyObject *o, PyObject *args) {
 }
 
 static PyObject *export_dict(const obm_export_report *r) {
-    PyObject *d = plan_dict(&r->plan);
+    PyObject *d = obm_py_plan(&r->plan);
     if (d && (!obm_py_set(d, "changed", PyLong_FromUnsignedLongLong(r->changed)) ||
               !obm_py_set(d, "lost", PyLong_FromUnsignedLongLong(r->lost))))
         Py_CLEAR(d);

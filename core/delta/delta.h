@@ -31,6 +31,21 @@ uint64_t obm__lowrank_bytes(const obm__lowrank *l);   /* of both factors */
 /* SHAPE where factors, rank and the base's matrix do not fit, or one is no float; cols and rows may still be 0. */
 obm_status obm__lowrank_check(const obm__lowrank *l, const char *name, const obm_tensor *base, obm_error *err);
 
+/* ---- PEFT folders out (adapter_writer.c) ---- */
+
+typedef struct obm__adapter_writer obm__adapter_writer;
+/* Whether a folder may take an adapter: EXISTS for one that holds an adapter (without `overwrite`) or anything else; ARG for
+ * one of the inputs. */
+obm_status obm__adapter_writer_check(const char *dir, bool overwrite, const char *const *inputs, size_t n, obm_error *err);
+/* Locks the folder (BUSY); free before finish leaves it as it was. */
+obm_status obm__adapter_writer_new(const char *dir, obm_dtype dtype, obm__adapter_writer **out, obm_error *err);
+/* The factors a (rank, cols) and b (rows, rank) of the weight `tensor`, which ends in ".weight", in the writer's dtype. */
+obm_status obm__adapter_writer_add(obm__adapter_writer *w, const char *tensor, int64_t rank, int64_t rows, int64_t cols, const void *a,
+                                   const void *b, obm_error *err);
+/* base: what the config calls the base model. */
+obm_status obm__adapter_writer_finish(obm__adapter_writer *w, const char *base, obm_error *err);
+void obm__adapter_writer_free(obm__adapter_writer *w);
+
 /* One row of a task vector: matched tensors of base and expert. */
 typedef struct obm__pair {
     const char *name;

@@ -239,6 +239,35 @@ typedef struct obm_delta_pair {
 OBM_API obm_status obm_task_vector_compare(obm_context *ctx, const obm_task_vector *a, const obm_task_vector *b,
                                            obm_progress_fn progress, void *user, obm_delta_pair *out, obm_error *err);
 
+typedef struct obm_plan { uint64_t tensors, bytes_read, bytes_written, peak_memory; double seconds; } obm_plan;  /* estimates of a dry run */
+
+/* ---- LoRA adapters out of task vectors ---------------------------------------------------------------------------- */
+
+typedef struct obm_lora_options {
+    size_t struct_size;
+    int64_t rank;               /* of every matrix, as far as it has that many directions; 0: by energy */
+    double energy;              /* (0, 1]: the least rank that keeps this share of ||d||^2; 0: by rank.  One of the two. */
+    const char *dtype;          /* of the factors: NULL or "f32", "bf16", "f16" */
+    const char *base_name;      /* what the adapter calls its base; NULL: base_path */
+    bool overwrite;             /* an adapter in the folder is replaced */
+    bool dry_run;               /* plan only: nothing is read but headers, nothing is written */
+    obm_progress_fn progress;   /* bytes of the base's tensors */
+    void *progress_user;
+} obm_lora_options;
+/* A tensor in which the expert differs: its shape (1-D: one row), the rank of its factors, ||d|| and the share of ||d||^2 that
+ * they keep (before they are rounded to their dtype).  Rank 0, energy and norm 0: not in the adapter, since LoRA factors stand
+ * for linear weights (attention and MLP) only: norms, biases, embeddings, heads, tensors of unknown names. */
+typedef struct obm_lora_matrix { const char *name; int64_t rows, cols, rank; double norm, energy; } obm_lora_matrix;
+/* The singular value decomposition of every linear weight's d, truncated, as a PEFT folder (adapter_config.json,
+ * adapter_model.safetensors) with lora_alpha = r, so that B A is d.  One matrix is in memory at a time, as f64: up to 14 times
+ * its bytes as f32 with the room of LAPACK.  expert_path may be a LoRA folder (to lower its rank).  matrices (nullable) gets *n rows in the order of
+ * names: owned, one obm_free, their names in the same block.  plan nullable, filled in a dry run too.
+ * Errors: those of opening checkpoints and task vectors, ARG, EXISTS, BUSY, VALUE (NaN or Inf; nothing to extract; a
+ * decomposition that does not converge: names the tensor), UNSUPPORTED (beyond LAPACK's sizes), IO, USER. */
+OBM_API obm_status obm_extract_lora(obm_context *ctx, const char *base_path, const char *expert_path,
+                                    const obm_lora_options *options, const char *out_path, obm_plan *plan,
+                                    obm_lora_matrix **matrices, size_t *n, obm_error *err);
+
 /* ---- Compression and packs -------------------------------------------------------------------------------------- */
 
 typedef enum obm_mode { OBM_MODE_1BIT = 0, OBM_MODE_FULL = 1, OBM_MODE_DROP = 2, OBM_MODE_SAME = 3 } obm_mode;
@@ -269,8 +298,6 @@ typedef struct obm_compress_options {
     obm_progress_fn progress;   /* bytes of expert tensors */
     void *progress_user;
 } obm_compress_options;
-
-typedef struct obm_plan { uint64_t tensors, bytes_read, bytes_written, peak_memory; double seconds; } obm_plan;  /* estimates of a dry run */
 
 /* A pack: the compressed experts, the router, the merge settings and the fingerprint of the base.  core/FORMAT.md has the
  * bytes.  Immutable apart from the functions that say "changes the pack"; share freely. */

@@ -543,6 +543,23 @@ def merge(args):
     emit({"output": args.output, **plan}) if args.json else print(f"{args.output}: {plan['tensors']} tensors, {_results.size(plan['bytes_written'])}")
 
 
+def extract_lora(args):
+    given = {"rank": args.rank, "energy": args.energy, "dtype": args.dtype, "base_name": args.base_name}
+    if (args.out is None) == (args.output is None):
+        raise Usage("extract-lora takes one folder to write: OUT or -o OUT")
+    args.output = args.output or args.out
+    if args.dry_run:
+        return print_plan(args, obm.extract_lora(args.base, args.expert, args.output, dry_run=True, **given), "extract-lora")
+    matrices = obm.extract_lora(args.base, args.expert, folder_of(args), overwrite=args.force, progress=progress_of(args), **given)
+    if args.json:
+        for m in matrices:
+            emit(m)
+        return
+    print(_results.table(["tensor", "rows", "cols", "rank", "norm", "kept energy"],
+                         [[m["name"], m["rows"], m["cols"], m["rank"] or "-", number(m["norm"]) if m["rank"] else "-",
+                           percent(m["energy"]) if m["rank"] else "not in the adapter"] for m in matrices]))
+
+
 def export(args):
     pack = obm.Pack(args.pack, base=args.base)
     if args.dry_run:
@@ -728,6 +745,20 @@ def make_parser():
     p.add_argument("--random-seed", type=whole(0, 2**64 - 1))
     p.add_argument("--resume", action="store_true", help="keep the finished shards of a killed run, and of this one when it is stopped")
     p.add_argument("--memory", type=parse_size, default=0, help="budget of tiles and buffers, like 2GB (default)")
+
+    p = verb(verbs, "extract-lora", extract_lora, "a fine-tune's linear weights as a PEFT LoRA folder, with the kept energy of each",
+             dry=True)
+    p.add_argument("base", metavar="BASE")
+    p.add_argument("expert", metavar="EXPERT")
+    p.add_argument("out", metavar="OUT", nargs="?")
+    p.add_argument("-o", "--output", metavar="OUT")
+    p.add_argument("--force", action="store_true", help="replace an adapter that is there")
+    cut = p.add_mutually_exclusive_group(required=True)
+    cut.add_argument("--rank", type=whole(1), metavar="R", help="of every matrix")
+    cut.add_argument("--energy", type=real(0, 1, low_is_in=False), metavar="E",
+                     help="the least rank of each matrix that keeps this share of its squared norm")
+    p.add_argument("--dtype", choices=("f32", "bf16", "f16"), help="of the factors, f32 (default)")
+    p.add_argument("--base-name", metavar="NAME", help="what the adapter calls its base, as given by default")
 
     p = verb(verbs, "export", export, "dense folder of one route", output="DIR", base=True)
     p.add_argument("pack", metavar="PACK")

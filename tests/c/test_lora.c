@@ -613,6 +613,49 @@ static void test_hostile_packs(void **state) {
     obm_free(out), obm_free(dir);
 }
 
+/* ---- out of fine-tunes ---- */
+
+/* An adapter that becomes one again: its own rank, and the same task vector but for rounding. */
+static void test_extract(void **state) {
+    (void)state;
+    obm_context *ctx = fixture_context(2);
+    char *dir = fixture_folder(), *out = obm__path_join(dir, "out");
+    lora_case c = {"plain", "base-f32"};
+    char base[512], expert[512];
+    snprintf(base, sizeof base, "%s", vector_path(c.base, ""));
+    snprintf(expert, sizeof expert, "%s", vector_path(c.name, ""));
+    obm_lora_options options = OBM_INIT(obm_lora_options);
+    obm_lora_matrix *rows = NULL;
+    size_t n = 0;
+    options.rank = 64;
+    OK(obm_extract_lora(ctx, base, expert, &options, out, NULL, &rows, &n, err));
+    assert_int_equal(n, 4);
+    opened o = open_case(ctx, &c);
+    obm_checkpoint *adapter;
+    obm_task_vector *v;
+    OK(obm_checkpoint_open(ctx, out, &adapter, err));
+    OK(obm_task_vector_new(o.base, adapter, &v, err));
+    for (size_t i = 0; i < n; i++) {
+        size_t count = (size_t)(rows[i].rows * rows[i].cols);
+        float *have = obm__alloc(count, sizeof *have), *want = obm__alloc(count, sizeof *want);
+        OK(obm_task_vector_read(v, rows[i].name, have, err));
+        OK(obm_task_vector_read(o.v, rows[i].name, want, err));
+        assert_int_equal(rows[i].rank, 3);
+        for (size_t j = 0; j < count; j++) assert_true(fabs((double)have[j] - want[j]) < 1e-6 * rows[i].norm);
+        obm_free(have), obm_free(want);
+    }
+    obm_free(rows);
+    FAILS(obm_extract_lora(ctx, base, expert, &options, out, NULL, NULL, NULL, err), OBM_E_EXISTS, "holds an adapter");
+    options.energy = 0.5;
+    FAILS(obm_extract_lora(ctx, base, expert, &options, out, NULL, NULL, NULL, err), OBM_E_ARG, "found both");
+    obm_task_vector_free(v);
+    obm_checkpoint_free(adapter);
+    close_case(&o);
+    obm_context_free(ctx);
+    fixture_remove(dir);
+    obm_free(out), obm_free(dir);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_vectors),
                                        cmocka_unit_test(test_parts),
@@ -626,6 +669,7 @@ int main(void) {
                                        cmocka_unit_test(test_cut_files),
                                        cmocka_unit_test(test_places),
                                        cmocka_unit_test(test_hostile_packs),
-                                       cmocka_unit_test(test_says_when_planes_are_larger)};
+                                       cmocka_unit_test(test_says_when_planes_are_larger),
+                                       cmocka_unit_test(test_extract)};
     return cmocka_run_group_tests(tests, read_cases, NULL);
 }

@@ -45,6 +45,30 @@ describe("adapters", function()
     assert.truthy(message:find("org/name: a local path is needed here", 1, true))
   end)
 
+  it("come out of fine-tunes, at full rank as they went in", function()
+    local out, base, expert = support.folder() .. "/out", vectors .. "base-f32", vectors .. "plain"
+    local calls = 0
+    local rows = assert(obm.extract_lora(base, expert, out, { rank = 64, progress = function() calls = calls + 1 end }))
+    assert.equal(4, #rows)
+    assert.is_true(calls > 0)
+    local ours, theirs = assert(obm.task_vector(base, out)), assert(obm.task_vector(base, expert))
+    for _, row in ipairs(rows) do
+      assert.equal(3, row.rank)
+      local square, got, want = 0, ours[row.name]:totable(), theirs[row.name]:totable()
+      for i, x in ipairs(want) do
+        square = square + x * x
+        assert.is_true(math.abs(got[i] - x) < 2e-6 * row.norm)
+      end
+      assert.is_true(math.abs(math.sqrt(square) - row.norm) < 1e-9 * row.norm and row.energy > 1 - 1e-9)
+    end
+    assert.equal(28, assert(obm.extract_lora(base, expert, out, { energy = 0.5, dry_run = true, overwrite = true })).tensors)
+    local none, message, code = obm.extract_lora(base, expert, out, { rank = 1 })
+    assert.is_nil(none)
+    assert.equal("EXISTS", code)
+    assert.truthy(message:find("holds an adapter", 1, true))
+    assert.error_matches(function() obm.extract_lora(base, expert, out, { rank = 1, energy = 0.5 }) end, "found both")
+  end)
+
   it("are refused by name where they are more than LoRA", function()
     local folder = support.folder()
     support.write(folder .. "/adapter_config.json", '{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_dora": true}')

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import onebitmerge as obm
@@ -133,3 +133,33 @@ def test_refused(config, message, tmp_path):
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(obm.UnsupportedError, match=message):
         obm.TaskVector(tmp_path / "base", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("cut", [{"rank": 5}, {"energy": .8}, {"energy": 1}])
+def test_extracted_adapters_load(tmp_path, cut):
+    """peft runs what extract_lora wrote: base + the truncated singular value decomposition of the fine-tune's difference."""
+    base, tuned = llama(), llama()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for i, (name, p) in enumerate(tuned.named_parameters()):
+            if name.split(".")[-2] in LINEAR and "layers.1.self_attn.k_proj" not in name:   # one that does not differ
+                p += .05 * torch.randn(p.shape, generator=generator)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    rows = {m["name"]: m for m in obm.extract_lora(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", **cut)}
+    weights = {name: p.detach().clone() for name, p in base.named_parameters()}
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    merged = PeftModel.from_pretrained(fresh, tmp_path / "adapter").merge_and_unload()
+    assert len(rows) == 3 * len(LINEAR) - 1
+    for name, p in merged.named_parameters():
+        d = (dict(tuned.named_parameters())[name] - weights[name]).detach().double()
+        if name not in rows:
+            assert torch.equal(p, weights[name]), name
+            continue
+        u, s, vt = torch.linalg.svd(d, full_matrices=False)
+        r = rows[name]["rank"]
+        want = weights[name].double() + u[:, :r] * s[:r] @ vt[:r]
+        assert (p - want).abs().max() < 1e-6, name   # weights of size 1 in f32, factors in f32
+    if cut == {"energy": 1}:
+        ids = torch.arange(20)[None]
+        assert (merged(ids).logits - tuned(ids).logits).abs().max() < 1e-4
