@@ -38,6 +38,24 @@ describe("merge", function()
     assert.truthy(obm.model(folder .. "/a"):generate("What is 17 plus 5?", { max_tokens = 2 }))
   end)
 
+  it("takes slices, a tokenizer block and a chat template as a table; the result runs", function()
+    local folder = support.folder()
+    local base, chat = support.models .. "base", support.models .. "chat"
+    assert(obm.merge({ merge_method = "passthrough", base_model = base, chat_template = "chatml", slices = {
+      { sources = { { model = base, layer_range = { 0, 2 } } } },
+      { sources = { { model = chat, layer_range = { 1, 2 }, parameters = { scale = 0.5 } } } } },
+      tokenizer = { source = "union", pad_to_multiple_of = 64, tokens = { ["<new>"] = { source = { kind = "zero" } } } },
+    }, folder .. "/a"))
+    local a, b = assert(obm.checkpoint(folder .. "/a")), assert(obm.checkpoint(chat))
+    local last, norm = a:get("model.layers.2.input_layernorm.weight"), b:get("model.layers.1.input_layernorm.weight")
+    assert.equal(0.5 * norm[1], last[1])
+    assert.equal(0, a:get("model.embed_tokens.weight").shape[1] % 64)
+    assert.truthy(obm.model(folder .. "/a"):generate("What is 17 plus 5?", { max_tokens = 2 }))
+    assert.error_matches(function()
+      obm.merge({ merge_method = "passthrough", slices = { { sources = { { model = base, layer_range = { 0, 200 } } } } } }, folder .. "/b")
+    end, "slices%[0%]%.sources%[0%]: layer_range")
+  end)
+
   it("resumes what was stopped", function()
     local folder = support.folder()
     local stop = function(_, done) if done >= 3000000 then error("enough", 0) end end

@@ -324,3 +324,27 @@ def test_methods():
             assert p["min"] <= p["default"] <= p["max"] or p["required"]
             assert p["scope"] in ("global", "model") and p["type"] in ("bool", "number") and p["doc"]
     assert not methods["linear"]["needs_base"] and methods["ties"]["needs_base"] and methods["slerp"]["max_models"] == 1
+
+
+def test_slices_and_vocabulary_as_a_dict(models, tensors, tmp_path):
+    """Layers renumbered and scaled, a token more, rows up to a multiple; and the result runs."""
+    base, chat = str(models / "base"), str(models / "chat")
+    recipe = {"merge_method": "passthrough", "base_model": base, "chat_template": "chatml",
+              "slices": [{"sources": [{"model": base, "layer_range": [0, 2]}]},
+                         {"sources": [{"model": chat, "layer_range": (1, 2), "parameters": {"scale": 0.5}}]}],
+              "tokenizer": {"source": "union", "pad_to_multiple_of": 64, "tokens": {"<new>": {"source": {"kind": "zero"}}}}}
+    plan = obm.merge(recipe, tmp_path / "out", dry_run=True)
+    assert not (tmp_path / "out").exists() and plan["bytes_written"] > 0
+    obm.merge(recipe, tmp_path / "out")
+    got, config = plain.load(tmp_path / "out"), json.loads((tmp_path / "out" / "config.json").read_text())
+    name = "{}.mlp.up_proj.weight".format
+    assert np.array_equal(got[name("model.layers.1")], tensors["base"][name("model.layers.1")])
+    assert np.array_equal(got[name("model.layers.2")], 0.5 * tensors["chat"][name("model.layers.1")])
+    assert config["num_hidden_layers"] == 3 and name("model.layers.3") not in got
+    embedding, before = got["model.embed_tokens.weight"], tensors["base"]["model.embed_tokens.weight"]
+    assert config["vocab_size"] == len(embedding) and len(embedding) % 64 == 0
+    new = {t["content"]: t["id"] for t in json.loads((tmp_path / "out" / "tokenizer.json").read_text())["added_tokens"]}["<new>"]
+    assert not embedding[new].any() and np.array_equal(embedding[:new], before[:new])
+    model = obm.Model(tmp_path / "out")
+    assert model.tokenizer.encode("<new>") == [new] and model.generate("What is 17 plus 5?", max_tokens=2) is not None
+    assert model.tokenizer.apply_template([{"role": "user", "content": "hi"}]).startswith("<|im_start|>")
