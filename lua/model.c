@@ -216,7 +216,7 @@ static int model_embed(lua_State *L) {
 
 #define GENERATE_OPTIONS                                                                                        \
     "route router max_tokens temperature top_k top_p min_p repetition_penalty seed stop chat batch ignore_eos " \
-    "progress route_every"
+    "progress route_every template"
 
 static void stop_strings(lua_State *L, int at, int keep, obm_generate_options *o) {
     int type = lua_getfield(L, at, "stop");
@@ -289,6 +289,7 @@ static obm_status generation_from(lua_State *L, const obm_model *m, obm_generate
     o->ignore_eos = obm_lua_field_boolean(L, at, "ignore_eos", false);
     o->chat = obm_lua_field_boolean(L, at, "chat", false);
     o->route_every = obm_lua_field_size(L, at, "route_every");
+    o->template_name = obm_lua_field_string(L, at, keep, "template");
     stop_strings(L, at, keep, o);
     obm_lua_prompts_from(L, keep, 2, prompts);
     return routes_from(L, m, at, keep, prompts, o, err);

@@ -275,7 +275,7 @@ function tokenizer:encode(text, options) end
 ---@return string?, string? message, onebitmerge.Code? code
 function tokenizer:decode(ids, options) end
 
----The built-in template that the model's own is, or the one of that name: llama2, mistral, llama3, chatml, gemma, phi3, granite.
+---The built-in template that the model's own is, or the one of that name: llama2, mistral, llama3, llama3.1, chatml, gemma, gemma3, phi3, phi4, phi4mini, granite, olmo2.
 ---add_generation (default true): open the assistant's turn.
 ---@param messages onebitmerge.Message[]
 ---@param options? { add_generation?: boolean, name?: string }
@@ -357,6 +357,7 @@ function request:features(layer) end
 ---@field batch? integer 0: 8
 ---@field ignore_eos? boolean
 ---@field route_every? integer the router is asked again after each so many generated tokens; 0: once
+---@field template? string the built-in chat template to render with, whatever the model's own is
 ---@field progress? onebitmerge.Progress
 
 ---Pieces of text as they are generated; never splits a character.  Calling it gives the next piece, nil at the end.

@@ -295,7 +295,7 @@ static int generation_from(PyObject *o, PyObject *args, PyObject *kwargs, genera
     static char *names[] = {"prompts",     "route", "router", "max_tokens",         "temperature",
                             "top_k",       "top_p", "min_p",  "repetition_penalty", "seed",
                             "stop",        "chat",  "batch",  "ignore_eos",         "progress",
-                            "route_every", NULL};
+                            "route_every", "template", NULL};
     PyObject *given, *route = Py_None, *router = Py_None, *stop = Py_None, *progress = Py_None;
     Py_ssize_t max_tokens = 0, top_k = 0, batch = 0, route_every = 0;
     unsigned long long seed = 0;
@@ -303,9 +303,10 @@ static int generation_from(PyObject *o, PyObject *args, PyObject *kwargs, genera
     memset(g, 0, sizeof *g);
     obm_generate_options *opt = &g->options;
     opt->struct_size = sizeof *opt;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOndndddKOpnpOn", names, &given, &route, &router, &max_tokens,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOndndddKOpnpOnz", names, &given, &route, &router, &max_tokens,
                                      &opt->temperature, &top_k, &opt->top_p, &opt->min_p, &opt->repetition_penalty,
-                                     &seed, &stop, &chat, &batch, &ignore_eos, &progress, &route_every))
+                                     &seed, &stop, &chat, &batch, &ignore_eos, &progress, &route_every,
+                                     &opt->template_name))
         return -1;
     if (max_tokens < 0 || top_k < 0 || batch < 0 || route_every < 0)
         return PyErr_SetString(OBM_PY_STATE(o)->errors[-OBM_E_ARG],
@@ -647,7 +648,7 @@ static PyObject *model_route(PyObject *o, PyObject *args, PyObject *kwargs) {
 #define GENERATE_ARGS                                                                                            \
     "*, route=None, router=None, max_tokens=0, temperature=0, top_k=0, top_p=0, min_p=0, repetition_penalty=0, " \
     "seed=0, "                                                                                                   \
-    "stop=None, chat=False, batch=0, ignore_eos=False, progress=None, route_every=0)"
+    "stop=None, chat=False, batch=0, ignore_eos=False, progress=None, route_every=0, template=None)"
 static PyMethodDef model_methods[] = {
     {"generate", KW(model_generate),
      "generate(prompts, " GENERATE_ARGS " -> Completion or list\n\n"
@@ -661,6 +662,7 @@ static PyMethodDef model_methods[] = {
      "part of the text.\n"
      "route_every: where the router decides, ask it again after each so many generated tokens, with the text so far; "
      "0: once.\n"
+     "template: the built-in chat template of that name, whatever the model's own is.\n"
      "A Completion is a str with .route (the last), .routes (with route_every: [(tokens generated before, route), "
      "...]), "
      ".ids,\n"

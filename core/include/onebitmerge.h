@@ -431,8 +431,8 @@ OBM_API obm_status obm_tokenizer_encode(const obm_tokenizer *t, const char *text
 /* *text owned, NUL-terminated, *len its bytes.  Errors: ARG (an id out of range). */
 OBM_API obm_status obm_tokenizer_decode(const obm_tokenizer *t, const int32_t *ids, size_t n, bool skip_special, char **text,
                                         size_t *len, obm_error *err);
-/* The built-in template that the model's own is (compared as a whole): "llama2", "mistral", "llama3", "chatml", "gemma", "phi3",
- * "granite"; NULL: without one, or of another kind.  Static. */
+/* The built-in template that the model's own is (compared as a whole): "llama2", "mistral", "llama3",
+ * "llama3.1", "chatml", "gemma", "gemma3", "phi3", "phi4", "phi4mini", "granite", "olmo2"; NULL: without one, or of another kind.  Static. */
 OBM_API const char *obm_tokenizer_template_name(const obm_tokenizer *t);
 /* Renders messages with a built-in template by name, or with the one that the model's own is (name NULL).  add_generation: append
  * the opening of the assistant's turn.  *text owned.  Errors: UNSUPPORTED (name NULL and the template is none of the built-in
@@ -590,6 +590,8 @@ typedef struct obm_generate_options {
     obm_render_fn render;       /* NULL: the built-in templates */
     void *render_user;
     size_t route_every;         /* the router is asked again after each so many generated tokens; 0: once, on the prompt */
+    const char *template_name;  /* the built-in chat template to render with, whatever the model's own is; NULL: the model's own.
+                                 * ARG lists the names */
 } obm_generate_options;
 /* Routing again (route_every): the router sees what it saw of the prompt, then (for messages and chat prompts after a
  * newline) the text generated so far, of all that the last 512 tokens; without a tokenizer the ids.  Its answer holds from

@@ -1,6 +1,8 @@
 /* One running sequence: routing, prefill, drawing tokens, stop strings.  It does not know its neighbours. */
 #include "generation.h"
 
+#include "../text/text.h"
+
 #include <string.h>
 
 /* ---- settings ---- */
@@ -43,9 +45,11 @@ obm_status obm__settings_init(obm__settings *s, const obm_model *m, const obm_ge
                          .router_user = OBM_OPT(o, obm_generate_options, router_user, NULL)};
     size_t n_stop = OBM_OPT(o, obm_generate_options, n_stop, 0);
     obm__sampler probe;
+    const char *name = OBM_OPT(o, obm_generate_options, template_name, NULL);
     if (!s->max_tokens) s->max_tokens = 256;
+    if (name) OBM_TRY(obm__template_find(name, &s->template_name, err));
     OBM_TRY(check_routes(m, o, n_prompts, err));
-    OBM_TRY(obm__sampler_init(&probe, o, 0, 1, err));   /* ranges are refused before any work */
+    OBM_TRY(obm__sampler_init(&probe, o, 0, 1, err)); /* ranges are refused before any work */
     obm__sampler_clear(&probe);
     obm_status status = n_stop ? copy_stops(s, o->stop, n_stop, err) : OBM_OK;
     if (status != OBM_OK) obm__settings_clear(s);
@@ -187,7 +191,7 @@ static obm_status start(obm_model *m, obm__generation *g, const obm_prompt *prom
     g->words = obm__model_text_for(m, g->route);
     const obm_tokenizer *t = g->words->tokenizer;
     const obm__prompter how = {m, t, OBM_OPT(o, obm_generate_options, render, NULL),
-                               OBM_OPT(o, obm_generate_options, render_user, NULL)};
+                               OBM_OPT(o, obm_generate_options, render_user, NULL), g->settings->template_name};
     if (g->settings->n_stop && !t)
         return obm__fail(err, OBM_E_ARG, "%s: stop strings need a tokenizer.json", obm_checkpoint_path(m->base));
     OBM_TRY(obm__prompt_ids(&how, prompt, g->settings->chat, &g->ids, &g->n_ids, err));
@@ -202,8 +206,10 @@ obm_status obm__generation_new(obm_model *m, const obm__settings *s, const obm_p
     if (!g) return obm__fail_nomem(err, sizeof *g);
     g->settings = s;
     obm_status status = start(m, g, prompt, index, err);
-    if (status == OBM_OK) *out = g;
-    else obm__generation_free(m, g);
+    if (status == OBM_OK)
+        *out = g;
+    else
+        obm__generation_free(m, g);
     return status;
 }
 
@@ -235,7 +241,7 @@ obm_status obm__generation_admit(obm_model *m, obm__generation *g, bool *admitte
 typedef struct chunk {
     obm__row rows[OBM_CHUNK_ROWS];
     size_t n;
-    size_t last[OBM_CHUNK_ROWS / OBM_TILE_TOKENS];             /* rows that end a prompt */
+    size_t last[OBM_CHUNK_ROWS / OBM_TILE_TOKENS]; /* rows that end a prompt */
     obm__generation *ended[OBM_CHUNK_ROWS / OBM_TILE_TOKENS];
     size_t n_ended;
 } chunk;
@@ -294,7 +300,8 @@ obm_status obm__generation_step(obm_model *m, obm__generation *const *g, size_t 
     OBM_GO(obm__forward(m, rows, n, false, m->config.layers, err));
     OBM_GO(obm__forward_logits(m, rows, which, n, logits, err));
     for (size_t i = 0; i < n; i++) {
-        OBM_GO(check_logits(m, g[i], logits + i * (size_t)m->vocab, err)); /* a stream that is asked again fails again */
+        OBM_GO(
+            check_logits(m, g[i], logits + i * (size_t)m->vocab, err)); /* a stream that is asked again fails again */
         g[i]->sequence->length++;
         OBM_GO(accept_logits(m, g[i], logits + i * (size_t)m->vocab, err));
     }

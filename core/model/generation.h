@@ -13,6 +13,7 @@ typedef struct obm__settings {
     bool ignore_eos, chat;
     size_t route_every;
     obm_router_fn router; void *router_user;
+    const char *template_name;   /* static; NULL: the model's own chat template */
 } obm__settings;
 obm_status obm__settings_init(obm__settings *s, const obm_model *m, const obm_generate_options *options, size_t n_prompts, obm_error *err);
 void obm__settings_clear(obm__settings *s);

@@ -477,6 +477,7 @@ typedef struct obm__prompter {
     const obm_tokenizer *tokenizer;   /* the route's */
     obm_render_fn render;             /* NULL: the built-in templates */
     void *render_user;
+    const char *template_name;        /* of the built-in one that is wanted, before `render`; NULL: the model's own */
 } obm__prompter;
 /* The ids that run for a prompt, as obm_prompt says.  chat: text is one user turn.  *ids owned. */
 obm_status obm__prompt_ids(const obm__prompter *how, const obm_prompt *p, bool chat, int32_t **ids, size_t *n, obm_error *err);

@@ -12,6 +12,8 @@ static obm_status need_tokenizer(const obm__prompter *how, obm_error *err) {
 static obm_status render(const obm__prompter *how, const obm_message *messages, size_t n, char **text, obm_error *err) {
     const char *rendered = NULL;
     obm_error own = {0};
+    if (how->template_name)
+        return obm_tokenizer_builtin_template(how->tokenizer, how->template_name, messages, n, true, text, err);
     if (how->render) {
         obm_status status = how->render(how->render_user, how->tokenizer, messages, n, &rendered, &own);
         if (status != OBM_OK)

@@ -11,7 +11,7 @@
 
 typedef struct tokens {
     int32_t *ids;
-    size_t n, first;   /* ids[first ..] are scored; first >= 1 */
+    size_t n, first; /* ids[first ..] are scored; first >= 1 */
 } tokens;
 
 static bool has_prompt(const obm_prompt *p) { return p->ids ? p->n_ids > 0 : p->messages || (p->text && *p->text); }
@@ -29,7 +29,8 @@ static obm_status append(tokens *t, const int32_t *ids, size_t n, obm_error *err
  * comes after the prompt's own tokens is scored (lm-evaluation-harness does the same).  Where the whole starts with
  * other tokens than the prompt's, the seam lies inside a token, and the continuation is encoded on its own instead.
  * *done tells which. */
-static obm_status encode_whole(const obm__prompter *how, const obm_score_item *item, tokens *t, bool *done, obm_error *err) {
+static obm_status encode_whole(const obm__prompter *how, const obm_score_item *item, tokens *t, bool *done,
+                               obm_error *err) {
     char *text;
     bool special;
     int32_t *ids = NULL;
@@ -76,8 +77,8 @@ static obm_status encode_item(const obm__prompter *how, const obm_score_item *it
 typedef struct scorer {
     const tokens *t;
     size_t item;
-    float *logits;     /* (SCORE_ROWS, vocab) */
-    double *out;       /* (n - first) */
+    float *logits; /* (SCORE_ROWS, vocab) */
+    double *out;   /* (n - first) */
     bool greedy;
 } scorer;
 
@@ -124,8 +125,7 @@ static obm_status run(obm_model *m, const double *route, const tokens *t, scorer
     obm_status status = obm__sequence_new(m, route, m->kv, &sequence, err);
     if (status == OBM_OK) status = obm__model_check_ids(m, sequence->weights, t->ids, t->n, err);
     if (status == OBM_OK) status = obm__sequence_expect(m, sequence, (int64_t)t->n, err);
-    if (status == OBM_OK)
-        status = obm__prefill(m, sequence, t->ids, t->n - 1, false, m->config.layers, visit, s, err);
+    if (status == OBM_OK) status = obm__prefill(m, sequence, t->ids, t->n - 1, false, m->config.layers, visit, s, err);
     obm__sequence_free(m, sequence);
     obm_free(s->logits);
     return status;
@@ -164,7 +164,7 @@ static obm_status score_item(obm_model *m, const obm_score_item *item, size_t in
     tokens t = {0};
     obm_score r = {.n_route = obm__model_tasks(m)};
     obm__prompter how = {m, NULL, OBM_OPT(o, obm_score_options, render, NULL),
-                         OBM_OPT(o, obm_score_options, render_user, NULL)};
+                         OBM_OPT(o, obm_score_options, render_user, NULL), NULL};
     obm_status status;
     OBM_GO(check_item(m, item, err));
     r.route = m->pack ? obm__calloc(r.n_route, sizeof *r.route) : NULL;
@@ -210,8 +210,10 @@ obm_status obm_model_score(obm_model *m, const obm_score_item *items, size_t n, 
         obm__model_leave(m);
     }
     for (size_t i = 0; i < n; i++) {
-        if (status == OBM_OK) out[i] = scores[i];
-        else obm_score_clear(&scores[i]);
+        if (status == OBM_OK)
+            out[i] = scores[i];
+        else
+            obm_score_clear(&scores[i]);
     }
     obm_free(scores);
     return status;

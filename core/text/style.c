@@ -10,6 +10,7 @@ typedef enum system_rule {
     OWN_TURN, /* a turn like the others */
     IN_FIRST, /* in front of the first user's text */
     IN_LAST,  /* in front of the last message's text if that is a user's */
+    ALWAYS,   /* a turn of its own in front of all, also without a system message */
     REFUSED   /* at the start, by name; later by the order of roles */
 } system_rule;
 
@@ -18,10 +19,12 @@ struct obm__style {
     const char *name;
     uint64_t hash[3]; /* of the Jinja texts that are this; 0: none */
     const char *start;
-    const char *open[3], *close[3];           /* around the text of a turn, by role; NULL: the role is passed over */
-    const char *before_system, *after_system; /* of IN_FIRST and IN_LAST */
+    const char *open[3], *close[3]; /* around the text of a turn, by role; NULL: the role is passed over */
+    const char *last;               /* closes the assistant's turn if it is the last message; NULL: as others */
+    const char *before_system, *after_system; /* of IN_FIRST, IN_LAST and ALWAYS */
     system_rule system;
-    bool trim[3]; /* the text, with the system's in it */
+    bool trim[3];    /* the text, with the system's in it */
+    bool trim_alone; /* without the system's */
     bool alternate, skip_empty_system;
     const char *generation, *otherwise; /* at the end, with add_generation and without */
 };
@@ -117,6 +120,18 @@ static const obm__style styles[] = {
      .trim = {true, true, true},
      .generation = HEADER("assistant"),
      .otherwise = HEADER("assistant")},
+    /* Llama 3.1 and 3.3 without tools; the date is what their texts say where the caller gives none */
+    {.name = "llama3.1",
+     .hash = {0x3246b9b80acd3e4e},
+     .start = "\1",
+     .open = {HEADER("system"), HEADER("user"), HEADER("assistant")},
+     .close = {"<|eot_id|>", "<|eot_id|>", "<|eot_id|>"},
+     .before_system = HEADER("system") "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
+     .after_system = "<|eot_id|>",
+     .system = ALWAYS,
+     .trim = {true, true, true},
+     .generation = HEADER("assistant"),
+     .otherwise = ""},
     /* Gemma 1 and 2 */
     {.name = "gemma",
      .hash = {0x82aacbf2ba6ef2c0},
@@ -125,6 +140,20 @@ static const obm__style styles[] = {
      .close = {NULL, "<end_of_turn>\n", "<end_of_turn>\n"},
      .system = REFUSED,
      .trim = {true, true, true},
+     .alternate = true,
+     .generation = "<start_of_turn>model\n",
+     .otherwise = ""},
+    /* Gemma 3 */
+    {.name = "gemma3",
+     .hash = {0x37027cdc3c29d533},
+     .start = "\1",
+     .open = {NULL, "<start_of_turn>user\n", "<start_of_turn>model\n"},
+     .close = {NULL, "<end_of_turn>\n", "<end_of_turn>\n"},
+     .before_system = "",
+     .after_system = "\n\n",
+     .system = IN_FIRST,
+     .trim = {false, true, true},
+     .trim_alone = true,
      .alternate = true,
      .generation = "<start_of_turn>model\n",
      .otherwise = ""},
@@ -172,6 +201,31 @@ static const obm__style styles[] = {
      .close = {NULL, "<|end|>\n<|assistant|>\n", "<|end|>\n"},
      .generation = "",
      .otherwise = ""},
+    /* Phi-4-mini */
+    {.name = "phi4mini",
+     .hash = {0x96b89451582dd16b},
+     .start = "",
+     .open = {"<|system|>", "<|user|>", "<|assistant|>"},
+     .close = {"<|end|>", "<|end|>", "<|end|>"},
+     .generation = "<|assistant|>",
+     .otherwise = "\2"},
+    /* Phi-4 */
+    {.name = "phi4",
+     .hash = {0xc75a88326d66c489},
+     .start = "",
+     .open = {"<|im_start|>system<|im_sep|>", "<|im_start|>user<|im_sep|>", "<|im_start|>assistant<|im_sep|>"},
+     .close = {"<|im_end|>", "<|im_end|>", "<|im_end|>"},
+     .generation = "<|im_start|>assistant<|im_sep|>",
+     .otherwise = ""},
+    /* OLMo 2 and Tulu */
+    {.name = "olmo2",
+     .hash = {0x681f89fb95de5e16},
+     .start = "\1",
+     .open = {"<|system|>\n", "<|user|>\n", "<|assistant|>\n"},
+     .close = {"\n", "\n", "\2\n"},
+     .last = "\2",
+     .generation = "<|assistant|>\n",
+     .otherwise = ""},
     /* Granite 3.0 */
     {.name = "granite",
      .hash = {0x9e1b90d2f4316378},
@@ -185,7 +239,9 @@ static const obm__style styles[] = {
 #define COUNT (sizeof styles / sizeof *styles)
 
 const char *obm__style_name(const obm__style *s) { return s->name; }
-const char *obm__style_names(void) { return "llama2, mistral, llama3, chatml, gemma, phi3, granite"; }
+const char *obm__style_names(void) {
+    return "llama2, mistral, llama3, llama3.1, chatml, gemma, gemma3, phi3, phi4, phi4mini, granite, olmo2";
+}
 
 const obm__style *obm__style_find(const char *name) {
     for (size_t i = 0; i < COUNT; i++) {
@@ -347,7 +403,7 @@ static int role_of(const obm_message *m) {
     return strcmp(m->role, "system") == 0 ? SYSTEM : strcmp(m->role, "user") == 0 ? USER : ASSISTANT;
 }
 
-static void put_turn(const printer *p, const obm_message *m, bool with_system) {
+static void put_turn(const printer *p, const obm_message *m, bool with_system, bool last) {
     int role = role_of(m);
     const obm__style *s = p->s;
     if (!s->open[role] || (role == SYSTEM && s->skip_empty_system && !*m->content)) return;
@@ -357,10 +413,19 @@ static void put_turn(const printer *p, const obm_message *m, bool with_system) {
         put(p, s->before_system);
         obm__buffer_text(p->out, p->system);
         put(p, s->after_system);
+        if (s->trim_alone) begin = p->out->size;
     }
     obm__buffer_text(p->out, m->content);
     if (s->trim[role]) trim(p->out, begin);
-    put(p, s->close[role]);
+    put(p, last && role == ASSISTANT && s->last ? s->last : s->close[role]);
+}
+
+static void put_system(const printer *p) {
+    put(p, p->s->before_system);
+    size_t begin = p->out->size;
+    if (p->system) obm__buffer_text(p->out, p->system);
+    if (p->s->trim[SYSTEM]) trim(p->out, begin);
+    put(p, p->s->after_system);
 }
 
 static obm_status check_order(const obm__style *s, const obm_message *messages, size_t n, size_t first,
@@ -385,10 +450,11 @@ obm_status obm__style_render(const obm__style *s, const char *bos, const char *e
     if (first) p.system = messages[0].content;
     OBM_TRY(check_order(s, messages, n, first, err));
     put(&p, s->start);
+    if (s->system == ALWAYS) put_system(&p);
     for (size_t i = first; i < n; i++) {
         bool here = role_of(&messages[i]) == USER &&
                     ((s->system == IN_FIRST && i == first) || (s->system == IN_LAST && i + 1 == n));
-        put_turn(&p, &messages[i], here);
+        put_turn(&p, &messages[i], here, i + 1 == n);
     }
     put(&p, add_generation ? s->generation : s->otherwise);
     return out->failed ? obm__fail_nomem(err, out->size) : OBM_OK;

@@ -158,6 +158,29 @@ void obm__chat_free(obm__chat *c) {
 
 /* ---- rendering ---- */
 
+/* The built-in template whose marks a text has, the more special ones first. */
+static const char *nearest(const char *source) {
+    static const struct {
+        const char *mark, *and_mark, *name;
+    } marks[] = {
+        {"<|start_header_id|>", "Cutting Knowledge", "llama3.1"},
+        {"<|start_header_id|>", "", "llama3"},
+        {"<start_of_turn>", "first_user_prefix", "gemma3"},
+        {"<start_of_turn>", "", "gemma"},
+        {"<|im_sep|>", "", "phi4"},
+        {"<|im_start|>", "", "chatml"},
+        {"<|start_of_role|>", "", "granite"},
+        {"<|end|>", "'<|' + message['role'] + '|>'", "phi4mini"},
+        {"<|end|>", "", "phi3"},
+        {"<|assistant|>", "eos_token", "olmo2"},
+        {"[INST]", "<<SYS>>", "llama2"},
+        {"[INST]", "", "mistral"},
+    };
+    for (size_t i = 0; i < sizeof marks / sizeof *marks; i++)
+        if (strstr(source, marks[i].mark) && strstr(source, marks[i].and_mark)) return marks[i].name;
+    return NULL;
+}
+
 static obm_status check_template(const obm__chat *c, obm_error *err) {
     if (!c->source) {
         return obm__fail(err, OBM_E_UNSUPPORTED,
@@ -167,10 +190,12 @@ static obm_status check_template(const obm__chat *c, obm_error *err) {
     }
     if (c->style) return OBM_OK;
     if (!c->chatml || c->obstacle) {
+        const char *name = nearest(c->source);
         return obm__fail(
             err, OBM_E_UNSUPPORTED,
-            "%s: the chat template is none of the built-in ones%s%s; if one of them fits, give its name: %s", c->name,
-            c->chatml ? ", not plain ChatML: " : "", c->chatml ? c->obstacle : "", obm__style_names());
+            "%s: the chat template is none of the built-in ones%s%s; if one of them fits%s%s%s, give its name: %s",
+            c->name, c->chatml ? ", not plain ChatML: " : "", c->chatml ? c->obstacle : "",
+            name ? " (it has the marks of " : "", name ? name : "", name ? ")" : "", obm__style_names());
     }
     return OBM_OK;
 }
@@ -212,14 +237,21 @@ static const char *or_usual(const obm_tokenizer *t, const char *own, const char 
     return own;
 }
 
+obm_status obm__template_find(const char *name, const char **out, obm_error *err) {
+    const obm__style *style = obm__style_find(name);
+    if (!style && strcmp(name, "chatml") != 0)
+        return obm__fail(err, OBM_E_ARG, "no built-in chat template is called \"%.64s\" (%s)", name,
+                         obm__style_names());
+    *out = style ? obm__style_name(style) : "chatml";
+    return OBM_OK;
+}
+
 static obm_status render_named(const obm_tokenizer *t, const char *name, const obm_message *messages, size_t n,
                                bool add_generation, obm__buffer *out, obm_error *err) {
     static const char *const bos[] = {"<|begin_of_text|>", "<bos>", "<s>"}, *const eos[] = {"<|end_of_text|>", "<eos>",
                                                                                             "</s>"};
     const obm__style *style = obm__style_find(name);
-    if (!style && strcmp(name, "chatml") != 0)
-        return obm__fail(err, OBM_E_ARG, "no built-in chat template is called \"%.64s\" (%s)", name,
-                         obm__style_names());
+    OBM_TRY(obm__template_find(name, &name, err));
     if (style)
         return obm__style_render(style, or_usual(t, t->chat.bos, bos), or_usual(t, t->chat.eos, eos), messages, n,
                                  add_generation, out, err);

@@ -254,6 +254,8 @@ obm_status obm__style_recognise(const char *jinja, const obm__style **out, obm_e
 const obm__style *obm__style_find(const char *name);   /* NULL: none */
 const char *obm__style_name(const obm__style *s);
 const char *obm__style_names(void);                    /* "llama2, mistral, ..." for messages */
+/* *out: the static name of a built-in template, ChatML among them.  ARG lists the known ones. */
+obm_status obm__template_find(const char *name, const char **out, obm_error *err);
 /* bos, eos: nullable.  Errors as the Jinja template raises them: ARG. */
 obm_status obm__style_render(const obm__style *s, const char *bos, const char *eos, const obm_message *messages, size_t n,
                              bool add_generation, obm__buffer *out, obm_error *err);

@@ -416,7 +416,8 @@ def route(args):
 
 def generate_options(args):
     return {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p,
-            "repetition_penalty": args.repetition_penalty, "seed": args.seed, "stop": args.stop, "chat": args.chat}
+            "repetition_penalty": args.repetition_penalty, "seed": args.seed, "stop": args.stop, "chat": args.chat,
+            "template": args.template}
 
 
 def route_text(model, route):
@@ -579,7 +580,7 @@ def evaluate_verb(args):
         raise Failure("no items")
     model = open_model(args)
     rows = evaluate(model, items, args.route or [None], max_tokens=args.max_tokens, chat=args.chat, batch=args.batch, stop=args.stop,
-                    progress=progress_of(args))
+                    template=args.template, progress=progress_of(args))
     if args.json:
         for row in rows:
             emit(row)
@@ -595,6 +596,7 @@ def add_generation_arguments(p):
     p.add_argument("--max-tokens", type=whole(1), default=0, help="default 256")
     p.add_argument("--stop", action="append", metavar="TEXT", help="stop string; may be given again")
     p.add_argument("--chat", action="store_true", help="wrap a text prompt as one user turn of the chat template")
+    p.add_argument("--template", metavar="NAME", help="the built-in chat template to use, whatever the model's own is")
     p.add_argument("--batch", type=whole(1), default=0, help="sequences decoded together (default 8)")
 
 

@@ -57,7 +57,7 @@ def choice_hits(model, items: Sequence[dict], route, progress=None) -> list[bool
 
 
 def evaluate(model, items: Iterable[dict], routes: Sequence[Any] = (None,), *, max_tokens=64, chat=False, batch=0, stop=None,
-             progress=None) -> list[dict]:
+             template=None, progress=None) -> list[dict]:
     """Rows of task, route, n, metric, value, low, high.  Items: prompt|messages with answer, or with choices and correct.
 
     An item's own "route" wins over `routes`; the label "auto" means the pack's router.
@@ -76,7 +76,8 @@ def evaluate(model, items: Iterable[dict], routes: Sequence[Any] = (None,), *, m
             if kind == "choice":
                 hits = choice_hits(model, members, route, progress)
             else:
-                hits = generation_hits(model, members, route, max_tokens=max_tokens, chat=chat, batch=batch, stop=stop, progress=progress)
+                hits = generation_hits(model, members, route, max_tokens=max_tokens, chat=chat, batch=batch, stop=stop, template=template,
+                                       progress=progress)
             low, high = wilson(sum(hits), len(hits))
             label = None if model.pack is None else route if isinstance(route, str) else "auto" if route is None else model.pack.format_route(route)
             rows.append({"task": task, "route": label, "n": len(hits), "metric": "accuracy", "value": sum(hits) / len(hits), "low": low, "high": high})

@@ -412,6 +412,17 @@ static void the_context_ends(void **state) {
 
 /* ---- prompts, callbacks, errors ---- */
 
+static obm_status refuse_to_render(void *user, const obm_tokenizer *t, const obm_message *messages, size_t n,
+                                   const char **text, obm_error *err) {
+    (void)user;
+    (void)t;
+    (void)messages;
+    (void)n;
+    (void)text;
+    (void)err;
+    return OBM_E_USER;
+}
+
 static void forms_of_a_prompt(void **state) {
     (void)state;
     const obm_message turn = {"user", "in the sea"};
@@ -438,6 +449,24 @@ static void forms_of_a_prompt(void **state) {
     generate(model, &p[2], 1, &o, c);
     assert_int_equal(c[0].n_prompt, n);
     clear(c, 1);
+    /* a built-in template by name, whatever the model's own is, and before a callback that renders */
+    char *other = NULL;
+    int32_t *other_ids = NULL;
+    size_t other_n = 0;
+    const obm_tokenizer *t = obm_model_tokenizer(model);
+    check_ok(obm_tokenizer_builtin_template(t, "gemma3", &turn, 1, true, &other, &err), &err);
+    check_ok(obm_tokenizer_encode(t, other, strlen(other), false, &other_ids, &other_n, &err), &err);
+    assert_int_not_equal(other_n, n);
+    o.template_name = "gemma3";
+    o.render = refuse_to_render;
+    generate(model, &p[2], 1, &o, c);
+    assert_int_equal(c[0].n_prompt, other_n);
+    clear(c, 1);
+    o.template_name = "gemma9";
+    assert_int_equal(obm_model_generate_batch(model, &p[2], 1, &o, c, &err), OBM_E_ARG);
+    assert_non_null(strstr(err.message, "\"gemma9\" (llama2, mistral"));
+    obm_free(other);
+    obm_free(other_ids);
     obm_free(text);
     obm_free(ids);
 }

@@ -271,6 +271,9 @@ def test_generate(run, lines, pack_path, model, jsonl, fails, models):
     row, = lines("generate", pack_path, "--chat", "-p", PROMPT, "--max-tokens", 40)
     want = model.generate(PROMPT, chat=True, max_tokens=40)
     assert row == {"index": 0, "text": str(want), "ids": want.ids, "route": "math", "finish_reason": "stop"}
+    assert lines("generate", pack_path, "--chat", "--template", "chatml", "-p", PROMPT, "--max-tokens", 40) == [row]
+    code, out, err = run("generate", pack_path, "--chat", "--template", "alpaca", "-p", PROMPT)
+    assert code == 1 and not out and 'no built-in chat template is called "alpaca" (llama2, mistral' in err
     code, out, err = run("generate", pack_path, "--chat", "-p", PROMPT, "--max-tokens", 40)
     assert (code, out) == (0, want + "\n")
     file = jsonl({"messages": [{"role": "user", "content": PROMPT}]}, {"prompt": "hello", "route": "chat=.7,math=.3"},

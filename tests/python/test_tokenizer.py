@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -167,6 +168,7 @@ def test_another_template(models, tmp_path):
 
 
 TEMPLATES = sorted((pathlib.Path(__file__).resolve().parent.parent / "vectors" / "templates").glob("*.jinja"), key=lambda p: p.name)
+NAMES = "llama2, mistral, llama3, llama3.1, chatml, gemma, gemma3, phi3, phi4, phi4mini, granite, olmo2".split(", ")
 CHATS = [
     [("user", " \u00a0Hi\x1c \n")],
     [("system", "  be brief\n"), ("user", "\tWhat?  ")],
@@ -192,8 +194,7 @@ def test_builtin_templates_are_the_models_own(models, tmp_path, path, add):
 
     source = path.read_text(encoding="utf-8")
     tok = with_template(models, tmp_path / "own", source, bos_token="<s>", eos_token="</s>")
-    names = ["llama2", "mistral", "llama3", "chatml", "gemma", "phi3", "granite"]
-    assert tok.template_name == next(n for n in names if path.stem.startswith(n))
+    assert tok.template_name == max((n for n in NAMES if path.stem.startswith(n)), key=len)
     for chat in CHATS:
         messages = [{"role": role, "content": content} for role, content in chat]
         try:
@@ -216,7 +217,7 @@ def test_templates_that_are_almost_known(models, tmp_path):
         assert old in source
         tok = with_template(models, tmp_path / f"changed{k}", source.replace(old, new))
         assert tok.template_name is None
-        with pytest.raises(obm.UnsupportedError, match="llama2, mistral, llama3, chatml, gemma, phi3, granite"):
+        with pytest.raises(obm.UnsupportedError, match=r"\(it has the marks of llama3\), give its name: " + ", ".join(NAMES)):
             tok.builtin_template(MESSAGES)
     same = "{# a comment #}" + source.replace("{% ", "{%  ").replace("'role'", '"role"')
     assert with_template(models, tmp_path / "same", same).template_name == "llama3"
@@ -230,6 +231,34 @@ def test_templates_by_name(tok):
         tok.builtin_template(MESSAGES, name="alpaca")
     with pytest.raises(obm.ArgumentError, match="gemma has no system"):
         tok.builtin_template(MESSAGES, name="gemma")
+
+
+@pytest.mark.parametrize("own, fits", [
+    ("{{ '<|start_header_id|>' }}{{ 'Cutting Knowledge Date: ' + date }}", "llama3.1"), ("{{ '<start_of_turn>' + role }}", "gemma"),
+    ("{{ '<start_of_turn>' + first_user_prefix }}", "gemma3"), ("{{ '<|im_start|>' + role + '<|im_sep|>' }}", "phi4"),
+    ("{{ '<|im_start|>' + strip('<think>') + '<|im_end|>' }}", "chatml"), ("{{ '<|start_of_role|>' }}", "granite"),
+    ("{{ '<|' + message['role'] + '|>' + x + '<|end|>' }}", "phi4mini"), ("{{ '<|user|>\n' + x + '<|end|>' }}", "phi3"),
+    ("{{ '<|assistant|>' + x + eos_token }}", "olmo2"), ("{{ '[INST] <<SYS>>' }}", "llama2"), ("{{ '[INST]' + x }}", "mistral")])
+def test_unknown_templates_name_what_may_fit(models, tmp_path, own, fits):
+    with pytest.raises(obm.UnsupportedError, match=rf"\(it has the marks of {re.escape(fits)}\), give its name"):
+        with_template(models, tmp_path / "own", own).builtin_template(MESSAGES)
+    with pytest.raises(obm.UnsupportedError, match="if one of them fits, give its name"):
+        with_template(models, tmp_path / "other", "{{ messages }}").builtin_template(MESSAGES)
+
+
+@pytest.mark.parametrize("name", ["chatml", "phi3", "llama3.1", "gemma3"])
+def test_generating_with_a_template_of_that_name(models, name):
+    model = obm.Model(models / "base")
+    turn = [{"role": "user", "content": "What is 1+1?"}]
+    ids = model.tokenizer.encode(model.tokenizer.builtin_template(turn, name=name), special=False)
+    expected = model.generate({"ids": ids}, max_tokens=6)
+    for prompt, chat in (("What is 1+1?", True), (turn, False)):
+        got = model.generate(prompt, chat=chat, template=name, max_tokens=6)
+        assert got.ids == expected.ids and got.prompt_tokens == len(ids)
+        assert "".join(model.stream(prompt, chat=chat, template=name, max_tokens=6)) == got
+    assert model.generate("a", template=name, max_tokens=2).ids == model.generate("a", max_tokens=2).ids   # no chat, no template
+    with pytest.raises(obm.ArgumentError, match=r"no built-in chat template is called \"alpaca\" \(llama2, mistral"):
+        model.generate("a", template="alpaca")
 
 
 def test_templates_raise(models, tmp_path):
