@@ -73,8 +73,11 @@ FN static inline float lanes_sum(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
-#define EVEN(p) _mm256_castsi256_ps(_mm256_slli_epi32(LOAD_256(p), 16))
-#define ODD(p) _mm256_castsi256_ps(_mm256_and_si256(LOAD_256(p), _mm256_set1_epi32((int)0xffff0000)))
+#define W __m256i
+#define LOAD_W(p) LOAD_256(p)
+#define STORE_W(p, w) _mm256_storeu_si256((__m256i *)(void *)(p), w)
+#define EVEN_W(w) _mm256_castsi256_ps(_mm256_slli_epi32(w, 16))
+#define ODD_W(w) _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32((int)0xffff0000)))
 /* shuffle_ps picks inside halves and leaves the 64-bit pairs in the order 0 2 1 3; the permute restores it. */
 #define IN_ORDER(v) _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8))
 #define SPLIT_EVEN_ODD(p, a, b)                           \
@@ -114,6 +117,14 @@ FN static inline float lanes_sum(__m256 v) {
     _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(m), _mm256_castps_si256(_mm256_andnot_ps(SET1(-0.0f), v))))
 
 #include "template/planes_x86.h"
+
+#define Z12_STEPS 2
+FN static inline void z12_half(W *w, const uint8_t *p, const uint8_t *table, int half) {
+    __m256i low = LOAD_B(p + half * 32), index = LOAD_B(p + 64);
+    __m256i high = LOOKUP(TABLE_B(table), half ? HIGH_NIBBLE(index) : LOW_NIBBLE(index));
+    w[0] = ZIP_LOW(low, high);
+    w[1] = ZIP_HIGH(low, high);
+}
 
 #include "template/all.h"
 #else

@@ -67,8 +67,11 @@ FN static inline float lanes_sum(__m512 v) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
-#define EVEN(p) _mm512_castsi512_ps(_mm512_slli_epi32(LOAD_512(p), 16))
-#define ODD(p) _mm512_castsi512_ps(_mm512_and_si512(LOAD_512(p), _mm512_set1_epi32((int)0xffff0000)))
+#define W __m512i
+#define LOAD_W(p) LOAD_512(p)
+#define STORE_W(p, w) _mm512_storeu_si512((void *)(p), w)
+#define EVEN_W(w) _mm512_castsi512_ps(_mm512_slli_epi32(w, 16))
+#define ODD_W(w) _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000)))
 /* Indices 16 and up of the two-source permute select from the second vector. */
 #define SPLIT_EVEN_ODD(p, a, b)                                                                            \
     do {                                                                                                   \
@@ -120,6 +123,16 @@ FN static inline void store_pairs(uint16_t *p, __m512i even, __m512i odd) {
 }
 
 #include "template/planes_x86.h"
+
+/* In 256-bit halves: unpacking 512 bits would leave the columns in another order. */
+#define Z12_STEPS 1
+FN static inline void z12_half(W *w, const uint8_t *p, const uint8_t *table, int half) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    __m256i low = LOAD_256(p + half * 32), index = LOAD_256(p + 64), codes = _mm256_broadcastsi128_si256(LOAD_128(table));
+    __m256i high = _mm256_shuffle_epi8(codes, _mm256_and_si256(half ? _mm256_srli_epi16(index, 4) : index, nibble));
+    __m512i first = _mm512_castsi256_si512(_mm256_unpacklo_epi8(low, high));
+    w[0] = _mm512_inserti64x4(first, _mm256_unpackhi_epi8(low, high), 1);
+}
 
 #include "template/all.h"
 #else

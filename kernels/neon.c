@@ -101,8 +101,11 @@ static inline float lanes_sum(V v) {
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
 }
 
-#define EVEN(p) even_bf16(vld1q_u16(p), vld1q_u16((p) + 8))
-#define ODD(p) odd_bf16(vld1q_u16(p), vld1q_u16((p) + 8))
+#define W uint16x8x2_t
+#define LOAD_W(p) ((W){{vld1q_u16(p), vld1q_u16((p) + 8)}})
+#define STORE_W(p, w) (vst1q_u16(p, (w).val[0]), vst1q_u16((p) + 8, (w).val[1]))
+#define EVEN_W(w) even_bf16((w).val[0], (w).val[1])
+#define ODD_W(w) odd_bf16((w).val[0], (w).val[1])
 static inline V even_bf16(uint16x8_t a, uint16x8_t b) {
     return pair(vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(a), 16)),
                 vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(b), 16)));
@@ -168,6 +171,16 @@ static int32_t group_tables(uint8_t *tables, const float *x, obm__quantiser z) {
         nibble_table(entry, entry + 32, vreinterpretq_u8_s16(vcombine_s16(minus, plus)));
     }
     return (int32_t)vaddvq_u32(sum);
+}
+
+#define Z12_STEPS 2
+static inline void z12_half(W *w, const uint8_t *p, const uint8_t *table, int half) {
+    uint8x16_t codes = vld1q_u8(table), index0 = vld1q_u8(p + 64), index1 = vld1q_u8(p + 80);
+    uint8x16_t low0 = vld1q_u8(p + half * 32), low1 = vld1q_u8(p + half * 32 + 16);
+    uint8x16_t high0 = LOOKUP(codes, half ? HIGH_NIBBLE(index0) : LOW_NIBBLE(index0));
+    uint8x16_t high1 = LOOKUP(codes, half ? HIGH_NIBBLE(index1) : LOW_NIBBLE(index1));
+    w[0] = (W){{WORDS(ZIP_LOW(low0, high0)), WORDS(ZIP_LOW(low1, high1))}};
+    w[1] = (W){{WORDS(ZIP_HIGH(low0, high0)), WORDS(ZIP_HIGH(low1, high1))}};
 }
 
 #include "template/all.h"

@@ -245,6 +245,135 @@ void obm__scalar_plane_add(float *y, const uint8_t *const *bits, int n, float c,
     }
 }
 
+/* ---- z12 ---- */
+
+/* Where 8 columns of a half lie in it. */
+static const uint8_t z12_place[4] = {0, 16, 8, 24};
+
+/* The 16 most frequent bytes; code[b] is b's index among them, 16 for the others. */
+static void rank_bytes(uint8_t *table, uint8_t *code, const uint32_t *count) {
+    uint8_t present[256];
+    size_t n = 0;
+    for (unsigned b = 0; b < 256; b++)
+        if (count[b]) present[n++] = (uint8_t)b;
+    memset(code, 16, 256);
+    memset(table, 0, OBM__Z12_TABLE);
+    for (uint8_t i = 0; i < 16 && n; i++) {
+        size_t best = 0;
+        for (size_t j = 1; j < n; j++)
+            if (count[present[j]] > count[present[best]]) best = j;
+        table[i] = present[best];
+        code[table[i]] = i;
+        memmove(present + best, present + best + 1, --n - best); /* ascending, so that equal counts go by value */
+    }
+    code[table[0]] = 0; /* also of a row that is not there: what is padded has this byte */
+}
+
+/* Four tables: neighbours mostly have the same byte, and increments of one counter wait for each other. */
+static void count_high_bytes(uint32_t *count, const uint16_t *w, size_t cols) {
+    uint32_t part[4][256] = {{0}};
+    for (size_t j = 0; j < cols; j++) part[j % 4][half_at(w + j) >> 8]++;
+    for (size_t b = 0; b < 256; b++) count[b] = part[0][b] + part[1][b] + part[2][b] + part[3][b];
+}
+
+typedef struct z12_sink {
+    obm__z12_escape *out;
+    size_t n, room;
+} z12_sink;
+
+static unsigned escape(z12_sink *s, size_t block, size_t row, size_t col, uint16_t value) {
+    if (s->n < s->room) s->out[s->n] = (obm__z12_escape){(uint32_t)block, (uint8_t)row, (uint8_t)col, value};
+    s->n++;
+    return 0;
+}
+
+/* w: 64 columns. */
+static void encode_block(uint8_t *out, const uint16_t *w, const uint8_t *code, size_t block, size_t row, z12_sink *s) {
+    uint8_t *index = out + OBM__Z12_COLUMNS;
+    for (size_t q = 0; q < 32; q++) {
+        size_t at = z12_place[q / 8] + q % 8;
+        unsigned first = half_at(w + q), second = half_at(w + 32 + q), low = code[first >> 8], high = code[second >> 8];
+        out[at] = (uint8_t)first;
+        out[32 + at] = (uint8_t)second;
+        if (low == 16) low = escape(s, block, row, q, (uint16_t)first);
+        if (high == 16) high = escape(s, block, row, 32 + q, (uint16_t)second);
+        index[at] = (uint8_t)(low | high << 4);
+    }
+}
+
+size_t obm__scalar_z12_encode(uint8_t *codes, uint8_t *table, obm__z12_escape *escapes, size_t room, const uint16_t *w,
+                              size_t ld, size_t rows, size_t cols) {
+    uint8_t code[OBM__Z12_ROWS][256];
+    z12_sink sink = {escapes, 0, room};
+    for (size_t r = 0; r < OBM__Z12_ROWS; r++) {
+        uint32_t count[256] = {0};
+        if (r < rows) count_high_bytes(count, w + r * ld, cols);
+        rank_bytes(table + r * OBM__Z12_TABLE, code[r], count);
+    }
+    for (size_t block = 0; block * OBM__Z12_COLUMNS < cols; block++) {
+        size_t first = block * OBM__Z12_COLUMNS, left = cols - first;
+        for (size_t r = 0; r < OBM__Z12_ROWS; r++, codes += OBM__Z12_BYTES) {
+            const uint16_t *from = w + (r < rows ? r : 0) * ld + first;
+            uint16_t end[OBM__Z12_COLUMNS];
+            if (r >= rows || left < OBM__Z12_COLUMNS) {
+                for (size_t j = 0; j < OBM__Z12_COLUMNS; j++)
+                    end[j] = r < rows && j < left ? half_at(from + j) : (uint16_t)(table[r * OBM__Z12_TABLE] << 8);
+                from = end;
+            }
+            encode_block(codes, from, code[r], block, r, &sink);
+        }
+    }
+    return sink.n;
+}
+
+/* 64 columns of one row, escapes not yet in place. */
+static void decode_block(uint16_t *out, const uint8_t *p, const uint8_t *table) {
+    for (size_t q = 0; q < 32; q++) {
+        size_t at = z12_place[q / 8] + q % 8;
+        unsigned index = p[OBM__Z12_COLUMNS + at];
+        out[q] = (uint16_t)(p[at] | table[index & 15] << 8);
+        out[32 + q] = (uint16_t)(p[32 + at] | table[index >> 4] << 8);
+    }
+}
+
+/* One row of a group, 64 columns, with its escapes; *next moves over those of the group that lie before. */
+static void decode_row_block(uint16_t *out, const obm__z12 *w, size_t row, size_t block, uint32_t *next) {
+    size_t group = row / OBM__Z12_ROWS, r = row % OBM__Z12_ROWS;
+    const uint8_t *p = w->codes + ((group * w->blocks + block) * OBM__Z12_ROWS + r) * OBM__Z12_BYTES;
+    decode_block(out, p, w->tables + row * OBM__Z12_TABLE);
+    for (; *next < w->first_escape[group + 1] && w->escapes[*next].block <= block; ++*next) {
+        const obm__z12_escape *e = &w->escapes[*next];
+        if (e->block == block && e->row == r) out[e->col] = e->value;
+    }
+}
+
+static void z12_unpack(uint16_t *out, size_t ld, const obm__z12 *w, size_t row, size_t rows) {
+    for (size_t r = 0; r < rows; r++) {
+        uint32_t next = w->first_escape[(row + r) / OBM__Z12_ROWS];
+        for (size_t block = 0; block < w->blocks; block++) {
+            uint16_t part[OBM__Z12_COLUMNS];
+            size_t first = block * OBM__Z12_COLUMNS, n = w->cols - first;
+            decode_row_block(part, w, row + r, block, &next);
+            memcpy(out + r * ld + first, part, (n < OBM__Z12_COLUMNS ? n : OBM__Z12_COLUMNS) * sizeof *out);
+        }
+    }
+}
+
+static void rows_z12(float *y, const obm__z12 *w, size_t row, size_t rows, const float *x) {
+    for (size_t r = 0; r < rows; r++) {
+        uint32_t next = w->first_escape[(row + r) / OBM__Z12_ROWS];
+        float lane[8] = {0};
+        for (size_t block = 0; block < w->blocks; block++) {
+            uint16_t part[OBM__Z12_COLUMNS];
+            size_t first = block * OBM__Z12_COLUMNS;
+            decode_row_block(part, w, row + r, block, &next);
+            for (size_t j = first; j < w->cols && j < first + OBM__Z12_COLUMNS; j++)
+                lane[j % 8] += widen_bf16(part[j - first]) * float_at(x + j);
+        }
+        y[r] = ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+    }
+}
+
 const obm_kernels obm__kernels_scalar = {
     .isa = "scalar",
     .bf16_to_f32 = obm__scalar_bf16_to_f32,
@@ -268,6 +397,9 @@ const obm_kernels obm__kernels_scalar = {
     .batch_bf16 = batch_bf16,
     .batch_f16 = batch_f16,
     .batch_f32 = batch_f32,
+    .z12_encode = obm__scalar_z12_encode,
+    .z12_unpack = z12_unpack,
+    .rows_z12 = rows_z12,
     .plane_repack = obm__scalar_plane_repack,
     .plane_unpack = obm__scalar_plane_unpack,
     .plane_tables = obm__scalar_plane_tables,

@@ -1,7 +1,7 @@
-/* Every templated kernel and the table, from the parameters of elementwise.h, rows.h and planes.h and these:
+/* Every templated kernel and the table, from the parameters of elementwise.h, rows.h, planes.h and z12.h and these:
  *
  *   TABLE, ISA                       the table's symbol and name
- *   EVEN(p) ODD(p)                   from 2 * VL bf16 the even and the odd ones, widened, in order
+ *   W, LOAD_W(p)                     2 * VL bf16;   EVEN_W(w) ODD_W(w) the even and the odd ones, widened, in order
  *   SPLIT_EVEN_ODD(p, a, b)          2 * VL floats in the same order
  */
 #include "elementwise.h"
@@ -9,7 +9,7 @@
 /* A 32-bit lane holds two bf16: a shift makes the even one a float, a mask the odd one. */
 #define ROWS_NAME NAME(rows_bf16)
 #define ROWS_TYPE uint16_t
-#define SPLIT_W(p, a, b) (a = EVEN(p), b = ODD(p))
+#define SPLIT_W(p, a, b) (a = EVEN_W(LOAD_W(p)), b = ODD_W(LOAD_W(p)))
 #define SPLIT_X SPLIT_EVEN_ODD
 #define BATCH_NAME NAME(batch_bf16)
 #define BATCH_LOAD LOAD_BF16
@@ -32,6 +32,7 @@
 #include "rows.h"
 
 #include "planes.h"
+#include "z12.h"
 
 /* The histogram is bound by dependent increments, not by loads: vectors gain nothing. */
 const obm_kernels TABLE = {
@@ -57,6 +58,9 @@ const obm_kernels TABLE = {
     .batch_bf16 = NAME(batch_bf16),
     .batch_f16 = NAME(batch_f16),
     .batch_f32 = NAME(batch_f32),
+    .z12_encode = obm__scalar_z12_encode,
+    .z12_unpack = NAME(z12_unpack),
+    .rows_z12 = NAME(rows_z12),
     .plane_repack = NAME(plane_repack),
     .plane_unpack = NAME(plane_unpack),
     .plane_tables = NAME(plane_tables),

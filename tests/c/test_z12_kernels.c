@@ -1,0 +1,157 @@
+/* z12 in every table that this machine can run: the bytes against the format's description, unpacked weights against the
+ * originals, products bit for bit against the plain bf16 kernel of the same table.  Buffers end at an unmapped page. */
+#include "kernel_fixture.h"
+
+enum kind { GAUSSIAN, ANY_BITS, EQUAL, ZERO, SPIKES, ONE_BYTE_TOO_MANY, N_KINDS };
+enum { MAX_COLS = 700, MAX_ROWS = 13, MAX_GROUPS = 4, MAX_ESCAPES = MAX_COLS * MAX_ROWS };
+
+static void draw_weights(uint16_t *w, size_t ld, size_t rows, size_t cols, enum kind kind) {
+    for (size_t r = 0; r < rows; r++)
+        for (size_t j = 0; j < ld; j++) {
+            float sum = 0;
+            for (int i = 0; i < 12; i++) sum += uniform();
+            uint16_t *at = &w[r * ld + j];
+            *at = (uint16_t)(bits_of(sum * 0.02f * (float)(1 + r)) >> 16);
+            if (kind == ANY_BITS || j >= cols || (kind == SPIKES && next_random() % 40 == 0))
+                *at = (uint16_t)(next_random() >> 20);
+            if (kind == EQUAL) *at = 0x3c5a;
+            if (kind == ZERO) *at = next_random() & 1 ? 0x8000 : 0;
+            if (kind == ONE_BYTE_TOO_MANY) *at = (uint16_t)(j % 17 << 8 | (next_random() & 255));
+        }
+}
+
+/* ---- the format, written from its description ---- */
+
+static size_t place_of(size_t col) { /* of a column in its half */
+    static const size_t first[] = {0, 8, 16, 24}, lies_at[] = {0, 16, 8, 24};
+    size_t q = col % 32, i = 3;
+    while (first[i] > q) i--;
+    return lies_at[i] + q - first[i];
+}
+
+static uint16_t weight_at(const obm__z12 *z, size_t row, size_t col) {
+    size_t group = row / 4, block = col / 64, c = col % 64;
+    for (uint32_t e = z->first_escape[group]; e < z->first_escape[group + 1]; e++)
+        if (z->escapes[e].block == block && z->escapes[e].row == row % 4 && z->escapes[e].col == c)
+            return z->escapes[e].value;
+    const uint8_t *p = z->codes + ((group * z->blocks + block) * 4 + row % 4) * 96;
+    unsigned index = p[64 + place_of(c)] >> (c < 32 ? 0 : 4) & 15;
+    return (uint16_t)(p[(c < 32 ? 0 : 32) + place_of(c)] | z->tables[row * 16 + index] << 8);
+}
+
+/* Weights of a row whose high byte is not among its 16 most frequent ones. */
+static size_t count_escapes(const uint16_t *w, size_t cols) {
+    size_t count[256] = {0}, kept = 0;
+    for (size_t j = 0; j < cols; j++) count[w[j] >> 8]++;
+    for (int i = 0; i < 16; i++) {
+        size_t best = 0;
+        for (size_t b = 0; b < 256; b++)
+            if (count[b] > count[best]) best = b;
+        kept += count[best];
+        count[best] = 0;
+    }
+    return cols - kept;
+}
+
+typedef struct buffers {
+    guarded codes, tables, weights, unpacked, x;
+    obm__z12_escape escapes[MAX_ESCAPES];
+    uint32_t first[MAX_GROUPS + 1];
+} buffers;
+
+static obm__z12 encode(const obm_kernels *k, buffers *b, const uint16_t *w, size_t ld, size_t rows, size_t cols) {
+    obm__z12 z = {.rows = rows, .cols = cols, .blocks = (cols + 63) / 64};
+    size_t groups = (rows + 3) / 4, n = 0;
+    z.codes = at_end(&b->codes, groups * z.blocks * 384);
+    z.tables = at_end(&b->tables, groups * 64);
+    z.escapes = b->escapes;
+    z.first_escape = b->first;
+    for (size_t g = 0; g < groups; g++) {
+        size_t here = rows - g * 4 < 4 ? rows - g * 4 : 4, expected = 0;
+        for (size_t r = 0; r < here; r++) expected += count_escapes(w + (g * 4 + r) * ld, cols);
+        b->first[g] = (uint32_t)n;
+        size_t found = k->z12_encode(z.codes + g * z.blocks * 384, z.tables + g * 64, b->escapes + n, MAX_ESCAPES - n,
+                                     w + g * 4 * ld, ld, here, cols);
+        assert_int_equal(found, expected);
+        n += found;
+    }
+    b->first[groups] = (uint32_t)n;
+    return z;
+}
+
+static void check(const obm_kernels *k, buffers *b, size_t rows, size_t cols, enum kind kind) {
+    size_t ld = cols + 3;
+    uint16_t *w = at_end(&b->weights, ((rows - 1) * ld + cols) * 2), *out = at_end(&b->unpacked, rows * cols * 2);
+    float *x = at_end(&b->x, cols * 4), plain[MAX_ROWS], packed[MAX_ROWS + 1];
+    draw_weights(w, ld, rows - 1, cols, kind);
+    draw_weights(w + (rows - 1) * ld, cols, 1, cols, kind);
+    fill(x, cols, PLAIN | ZEROS);
+    obm__z12 z = encode(k, b, w, ld, rows, cols);
+    k->z12_unpack(out, cols, &z, 0, rows);
+    for (size_t r = 0; r < rows; r++)
+        for (size_t j = 0; j < cols; j++)
+            if (weight_at(&z, r, j) != w[r * ld + j] || out[r * cols + j] != w[r * ld + j])
+                fail_msg("%s z12: kind %d, %zu columns, row %zu, column %zu: %04x, unpacked %04x, expected %04x", k->isa,
+                         kind, cols, r, j, weight_at(&z, r, j), out[r * cols + j], w[r * ld + j]);
+    k->rows_bf16(plain, w, ld, rows, x, cols);
+    packed[rows] = 7;
+    k->rows_z12(packed, &z, 0, rows, x);
+    assert_true(packed[rows] == 7);
+    for (size_t r = 0; r < rows; r++)
+        if (bits_of(plain[r]) != bits_of(packed[r]) && !(isnan(plain[r]) && isnan(packed[r])))
+            fail_msg("%s rows_z12: kind %d, %zu columns, row %zu: %a, expected %a", k->isa, kind, cols, r,
+                     (double)packed[r], (double)plain[r]);
+    if (rows > 4) { /* from a later group on */
+        k->rows_z12(packed, &z, 4, rows - 4, x);
+        for (size_t r = 4; r < rows; r++)
+            assert_true(bits_of(packed[r - 4]) == bits_of(plain[r]) || isnan(plain[r]));
+        k->z12_unpack(out, cols, &z, 4, rows - 4);
+        for (size_t r = 4; r < rows; r++) assert_memory_equal(out + (r - 4) * cols, w + r * ld, cols * 2);
+    }
+}
+
+static void test_all(void **unused) {
+    (void)unused;
+    static buffers b;
+    b.codes = guarded_new(MAX_GROUPS * 11 * 384);
+    b.tables = guarded_new(MAX_GROUPS * 64);
+    b.weights = guarded_new(MAX_ROWS * (MAX_COLS + 3) * 2);
+    b.unpacked = guarded_new(MAX_ROWS * MAX_COLS * 2);
+    b.x = guarded_new(MAX_COLS * 4);
+    EACH_TABLE(k)
+    for (int kind = 0; kind < N_KINDS; kind++) {
+        for (size_t cols = 1; cols <= 300; cols++) check(k, &b, 1 + cols % 9, cols, (enum kind)kind);
+        check(k, &b, MAX_ROWS, MAX_COLS, (enum kind)kind);
+    }
+    guarded *all[] = {&b.codes, &b.tables, &b.weights, &b.unpacked, &b.x};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) guarded_free(all[i]);
+}
+
+/* Every table writes the same bytes; without room for the escapes, they are counted all the same. */
+static void test_encoding_is_exact(void **unused) {
+    (void)unused;
+    uint16_t w[4 * 200];
+    uint8_t codes[2][4 * 384], table[2][64];
+    obm__z12_escape escapes[2][800];
+    draw_weights(w, 200, 4, 200, ANY_BITS);
+    memset(codes, 0, sizeof codes);
+    size_t n = scalar_table()->z12_encode(codes[0], table[0], escapes[0], 800, w, 200, 4, 200);
+    assert_true(n > 300);
+    EACH_TABLE(k) {
+        assert_int_equal(k->z12_encode(codes[1], table[1], escapes[1], 800, w, 200, 4, 200), n);
+        assert_memory_equal(codes[0], codes[1], sizeof codes[0]);
+        assert_memory_equal(table[0], table[1], sizeof table[0]);
+        assert_memory_equal(escapes[0], escapes[1], n * sizeof escapes[0][0]);
+        memset(escapes[1], 0, sizeof escapes[1]);
+        assert_int_equal(k->z12_encode(codes[1], table[1], escapes[1], 5, w, 200, 4, 200), n);
+        assert_int_equal(escapes[1][5].value | escapes[1][5].col, 0);
+    }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_all),
+        cmocka_unit_test(test_encoding_is_exact),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
