@@ -126,6 +126,9 @@ FN static inline void z12_half(W *w, const uint8_t *p, const uint8_t *table, int
     w[1] = ZIP_HIGH(low, high);
 }
 
+#include "template/z12_x86.h"
+#define Z12_ENCODE NAME(z12_encode)
+
 #include "template/all.h"
 #else
 typedef int obm__no_avx2; /* ISO C wants a declaration in every file */

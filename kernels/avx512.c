@@ -134,6 +134,9 @@ FN static inline void z12_half(W *w, const uint8_t *p, const uint8_t *table, int
     w[0] = _mm512_inserti64x4(first, _mm256_unpackhi_epi8(low, high), 1);
 }
 
+#include "template/z12_x86.h"
+#define Z12_ENCODE NAME(z12_encode)
+
 #include "template/all.h"
 #else
 typedef int obm__no_avx512; /* ISO C wants a declaration in every file */

@@ -183,6 +183,8 @@ static inline void z12_half(W *w, const uint8_t *p, const uint8_t *table, int ha
     w[1] = (W){{WORDS(ZIP_HIGH(low0, high0)), WORDS(ZIP_HIGH(low1, high1))}};
 }
 
+#define Z12_ENCODE obm__scalar_z12_encode
+
 #include "template/all.h"
 #else
 typedef int obm__no_neon; /* ISO C wants a declaration in every file */

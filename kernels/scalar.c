@@ -272,7 +272,10 @@ static void rank_bytes(uint8_t *table, uint8_t *code, const uint32_t *count) {
 /* Four tables: neighbours mostly have the same byte, and increments of one counter wait for each other. */
 static void count_high_bytes(uint32_t *count, const uint16_t *w, size_t cols) {
     uint32_t part[4][256] = {{0}};
-    for (size_t j = 0; j < cols; j++) part[j % 4][half_at(w + j) >> 8]++;
+    size_t j = 0;
+    for (; j + 4 <= cols; j += 4)
+        for (size_t i = 0; i < 4; i++) part[i][half_at(w + j + i) >> 8]++;
+    for (; j < cols; j++) part[0][half_at(w + j) >> 8]++;
     for (size_t b = 0; b < 256; b++) count[b] = part[0][b] + part[1][b] + part[2][b] + part[3][b];
 }
 
@@ -281,28 +284,31 @@ typedef struct z12_sink {
     size_t n, room;
 } z12_sink;
 
-static unsigned escape(z12_sink *s, size_t block, size_t row, size_t col, uint16_t value) {
-    if (s->n < s->room) s->out[s->n] = (obm__z12_escape){(uint32_t)block, (uint8_t)row, (uint8_t)col, value};
-    s->n++;
-    return 0;
+static void list_escapes(z12_sink *s, const uint16_t *w, const uint8_t *code, size_t block, size_t row) {
+    for (size_t col = 0; col < OBM__Z12_COLUMNS; col++) {
+        uint16_t value = half_at(w + col);
+        if (code[value >> 8] < 16) continue;
+        if (s->n < s->room) s->out[s->n] = (obm__z12_escape){(uint32_t)block, (uint8_t)row, (uint8_t)col, value};
+        s->n++;
+    }
 }
 
-/* w: 64 columns. */
-static void encode_block(uint8_t *out, const uint16_t *w, const uint8_t *code, size_t block, size_t row, z12_sink *s) {
-    uint8_t *index = out + OBM__Z12_COLUMNS;
+int obm__scalar_z12_block(uint8_t *out, const uint16_t *w, const uint8_t *table, const uint8_t *code) {
+    (void)table;
+    unsigned seen = 0;
     for (size_t q = 0; q < 32; q++) {
         size_t at = z12_place[q / 8] + q % 8;
         unsigned first = half_at(w + q), second = half_at(w + 32 + q), low = code[first >> 8], high = code[second >> 8];
         out[at] = (uint8_t)first;
         out[32 + at] = (uint8_t)second;
-        if (low == 16) low = escape(s, block, row, q, (uint16_t)first);
-        if (high == 16) high = escape(s, block, row, 32 + q, (uint16_t)second);
-        index[at] = (uint8_t)(low | high << 4);
+        out[OBM__Z12_COLUMNS + at] = (uint8_t)((low & 15) | high << 4);
+        seen |= low | high;
     }
+    return seen >= 16;
 }
 
-size_t obm__scalar_z12_encode(uint8_t *codes, uint8_t *table, obm__z12_escape *escapes, size_t room, const uint16_t *w,
-                              size_t ld, size_t rows, size_t cols) {
+size_t obm__z12_encode_by(obm__z12_block_fn encode_block, uint8_t *codes, uint8_t *table, obm__z12_escape *escapes,
+                          size_t room, const uint16_t *w, size_t ld, size_t rows, size_t cols) {
     uint8_t code[OBM__Z12_ROWS][256];
     z12_sink sink = {escapes, 0, room};
     for (size_t r = 0; r < OBM__Z12_ROWS; r++) {
@@ -320,10 +326,15 @@ size_t obm__scalar_z12_encode(uint8_t *codes, uint8_t *table, obm__z12_escape *e
                     end[j] = r < rows && j < left ? half_at(from + j) : (uint16_t)(table[r * OBM__Z12_TABLE] << 8);
                 from = end;
             }
-            encode_block(codes, from, code[r], block, r, &sink);
+            if (encode_block(codes, from, table + r * OBM__Z12_TABLE, code[r])) list_escapes(&sink, from, code[r], block, r);
         }
     }
     return sink.n;
+}
+
+size_t obm__scalar_z12_encode(uint8_t *codes, uint8_t *table, obm__z12_escape *escapes, size_t room, const uint16_t *w,
+                              size_t ld, size_t rows, size_t cols) {
+    return obm__z12_encode_by(obm__scalar_z12_block, codes, table, escapes, room, w, ld, rows, cols);
 }
 
 /* 64 columns of one row, escapes not yet in place. */

@@ -31,6 +31,12 @@ void obm__scalar_magnitude_histogram(uint32_t *histogram, const float *x, size_t
 void obm__scalar_rows_bf16(float *y, const uint16_t *w, size_t ld, size_t rows, const float *x, size_t n);
 void obm__scalar_rows_f16(float *y, const uint16_t *w, size_t ld, size_t rows, const float *x, size_t n);
 void obm__scalar_rows_f32(float *y, const float *w, size_t ld, size_t rows, const float *x, size_t n);
+/* 64 weights of one row to 96 bytes; table: the row's high bytes, code: their inverse, 16 for others.  Not 0: there are
+ * escapes among them, whose index becomes 0. */
+typedef int (*obm__z12_block_fn)(uint8_t *out, const uint16_t *w, const uint8_t *table, const uint8_t *code);
+int obm__scalar_z12_block(uint8_t *out, const uint16_t *w, const uint8_t *table, const uint8_t *code);
+size_t obm__z12_encode_by(obm__z12_block_fn encode_block, uint8_t *codes, uint8_t *table, obm__z12_escape *escapes,
+                          size_t room, const uint16_t *w, size_t ld, size_t rows, size_t cols);
 size_t obm__scalar_z12_encode(uint8_t *codes, uint8_t *table, obm__z12_escape *escapes, size_t room, const uint16_t *w,
                               size_t ld, size_t rows, size_t cols);
 void obm__scalar_plane_repack(uint8_t *block, const uint8_t *rows, size_t stride, size_t n_rows, size_t n_bytes);

@@ -2,6 +2,7 @@
  *
  *   TABLE, ISA                       the table's symbol and name
  *   W, LOAD_W(p)                     2 * VL bf16;   EVEN_W(w) ODD_W(w) the even and the odd ones, widened, in order
+ *   Z12_ENCODE                       the table's z12_encode
  *   SPLIT_EVEN_ODD(p, a, b)          2 * VL floats in the same order
  */
 #include "elementwise.h"
@@ -58,7 +59,7 @@ const obm_kernels TABLE = {
     .batch_bf16 = NAME(batch_bf16),
     .batch_f16 = NAME(batch_f16),
     .batch_f32 = NAME(batch_f32),
-    .z12_encode = obm__scalar_z12_encode,
+    .z12_encode = Z12_ENCODE,
     .z12_unpack = NAME(z12_unpack),
     .rows_z12 = NAME(rows_z12),
     .plane_repack = NAME(plane_repack),
