@@ -128,7 +128,8 @@ FN static inline void store_pairs(uint16_t *p, __m512i even, __m512i odd) {
 #define Z12_STEPS 1
 FN static inline void z12_half(W *w, const uint8_t *p, const uint8_t *table, int half) {
     const __m256i nibble = _mm256_set1_epi8(15);
-    __m256i low = LOAD_256(p + half * 32), index = LOAD_256(p + 64), codes = _mm256_broadcastsi128_si256(LOAD_128(table));
+    __m256i low = LOAD_256(p + half * 32), index = LOAD_256(p + 64),
+            codes = _mm256_broadcastsi128_si256(LOAD_128(table));
     __m256i high = _mm256_shuffle_epi8(codes, _mm256_and_si256(half ? _mm256_srli_epi16(index, 4) : index, nibble));
     __m512i first = _mm512_castsi256_si512(_mm256_unpacklo_epi8(low, high));
     w[0] = _mm512_inserti64x4(first, _mm256_unpackhi_epi8(low, high), 1);

@@ -326,7 +326,8 @@ size_t obm__z12_encode_by(obm__z12_block_fn encode_block, uint8_t *codes, uint8_
                     end[j] = r < rows && j < left ? half_at(from + j) : (uint16_t)(table[r * OBM__Z12_TABLE] << 8);
                 from = end;
             }
-            if (encode_block(codes, from, table + r * OBM__Z12_TABLE, code[r])) list_escapes(&sink, from, code[r], block, r);
+            if (encode_block(codes, from, table + r * OBM__Z12_TABLE, code[r]))
+                list_escapes(&sink, from, code[r], block, r);
         }
     }
     return sink.n;

@@ -8,10 +8,10 @@ static obm_model *model_of(lua_State *L) { return model_at(L, 1); }
 
 static void model_release(void *own) { obm_model_free(own); }
 
-/* model(path_or_pack, {base, kv, route_budget, materialise, progress}) */
+/* model(path_or_pack, {base, kv, route_budget, materialise, z12, progress}) */
 int obm_lua_model(lua_State *L) {
     lua_settop(L, 2);
-    obm_lua_options(L, 2, "base kv route_budget materialise progress");
+    obm_lua_options(L, 2, "base kv route_budget materialise z12 progress");
     lua_newtable(L);
     const int context = 4;
     bool from_pack = luaL_testudata(L, 1, OBM_LUA_PACK) != NULL;
@@ -22,6 +22,7 @@ int obm_lua_model(lua_State *L) {
     options.kv = obm_lua_field_kv(L, 2);
     options.route_budget = obm_lua_field_size(L, 2, "route_budget");
     options.materialise = obm_lua_field_boolean(L, 2, "materialise", false);
+    options.z12 = obm_lua_field_boolean(L, 2, "z12", false);
     obm_context *ctx = obm_lua_context(L);
     obm_lua_box *b = obm_lua_box_new(L, sizeof *b, OBM_LUA_MODEL, model_release);
     obm_lua_box_parent(L, b, 0, context);

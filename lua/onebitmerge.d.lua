@@ -476,7 +476,7 @@ function obm.compress(base, experts, options) end
 function obm.pack(path, base) end
 
 ---@param path string|onebitmerge.pack
----@param options? { base?: string, kv?: "f32"|"f16", route_budget?: integer, materialise?: boolean, progress?: onebitmerge.Progress }
+---@param options? { base?: string, kv?: "f32"|"f16", route_budget?: integer, materialise?: boolean, z12?: boolean, progress?: onebitmerge.Progress }
 ---@return onebitmerge.model?, string? message, onebitmerge.Code? code
 function obm.model(path, options) end
 

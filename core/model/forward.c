@@ -10,7 +10,7 @@
 
 void obm__scratch_free(obm__scratch *s) {
     void *all[] = {s->weights, s->x,    s->normed, s->q,        s->mixed,  s->k,       s->v,      s->gate,       s->up,
-                   s->cosine,  s->sine, s->panels, s->products, s->scores, s->widened, s->strips, s->tables, s->table_bytes};
+                   s->cosine,  s->sine, s->panels, s->products, s->scores, s->widened, s->strips, s->unpacked, s->tables, s->table_bytes};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) obm_free(all[i]);
     *s = (obm__scratch){0};
 }
@@ -41,6 +41,16 @@ static obm_status grow_strips(obm_model *m, obm_error *err) {
     return OBM_OK;
 }
 
+static obm_status grow_unpacked(obm_model *m, size_t widest, obm_error *err) {
+    size_t count = (size_t)m->ctx->threads * OBM_UNPACKED_ROWS * widest; /* less than the panels, which are there */
+    m->scratch.widest = widest;
+    if (!m->z12) return OBM_OK;
+    m->scratch.unpacked = obm__alloc(count, sizeof *m->scratch.unpacked);
+    if (!m->scratch.unpacked) return obm__fail_nomem(err, count * sizeof *m->scratch.unpacked);
+    m->scratch.bytes += count * sizeof *m->scratch.unpacked;
+    return OBM_OK;
+}
+
 static obm_status grow_rows(obm_model *m, size_t rows, obm_error *err) {
     const obm__config *c = &m->config;
     obm__scratch *s = &m->scratch;
@@ -64,6 +74,7 @@ static obm_status grow_rows(obm_model *m, size_t rows, obm_error *err) {
     OBM_TRY(resize(s, &s->panels, threads, s->panel_size, err));
     OBM_TRY(resize(s, &s->products, threads, OBM_TILE_TOKENS * PANEL_ROWS, err));
     OBM_TRY(grow_strips(m, err));
+    OBM_TRY(grow_unpacked(m, widest, err));
     OBM_TRY(resize(s, &s->widened, threads, OBM_TILE_TOKENS * (size_t)c->head_dim, err));
     OBM_TRY(resize(s, &s->scores, threads, positions, err));
     s->positions = positions;

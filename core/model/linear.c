@@ -39,11 +39,31 @@ static const void *matrix_row(const obm__matrix *w, int64_t row) {
 
 /* ---- row path: the vectors of one matrix against a block of its rows, then against the planes of the same rows ---- */
 
+/* One vector straight from the packed weights; more of them share the unpacking. */
+static void multiply_packed(const obm_kernels *k, const obm__z12 *w, size_t row, size_t rows, const float *x,
+                            size_t tokens, float *y, size_t ldy, uint16_t *unpacked) {
+    if (tokens == 1) {
+        k->rows_z12(y, w, row, rows, x);
+        return;
+    }
+    for (size_t r = 0, n; r < rows; r += n) {
+        n = rows - r < OBM_UNPACKED_ROWS ? rows - r : OBM_UNPACKED_ROWS;
+        k->z12_unpack(unpacked, w->cols, w, row + r, n);
+        k->batch_bf16(y + r, ldy, unpacked, w->cols, n, x, w->cols, tokens, w->cols);
+    }
+}
+
+static uint16_t *worker_rows(const linear_job *j, int worker) {
+    const obm__scratch *s = &j->m->scratch;
+    return s->unpacked ? s->unpacked + (size_t)worker * OBM_UNPACKED_ROWS * s->widest : NULL;
+}
+
 static void multiply_rows(const obm_kernels *k, const obm__matrix *w, int64_t row, int64_t rows, const float *x,
-                          size_t tokens, float *y, size_t ldy) {
+                          size_t tokens, float *y, size_t ldy, uint16_t *unpacked) {
     const void *data = matrix_row(w, row);
     size_t cols = (size_t)w->cols, n = (size_t)rows;
-    if (w->dtype == OBM_BF16) k->batch_bf16(y, ldy, data, cols, n, x, cols, tokens, cols);
+    if (w->z12) multiply_packed(k, w->z12, (size_t)row, n, x, tokens, y, ldy, unpacked);
+    else if (w->dtype == OBM_BF16) k->batch_bf16(y, ldy, data, cols, n, x, cols, tokens, cols);
     else if (w->dtype == OBM_F16) k->batch_f16(y, ldy, data, cols, n, x, cols, tokens, cols);
     else k->batch_f32(y, ldy, data, cols, n, x, cols, tokens, cols);
 }
@@ -64,6 +84,11 @@ static size_t same_matrix(const linear_job *j, size_t i, obm__role role) {
 static size_t rows_ahead(const obm__matrix *w, int64_t row, const void **ahead) {
     int64_t next = row + ROW_BLOCK, left = w->rows - next < ROW_BLOCK ? w->rows - next : ROW_BLOCK;
     if (left <= 0) return 0;
+    if (w->z12) {
+        size_t block = w->z12->blocks * OBM__Z12_BYTES; /* of one row */
+        *ahead = w->z12->codes + (size_t)next * block;
+        return (size_t)left * block;
+    }
     *ahead = matrix_row(w, next);
     return (size_t)(left * w->cols) * obm_dtype_size(w->dtype);
 }
@@ -80,24 +105,23 @@ static void finish_rows(const linear_job *j, const obm__linear *l, size_t i, int
     for (int64_t r = 0; bias && r < there; r++) y[row + r] += bias[row + r];
 }
 
-static void row_block(const linear_job *j, const obm__linear *l, size_t i, size_t tokens, int64_t row) {
+static void row_block(const linear_job *j, const obm__linear *l, size_t i, size_t tokens, int64_t row, int worker) {
     const obm__matrix *w = obm__weights_at(j->weights[i], j->layer, l->role);
     int64_t rows = l->ld - row < ROW_BLOCK ? l->ld - row : ROW_BLOCK;
     int64_t there = w->rows - row < 0 ? 0 : w->rows - row < rows ? w->rows - row : rows;
     multiply_rows(j->m->ctx->k, w, row, there, j->x + (int64_t)i * w->cols, tokens, l->y + (int64_t)i * l->ld + row,
-                  (size_t)l->ld);
+                  (size_t)l->ld, worker_rows(j, worker));
     for (size_t t = i; t < i + tokens; t++) finish_rows(j, l, t, row, there, rows);
 }
 
 static void run_rows(void *arg, size_t begin, size_t end, int worker) {
     const linear_job *j = arg;
-    (void)worker;
     for (size_t item = begin + j->offset; item < end + j->offset; item++) {
         int64_t row;
         const obm__linear *l = find_item(j, item, ROW_BLOCK, &row);
         for (size_t i = 0, tokens; i < j->n; i += tokens) {
             tokens = j->weights[i] ? same_matrix(j, i, l->role) : 1;
-            if (j->weights[i]) row_block(j, l, i, tokens, row);
+            if (j->weights[i]) row_block(j, l, i, tokens, row, worker);
         }
     }
 }
@@ -144,13 +168,24 @@ static int64_t panel_rows(const obm__matrix *w, int64_t row) { return w->rows - 
  * order. */
 static int64_t padded_rows(int64_t rows) { return (rows + PANEL_STEP - 1) / PANEL_STEP * PANEL_STEP; }
 
+static void widen_packed(const obm_kernels *k, const obm__z12 *w, size_t row, size_t rows, float *panel,
+                         uint16_t *unpacked) {
+    for (size_t r = 0, n; r < rows; r += n) {
+        n = rows - r < OBM_UNPACKED_ROWS ? rows - r : OBM_UNPACKED_ROWS;
+        k->z12_unpack(unpacked, w->cols, w, row + r, n);
+        k->bf16_to_f32(panel + r * w->cols, unpacked, n * w->cols);
+    }
+}
+
 /* The panel in f32, (padded_rows, cols), with what the route adds; rows beyond the matrix zero. */
-static const float *load_panel(const obm_kernels *k, const obm__matrix *w, int64_t row, float *panel, uint8_t *strip) {
+static const float *load_panel(const obm_kernels *k, const obm__matrix *w, int64_t row, float *panel, uint8_t *strip,
+                               uint16_t *unpacked) {
     int64_t rows = panel_rows(w, row), padding = padded_rows(rows) - rows;
     size_t count = (size_t)(rows * w->cols);
     const void *data = matrix_row(w, row);
     if (w->dtype == OBM_F32 && !padding && !w->terms) return data;
-    if (w->dtype == OBM_BF16) k->bf16_to_f32(panel, data, count);
+    if (w->z12) widen_packed(k, w->z12, (size_t)row, (size_t)rows, panel, unpacked);
+    else if (w->dtype == OBM_BF16) k->bf16_to_f32(panel, data, count);
     else if (w->dtype == OBM_F16) k->f16_to_f32(panel, data, count);
     else memcpy(panel, data, count * sizeof *panel);
     memset(panel + count, 0, (size_t)(padding * w->cols) * sizeof *panel);
@@ -191,7 +226,7 @@ static void run_panels(void *arg, size_t begin, size_t end, int worker) {
             const obm__matrix *w = obm__weights_at(weights, j->layer, l->role);
             if (!loaded || w->data != loaded->data || w->terms != loaded->terms)
                 panel = load_panel(j->m->ctx->k, w, row, s->panels + (size_t)worker * s->panel_size,
-                                   s->strips + (size_t)worker * OBM_STRIP_BYTES);
+                                   s->strips + (size_t)worker * OBM_STRIP_BYTES, worker_rows(j, worker));
             loaded = w;
             int64_t rows = panel_rows(w, row);
             obm__sgemm_nt(OBM_TILE_TOKENS, padded_rows(rows), w->cols, 1, j->x + (int64_t)first * w->cols, w->cols,

@@ -129,6 +129,7 @@ static obm_status prepare(obm_model *m, const obm_model_options *options, obm_er
     /* a head_dim that fits the tensors is no larger than they are */
     OBM_TRY(load_rotation(m, err));
     m->embedding_scale = embedding_scale(m, m->base_alone);
+    if (OBM_OPT(options, obm_model_options, z12, false)) OBM_TRY(obm__z12_load(m, err));
     return m->pack && !m->materialise ? obm__signs_load(m, err) : obm__pulse_done(m->pulse, 1, err);
 }
 
@@ -206,6 +207,7 @@ void obm_model_free(obm_model *m) {
     if (!m) return;
     obm__weights_free_all(m);
     obm__signs_free_all(m);
+    obm__z12_free_all(m);
     obm__coefficients_release(m->hard_routes);
     obm__planes_route_free(m->spare);
     obm__scratch_free(&m->scratch);
@@ -283,7 +285,7 @@ size_t obm__model_tasks(const obm_model *m) { return m->pack ? m->pack->n_expert
 void obm_model_account(const obm_model *m, obm_model_memory *out) {
     uint64_t coefficients = m->hard_routes ? obm__coefficient_cache_bytes(m->hard_routes->cache) : 0;
     if (m->spare) coefficients += obm__planes_route_bytes(m->spare);
-    *out = (obm_model_memory){.base = m->base_bytes,
+    *out = (obm_model_memory){.base = m->base_bytes - m->z12_saved + m->z12_bytes,
                               .planes = m->signs_bytes + m->terms_bytes + coefficients,
                               .overlays = m->overlay_bytes,
                               .kv = m->kv_bytes,

@@ -185,12 +185,17 @@ static inline size_t obm__role_index(int64_t layers, int64_t layer, obm__role ro
 
 /* ---- weights under a route (weights.c) ---- */
 
+/* Packs the base's bf16 matrices (z12.c); those with many escapes stay as they are. */
+obm_status obm__z12_load(obm_model *m, obm_error *err);
+void obm__z12_free_all(obm_model *m);
+
 typedef struct obm__matrix {
     const void *data;           /* F32, F16, BF16; aligned; NULL: absent, or found by token */
     obm_dtype dtype;
     int64_t rows, cols;
     const obm__terms *terms;    /* what the route adds on planes; NULL: nothing */
     bool by_token;              /* an embedding whose rows are merged when they are asked for */
+    const obm__z12 *z12;        /* the same weights packed, which runs read in place of data; NULL: not packed */
 } obm__matrix;
 
 /* A tensor that does not run on planes, materialised for one route, or for all that agree on it (overlay.c). */
@@ -333,6 +338,9 @@ typedef struct obm__row {
     int32_t id;
 } obm__row;
 
+/* Rows of a z12 matrix that are unpacked together: few enough for the nearest caches. */
+#define OBM_UNPACKED_ROWS 8
+
 /* Buffers of a forward call, grown as needed and kept. */
 typedef struct obm__scratch {
     size_t rows, positions;     /* room for */
@@ -343,8 +351,9 @@ typedef struct obm__scratch {
     float *gate, *up;           /* (rows, intermediate) */
     float *cosine, *sine;       /* (ropes, rows, pairs) */
     float *panels, *products;   /* per worker: (128, widest) = panel_size, and (64, 128) */
-    size_t panel_size;
+    size_t panel_size, widest;  /* columns of the widest matrix */
     uint8_t *strips;            /* per worker: OBM_STRIP_BYTES; NULL: no planes */
+    uint16_t *unpacked;         /* per worker: (OBM_UNPACKED_ROWS, widest); NULL: no z12 */
     obm__tables *tables;        /* (table_rows) of the vectors of a decode step */
     size_t table_rows;
     void *table_bytes;          /* what they point into */
@@ -419,6 +428,7 @@ struct obm_model {
     obm__planes_route *spare;           /* memory for the coefficients of the next route; NULL */
     obm__weights *routes;               /* list; the base alone is the last */
     uint64_t clock;
+    obm__z12 *z12;                      /* (layers, OBM_MATRIX_ROLES), then the head's; NULL: the base is read as it is */
     obm__signs *signs;                  /* (layers, OBM_MATRIX_ROLES), then the head's; NULL: nothing runs on planes */
     obm__hard_routes *hard_routes;      /* of the pack's last settings; NULL: no route has asked yet */
     obm__overlay *overlays;             /* list */
@@ -427,6 +437,7 @@ struct obm_model {
     bool materialise;                   /* nothing runs on planes */
     bool decoding;                      /* sequences run that must not wait for overlays of others */
     uint64_t params, base_bytes, kv_bytes, overlay_bytes, signs_bytes, terms_bytes;
+    uint64_t z12_bytes, z12_saved;      /* of packed matrices: now, and as bf16 */
     obm__scratch scratch;
     obm__pulse *pulse;                  /* of the running call, NULL if it cannot be stopped */
 };

@@ -315,6 +315,12 @@ static bool decide_quickly(obm__build *b, int64_t layer, obm__role role, obm__ma
     return obm__route_kind_of(b->w->plan, i) == OBM_ROUTE_PATTERNS && take_planes(b, i, layer, role, out);
 }
 
+/* The base's own matrix is packed already. */
+static void share_packed(const obm__build *b, int64_t layer, obm__role role, obm__matrix *w) {
+    const obm__matrix *base = b->m->base_alone ? obm__weights_at(b->m->base_alone, layer, role) : NULL;
+    if (base && base->data == w->data && base->rows == w->rows) w->z12 = base->z12;
+}
+
 static obm_status decide_tensor(obm__build *b, int64_t layer, obm__role role) {
     const obm__config *c = &b->m->config;
     obm__matrix *out = (obm__matrix *)obm__weights_at(b->w, layer, role);
@@ -325,7 +331,10 @@ static obm_status decide_tensor(obm__build *b, int64_t layer, obm__role role) {
     tensor_name(c->arch->names[role], layer, name, sizeof name);
     OBM_TRY(route_tensor(b, name, layer, role, out, &done));
     if (done) return OBM_OK;
-    return obm__config_has(c, role) ? base_tensor(b, name, role, out) : tie_head(b, out);
+    if (!obm__config_has(c, role)) return tie_head(b, out);
+    OBM_TRY(base_tensor(b, name, role, out));
+    share_packed(b, layer, role, out);
+    return OBM_OK;
 }
 
 /* The head before the embedding, which depends on it. */
@@ -443,7 +452,11 @@ static obm_status check_vocabulary(obm__build *b) {
 obm_status obm__build_keep(obm__build *b, obm__weights **out, obm_error *err) {
     b->err = err;
     for (size_t i = 0; i < b->n_pending; i++) OBM_TRY(keep_pending(b, &b->pending[i]));
-    if (b->ties_head) *(obm__matrix *)obm__weights_at(b->w, 0, OBM_HEAD) = *obm__weights_at(b->w, 0, OBM_EMBEDDING);
+    if (b->ties_head) {
+        obm__matrix *head = (obm__matrix *)obm__weights_at(b->w, 0, OBM_HEAD);
+        *head = *obm__weights_at(b->w, 0, OBM_EMBEDDING);
+        share_packed(b, 0, OBM_HEAD, head);
+    }
     OBM_TRY(check_vocabulary(b));
     *out = b->w;
     b->w = NULL;

@@ -1,10 +1,11 @@
 /*
- * z12 (kernels.h).  A half of a block, 32 columns of one row, is unpacked in registers to what the bf16 kernel loads, and
- * then multiplied as rows.h does it: the same products in the same order.  Blocks with escapes and the last columns go
- * through memory.
+ * z12 (kernels.h).  A half of a block, 32 columns of one row, is unpacked in registers to what the bf16 kernel loads,
+ * and then multiplied as rows.h does it: the same products in the same order.  Blocks with escapes and the last columns
+ * go through memory.
  *
  *   W, EVEN_W(w) ODD_W(w)            2 * VL bf16; the even and the odd ones, widened;   STORE_W(p, w)
- *   Z12_STEPS                        of them in a half;   z12_half(w, p, table, half) unpacks one of a row's 96 bytes at p
+ *   Z12_STEPS                        of them in a half;   z12_half(w, p, table, half) unpacks one of a row's 96 bytes
+ * at p
  */
 #define Z12_STEP ((size_t)2 * VL)
 /* A group's block is 384 bytes, its table 64. */
@@ -44,26 +45,26 @@ FN static void NAME(z12_unpack)(uint16_t *out, size_t ld, const obm__z12 *w, siz
     }
 }
 
-#define Z12_MULTIPLY(r, w, u, v)           \
-    do {                                   \
-        a##r = FMA(EVEN_W(w), u, a##r);    \
-        b##r = FMA(ODD_W(w), v, b##r);     \
+#define Z12_MULTIPLY(r, w, u, v)        \
+    do {                                \
+        a##r = FMA(EVEN_W(w), u, a##r); \
+        b##r = FMA(ODD_W(w), v, b##r);  \
     } while (0)
 #define Z12_EACH_ROW(X) X(0) X(1) X(2) X(3)
-#define Z12_HALF_ROW(r)                                                                      \
-    {                                                                                        \
-        W w[Z12_STEPS];                                                                      \
-        z12_half(w, p + r * OBM__Z12_BYTES, table + r * OBM__Z12_TABLE, half);               \
-        Z12_MULTIPLY(r, w[0], x0, x1);                                                       \
-        if (Z12_STEPS == 2) Z12_MULTIPLY(r, w[Z12_STEPS - 1], x2, x3);                       \
+#define Z12_HALF_ROW(r)                                                        \
+    {                                                                          \
+        W w[Z12_STEPS];                                                        \
+        z12_half(w, p + r * OBM__Z12_BYTES, table + r * OBM__Z12_TABLE, half); \
+        Z12_MULTIPLY(r, w[0], x0, x1);                                         \
+        if (Z12_STEPS == 2) Z12_MULTIPLY(r, w[Z12_STEPS - 1], x2, x3);         \
     }
 #define Z12_PART_ROW(r) Z12_MULTIPLY(r, LOAD_W(part + r * OBM__Z12_COLUMNS + j), x0, x1);
-#define Z12_HALF(h)                                                          \
-    {                                                                        \
-        const int half = h;                                                  \
-        SPLIT_EVEN_ODD(xs + half * 32, x0, x1);                              \
+#define Z12_HALF(h)                                                                 \
+    {                                                                               \
+        const int half = h;                                                         \
+        SPLIT_EVEN_ODD(xs + half * 32, x0, x1);                                     \
         if (Z12_STEPS == 2) SPLIT_EVEN_ODD(xs + half * 32 + 32 - Z12_STEP, x2, x3); \
-        Z12_EACH_ROW(Z12_HALF_ROW)                                           \
+        Z12_EACH_ROW(Z12_HALF_ROW)                                                  \
     }
 
 FN static void NAME(z12_four)(float *y, const obm__z12 *m, size_t group, const float *x) {

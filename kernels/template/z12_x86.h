@@ -1,5 +1,5 @@
-/* Encoding of z12 on x86, 32 columns at a time: packing words to bytes works inside 128-bit lanes, which gives the layout's
- * order, and the table is searched by comparing with all of its 16 bytes.  For AVX2 and AVX-512 alike. */
+/* Encoding of z12 on x86, 32 columns at a time: packing words to bytes works inside 128-bit lanes, which gives the
+ * layout's order, and the table is searched by comparing with all of its 16 bytes.  For AVX2 and AVX-512 alike. */
 FN static inline __m256i NAME(z12_low)(__m256i *high, const uint16_t *w) {
     __m256i a = LOAD_256(w), b = LOAD_256(w + 16), low = _mm256_set1_epi16(255);
     *high = _mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8));

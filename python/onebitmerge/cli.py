@@ -117,7 +117,7 @@ def is_pack(path):
 def open_model(args):
     if args.base and not is_pack(args.model):
         raise Usage("--base goes with a pack; this is a plain model")
-    return obm.Model(args.model, base=args.base, materialise=args.materialise, progress=progress_of(args))
+    return obm.Model(args.model, base=args.base, materialise=args.materialise, z12=args.z12, progress=progress_of(args))
 
 
 def parse_size(text):
@@ -652,6 +652,7 @@ def make_parser():
             p.add_argument("--base", help="where the pack's base lies")
         if runs:
             p.add_argument("--materialise", action="store_true", help="dense weights for every route of a pack, instead of running on its sign planes")
+            p.add_argument("--z12", action="store_true", help="hold bf16 matrices in 12 bits per weight: the same output, 3/4 of the bytes per step, a slower start")
         return p
 
     verb(verbs, "doctor", doctor, "build, instruction sets, BLAS, topology, memory; what is missing and how to get it")

@@ -73,14 +73,18 @@ static double generate_seconds(bench *b, obm_model *m, size_t batch, size_t prom
     return took;
 }
 
+static double step_seconds(bench *b, obm_model *m, size_t batch, size_t steps) {
+    double all = generate_seconds(b, m, batch, 8, steps + 1);
+    return (all - generate_seconds(b, m, batch, 8, 1)) / (double)steps;
+}
+
 static void bench_decode(bench *b, obm_model *m, size_t batch) {
     double rate[MAX_ROUNDS], probe[MAX_ROUNDS], share[MAX_ROUNDS];
     mapping w = map_weights(b->base);
     size_t steps = (size_t)b->s->steps - 1;
     read_seconds(b->ctx, &w, 1);
     for (int r = -1; r < b->rounds; r++) {
-        double read = read_seconds(b->ctx, &w, 3), all = generate_seconds(b, m, batch, 8, steps + 1);
-        double step = (all - generate_seconds(b, m, batch, 8, 1)) / (double)steps;
+        double read = read_seconds(b->ctx, &w, 3), step = step_seconds(b, m, batch, steps);
         if (r < 0) continue;
         rate[r] = (double)batch / step;
         probe[r] = (double)w.size / read * 1e-9;
@@ -89,6 +93,30 @@ static void bench_decode(bench *b, obm_model *m, size_t batch) {
     printf("decode    batch %zu: %.1f tokens/s; %.0f MB of weights a step, read %.1f GB/s; share of read %.3f\n", batch,
            median(rate, b->rounds), (double)w.size * 1e-6, median(probe, b->rounds), median(share, b->rounds));
     munmap((void *)w.data, w.size);
+}
+
+/* The packed base beside the plain one, in turn. */
+static void bench_z12(bench *b, obm_model *plain, size_t batch) {
+    double rate[MAX_ROUNDS], share[MAX_ROUNDS], begin = seconds();
+    obm_model_options o = OBM_INIT(obm_model_options);
+    obm_model_memory before, after;
+    obm_error err;
+    obm_model *packed;
+    o.z12 = true;
+    check(obm_model_open(b->ctx, b->base, &o, &packed, &err), &err);
+    double opened = seconds() - begin;
+    size_t steps = (size_t)b->s->steps - 1;
+    for (int r = -1; r < b->rounds; r++) {
+        double base = step_seconds(b, plain, batch, steps), step = step_seconds(b, packed, batch, steps);
+        if (r < 0) continue;
+        rate[r] = (double)batch / step;
+        share[r] = base / step;
+    }
+    obm_model_account(plain, &before);
+    obm_model_account(packed, &after);
+    printf("decode    batch %zu, z12: %.1f tokens/s; %.2f times plain bf16; %.3f of its bytes, packed in %.2f s\n", batch,
+           median(rate, b->rounds), median(share, b->rounds), (double)after.base / (double)before.base, opened);
+    obm_model_free(packed);
 }
 
 /* ---- prefill ---- */
@@ -181,6 +209,8 @@ static void run(bench *b, const char *what) {
     if (all || !strcmp(what, "decode")) {
         bench_decode(b, m, 1);
         bench_decode(b, m, 8);
+        bench_z12(b, m, 1);
+        bench_z12(b, m, 8);
     }
     if (all || !strcmp(what, "prefill")) bench_prefill(b, m);
     obm_model_free(m);

@@ -1,5 +1,6 @@
-/* z12 in every table that this machine can run: the bytes against the format's description, unpacked weights against the
- * originals, products bit for bit against the plain bf16 kernel of the same table.  Buffers end at an unmapped page. */
+/* z12 in every table that this machine can run: the bytes against the format's description, unpacked weights against
+ * the originals, products bit for bit against the plain bf16 kernel of the same table.  Buffers end at an unmapped
+ * page. */
 #include "kernel_fixture.h"
 
 enum kind { GAUSSIAN, ANY_BITS, EQUAL, ZERO, SPIKES, ONE_BYTE_TOO_MANY, N_KINDS };
@@ -91,8 +92,8 @@ static void check(const obm_kernels *k, buffers *b, size_t rows, size_t cols, en
     for (size_t r = 0; r < rows; r++)
         for (size_t j = 0; j < cols; j++)
             if (weight_at(&z, r, j) != w[r * ld + j] || out[r * cols + j] != w[r * ld + j])
-                fail_msg("%s z12: kind %d, %zu columns, row %zu, column %zu: %04x, unpacked %04x, expected %04x", k->isa,
-                         kind, cols, r, j, weight_at(&z, r, j), out[r * cols + j], w[r * ld + j]);
+                fail_msg("%s z12: kind %d, %zu columns, row %zu, column %zu: %04x, unpacked %04x, expected %04x",
+                         k->isa, kind, cols, r, j, weight_at(&z, r, j), out[r * cols + j], w[r * ld + j]);
     k->rows_bf16(plain, w, ld, rows, x, cols);
     packed[rows] = 7;
     k->rows_z12(packed, &z, 0, rows, x);
@@ -103,8 +104,7 @@ static void check(const obm_kernels *k, buffers *b, size_t rows, size_t cols, en
                      (double)packed[r], (double)plain[r]);
     if (rows > 4) { /* from a later group on */
         k->rows_z12(packed, &z, 4, rows - 4, x);
-        for (size_t r = 4; r < rows; r++)
-            assert_true(bits_of(packed[r - 4]) == bits_of(plain[r]) || isnan(plain[r]));
+        for (size_t r = 4; r < rows; r++) assert_true(bits_of(packed[r - 4]) == bits_of(plain[r]) || isnan(plain[r]));
         k->z12_unpack(out, cols, &z, 4, rows - 4);
         for (size_t r = 4; r < rows; r++) assert_memory_equal(out + (r - 4) * cols, w + r * ld, cols * 2);
     }

@@ -1,0 +1,150 @@
+/* The base's bf16 matrices in 12 bits per weight (z12, kernels/kernels.h): packed when the model is opened, instead of
+ * being read from the mapping.  Runs ask for rows and get the same bits; only the bytes that a step reads become fewer.
+ */
+#include "model.h"
+
+#include <string.h>
+
+#define CHUNK_ROWS 64
+/* A matrix with more escapes stays as it is: they cost more than the packing saves. */
+#define ESCAPES_AT_MOST 0.01
+/* Escapes of one chunk that are looked at before its matrix is given up. */
+#define CHUNK_ROOM(weights) ((weights) / 16 + 64)
+
+typedef struct chunk {
+    obm__z12_escape *escapes;
+    size_t n;
+} chunk;
+
+typedef struct pack_job {
+    const obm_kernels *k;
+    const obm__matrix *w;
+    obm__z12 *z;
+    chunk *chunks;
+    _Atomic int failed, crowded; /* out of memory; too many escapes */
+} pack_job;
+
+static size_t group_bytes(const obm__z12 *z) { return z->blocks * OBM__Z12_ROWS * OBM__Z12_BYTES; }
+static size_t groups_of(size_t rows) { return (rows + OBM__Z12_ROWS - 1) / OBM__Z12_ROWS; }
+
+/* first_escape of a group holds its count until all chunks are done. */
+static bool pack_rows(const pack_job *j, size_t first, size_t rows, obm__z12_escape *escapes, size_t room, size_t *n) {
+    const obm__z12 *z = j->z;
+    *n = 0;
+    for (size_t row = first; row < first + rows; row += OBM__Z12_ROWS) {
+        size_t group = row / OBM__Z12_ROWS, left = first + rows - row;
+        size_t found = j->k->z12_encode(z->codes + group * group_bytes(z), z->tables + group * 4 * OBM__Z12_TABLE,
+                                        escapes + *n, room - *n, (const uint16_t *)j->w->data + row * z->cols, z->cols,
+                                        left < OBM__Z12_ROWS ? left : OBM__Z12_ROWS, z->cols);
+        if (found > room - *n) return false;
+        z->first_escape[group] = (uint32_t)found;
+        *n += found;
+    }
+    return true;
+}
+
+static void pack_chunks(void *arg, size_t begin, size_t end, int worker) {
+    pack_job *j = arg;
+    (void)worker;
+    for (size_t i = begin; i < end; i++) {
+        size_t first = i * CHUNK_ROWS, rows = j->z->rows - first < CHUNK_ROWS ? j->z->rows - first : CHUNK_ROWS;
+        size_t room = CHUNK_ROOM(rows * j->z->cols), n = 0;
+        obm__z12_escape *escapes = obm__alloc(room, sizeof *escapes), *kept = NULL;
+        if (!escapes) j->failed = 1;
+        bool fits = escapes && pack_rows(j, first, rows, escapes, room, &n);
+        if (escapes && !fits) j->crowded = 1;
+        if (fits && n && !(kept = obm__alloc(n, sizeof *kept))) j->failed = 1;
+        if (kept) memcpy(kept, escapes, n * sizeof *kept);
+        j->chunks[i] = (chunk){kept, kept ? n : 0};
+        obm_free(escapes);
+    }
+}
+
+static void clear(obm__z12 *z) {
+    obm_free(z->codes);
+    obm_free(z->tables);
+    obm_free(z->escapes);
+    obm_free(z->first_escape);
+    *z = (obm__z12){0};
+}
+
+/* Counts become places. */
+static void place_escapes(obm__z12 *z) {
+    uint32_t at = 0;
+    for (size_t g = 0; g <= groups_of(z->rows); g++) {
+        uint32_t n = g < groups_of(z->rows) ? z->first_escape[g] : 0;
+        z->first_escape[g] = at;
+        at += n;
+    }
+}
+
+/* False: the matrix stays plain. */
+static bool join_escapes(pack_job *j, size_t chunks, uint64_t *bytes) {
+    obm__z12 *z = j->z;
+    size_t n = 0, at = 0;
+    for (size_t i = 0; i < chunks; i++) n += j->chunks[i].n;
+    if (j->crowded || (double)n > ESCAPES_AT_MOST * (double)(z->rows * z->cols)) return false;
+    z->escapes = obm__alloc(n + 1, sizeof *z->escapes);
+    if (!z->escapes) {
+        j->failed = 1;
+        return false;
+    }
+    for (size_t i = 0; i < chunks; at += j->chunks[i++].n)
+        if (j->chunks[i].n) memcpy(z->escapes + at, j->chunks[i].escapes, j->chunks[i].n * sizeof *z->escapes);
+    place_escapes(z);
+    *bytes += n * sizeof *z->escapes;
+    return true;
+}
+
+static bool alloc(const obm__matrix *w, obm__z12 *z, uint64_t *bytes) {
+    *z = (obm__z12){.rows = (size_t)w->rows, .cols = (size_t)w->cols, .blocks = ((size_t)w->cols + 63) / 64};
+    size_t groups = groups_of(z->rows), per_group = group_bytes(z);
+    z->codes = obm__alloc(groups, per_group);
+    z->tables = obm__alloc(groups, OBM__Z12_ROWS * OBM__Z12_TABLE);
+    z->first_escape = obm__calloc(groups + 1, sizeof *z->first_escape);
+    *bytes = groups * (per_group + OBM__Z12_ROWS * OBM__Z12_TABLE + sizeof *z->first_escape);
+    return z->codes && z->tables && z->first_escape;
+}
+
+/* z->codes stays NULL where the matrix is not packed. */
+static obm_status pack_matrix(obm_model *m, obm__matrix *w, obm__z12 *z, obm_error *err) {
+    size_t chunks = ((size_t)w->rows + CHUNK_ROWS - 1) / CHUNK_ROWS, plain = (size_t)(w->rows * w->cols) * 2;
+    uint64_t bytes = 0;
+    pack_job j = {.k = m->ctx->k, .w = w, .z = z, .chunks = obm__calloc(chunks, sizeof *j.chunks)};
+    bool there = j.chunks && alloc(w, z, &bytes), packed = false;
+    if (there) obm__parallel(m->ctx, chunks, 1, pack_chunks, &j);
+    if (there && !j.failed) packed = join_escapes(&j, chunks, &bytes);
+    for (size_t i = 0; j.chunks && i < chunks; i++) obm_free(j.chunks[i].escapes);
+    obm_free(j.chunks);
+    obm__pages_release(w->data, plain);
+    if (packed) {
+        w->z12 = z;
+        m->z12_bytes += bytes;
+        m->z12_saved += plain;
+        return OBM_OK;
+    }
+    clear(z);
+    return there && !j.failed ? OBM_OK : obm__fail_nomem(err, plain / 4 * 3);
+}
+
+static size_t count_of(const obm_model *m) { return (size_t)m->config.layers * OBM_MATRIX_ROLES + 1; }
+
+obm_status obm__z12_load(obm_model *m, obm_error *err) {
+    m->z12 = obm__calloc(count_of(m), sizeof *m->z12);
+    if (!m->z12) return obm__fail_nomem(err, count_of(m) * sizeof *m->z12);
+    for (size_t i = 0; i < count_of(m); i++) {
+        bool head = i == count_of(m) - 1;
+        obm__role role = head ? OBM_HEAD : (obm__role)(i % OBM_MATRIX_ROLES);
+        obm__matrix *w =
+            (obm__matrix *)obm__weights_at(m->base_alone, head ? 0 : (int64_t)(i / OBM_MATRIX_ROLES), role);
+        if (w->data && w->dtype == OBM_BF16) OBM_TRY(pack_matrix(m, w, &m->z12[i], err));
+        OBM_TRY(obm__pulse_check(m->pulse, err));
+    }
+    return OBM_OK;
+}
+
+void obm__z12_free_all(obm_model *m) {
+    for (size_t i = 0; m->z12 && i < count_of(m); i++) clear(&m->z12[i]);
+    obm_free(m->z12);
+    m->z12 = NULL;
+}

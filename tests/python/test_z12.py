@@ -1,0 +1,86 @@
+"""Bases held in 12 bits per weight: the same bits as without, in every way a model runs, on fewer bytes."""
+
+import json
+
+import numpy as np
+import pytest
+
+import onebitmerge as obm
+
+
+def write_model(folder, weights, source):
+    """A copy of a model folder with other tensors, {name: bf16 bits}."""
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    header, data, at = {}, [], 0
+    for name, bits in weights.items():
+        header[name] = {"dtype": "BF16", "shape": list(bits.shape), "data_offsets": [at, at + bits.nbytes]}
+        at += bits.nbytes
+        data.append(bits.tobytes())
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(models):
+    return obm.Model(models / "base"), obm.Model(models / "base", z12=True)
+
+
+def test_same_bits(both):
+    plain, packed = both
+    ids = [5, 9, 17, 300, 2, 40] * 30
+    for n in (1, 7, 64, 65, 180):
+        assert np.array_equal(plain.logits(ids[:n]), packed.logits(ids[:n]))
+    assert np.array_equal(plain.logits(ids[:70], all=True), packed.logits(ids[:70], all=True))
+
+
+def test_same_text_alone_and_in_a_batch(both):
+    plain, packed = both
+    prompts = ["What is 17 plus 5?", "Hello", "def add(a, b):", "The capital", "x = "]
+    alone = [str(packed.generate(p, max_tokens=12)) for p in prompts]
+    assert alone == [str(plain.generate(p, max_tokens=12)) for p in prompts]
+    assert [str(c) for c in packed.generate(prompts, max_tokens=12)] == alone
+
+
+def test_account(both):
+    plain, packed = both
+    share = packed.memory["base"] / plain.memory["base"]
+    assert 0.75 < share < 0.80   # the embedding is tied: it is the head's matrix, and all others are packed
+
+
+def test_pack_on_planes(models, tmp_path):
+    experts = {"math": models / "math", "code": models / "code"}
+    obm.compress(models / "base", experts, tmp_path / "p")
+    plain, packed = obm.Model(tmp_path / "p"), obm.Model(tmp_path / "p", z12=True)
+    for route in ("math", {"math": 0.4, "code": 0.6}, "base"):
+        assert np.array_equal(plain.logits([5, 9, 17, 300], route=route), packed.logits([5, 9, 17, 300], route=route))
+        assert str(plain.generate("17 plus 5", route=route, max_tokens=8)) == str(packed.generate("17 plus 5", route=route, max_tokens=8))
+    dense = obm.Model(tmp_path / "p", z12=True, materialise=True)
+    assert np.array_equal(dense.logits([5, 9], route="math"), obm.Model(tmp_path / "p", materialise=True).logits([5, 9], route="math"))
+
+
+def test_matrices_with_many_escapes_stay(models, tmp_path):
+    """5 % of outliers are more than is worth packing, 0.2 % are not."""
+    source = obm.Checkpoint(models / "base")
+    rng = np.random.default_rng(3)
+    weights = {}
+    for name in source:
+        bits = (np.asarray(source[name], dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        if bits.ndim == 2 and "up_proj" in name:
+            hit = rng.random(bits.shape) < (0.05 if ".0." in name else 0.002)
+            bits = np.where(hit, rng.integers(0x3000, 0x3e00, bits.shape, dtype=np.uint16), bits)
+        weights[name] = bits
+    folder = write_model(tmp_path / "m", weights, models / "base")
+    plain, packed = obm.Model(folder), obm.Model(folder, z12=True)
+    assert np.array_equal(plain.logits([5, 9, 17] * 30, all=True), packed.logits([5, 9, 17] * 30, all=True))
+    assert plain.memory["base"] * 0.75 < packed.memory["base"] < plain.memory["base"]
+
+
+def test_f32_is_left_alone(models, tmp_path):
+    obm.merge({"merge_method": "passthrough", "models": [{"model": str(models / "base")}], "dtype": "float32"}, tmp_path / "m")
+    plain, packed = obm.Model(tmp_path / "m"), obm.Model(tmp_path / "m", z12=True)
+    assert packed.memory["base"] == plain.memory["base"]
+    assert np.array_equal(plain.logits([5, 9]), packed.logits([5, 9]))
