@@ -700,7 +700,7 @@ static PyType_Slot model_slots[] = {{Py_tp_new, model_new},
                                     {Py_tp_methods, model_methods},
                                     {Py_tp_getset, model_getset},
                                     {Py_tp_doc,
-                                     "Model(path, base=None, kv=\"f32\", route_budget=0, materialise=False, z12=False)\n\n"
+                                     "Model(path, base=None, kv=\"f32\", route_budget=0, materialise=False, z12=False, progress=None)\n\n"
                                      "A Hugging Face folder, a pack folder, or an open Pack, ready to run.  A pack "
                                      "runs on the base and its sign planes; what cannot (an overlay) and everything "
                                      "with materialise=True is written out densely per route, within route_budget "
