@@ -73,6 +73,7 @@ asan_c() {
 asan_lua() { ASAN_OPTIONS=detect_leaks=0 lua_tests "$ROOT/build/asan" env LD_PRELOAD="$(gcc -print-file-name=libasan.so)"; }
 asan_python() {
     install_python   # pytest and what the tests import
+    [ -f build/tests/CMakeCache.txt ] || configure build/tests   # the README's Lua and C programs
     cmake -S . -B build/asan -DOBM_SANITIZE=address,undefined -DOBM_PYTHON=ON -DPython_EXECUTABLE="$ROOT/$PYTHON" -DOBM_PY_OUTDIR="$ROOT/build/asan-python/onebitmerge" >/dev/null
     cmake --build build/asan -j "$JOBS" --target onebitmerge_python >/dev/null
     cp python/onebitmerge/*.py python/onebitmerge/*.lua build/asan-python/onebitmerge/
