@@ -189,8 +189,8 @@ static void log_warning(void *user, const char *message) {
     lua_warning(L, message, 0);
 }
 
-/* The lua program's Ctrl-C is a hook of the main thread, with these masks, that raises an error; it gets to run once the
- * call has returned, also one inside a coroutine. */
+/* The lua program's Ctrl-C is a hook of the main thread, with these masks, that raises an error; it gets to run once
+ * the call has returned, also one inside a coroutine. */
 static int interrupted(void *user) {
     lua_State *L = user;
     const int all = LUA_MASKCALL | LUA_MASKRET | LUA_MASKLINE | LUA_MASKCOUNT;

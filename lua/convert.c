@@ -65,7 +65,7 @@ lua_Integer obm_lua_field_integer(lua_State *L, int at, const char *name) {
 
 size_t obm_lua_field_size(lua_State *L, int at, const char *name) {
     lua_Integer v = obm_lua_field_integer(L, at, name);
-    if (v < 0) luaL_error(L, "%s must be >= 0", name);
+    if (v < 0) luaL_error(L, "%s must be >= 0, found %I", name, (LUAI_UACINT)v);
     return (size_t)v;
 }
 

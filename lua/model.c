@@ -186,7 +186,8 @@ static int model_hidden(lua_State *L) {
     lua_settop(L, 4);
     lua_Integer layer = luaL_checkinteger(L, 3);
     obm_lua_options(L, 4, "route");
-    if (layer < 0 || layer > INT32_MAX) return luaL_error(L, "layer must be >= 0");
+    if (layer < 0 || layer > INT32_MAX)
+        return luaL_error(L, "layer: expected 0 to %d, found %I", INT32_MAX, (LUAI_UACINT)layer);
     obm_run_options options = OBM_INIT(obm_run_options);
     return run(L, (int)layer, 4, &options);
 }

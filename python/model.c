@@ -195,7 +195,8 @@ static PyObject *model_hidden(PyObject *o, PyObject *args, PyObject *kwargs) {
     int layer;
     obm_run_options options = OBM_INIT(obm_run_options);
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oi|O", names, &ids, &layer, &route)) return NULL;
-    if (layer < 0) return PyErr_SetString(OBM_PY_STATE(o)->errors[-OBM_E_ARG], "layer must be >= 0"), NULL;
+    if (layer < 0)
+        return PyErr_Format(OBM_PY_STATE(o)->errors[-OBM_E_ARG], "layer: expected at least 0, found %d", layer);
     return run(o, ids, layer, &options, route);
 }
 

@@ -49,8 +49,8 @@ static obm_status check_map(const char *task, const obm__policy *p, obm_error *e
         const obm_map_rule *r = &p->map[i];
         if (!r->glob || !*r->glob) return obm__fail(err, OBM_E_ARG, "expert %s: map rule %zu has no glob", task, i);
         if (r->mode != OBM_MODE_1BIT && r->mode != OBM_MODE_FULL && r->mode != OBM_MODE_DROP) {
-            return obm__fail(err, OBM_E_ARG, "expert %s: map rule %s: the mode must be 1bit, full or drop", task,
-                             r->glob);
+            return obm__fail(err, OBM_E_ARG, "expert %s: map rule %s: expected the mode 1bit, full or drop, found %s",
+                             task, r->glob, obm_mode_name(r->mode));
         }
     }
     return OBM_OK;

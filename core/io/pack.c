@@ -10,7 +10,7 @@ static obm_status check_version(const obm_json *manifest, const char *where, obm
     const char *format;
     int64_t version;
     if (obm__json_kind(manifest) != OBM_JSON_OBJECT)
-        return obm__fail(err, OBM_E_FORMAT, "%s: must be an object", where);
+        return obm__fail(err, OBM_E_FORMAT, "%s: expected an object, found %s", where, obm__json_kind_name(manifest));
     OBM_TRY(obm__field_string(manifest, "format", where, &format, err));
     if (strcmp(format, OBM_PACK_FORMAT)) {
         char shown[40];

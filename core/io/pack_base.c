@@ -355,8 +355,9 @@ static obm_status check_names(const obm_checkpoint *base, const obm_json *tensor
         if (!obm__checkpoint_find(base, place.name)) return mismatch(&place, err, "is missing");
         if (obm__json_kind(obm__json_value(it)) != OBM_JSON_OBJECT) {
             char name[160];
-            return obm__fail(err, OBM_E_FORMAT, "%s/" OBM_PACK_MANIFEST ": base tensor %s must be an object", pack_path,
-                             obm__printable(place.name, name, sizeof name));
+            return obm__fail(err, OBM_E_FORMAT, "%s/" OBM_PACK_MANIFEST ": base tensor %s: expected an object, found %s",
+                             pack_path, obm__printable(place.name, name, sizeof name),
+                             obm__json_kind_name(obm__json_value(it)));
         }
     }
     for (size_t i = 0; i < base->count; i++) {

@@ -186,7 +186,8 @@ obm_status obm__pack_read_router(const obm_pack *p, obm__safetensors **out, obm_
     char *path;
     uint64_t bytes;
     if (obm__json_kind(router) != OBM_JSON_OBJECT)
-        return obm__fail(err, OBM_E_FORMAT, "%s/" OBM_PACK_MANIFEST ": \"router\" must be an object or null", p->path);
+        return obm__fail(err, OBM_E_FORMAT, "%s/" OBM_PACK_MANIFEST ": \"router\": expected an object or null, found %s",
+                         p->path, obm__json_kind_name(router));
     OBM_TRY(obm__file_of(router, p->path, OBM_PACK_MANIFEST ": router", &path, &bytes, NULL, err));
     obm__safetensors *file = NULL;
     obm_status status = obm__safetensors_open(path, &file, err);

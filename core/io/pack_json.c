@@ -88,9 +88,13 @@ static obm_status parse_shape(const obm_json *shape, const char *where, obm_tens
         return obm__fail(err, OBM_E_FORMAT, "%s: %zu dimensions, at most %d are possible", where, n, OBM_MAX_DIM);
     t->ndim = (int32_t)n;
     for (size_t i = 0; i < n; i++) {
-        if (!obm__json_int(obm__json_at(shape, i), &t->shape[i]) || t->shape[i] < 0) {
-            return obm__fail(err, OBM_E_FORMAT, "%s: shape[%zu] must be an integer >= 0", where, i);
-        }
+        const obm_json *size = obm__json_at(shape, i);
+        if (!obm__json_int(size, &t->shape[i]))
+            return obm__fail(err, OBM_E_FORMAT, "%s: shape[%zu]: expected an integer, found %s", where, i,
+                             obm__json_kind_name(size));
+        if (t->shape[i] < 0)
+            return obm__fail(err, OBM_E_FORMAT, "%s: shape[%zu]: expected at least 0, found %lld", where, i,
+                             (long long)t->shape[i]);
         if (!obm__mul(bytes, (size_t)t->shape[i], &bytes) || bytes > INT64_MAX) {
             return obm__fail(err, OBM_E_FORMAT, "%s: the shape overflows", where);
         }
@@ -158,7 +162,10 @@ static obm_status file_of(const obm_json *record, const char *dir, const char *w
     }
     OBM_TRY(obm__field_int(record, "bytes", 0, INT64_MAX, where, &size, err));
     OBM_TRY(obm__field_string(record, "xxh3", where, &hash, err));
-    if (!is_hash(hash)) return obm__fail(err, OBM_E_FORMAT, "%s: \"xxh3\" must be 32 hex digits", where);
+    char found[40];
+    if (!is_hash(hash))
+        return obm__fail(err, OBM_E_FORMAT, "%s: \"xxh3\": expected 32 hex digits, found \"%s\"", where,
+                         obm__printable(hash, found, sizeof found));
     char *joined = obm__path_join(dir, name);
     if (!joined) return obm__fail_nomem(err, strlen(dir) + strlen(name));
     *path = joined;

@@ -194,7 +194,9 @@ static obm_status load_entry(place *at, const obm_json *record, const obm__pack_
     obm__pack_entry e = {0};
     obm_tensor t;
     int64_t extra = 0;
-    if (obm__json_kind(record) != OBM_JSON_OBJECT) return bad_entry(at, err, "must be an object");
+    if (obm__json_kind(record) != OBM_JSON_OBJECT)
+        return obm__fail(err, OBM_E_FORMAT, "%s: expert %s: tensor %s: expected an object, found %s", at->manifest,
+                         at->task, at->name, obm__json_kind_name(record));
     OBM_TRY(obm__field_tensor(record, at->manifest, &t, err));
     OBM_TRY(check_against_base(at, &t, info, &extra, err));
     OBM_TRY(parse_mode(at, record, &e.mode, err));
@@ -323,7 +325,8 @@ static obm_status load_expert(obm_pack *p, const obm_json *record, const char *w
     const char *name, *policy;
     const obm_json *tensors;
     if (obm__json_kind(record) != OBM_JSON_OBJECT)
-        return obm__fail(err, OBM_E_FORMAT, "%s: an expert must be an object", where);
+        return obm__fail(err, OBM_E_FORMAT, "%s: an expert: expected an object, found %s", where,
+                         obm__json_kind_name(record));
     OBM_TRY(obm__field_string(record, "name", where, &name, err));
     OBM_TRY(check_name(p, name, where, err));
     OBM_TRY(obm__field_string(record, "policy", where, &policy, err));

@@ -10,9 +10,9 @@
 /* A pattern of the signs is one byte: bit i is the sign bit of plane i.  More planes take the elementwise rule. */
 #define OBM_PATTERN_PLANES 8
 #define OBM_PATTERNS (1 << OBM_PATTERN_PLANES)
-/* A coefficient below this share of the largest value is what rounding left of a 0: where the sum has no product of these
- * signs (a hard route is d~_k plus a function of the others), no trace may be left that a run would have to touch, and 256
- * values, each a few units of 2^-53 off, stay below it. */
+/* A coefficient below this share of the largest value is what rounding left of a 0: where the sum has no product of
+ * these signs (a hard route is d~_k plus a function of the others), no trace may be left that a run would have to touch,
+ * and 256 values, each a few units of 2^-53 off, stay below it. */
 #define OBM_PATTERN_NOISE 0x1p-40
 /* Experts in one pack, as far as routes are concerned. */
 #define OBM_ROUTE_TASKS OBM_MAX_REPORT_TASKS

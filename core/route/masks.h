@@ -80,8 +80,8 @@ size_t obm__coefficient_cache_bytes(const obm__coefficient_cache *s);
 
 /* A route of all of them, by the pack's threads.  Borrows the cache.  Errors: as obm__coefficients_route, NOMEM. */
 typedef struct obm__planes_route obm__planes_route;
-/* In the memory of a route that is not needed any more (NULL: none), which it takes over: new pages cost more than a soft
- * route's sums. */
+/* In the memory of a route that is not needed any more (NULL: none), which it takes over: new pages cost more than a
+ * soft route's sums. */
 obm_status obm__planes_route_renew(obm__planes_route *old, const obm__coefficient_cache *s, const double *weights,
                                    obm__planes_route **out, obm_error *err);
 void obm__planes_route_free(obm__planes_route *r);

@@ -38,7 +38,8 @@ static obm_status choose_threads(obm_context *ctx, int wanted, obm_error *err) {
         errno = 0;
         long value = strtol(text, &end, 10);
         if (errno || *end || value < 1 || value > MAX_THREADS)
-            return obm__fail(err, OBM_E_ARG, "ONEBITMERGE_THREADS: expected 1 to %d, found \"%.64s\"", MAX_THREADS, text);
+            return obm__fail(err, OBM_E_ARG, "ONEBITMERGE_THREADS: expected 1 to %d, found \"%.64s\"", MAX_THREADS,
+                             text);
         wanted = (int)value;
     }
     ctx->threads = wanted ? wanted : obm__topology_cores(ctx->topology);

@@ -1,5 +1,5 @@
-/* Progress and Ctrl-C inside long calls: one callback at a bounded rate, on the caller's thread, and work cut into slices
- * between which it is asked. */
+/* Progress and Ctrl-C inside long calls: one callback at a bounded rate, on the caller's thread, and work cut into
+ * slices between which it is asked. */
 #include "sys.h"
 
 #include <time.h>

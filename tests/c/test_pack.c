@@ -1138,7 +1138,7 @@ static void test_hostile_manifests(void **state) {
         {"\"planes\": 2", "\"planes\": 1", "pack.json accounts for", OBM_E_FORMAT},
         {"\"scale\": \"group:64\"", "\"scale\": \"row\"", "expected F32 (70)", OBM_E_FORMAT},
         {"\"scale\": \"row\"", "\"scale\": \"group:1\"", "multiple of 64", OBM_E_FORMAT},
-        {"\"experts\": [", "\"experts\": [1, ", "must be an object", OBM_E_FORMAT},
+        {"\"experts\": [", "\"experts\": [1, ", "an expert: expected an object, found an integer", OBM_E_FORMAT},
         {"\"experts\"", "\"exports\"", "\"experts\": expected an array", OBM_E_FORMAT},
         {"\"absolute\"", "\"nothing\"", "", OBM_OK},
         {"\"sample\"", "\"simple\"", "\"sample\": expected a string", OBM_E_FORMAT},
