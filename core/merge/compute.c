@@ -90,7 +90,7 @@ static obm_status read_block(const obm_tensor *t, int64_t begin, size_t n, float
 obm_status obm_tensor_compute(const char *op, const obm_tensor *args, size_t n, size_t *shape_of, float *out,
                               obm_error *err) {
     const operation *o = NULL;
-    size_t first;
+    size_t first = 0;
     OBM_TRY(find_operation(op, n, &o, err));
     OBM_TRY(common_shape(op, args, n, &first, err));
     if (shape_of) *shape_of = first;
@@ -107,7 +107,7 @@ obm_status obm_tensor_compute(const char *op, const obm_tensor *args, size_t n, 
 
 obm_status obm_tensor_dot(const obm_tensor *a, const obm_tensor *b, double *out, obm_error *err) {
     obm_tensor args[2] = {*a, *b};
-    size_t first;
+    size_t first = 0;
     OBM_TRY(common_shape("dot", args, 2, &first, err));
     int64_t count = obm_tensor_count(&args[first]);
     size_t blocks = (size_t)((count + 1023) / 1024);
