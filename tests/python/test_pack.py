@@ -304,7 +304,7 @@ def test_interrupt_leaves_nothing(tmp_path):
     assert threading.current_thread() is threading.main_thread()
     with pytest.raises(KeyboardInterrupt):
         obm.compress(base, {"chat": obm.Expert(expert, planes=8)}, tmp_path / "p", progress=interrupt)
-    assert time.monotonic() - sent[0] < 1
+    assert time.monotonic() - sent[0] < 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "expert"]
 
 

@@ -29,7 +29,7 @@ def interrupted():
                 call()
                 assert not sent, "the call ended although it was interrupted"
                 pytest.fail("the call was over before it could be interrupted")
-            assert time.monotonic() - sent[0] < 1
+            assert time.monotonic() - sent[0] < 3
         finally:
             timer.cancel()
             timer.join()
@@ -159,8 +159,9 @@ def test_calls_without_a_progress_callback(models, tmp_path):
             due = time.monotonic() + .02
             signal.setitimer(signal.ITIMER_REAL, .02)
             with pytest.raises(KeyboardInterrupt):
-                call()
-            assert late[what] < max(.1, took / 2), (what, late, took)
+                while time.monotonic() < due + 60:   # a quick machine is through before the signal comes
+                    call()
+            assert late[what] < max(1, took / 2), (what, late, took)   # the bound proper is test_stop.c's
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
