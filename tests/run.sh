@@ -166,7 +166,7 @@ long)
     if [ "$SHORT" = yes ]; then
         step kill kill_step --short
         step nomem nomem_step --short
-        step fuzz fuzz_step 60
+        step fuzz fuzz_step 40
     else
         step tsan tsan_c
         step isa each_isa
