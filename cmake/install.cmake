@@ -15,6 +15,13 @@ foreach(dir LIBDIR INCLUDEDIR)
     set(OBM_PC_${dir} "\${prefix}/${CMAKE_INSTALL_${dir}}")
   endif()
 endforeach()
+# Relative, so that `cmake --install --prefix` and moved trees are found.
+if(IS_ABSOLUTE "${CMAKE_INSTALL_LIBDIR}")
+  set(OBM_PC_PREFIX "${CMAKE_INSTALL_PREFIX}")
+else()
+  file(RELATIVE_PATH OBM_PC_PREFIX "/${CMAKE_INSTALL_LIBDIR}/pkgconfig" "/")
+  set(OBM_PC_PREFIX "\${pcfiledir}/${OBM_PC_PREFIX}")
+endif()
 configure_file(cmake/onebitmerge.pc.in onebitmerge.pc @ONLY)
 
 set(package ${CMAKE_INSTALL_LIBDIR}/cmake/onebitmerge)

@@ -19,7 +19,8 @@
  *     bytes that a larger one has beyond this version's must be zero (UNSUPPORTED).  The elements of an array are
  *     as far apart as the first one's struct_size.  Structs that are filled are not written beyond their struct_size.
  *   - Long work takes a progress callback; it is called on the caller's thread only; non-zero stops with OBM_E_USER.  What
- *     takes none asks the context's `interrupt`.  Either way a call returns within about 100 ms of the answer.
+ *     takes none asks the context's `interrupt`.  Either way a call returns within about 100 ms of the answer,
+ *     but for LAPACK's decomposition of one matrix and for the means of whole embeddings, which run to their end.
  *
  * Sections: Version, Status, Context, Tensors, Checkpoints, Task vectors, Compression and packs, Routes, Routers,
  *           Static merges, Text, Models, Generation.

@@ -15,8 +15,8 @@
 
 /* ---- references ---- */
 
-/* Length of the model's name in MODEL[@revision][+ADAPTER]. */
-static size_t name_length(const char *ref) { return strcspn(ref, "@+"); }
+/* Length of the model's name in MODEL[+ADAPTER]; documents have no revisions. */
+static size_t name_length(const char *ref) { return strcspn(ref, "+"); }
 
 static size_t find_name(obm__recipe *const *recipes, size_t n, const char *ref) {
     for (size_t i = 0; i < n; i++) {
@@ -217,10 +217,11 @@ static void remove_folder(const char *path) {
     (void)rmdir(path);
 }
 
+/* Only what this run has written: the others may be another run's, at work or to be resumed. */
 void obm__documents_remove_parts(const obm__documents *d) {
     if (!d->folder) return;
     for (size_t i = 0; i < d->n; i++)
-        if (d->parts[i].name) remove_folder(d->parts[i].path);
+        if (d->parts[i].name && d->parts[i].done) remove_folder(d->parts[i].path);
     (void)rmdir(d->folder);
 }
 

@@ -36,7 +36,7 @@ static void drop_revision(const obm__job *j, char *name) {
 /* The output of an earlier document of the recipe comes before files and hub names. */
 static const obm__stage *find_part(const obm__job *j, const char *name) {
     for (size_t i = 0; i < j->n_parts; i++)
-        if (!strcmp(j->parts[i].name, name)) return &j->parts[i];
+        if (j->parts[i].name && !strcmp(j->parts[i].name, name)) return &j->parts[i];
     return NULL;
 }
 
@@ -77,10 +77,15 @@ static obm_status add_base_below(const obm__job *j, const char *ref, obm__input 
     return open_path(j, base, strlen(base), &in->model, err);
 }
 
-/* Layers of the model as its config counts them, else its tensors. */
+/* What names of tensors have room for; sums over slices stay far from overflow. */
+#define MAX_LAYERS 99999999
+
+/* Layers of the model as its config counts them, else (or beyond all reason) its tensors. */
 static int64_t count_layers(const obm_checkpoint *c) {
     int64_t n = 0;
-    if (obm__json_int(obm__json_get(obm__checkpoint_text_config(c), "num_hidden_layers"), &n) && n > 0) return n;
+    if (obm__json_int(obm__json_get(obm__checkpoint_text_config(c), "num_hidden_layers"), &n) && n > 0 &&
+        n <= MAX_LAYERS)
+        return n;
     n = 0;
     for (size_t i = 0; i < c->count; i++) {
         int64_t layer = obm__layer_of(c->tensors[i]->name);

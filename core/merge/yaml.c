@@ -165,15 +165,17 @@ static obm_status read_node(reader *r, yaml_node_t *node, int depth, obm_json **
 
 /* All documents but empty ones into a list. */
 static obm_status read_documents(yaml_parser_t *parser, const char *where, obm_json *list, obm_error *err) {
+    size_t nodes = 0; /* of all documents together: the limit is the file's */
     for (bool more = true; more;) {
         yaml_document_t document;
         obm_json *value = NULL;
         if (!yaml_parser_load(parser, &document)) return fail_parser(parser, where, err);
-        reader r = {.document = &document, .where = where, .nodes = obm__json_size(list), .err = err};
+        reader r = {.document = &document, .where = where, .nodes = nodes, .err = err};
         yaml_node_t *root = yaml_document_get_root_node(&document);
         more = root != NULL;
         obm_status status = more ? read_node(&r, root, 0, &value) : OBM_OK;
         yaml_document_delete(&document);
+        nodes = r.nodes;
         OBM_TRY(status);
         bool empty = obm__json_kind(value) == OBM_JSON_NULL;
         if (empty) obm__json_free(value);

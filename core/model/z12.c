@@ -6,6 +6,8 @@
 #include <string.h>
 
 #define CHUNK_ROWS 64
+/* Chunks of a worker between two looks at the pulse: some 10 ms. */
+#define CHUNKS_AT_ONCE 8
 /* A matrix with more escapes stays as it is: they cost more than the packing saves. */
 #define ESCAPES_AT_MOST 0.01
 /* Escapes of one chunk that are looked at before its matrix is given up. */
@@ -112,8 +114,11 @@ static obm_status pack_matrix(obm_model *m, obm__matrix *w, obm__z12 *z, obm_err
     uint64_t bytes = 0;
     pack_job j = {.k = m->ctx->k, .w = w, .z = z, .chunks = obm__calloc(chunks, sizeof *j.chunks)};
     bool there = j.chunks && alloc(w, z, &bytes), packed = false;
-    if (there) obm__parallel(m->ctx, chunks, 1, pack_chunks, &j);
-    if (there && !j.failed) packed = join_escapes(&j, chunks, &bytes);
+    obm_status status = OBM_OK;
+    if (there)
+        status = obm__parallel_slices(m->ctx, chunks, 1, (size_t)m->ctx->threads * CHUNKS_AT_ONCE, pack_chunks, &j,
+                                      m->pulse, err);
+    if (there && status == OBM_OK && !j.failed) packed = join_escapes(&j, chunks, &bytes);
     for (size_t i = 0; j.chunks && i < chunks; i++) obm_free(j.chunks[i].escapes);
     obm_free(j.chunks);
     obm__pages_release(w->data, plain);
@@ -124,6 +129,7 @@ static obm_status pack_matrix(obm_model *m, obm__matrix *w, obm__z12 *z, obm_err
         return OBM_OK;
     }
     clear(z);
+    if (status != OBM_OK) return status;
     return there && !j.failed ? OBM_OK : obm__fail_nomem(err, plain / 4 * 3);
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib.util
 import json
 import math
@@ -78,6 +79,16 @@ def need(item, index, *keys):
         if key in item:
             return item[key]
     raise Failure(f"item {index}: expected one of {', '.join(keys)}; found {', '.join(sorted(item)) or 'nothing'}")
+
+
+def check_keys(item, index, name):
+    """Items may carry what evaluations need besides; what looks like a key that is misspelt, or an option, is an error."""
+    for key in sorted(set(item) - {"ids", "messages", "prompt", "text", "route", "task", "answer", "match"}):
+        near = difflib.get_close_matches(key, ("messages", "prompt", "route"), 1, .8)
+        if near:
+            raise Failure(f"{name}, item {index}: unknown key \"{key}\", did you mean \"{near[0]}\"?")
+        if key in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "router", "template"):
+            raise Failure(f"{name}, item {index}: {key} is given for all items, with --{key.replace('_', '-')}")
 
 
 def progress_of(args):
@@ -438,6 +449,8 @@ def generate(args):
             raise Usage("--route-every asks the router again, and --route leaves it nothing to decide")
         options["route_every"] = args.route_every
     items = [{"prompt": args.prompt}] if args.file is None else read_lines(args.file)
+    for i, item in enumerate(items):
+        check_keys(item, i, args.file)
     prompts = [prompt_of(item) for item in items]
     routes = [item.get("route", args.route) for item in items]
     if model.pack is None and any(r not in (None, "auto") for r in routes):

@@ -288,6 +288,8 @@ def test_generate(run, lines, pack_path, model, jsonl, fails, models):
     fails("generate", models / "math", "-p", "x", "--route", "chat", match="plain model")
     fails("generate", pack_path, "-p", "x", "--route", "poetry", match="poetry")
     fails("generate", pack_path, code=2, match="either")
+    fails("generate", pack_path, "--file", jsonl({"prompt": "x"}, {"prompt": "x", "rout": "math"}), match='item 1: unknown key "rout", did you mean "route"')
+    fails("generate", pack_path, "--file", jsonl({"prompt": "x", "max_tokens": 2}), match="given for all items, with --max-tokens")
     fails("generate", models / "math", "-p", "x", "--base", "y", code=2, match="--base")
 
 

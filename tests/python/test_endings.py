@@ -78,7 +78,7 @@ def test_fork_in_every_kind_of_work(pack_path, models, tmp_path):
     vector = obm.TaskVector(models / "base", models / "math")
     want = [model.generate("17 plus 5", route="math", max_tokens=4), model.route("17 plus 5")[0], pack.materialise("math", name).tobytes(),
             np.asarray(vector[name]).tobytes()]
-    time.sleep(0.2)  # the workers have started: ASan's allocator, unlike glibc's, does not survive a fork while a thread starts
+    time.sleep(1)  # the workers have started: ASan's allocator, unlike glibc's, does not survive a fork while a thread starts
     child = os.fork()
     if child == 0:
         code = 1

@@ -348,3 +348,21 @@ def test_slices_and_vocabulary_as_a_dict(models, tensors, tmp_path):
     model = obm.Model(tmp_path / "out")
     assert model.tokenizer.encode("<new>") == [new] and model.generate("What is 17 plus 5?", max_tokens=2) is not None
     assert model.tokenizer.apply_template([{"role": "user", "content": "hi"}]).startswith("<|im_start|>")
+
+
+def test_documents_that_nobody_uses(models, tmp_path):
+    """A nameless result beside a document that it does not need; a run that fails leaves the parts of others alone."""
+    one = {"merge_method": "passthrough", "models": [{"model": str(models / "base")}]}
+    text = json.dumps(one) + "\n---\n" + json.dumps({**one, "name": "side"})
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(text)
+    obm.merge(recipe, tmp_path / "out")
+    assert len(obm.Checkpoint(tmp_path / "out")) == len(obm.Checkpoint(models / "base"))
+    assert not (tmp_path / "out.onebitmerge-parts").exists()
+    part = tmp_path / "new.onebitmerge-parts" / "side"
+    part.mkdir(parents=True)
+    (part / "model.safetensors").write_bytes(b"of a run at work")
+    recipe.write_text(text.replace(str(models / "base"), str(tmp_path / "nowhere"), 1))
+    with pytest.raises(OSError, match="nowhere"):
+        obm.merge(recipe, tmp_path / "new")
+    assert (part / "model.safetensors").read_bytes() == b"of a run at work"

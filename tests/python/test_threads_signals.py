@@ -301,7 +301,7 @@ def test_fork(models):
     m = obm.Model(models / "base")
     want = m.logits([5, 6, 7])
     read, write = os.pipe()
-    time.sleep(0.2)  # the workers have started: ASan's allocator, unlike glibc's, does not survive a fork while a thread starts
+    time.sleep(1)  # the workers have started: ASan's allocator, unlike glibc's, does not survive a fork while a thread starts
     child = os.fork()
     if child == 0:
         answer = b"x"
