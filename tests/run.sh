@@ -53,7 +53,11 @@ c_step() { configure build/tests; $CTEST --test-dir build/tests -j "$JOBS"; }
 install_python() {
     "$PYTHON" -m pip install -q --disable-pip-version-check ".[test]"
 }
-python_step() { install_python; bounded "$PYTHON" -m pytest tests/python; }
+python_step() {
+    install_python
+    [ -f build/tests/CMakeCache.txt ] || configure build/tests   # the README's Lua and C programs
+    bounded "$PYTHON" -m pytest tests/python
+}
 lua_step() { [ -f build/tests/CMakeCache.txt ] || configure build/tests; lua_tests "$ROOT/build/tests" env; luacheck -q lua tests/lua examples; }
 parity_step() { for check in tests/parity/*.py; do bounded "$PYTHON" "$check"; done; }
 rock_step() { luarocks --lua-version 5.4 make --tree build/rock onebitmerge-scm-1.rockspec >/dev/null; LUA_PATH="build/rock/share/lua/5.4/?.lua;build/rock/share/lua/5.4/?/init.lua;;" LUA_CPATH="build/rock/lib/lua/5.4/?.so;;" lua5.4 -e 'print(require("onebitmerge").version)'; }
