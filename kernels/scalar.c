@@ -142,6 +142,10 @@ void obm__scalar_magnitude_histogram(uint32_t *histogram, const float *x, size_t
 static float widen_bf16_at(const uint16_t *p) { return widen_bf16(half_at(p)); }
 static float widen_f16_at(const uint16_t *p) { return widen_f16(half_at(p)); }
 
+static float sum_of_lanes(const float *lane /* 8 */) {
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+
 /* Eight lanes, so that the rounding error grows with n / 8 and a compiler can use whatever vectors the baseline has. */
 #define ROWS(name, type, at)                                                                                  \
     void name(float *y, const type *w, size_t ld, size_t rows, const float *x, size_t n) {                    \
@@ -151,7 +155,7 @@ static float widen_f16_at(const uint16_t *p) { return widen_f16(half_at(p)); }
             for (; j + 8 <= n; j += 8)                                                                        \
                 for (size_t l = 0; l < 8; l++) lane[l] += at(w + r * ld + j + l) * float_at(x + j + l);       \
             for (; j < n; j++) lane[j % 8] += at(w + r * ld + j) * float_at(x + j);                           \
-            y[r] = ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7])); \
+            y[r] = sum_of_lanes(lane); \
         }                                                                                                     \
     }
 ROWS(obm__scalar_rows_bf16, uint16_t, widen_bf16_at)
@@ -382,7 +386,7 @@ static void rows_z12(float *y, const obm__z12 *w, size_t row, size_t rows, const
             for (size_t j = first; j < w->cols && j < first + OBM__Z12_COLUMNS; j++)
                 lane[j % 8] += widen_bf16(part[j - first]) * float_at(x + j);
         }
-        y[r] = ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+        y[r] = sum_of_lanes(lane);
     }
 }
 

@@ -383,6 +383,10 @@ obm_status obm__checkpoint_check(const obm_checkpoint *c, obm_error *err) {
     return OBM_OK;
 }
 
+void obm__checkpoint_release_pages(const obm_checkpoint *c) {
+    for (size_t i = 0; i < c->n_files; i++) obm__pages_release(c->files[i]->map.data, c->files[i]->map.size);
+}
+
 const char *obm_checkpoint_path(const obm_checkpoint *c) { return c->path; }
 const char *obm_checkpoint_config(const obm_checkpoint *c) { return c->config_text; }
 bool obm_checkpoint_is_tied(const obm_checkpoint *c) { return c->tied; }

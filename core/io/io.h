@@ -193,6 +193,8 @@ struct obm_checkpoint {
 obm_status obm__checkpoint_is_model(const obm_checkpoint *c, const char *what, obm_error *err);
 /* obm__map_check of all its files; passes call it before they read. */
 obm_status obm__checkpoint_check(const obm_checkpoint *c, obm_error *err);
+/* Hands the resident pages of all its files back. */
+void obm__checkpoint_release_pages(const obm_checkpoint *c);
 /* By its own name or that in another layout; NULL if absent. */
 const obm__st_entry *obm__checkpoint_find(const obm_checkpoint *c, const char *name);
 /* What config.json says about the text model: its "text_config", or all of it; NULL without config. */

@@ -10,7 +10,8 @@
 
 void obm__scratch_free(obm__scratch *s) {
     void *all[] = {s->weights, s->x,    s->normed, s->q,        s->mixed,  s->k,       s->v,      s->gate,       s->up,
-                   s->cosine,  s->sine, s->panels, s->products, s->scores, s->widened, s->strips, s->unpacked, s->tables, s->table_bytes};
+                   s->cosine,  s->sine, s->panels, s->products, s->scores, s->widened,    s->strips,
+                   s->unpacked, s->tables, s->table_bytes};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) obm_free(all[i]);
     *s = (obm__scratch){0};
 }
@@ -43,7 +44,6 @@ static obm_status grow_strips(obm_model *m, obm_error *err) {
 
 static obm_status grow_unpacked(obm_model *m, size_t widest, obm_error *err) {
     size_t count = (size_t)m->ctx->threads * OBM_UNPACKED_ROWS * widest; /* less than the panels, which are there */
-    m->scratch.widest = widest;
     if (!m->z12) return OBM_OK;
     m->scratch.unpacked = obm__alloc(count, sizeof *m->scratch.unpacked);
     if (!m->scratch.unpacked) return obm__fail_nomem(err, count * sizeof *m->scratch.unpacked);
@@ -71,6 +71,7 @@ static obm_status grow_rows(obm_model *m, size_t rows, obm_error *err) {
     OBM_TRY(resize(s, &s->cosine, rows * (size_t)c->n_ropes, (size_t)m->pairs, err));
     OBM_TRY(resize(s, &s->sine, rows * (size_t)c->n_ropes, (size_t)m->pairs, err));
     s->panel_size = PANEL_ROWS * widest;
+    s->widest = widest;
     OBM_TRY(resize(s, &s->panels, threads, s->panel_size, err));
     OBM_TRY(resize(s, &s->products, threads, OBM_TILE_TOKENS * PANEL_ROWS, err));
     OBM_TRY(grow_strips(m, err));

@@ -183,11 +183,13 @@ static inline size_t obm__role_index(int64_t layers, int64_t layer, obm__role ro
                                   : (size_t)(layers * OBM_LAYER_ROLES + role - OBM_LAYER_ROLES);
 }
 
-/* ---- weights under a route (weights.c) ---- */
+/* ---- the base in 12 bits per weight (z12.c) ---- */
 
-/* Packs the base's bf16 matrices (z12.c); those with many escapes stay as they are. */
+/* Packs the bf16 matrices of m->base_alone (once per model); those with many escapes stay as they are. */
 obm_status obm__z12_load(obm_model *m, obm_error *err);
 void obm__z12_free_all(obm_model *m);
+
+/* ---- weights under a route (weights.c) ---- */
 
 typedef struct obm__matrix {
     const void *data;           /* F32, F16, BF16; aligned; NULL: absent, or found by token */
@@ -441,6 +443,13 @@ struct obm_model {
     obm__scratch scratch;
     obm__pulse *pulse;                  /* of the running call, NULL if it cannot be stopped */
 };
+/* Lists over all matrices: those of the layers, then the head. */
+static inline size_t obm__matrix_count(const obm_model *m) { return (size_t)m->config.layers * OBM_MATRIX_ROLES + 1; }
+static inline obm__role obm__matrix_role(const obm_model *m, size_t i, int64_t *layer) {
+    bool head = i + 1 == obm__matrix_count(m);
+    *layer = head ? 0 : (int64_t)(i / OBM_MATRIX_ROLES);
+    return head ? OBM_HEAD : (obm__role)(i % OBM_MATRIX_ROLES);
+}
 /* Enters the guard and sets the pulse (nullable) of this call; obm__model_leave undoes both. */
 obm_status obm__model_enter(obm_model *m, obm__pulse *pulse, obm_error *err);
 void obm__model_leave(obm_model *m);

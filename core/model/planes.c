@@ -91,8 +91,8 @@ static obm_status fill_signs(obm_model *m, obm__role role, const plane_list *pla
     if (!s->segments || !s->blocks) return obm__fail_nomem(err, bytes);
     cut_segments(planes, s);
     size_t slice = (size_t)m->ctx->threads * REPACK_BYTES / (bytes / blocks) + 1;
-    OBM_TRY(obm__parallel_slices(m->ctx, blocks, 1, slice, repack_blocks, &(repack_job){m->ctx->k, planes, s},
-                                 m->pulse, err));
+    OBM_TRY(obm__parallel_slices(m->ctx, blocks, 1, slice, repack_blocks, &(repack_job){m->ctx->k, planes, s}, m->pulse,
+                                 err));
     m->signs_bytes += bytes;
     for (size_t p = 0; p < s->n; p++) /* runs do not look at the file's pages again */
         obm__pages_release(plane_signs(&planes->at[p]) + s->first * s->row_bytes, (size_t)(s->rows * s->row_bytes));
@@ -110,24 +110,15 @@ static obm_status load_tensor(obm_model *m, size_t tensor, obm__role role, obm__
     return status;
 }
 
-/* The matrices of the layers, then the head. */
-static size_t signs_count(const obm_model *m) { return (size_t)m->config.layers * OBM_MATRIX_ROLES + 1; }
-
-static obm__role role_at(const obm_model *m, size_t i, size_t *tensor) {
-    bool head = i + 1 == signs_count(m);
-    obm__role role = head ? OBM_HEAD : (obm__role)(i % OBM_MATRIX_ROLES);
-    *tensor = obm__model_tensor(m, head ? 0 : (int64_t)(i / OBM_MATRIX_ROLES), role);
-    return role;
-}
-
 obm_status obm__signs_load(obm_model *m, obm_error *err) {
-    size_t count = signs_count(m), tensor;
+    size_t count = obm__matrix_count(m);
     m->signs = obm__calloc(count, sizeof *m->signs);
     if (!m->signs) return obm__fail_nomem(err, count * sizeof *m->signs);
     if (m->pulse) m->pulse->total = count;
     for (size_t i = 0; i < count; i++) {
-        obm__role role = role_at(m, i, &tensor);
-        OBM_TRY(load_tensor(m, tensor, role, &m->signs[i], err));
+        int64_t layer;
+        obm__role role = obm__matrix_role(m, i, &layer);
+        OBM_TRY(load_tensor(m, obm__model_tensor(m, layer, role), role, &m->signs[i], err));
         OBM_TRY(obm__pulse_done(m->pulse, i + 1, err));
     }
     obm__pack_release_pages(m->pack);
@@ -135,7 +126,7 @@ obm_status obm__signs_load(obm_model *m, obm_error *err) {
 }
 
 void obm__signs_free_all(obm_model *m) {
-    for (size_t i = 0; m->signs && i < signs_count(m); i++) {
+    for (size_t i = 0; m->signs && i < obm__matrix_count(m); i++) {
         obm_free(m->signs[i].blocks);
         obm_free(m->signs[i].segments);
     }
@@ -146,7 +137,8 @@ void obm__signs_free_all(obm_model *m) {
 const obm__signs *obm__signs_of(const obm_model *m, int64_t layer, obm__role role) {
     bool runs = m->signs && (role < OBM_MATRIX_ROLES || role == OBM_HEAD);
     if (!runs) return NULL;
-    const obm__signs *s = &m->signs[role == OBM_HEAD ? signs_count(m) - 1 : (size_t)(layer * OBM_MATRIX_ROLES + role)];
+    const obm__signs *s =
+        &m->signs[role == OBM_HEAD ? obm__matrix_count(m) - 1 : (size_t)(layer * OBM_MATRIX_ROLES + role)];
     return s->blocks ? s : NULL;
 }
 

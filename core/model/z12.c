@@ -121,7 +121,6 @@ static obm_status pack_matrix(obm_model *m, obm__matrix *w, obm__z12 *z, obm_err
     if (there && status == OBM_OK && !j.failed) packed = join_escapes(&j, chunks, &bytes);
     for (size_t i = 0; j.chunks && i < chunks; i++) obm_free(j.chunks[i].escapes);
     obm_free(j.chunks);
-    obm__pages_release(w->data, plain);
     if (packed) {
         w->z12 = z;
         m->z12_bytes += bytes;
@@ -133,24 +132,23 @@ static obm_status pack_matrix(obm_model *m, obm__matrix *w, obm__z12 *z, obm_err
     return there && !j.failed ? OBM_OK : obm__fail_nomem(err, plain / 4 * 3);
 }
 
-static size_t count_of(const obm_model *m) { return (size_t)m->config.layers * OBM_MATRIX_ROLES + 1; }
-
 obm_status obm__z12_load(obm_model *m, obm_error *err) {
-    m->z12 = obm__calloc(count_of(m), sizeof *m->z12);
-    if (!m->z12) return obm__fail_nomem(err, count_of(m) * sizeof *m->z12);
-    for (size_t i = 0; i < count_of(m); i++) {
-        bool head = i == count_of(m) - 1;
-        obm__role role = head ? OBM_HEAD : (obm__role)(i % OBM_MATRIX_ROLES);
-        obm__matrix *w =
-            (obm__matrix *)obm__weights_at(m->base_alone, head ? 0 : (int64_t)(i / OBM_MATRIX_ROLES), role);
+    size_t count = obm__matrix_count(m);
+    m->z12 = obm__calloc(count, sizeof *m->z12);
+    if (!m->z12) return obm__fail_nomem(err, count * sizeof *m->z12);
+    for (size_t i = 0; i < count; i++) {
+        int64_t layer;
+        obm__role role = obm__matrix_role(m, i, &layer);
+        obm__matrix *w = (obm__matrix *)obm__weights_at(m->base_alone, layer, role);
         if (w->data && w->dtype == OBM_BF16) OBM_TRY(pack_matrix(m, w, &m->z12[i], err));
-        OBM_TRY(obm__pulse_check(m->pulse, err));
+        /* Of files, not of w: a tensor that the file does not keep aligned is a copy on the heap. */
+        obm__checkpoint_release_pages(m->base);
     }
     return OBM_OK;
 }
 
 void obm__z12_free_all(obm_model *m) {
-    for (size_t i = 0; m->z12 && i < count_of(m); i++) clear(&m->z12[i]);
+    for (size_t i = 0; m->z12 && i < obm__matrix_count(m); i++) clear(&m->z12[i]);
     obm_free(m->z12);
     m->z12 = NULL;
 }

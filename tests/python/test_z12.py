@@ -8,8 +8,8 @@ import pytest
 import onebitmerge as obm
 
 
-def write_model(folder, weights, source):
-    """A copy of a model folder with other tensors, {name: bf16 bits}."""
+def write_model(folder, weights, source, odd=False):
+    """A copy of a model folder with other tensors, {name: bf16 bits}; odd: none of them is aligned in the file."""
     folder.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((source / name).read_bytes())
@@ -19,7 +19,7 @@ def write_model(folder, weights, source):
         at += bits.nbytes
         data.append(bits.tobytes())
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8 + odd)
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data))
     return folder
 
@@ -77,6 +77,16 @@ def test_matrices_with_many_escapes_stay(models, tmp_path):
     plain, packed = obm.Model(folder), obm.Model(folder, z12=True)
     assert np.array_equal(plain.logits([5, 9, 17] * 30, all=True), packed.logits([5, 9, 17] * 30, all=True))
     assert plain.memory["base"] * 0.75 < packed.memory["base"] < plain.memory["base"]
+
+
+def test_tensors_that_are_copies(models, tmp_path):
+    """Tensors at odd places of the file are copied when the model is opened; the tied embedding is read from such a copy."""
+    source = obm.Checkpoint(models / "base")
+    weights = {name: (np.asarray(source[name], dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16) for name in source}
+    folder = write_model(tmp_path / "m", weights, models / "base", odd=True)
+    want = obm.Model(models / "base").logits([5, 9, 17, 300])
+    assert np.array_equal(obm.Model(folder).logits([5, 9, 17, 300]), want)
+    assert np.array_equal(obm.Model(folder, z12=True).logits([5, 9, 17, 300]), want)
 
 
 def test_f32_is_left_alone(models, tmp_path):
