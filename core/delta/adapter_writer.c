@@ -5,13 +5,9 @@
 
 #include <dirent.h>
 #include <errno.h>
-#include <limits.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-
-#define CONFIG_FILE "adapter_config.json"
 
 typedef struct factor_pair {
     char *module; /* owned */
@@ -35,7 +31,7 @@ static obm_status look_inside(const char *dir, bool *adapter, char **found, obm_
     if (!d) return obm__fail_errno(err, "cannot list %s", dir);
     for (struct dirent *e; (e = readdir(d));) {
         if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..") || obm__temp_stem(e->d_name)) continue;
-        bool ours = !strcmp(e->d_name, CONFIG_FILE) || !strcmp(e->d_name, OBM_ADAPTER_WEIGHTS);
+        bool ours = !strcmp(e->d_name, OBM_ADAPTER_CONFIG) || !strcmp(e->d_name, OBM_ADAPTER_WEIGHTS);
         *adapter |= ours;
         if (ours || *found) continue;
         if (!(*found = obm__strdup(e->d_name))) {
@@ -63,10 +59,9 @@ static obm_status check_folder(const char *dir, bool overwrite, obm_error *err) 
 
 obm_status obm__adapter_writer_check(const char *dir, bool overwrite, const char *const *inputs, size_t n,
                                      obm_error *err) {
-    char out[PATH_MAX], in[PATH_MAX];
     OBM_TRY(check_folder(dir, overwrite, err));
-    for (size_t i = 0; i < n && realpath(dir, out); i++)
-        if (realpath(inputs[i], in) && !strcmp(in, out))
+    for (size_t i = 0; i < n; i++)
+        if (obm__same_path(dir, inputs[i]))
             return obm__fail(err, OBM_E_ARG, "%.300s is an input, it cannot be the output", dir);
     return OBM_OK;
 }
@@ -79,7 +74,7 @@ obm_status obm__adapter_writer_new(const char *dir, obm_dtype dtype, obm__adapte
     w->dtype = dtype;
     w->dir = obm__strdup(dir);
     w->weights = obm__path_join(dir, OBM_ADAPTER_WEIGHTS);
-    w->config = obm__path_join(dir, CONFIG_FILE);
+    w->config = obm__path_join(dir, OBM_ADAPTER_CONFIG);
     if (!w->dir || !w->weights || !w->config) OBM_GO(obm__fail_nomem(err, strlen(dir)));
     w->made = !obm__is_directory(dir);
     OBM_GO(obm__make_directory(dir, err));
@@ -213,6 +208,7 @@ obm_status obm__adapter_writer_finish(obm__adapter_writer *w, const char *base, 
     obm_status status;
     int fd = w->fd;
     w->fd = -1;
+    /* The sync is for its error: what the disk did not take must not be read back from the mapping as if it had. */
     OBM_GO(obm__fd_seal(fd, w->spool, err));
     OBM_GO(obm__map_open(w->spool, &spool, err));
     OBM_GO(obm__st_writer_new(w->weights, &st, err));

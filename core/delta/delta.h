@@ -39,7 +39,8 @@ typedef struct obm__adapter_writer obm__adapter_writer;
 obm_status obm__adapter_writer_check(const char *dir, bool overwrite, const char *const *inputs, size_t n, obm_error *err);
 /* Locks the folder (BUSY); free before finish leaves it as it was. */
 obm_status obm__adapter_writer_new(const char *dir, obm_dtype dtype, obm__adapter_writer **out, obm_error *err);
-/* The factors a (rank, cols) and b (rows, rank) of the weight `tensor`, which ends in ".weight", in the writer's dtype. */
+/* The factors a (rank, cols) and b (rows, rank) of the weight `tensor`, which ends in ".weight", in the writer's dtype;
+ * they are copied.  Errors: IO, NOMEM. */
 obm_status obm__adapter_writer_add(obm__adapter_writer *w, const char *tensor, int64_t rank, int64_t rows, int64_t cols, const void *a,
                                    const void *b, obm_error *err);
 /* base: what the config calls the base model. */

@@ -40,17 +40,9 @@ static bool is_linear(const obm__pair *p) {
 /* ---- options ---- */
 
 static obm_status read_dtype(const char *name, obm_dtype *out, obm_error *err) {
-    static const struct {
-        const char *name;
-        obm_dtype dtype;
-    } known[] = {{"f32", OBM_F32}, {"bf16", OBM_BF16}, {"f16", OBM_F16}};
     *out = OBM_F32;
-    for (size_t i = 0; name && i < sizeof known / sizeof *known; i++) {
-        if (strcmp(name, known[i].name)) continue;
-        *out = known[i].dtype;
-        return OBM_OK;
-    }
-    return name ? obm__fail(err, OBM_E_ARG, "dtype: expected f32, bf16 or f16, found \"%.40s\"", name) : OBM_OK;
+    if (!name || obm__dtype_find(name, out)) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG, "dtype: expected f32, bf16 or f16, found \"%.40s\"", name);
 }
 
 static obm_status read_options(work *w, obm_error *err) {
@@ -94,10 +86,8 @@ static void read_range(void *arg, size_t first, size_t last, int worker) {
 }
 
 static void release(const obm__pair *p) {
-    size_t bytes = (size_t)obm_tensor_count(&p->base) * obm_dtype_size(p->base.dtype);
-    obm__pages_release(p->base.data, bytes);
-    if (p->expert.data)
-        obm__pages_release(p->expert.data, (size_t)obm_tensor_count(&p->expert) * obm_dtype_size(p->expert.dtype));
+    obm__pages_release(p->base.data, obm__tensor_bytes(&p->base));
+    if (p->expert.data) obm__pages_release(p->expert.data, obm__tensor_bytes(&p->expert));
 }
 
 static obm_status read_delta(work *w, const obm__pair *p, double *out, bool *any, obm_error *err) {
@@ -193,16 +183,12 @@ static obm_status note_rest(work *w, const obm__pair *p, obm_error *err) {
 
 /* ---- the whole ---- */
 
-static uint64_t base_bytes(const obm__pair *p) {
-    return (uint64_t)obm_tensor_count(&p->base) * obm_dtype_size(p->base.dtype);
-}
-
 static obm_status extract_all(work *w, obm_error *err) {
     size_t left = 0;
     for (size_t i = 0; i < w->v->count; i++) {
         const obm__pair *p = &w->v->pairs[i];
         OBM_TRY(is_linear(p) ? extract_matrix(w, p, err) : note_rest(w, p, err));
-        OBM_TRY(obm__pulse_done(&w->pulse, w->pulse.done + base_bytes(p), err));
+        OBM_TRY(obm__pulse_done(&w->pulse, w->pulse.done + obm__tensor_bytes(&p->base), err));
     }
     for (size_t i = 0; i < w->n; i++) left += w->rows[i].rank == 0;
     if (left == w->n)
@@ -218,7 +204,7 @@ static obm_plan plan_of(const work *w) {
     obm_plan plan = {0};
     for (size_t i = 0; i < w->v->count; i++) {
         const obm__pair *p = &w->v->pairs[i];
-        plan.bytes_read += 2 * base_bytes(p);
+        plan.bytes_read += 2 * (uint64_t)obm__tensor_bytes(&p->base);
         if (!is_linear(p)) continue;
         uint64_t m = (uint64_t)p->base.shape[0], n = (uint64_t)p->base.shape[1], k = m < n ? m : n;
         uint64_t r = w->rank && (uint64_t)w->rank < k ? (uint64_t)w->rank : k, size = obm_dtype_size(w->dtype);
@@ -264,7 +250,7 @@ static obm_status run(work *w, const char *base_path, const char *out_path, obm_
     }
     w->pulse = obm__pulse_new(w->ctx, OBM_OPT(w->options, obm_lora_options, progress, NULL),
                               OBM_OPT(w->options, obm_lora_options, progress_user, NULL), "extract", 0);
-    for (size_t i = 0; i < w->v->count; i++) w->pulse.total += base_bytes(&w->v->pairs[i]);
+    for (size_t i = 0; i < w->v->count; i++) w->pulse.total += obm__tensor_bytes(&w->v->pairs[i].base);
     w->rows = obm__calloc(w->v->count, sizeof *w->rows);
     if (!w->rows) return obm__fail_nomem(err, w->v->count * sizeof *w->rows);
     OBM_TRY(obm__adapter_writer_new(out_path, w->dtype, &w->out, err));

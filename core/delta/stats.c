@@ -135,7 +135,7 @@ static void scan_join(const scan *s, totals *t) {
 }
 
 /* Elements between two looks at the pulse, per thread: some tens of ms at most. */
-#define SLICE (64 * OBM_TILE)
+#define SLICE ((int64_t)64 * OBM_TILE)
 
 static obm_status scan_tensor(obm_context *ctx, const obm__pair *a, const obm__pair *b, obm__pulse *pulse, totals *t,
                               obm_error *err) {

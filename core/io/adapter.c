@@ -5,8 +5,6 @@
 #include <math.h>
 #include <string.h>
 
-#define CONFIG_FILE "adapter_config.json"
-
 /* ---- settings that say how an adapter came about; its tensors tell the rest ---- */
 
 /* target_modules, exclude_modules, layers_to_transform and layers_pattern chose the modules when training began: the
@@ -170,7 +168,7 @@ static obm_status read_settings(obm__adapter *a, obm_error *err) {
 
 static obm_status load(obm__adapter *a, const char *directory, obm_error *err) {
     size_t size;
-    if (!(a->path = obm__path_join(directory, CONFIG_FILE))) return obm__fail_nomem(err, strlen(directory));
+    if (!(a->path = obm__path_join(directory, OBM_ADAPTER_CONFIG))) return obm__fail_nomem(err, strlen(directory));
     OBM_TRY(obm__file_read(a->path, &a->text, &size, err));
     OBM_TRY(obm__json_parse(a->text, size, a->path, &a->root, err));
     if (obm__json_kind(a->root) != OBM_JSON_OBJECT)
@@ -199,7 +197,7 @@ void obm__adapter_free(obm__adapter *a) {
 }
 
 bool obm__adapter_here(const char *directory, bool *out) {
-    char *path = obm__path_join(directory, CONFIG_FILE);
+    char *path = obm__path_join(directory, OBM_ADAPTER_CONFIG);
     if (path) *out = obm__file_exists(path);
     obm_free(path);
     return path != NULL;

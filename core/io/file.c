@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -106,6 +107,11 @@ bool obm__is_directory(const char *path) {
 }
 
 /* ---- paths ---- */
+
+bool obm__same_path(const char *a, const char *b) {
+    char first[PATH_MAX], second[PATH_MAX];
+    return realpath(a, first) && realpath(b, second) && !strcmp(first, second);
+}
 
 char *obm__path_join(const char *dir, const char *name) {
     size_t n = strlen(dir);

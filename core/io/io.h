@@ -26,6 +26,7 @@ void obm__map_close(obm__map *m);
 obm_status obm__file_read(const char *path, char **text, size_t *size, obm_error *err);
 bool obm__file_exists(const char *path);
 bool obm__is_directory(const char *path);
+bool obm__same_path(const char *a, const char *b);       /* both are there, and one file or folder */
 char *obm__path_join(const char *dir, const char *name); /* owned */
 char *obm__path_directory(const char *path);             /* owned; "." for a bare name */
 /* Writes through a temporary name in the same folder, fsyncs, renames, fsyncs the folder: the old file or the
@@ -155,6 +156,7 @@ typedef struct obm__adapter {
 obm_status obm__adapter_load(const char *directory, obm__adapter **out, obm_error *err);
 void obm__adapter_free(obm__adapter *a);
 bool obm__adapter_here(const char *directory, bool *out); /* false: out of memory */
+#define OBM_ADAPTER_CONFIG "adapter_config.json"
 #define OBM_ADAPTER_WEIGHTS "adapter_model.safetensors"
 
 /* ---- names (layout.c) ---- */

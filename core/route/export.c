@@ -8,10 +8,8 @@
  */
 #include "dynamic.h"
 
-#include <limits.h>
 #include <math.h>
 #include <stdatomic.h>
-#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -44,17 +42,8 @@ typedef struct export_job {
 /* ---- what is written ---- */
 
 static obm_status parse_dtype(export_job *j, const char *text, obm_error *err) {
-    static const struct {
-        const char *name;
-        obm_dtype dtype;
-    } known[] = {{"f32", OBM_F32}, {"bf16", OBM_BF16}, {"f16", OBM_F16}};
-    if (!text) return OBM_OK;
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
-        if (strcmp(known[i].name, text)) continue;
-        j->has_dtype = true;
-        j->dtype = known[i].dtype;
-        return OBM_OK;
-    }
+    j->has_dtype = text && obm__dtype_find(text, &j->dtype);
+    if (!text || j->has_dtype) return OBM_OK;
     return obm__fail(err, OBM_E_ARG, "export: dtype %.32s, expected f32, bf16 or f16", text);
 }
 
@@ -391,9 +380,8 @@ static obm_status run_export(export_job *j, const char *path, obm_error *err) {
 /* The base and the pack are being read while the output is written. */
 static obm_status refuse_own_folder(const obm_pack *p, const char *path, obm_error *err) {
     const char *ours[] = {p->base->directory, p->path};
-    char a[PATH_MAX], b[PATH_MAX];
-    for (int i = 0; i < 2 && realpath(path, a); i++) {
-        if (realpath(ours[i], b) && !strcmp(a, b))
+    for (int i = 0; i < 2; i++) {
+        if (obm__same_path(path, ours[i]))
             return obm__fail(err, OBM_E_ARG, "export: %s is the folder of the %s itself", path, i ? "pack" : "base");
     }
     return OBM_OK;
@@ -401,11 +389,9 @@ static obm_status refuse_own_folder(const obm_pack *p, const char *path, obm_err
 
 /* pack.json tells where the experts came from; a folder that is there still is not written over. */
 static obm_status refuse_sources(const obm_pack *p, const char *path, obm_error *err) {
-    char out[PATH_MAX], source[PATH_MAX];
-    if (!realpath(path, out)) return OBM_OK;
     for (size_t k = 0; k < p->n_experts; k++) {
         const char *from = obm__json_string(obm__json_get(p->experts[k].record, "source"));
-        if (!from || !realpath(from, source) || strcmp(source, out)) continue;
+        if (!from || !obm__same_path(path, from)) continue;
         return obm__fail(err, OBM_E_ARG, "export: %s is the folder that expert %s was made from", path,
                          p->experts[k].name);
     }

@@ -18,6 +18,19 @@ static bool dtype_known(obm_dtype dtype) { return (int)dtype >= 0 && (int)dtype 
 const char *obm_dtype_name(obm_dtype dtype) { return dtype_known(dtype) ? dtypes[dtype].name : "UNKNOWN"; }
 size_t obm_dtype_size(obm_dtype dtype) { return dtype_known(dtype) ? dtypes[dtype].size : 0; }
 
+bool obm__dtype_find(const char *name, obm_dtype *out) {
+    static const struct {
+        const char *name;
+        obm_dtype dtype;
+    } known[] = {{"f32", OBM_F32}, {"bf16", OBM_BF16}, {"f16", OBM_F16}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        if (strcmp(name, known[i].name)) continue;
+        *out = known[i].dtype;
+        return true;
+    }
+    return false;
+}
+
 int64_t obm_tensor_count(const obm_tensor *t) {
     if (t->ndim < 0 || t->ndim > OBM_MAX_DIM) return -1;
     int64_t count = 1;

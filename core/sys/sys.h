@@ -12,6 +12,9 @@
 /* A tensor of what sees or hears beside the text model. */
 bool obm__is_outside(const char *name);
 
+/* "f32", "bf16" or "f16", as options name what is written; false for any other name. */
+bool obm__dtype_find(const char *name, obm_dtype *out);
+
 /* ---- errors (status.c) ---- */
 
 /* Fills err (nullable) and returns status, so that `return obm__fail(err, OBM_E_ARG, "...", ...)` reads as one step. */
