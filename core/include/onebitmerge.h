@@ -177,8 +177,9 @@ OBM_API obm_class obm_class_of(const char *tensor_name, int32_t ndim);   /* by t
 /* ---- Checkpoints ------------------------------------------------------------------------------------------------ */
 
 /* A Hugging Face folder (config.json, one or many *.safetensors), a PEFT LoRA folder (adapter_config.json,
- * adapter_model.safetensors) or a single .safetensors file, memory-mapped; no tensor is read before it is used.  While it is open its files must not be cut short or rewritten in place (the system answers
- * with SIGBUS); replacing them by rename, as every writer of this library does, is safe.  Immutable, share freely. */
+ * adapter_model.safetensors) or a single .safetensors file, memory-mapped; no tensor is read before it is used.  While
+ * it is open its files must not be cut short or rewritten in place (the system answers with SIGBUS); replacing them by
+ * rename, as every writer of this library does, is safe.  Immutable, share freely. */
 typedef struct obm_checkpoint obm_checkpoint;
 
 /* Errors: IO, FORMAT (file, byte offset or key, expected, found), UNSUPPORTED (torch .bin, GGUF,
@@ -187,8 +188,10 @@ OBM_API obm_status obm_checkpoint_open(obm_context *ctx, const char *path, obm_c
 OBM_API void obm_checkpoint_free(obm_checkpoint *c);
 OBM_API const char *obm_checkpoint_path(const obm_checkpoint *c);       /* borrowed */
 OBM_API const char *obm_checkpoint_config(const obm_checkpoint *c);     /* text of config.json, NULL without; borrowed */
-OBM_API bool obm_checkpoint_is_tied(const obm_checkpoint *c);           /* no head in its files, whatever config.json says: it is the embedding */
-OBM_API bool obm_checkpoint_is_adapter(const obm_checkpoint *c);        /* a PEFT LoRA folder; its tensors have the adapter's names */
+/* No head in its files, whatever config.json says: it is the embedding. */
+OBM_API bool obm_checkpoint_is_tied(const obm_checkpoint *c);
+/* A PEFT LoRA folder; its tensors have the adapter's names. */
+OBM_API bool obm_checkpoint_is_adapter(const obm_checkpoint *c);
 OBM_API size_t obm_checkpoint_count(const obm_checkpoint *c);
 /* Tensors in the order of their names.  i < count.  *name borrowed, *t a view into the mapping. */
 OBM_API void obm_checkpoint_at(const obm_checkpoint *c, size_t i, const char **name, obm_tensor *t);
@@ -255,14 +258,16 @@ typedef struct obm_lora_options {
     obm_progress_fn progress;   /* bytes of the base's tensors */
     void *progress_user;
 } obm_lora_options;
-/* A tensor in which the expert differs: its shape (1-D: one row), the rank of its factors, ||d|| and the share of ||d||^2 that
- * they keep (before they are rounded to their dtype).  Rank 0, energy and norm 0: not in the adapter, since LoRA factors stand
- * for linear weights (attention and MLP) only: norms, biases, embeddings, heads, tensors of unknown names. */
+/* A tensor in which the expert differs: its shape (1-D: one row), the rank of its factors, ||d|| and the share of
+ * ||d||^2 that they keep (before they are rounded to their dtype).  Rank 0, energy and norm 0: not in the adapter,
+ * since LoRA factors stand for linear weights (attention and MLP) only: norms, biases, embeddings, heads, tensors of
+ * unknown names. */
 typedef struct obm_lora_matrix { const char *name; int64_t rows, cols, rank; double norm, energy; } obm_lora_matrix;
 /* The singular value decomposition of every linear weight's d, truncated, as a PEFT folder (adapter_config.json,
- * adapter_model.safetensors) with lora_alpha = r, so that B A is d.  One matrix is in memory at a time, as f64: up to 14 times
- * its bytes as f32 with the room of LAPACK.  expert_path may be a LoRA folder (to lower its rank).  matrices (nullable) gets *n rows in the order of
- * names: owned, one obm_free, their names in the same block.  plan nullable, filled in a dry run too.
+ * adapter_model.safetensors) with lora_alpha = r, so that B A is d.  One matrix is in memory at a time, as f64: up to
+ * 14 times its bytes as f32 with the room of LAPACK.  expert_path may be a LoRA folder (to lower its rank).  matrices
+ * (nullable) gets *n rows in the order of names: owned, one obm_free, their names in the same block.  plan nullable,
+ * filled in a dry run too.
  * Errors: those of opening checkpoints and task vectors, ARG, EXISTS, BUSY, VALUE (NaN or Inf; nothing to extract; a
  * decomposition that does not converge: names the tensor), UNSUPPORTED (beyond LAPACK's sizes), IO, USER. */
 OBM_API obm_status obm_extract_lora(obm_context *ctx, const char *base_path, const char *expert_path,
@@ -432,8 +437,9 @@ OBM_API obm_status obm_tokenizer_encode(const obm_tokenizer *t, const char *text
 /* *text owned, NUL-terminated, *len its bytes.  Errors: ARG (an id out of range). */
 OBM_API obm_status obm_tokenizer_decode(const obm_tokenizer *t, const int32_t *ids, size_t n, bool skip_special, char **text,
                                         size_t *len, obm_error *err);
-/* The built-in template that the model's own is (compared as a whole): "llama2", "mistral", "llama3",
- * "llama3.1", "chatml", "gemma", "gemma3", "phi3", "phi4", "phi4mini", "granite", "olmo2"; NULL: without one, or of another kind.  Static. */
+/* The built-in template that the model's own is (compared as a whole): "llama2", "mistral", "llama3", "llama3.1",
+ * "chatml", "gemma", "gemma3", "phi3", "phi4", "phi4mini", "granite", "olmo2"; NULL: without one, or of another kind.
+ * Static. */
 OBM_API const char *obm_tokenizer_template_name(const obm_tokenizer *t);
 /* Renders messages with a built-in template by name, or with the one that the model's own is (name NULL).  add_generation: append
  * the opening of the assistant's turn.  *text owned.  Errors: UNSUPPORTED (name NULL and the template is none of the built-in

@@ -11,7 +11,7 @@
 /* Routes, reports and confusion tables are sized for this many tasks. */
 #define OBM_PACK_MAX_TASKS OBM_MAX_REPORT_TASKS
 
-/* Progress of one long call; `done` never goes back. */
+/* A pulse with the options' callback, which is borrowed. */
 obm__pulse obm__compress_pulse(const obm_context *ctx, const obm_compress_options *options, const char *what, uint64_t total);
 /* Reports now; t nullable.  What is done never goes back, and never beyond the total. */
 obm_status obm__tick(obm__pulse *t, uint64_t done, obm_error *err);

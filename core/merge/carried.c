@@ -57,7 +57,7 @@ static obm_status carry_template(const obm__job *j, const char *template, obm__c
     else if (status == OBM_OK && obm__file_exists(path))
         status = obm__json_load(path, &config, err);
     if (status == OBM_OK && config && obm__json_kind(config) != OBM_JSON_OBJECT)
-        status = obm__fail(err, OBM_E_FORMAT, "%s: expected an object, found something else", path);
+        status = obm__fail(err, OBM_E_FORMAT, "%s: expected an object, found %s", path, obm__json_kind_name(config));
     bool ok = status == OBM_OK && put_text(c, "chat_template.jinja", template);
     if (ok && config) {
         ok = obm__json_set(config, "chat_template", obm__json_new_string(template)) &&

@@ -1,4 +1,5 @@
 /* Chat templates that a recipe names, as Jinja text for the result's files; and what the models' files hold. */
+#include "../text/text.h"
 #include "job.h"
 
 #include <stdio.h>
@@ -42,18 +43,6 @@ const char *obm__chat_named(const char *name) {
 
 /* ---- what the models have ---- */
 
-/* A string, or the one named "default" of a list of named ones. */
-static const char *template_in(const obm_json *config) {
-    const obm_json *value = obm__json_get(config, "chat_template");
-    const char *text = obm__json_string(value);
-    for (size_t i = 0; !text && i < obm__json_size(value); i++) {
-        const obm_json *entry = obm__json_at(value, i);
-        const char *name = obm__json_string(obm__json_get(entry, "name"));
-        if (name && !strcmp(name, "default")) text = obm__json_string(obm__json_get(entry, "template"));
-    }
-    return text;
-}
-
 /* *out is owned, NULL without a template; surrounding space does not count. */
 static obm_status read_template(const char *directory, char **out, obm_error *err) {
     char *jinja = obm__path_join(directory, "chat_template.jinja"),
@@ -64,7 +53,7 @@ static obm_status read_template(const char *directory, char **out, obm_error *er
     } else if (status == OBM_OK && obm__file_exists(path)) {
         obm_json *config = NULL;
         status = obm__json_load(path, &config, err);
-        const char *found = status == OBM_OK ? template_in(config) : NULL;
+        const char *found = status == OBM_OK ? obm__chat_pick(obm__json_get(config, "chat_template")) : NULL;
         if (found && !(text = obm__strdup(found))) status = obm__fail_nomem(err, strlen(found));
         obm__json_free(config);
     }

@@ -3,6 +3,8 @@
 #include "merge.h"
 
 #define MAX_ARGUMENTS 3
+/* Elements of a lane: three lanes of 4 KiB on the stack.  The sums of a dot product are cut there too. */
+#define BLOCK 1024
 
 typedef struct operation {
     const char *name;
@@ -96,9 +98,9 @@ obm_status obm_tensor_compute(const char *op, const obm_tensor *args, size_t n, 
     if (shape_of) *shape_of = first;
     if (!out) return OBM_OK;
     int64_t count = obm_tensor_count(&args[first]);
-    float lanes[MAX_ARGUMENTS][1024];
-    for (int64_t at = 0; at < count; at += 1024) {
-        size_t length = count - at < 1024 ? (size_t)(count - at) : 1024;
+    float lanes[MAX_ARGUMENTS][BLOCK];
+    for (int64_t at = 0; at < count; at += BLOCK) {
+        size_t length = count - at < BLOCK ? (size_t)(count - at) : BLOCK;
         for (size_t i = 0; i < n; i++) OBM_TRY(read_block(&args[i], at, length, lanes[i], err));
         o->apply(lanes[0], lanes[1], lanes[2], length, out + at);
     }
@@ -110,14 +112,14 @@ obm_status obm_tensor_dot(const obm_tensor *a, const obm_tensor *b, double *out,
     size_t first = 0;
     OBM_TRY(common_shape("dot", args, 2, &first, err));
     int64_t count = obm_tensor_count(&args[first]);
-    size_t blocks = (size_t)((count + 1023) / 1024);
+    size_t blocks = (size_t)((count + BLOCK - 1) / BLOCK);
     double *sums = obm__calloc(blocks, sizeof *sums);
     if (!sums) return obm__fail_nomem(err, blocks * sizeof *sums);
-    float lanes[2][1024];
+    float lanes[2][BLOCK];
     obm_status status = OBM_OK;
     for (size_t block = 0; status == OBM_OK && block < blocks; block++) {
-        int64_t at = (int64_t)block * 1024;
-        size_t length = count - at < 1024 ? (size_t)(count - at) : 1024;
+        int64_t at = (int64_t)block * BLOCK;
+        size_t length = count - at < BLOCK ? (size_t)(count - at) : BLOCK;
         for (size_t i = 0; status == OBM_OK && i < 2; i++) status = read_block(&args[i], at, length, lanes[i], err);
         for (size_t j = 0; status == OBM_OK && j < length; j++)
             sums[block] += (double)lanes[0][j] * (double)lanes[1][j];

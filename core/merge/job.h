@@ -62,10 +62,10 @@ typedef struct obm__job {
     bool writes_head;        /* some input of the last slice has a head of its own, so the result has one */
     int64_t n_layers;
     obm__output *outputs;
-    size_t n_outputs, capacity;
+    size_t n_outputs;
     obm__vocabulary *vocabulary; /* NULL: the donor's, which all inputs have */
-    obm_tensor *tensors;         /* (capacity, widest) */
-    const obm__lowrank **loras;  /* (capacity, widest) */
+    obm_tensor *tensors;         /* (n_outputs, widest), of each output's inputs */
+    const obm__lowrank **loras;  /* (n_outputs, widest) */
     uint64_t tile;               /* elements */
 } obm__job;
 
@@ -81,10 +81,9 @@ void obm__job_clear(obm__job *j);
  * owned. */
 obm_status obm__job_find_folder(const obm__job *j, const char *ref, char **directory, const obm_checkpoint **model,
                                 obm_error *err);
-/* Frees a checkpoint unless it is a part's. */
-void obm__job_close(const obm__job *j, obm_checkpoint *c);
-
 bool obm__input_has_head(const obm__input *in); /* of its own, not the embedding */
+/* False without such a tensor.  *t is a view, of the adapter's tensor where that takes the model's place; *lora is
+ * borrowed, and set only for an input with an adapter: NULL where no factors change the tensor. */
 bool obm__input_find(const obm__input *in, const char *name, obm_tensor *t, const obm__lowrank **lora);
 /* ---- vocabularies (vocabulary.c) ---- */
 
@@ -124,6 +123,8 @@ typedef struct obm__documents {
     size_t n;
     char *folder; /* holds parts that are removed in the end; NULL without */
 } obm__documents;
+/* *out untouched on failure.  Errors: those of reading a recipe, and ARG (names that are no folders, twice or missing;
+ * documents that need each other). */
 obm_status obm__documents_read(const obm_context *ctx, const char *text, obm_profile profile,
                                const obm__recipe_methods *methods, const char *out_path, obm__documents *out,
                                obm_error *err);
@@ -131,8 +132,5 @@ obm_status obm__documents_read(const obm_context *ctx, const char *text, obm_pro
 obm_status obm__documents_plan_part(const obm__job *j, const obm_json *config, obm__stage *part, obm_error *err);
 void obm__documents_remove_parts(const obm__documents *d);
 void obm__documents_free(obm__documents *d);
-
-/* The name without its layer's number replaced by `layer`; owned. */
-char *obm__layer_rename(const char *name, int64_t layer);
 
 #endif

@@ -102,6 +102,8 @@ const obm_param_info *obm__method_param(const obm__method *m, const char *name);
 /* True for a name that some method here, or one of mergekit's, takes. */
 bool obm__param_is_known(const char *name);
 
+/* "a, b, c" into buf, cut at its size. */
+void obm__list_names(const char *const *names, size_t n, char *buf, size_t size);
 /* The nearest of `names` by edit distance as ", did you mean `x`?", or "" if none is near.  buf: 96 bytes or more. */
 const char *obm__suggest(const char *name, const char *const *names, size_t n, char *buf, size_t size);
 
@@ -199,17 +201,13 @@ typedef struct obm__row {
     uint16_t input;
     uint16_t kind;
 } obm__row;
-/* A row that is the mean of what the inputs have at this row of their maps. */
-typedef struct obm__mean {
-    uint64_t row;
-} obm__mean;
 /* The inputs of a group, base first, as tensors of (rows, cols) whose rows come from their own and each other's. */
 typedef struct obm__rows {
     size_t n;
     obm_tensor *sources;        /* (n), as they are in the files; owned, as are: */
-    const obm__lowrank **loras; /* (n), or NULL */
+    const obm__lowrank **loras; /* (n): of those with an adapter, else NULL */
     obm__row *maps;             /* (n, rows) */
-    obm__mean *means;           /* (n_means) */
+    uint64_t *means;            /* (n_means): the rows that are the mean of what the inputs have there */
     size_t n_means;
     uint64_t rows, filled, cols; /* rows behind `filled` are the mean of those before, for each input */
     float *made;                 /* (n_means, then n if there is padding; cols) */
@@ -218,7 +216,7 @@ typedef struct obm__rows {
 void obm__rows_read(const obm_kernels *k, const obm__rows *r, size_t input, uint64_t begin, size_t n, float *out,
                     float *scratch);
 uint64_t obm__rows_made(const obm__rows *r); /* rows of `made` */
-/* Computes what is made, once, before anything is read. */
+/* Computes what is made, once, before anything is read.  Errors: NOMEM. */
 obm_status obm__rows_fill(obm_context *ctx, obm__rows *r, obm_error *err);
 void obm__rows_free(obm__rows *r);
 

@@ -18,20 +18,17 @@ static const obm__input *reference_of(const obm__job *j, const obm__slice_plan *
 
 static const obm__slice_plan *last_slice(const obm__job *j) { return &j->slices[j->recipe->n_slices - 1]; }
 
-char *obm__layer_rename(const char *name, int64_t layer) {
-    for (const char *p = name; p; p = strchr(p, '.')) {
-        p += *p == '.';
-        size_t digits = strspn(p, "0123456789");
-        if (digits > 0 && digits < 9 && (p[digits] == '.' || !p[digits]))
-            return obm__format("%.*s%lld%s", (int)(p - name), name, (long long)layer, p + digits);
-    }
-    return obm__strdup(name);
+/* The name with its layer's number replaced by `layer`; owned. */
+static char *rename_layer(const char *name, int64_t layer) {
+    size_t n;
+    const char *digits = obm__layer_digits(name, &n);
+    if (!digits) return obm__strdup(name);
+    return obm__format("%.*s%lld%s", (int)(digits - name), name, (long long)layer, digits + n);
 }
 
 /* What input i calls a tensor that the output calls `name`; owned. */
 static char *source_name(const obm__slice_plan *p, size_t i, const char *name, int64_t layer) {
-    return layer < 0 || p->slice->layers < 0 ? obm__strdup(name)
-                                             : obm__layer_rename(name, p->sources[i]->first + layer);
+    return layer < 0 || p->slice->layers < 0 ? obm__strdup(name) : rename_layer(name, p->sources[i]->first + layer);
 }
 
 static bool is_written(const obm__job *j, const char *name) {
@@ -77,7 +74,7 @@ static obm_status check_extra_names(const obm__job *j, const obm__slice_plan *p,
 
 static obm_status add_output(obm__job *j, const obm__slice_plan *p, const char *name, int64_t layer, obm_error *err) {
     bool numbered = j->recipe->sliced && layer >= 0;
-    char *own = numbered ? obm__layer_rename(name, p->first + layer) : obm__strdup(name);
+    char *own = numbered ? rename_layer(name, p->first + layer) : obm__strdup(name);
     if (!own) return obm__fail_nomem(err, strlen(name));
     j->outputs[j->n_outputs++] = (obm__output){.name = own, .slice = p, .layer = layer};
     return OBM_OK;
@@ -105,12 +102,13 @@ static int by_name(const void *a, const void *b) {
 static obm_status list_outputs(obm__job *j, obm_error *err) {
     const obm__slice_plan *last = last_slice(j);
     for (size_t i = 0; i < last->n; i++) j->writes_head |= obm__input_has_head(input_of(j, last, i));
-    for (size_t s = 0; s < j->recipe->n_slices; s++) j->capacity += reference_of(j, &j->slices[s])->model->count + 1;
-    j->outputs = obm__calloc(j->capacity, sizeof *j->outputs);
-    j->tensors = obm__calloc(j->capacity * j->widest, sizeof *j->tensors);
-    j->loras = obm__calloc(j->capacity * j->widest, sizeof *j->loras);
+    size_t room = 0;
+    for (size_t s = 0; s < j->recipe->n_slices; s++) room += reference_of(j, &j->slices[s])->model->count + 1;
+    j->outputs = obm__calloc(room, sizeof *j->outputs);
+    j->tensors = obm__calloc(room * j->widest, sizeof *j->tensors);
+    j->loras = obm__calloc(room * j->widest, sizeof *j->loras);
     if (!j->outputs || !j->tensors || !j->loras)
-        return obm__fail_nomem(err, j->capacity * (sizeof *j->outputs + j->widest * sizeof *j->tensors));
+        return obm__fail_nomem(err, room * (sizeof *j->outputs + j->widest * sizeof *j->tensors));
     for (size_t s = 0; s < j->recipe->n_slices; s++) OBM_TRY(list_slice(j, &j->slices[s], err));
     if (j->n_outputs) qsort(j->outputs, j->n_outputs, sizeof *j->outputs, by_name);
     if (j->n_outputs == 0)
@@ -182,7 +180,7 @@ static obm_status match_tensors(const obm__job *j, obm__output *o, obm_error *er
 static bool donor_tensor(const obm__job *j, const char *name, int64_t layer, obm_tensor *out) {
     const obm__lowrank *lora = NULL;
     if (obm__input_find(&j->inputs[j->donor], name, out, &lora)) return true;
-    char *first = layer >= 0 ? obm__layer_rename(name, 0) : NULL;
+    char *first = layer >= 0 ? rename_layer(name, 0) : NULL;
     bool found = first && obm__input_find(&j->inputs[j->donor], first, out, &lora);
     obm_free(first);
     return found;
@@ -364,7 +362,8 @@ obm_status obm__job_outputs(obm__job *j, obm_error *err) {
     return check_scopes(j, err);
 }
 
-void obm__job_close(const obm__job *j, obm_checkpoint *c) {
+/* Frees a checkpoint unless it is a part's. */
+static void close_checkpoint(const obm__job *j, obm_checkpoint *c) {
     for (size_t i = 0; i < j->n_parts; i++)
         if (c && j->parts[i].planned == c) return;
     obm_checkpoint_free(c);
@@ -384,8 +383,8 @@ void obm__job_clear(obm__job *j) {
     }
     for (size_t i = 0; i < j->n_inputs; i++) {
         obm_task_vector_free(j->inputs[i].v);
-        obm__job_close(j, j->inputs[i].adapter);
-        obm__job_close(j, j->inputs[i].model);
+        close_checkpoint(j, j->inputs[i].adapter);
+        close_checkpoint(j, j->inputs[i].model);
     }
     obm__vocabulary_free(j->vocabulary, j->n_inputs);
     obm_free(j->outputs);

@@ -278,14 +278,19 @@ size_t obm__recipe_params(const obm__recipe *r, const obm__slice *s, const char 
     return n;
 }
 
-int64_t obm__layer_of(const char *tensor) {
-    if (obm__is_outside(tensor)) return -1; /* a layer of something else */
+const char *obm__layer_digits(const char *tensor, size_t *n) {
     for (const char *p = tensor; p; p = strchr(p, '.')) {
         p += *p == '.';
-        size_t digits = strspn(p, "0123456789");
-        if (digits > 0 && digits < 9 && (p[digits] == '.' || !p[digits])) return strtol(p, NULL, 10);
+        *n = strspn(p, "0123456789");
+        if (*n > 0 && *n < 9 && (p[*n] == '.' || !p[*n])) return p;
     }
-    return -1;
+    return NULL;
+}
+
+int64_t obm__layer_of(const char *tensor) {
+    size_t n;
+    const char *digits = obm__is_outside(tensor) ? NULL : obm__layer_digits(tensor, &n); /* a layer of something else */
+    return digits ? strtol(digits, NULL, 10) : -1;
 }
 
 double obm__recipe_depth(const char *tensor, int64_t n_layers) {

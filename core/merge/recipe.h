@@ -84,7 +84,9 @@ void obm__recipe_free(obm__recipe *r);
 /* Where a tensor lies for gradients: the layer's share of the depth, 0 for what is in no layer (mergekit: embeddings,
  * final norm and head take the first value of a gradient), 1 in a model of one layer. */
 double obm__recipe_depth(const char *tensor, int64_t n_layers);
-/* The number in `model.layers.12.mlp...`, -1 without one and outside of the text model. */
+/* Where the number (*n digits, below 10^8) stands in `model.layers.12.mlp...`; NULL without one. */
+const char *obm__layer_digits(const char *tensor, size_t *n);
+/* That number, -1 without one and outside of the text model. */
 int64_t obm__layer_of(const char *tensor);
 /* Room for every parameter of every model of a slice. */
 size_t obm__recipe_params_capacity(const obm__recipe *r);

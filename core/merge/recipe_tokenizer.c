@@ -114,12 +114,13 @@ static obm_status read_chat_template(obm__recipe *r, obm_error *err) {
     r->chat_template = text;
     if (!text || !strcmp(text, "auto") || obm__chat_named(text)) return OBM_OK;
     if (strlen(text) >= 20 && strchr(text, '{')) return OBM_OK;
-    char hint[128];
+    char known[128], hint[128];
     names[n++] = "auto";
     for (const char *name; n < OBM_COUNT(names) && (name = obm__chat_name(n - 1)); n++) names[n] = name;
+    obm__list_names(names + 1, n - 1, known, sizeof known);
     return obm__fail(err, OBM_E_ARG,
-                     WHERE ": chat_template: expected auto, a name (%s) or a Jinja template, found \"%.64s\"%s",
-                     "alpaca, chatml, exaone, llama3, mistral", text, obm__suggest(text, names, n, hint, sizeof hint));
+                     WHERE ": chat_template: expected auto, a name (%s) or a Jinja template, found \"%.64s\"%s", known,
+                     text, obm__suggest(text, names, n, hint, sizeof hint));
 }
 
 obm_status obm__recipe_read_tokenizer(const obm_context *ctx, obm__recipe *r, obm_error *err) {

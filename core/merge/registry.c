@@ -51,7 +51,7 @@ const obm_method_info *obm_method_at(size_t i) { return i < N_METHODS ? &methods
 
 /* ---- names ---- */
 
-static void list_names(const char *const *names, size_t n, char *buf, size_t size) {
+void obm__list_names(const char *const *names, size_t n, char *buf, size_t size) {
     size_t used = 0;
     buf[0] = 0;
     for (size_t i = 0; i < n && used < size; i++)
@@ -68,7 +68,7 @@ obm_status obm__method_find(const char *name, const obm__method **out, obm_error
         }
     }
     char known[512], hint[128];
-    list_names(names, N_METHODS, known, sizeof known);
+    obm__list_names(names, N_METHODS, known, sizeof known);
     return obm__fail(err, OBM_E_NOTFOUND, "no merge method \"%.64s\" (known: %s)%s", name ? name : "", known,
                      obm__suggest(name ? name : "", names, N_METHODS, hint, sizeof hint));
 }
@@ -104,7 +104,7 @@ static obm_status unknown_param(const obm__method *m, const char *name, obm_erro
     size_t n = m->info.n_params < 32 ? m->info.n_params : 32;
     for (size_t i = 0; i < n; i++) names[i] = m->info.params[i].name;
     char known[256], hint[128];
-    list_names(names, n, known, sizeof known);
+    obm__list_names(names, n, known, sizeof known);
     return obm__fail(err, OBM_E_NOTFOUND, "%s has no parameter \"%.64s\" (known: %s)%s", m->info.name, name, known,
                      obm__suggest(name, names, n, hint, sizeof hint));
 }

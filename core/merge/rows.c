@@ -33,15 +33,15 @@ typedef struct filling {
     obm__rows *rows;
 } filling;
 
-/* mean of the rows of several inputs */
-static void mean_of_inputs(const filling *f, const obm__mean *m, uint64_t col, size_t n, float *out, float *x,
+/* mean of what the inputs have at this row of their maps */
+static void mean_of_inputs(const filling *f, uint64_t row, uint64_t col, size_t n, float *out, float *x,
                            float *scratch) {
     obm__rows *r = f->rows;
     memset(out, 0, n * sizeof *out);
     size_t count = 0;
     for (size_t i = 0; i < r->n; i++) {
-        if (r->maps[i * r->rows + m->row].kind != OBM_ROW_INPUT) continue;
-        obm__rows_read(f->k, r, i, m->row * r->cols + col, n, x, scratch);
+        if (r->maps[i * r->rows + row].kind != OBM_ROW_INPUT) continue;
+        obm__rows_read(f->k, r, i, row * r->cols + col, n, x, scratch);
         for (size_t c = 0; c < n; c++) out[c] += x[c];
         count++;
     }
@@ -69,7 +69,7 @@ static void fill_columns(void *arg, size_t first, size_t last, int worker) {
         uint64_t col = (uint64_t)b * COLUMNS;
         size_t n = r->cols - col < COLUMNS ? (size_t)(r->cols - col) : COLUMNS;
         for (size_t m = 0; m < r->n_means; m++)
-            mean_of_inputs(f, &r->means[m], col, n, r->made + m * r->cols + col, x, scratch);
+            mean_of_inputs(f, r->means[m], col, n, r->made + m * r->cols + col, x, scratch);
         for (size_t i = 0; r->rows > r->filled && i < r->n; i++)
             mean_of_rows(f, i, col, n, r->made + (r->n_means + i) * r->cols + col, x, scratch);
     }

@@ -14,7 +14,7 @@
 struct obm__vocabulary {
     obm_json *ids;            /* token -> id in the result */
     size_t named, rows;       /* rows up to the highest id, and with padding */
-    char *directory;          /* whose tokenizer files the result takes, NULL without */
+    char *directory;          /* whose tokenizer files the result takes */
     char *tokenizer, *config; /* tokenizer.json and tokenizer_config.json where they are not that folder's; nullable */
     bool changed;             /* the result's files are not all that folder's */
     bool *used;               /* (named): some token has this id */
@@ -27,8 +27,7 @@ struct obm__vocabulary {
 /* ---- tokenizer.json ---- */
 
 typedef struct source {
-    const char *where;
-    char *path;
+    char *path; /* in messages too */
     obm_json *root;
 } source;
 
@@ -42,7 +41,6 @@ static obm_status load_source(const obm__job *j, const obm_checkpoint *model, co
                               obm_error *err) {
     *s = (source){.path = obm__path_join(directory, "tokenizer.json")};
     if (!s->path) return obm__fail_nomem(err, strlen(directory));
-    s->where = s->path;
     for (size_t i = 0; i < j->n_parts; i++) {
         const obm__stage *part = &j->parts[i];
         if (!model || part->planned != model) continue;
@@ -56,9 +54,9 @@ static obm_status load_source(const obm__job *j, const obm_checkpoint *model, co
 static obm_status read_source(const source *s, obm__vocab *v, obm_error *err) {
     const obm_json *vocab = obm__json_get(obm__json_get(s->root, "model"), "vocab");
     if (obm__json_kind(vocab) == OBM_JSON_OBJECT)
-        return obm__vocab_load(v, vocab, obm__json_get(s->root, "added_tokens"), s->where, err);
+        return obm__vocab_load(v, vocab, obm__json_get(s->root, "added_tokens"), s->path, err);
     return obm__fail(err, OBM_E_UNSUPPORTED, "%s: expected a vocabulary of the form {token: id} (BPE), found %s",
-                     s->where, obm__json_kind_name(vocab));
+                     s->path, obm__json_kind_name(vocab));
 }
 
 /* Ids from here on have no row. */
@@ -310,14 +308,15 @@ static obm_status map_inputs(const obm__job *j, obm__vocabulary *v, obm_error *e
     v->maps = obm__alloc(v->named * j->n_inputs, sizeof *v->maps);
     if (!v->used || !v->rules || !v->maps) return obm__fail_nomem(err, v->named * j->n_inputs * sizeof *v->maps);
     memset(v->maps, 0xff, v->named * j->n_inputs * sizeof *v->maps);
-    for (void *it = obm__json_first(v->ids); it; it = obm__json_next(v->ids, it)) {
-        const char *token = obm__json_key(it);
-        int64_t id = 0;
-        obm__json_int(obm__json_value(it), &id);
-        v->used[id] = true;
-        for (size_t i = 0; i < j->n_inputs; i++) {
+    for (size_t i = 0; i < j->n_inputs; i++) {
+        int64_t limit = vocab_limit(&j->inputs[i]);
+        for (void *it = obm__json_first(v->ids); it; it = obm__json_next(v->ids, it)) {
+            const char *token = obm__json_key(it);
+            int64_t id = 0;
+            obm__json_int(obm__json_value(it), &id);
+            v->used[id] = true;
             int32_t own = obm__vocab_find(v->vocab_of[i], token, strlen(token));
-            if (own < vocab_limit(&j->inputs[i])) v->maps[i * v->named + (size_t)id] = own;
+            if (own < limit) v->maps[i * v->named + (size_t)id] = own;
         }
     }
     for (size_t i = 0; i < j->recipe->tokenizer.n_rules; i++) {
@@ -433,7 +432,6 @@ const char *obm__vocabulary_config(const obm__vocabulary *v) { return v->config;
 /* ---- rows of a tensor ---- */
 
 typedef struct choice {
-    const obm__job *j;
     const obm__vocabulary *v;
     const obm__output *o;
     obm__rows *rows;
@@ -485,7 +483,7 @@ static void choose_default(const choice *c, size_t present, obm__row *out) {
     }
     if (present < 2) return;
     *out = (obm__row){.row = (uint32_t)c->rows->n_means, .kind = OBM_ROW_MADE};
-    c->rows->means[c->rows->n_means++] = (obm__mean){c->id};
+    c->rows->means[c->rows->n_means++] = c->id;
 }
 
 static obm_status choose_row(const choice *c, obm_error *err) {
@@ -512,7 +510,7 @@ static obm_status choose_row(const choice *c, obm_error *err) {
 static obm_status fill_maps(const obm__job *j, const obm__vocabulary *v, const obm__output *o, obm__rows *r,
                             obm_error *err) {
     const obm__slice_plan *p = o->slice;
-    choice c = {.j = j, .v = v, .o = o, .rows = r, .base = p->n};
+    choice c = {.v = v, .o = o, .rows = r, .base = p->n};
     if (p->has_base || (j->recipe->base && p->inputs[p->reference] == j->donor)) c.base = p->reference;
     for (c.id = 0; c.id < v->named; c.id++) OBM_TRY(choose_row(&c, err));
     for (size_t i = 0; i < r->n; i++)

@@ -77,8 +77,7 @@ obm_status obm__chat_use(obm__chat *c, obm_error *err) {
 
 /* ---- loading ---- */
 
-/* A string, or the one named "default" of [{"name": ..., "template": ...}, ...]. */
-static const char *pick(const obm_json *value) {
+const char *obm__chat_pick(const obm_json *value) {
     const char *text = obm__json_string(value);
     for (size_t i = 0; !text && i < obm__json_size(value); i++) {
         const obm_json *entry = obm__json_at(value, i);
@@ -91,7 +90,7 @@ static const char *pick(const obm_json *value) {
 static obm_status load_config(obm__chat *c, const char *path, obm_error *err) {
     obm_json *config = NULL;
     OBM_TRY(obm__json_load(path, &config, err));
-    const char *text = pick(obm__json_get(config, "chat_template"));
+    const char *text = obm__chat_pick(obm__json_get(config, "chat_template"));
     if (text) c->source = obm__strdup(text);
     obm__json_free(config);
     return text && !c->source ? obm__fail_nomem(err, 0) : OBM_OK;

@@ -37,7 +37,7 @@ void obm__regex_free(obm__regex *r);
 /* What one thread needs to match; any number of patterns. */
 typedef struct obm__matching obm__matching;
 obm__matching *obm__matching_new(obm__pulse *pulse);   /* NULL: out of memory; pulse: borrowed, nullable */
-obm_status obm__matching_look(obm__matching *m, obm_error *err);   /* at the pulse, every few hundred calls; m nullable */
+obm_status obm__matching_look(obm__matching *m, obm_error *err);   /* at the pulse, every 1024th call; m nullable */
 void obm__matching_free(obm__matching *m);
 /* The first match in s[start, n); s is well-formed UTF-8.  Errors: FORMAT (the pattern backtracks without bound), NOMEM. */
 obm_status obm__regex_find(const obm__regex *r, obm__matching *m, const char *s, size_t n, size_t start, bool *found,
@@ -274,6 +274,9 @@ typedef struct obm__chat_files { const char *jinja, *config; } obm__chat_files;
 /* The template of the first place that has one (in a place the jinja file wins, as in transformers), bos and eos of the
  * first place that has a tokenizer_config.json.  None at all is fine. */
 obm_status obm__chat_load(obm__chat *c, const obm__chat_files *places, size_t n, obm_error *err);
+/* The template in the value of a config's "chat_template": a string, or the one named "default" of
+ * [{"name": ..., "template": ...}, ...]; borrowed, NULL without. */
+const char *obm__chat_pick(const obm_json *value);
 obm_status obm__chat_use(obm__chat *c, obm_error *err);   /* recognises c->source */
 void obm__chat_free(obm__chat *c);
 

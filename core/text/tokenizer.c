@@ -299,6 +299,9 @@ obm_status obm__tokenizer_push(const obm_tokenizer *t, obm__decoding *s, int32_t
                       : obm__decoding_push(s, p->text, p->len, out, err);
 }
 
+/* Ids between two looks at the pulse, which reads the clock. */
+#define IDS_PER_LOOK 1024
+
 obm_status obm_tokenizer_decode(const obm_tokenizer *t, const int32_t *ids, size_t n, bool skip_special, char **text,
                                 size_t *len, obm_error *err) {
     obm__buffer out = {0};
@@ -308,7 +311,7 @@ obm_status obm_tokenizer_decode(const obm_tokenizer *t, const int32_t *ids, size
     obm__buffer_add(&out, "", 0);
     for (size_t i = 0; i < n && status == OBM_OK; i++) {
         status = obm__tokenizer_push(t, decoding, ids[i], skip_special, &out, err);
-        if (status == OBM_OK && i % 1024 == 0) status = obm__pulse_check(&pulse, err);
+        if (status == OBM_OK && i % IDS_PER_LOOK == 0) status = obm__pulse_check(&pulse, err);
     }
     if (status == OBM_OK) status = obm__decoding_end(decoding, &out, err);
     if (status == OBM_OK && out.failed) status = obm__fail_nomem(err, out.size);

@@ -228,7 +228,8 @@ static void test_recipe_errors(void **state) {
     expect_error(TIES MODELS "tokenizer: {tokens: {a: {source: {kind: model_token, token: x}}}}\n", OBM_E_ARG,
                  "\"model\" is missing");
     expect_error(TIES MODELS "chat_template: chatlm\n", OBM_E_ARG, "did you mean \"chatml\"?");
-    expect_error(TIES MODELS "chat_template: a template without braces in it\n", OBM_E_ARG, "a Jinja template");
+    expect_error(TIES MODELS "chat_template: a template without braces in it\n", OBM_E_ARG,
+                 "expected auto, a name (alpaca, chatml, exaone, llama3, mistral) or a Jinja template, found");
     expect_error(TIES MODELS "profile: official\n", OBM_E_ARG, "mergekit or paper");
     expect_error(TIES MODELS "random_seed: -1\n", OBM_E_ARG, "random_seed");
     expect_error(TIES MODELS "parameters: {lamda: 1}\n", OBM_E_NOTFOUND, "did you mean \"lambda\"?");

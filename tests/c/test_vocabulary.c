@@ -361,6 +361,13 @@ static void test_chat_templates(void **state) {
     assert_non_null(strstr(warnings, "no tokenizer_config.json"));
     obm_checkpoint_free(merged("merge_method: passthrough\nmodels: [{model: bare}]\nchat_template: auto\n", "chat"));
     assert_non_null(strstr(warnings, "no model has a chat template"));
+    obm_error err;
+    write_model("listed", 1, 4, NULL, "[]");
+    assert_int_equal(
+        merge_to("merge_method: passthrough\nmodels: [{model: listed}]\nchat_template: chatml\n", "never", false, &err),
+        OBM_E_FORMAT);
+    if (!strstr(err.message, "listed/tokenizer_config.json: expected an object, found an array"))
+        fail_msg("%s", err.message);
 }
 
 /* ---- errors: all while planning ---- */
