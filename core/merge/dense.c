@@ -13,8 +13,6 @@ obm__dense_size obm__dense_size_of(const obm__group *g) {
     return (obm__dense_size){m, n, m < n ? m : n};
 }
 
-const char *obm__dense_name(const obm__group *g) { return g->name[0] ? g->name : "the tensor"; }
-
 /* ---- in ---- */
 
 typedef struct load {
@@ -71,7 +69,16 @@ obm_status obm__dense_multiply(const obm__run *run, const obm__product *p, obm_e
 
 obm_status obm__dense_polar(const obm__run *run, const obm__group *g, obm__svd *d, size_t m, size_t n, double *x,
                             obm_error *err) {
-    return obm__polar(run->ctx, d, m, n, x, obm__dense_name(g), look, (void *)(uintptr_t)run, err);
+    return obm__polar(run->ctx, d, m, n, x, obm__group_name(g), look, (void *)(uintptr_t)run, err);
+}
+
+void obm__dense_take(const obm__svd *d, size_t first, size_t count, size_t all, double *u, double *vt, double *s) {
+    size_t rank = obm__svd_rank(d);
+    for (size_t i = 0; i < count && i < rank; i++) {
+        s[first + i] = d->s[i];
+        memcpy(vt + (first + i) * d->n, d->vt + i * d->n, d->n * sizeof *vt);
+        for (size_t row = 0; row < d->m; row++) u[row * all + first + i] = d->u[row * d->k + i];
+    }
 }
 
 /* ---- out ---- */

@@ -8,6 +8,8 @@ obm_dtype obm__group_common_dtype(const obm_tensor *base, const obm_tensor *mode
     return common == OBM_F64 ? OBM_F32 : common;
 }
 
+const char *obm__group_name(const obm__group *g) { return g->name[0] ? g->name : "the tensor"; }
+
 /* Rounds x to dtype in place; scratch holds n 16-bit values. */
 static void round_to(const obm_kernels *k, obm_dtype dtype, float *x, size_t n, void *scratch) {
     if (dtype == OBM_BF16) {
@@ -87,7 +89,7 @@ static bool element_is_bad(const obm_kernels *k, const obm__group *g, size_t mod
 }
 
 obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t index, obm_error *err) {
-    const char *name = g->name[0] ? g->name : "the tensor";
+    const char *name = obm__group_name(g);
     unsigned long long at = index;
     if (g->base && element_is_bad(k, g, BASE, index))
         return obm__fail(err, OBM_E_VALUE, "%s: NaN or Inf in %s at index %llu", name,

@@ -2,9 +2,7 @@
  * alone, weighs the same. */
 #include "merge.h"
 
-#define WEIGHT_ROW                                                                                                    \
-    OBM_PARAM_ROW("weight", "factor of this model's task vector", OBM_PARAM_PER_MODEL, false, 1, -INFINITY, INFINITY, \
-                  false)
+#define WEIGHT_ROW OBM_PARAM_FACTOR("factor of this model's task vector")
 
 static const obm_param_info c_params[] = {WEIGHT_ROW, OBM_PARAM_LAMBDA};
 static const obm_param_info cts_params[] = {
@@ -43,23 +41,13 @@ static double mean(const double *s, size_t n) {
  * there is no direction to give it to. */
 static obm_status flatten_sum(work *w, obm_error *err) {
     OBM_TRY(load_sum(w, err));
-    OBM_TRY(obm__svd_run(&w->svd, obm__dense_name(w->g), err));
+    OBM_TRY(obm__svd_run(&w->svd, obm__group_name(w->g), err));
     size_t k = w->z.k, n = w->z.n, rank = obm__svd_rank(&w->svd);
     double level = mean(w->svd.s, k);
     for (size_t i = 0; i < k; i++)
         for (size_t j = 0; j < n; j++) w->svd.vt[i * n + j] *= i < rank ? level : 0;
     obm__product p = {.m = w->z.m, .n = n, .k = k, .alpha = 1, .a = w->svd.u, .b = w->svd.vt, .c = w->out};
     return obm__dense_multiply(w->run, &p, err);
-}
-
-/* The first `count` triples of the decomposition at hand, to place `first`. */
-static void take_triples(const work *w, size_t first, size_t count, size_t all) {
-    size_t m = w->z.m, n = w->z.n, rank = obm__svd_rank(&w->svd);
-    for (size_t i = 0; i < count && i < rank; i++) {
-        w->s[first + i] = w->svd.s[i];
-        memcpy(w->vt + (first + i) * n, w->svd.vt + i * n, n * sizeof *w->vt);
-        for (size_t row = 0; row < m; row++) w->u[row * all + first + i] = w->svd.u[row * w->z.k + i];
-    }
 }
 
 /* D_t - U_c U_c^T D_t in the place of the decomposition. */
@@ -74,17 +62,17 @@ static obm_status load_outside(const work *w, size_t t, obm_error *err) {
 }
 
 static obm_status gather_spaces(work *w, size_t all, obm_error *err) {
-    const char *name = obm__dense_name(w->g);
+    const char *name = obm__group_name(w->g);
     size_t tasks = w->g->steps->n, first = w->each * tasks;
     OBM_TRY(load_sum(w, err));
     OBM_TRY(obm__svd_run(&w->svd, name, err));
-    take_triples(w, first, w->common, all);
+    obm__dense_take(&w->svd, first, w->common, all, w->u, w->vt, w->s);
     for (size_t row = 0; row < w->z.m; row++)
         memcpy(w->shared + row * w->common, w->u + row * all + first, w->common * sizeof *w->shared);
     for (size_t t = 0; t < tasks && w->each; t++) {
         OBM_TRY(load_outside(w, t, err));
         OBM_TRY(obm__svd_run(&w->svd, name, err));
-        take_triples(w, t * w->each, w->each, all);
+        obm__dense_take(&w->svd, t * w->each, w->each, all, w->u, w->vt, w->s);
     }
     return OBM_OK;
 }
@@ -128,7 +116,7 @@ static obm_status form(const obm__run *run, obm__group *g, bool spaces, obm_erro
     w.shared = spaces ? w.vt + w.z.k * n : NULL;
     w.inside = spaces ? w.shared + m * w.common : NULL;
     w.s = spaces ? w.inside + w.common * n : NULL;
-    OBM_GO(obm__svd_new(m, n, obm__dense_name(g), &w.svd, err));
+    OBM_GO(obm__svd_new(m, n, obm__group_name(g), &w.svd, err));
     OBM_GO(spaces ? flatten_spaces(&w, err) : flatten_sum(&w, err));
     OBM_GO(obm__dense_form(g, w.out, err));
 done:

@@ -82,6 +82,7 @@ obm_status obm__method_check_count(const obm__method *m, size_t n, const char *w
 #define OBM_PARAM_WEIGHT                                                                                               \
     OBM_PARAM_ROW("weight", "factor of this model; the paper profile takes 1 where it is absent", OBM_PARAM_PER_MODEL, \
                   true, 1, -INFINITY, INFINITY, false)
+#define OBM_PARAM_FACTOR(doc) OBM_PARAM_ROW("weight", doc, OBM_PARAM_PER_MODEL, false, 1, -INFINITY, INFINITY, false)
 #define OBM_PARAM_DENSITY(doc) OBM_PARAM_ROW("density", doc, OBM_PARAM_PER_MODEL, false, 1, 0, 1, false)
 #define OBM_PARAM_LAMBDA \
     OBM_PARAM_ROW("lambda", "factor of the merged task vector", OBM_PARAM_GLOBAL, false, 1, -INFINITY, INFINITY, false)
@@ -111,7 +112,7 @@ const char *obm__suggest(const char *name, const char *const *names, size_t n, c
 
 /* A row of the table made from a description; the description stays the caller's. */
 typedef struct obm__own {
-    obm__method row;
+    obm__method row; /* first: from the method in a group's steps own.c comes back to this struct */
     const obm_custom_method *spec;
 } obm__own;
 /* Errors: ARG. */
@@ -304,23 +305,28 @@ uint64_t obm__combine_bytes(const obm__group *g);
 
 /* ---- matrices as a whole (dense.c), for the methods on LAPACK ---- */
 
-/* Linear weights: 2-D, neither an embedding nor a head.  Every other tensor has a rule without decompositions, since
- * all of these methods are defined on linear layers (and so are their authors' codes). */
+/* Linear weights: not empty, 2-D, and neither an embedding, a head, a norm nor a bias; matrices of unknown names
+ * (OBM_CLASS_OTHER) count.  Every other tensor has a rule without decompositions, since all of these methods are
+ * defined on linear layers (and so are their authors' codes). */
 bool obm__dense_is_matrix(const obm__group *g);
 /* (m, n) and min(m, n) of a matrix. */
 typedef struct obm__dense_size {
     size_t m, n, k;
 } obm__dense_size;
 obm__dense_size obm__dense_size_of(const obm__group *g);
-const char *obm__dense_name(const obm__group *g);
-/* out (m, n) = (add ? out : 0) + factor * task vector. */
+/* out (m, n) = (add ? out : 0) + factor * task vector.  Errors: VALUE (NaN or Inf), USER, NOMEM. */
 obm_status obm__dense_load(const obm__run *run, const obm__group *g, size_t model, double factor, bool add, double *out,
                            obm_error *err);
 /* C = alpha * op(A) * op(B) + beta * C, asking the progress callback in between. */
 obm_status obm__dense_multiply(const obm__run *run, const obm__product *p, obm_error *err);
+/* The first `count` singular triples of d to places [first, first + count) of u (m, all), vt (all, n) and s (all).
+ * Directions beyond the rank have no singular vectors: their places stay as they are. */
+void obm__dense_take(const obm__svd *d, size_t first, size_t count, size_t all, double *u, double *vt, double *s);
+/* x (m, n) becomes its orthogonal polar factor, by the room of d, which keeps its shape and nothing else.  Errors:
+ * VALUE where the decomposition does not converge, USER, NOMEM. */
 obm_status obm__dense_polar(const obm__run *run, const obm__group *g, obm__svd *d, size_t m, size_t n, double *x,
                             obm_error *err);
-/* The merged task vector of the tensor, rounded to f32, into g->formed. */
+/* The merged task vector of the tensor, rounded to f32, into g->formed.  Errors: NOMEM. */
 obm_status obm__dense_form(obm__group *g, const double *x, obm_error *err);
 /* mixed = base + factor * formed; then the rule of most methods: lambda is the factor, and what was not formed is the
  * mean of the weighted task vectors. */
@@ -337,10 +343,13 @@ typedef struct obm__gram_filter {
 } obm__gram_filter;
 /* min over M of sum_t tr[(M - D_t) G_t (M - D_t)^T] with C = sum G_t and R = sum D_t G_t - M_0 C: M = M_0 + R g(C).  R
  * (m, n) is replaced by R g(C), C (n, n) is lost; work: (m, n), not used where a ridge on all eigenvalues lets a
- * Cholesky factorisation do. */
+ * Cholesky factorisation do.  `what` is for messages.  Errors: VALUE (C is not positive definite, or its decomposition
+ * does not converge), UNSUPPORTED (beyond LAPACK's sizes), USER, NOMEM. */
 obm_status obm__gram_solve(const obm__run *run, size_t m, size_t n, double *c, double *r, double *work,
                            obm__gram_filter f, const char *what, obm_error *err);
 
+/* For messages: "the tensor" where it has no name. */
+const char *obm__group_name(const obm__group *g);
 /* The dtype that a merge without a `dtype` works in: the common one, F32 where they differ. */
 obm_dtype obm__group_common_dtype(const obm_tensor *base, const obm_tensor *models, size_t n);
 /* base and d: floats of elements [begin, begin + n), n <= OBM_MERGE_BLOCK; scratch: OBM_MERGE_BLOCK floats. */

@@ -56,7 +56,7 @@ static obm_status accumulate(const work *w, obm_error *err) {
     OBM_TRY(obm__dense_load(w->run, w->g, 0, 1, false, w->sum, err));
     for (size_t t = 1; t < w->g->steps->n; t++) {
         memcpy(w->svd.a, w->sum, count * sizeof *w->sum);
-        OBM_TRY(obm__svd_run(&w->svd, obm__dense_name(w->g), err));
+        OBM_TRY(obm__svd_run(&w->svd, obm__group_name(w->g), err));
         OBM_TRY(obm__dense_load(w->run, w->g, t, 1, false, w->d, err));
         OBM_TRY(project(w, err));
         for (size_t i = 0; i < count; i++) w->sum[i] += w->d[i];
@@ -75,7 +75,7 @@ static obm_status form(const obm__run *run, obm__group *g, obm_error *err) {
     w.d = w.sum + w.z.m * w.z.n;
     w.y = w.d + w.z.m * w.z.n;
     w.p = w.y + w.z.k * w.z.n;
-    OBM_GO(obm__svd_new(w.z.m, w.z.n, obm__dense_name(g), &w.svd, err));
+    OBM_GO(obm__svd_new(w.z.m, w.z.n, obm__group_name(g), &w.svd, err));
     OBM_GO(accumulate(&w, err));
     OBM_GO(obm__dense_form(g, w.sum, err));
 done:
@@ -122,12 +122,6 @@ static obm_status prepare(const obm__run *run, obm__group *groups, size_t n_grou
     size_t n = groups[0].steps->n;
     if (n + 1 > OBM_MAX_SUMS)
         return obm__fail(err, OBM_E_UNSUPPORTED, "opcm takes at most %d models, found %zu", OBM_MAX_SUMS - 1, n);
-    for (size_t i = 0; i < n_groups; i++)
-        if (groups[i].steps->n != n)
-            return obm__fail(err, OBM_E_ARG,
-                             "%s: opcm over the whole model needs the same models for all tensors "
-                             "(scope: tensor allows it)",
-                             obm__dense_name(&groups[i]));
     double total[OBM_MAX_SUMS] = {0}, mean = 0;
     for (size_t i = 0; i < n_groups; i++) OBM_TRY(add_norms(run, &groups[i], total, n_groups == 1, err));
     for (size_t i = 0; i < n; i++) mean += sqrt(total[i]) / (double)n;

@@ -136,12 +136,13 @@ static obm_status call_function(const tile *t, obm_error *err) {
     obm_error own = {0};
     obm_status status = m->merge(m->user, &given, &own);
     if (status != OBM_OK)
-        return own.message[0] ? obm__fail(err, status, "%s", own.message)
-                              : obm__fail(err, status, "%s: stopped by the method %s", g->name, m->info.name);
+        return own.message[0]
+                   ? obm__fail(err, status, "%s", own.message)
+                   : obm__fail(err, status, "%s: stopped by the method %s", obm__group_name(g), m->info.name);
     size_t bad = t->k->find_nonfinite(t->result, t->count);
     if (bad == t->count) return OBM_OK;
-    return obm__fail(err, OBM_E_VALUE, "%s: the method %s gave NaN or Inf at index %llu",
-                     g->name[0] ? g->name : "the tensor", m->info.name, (unsigned long long)(t->begin + bad));
+    return obm__fail(err, OBM_E_VALUE, "%s: the method %s gave NaN or Inf at index %llu", obm__group_name(g),
+                     m->info.name, (unsigned long long)(t->begin + bad));
 }
 
 /* Reads elements [begin, begin + count) into the caller's memory, or into `memory` (tile_lanes, count), and lets the

@@ -3,7 +3,7 @@
 #include "merge.h"
 
 static const obm_param_info params[] = {
-    OBM_PARAM_ROW("weight", "factor of this model", OBM_PARAM_PER_MODEL, false, 1, -INFINITY, INFINITY, false),
+    OBM_PARAM_FACTOR("factor of this model"),
     OBM_PARAM_ROW(
         "variant",
         "competition between models by tanh(d * sum of d) (1), or by the sum of tanh(n * n') of the normalised "
@@ -24,9 +24,11 @@ enum { LOW, HIGH, THRESHOLD, LARGEST, PER_MODEL };
 
 static const double *stats_of(const obm__block *b, size_t model) { return b->g->stats + HEAD + model * PER_MODEL; }
 
+static bool is_first(const obm__steps *s) { return obm__steps_value(s, "variant", 0) == 1; }
+
 static double setting(const obm__steps *s, const char *name, double first, double second) {
     double x = obm__steps_value(s, name, 0);
-    return x >= 0 ? x : obm__steps_value(s, "variant", 0) == 1 ? first : second;
+    return x >= 0 ? x : is_first(s) ? first : second;
 }
 
 static double clamped(double d, const double *q) { return fmin(fmax(fabs(d), q[LOW]), q[HIGH]); }
@@ -39,11 +41,10 @@ static double normalised(double d, const double *q) {
 
 /* Du et al., section 3: b = exp(N * norm^2) * competition.  exp(-N) in front changes no ratio of two of them, and keeps
  * them below 1 however many models there are. */
-static float balance(const obm__block *b, size_t model, size_t j) {
+static float balance(const obm__block *b, bool first, size_t model, size_t j) {
     const obm__steps *s = b->g->steps;
     const double *q = stats_of(b, model);
     double d = obm__block_delta(b, model)[j], n = normalised(d, q), sum = 0;
-    bool first = obm__steps_value(s, "variant", 0) == 1;
     for (size_t u = 0; u < s->n; u++) {
         double other = obm__block_delta(b, u)[j];
         sum += first ? other : tanh(n * normalised(other, stats_of(b, u)));
@@ -53,7 +54,8 @@ static float balance(const obm__block *b, size_t model, size_t j) {
 
 static void score(const obm__block *b, float *out) {
     size_t model = (size_t)b->g->stats[0];
-    for (size_t j = 0; j < b->n; j++) out[j] = fmaxf((float)b->g->stats[1] * balance(b, model, j), 0);
+    bool first = is_first(b->g->steps);
+    for (size_t j = 0; j < b->n; j++) out[j] = fmaxf((float)b->g->stats[1] * balance(b, first, model, j), 0);
 }
 
 static obm_status ranked(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, double sign,
@@ -125,19 +127,22 @@ static obm_status prepare(const obm__run *run, obm__group *groups, size_t n_grou
 }
 
 /* 0 at and below the threshold, 1 at the largest. */
-static double scale_of(const obm__block *b, size_t model, size_t j) {
+static double scale_of(const obm__block *b, bool first, size_t model, size_t j) {
     const double *q = stats_of(b, model);
-    double x = balance(b, model, j);
+    double x = balance(b, first, model, j);
     return x > q[THRESHOLD] && q[LARGEST] > q[THRESHOLD] ? (x - q[THRESHOLD]) / (q[LARGEST] - q[THRESHOLD]) : 0;
 }
 
 static void merge(const obm__block *b) {
     const obm__steps *s = b->g->steps;
+    bool first = is_first(s);
+    /* s->weight is rounded to f32 */
+    const double *weight = s->values + (size_t)(obm__method_param(s->method, "weight") - s->method->info.params) * s->n;
     for (size_t j = 0; j < b->n; j++) {
         double sum = 0, mass = 0;
         for (size_t i = 0; i < s->n; i++) {
-            double d = obm__block_delta(b, i)[j], scale = scale_of(b, i, j);
-            sum += obm__steps_value(s, "weight", i) * copysign(clamped(d, stats_of(b, i)), d) * (d == 0 ? 0 : scale);
+            double d = obm__block_delta(b, i)[j], scale = scale_of(b, first, i, j);
+            sum += weight[i] * copysign(clamped(d, stats_of(b, i)), d) * (d == 0 ? 0 : scale);
             mass += scale;
         }
         b->mixed[j] = (float)(b->base[j] + sum / fmax(mass, 1e-12));

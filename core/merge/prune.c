@@ -3,7 +3,7 @@
 #include "merge.h"
 
 static const obm_param_info prune_params[] = {
-    OBM_PARAM_ROW("weight", "factor of this model", OBM_PARAM_PER_MODEL, false, 1, -INFINITY, INFINITY, false),
+    OBM_PARAM_FACTOR("factor of this model"),
     OBM_PARAM_DENSITY("share of the elements kept, the largest by magnitude"),
     OBM_PARAM_NORMALIZE("divide by the sum of the weights", 0),
     OBM_PARAM_RESCALE("scale what is kept by 1 / density", 1),

@@ -2,8 +2,7 @@
 #include "merge.h"
 
 static const obm_param_info params[] = {
-    OBM_PARAM_ROW("weight", "factor of this model's task vector", OBM_PARAM_PER_MODEL, false, 1, -INFINITY, INFINITY,
-                  false),
+    OBM_PARAM_FACTOR("factor of this model's task vector"),
     OBM_PARAM_LAMBDA,
 };
 
@@ -17,22 +16,12 @@ typedef struct work {
     double *s;      /* (all) */
 } work;
 
-/* Directions beyond the rank have no singular vectors; they stay zero. */
-static void take_triples(const work *w, size_t task) {
-    size_t first = task * w->each, m = w->z.m, n = w->z.n, k = w->z.k, rank = obm__svd_rank(&w->svd);
-    for (size_t i = 0; i < w->each && i < rank; i++) {
-        w->s[first + i] = w->svd.s[i];
-        memcpy(w->vt + (first + i) * n, w->svd.vt + i * n, n * sizeof *w->vt);
-        for (size_t row = 0; row < m; row++) w->u[row * w->all + first + i] = w->svd.u[row * k + i];
-    }
-}
-
 /* polar(U) S polar(V)^T (Gargiulo et al., Task Singular Vectors, arXiv 2412.00081). */
 static obm_status decorrelate(work *w, obm_error *err) {
     for (size_t t = 0; t < w->g->steps->n; t++) {
         OBM_TRY(obm__dense_load(w->run, w->g, t, (double)w->g->steps->weight[t], false, w->svd.a, err));
-        OBM_TRY(obm__svd_run(&w->svd, obm__dense_name(w->g), err));
-        take_triples(w, t);
+        OBM_TRY(obm__svd_run(&w->svd, obm__group_name(w->g), err));
+        obm__dense_take(&w->svd, t * w->each, w->each, w->all, w->u, w->vt, w->s);
     }
     OBM_TRY(obm__dense_polar(w->run, w->g, &w->svd, w->z.m, w->all, w->u, err));
     OBM_TRY(obm__dense_polar(w->run, w->g, &w->svd, w->all, w->z.n, w->vt, err));
@@ -58,7 +47,7 @@ static obm_status form(const obm__run *run, obm__group *g, obm_error *err) {
     if (!w.u) return obm__fail_nomem(err, room * sizeof *w.u);
     w.vt = w.u + w.z.m * w.all;
     w.s = w.vt + w.all * w.z.n;
-    OBM_GO(obm__svd_new(w.z.m, w.z.n, obm__dense_name(g), &w.svd, err));
+    OBM_GO(obm__svd_new(w.z.m, w.z.n, obm__group_name(g), &w.svd, err));
     OBM_GO(decorrelate(&w, err));
     OBM_GO(obm__dense_form(g, w.svd.a, err));
 done:

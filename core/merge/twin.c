@@ -19,22 +19,23 @@ typedef struct work {
     double *shared, *sum; /* (m, n) */
 } work;
 
-static double share_of(const obm__steps *s, size_t model) {
+/* What a weight is divided by to be a share. */
+static double mass_of(const obm__steps *s) {
     double sum = 0;
     for (size_t i = 0; s->normalize && i < s->n; i++) sum += (double)s->weight[i];
-    return (double)s->weight[model] / (sum > 0 ? sum : 1);
+    return sum > 0 ? sum : 1;
 }
 
 /* Adds the model's share of its rank-r part; svd.a holds D_t - shared. */
 static obm_status add_own(const work *w, size_t model, obm_error *err) {
     const obm__steps *s = w->g->steps;
     size_t m = w->z.m, n = w->z.n, k = w->z.k, rank = (size_t)(obm__steps_value(s, "density", model) * (double)k);
-    double share = share_of(s, model);
+    double share = (double)s->weight[model] / mass_of(s);
     if (rank >= k) {
         for (size_t i = 0; i < m * n; i++) w->sum[i] += share * w->svd.a[i];
         return OBM_OK;
     }
-    OBM_TRY(obm__svd_run(&w->svd, obm__dense_name(w->g), err));
+    OBM_TRY(obm__svd_run(&w->svd, obm__group_name(w->g), err));
     for (size_t i = 0; i < k; i++)
         for (size_t j = 0; j < n; j++) w->svd.vt[i * n + j] *= i < rank ? share * w->svd.s[i] : 0;
     obm__product p = {.m = m, .n = n, .k = k, .alpha = 1, .beta = 1, .a = w->svd.u, .b = w->svd.vt, .c = w->sum};
@@ -66,7 +67,7 @@ static obm_status form(const obm__run *run, obm__group *g, obm_error *err) {
     w.shared = obm__alloc(2 * count, sizeof *w.shared);
     if (!w.shared) return obm__fail_nomem(err, 2 * count * sizeof *w.shared);
     w.sum = w.shared + count;
-    OBM_GO(obm__svd_new(w.z.m, w.z.n, obm__dense_name(g), &w.svd, err));
+    OBM_GO(obm__svd_new(w.z.m, w.z.n, obm__group_name(g), &w.svd, err));
     OBM_GO(combine(&w, err));
     OBM_GO(obm__dense_form(g, w.sum, err));
 done:
@@ -78,7 +79,7 @@ done:
 /* What is no matrix keeps the whole of what is each model's own. */
 static void merge(const obm__block *b) {
     const obm__steps *s = b->g->steps;
-    double lambda = obm__steps_value(s, "lambda", 0);
+    double lambda = obm__steps_value(s, "lambda", 0), mass = mass_of(s);
     if (b->g->formed) {
         obm__dense_add(b, 1);
         return;
@@ -86,7 +87,8 @@ static void merge(const obm__block *b) {
     for (size_t j = 0; j < b->n; j++) {
         double shared = 0, own = 0;
         for (size_t i = 0; i < s->n; i++) shared += lambda * (double)obm__block_delta(b, i)[j];
-        for (size_t i = 0; i < s->n; i++) own += share_of(s, i) * ((double)obm__block_delta(b, i)[j] - shared);
+        for (size_t i = 0; i < s->n; i++)
+            own += (double)s->weight[i] / mass * ((double)obm__block_delta(b, i)[j] - shared);
         b->mixed[j] = (float)(b->base[j] + shared + own);
     }
 }

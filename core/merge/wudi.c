@@ -77,7 +77,7 @@ static obm_status truncate_d(const work *w, const obm__svd *svd, obm_error *err)
     size_t m = w->z.m, n = w->z.n, k = w->z.k, keep = k / w->g->steps->n;
     if (keep == 0) keep = 1;
     memcpy(svd->a, w->d, m * n * sizeof *w->d);
-    OBM_TRY(obm__svd_run(svd, obm__dense_name(w->g), err));
+    OBM_TRY(obm__svd_run(svd, obm__group_name(w->g), err));
     for (size_t i = 0; i < k; i++)
         for (size_t j = 0; j < n; j++) svd->vt[i * n + j] *= i < keep ? svd->s[i] : 0;
     return multiply(w, (obm__product){.m = m, .n = n, .k = k, .alpha = 1, .a = svd->u, .b = svd->vt, .c = w->d}, err);
@@ -120,7 +120,7 @@ static obm_status solve(const work *w, obm_error *err) {
     rest.b = w->stacks ? w->x : w->c;
     rest.c = w->r;
     OBM_TRY(multiply(w, rest, err));
-    OBM_TRY(obm__gram_solve(w->run, m, w->order, w->c, w->r, w->d, filter_of(w), obm__dense_name(w->g), err));
+    OBM_TRY(obm__gram_solve(w->run, m, w->order, w->c, w->r, w->d, filter_of(w), obm__group_name(w->g), err));
     obm__product step = {.m = m, .n = n, .k = w->order, .alpha = 1, .beta = 1, .a = w->r, .b = w->x, .c = w->start};
     if (w->stacks) return multiply(w, step, err);
     for (size_t i = 0; i < m * n; i++) w->start[i] += w->r[i];
@@ -151,7 +151,7 @@ static obm_status form(const obm__run *run, obm__group *g, bool truncates, obm_e
     w.c = w.r + w.z.m * w.order;
     w.small = w.c + w.order * w.order;
     w.x = w.small + w.z.k * w.z.k;
-    if (truncates) OBM_GO(obm__svd_new(w.z.m, w.z.n, obm__dense_name(g), &svd, err));
+    if (truncates) OBM_GO(obm__svd_new(w.z.m, w.z.n, obm__group_name(g), &svd, err));
     OBM_GO(gather(&w, &svd, err));
     obm__svd_free(&svd);
     OBM_GO(solve(&w, err));

@@ -186,6 +186,12 @@ static void test_failures(void **state) {
 
         m = method_of(&s);
         m.whole_tensor = whole;
+        s.fail = "";
+        assert_int_equal(run(2, &m, &in, out, &err), OBM_E_USER);
+        assert_string_equal(err.message, "the tensor: stopped by the method sum");
+
+        m = method_of(&s);
+        m.whole_tensor = whole;
         s.nan_at = 600000;
         assert_int_equal(run(2, &m, &in, out, &err), OBM_E_VALUE);
         assert_string_equal(err.message, "the tensor: the method sum gave NaN or Inf at index 600000");
