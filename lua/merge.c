@@ -162,6 +162,7 @@ static void push_method(lua_State *L, const obm_method_info *m) {
  * that are registered */
 int obm_lua_list_methods(lua_State *L) {
     obm_lua_methods own;
+    lua_settop(L, 0);
     lua_newtable(L);
     lua_newtable(L);
     for (size_t i = 0; i < obm_method_count(); i++) {

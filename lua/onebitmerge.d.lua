@@ -537,7 +537,8 @@ function obm.register_method(name, fn, options) end
 ---@return onebitmerge.LoraMatrix[]|onebitmerge.Plan|nil, string? message, onebitmerge.Code? code
 function obm.extract_lora(base, expert, out, options) end
 
----Every merge method: name, doc, source, needs_base, min_models, max_models, params.
+---Every merge method, the built-in ones, then those that are registered: name, doc, source, needs_base, min_models,
+---max_models, params.
 ---@return table[]
 function obm.methods() end
 

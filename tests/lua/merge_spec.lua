@@ -134,5 +134,8 @@ describe("merge_tensors", function()
       for _, p in ipairs(method.params) do assert.is_true(#p.name > 0 and p.min <= p.max) end
     end
     for _, name in ipairs { "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties" } do assert.is_true(names[name]) end
+    assert.same(obm.methods(), obm:methods())   -- arguments change nothing
+    assert.same(obm.methods(), obm.methods(5))
+    assert.is_nil(obm[1])
   end)
 end)
