@@ -50,9 +50,13 @@ def emit(record):
     print(json.dumps(clean(record), ensure_ascii=False, allow_nan=False), flush=True)
 
 
+def name_of(path):
+    return "standard input" if path == "-" else path
+
+
 def read_lines(path):
     """JSON lines of a file or stdin; messages name the line."""
-    name = "standard input" if path == "-" else path
+    name = name_of(path)
     # Bytes, so that the encoding is UTF-8 whatever the locale says and a bad line can be named; a BOM is let pass.
     stream = contextlib.nullcontext(getattr(sys.stdin, "buffer", sys.stdin)) if path == "-" else open(path, "rb")
     items = []
@@ -81,14 +85,14 @@ def need(item, index, *keys):
     raise Failure(f"item {index}: expected one of {', '.join(keys)}; found {', '.join(sorted(item)) or 'nothing'}")
 
 
-def check_keys(item, index, name):
+def check_keys(item, index, path, options):
     """Items may carry what evaluations need besides; what looks like a key that is misspelt, or an option, is an error."""
     for key in sorted(set(item) - {"ids", "messages", "prompt", "text", "route", "task", "answer", "match"}):
+        if key in options:
+            raise Failure(f"{name_of(path)}, item {index}: {key} is given for all items, with --{key.replace('_', '-')}")
         near = difflib.get_close_matches(key, ("messages", "prompt", "route"), 1, .8)
-        if near:
-            raise Failure(f"{name}, item {index}: unknown key \"{key}\", did you mean \"{near[0]}\"?")
-        if key in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "router", "template"):
-            raise Failure(f"{name}, item {index}: {key} is given for all items, with --{key.replace('_', '-')}")
+        if near and near[0] not in item:
+            raise Failure(f"{name_of(path)}, item {index}: unknown key \"{key}\", did you mean \"{near[0]}\"?")
 
 
 def progress_of(args):
@@ -450,7 +454,7 @@ def generate(args):
         options["route_every"] = args.route_every
     items = [{"prompt": args.prompt}] if args.file is None else read_lines(args.file)
     for i, item in enumerate(items):
-        check_keys(item, i, args.file)
+        check_keys(item, i, args.file, {*options, "router", "route_every", "batch"})
     prompts = [prompt_of(item) for item in items]
     routes = [item.get("route", args.route) for item in items]
     if model.pack is None and any(r not in (None, "auto") for r in routes):

@@ -63,6 +63,13 @@ describe("model", function()
     assert.error_matches(function() obm.model(path, { base = 1 }) end, "expected string, found number")
   end)
 
+  it("holds its base in 12 bits per weight", function()
+    local packed <close> = assert(obm.model(path, { z12 = true }))
+    assert.is_true(packed:memory().base < model:memory().base)
+    local options = { chat = true, max_tokens = 12 }
+    assert.equal((model:generate(question, options)), (packed:generate(question, options)))
+  end)
+
   it("generates", function()
     local text, info = model:generate(question, { chat = true, max_tokens = 40 })
     local named = model:generate(question, { chat = true, template = "chatml", max_tokens = 40 })

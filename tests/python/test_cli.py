@@ -289,8 +289,22 @@ def test_generate(run, lines, pack_path, model, jsonl, fails, models):
     fails("generate", pack_path, "-p", "x", "--route", "poetry", match="poetry")
     fails("generate", pack_path, code=2, match="either")
     fails("generate", pack_path, "--file", jsonl({"prompt": "x"}, {"prompt": "x", "rout": "math"}), match='item 1: unknown key "rout", did you mean "route"')
-    fails("generate", pack_path, "--file", jsonl({"prompt": "x", "max_tokens": 2}), match="given for all items, with --max-tokens")
     fails("generate", models / "math", "-p", "x", "--base", "y", code=2, match="--base")
+
+
+@pytest.mark.parametrize("key", ["max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "chat", "template",
+                                 "router", "route_every", "batch"])
+def test_options_are_no_keys_of_items(fails, pack_path, jsonl, key):
+    fails("generate", pack_path, "--file", jsonl({"prompt": "x", key: 2}), match=f"in.jsonl, item 0: {key} is given for all items, with --{key.replace('_', '-')}")
+
+
+def test_keys_that_only_look_misspelt(lines, fails, pack_path, jsonl, monkeypatch):
+    """Beside the key that they look like, they are something else; standard input has a name."""
+    item = {"prompt": "hello", "prompt_id": 7, "route": "math", "routes": ["x"]}
+    argv = ["generate", pack_path, "--max-tokens", 4, "--file"]
+    assert lines(*argv, jsonl(item)) == lines(*argv, jsonl({"prompt": "hello", "route": "math"}))
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"promt": "hello"}\n'))
+    fails(*argv, "-", match='standard input, item 0: unknown key "promt", did you mean "prompt"?')
 
 
 def test_generate_samples_by_the_seed(lines, pack_path):
@@ -442,6 +456,20 @@ def test_materialise(lines, pack_path, model, models, data, jsonl, tmp_path):
     items = jsonl(*data.test["math"][:8], name="items.jsonl")
     assert lines("eval", pack_path, "--task", items, "--materialise") == lines("eval", pack_path, "--task", items)
     assert lines("score", models / "base", "--file", jsonl({"text": PROMPT}), "--materialise")   # dense already: nothing changes
+
+
+def test_z12(lines, pack_path, monkeypatch):
+    """The same text, and of a model that is held in fewer bytes."""
+    opened, make = [], obm.Model
+
+    def model(*args, **kwargs):
+        opened.append(make(*args, **kwargs))
+        return opened[-1]
+    monkeypatch.setattr(obm, "Model", model)
+    argv = ["generate", pack_path, "--chat", "-p", PROMPT, "--max-tokens", 40]
+    assert lines(*argv, "--z12") == lines(*argv)
+    packed, plain_one = opened
+    assert packed.memory["base"] < plain_one.memory["base"]
 
 
 # ---- input, errors, exit codes ----

@@ -99,7 +99,7 @@ def test_tiles_of_a_tensor():
         assert not tile.out.any()
         seen.append((tile.begin, len(tile)))
         tile.out += tile.vectors[0] * tile.vectors[1]
-        tile.vectors[:] = np.nan
+        tile.vectors[:] = tile.base[:] = np.nan
     got = obm.merge_tensors(method, models, base)
     assert np.array_equal(got, base + (models[0] - base) * (models[1] - base))
     assert len(seen) > 1 and sum(n for _, n in seen) == base.size

@@ -38,7 +38,7 @@ def flat(tensors):
 
 @pytest.mark.parametrize("method, parameters", [
     ("pcb", {}), ("pcb", {"variant": 1, "ratio": .3, "quantile": .05}), ("localize_stitch", {}), ("localize_stitch", {"density": .4, "lambda": .5}),
-    ("magnitude_prune", {"density": .3, "scope": "model"}),
+    ("magnitude_prune", {"density": .3}),
 ])
 @pytest.mark.parametrize("scope", ["model", "tensor"])
 def test_scopes(family, method, parameters, scope):
@@ -47,15 +47,14 @@ def test_scopes(family, method, parameters, scope):
               "models": [{"model": str(folder / "a")}, {"model": str(folder / "b")}]}
     obm.merge(recipe, folder / "out")
     got = plain.load(folder / "out")
-    p = {key: value for key, value in parameters.items() if key != "scope"}
     function = getattr(reference, method)
     if scope == "model":
         base, *models = (flat(tensors[m]) for m in ("base", "a", "b"))
-        assert np.abs(np.array(flat(got)) - function(base, models, p, (len(base),), False)).max() < 2e-5
+        assert np.abs(np.array(flat(got)) - function(base, models, parameters, (len(base),), False)).max() < 2e-5
         return
     for name, x in got.items():
         base, *models = ([float(v) for v in tensors[m][name].ravel()] for m in ("base", "a", "b"))
-        assert np.abs(x.ravel() - function(base, models, p, x.shape, False)).max() < 2e-5, name
+        assert np.abs(x.ravel() - function(base, models, parameters, x.shape, False)).max() < 2e-5, name
 
 
 def test_a_model_takes_one_ratio(family):

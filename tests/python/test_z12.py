@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 
 import onebitmerge as obm
+from plain import load, write_folder
 
 
-def write_model(folder, weights, source, odd=False):
-    """A copy of a model folder with other tensors, {name: bf16 bits}; odd: none of them is aligned in the file."""
-    folder.mkdir()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+def write_model(folder, tensors, source):
+    """A copy of a model folder with other tensors, as bf16."""
+    write_folder(folder, tensors, "BF16", json.loads((source / "config.json").read_text()))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((source / name).read_bytes())
-    header, data, at = {}, [], 0
-    for name, bits in weights.items():
-        header[name] = {"dtype": "BF16", "shape": list(bits.shape), "data_offsets": [at, at + bits.nbytes]}
-        at += bits.nbytes
-        data.append(bits.tobytes())
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8 + odd)
-    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data))
     return folder
+
+
+def misalign(path):
+    """One more space behind the header: every tensor of the file lies at an odd place."""
+    blob = path.read_bytes()
+    end = 8 + int.from_bytes(blob[:8], "little")
+    path.write_bytes((end - 7).to_bytes(8, "little") + blob[8:end] + b" " + blob[end:])
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,7 @@ def test_pack_on_planes(models, tmp_path):
     experts = {"math": models / "math", "code": models / "code"}
     obm.compress(models / "base", experts, tmp_path / "p")
     plain, packed = obm.Model(tmp_path / "p"), obm.Model(tmp_path / "p", z12=True)
+    assert packed.memory["base"] < plain.memory["base"]
     for route in ("math", {"math": 0.4, "code": 0.6}, "base"):
         assert np.array_equal(plain.logits([5, 9, 17, 300], route=route), packed.logits([5, 9, 17, 300], route=route))
         assert str(plain.generate("17 plus 5", route=route, max_tokens=8)) == str(packed.generate("17 plus 5", route=route, max_tokens=8))
@@ -64,16 +65,13 @@ def test_pack_on_planes(models, tmp_path):
 
 def test_matrices_with_many_escapes_stay(models, tmp_path):
     """5 % of outliers are more than is worth packing, 0.2 % are not."""
-    source = obm.Checkpoint(models / "base")
-    rng = np.random.default_rng(3)
-    weights = {}
-    for name in source:
-        bits = (np.asarray(source[name], dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16)
-        if bits.ndim == 2 and "up_proj" in name:
-            hit = rng.random(bits.shape) < (0.05 if ".0." in name else 0.002)
-            bits = np.where(hit, rng.integers(0x3000, 0x3e00, bits.shape, dtype=np.uint16), bits)
-        weights[name] = bits
-    folder = write_model(tmp_path / "m", weights, models / "base")
+    rng, tensors = np.random.default_rng(3), load(models / "base")
+    for name, x in tensors.items():
+        if "up_proj" in name:
+            hit = rng.random(x.shape) < (0.05 if ".0." in name else 0.002)
+            outliers = rng.integers(0x3000, 0x3e00, x.shape, dtype=np.uint16)
+            tensors[name] = np.where(hit, (outliers.astype(np.uint32) << 16).view(np.float32), x)
+    folder = write_model(tmp_path / "m", tensors, models / "base")
     plain, packed = obm.Model(folder), obm.Model(folder, z12=True)
     assert np.array_equal(plain.logits([5, 9, 17] * 30, all=True), packed.logits([5, 9, 17] * 30, all=True))
     assert plain.memory["base"] * 0.75 < packed.memory["base"] < plain.memory["base"]
@@ -81,9 +79,8 @@ def test_matrices_with_many_escapes_stay(models, tmp_path):
 
 def test_tensors_that_are_copies(models, tmp_path):
     """Tensors at odd places of the file are copied when the model is opened; the tied embedding is read from such a copy."""
-    source = obm.Checkpoint(models / "base")
-    weights = {name: (np.asarray(source[name], dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16) for name in source}
-    folder = write_model(tmp_path / "m", weights, models / "base", odd=True)
+    folder = write_model(tmp_path / "m", load(models / "base"), models / "base")
+    misalign(folder / "model.safetensors")
     want = obm.Model(models / "base").logits([5, 9, 17, 300])
     assert np.array_equal(obm.Model(folder).logits([5, 9, 17, 300]), want)
     assert np.array_equal(obm.Model(folder, z12=True).logits([5, 9, 17, 300]), want)
