@@ -45,11 +45,7 @@ PyObject *obm_py_merge(PyObject *module, PyObject *args, PyObject *kwargs) {
         obm_py_methods_begin(&methods, &call);
         obm_py_begin(&call);
         obm_status status = obm_merge(ctx, recipe, &options, out_text, &plan, &err);
-        if (obm_py_end(&call, status, &err) == 0)
-            result = Py_BuildValue("{sK,sK,sK,sK,sd}", "tensors", (unsigned long long)plan.tensors, "bytes_read",
-                                   (unsigned long long)plan.bytes_read, "bytes_written",
-                                   (unsigned long long)plan.bytes_written, "peak_memory",
-                                   (unsigned long long)plan.peak_memory, "seconds", plan.seconds);
+        if (obm_py_end(&call, status, &err) == 0) result = obm_py_plan(&plan);
     }
     obm_py_methods_clear(&methods);
     Py_XDECREF(context);

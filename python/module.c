@@ -96,16 +96,21 @@ static PyMethodDef module_methods[] = {
      "compress(base, experts, out, profile=None, overwrite=False, dry_run=False, progress=None) -> Pack"},
     {"merge", KW(obm_py_merge), "merge(recipe_text, out, ...) -> dict"},
     {"merge_tensors", KW(obm_py_merge_tensors),
-     "merge_tensors(method, models, base=None, params={}, profile=None, seed=0) -> ndarray"},
+     "merge_tensors(method, models, base=None, params={}, profile=None, seed=0) -> ndarray\n\n"
+     "Merge tensors of one shape; float32.  method: a name or a callable (tile), see register_method.\n"
+     "params: a number is global, a sequence one value per model."},
     {"register_method", obm_py_register_method, METH_VARARGS, "register_method(name, function, ...)"},
     {"methods", obm_py_list_methods, METH_NOARGS,
-     "methods() -> list of dict\n\nEvery merge method: name, doc, source, params."},
+     "methods() -> list of dict\n\nEvery merge method, the built-in ones, then those that are registered: name, doc, "
+     "source, needs_base, min_models,\nmax_models, params."},
     {"extract_lora", KW(obm_py_extract_lora),
      "extract_lora(base, expert, out, rank=None, energy=None, dtype=None, base_name=None, overwrite=False, "
-     "dry_run=False, "
-     "progress=None) -> list of dict\n\nA fine-tune's linear weights as a PEFT LoRA folder, cut by rank or by energy; "
-     "the "
-     "plan with dry_run."},
+     "dry_run=False, progress=None) -> list of dict\n\n"
+     "A fine-tune's linear weights as a PEFT LoRA folder, cut by rank or by energy; the plan with dry_run.\n"
+     "One dict for every tensor that differs: name, rows, cols, rank (0: it is not in the adapter), norm (of the task "
+     "vector),\nenergy (the share of norm^2 that is kept).\n\n"
+     "Errors: ArgumentError (not exactly one of rank and energy, or out of range), FileExistsError (an adapter in the "
+     "folder,\nwithout overwrite), NonFiniteError (NaN or Inf, nothing to extract)."},
     {"info", module_info, METH_NOARGS, "info() -> dict\n\nVersion, ISA, BLAS, topology, threads, memory."},
     {"set_threads", module_set_threads, METH_O,
      "set_threads(n)\n\nThreads of objects opened from now on; 0: one per core."},

@@ -255,9 +255,9 @@ class LoraMatrix(TypedDict):
     name: str
     rows: int
     cols: int
-    rank: int
-    norm: float
-    energy: float
+    rank: int   # 0: the tensor differs and is not in the adapter; norm and energy are 0 too
+    norm: float   # of the task vector
+    energy: float   # the share of norm^2 that is kept
 
 @overload
 def extract_lora(base: _Path, expert: _Path, out: _Path, rank: int | None = None, energy: float | None = None,

@@ -15,7 +15,8 @@ class Tile:
 
     vectors: (models, n) float32, the task vectors, or the weights for a method without a base; base: (n,) or None; out: (n,)
     zeros.  These are the core's own memory, free to overwrite.  tensor and shape: its name and the whole tensor's shape; the
-    tile is its elements begin to begin + n, row-major.  parameters: {name: float or bool, an array (models,) for one per model}.
+    tile is its elements begin to begin + n, row-major.  parameters: {name: float or bool; for one per model an array (models,) of
+    float32, narrowed from the recipe's f64, or of bool}.
     """
 
     __slots__ = ("tensor", "shape", "begin", "vectors", "base", "out", "parameters")
@@ -82,6 +83,7 @@ def _first_line(function):
 
 def entry(name: str, function: Callable[[Tile], Any], parameters: Mapping[str, Any] | None = None, scope: str = "element",
           base: bool = True, doc: str | None = None, min_models: int = 1, max_models: int = 0):
+    """The tuple of which the core makes a method (python/method.c); the arguments are register_method's."""
     if not callable(function):
         raise TypeError(f"a merge method is a callable (tile), found {type(function).__name__}")
     if scope not in ("element", "tensor"):
@@ -94,8 +96,8 @@ def entry(name: str, function: Callable[[Tile], Any], parameters: Mapping[str, A
 def method_entry(function):
     """A callable by itself: no parameters, element by element, under its own name if that can be one."""
     name = getattr(function, "__name__", "")
-    built_in = {m["name"] for m in _core.methods()}
-    return entry(name if re.fullmatch(r"\w{1,63}", name, re.ASCII) and name not in built_in else "custom", function)
+    taken = {m["name"] for m in _core.methods()}
+    return entry(name if re.fullmatch(r"\w{1,63}", name, re.ASCII) and name not in taken else "custom", function)
 
 
 def register_method(name, function, parameters=None, *, scope="element", base=True, doc=None, min_models=1, max_models=0):
@@ -105,6 +107,9 @@ def register_method(name, function, parameters=None, *, scope="element", base=Tr
     base is added to it.  parameters: {name: default}, or {name: {"default", "min", "max", "scope": "global" | "model", "required",
     "type": "number" | "bool", "doc"}}.  scope: "element" (tiles of any size, on which the result must not depend) or "tensor" (a
     tensor at once).  base=False: it merges the weights themselves.  function None forgets the method.
+
+    Errors: ArgumentError (a name that is not a word or is a built-in method's; a parameter's name, range, key or scope; scope),
+    NotFoundError (None for a name that is not registered), TypeError (function is not callable).
     """
     if function is None:
         _core.register_method(name, None)

@@ -114,8 +114,8 @@ static void bench_z12(bench *b, obm_model *plain, size_t batch) {
     }
     obm_model_account(plain, &before);
     obm_model_account(packed, &after);
-    printf("decode    batch %zu, z12: %.1f tokens/s; %.2f times plain bf16; %.3f of its bytes, packed in %.2f s\n", batch,
-           median(rate, b->rounds), median(share, b->rounds), (double)after.base / (double)before.base, opened);
+    printf("decode    batch %zu, z12: %.1f tokens/s; %.2f times plain bf16; %.3f of its bytes, opened in %.2f s\n",
+           batch, median(rate, b->rounds), median(share, b->rounds), (double)after.base / (double)before.base, opened);
     obm_model_free(packed);
 }
 
