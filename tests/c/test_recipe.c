@@ -1,51 +1,6 @@
 /* Recipes: their syntax, how settings resolve per tensor, and whole merges of small folders against a plain reference.
  */
-#include "merge/recipe.h"
-
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-#include <cmocka.h>
-
-static char folder[64], warnings[4096];
-static obm_context *ctx;
-
-static void keep_warning(void *user, const char *message) {
-    (void)user;
-    strncat(warnings, message, sizeof warnings - strlen(warnings) - 1);
-    strncat(warnings, "\n", sizeof warnings - strlen(warnings) - 1);
-}
-
-static obm_context *new_context(int threads) {
-    obm_context_options options = OBM_INIT(obm_context_options);
-    options.threads = threads;
-    options.log = keep_warning;
-    obm_context *c;
-    obm_error err;
-    if (obm_context_new(&options, &c, &err) != OBM_OK) fail_msg("%s", err.message);
-    return c;
-}
-
-static int setup(void **state) {
-    (void)state;
-    snprintf(folder, sizeof folder, "/tmp/obm-recipe-XXXXXX");
-    if (!mkdtemp(folder)) return -1;
-    ctx = new_context(2);
-    return 0;
-}
-
-static int teardown(void **state) {
-    (void)state;
-    obm_context_free(ctx);
-    char command[128];
-    snprintf(command, sizeof command, "rm -rf %s", folder);
-    return system(command);
-}
+#include "recipe_fixture.h"
 
 /* ---- syntax ---- */
 
@@ -57,7 +12,7 @@ static obm__recipe *parse(const char *text) {
     return r;
 }
 
-static void expect_error(const char *text, obm_status status, const char *part) {
+static void expect_parse_error(const char *text, obm_status status, const char *part) {
     obm__recipe *r;
     obm_error err;
     warnings[0] = 0;
@@ -180,69 +135,73 @@ static void test_aliases(void **state) {
 
 static void test_recipe_errors(void **state) {
     (void)state;
-    expect_error("", OBM_E_FORMAT, "empty");
-    expect_error("- a\n", OBM_E_FORMAT, "expected a mapping, found an array");
-    expect_error("a: [1\nb: 2\n", OBM_E_FORMAT, "line 2");
-    expect_error("merge_method: ties\nmerge_method: linear\n", OBM_E_FORMAT, "line 2: duplicate key merge_method");
-    expect_error("{\"merge_method\": \"ties\", \"merge_method\": 1}", OBM_E_FORMAT, "duplicate key");
-    expect_error(TIES MODELS "---\n" TIES MODELS, OBM_E_UNSUPPORTED, "more than one document");
-    expect_error(TIES "models: [{model: x, parameters: {weight: .inf}}]\n", OBM_E_FORMAT,
-                 "line 3: expected a finite number");
-    expect_error(TIES "models: [{model: x, parameters: {weight: 1e999}}]\n", OBM_E_FORMAT, "no double holds");
-    expect_error(TIES "models: [{model: x, parameters: {weight: 010}}]\n", OBM_E_FORMAT, "leading zero");
-    expect_error(TIES "models: [{model: !!python/object x}]\n", OBM_E_UNSUPPORTED, "tags");
-    expect_error("models: []\n", OBM_E_ARG, "\"merge_method\" is missing");
-    expect_error("merge_method: dare_tie\nmodels: []\n", OBM_E_NOTFOUND, "did you mean \"dare_ties\"?");
-    expect_error("merge_method: ties\n" MODELS, OBM_E_ARG, "needs a \"base_model\"");
-    expect_error(TIES, OBM_E_ARG, "\"models\" is missing");
-    expect_error(TIES "models: []\n", OBM_E_ARG, "at least 1 model besides the base, found 0");
-    expect_error(TIES "models: [{model: b}]\n", OBM_E_ARG, "found 0");
-    expect_error(TIES "models: [{modle: x}]\n", OBM_E_NOTFOUND,
-                 "models[0]: unknown key \"modle\", did you mean \"model\"?");
-    expect_error(TIES "models: [{model: x}, {model: x/}]\n", OBM_E_ARG, "listed twice");
-    expect_error(TIES "models: [{model: {path: x}}]\n", OBM_E_NOTFOUND, "models[0].model: unknown key \"path\"");
-    expect_error(TIES "models: [{model: {model: {paht: x}}}]\n", OBM_E_NOTFOUND, "did you mean \"path\"?");
-    expect_error(TIES "models: [{model: {model: {revision: x}}}]\n", OBM_E_ARG, "models[0].model: expected a path");
-    expect_error(TIES "models: [{model: 3}]\n", OBM_E_ARG, "models[0].model: expected a path, found an integer");
-    expect_error(TIES "models: [{model: x, weight: 1}]\n", OBM_E_NOTFOUND,
-                 "models[0]: unknown key \"weight\", it belongs under \"parameters\"");
-    expect_error(TIES MODELS "density: 0.5\n", OBM_E_NOTFOUND, "it belongs under \"parameters\"");
-    expect_error(TIES MODELS "out_dytpe: bfloat16\n", OBM_E_NOTFOUND, "did you mean \"out_dtype\"?");
-    expect_error(TIES MODELS "dtype: float64\n", OBM_E_UNSUPPORTED, "float64");
-    expect_error(TIES MODELS "dtype: bfloat\n", OBM_E_ARG, "did you mean \"bfloat16\"?");
-    expect_error(TIES MODELS "slices: []\n", OBM_E_ARG, "both \"models\" and \"slices\", expected one");
-    expect_error(TIES MODELS "tokenizer_source: 3\n", OBM_E_ARG, "tokenizer_source: expected a path");
-    expect_error(TIES MODELS "tokenizer_source: base\ntokenizer: {source: base}\n", OBM_E_ARG,
-                 "both \"tokenizer_source\" and \"tokenizer\"");
-    expect_error(TIES MODELS "tokenizer: {sauce: base}\n", OBM_E_NOTFOUND, "did you mean \"source\"?");
-    expect_error(TIES MODELS "tokenizer: {pad_to_multiple_of: 0}\n", OBM_E_ARG,
-                 "pad_to_multiple_of: expected an integer");
-    expect_error(TIES MODELS "tokenizer: {tokens: [a]}\n", OBM_E_ARG, "tokenizer.tokens: expected a mapping");
-    expect_error(TIES MODELS "tokenizer: {tokens: {a: x}}\n", OBM_E_ARG, "tokenizer.tokens.a: expected a mapping");
-    expect_error(TIES MODELS "tokenizer: {tokens: {a: {forse: true}}}\n", OBM_E_NOTFOUND, "did you mean \"force\"?");
-    expect_error(TIES MODELS "tokenizer: {tokens: {a: {force: true}}}\n", OBM_E_ARG, "force needs a \"source\"");
-    expect_error(TIES MODELS "tokenizer: {tokens: {a: {source: {kind: zreo}}}}\n", OBM_E_ARG,
-                 "tokens.a.source: kind: expected model_token or zero, found \"zreo\"");
-    expect_error(TIES MODELS "tokenizer: {tokens: {a: {source: {kind: model_token, model: x}}}}\n", OBM_E_ARG,
-                 "expected \"token\" or \"token_id\"");
-    expect_error(TIES MODELS "tokenizer: {tokens: {a: {source: {kind: model_token, token: x}}}}\n", OBM_E_ARG,
-                 "\"model\" is missing");
-    expect_error(TIES MODELS "chat_template: chatlm\n", OBM_E_ARG, "did you mean \"chatml\"?");
-    expect_error(TIES MODELS "chat_template: a template without braces in it\n", OBM_E_ARG,
-                 "expected auto, a name (alpaca, chatml, exaone, llama3, mistral) or a Jinja template, found");
-    expect_error(TIES MODELS "profile: official\n", OBM_E_ARG, "mergekit or paper");
-    expect_error(TIES MODELS "random_seed: -1\n", OBM_E_ARG, "random_seed");
-    expect_error(TIES MODELS "parameters: {lamda: 1}\n", OBM_E_NOTFOUND, "did you mean \"lambda\"?");
-    expect_error(TIES MODELS "parameters: {density: 2}\n", OBM_E_ARG,
-                 "parameters.density: expected a number in [0, 1], found 2");
-    expect_error(TIES MODELS "parameters: {normalize: 2}\n", OBM_E_ARG, "expected true or false");
-    expect_error(TIES MODELS "parameters: {density: []}\n", OBM_E_ARG, "an empty list");
-    expect_error(TIES MODELS "parameters: {density: [0.1, {value: 1}]}\n", OBM_E_ARG, "density");
-    expect_error(TIES MODELS "parameters: {density: [{value: 1}, 0.1]}\n", OBM_E_ARG, "among pairs");
-    expect_error(TIES MODELS "parameters: {density: {fliter: mlp, value: 1}}\n", OBM_E_NOTFOUND,
-                 "did you mean \"filter\"?");
-    expect_error(TIES MODELS "parameters: {density: {filter: mlp}}\n", OBM_E_ARG, "without a value");
-    expect_error(TIES MODELS "parameters: {density: many}\n", OBM_E_ARG, "found \"many\"");
+    expect_parse_error("", OBM_E_FORMAT, "empty");
+    expect_parse_error("- a\n", OBM_E_FORMAT, "expected a mapping, found an array");
+    expect_parse_error("a: [1\nb: 2\n", OBM_E_FORMAT, "line 2");
+    expect_parse_error("merge_method: ties\nmerge_method: linear\n", OBM_E_FORMAT,
+                       "line 2: duplicate key merge_method");
+    expect_parse_error("{\"merge_method\": \"ties\", \"merge_method\": 1}", OBM_E_FORMAT, "duplicate key");
+    expect_parse_error(TIES MODELS "---\n" TIES MODELS, OBM_E_UNSUPPORTED, "more than one document");
+    expect_parse_error(TIES "models: [{model: x, parameters: {weight: .inf}}]\n", OBM_E_FORMAT,
+                       "line 3: expected a finite number");
+    expect_parse_error(TIES "models: [{model: x, parameters: {weight: 1e999}}]\n", OBM_E_FORMAT, "no double holds");
+    expect_parse_error(TIES "models: [{model: x, parameters: {weight: 010}}]\n", OBM_E_FORMAT, "leading zero");
+    expect_parse_error(TIES "models: [{model: !!python/object x}]\n", OBM_E_UNSUPPORTED, "tags");
+    expect_parse_error("models: []\n", OBM_E_ARG, "\"merge_method\" is missing");
+    expect_parse_error("merge_method: dare_tie\nmodels: []\n", OBM_E_NOTFOUND, "did you mean \"dare_ties\"?");
+    expect_parse_error("merge_method: ties\n" MODELS, OBM_E_ARG, "needs a \"base_model\"");
+    expect_parse_error(TIES, OBM_E_ARG, "\"models\" is missing");
+    expect_parse_error(TIES "models: []\n", OBM_E_ARG, "at least 1 model besides the base, found 0");
+    expect_parse_error(TIES "models: [{model: b}]\n", OBM_E_ARG, "found 0");
+    expect_parse_error(TIES "models: [{modle: x}]\n", OBM_E_NOTFOUND,
+                       "models[0]: unknown key \"modle\", did you mean \"model\"?");
+    expect_parse_error(TIES "models: [{model: x}, {model: x/}]\n", OBM_E_ARG, "listed twice");
+    expect_parse_error(TIES "models: [{model: {path: x}}]\n", OBM_E_NOTFOUND, "models[0].model: unknown key \"path\"");
+    expect_parse_error(TIES "models: [{model: {model: {paht: x}}}]\n", OBM_E_NOTFOUND, "did you mean \"path\"?");
+    expect_parse_error(TIES "models: [{model: {model: {revision: x}}}]\n", OBM_E_ARG,
+                       "models[0].model: expected a path");
+    expect_parse_error(TIES "models: [{model: 3}]\n", OBM_E_ARG, "models[0].model: expected a path, found an integer");
+    expect_parse_error(TIES "models: [{model: x, weight: 1}]\n", OBM_E_NOTFOUND,
+                       "models[0]: unknown key \"weight\", it belongs under \"parameters\"");
+    expect_parse_error(TIES MODELS "density: 0.5\n", OBM_E_NOTFOUND, "it belongs under \"parameters\"");
+    expect_parse_error(TIES MODELS "out_dytpe: bfloat16\n", OBM_E_NOTFOUND, "did you mean \"out_dtype\"?");
+    expect_parse_error(TIES MODELS "dtype: float64\n", OBM_E_UNSUPPORTED, "float64");
+    expect_parse_error(TIES MODELS "dtype: bfloat\n", OBM_E_ARG, "did you mean \"bfloat16\"?");
+    expect_parse_error(TIES MODELS "slices: []\n", OBM_E_ARG, "both \"models\" and \"slices\", expected one");
+    expect_parse_error(TIES MODELS "tokenizer_source: 3\n", OBM_E_ARG, "tokenizer_source: expected a path");
+    expect_parse_error(TIES MODELS "tokenizer_source: base\ntokenizer: {source: base}\n", OBM_E_ARG,
+                       "both \"tokenizer_source\" and \"tokenizer\"");
+    expect_parse_error(TIES MODELS "tokenizer: {sauce: base}\n", OBM_E_NOTFOUND, "did you mean \"source\"?");
+    expect_parse_error(TIES MODELS "tokenizer: {pad_to_multiple_of: 0}\n", OBM_E_ARG,
+                       "pad_to_multiple_of: expected an integer");
+    expect_parse_error(TIES MODELS "tokenizer: {tokens: [a]}\n", OBM_E_ARG, "tokenizer.tokens: expected a mapping");
+    expect_parse_error(TIES MODELS "tokenizer: {tokens: {a: x}}\n", OBM_E_ARG,
+                       "tokenizer.tokens.a: expected a mapping");
+    expect_parse_error(TIES MODELS "tokenizer: {tokens: {a: {forse: true}}}\n", OBM_E_NOTFOUND,
+                       "did you mean \"force\"?");
+    expect_parse_error(TIES MODELS "tokenizer: {tokens: {a: {force: true}}}\n", OBM_E_ARG, "force needs a \"source\"");
+    expect_parse_error(TIES MODELS "tokenizer: {tokens: {a: {source: {kind: zreo}}}}\n", OBM_E_ARG,
+                       "tokens.a.source: kind: expected model_token or zero, found \"zreo\"");
+    expect_parse_error(TIES MODELS "tokenizer: {tokens: {a: {source: {kind: model_token, model: x}}}}\n", OBM_E_ARG,
+                       "expected \"token\" or \"token_id\"");
+    expect_parse_error(TIES MODELS "tokenizer: {tokens: {a: {source: {kind: model_token, token: x}}}}\n", OBM_E_ARG,
+                       "\"model\" is missing");
+    expect_parse_error(TIES MODELS "chat_template: chatlm\n", OBM_E_ARG, "did you mean \"chatml\"?");
+    expect_parse_error(TIES MODELS "chat_template: a template without braces in it\n", OBM_E_ARG,
+                       "expected auto, a name (alpaca, chatml, exaone, llama3, mistral) or a Jinja template, found");
+    expect_parse_error(TIES MODELS "profile: official\n", OBM_E_ARG, "mergekit or paper");
+    expect_parse_error(TIES MODELS "random_seed: -1\n", OBM_E_ARG, "random_seed");
+    expect_parse_error(TIES MODELS "parameters: {lamda: 1}\n", OBM_E_NOTFOUND, "did you mean \"lambda\"?");
+    expect_parse_error(TIES MODELS "parameters: {density: 2}\n", OBM_E_ARG,
+                       "parameters.density: expected a number in [0, 1], found 2");
+    expect_parse_error(TIES MODELS "parameters: {normalize: 2}\n", OBM_E_ARG, "expected true or false");
+    expect_parse_error(TIES MODELS "parameters: {density: []}\n", OBM_E_ARG, "an empty list");
+    expect_parse_error(TIES MODELS "parameters: {density: [0.1, {value: 1}]}\n", OBM_E_ARG, "density");
+    expect_parse_error(TIES MODELS "parameters: {density: [{value: 1}, 0.1]}\n", OBM_E_ARG, "among pairs");
+    expect_parse_error(TIES MODELS "parameters: {density: {fliter: mlp, value: 1}}\n", OBM_E_NOTFOUND,
+                       "did you mean \"filter\"?");
+    expect_parse_error(TIES MODELS "parameters: {density: {filter: mlp}}\n", OBM_E_ARG, "without a value");
+    expect_parse_error(TIES MODELS "parameters: {density: many}\n", OBM_E_ARG, "found \"many\"");
 }
 
 static void test_ignored_parameters_warn(void **state) {
@@ -282,12 +241,12 @@ static void test_hostile_yaml(void **state) {
         snprintf(bomb + n, sizeof bomb - n, "%c: &%c [*%c, *%c, *%c, *%c, *%c, *%c, *%c, *%c, *%c, *%c]\n", c, c, c - 1,
                  c - 1, c - 1, c - 1, c - 1, c - 1, c - 1, c - 1, c - 1, c - 1);
     }
-    expect_error(bomb, OBM_E_FORMAT, "too many values");
-    expect_error("a: &a [*a]\n", OBM_E_FORMAT, "deep");
+    expect_parse_error(bomb, OBM_E_FORMAT, "too many values");
+    expect_parse_error("a: &a [*a]\n", OBM_E_FORMAT, "deep");
     char deep[512] = "";
     for (int i = 0; i < 200; i++) strcat(deep, "[");
-    expect_error(deep, OBM_E_FORMAT, "recipe");
-    expect_error("a: \xff\n", OBM_E_FORMAT, "recipe");
+    expect_parse_error(deep, OBM_E_FORMAT, "recipe");
+    expect_parse_error("a: \xff\n", OBM_E_FORMAT, "recipe");
 }
 
 /* ---- folders ---- */
@@ -311,37 +270,30 @@ typedef struct toy {
 
 static size_t count_of(int t) { return (size_t)(shapes[t][0] * (shapes[t][1] ? shapes[t][1] : 1)); }
 
-static char *in_folder(const char *name) { return obm__path_join(folder, name); }
-
 static uint64_t rng_state = 1;
 static float uniform(void) {
     rng_state = rng_state * 6364136223846793005u + 1442695040888963407u;
     return (float)((double)(rng_state >> 40) / (1 << 23) - 1.0);
 }
 
-static void ok(obm_status status, const obm_error *err) {
-    if (status != OBM_OK) fail_msg("%s", err->message);
-}
-
 /* Writes tensors [first, N_NAMES) of m; first 1 leaves out the head. */
 static void write_model(const char *name, const char *config, const toy *m, obm_dtype dtype, int first) {
-    obm_error err;
     char *dir = in_folder(name), *path = obm__path_join(dir, "model.safetensors"),
          *config_path = obm__path_join(dir, "config.json");
-    ok(obm__make_directory(dir, &err), &err);
+    OK(obm__make_directory(dir, err));
     obm__st_writer *w;
-    ok(obm__st_writer_new(path, &w, &err), &err);
+    OK(obm__st_writer_new(path, &w, err));
     for (int t = first; t < N_NAMES; t++)
-        ok(obm__st_writer_declare(w, names[t], dtype, shapes[t][1] ? 2 : 1, shapes[t], &err), &err);
-    ok(obm__st_writer_begin(w, &err), &err);
+        OK(obm__st_writer_declare(w, names[t], dtype, shapes[t][1] ? 2 : 1, shapes[t], err));
+    OK(obm__st_writer_begin(w, err));
     for (int t = first; t < N_NAMES; t++) {
         char bytes[MOST * 4];
         obm__narrow(ctx->k, dtype, m->x[t], (int64_t)count_of(t), bytes);
-        ok(obm__st_writer_write(w, bytes, count_of(t) * obm_dtype_size(dtype), &err), &err);
+        OK(obm__st_writer_write(w, bytes, count_of(t) * obm_dtype_size(dtype), err));
     }
-    ok(obm__st_writer_finish(w, NULL, &err), &err);
+    OK(obm__st_writer_finish(w, NULL, err));
     obm__st_writer_free(w);
-    ok(obm__file_write(config_path, config, strlen(config), &err), &err);
+    OK(obm__file_write(config_path, config, strlen(config), err));
     obm_free(dir), obm_free(path), obm_free(config_path);
 }
 
@@ -350,36 +302,13 @@ static void random_model(toy *m, const toy *around) {
         for (size_t j = 0; j < count_of(t); j++) m->x[t][j] = around ? around->x[t][j] + 0.25f * uniform() : uniform();
 }
 
-static obm_status merge_to(const char *recipe, const char *out, obm_merge_options *options, obm_plan *plan,
-                           obm_error *err) {
-    obm_merge_options defaults = OBM_INIT(obm_merge_options);
-    if (!options) options = &defaults;
-    options->directory = folder;
-    char *path = in_folder(out);
-    warnings[0] = 0;
-    obm_status status = obm_merge(ctx, recipe, options, path, plan, err);
-    obm_free(path);
-    return status;
-}
-
-static obm_checkpoint *merged(const char *recipe, const char *out, obm_merge_options *options) {
-    obm_error err;
-    obm_checkpoint *c;
-    ok(merge_to(recipe, out, options, NULL, &err), &err);
-    char *path = in_folder(out);
-    ok(obm_checkpoint_open(ctx, path, &c, &err), &err);
-    obm_free(path);
-    return c;
-}
-
 static void expect_tensor(const obm_checkpoint *c, int t, obm_dtype dtype, const float *want, double bound) {
     obm_tensor got;
-    obm_error err;
     float x[MOST];
-    ok(obm_checkpoint_get(c, names[t], &got, &err), &err);
+    OK(obm_checkpoint_get(c, names[t], &got, err));
     assert_int_equal(got.dtype, dtype);
     assert_int_equal(obm_tensor_count(&got), count_of(t));
-    ok(obm_tensor_read_f32(&got, 0, (int64_t)count_of(t), x, &err), &err);
+    OK(obm_tensor_read_f32(&got, 0, (int64_t)count_of(t), x, err));
     for (size_t j = 0; j < count_of(t); j++)
         if (!(fabs((double)x[j] - want[j]) <= bound))
             fail_msg("%s[%zu] is %.9g, expected %.9g", names[t], j, x[j], want[j]);
@@ -438,7 +367,7 @@ static void three_models(obm_dtype dtype) {
 static void test_ties_folder(void **state) {
     (void)state;
     three_models(OBM_F32);
-    obm_checkpoint *c = merged("merge_method: ties\n" TWO_MODELS, "ties", NULL);
+    obm_checkpoint *c = merged_with("merge_method: ties\n" TWO_MODELS, "ties", NULL);
     assert_int_equal(c->count, N_NAMES);
     for (int t = 0; t < N_NAMES; t++) {
         float want[MOST];
@@ -462,15 +391,16 @@ static void test_paper_differs(void **state) {
         for (size_t j = 0; j < count_of(t); j++, n++) b[n] = base.x[t][j], x[n] = one.x[t][j], y[n] = two.x[t][j];
     ties(b, x, y, n, (double[]){0.3, 0.4}, (double[]){1, 1}, want);
     obm_checkpoint *c =
-        merged("merge_method: ties\nprofile: paper\nbase_model: base\nmodels:\n"
-               "- {model: two, parameters: {density: 0.4}}\n- {model: one, parameters: {density: 0.3}}\n",
-               "paper", NULL);
+        merged_with("merge_method: ties\nprofile: paper\nbase_model: base\nmodels:\n"
+                    "- {model: two, parameters: {density: 0.4}}\n- {model: one, parameters: {density: 0.3}}\n",
+                    "paper", NULL);
     size_t at = 0;
     for (int t = 0; t < N_NAMES; at += count_of(t++)) expect_tensor(c, t, OBM_F32, want + at, 1e-6);
     obm_checkpoint_free(c);
 
     obm_error err;
-    assert_int_equal(merge_to("merge_method: ties\nprofile: paper\n" TWO_MODELS, "never", NULL, NULL, &err), OBM_E_ARG);
+    assert_int_equal(merge_with("merge_method: ties\nprofile: paper\n" TWO_MODELS, "never", NULL, NULL, &err),
+                     OBM_E_ARG);
     assert_non_null(strstr(err.message, "one density per model"));
 }
 
@@ -493,7 +423,7 @@ static void test_dtypes(void **state) {
         char out[16];
         snprintf(text, sizeof text, "%s%s", recipe, cases[i].keys);
         snprintf(out, sizeof out, "dtype%zu", i);
-        obm_checkpoint *c = merged(text, out, NULL);
+        obm_checkpoint *c = merged_with(text, out, NULL);
         for (int t = 0; t < N_NAMES; t++) {
             for (size_t j = 0; j < count_of(t); j++) want[j] = (one.x[t][j] + two.x[t][j]) / 2;
             expect_tensor(c, t, cases[i].dtype, want, cases[i].bound * 1.5);
@@ -507,9 +437,9 @@ static void test_dtypes(void **state) {
 static void test_working_dtype(void **state) {
     (void)state;
     three_models(OBM_F32);
-    obm_checkpoint *c = merged("merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: one}]\n"
-                               "parameters: {weight: 0.5}\ndtype: bfloat16\nout_dtype: float32\n",
-                               "working", NULL);
+    obm_checkpoint *c = merged_with("merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: one}]\n"
+                                    "parameters: {weight: 0.5}\ndtype: bfloat16\nout_dtype: float32\n",
+                                    "working", NULL);
     for (int t = 0; t < N_NAMES; t++) {
         float want[MOST];
         for (size_t j = 0; j < count_of(t); j++) {
@@ -534,25 +464,23 @@ typedef struct loose {
 } loose; /* eight bytes each */
 
 static void write_loose(const char *name, const loose *tensors, size_t n) {
-    obm_error err;
     char *dir = in_folder(name), *path = obm__path_join(dir, "model.safetensors");
-    ok(obm__make_directory(dir, &err), &err);
+    OK(obm__make_directory(dir, err));
     obm__st_writer *w;
-    ok(obm__st_writer_new(path, &w, &err), &err);
+    OK(obm__st_writer_new(path, &w, err));
     for (size_t i = 0; i < n; i++)
-        ok(obm__st_writer_declare(w, tensors[i].name, tensors[i].dtype, 1,
-                                  (int64_t[]){8 / (int64_t)obm_dtype_size(tensors[i].dtype)}, &err),
-           &err);
-    ok(obm__st_writer_begin(w, &err), &err);
-    for (size_t i = 0; i < n; i++) ok(obm__st_writer_write(w, tensors[i].data, 8, &err), &err);
-    ok(obm__st_writer_finish(w, NULL, &err), &err);
+        OK(obm__st_writer_declare(w, tensors[i].name, tensors[i].dtype, 1,
+                                  (int64_t[]){8 / (int64_t)obm_dtype_size(tensors[i].dtype)}, err));
+    OK(obm__st_writer_begin(w, err));
+    for (size_t i = 0; i < n; i++) OK(obm__st_writer_write(w, tensors[i].data, 8, err));
+    OK(obm__st_writer_finish(w, NULL, err));
     obm__st_writer_free(w);
     obm_free(dir), obm_free(path);
 }
 
 static void expect_merge_error(const char *recipe, const char *out, obm_status status, const char *part) {
     obm_error err;
-    obm_status got = merge_to(recipe, out, NULL, NULL, &err);
+    obm_status got = merge_with(recipe, out, NULL, NULL, &err);
     if (got != status)
         fail_msg("expected %s, got %s: %s", obm_status_name(status), obm_status_name(got), got ? err.message : "");
     if (!strstr(err.message, part)) fail_msg("`%s` is not in: %s", part, err.message);
@@ -574,7 +502,7 @@ static void test_other_tensors(void **state) {
     write_loose("loose", (loose[]){{"ids", OBM_I64, &ids}, {"w", OBM_F32, y}, {"wide", OBM_F64, &wide}}, 3);
     const char recipe[] =
         "merge_method: task_arithmetic\nbase_model: loose-base\nmodels: [{model: loose}]\nparameters: {weight: 0.5}\n";
-    obm_checkpoint *c = merged(recipe, "loose-out", NULL);
+    obm_checkpoint *c = merged_with(recipe, "loose-out", NULL);
     obm_tensor t;
     assert_int_equal(c->count, 3);
     assert_int_equal(obm_checkpoint_get(c, "ids", &t, NULL), OBM_OK);
@@ -601,13 +529,13 @@ static void test_tied_embeddings(void **state) {
     write_model("one", CONFIG("true"), &one, OBM_F32, 1);
     const char recipe[] =
         "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: one}]\nparameters: {weight: 0.5}\n";
-    obm_checkpoint *c = merged(recipe, "tied", NULL);
+    obm_checkpoint *c = merged_with(recipe, "tied", NULL);
     assert_int_equal(c->count, N_NAMES - 1);
     assert_true(c->tied);
     obm_checkpoint_free(c);
 
     write_model("one", CONFIG("false"), &one, OBM_F32, 0); /* an untied input: the base's head is its embedding */
-    c = merged(recipe, "untied", NULL);
+    c = merged_with(recipe, "untied", NULL);
     assert_int_equal(c->count, N_NAMES);
     assert_false(c->tied);
     float want[MOST];
@@ -619,9 +547,8 @@ static void test_tied_embeddings(void **state) {
 }
 
 static char *bytes_of(const char *out, size_t *size) {
-    obm_error err;
     char *dir = in_folder(out), *path = obm__path_join(dir, "model.safetensors"), *text;
-    ok(obm__file_read(path, &text, size, &err), &err);
+    OK(obm__file_read(path, &text, size, err));
     obm_free(dir), obm_free(path);
     return text;
 }
@@ -631,7 +558,7 @@ static void test_same_bytes(void **state) {
     three_models(OBM_BF16);
     const char recipe[] = "merge_method: dare_ties\n" TWO_MODELS "random_seed: 3\n";
     size_t size, other;
-    obm_checkpoint_free(merged(recipe, "first", NULL));
+    obm_checkpoint_free(merged_with(recipe, "first", NULL));
     char *want = bytes_of("first", &size);
     obm_context *mine = ctx;
     for (int threads = 1; threads <= 5; threads += 4) {
@@ -639,12 +566,12 @@ static void test_same_bytes(void **state) {
         obm_merge_options options = OBM_INIT(obm_merge_options);
         options.overwrite = true;
         options.seed = 3, options.has_seed = true;
-        obm_checkpoint_free(merged(recipe, "second", &options));
+        obm_checkpoint_free(merged_with(recipe, "second", &options));
         char *got = bytes_of("second", &other);
         assert_int_equal(size, other);
         assert_memory_equal(want, got, size);
         options.seed = 4;
-        obm_checkpoint_free(merged(recipe, "second", &options));
+        obm_checkpoint_free(merged_with(recipe, "second", &options));
         obm_free(got);
         got = bytes_of("second", &other);
         assert_memory_not_equal(want, got, size);
@@ -669,7 +596,7 @@ static void test_plan_and_progress(void **state) {
     obm_plan plan = {0};
     obm_merge_options options = OBM_INIT(obm_merge_options);
     options.dry_run = true;
-    ok(merge_to("merge_method: ties\n" TWO_MODELS, "dry", &options, &plan, &err), &err);
+    OK(merge_with("merge_method: ties\n" TWO_MODELS, "dry", &options, &plan, err));
     char *dry = in_folder("dry");
     assert_false(obm__file_exists(dry) || obm__is_directory(dry));
     obm_free(dry);
@@ -684,13 +611,13 @@ static void test_plan_and_progress(void **state) {
     options.dry_run = false;
     options.progress = count_progress;
     options.progress_user = &left;
-    assert_int_equal(merge_to("merge_method: ties\n" TWO_MODELS, "stopped", &options, NULL, &err), OBM_E_USER);
+    assert_int_equal(merge_with("merge_method: ties\n" TWO_MODELS, "stopped", &options, NULL, &err), OBM_E_USER);
     char *stopped = in_folder("stopped/model.safetensors");
     assert_false(obm__file_exists(stopped));
     obm_free(stopped);
     options = (obm_merge_options)OBM_INIT(obm_merge_options);
     options.memory = 1000;
-    assert_int_equal(merge_to("merge_method: ties\n" TWO_MODELS, "small", &options, NULL, &err), OBM_E_ARG);
+    assert_int_equal(merge_with("merge_method: ties\n" TWO_MODELS, "small", &options, NULL, &err), OBM_E_ARG);
     assert_non_null(strstr(err.message, "needs at least"));
 }
 
@@ -699,7 +626,7 @@ static void test_merge_errors(void **state) {
     const char recipe[] =
         "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: one}]\nparameters: {weight: 1}\n";
     three_models(OBM_F32);
-    obm_checkpoint_free(merged(recipe, "there", NULL));
+    obm_checkpoint_free(merged_with(recipe, "there", NULL));
     expect_merge_error(recipe, "there", OBM_E_EXISTS, "there");
     expect_merge_error(recipe, "one", OBM_E_ARG, "is an input of the merge");
     expect_merge_error("merge_method: ties\nbase_model: base\nmodels: [{model: one}]\n", "x", OBM_E_ARG,
@@ -714,23 +641,20 @@ static void test_merge_errors(void **state) {
     write_model("one", "{\"model_type\": \"mistral\"}", &two, OBM_F32, 0);
     expect_merge_error(recipe, "x", OBM_E_ARG, "one a mistral");
 
-    obm_error err;
     char *path = in_folder("one/model.safetensors");
     obm__st_writer *w;
-    ok(obm__st_writer_new(path, &w, &err), &err);
+    OK(obm__st_writer_new(path, &w, err));
     const float zeros[MOST] = {0};
     for (int t = 0; t < N_NAMES; t++)
-        ok(obm__st_writer_declare(w, names[t], OBM_F32, shapes[t][1] ? 2 : 1,
-                                  (int64_t[]){shapes[t][0] - (t == 1), shapes[t][1]}, &err),
-           &err);
-    ok(obm__st_writer_begin(w, &err), &err);
-    for (int t = 0; t < N_NAMES; t++)
-        ok(obm__st_writer_write(w, zeros, (count_of(t) - (t == 1 ? 5 : 0)) * 4, &err), &err);
-    ok(obm__st_writer_finish(w, NULL, &err), &err);
+        OK(obm__st_writer_declare(w, names[t], OBM_F32, shapes[t][1] ? 2 : 1,
+                                  (int64_t[]){shapes[t][0] - (t == 1), shapes[t][1]}, err));
+    OK(obm__st_writer_begin(w, err));
+    for (int t = 0; t < N_NAMES; t++) OK(obm__st_writer_write(w, zeros, (count_of(t) - (t == 1 ? 5 : 0)) * 4, err));
+    OK(obm__st_writer_finish(w, NULL, err));
     obm__st_writer_free(w);
     obm_free(path);
     char *config = in_folder("one/config.json");
-    ok(obm__file_write(config, CONFIG("false"), strlen(CONFIG("false")), &err), &err);
+    OK(obm__file_write(config, CONFIG("false"), strlen(CONFIG("false")), err));
     obm_free(config);
     expect_merge_error(recipe, "x", OBM_E_SHAPE,
                        "model.embed_tokens.weight: shape (7, 5) in base, (6, 5) in one: the vocabularies must be the "
@@ -740,13 +664,12 @@ static void test_merge_errors(void **state) {
 static void test_card(void **state) {
     (void)state;
     three_models(OBM_F32);
-    obm_error err;
     const char recipe[] = "name: Blend\nmerge_method: linear\nmodels: [{model: one}, {model: two}]\nparameters: "
                           "{weight: 1}  # ``` in a comment\n";
-    obm_checkpoint_free(merged(recipe, "card", NULL));
+    obm_checkpoint_free(merged_with(recipe, "card", NULL));
     char *path = in_folder("card/README.md"), *text;
     size_t size;
-    ok(obm__file_read(path, &text, &size, &err), &err);
+    OK(obm__file_read(path, &text, &size, err));
     assert_non_null(strstr(text, "# Blend"));
     assert_non_null(strstr(text, obm_version()));
     assert_non_null(strstr(text, "````yaml\nname: Blend"));

@@ -1,47 +1,6 @@
 /* Recipes of slices, modules and several documents: which layers of which model become which of the result, under which
  * settings, and what is refused while planning. */
-#include "merge/recipe.h"
-
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
-#include <cmocka.h>
-
-static char folder[64], warnings[4096];
-static obm_context *ctx;
-
-static void keep_warning(void *user, const char *message) {
-    (void)user;
-    snprintf(warnings + strlen(warnings), sizeof warnings - strlen(warnings), "%s\n", message);
-}
-
-static int setup(void **state) {
-    (void)state;
-    obm_context_options options = OBM_INIT(obm_context_options);
-    options.threads = 2;
-    options.log = keep_warning;
-    snprintf(folder, sizeof folder, "/tmp/obm-slices-XXXXXX");
-    if (!mkdtemp(folder)) return -1;
-    return obm_context_new(&options, &ctx, NULL) == OBM_OK ? 0 : -1;
-}
-
-static int teardown(void **state) {
-    (void)state;
-    obm_context_free(ctx);
-    char command[128];
-    snprintf(command, sizeof command, "rm -rf %s", folder);
-    return system(command);
-}
-
-static void ok(obm_status status, const obm_error *err) {
-    if (status != OBM_OK) fail_msg("%s", err->message);
-}
-
-static char *in_folder(const char *name) { return obm__path_join(folder, name); }
+#include "recipe_fixture.h"
 
 /* ---- models whose every value says where it is from ---- */
 
@@ -61,24 +20,21 @@ typedef struct made {
 } made;
 
 static void declare(obm__st_writer *w, const char *name, int32_t ndim, int64_t rows, int64_t cols) {
-    obm_error err;
-    ok(obm__st_writer_declare(w, name, OBM_F32, ndim, (int64_t[]){rows, cols}, &err), &err);
+    OK(obm__st_writer_declare(w, name, OBM_F32, ndim, (int64_t[]){rows, cols}, err));
 }
 
 static void write_values(obm__st_writer *w, int m, int64_t layer, bool up, size_t n) {
-    obm_error err;
     float x[16];
     for (size_t j = 0; j < n; j++) x[j] = value(m, layer, up, j);
-    ok(obm__st_writer_write(w, x, n * sizeof *x, &err), &err);
+    OK(obm__st_writer_write(w, x, n * sizeof *x, err));
 }
 
 static void write_model(made m) {
-    obm_error err;
     char *dir = in_folder(m.name), *path = obm__path_join(dir, "model.safetensors"),
          *config = obm__path_join(dir, "config.json"), name[96];
     obm__st_writer *w;
-    ok(obm__make_directory(dir, &err), &err);
-    ok(obm__st_writer_new(path, &w, &err), &err);
+    OK(obm__make_directory(dir, err));
+    OK(obm__st_writer_new(path, &w, err));
     declare(w, "model.embed_tokens.weight", 2, 4, 2);
     declare(w, "model.norm.weight", 1, 2, 0);
     if (m.head) declare(w, "lm_head.weight", 2, 4, 2);
@@ -90,7 +46,7 @@ static void write_model(made m) {
         snprintf(name, sizeof name, "model.layers.%d.mlp.up_proj.bias", (int)l);
         if (m.extra) declare(w, name, 1, 2, 0);
     }
-    ok(obm__st_writer_begin(w, &err), &err);
+    OK(obm__st_writer_begin(w, err));
     write_values(w, m.id, -1, false, 8);
     write_values(w, m.id, -2, false, 2);
     if (m.head) write_values(w, m.id, -3, false, 8);
@@ -99,12 +55,12 @@ static void write_model(made m) {
         write_values(w, m.id, l, false, 2);
         if (m.extra) write_values(w, m.id, l, false, 2);
     }
-    ok(obm__st_writer_finish(w, NULL, &err), &err);
+    OK(obm__st_writer_finish(w, NULL, err));
     obm__st_writer_free(w);
     char text[512];
     snprintf(text, sizeof text, "{\"model_type\": \"llama\", \"num_hidden_layers\": %d, \"tie_word_embeddings\": %s%s}",
              (int)m.layers, m.head ? "false" : "true", m.config ? m.config : "");
-    ok(obm__file_write(config, text, strlen(text), &err), &err);
+    OK(obm__file_write(config, text, strlen(text), err));
     obm_free(dir), obm_free(path), obm_free(config);
 }
 
@@ -113,41 +69,11 @@ static void two_models(void) {
     write_model((made){"b", ", \"layer_types\": [\"b0\", \"b1\", \"b2\"]", 2, 3, 2, true, false});
 }
 
-static obm_status merge_to(const char *recipe, const char *out, obm_plan *plan, obm_error *err) {
-    obm_merge_options options = OBM_INIT(obm_merge_options);
-    options.directory = folder;
-    options.overwrite = true;
-    options.dry_run = out == NULL;
-    char *path = in_folder(out ? out : "never");
-    warnings[0] = 0;
-    obm_status status = obm_merge(ctx, recipe, &options, path, plan, err);
-    obm_free(path);
-    return status;
-}
-
-static obm_checkpoint *merged(const char *recipe, const char *out) {
-    obm_error err;
-    obm_checkpoint *c;
-    ok(merge_to(recipe, out, NULL, &err), &err);
-    char *path = in_folder(out);
-    ok(obm_checkpoint_open(ctx, path, &c, &err), &err);
-    obm_free(path);
-    return c;
-}
-
-static void expect_error(const char *recipe, obm_status status, const char *part) {
-    obm_error err;
-    obm_status got = merge_to(recipe, NULL, NULL, &err);
-    if (got != status) fail_msg("expected %s, got %s", obm_status_name(status), got ? err.message : "OK");
-    if (!strstr(err.message, part)) fail_msg("`%s` is not in: %s", part, err.message);
-}
-
 static void read_tensor(const obm_checkpoint *c, const char *name, float *x, size_t n) {
     obm_tensor t;
-    obm_error err;
-    ok(obm_checkpoint_get(c, name, &t, &err), &err);
+    OK(obm_checkpoint_get(c, name, &t, err));
     assert_int_equal(obm_tensor_count(&t), n);
-    ok(obm_tensor_read_f32(&t, 0, (int64_t)n, x, &err), &err);
+    OK(obm_tensor_read_f32(&t, 0, (int64_t)n, x, err));
 }
 
 /* That layer `at` of the result is wa * (layer la of a) + wb * (layer lb of b). */
@@ -284,12 +210,10 @@ static void test_tied(void **state) {
 static void test_plan(void **state) {
     (void)state;
     two_models();
-    obm_error err;
     obm_plan plan = {0};
-    ok(merge_to("merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 4]}]\n"
+    OK(merge_to("merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 4]}]\n"
                 "- sources: [{model: b, layer_range: [0, 3]}]\n",
-                NULL, &plan, &err),
-       &err);
+                NULL, &plan, err));
     assert_int_equal(plan.tensors, 3 + 2 * 7);
     assert_int_equal(plan.bytes_read, 4 * (8 + 2 + 8 + 7 * 8));
     assert_int_equal(plan.bytes_written, plan.bytes_read);
@@ -391,9 +315,8 @@ static void test_documents(void **state) {
     obm_checkpoint_free(c);
     assert_false(is_there("chained.onebitmerge-parts"));
 
-    obm_error err;
     obm_plan plan = {0};
-    ok(merge_to(chain, NULL, &plan, &err), &err);
+    OK(merge_to(chain, NULL, &plan, err));
     const uint64_t one = 8 + 2 + 8 + 3 * 8; /* elements */
     assert_int_equal(plan.bytes_read, 4 * (one + one + 2 * one));
     assert_int_equal(plan.bytes_written, 4 * 3 * one);
@@ -405,14 +328,13 @@ static void test_documents_with_names(void **state) {
     two_models();
     char text[1024];
     snprintf(text, sizeof text, "name: last\n%s", chain);
-    obm_error err;
-    ok(merge_to(text, "all", NULL, &err), &err);
+    OK(merge_to(text, "all", NULL, err));
     static const char *const names[] = {"all/stacked", "all/scaled", "all/last"};
     const double scales[] = {1, 3, 2};
     for (int i = 0; i < 3; i++) {
         obm_checkpoint *c;
         char *path = in_folder(names[i]);
-        ok(obm_checkpoint_open(ctx, path, &c, &err), &err);
+        OK(obm_checkpoint_open(ctx, path, &c, err));
         expect_layer(c, 1, scales[i], 1, 0, 0);
         obm_checkpoint_free(c);
         obm_free(path);
@@ -450,9 +372,9 @@ static void test_document_failures(void **state) {
     char *path = in_folder("nan/model.safetensors"), *bytes;
     size_t size;
     obm_error err;
-    ok(obm__file_read(path, &bytes, &size, &err), &err);
+    OK(obm__file_read(path, &bytes, &size, err));
     memcpy(bytes + size - 4, &(float){NAN}, 4);
-    ok(obm__file_write(path, bytes, size, &err), &err);
+    OK(obm__file_write(path, bytes, size, err));
     obm_free(bytes), obm_free(path);
     const char recipe[] = NAMED(
         "x", "a") "---\nmerge_method: linear\nmodels: [{model: nan}, {model: y}]\nparameters: {weight: 1}\n"

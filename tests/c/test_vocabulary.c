@@ -1,63 +1,22 @@
 /* Merges of models with different vocabularies: the result's tokenizer, the row that every token takes, and the chat
  * template. */
-#include "merge/recipe.h"
+#include "recipe_fixture.h"
 
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
-#include <cmocka.h>
-
-static char folder[64], warnings[4096];
-static obm_context *ctx;
-
-static void keep_warning(void *user, const char *message) {
-    (void)user;
-    snprintf(warnings + strlen(warnings), sizeof warnings - strlen(warnings), "%s\n", message);
-}
-
-static int setup(void **state) {
-    (void)state;
-    obm_context_options options = OBM_INIT(obm_context_options);
-    options.threads = 2;
-    options.log = keep_warning;
-    snprintf(folder, sizeof folder, "/tmp/obm-vocabulary-XXXXXX");
-    if (!mkdtemp(folder)) return -1;
-    return obm_context_new(&options, &ctx, NULL) == OBM_OK ? 0 : -1;
-}
-
-static int teardown(void **state) {
-    (void)state;
-    obm_context_free(ctx);
-    char command[128];
-    snprintf(command, sizeof command, "rm -rf %s", folder);
-    return system(command);
-}
-
-static void ok(obm_status status, const obm_error *err) {
-    if (status != OBM_OK) fail_msg("%s", err->message);
-}
-
-static char *in_folder(const char *dir, const char *name) {
+static char *in_model(const char *dir, const char *name) {
     char *path = obm__path_join(folder, dir), *whole = obm__path_join(path, name);
     obm_free(path);
     return whole;
 }
 
 static void write_file(const char *dir, const char *name, const char *text) {
-    obm_error err;
-    char *path = in_folder(dir, name);
-    ok(obm__file_write(path, text, strlen(text), &err), &err);
+    char *path = in_model(dir, name);
+    OK(obm__file_write(path, text, strlen(text), err));
     obm_free(path);
 }
 
 static char *read_file(const char *dir, const char *name) {
-    obm_error err;
-    char *path = in_folder(dir, name), *text;
-    ok(obm__file_read(path, &text, NULL, &err), &err);
+    char *path = in_model(dir, name), *text;
+    OK(obm__file_read(path, &text, NULL, err));
     obm_free(path);
     return text;
 }
@@ -70,21 +29,20 @@ static char *read_file(const char *dir, const char *name) {
 static double value(int m, size_t row, size_t c) { return m * 100 + (double)row + (double)c / 512; }
 
 static void write_model(const char *name, int m, int64_t rows, const char *tokenizer, const char *tokenizer_config) {
-    obm_error err;
     obm__st_writer *w;
-    char *dir = in_folder(name, ""), *path = in_folder(name, "model.safetensors"), config[160];
-    ok(obm__make_directory(dir, &err), &err);
-    ok(obm__st_writer_new(path, &w, &err), &err);
-    ok(obm__st_writer_declare(w, "model.embed_tokens.weight", OBM_F32, 2, (int64_t[]){rows, COLS}, &err), &err);
-    ok(obm__st_writer_declare(w, "model.norm.weight", OBM_F32, 1, (int64_t[]){1}, &err), &err);
-    ok(obm__st_writer_begin(w, &err), &err);
+    char *dir = in_model(name, ""), *path = in_model(name, "model.safetensors"), config[160];
+    OK(obm__make_directory(dir, err));
+    OK(obm__st_writer_new(path, &w, err));
+    OK(obm__st_writer_declare(w, "model.embed_tokens.weight", OBM_F32, 2, (int64_t[]){rows, COLS}, err));
+    OK(obm__st_writer_declare(w, "model.norm.weight", OBM_F32, 1, (int64_t[]){1}, err));
+    OK(obm__st_writer_begin(w, err));
     for (int64_t r = 0; r < rows; r++) {
         float x[COLS];
         for (size_t c = 0; c < COLS; c++) x[c] = (float)value(m, (size_t)r, c);
-        ok(obm__st_writer_write(w, x, sizeof x, &err), &err);
+        OK(obm__st_writer_write(w, x, sizeof x, err));
     }
-    ok(obm__st_writer_write(w, &(float){(float)m}, 4, &err), &err);
-    ok(obm__st_writer_finish(w, NULL, &err), &err);
+    OK(obm__st_writer_write(w, &(float){(float)m}, 4, err));
+    OK(obm__st_writer_finish(w, NULL, err));
     obm__st_writer_free(w);
     snprintf(config, sizeof config, "{\"model_type\": \"llama\", \"vocab_size\": %d, \"tie_word_embeddings\": true}",
              (int)rows);
@@ -112,36 +70,6 @@ static void three_models(void) {
                 "\"{{ second }}\"}]}");
 }
 
-static obm_status merge_to(const char *recipe, const char *out, bool dry_run, obm_error *err) {
-    obm_merge_options options = OBM_INIT(obm_merge_options);
-    char *path = in_folder(out, "");
-    path[strlen(path) - 1] = 0;
-    options.directory = folder;
-    options.overwrite = true;
-    options.dry_run = dry_run;
-    warnings[0] = 0;
-    obm_status status = obm_merge(ctx, recipe, &options, path, NULL, err);
-    obm_free(path);
-    return status;
-}
-
-static obm_checkpoint *merged(const char *recipe, const char *out) {
-    obm_error err;
-    obm_checkpoint *c;
-    ok(merge_to(recipe, out, false, &err), &err);
-    char *path = in_folder(out, "");
-    ok(obm_checkpoint_open(ctx, path, &c, &err), &err);
-    obm_free(path);
-    return c;
-}
-
-static void expect_error(const char *recipe, obm_status status, const char *part) {
-    obm_error err;
-    obm_status got = merge_to(recipe, "never", true, &err);
-    if (got != status) fail_msg("expected %s, got %s", obm_status_name(status), got ? err.message : "OK");
-    if (!strstr(err.message, part)) fail_msg("`%s` is not in: %s", part, err.message);
-}
-
 /* That row `row` of the result is the mean of n rows, each of a model; n 0: zero. */
 typedef struct mean {
     size_t n, models[3], rows[3];
@@ -149,15 +77,14 @@ typedef struct mean {
 
 static void expect_rows(const obm_checkpoint *c, const mean *want, size_t rows) {
     obm_tensor t;
-    obm_error err;
     int64_t size = 0;
-    ok(obm_checkpoint_get(c, "model.embed_tokens.weight", &t, &err), &err);
+    OK(obm_checkpoint_get(c, "model.embed_tokens.weight", &t, err));
     assert_int_equal(t.shape[0], rows);
     assert_true(obm__json_int(obm__json_get(c->config, "vocab_size"), &size));
     assert_int_equal(size, rows);
     for (size_t r = 0; r < rows; r++) {
         float x[COLS];
-        ok(obm_tensor_read_f32(&t, (int64_t)(r * COLS), COLS, x, &err), &err);
+        OK(obm_tensor_read_f32(&t, (int64_t)(r * COLS), COLS, x, err));
         for (size_t col = 0; col < COLS; col++) {
             double sum = 0;
             for (size_t i = 0; i < want[r].n; i++)
@@ -168,10 +95,9 @@ static void expect_rows(const obm_checkpoint *c, const mean *want, size_t rows) 
 }
 
 static int64_t id_in(const char *dir, const char *token) {
-    obm_error err;
     obm_json *root;
-    char *path = in_folder(dir, "tokenizer.json");
-    ok(obm__json_load(path, &root, &err), &err);
+    char *path = in_model(dir, "tokenizer.json");
+    OK(obm__json_load(path, &root, err));
     int64_t id = -1;
     const obm_json *added = obm__json_get(root, "added_tokens");
     obm__json_int(obm__json_get(obm__json_get(obm__json_get(root, "model"), "vocab"), token), &id);
@@ -226,7 +152,7 @@ static void test_union(void **state) {
     char *config = read_file("united", "tokenizer_config.json");
     assert_non_null(strstr(config, "\"mix\"")); /* added_tokens_decoder */
     obm_free(config);
-    char *stale = in_folder("united", "vocab.json"); /* of the base: it lacks the new tokens */
+    char *stale = in_model("united", "vocab.json"); /* of the base: it lacks the new tokens */
     assert_false(obm__file_exists(stale));
     obm_free(stale);
 }
@@ -264,12 +190,11 @@ static void test_padding(void **state) {
         merged("merge_method: passthrough\nmodels: [{model: one}]\ntokenizer: {source: base, pad_to_multiple_of: 8}\n",
                "padded");
     obm_tensor t;
-    obm_error err;
     float x[COLS];
-    ok(obm_checkpoint_get(c, "model.embed_tokens.weight", &t, &err), &err);
+    OK(obm_checkpoint_get(c, "model.embed_tokens.weight", &t, err));
     assert_int_equal(t.shape[0], 8);
     for (int64_t row = 6; row < 8; row++) {
-        ok(obm_tensor_read_f32(&t, row * COLS, COLS, x, &err), &err);
+        OK(obm_tensor_read_f32(&t, row * COLS, COLS, x, err));
         for (size_t col = 0; col < COLS; col++) assert_true(fabs(x[col] - (value(2, 0, col) + 2.5)) < 1e-3);
     }
     obm_checkpoint_free(c);
@@ -319,17 +244,16 @@ static void test_documents(void **state) {
     const mean want[] = {{2, {2, 3}, {0, 2}}, {2, {2, 3}, {1, 0}}, {1, {2}, {2}},
                          {2, {2, 3}, {3, 3}}, {1, {2}, {4}},       {2, {2, 3}, {5, 4}}};
     obm_tensor t;
-    obm_error err;
     float x;
-    ok(obm_checkpoint_get(c, "model.embed_tokens.weight", &t, &err), &err);
+    OK(obm_checkpoint_get(c, "model.embed_tokens.weight", &t, err));
     for (size_t r = 0; r < 6; r++) {
         double sum = 0;
         for (size_t i = 0; i < want[r].n; i++)
             sum += value((int)want[r].models[i], want[r].rows[i], 0) / (double)want[r].n;
-        ok(obm_tensor_read_f32(&t, (int64_t)(r * COLS), 1, &x, &err), &err);
+        OK(obm_tensor_read_f32(&t, (int64_t)(r * COLS), 1, &x, err));
         assert_true(fabs(x - sum) < 1e-3);
     }
-    ok(obm_tensor_read_f32(&t, 6 * COLS, 1, &x, &err), &err); /* c: zero in one, its own row in the other */
+    OK(obm_tensor_read_f32(&t, 6 * COLS, 1, &x, err)); /* c: zero in one, its own row in the other */
     assert_true(t.shape[0] == 7 && fabs(x - 0.5 * value(3, 1, 0)) < 1e-3);
     obm_checkpoint_free(c);
 }
@@ -340,9 +264,8 @@ static void expect_template(const char *recipe, const char *part) {
     obm_checkpoint_free(merged(recipe, "chat"));
     char *text = read_file("chat", "chat_template.jinja"), *config = read_file("chat", "tokenizer_config.json");
     if (!strstr(text, part)) fail_msg("`%s` is not in: %s", part, text);
-    obm_error err;
     obm_json *root;
-    ok(obm__json_parse(config, strlen(config), "config", &root, &err), &err);
+    OK(obm__json_parse(config, strlen(config), "config", &root, err));
     assert_string_equal(obm__json_string(obm__json_get(root, "chat_template")), text);
     obm__json_free(root);
     obm_free(text), obm_free(config);
@@ -361,13 +284,9 @@ static void test_chat_templates(void **state) {
     assert_non_null(strstr(warnings, "no tokenizer_config.json"));
     obm_checkpoint_free(merged("merge_method: passthrough\nmodels: [{model: bare}]\nchat_template: auto\n", "chat"));
     assert_non_null(strstr(warnings, "no model has a chat template"));
-    obm_error err;
     write_model("listed", 1, 4, NULL, "[]");
-    assert_int_equal(
-        merge_to("merge_method: passthrough\nmodels: [{model: listed}]\nchat_template: chatml\n", "never", false, &err),
-        OBM_E_FORMAT);
-    if (!strstr(err.message, "listed/tokenizer_config.json: expected an object, found an array"))
-        fail_msg("%s", err.message);
+    FAILS(merge_to("merge_method: passthrough\nmodels: [{model: listed}]\nchat_template: chatml\n", "never", NULL, err),
+          OBM_E_FORMAT, "listed/tokenizer_config.json: expected an object, found an array");
 }
 
 /* ---- errors: all while planning ---- */
@@ -394,11 +313,10 @@ static void test_errors(void **state) {
                  OBM_E_NOTFOUND, "one has no token \"nil\"");
     expect_error(ALL "tokenizer: {tokens: {n: {source: {kind: model_token, model: one, token_id: 6}}}}\n", OBM_E_ARG,
                  "token_id: one has 6 rows, found 6");
-    obm_error err; /* a model without a tokenizer has the base's vocabulary */
-    ok(merge_to("merge_method: linear\nmodels: [{model: base}, {model: bare}]\nparameters: {weight: "
+    /* a model without a tokenizer has the base's vocabulary */
+    OK(merge_to("merge_method: linear\nmodels: [{model: base}, {model: bare}]\nparameters: {weight: "
                 "1}\ntokenizer_source: base\n",
-                "never", true, &err),
-       &err);
+                NULL, NULL, err));
     assert_non_null(strstr(warnings, "bare has no tokenizer.json: its vocabulary is taken to be that of base"));
 }
 

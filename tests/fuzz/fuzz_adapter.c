@@ -1,14 +1,9 @@
 /* Bytes as the adapter_config.json of a LoRA folder and, behind a NUL, its adapter_model.safetensors (a sound one where
  * there is no NUL): refused with a message of one line, or opened, and then every task vector on a small base can be
  * read. */
-#include "delta/delta.h"
+#include "fuzz_fixture.h"
 
-#include <ftw.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
+#include "delta/delta.h"
 
 #define MAX_INPUT 16384
 #define MAX_COUNT 64 /* elements of a tensor of the base */
@@ -19,10 +14,6 @@ static obm_checkpoint *base;
 static char *sound; /* an adapter_model.safetensors */
 static size_t sound_size;
 static bool sound_there; /* it need not be written again */
-
-static void need(obm_status status) {
-    if (status != OBM_OK) abort();
-}
 
 /* ---- the folder: base.safetensors and adapter/ ---- */
 
@@ -58,31 +49,20 @@ static void write_tensors(const char *path, const tensor *t, size_t n) {
     obm__st_writer_free(w);
 }
 
-static int remove_one(const char *path, const struct stat *st, int kind, struct FTW *ftw) {
-    (void)st;
-    (void)kind;
-    (void)ftw;
-    return remove(path);
-}
-
 static void clean_up(void) {
     obm_checkpoint_free(base);
     obm_context_free(ctx);
     obm_free(sound);
-    nftw(folder, remove_one, 16, FTW_DEPTH | FTW_PHYS);
+    fuzz_folder_remove(folder);
 }
 
 static void make_folder(void) {
-    obm_context_options o = OBM_INIT(obm_context_options);
-    const char *tmp = getenv("TMPDIR");
-    snprintf(folder, sizeof folder, "%.40s/obm-fuzz-XXXXXX", tmp ? tmp : "/tmp");
-    if (!mkdtemp(folder)) abort();
+    fuzz_folder(folder);
     snprintf(base_path, sizeof base_path, "%s/base.safetensors", folder);
     snprintf(adapter_path, sizeof adapter_path, "%s/adapter", folder);
     snprintf(config_path, sizeof config_path, "%s/adapter_config.json", adapter_path);
     snprintf(weights_path, sizeof weights_path, "%s/" OBM_ADAPTER_WEIGHTS, adapter_path);
-    o.threads = 1;
-    need(obm_context_new(&o, &ctx, NULL));
+    ctx = fuzz_context();
     atexit(clean_up);
     need(obm__make_directory(adapter_path, NULL));
     write_tensors(base_path, model, 4);
@@ -92,15 +72,6 @@ static void make_folder(void) {
 }
 
 /* ---- the target ---- */
-
-static void put(const char *path, const void *bytes, size_t n) {
-    FILE *f = fopen(path, "wb");
-    if (!f || fwrite(bytes, 1, n, f) != n || fclose(f)) abort();
-}
-
-static void check_error(const obm_error *err) {
-    if (!err->message[0] || strchr(err->message, '\n')) abort();
-}
 
 static void look(const obm_task_vector *v) {
     float d[MAX_COUNT];

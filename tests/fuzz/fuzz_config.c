@@ -1,15 +1,10 @@
 /* Bytes as a config.json and, behind a NUL, a generation_config.json: refused with a message of one line, or read, and
  * then every size is in its range and no product of a tensor's shape overflows. */
+#include "fuzz_fixture.h"
+
 #include "model/model.h"
 
-#include <stdlib.h>
-#include <string.h>
-
 #define MAX_INPUT 16384
-
-static void check_error(const obm_error *err) {
-    if (!err->message[0] || strchr(err->message, '\n')) abort();
-}
 
 static void check_config(const obm__config *c) {
     if (!c->arch || c->layers < 1 || c->heads < 1 || c->kv_heads < 1 || c->head_dim < 2 || c->vocab < 1) abort();

@@ -1,22 +1,13 @@
 /* Bytes as the pack.json of a folder whose other files are sound: refused with a message of one line, or opened, and
  * then everything that the pack shows can be read. */
-#include "io/pack.h"
+#include "fuzz_fixture.h"
 
-#include <ftw.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
+#include "io/pack.h"
 
 #define MAX_INPUT 65536
 
 static char folder[64], pack_path[128], manifest_path[160];
 static obm_context *ctx;
-
-static void need(obm_status status) {
-    if (status != OBM_OK) abort();
-}
 
 /* ---- the folder: base/, chat.safetensors, math.safetensors, router.safetensors ---- */
 
@@ -51,16 +42,9 @@ static void write_tensors(const char *path, const tensor *t, size_t n, uint8_t s
     obm__st_writer_free(w);
 }
 
-static int remove_one(const char *path, const struct stat *st, int kind, struct FTW *ftw) {
-    (void)st;
-    (void)kind;
-    (void)ftw;
-    return remove(path);
-}
-
 static void clean_up(void) {
     obm_context_free(ctx);
-    nftw(folder, remove_one, 16, FTW_DEPTH | FTW_PHYS);
+    fuzz_folder_remove(folder);
 }
 
 /* The experts' files get fixed names, so that the corpus can name them. */
@@ -73,18 +57,14 @@ static void settle(const char *task, const obm_pack *p, size_t i) {
 static void make_folder(void) {
     char base[128], chat[128], math[128], path[192];
     obm_expert e[2] = {OBM_INIT(obm_expert), OBM_INIT(obm_expert)};
-    obm_context_options o = OBM_INIT(obm_context_options);
     obm_pack *p;
-    const char *tmp = getenv("TMPDIR");
-    snprintf(folder, sizeof folder, "%.40s/obm-fuzz-XXXXXX", tmp ? tmp : "/tmp");
-    if (!mkdtemp(folder)) abort();
+    fuzz_folder(folder);
     snprintf(base, sizeof base, "%s/base.safetensors", folder);
     snprintf(chat, sizeof chat, "%s/chat.safetensors", folder);
     snprintf(math, sizeof math, "%s/math.safetensors", folder);
     snprintf(pack_path, sizeof pack_path, "%s/pack", folder);
     snprintf(manifest_path, sizeof manifest_path, "%s/pack.json", pack_path);
-    o.threads = 1;
-    need(obm_context_new(&o, &ctx, NULL));
+    ctx = fuzz_context();
     atexit(clean_up);
     write_tensors(base, model, 4, 0);
     write_tensors(chat, model, 4, 1);
@@ -130,12 +110,12 @@ static void look(const obm_pack *p) {
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (size > MAX_INPUT) return 0;
     if (!ctx) make_folder();
-    FILE *f = fopen(manifest_path, "wb");
-    if (!f || fwrite(data, 1, size, f) != size || fclose(f)) abort();
+    put(manifest_path, data, size);
     obm_pack *p = NULL;
     obm_error err = {0};
     if (obm_pack_open(ctx, pack_path, NULL, &p, &err) != OBM_OK) {
-        if (p || !err.message[0] || strchr(err.message, '\n')) abort();
+        check_error(&err);
+        if (p) abort();
         return 0;
     }
     look(p);

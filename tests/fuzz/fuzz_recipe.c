@@ -1,10 +1,10 @@
 /* Bytes as a recipe: refused with a message of one line, or read, and then every setting of every tensor is a number in
  * its parameter's range. */
+#include "fuzz_fixture.h"
+
 #include "merge/recipe.h"
 
 #include <math.h>
-#include <stdlib.h>
-#include <string.h>
 
 #define MAX_INPUT 16384
 
@@ -13,14 +13,8 @@ static obm_context *ctx;
 static void stop(void) { obm_context_free(ctx); }
 
 static void start(void) {
-    obm_context_options o = OBM_INIT(obm_context_options);
-    o.threads = 1;
-    if (obm_context_new(&o, &ctx, NULL) != OBM_OK) abort();
+    ctx = fuzz_context();
     atexit(stop);
-}
-
-static void check_error(const obm_error *err) {
-    if (!err->message[0] || strchr(err->message, '\n')) abort();
 }
 
 static const obm_param_info *info_of(const obm__recipe *r, const char *name) {
