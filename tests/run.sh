@@ -96,13 +96,18 @@ each_isa() {
         ONEBITMERGE_ISA=$isa bounded "$PYTHON" -m pytest tests/python
     done
 }
+valgrind_one() {   # valgrind_one PROGRAM: prints what it said if it failed
+    local name log begin=$SECONDS
+    name=$(basename "$1") log=build/valgrind/$(basename "$1").log
+    if ONEBITMERGE_TEST_STRIDE=41 bounded valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite "$1" >"$log" 2>&1; then
+        echo "valgrind $name: $((SECONDS - begin)) s"
+    else echo "valgrind $name: FAILED"; cat "$log"; return 1; fi
+}
 valgrind_c() {
     configure build/tests
-    for test in build/tests/tests/c/test_*; do
-        [ -x "$test" ] || continue
-        echo "valgrind $(basename "$test")"
-        bounded valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite "$test" >/dev/null 2>build/valgrind.log || { cat build/valgrind.log; return 1; }
-    done
+    mkdir -p build/valgrind
+    export -f valgrind_one bounded
+    find build/tests/tests/c -maxdepth 1 -name 'test_*' -type f -executable | sort | xargs -P "$JOBS" -I{} bash -c "valgrind_one {}"
 }
 neon_step() {   # the kernels need libc only, so an emulated ARM64 can run their tests; tests/cross has what they use of cmocka
     mkdir -p build/neon
