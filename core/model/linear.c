@@ -226,7 +226,8 @@ static void run_panels(void *arg, size_t begin, size_t end, int worker) {
             const obm__matrix *w = obm__weights_at(weights, j->layer, l->role);
             if (!loaded || w->data != loaded->data || w->terms != loaded->terms)
                 panel = load_panel(j->m->ctx->k, w, row, s->panels + (size_t)worker * s->panel_size,
-                                   s->strips + (size_t)worker * OBM_STRIP_BYTES, worker_rows(j, worker));
+                                   s->strips ? s->strips + (size_t)worker * OBM_STRIP_BYTES : NULL,
+                                   worker_rows(j, worker));
             loaded = w;
             int64_t rows = panel_rows(w, row);
             obm__sgemm_nt(OBM_TILE_TOKENS, padded_rows(rows), w->cols, 1, j->x + (int64_t)first * w->cols, w->cols,
