@@ -68,6 +68,7 @@ struct obm__coefficients {
     obm__plane_ref *planes;
     hard_route *hard; /* (n_tasks) */
     mixture mix;
+    const _Atomic int *stop; /* NULL once it is filled */
 };
 
 /* ---- masks ---- */
@@ -309,6 +310,7 @@ static obm_status add_remainder(const obm__coefficients *c, size_t task, table *
     *fits = choose_planes(c, task, t);
     if (!t->n) return OBM_OK;
     for (int64_t at = 0, n; *fits && at < (int64_t)c->shape.count; at += n) {
+        if (c->stop && *c->stop) return obm__fail(err, OBM_E_USER, "stopped");
         n = c->shape.c_rows - at % c->shape.c_rows;
         if (n > LANES) n = LANES;
         for (size_t p = 0; p < t->n; p++) read_alphas(c, &c->planes[t->plane[p]], at, n, t->alpha[p]);
@@ -358,7 +360,8 @@ static obm_status fill(obm__coefficients *c, obm_error *err) {
     return status == OBM_OK ? fill_mixture(c, err) : status;
 }
 
-obm_status obm__coefficients_new(const obm_pack *p, size_t tensor, obm__coefficients **out, obm_error *err) {
+obm_status obm__coefficients_new(const obm_pack *p, size_t tensor, const _Atomic int *stop, obm__coefficients **out,
+                                 obm_error *err) {
     bool any = false;
     *out = NULL;
     if (p->n_experts > OBM_ROUTE_TASKS)
@@ -373,7 +376,9 @@ obm_status obm__coefficients_new(const obm_pack *p, size_t tensor, obm__coeffici
     c->lambda = p->settings.lambda;
     c->reading = p->settings.reading;
     c->n_tasks = p->n_experts;
+    c->stop = stop;
     obm_status status = fill(c, err);
+    c->stop = NULL;
     if (status == OBM_OK)
         *out = c;
     else

@@ -45,9 +45,11 @@ typedef struct obm__coefficient_shape {
 /*
  * The coefficients of one tensor's hard routes under the pack's settings.  *out NULL: no expert has planes here.
  * Immutable, share freely; borrows the pack, and ends with a change of its experts or settings.
- * Errors: NOMEM; VALUE: lambda makes a coefficient too large for f32; UNSUPPORTED: more experts than routes take.
+ * stop (nullable): once it is 1, what is not done yet is left, with USER.
+ * Errors: NOMEM; USER; VALUE: lambda makes a coefficient too large for f32; UNSUPPORTED: more experts than routes take.
  */
-obm_status obm__coefficients_new(const obm_pack *p, size_t tensor, obm__coefficients **out, obm_error *err);
+obm_status obm__coefficients_new(const obm_pack *p, size_t tensor, const _Atomic int *stop, obm__coefficients **out,
+                                 obm_error *err);
 void obm__coefficients_free(obm__coefficients *c);
 const obm__plane_ref *obm__coefficients_planes(const obm__coefficients *c, size_t *n);
 const obm__coefficient_shape *obm__coefficients_shape(const obm__coefficients *c);
@@ -70,7 +72,7 @@ obm_status obm__coefficients_route(const obm__coefficients *c, const double *wei
 /* ---- all matrices of a pack ---- */
 
 typedef struct obm__coefficient_cache obm__coefficient_cache;
-/* pulse (nullable) is looked at between tensors. */
+/* pulse (nullable) is looked at all the time. */
 obm_status obm__coefficient_cache_new(const obm_pack *p, obm__pulse *pulse, obm__coefficient_cache **out,
                                       obm_error *err);
 void obm__coefficient_cache_free(obm__coefficient_cache *s);

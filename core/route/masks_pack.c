@@ -32,13 +32,20 @@ typedef struct failure {
 typedef struct fill_job {
     obm__coefficient_cache *cache;
     failure *failed; /* (n) */
+    _Atomic int stop;
 } fill_job;
 
 static void run_fill(void *arg, size_t begin, size_t end, int worker) {
     fill_job *job = arg;
     (void)worker;
     for (size_t t = begin; t < end; t++)
-        job->failed[t].status = obm__coefficients_new(job->cache->pack, t, &job->cache->at[t], &job->failed[t].err);
+        job->failed[t].status =
+            obm__coefficients_new(job->cache->pack, t, &job->stop, &job->cache->at[t], &job->failed[t].err);
+}
+
+static void fill_all(void *arg) {
+    fill_job *job = arg;
+    obm__parallel(job->cache->pack->ctx, job->cache->n, 1, run_fill, job);
 }
 
 static obm_status first_failure(const failure *failed, size_t n, obm_error *err) {
@@ -51,14 +58,13 @@ static obm_status first_failure(const failure *failed, size_t n, obm_error *err)
 }
 
 static obm_status fill_cache(obm__coefficient_cache *s, obm__pulse *pulse, obm_error *err) {
-    fill_job job = {s, obm__calloc(s->n + 1, sizeof *job.failed)};
+    fill_job job = {.cache = s, .failed = obm__calloc(s->n + 1, sizeof *job.failed)};
     s->at = obm__calloc(s->n + 1, sizeof *s->at);
     obm_status status = OBM_OK;
     if (!s->at || !job.failed) {
         status = obm__fail_nomem(err, s->n * sizeof *job.failed);
     } else {
-        obm_context *ctx = s->pack->ctx;
-        status = obm__parallel_slices(ctx, s->n, 1, (size_t)ctx->threads, run_fill, &job, pulse, err);
+        status = obm__watched(fill_all, &job, &job.stop, pulse, err);
         if (status == OBM_OK) status = first_failure(job.failed, s->n, err);
     }
     obm_free(job.failed);
@@ -209,6 +215,7 @@ typedef struct report_job {
     double *weights;         /* (n_experts + 1, n_experts) */
     obm_tensor_run *out;
     failure *failed; /* (n_tensors) */
+    _Atomic int stop;
 } report_job;
 
 static obm_run run_under(const report_job *job, const obm__coefficients *c, size_t tensor, size_t route, int *masks) {
@@ -218,10 +225,10 @@ static obm_run run_under(const report_job *job, const obm__coefficients *c, size
     return obm__coefficients_masks(c, job->weights + route * job->pack->n_experts, masks);
 }
 
-static obm_status report_tensor(const report_job *job, size_t t, obm_error *err) {
+static obm_status report_tensor(report_job *job, size_t t, obm_error *err) {
     obm__coefficients *c;
     size_t n = job->pack->n_experts;
-    OBM_TRY(obm__coefficients_new(job->pack, t, &c, err));
+    OBM_TRY(obm__coefficients_new(job->pack, t, &job->stop, &c, err));
     obm_tensor_run r = {.name = job->pack->tensors[t].name, .cls = job->pack->tensors[t].cls};
     if (c) obm__coefficients_planes(c, &r.planes);
     for (size_t k = 0; k < n; k++) {
@@ -241,6 +248,11 @@ static void run_report(void *arg, size_t begin, size_t end, int worker) {
     report_job *job = arg;
     (void)worker;
     for (size_t t = begin; t < end; t++) job->failed[t].status = report_tensor(job, t, &job->failed[t].err);
+}
+
+static void report_tensors(void *arg) {
+    report_job *job = arg;
+    obm__parallel(job->pack->ctx, job->pack->n_tensors, 1, run_report, job);
 }
 
 static obm_status plan_routes(report_job *job, obm_error *err) {
@@ -264,7 +276,7 @@ static obm_status report_all(const obm_pack *p, obm_tensor_run *out, obm_error *
     obm_status status = OBM_OK;
     if (!job.plans || !job.weights || !job.failed) OBM_GO(obm__fail_nomem(err, p->n_tensors * sizeof *job.failed));
     OBM_GO(plan_routes(&job, err));
-    OBM_GO(obm__parallel_slices(p->ctx, p->n_tensors, 1, (size_t)p->ctx->threads, run_report, &job, &pulse, err));
+    OBM_GO(obm__watched(report_tensors, &job, &job.stop, &pulse, err));
     status = first_failure(job.failed, p->n_tensors, err);
 done:
     for (size_t i = 0; job.plans && i <= n; i++) obm__route_plan_free(job.plans[i]);

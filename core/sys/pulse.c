@@ -69,3 +69,23 @@ obm_status obm__parallel_slices(obm_context *ctx, size_t n, size_t grain, size_t
     }
     return OBM_OK;
 }
+
+/* ---- long items ---- */
+
+obm_status obm__watched(void (*fn)(void *), void *arg, _Atomic int *stop, obm__pulse *pulse, obm_error *err) {
+    obm_status status;
+    obm__task *task;
+    bool done;
+    if (!pulse || !pulse->fn) {
+        fn(arg);
+        return OBM_OK;
+    }
+    OBM_TRY(obm__task_start(fn, arg, &task, err));
+    do {
+        done = obm__task_wait(task, 10);
+        status = obm__pulse_check(pulse, err);
+    } while (!done && status == OBM_OK);
+    if (status != OBM_OK) *stop = 1;
+    obm__task_join(task);
+    return status;
+}

@@ -128,6 +128,9 @@ obm_status obm__pulse_done(obm__pulse *p, uint64_t done, obm_error *err);   /* r
  * the slicing either. */
 obm_status obm__parallel_slices(obm_context *ctx, size_t n, size_t grain, size_t size, obm__range_fn fn, void *arg,
                                 obm__pulse *pulse, obm_error *err);
+/* fn(arg) on a thread of its own while this one looks at the pulse, for items too long to look between: once the pulse
+ * says stop, *stop is 1, and what fn does should end soon.  Without anybody to ask, fn just runs. */
+obm_status obm__watched(void (*fn)(void *), void *arg, _Atomic int *stop, obm__pulse *pulse, obm_error *err);
 
 /* ---- BLAS (blas.c) ---- */
 

@@ -420,7 +420,7 @@ static void check_matrix(fixture *f, int *overlays) {
     static const double soft[4][6] = {{0.7, 0.2, 0.1, 0.4, 1.5, 0}, {0, 0.5, 0.5, 0, 0, 0.25}, {0.25}, {0}};
     obm__coefficients *c;
     obm_error err;
-    if (obm__coefficients_new(&f->pack, 0, &c, &err) != OBM_OK) fail_msg("%s", err.message);
+    if (obm__coefficients_new(&f->pack, 0, NULL, &c, &err) != OBM_OK) fail_msg("%s", err.message);
     plain_plane planes[6];
     size_t listed_planes, n = plain_planes(f, planes);
     if (!n) {
@@ -577,7 +577,7 @@ static void test_scales_are_copied(void **state) {
         f->pack.settings.lambda = 0;
         obm__coefficients *c;
         obm__route_masks r;
-        assert_int_equal(obm__coefficients_new(&f->pack, 0, &c, NULL), OBM_OK);
+        assert_int_equal(obm__coefficients_new(&f->pack, 0, NULL, &c, NULL), OBM_OK);
         assert_int_equal(obm__coefficients_route(c, (double[]){0, 1, 0}, NULL, &r, NULL), OBM_OK);
         assert_true(r.n == 1 && r.n_planes == 1 && r.plane[0] == 1 && r.mask[0] == 1);
         const float *alphas = fixture_entry(f, 1, 0)->planes.alphas[0];
@@ -619,13 +619,13 @@ static void test_too_large(void **state) {
     obm__route_masks r;
     float room[15];
     obm_error err;
-    assert_int_equal(obm__coefficients_new(&f->pack, 0, &c, NULL), OBM_OK);
+    assert_int_equal(obm__coefficients_new(&f->pack, 0, NULL, &c, NULL), OBM_OK);
     assert_int_equal(obm__coefficients_room(c, (double[]){1e300, 0, 0}), 15);
     assert_int_equal(obm__coefficients_route(c, (double[]){1e300, 0, 0}, room, &r, &err), OBM_E_VALUE);
     assert_non_null(strstr(err.message, "tensor w"));
     obm__coefficients_free(c);
     f->pack.settings.lambda = 1e300;
-    assert_int_equal(obm__coefficients_new(&f->pack, 0, &c, &err), OBM_E_VALUE);
+    assert_int_equal(obm__coefficients_new(&f->pack, 0, NULL, &c, &err), OBM_E_VALUE);
     assert_null(c);
     obm_tensor_run run;
     assert_int_equal(obm_pack_runs(&f->pack, &run, &err), OBM_E_VALUE);

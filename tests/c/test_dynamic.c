@@ -286,7 +286,7 @@ static void test_coefficients_of_a_plan(void **state) {
     size_t n_planes;
     float row[200];
     assert_int_equal(obm__route_plan_new(&f->pack, weights, OBM_ROUTE_ALL, NULL, &plan, NULL), OBM_OK);
-    assert_int_equal(obm__coefficients_new(&f->pack, 0, &c, NULL), OBM_OK);
+    assert_int_equal(obm__coefficients_new(&f->pack, 0, NULL, &c, NULL), OBM_OK);
     const obm__plane_ref *planes = obm__coefficients_planes(c, &n_planes);
     const obm__coefficient_shape *shape = obm__coefficients_shape(c);
     assert_int_equal(n_planes, 3);

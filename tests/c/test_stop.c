@@ -226,6 +226,43 @@ static obm_status run_merge_tensors(obm_progress_fn progress) {
     return obm_merge_tensors(ctx, "ties", OBM_PROFILE_DEFAULT, &t[0], &t[1], 2, params, 2, 0, values, &err);
 }
 
+static double spent_by_all(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Scales of groups: one matrix takes long, and the caller looks while another thread works.  What counts is how much of
+ * the work is done although the first look says stop. */
+static void grouped_scales(void **state) {
+    static const char *const names[] = {"a", "b", "c", "d"};
+    const char *one = in_dir("one"), *two = in_dir("two");
+    obm_expert e[4];
+    obm_tensor_run run;
+    obm_pack *p;
+    (void)state;
+    for (int i = 0; i < 4; i++) {
+        e[i] = OBM_INIT(obm_expert);
+        e[i].name = names[i];
+        e[i].path = i % 2 ? one : two;
+        e[i].scale = "group:64";
+    }
+    seen = (struct watch){0};
+    assert_int_equal(obm_compress(ctx, in_dir("base"), e, 4, NULL, in_dir("grouped"), NULL, &p, &err), OBM_OK);
+    double begin = spent_by_all();
+    assert_int_equal(obm_pack_runs(p, &run, &err), OBM_OK);
+    double whole = spent_by_all() - begin;
+    assert_int_equal(run.hard, OBM_RUN_PLANES);
+    seen = (struct watch){.stop_at = 1};
+    begin = spent_by_all();
+    assert_int_equal(obm_pack_runs(p, &run, &err), OBM_E_USER);
+    double took = spent_by_all() - begin;
+    assert_string_equal(err.message, "runs: interrupted");
+    print_message("runs: %.3f s, stopped after %.3f s\n", whole, took);
+    if (took > whole / 2) fail_msg("runs: %.3f s of %.3f s although it was told to stop", took, whole);
+    obm_pack_free(p);
+}
+
 /* Some megabytes of words, and of one word. */
 static obm_tokenizer *tokenizer;
 static char *text;
@@ -349,6 +386,6 @@ int main(void) {
         cmocka_unit_test(verify),         cmocka_unit_test(export),        cmocka_unit_test(merge),
         cmocka_unit_test(tensor_stats),   cmocka_unit_test(read_values),   cmocka_unit_test(sha256),
         cmocka_unit_test(materialise),    cmocka_unit_test(merge_tensors), cmocka_unit_test(without),
-        cmocka_unit_test(opening_models), cmocka_unit_test(long_texts)};
+        cmocka_unit_test(opening_models), cmocka_unit_test(long_texts),    cmocka_unit_test(grouped_scales)};
     return cmocka_run_group_tests(tests, setup, teardown);
 }
