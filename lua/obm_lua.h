@@ -181,6 +181,8 @@ int obm_lua_model(lua_State *L);
 int obm_lua_merge(lua_State *L);
 int obm_lua_merge_tensors(lua_State *L);
 int obm_lua_list_methods(lua_State *L);
+int obm_lua_plan(lua_State *L);
+obm_numa obm_lua_numa(lua_State *L, const char *name); /* NULL: auto; raises */
 int obm_lua_extract_lora(lua_State *L);
 
 #endif

@@ -537,6 +537,29 @@ function obm.register_method(name, fn, options) end
 ---@return onebitmerge.LoraMatrix[]|onebitmerge.Plan|nil, string? message, onebitmerge.Code? code
 function obm.extract_lora(base, expert, out, options) end
 
+---@class onebitmerge.PlacementPlan ranges are [first, end), rows and heads counted from 0, nodes too
+---@field numa string
+---@field asked string
+---@field reason string
+---@field threads integer
+---@field home integer
+---@field nodes { os_index: integer, memory: integer, cores: integer, workers: integer, weight_bytes: integer, plane_bytes: integer, kv_bytes: integer, kv_heads?: integer[], remote_bytes: integer }[]
+---@field workers { cpu?: integer, node: integer }[]
+---@field matrices { role: string, name: string, layers: integer, rows: integer, cols: integer, bytes: integer, nodes?: integer[][], workers?: integer[][] }[]
+---@field weight_bytes_per_token integer
+---@field remote_weight_bytes_per_token integer
+---@field remote_activation_bytes_per_token integer
+---@field remote_bytes_per_token integer
+
+---@alias onebitmerge.Numa "auto"|"shard"|"replicate"|"isolate"|"interleave"|"off"
+
+---Where a model's rows, planes and KV heads would lie on a machine with NUMA nodes, and what workers read from other
+---nodes for a token.
+---@param model string
+---@param options? { topology?: string, numa?: onebitmerge.Numa, threads?: integer, base?: string, z12?: boolean, kv?: "f32"|"f16" }
+---@return onebitmerge.PlacementPlan|nil, string? message, onebitmerge.Code? code
+function obm.plan(model, options) end
+
 ---Every merge method, the built-in ones, then those that are registered: name, doc, source, needs_base, min_models,
 ---max_models, params.
 ---@return table[]

@@ -111,6 +111,10 @@ static PyMethodDef module_methods[] = {
      "vector),\nenergy (the share of norm^2 that is kept).\n\n"
      "Errors: ArgumentError (not exactly one of rank and energy, or out of range), FileExistsError (an adapter in the "
      "folder,\nwithout overwrite), NonFiniteError (NaN or Inf, nothing to extract)."},
+    {"plan", KW(obm_py_plan_model),
+     "plan(model, topology=None, numa=\"auto\", threads=0, base=None, z12=False, kv=\"f32\") -> dict\n\nWhere a model's "
+     "rows, "
+     "planes and KV heads would lie on a machine with NUMA nodes, and what workers read from other nodes for a token."},
     {"info", module_info, METH_NOARGS, "info() -> dict\n\nVersion, ISA, BLAS, topology, threads, memory."},
     {"set_threads", module_set_threads, METH_O,
      "set_threads(n)\n\nThreads of objects opened from now on; 0: one per core."},

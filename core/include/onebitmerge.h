@@ -109,6 +109,18 @@ typedef obm_status (*obm_resolve_fn)(void *user, const char *name, char *path, s
  * stops the call with OBM_E_USER.  A program's Ctrl-C handler sets a flag, and this says whether it is set. */
 typedef int (*obm_interrupt_fn)(void *user);
 
+/* Where weights and workers go on a machine with several NUMA nodes; on one node all are OFF. */
+typedef enum obm_numa {
+    OBM_NUMA_AUTO = 0,      /* shard where that is worth it, else isolate */
+    OBM_NUMA_SHARD = 1,     /* each node holds and multiplies its own rows */
+    OBM_NUMA_REPLICATE = 2, /* each node holds all rows */
+    OBM_NUMA_ISOLATE = 3,   /* one node's memory and cores */
+    OBM_NUMA_INTERLEAVE = 4,/* pages in turn over all nodes */
+    OBM_NUMA_OFF = 5        /* the system decides */
+} obm_numa;
+/* By name: "auto", "shard", "replicate", "isolate", "interleave", "off".  Errors: ARG, which lists them. */
+OBM_API obm_status obm_numa_find(const char *name, obm_numa *out, obm_error *err);
+
 typedef struct obm_context_options {
     size_t struct_size;
     int threads;            /* 0: one per core this process may use */
@@ -478,6 +490,31 @@ OBM_API obm_status obm_model_open(obm_context *ctx, const char *path, const obm_
 /* From a pack that is open already; borrows it. */
 OBM_API obm_status obm_model_from_pack(obm_context *ctx, const obm_pack *pack, const obm_model_options *options, obm_model **out, obm_error *err);
 OBM_API void obm_model_free(obm_model *m);
+
+typedef struct obm_model_plan_options {
+    size_t struct_size;
+    const char *topology;   /* another machine: the path of hwloc's XML (lstopo machine.xml), or a synthetic description as
+                             * hwloc has it, "numa:2 core:4 pu:2"; NULL: this machine, as far as this process may use it */
+    obm_numa numa;
+    int threads;            /* 0: one per core */
+    const char *base;       /* overrides where the pack's base lies */
+    bool z12;               /* as in obm_model_options */
+    obm_dtype kv;           /* OBM_F32 or OBM_F16 */
+} obm_model_plan_options;
+/* Where a model's rows, planes and KV heads would lie and which worker would read them; only its config and the headers of
+ * its files are read.  *json: owned text of one object,
+ *   numa, asked (names of modes), reason (why this mode), threads, home (the node of buffers and of the caller)
+ *   nodes: [{os_index, memory, cores, workers, weight_bytes, plane_bytes, kv_bytes (per position), kv_heads: [first, end),
+ *     remote_bytes}]
+ *   workers: [{cpu (null: not bound to one), node (index in nodes)}]
+ *   matrices: [{role, name ("{}": each layer), layers, rows, cols, bytes (weights and planes of all layers),
+ *     nodes: [[first, end) rows of each node], workers: [...]}]; null where rows have no fixed place
+ *   weight_bytes_per_token, remote_weight_bytes_per_token, remote_activation_bytes_per_token, remote_bytes_per_token
+ * remote: what workers read from (or write to) another node's memory for one token of one sequence.  Rows of a matrix are
+ * cut at multiples of 64.  Inside a node rows are handed out as workers come: a worker's are those it would have if all were
+ * equally quick.  Errors: those of obm_model_open; ARG, IO, FORMAT, UNSUPPORTED (of the topology). */
+OBM_API obm_status obm_model_plan(obm_context *ctx, const char *path, const obm_model_plan_options *options, char **json,
+                                  obm_error *err);
 
 typedef struct obm_model_info {
     const char *architecture;            /* "llama", ... */

@@ -24,7 +24,7 @@ static obm_status check_layers(const obm_model *m, const char *where, obm_error 
                      (long long)m->config.layers);
 }
 
-static obm_status load_config(obm_model *m, obm_error *err) {
+obm_status obm__model_load_config(obm_model *m, obm_error *err) {
     const obm_checkpoint *c = m->base;
     obm_json *generation;
     if (!c->config)
@@ -118,7 +118,7 @@ static obm_status prepare(obm_model *m, const obm_model_options *options, obm_er
     m->materialise = OBM_OPT(options, obm_model_options, materialise, false);
     if (m->kv != OBM_F32 && m->kv != OBM_F16)
         return obm__fail(err, OBM_E_ARG, "the KV cache can be F32 or F16, not %s", obm_dtype_name(m->kv));
-    OBM_TRY(load_config(m, err));
+    OBM_TRY(obm__model_load_config(m, err));
     OBM_TRY(load_tokenizer(m, err));
     OBM_TRY(obm__model_load_texts(m, err));
     m->vocab = widest_vocabulary(m);
@@ -168,7 +168,7 @@ static obm_status open_local(obm_model *m, const char *path, const char *base, o
     return obm__checkpoint_is_model(m->base, "a model to run", err);
 }
 
-static obm_status open_source(obm_model *m, const char *name, const char *base, obm__pulse *pulse, obm_error *err) {
+obm_status obm__model_open_files(obm_model *m, const char *name, const char *base, obm__pulse *pulse, obm_error *err) {
     char *path;
     OBM_TRY(obm__source_find(m->ctx, name, &path, err));
     obm_status status = open_local(m, path, base, pulse, err);
@@ -183,7 +183,8 @@ obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_op
     if (!m) return obm__fail_nomem(err, sizeof *m);
     m->ctx = ctx;
     obm__pulse pulse = open_pulse(ctx, options);
-    obm_status status = open_source(m, path, OBM_OPT(options, obm_model_options, base, NULL), &pulse, err);
+    obm_status status =
+        obm__model_open_files(m, path, OBM_OPT(options, obm_model_options, base, NULL), &pulse, err);
     if (status == OBM_OK) return finish_open(m, options, &pulse, out, err);
     obm_model_free(m);
     return status;

@@ -11,6 +11,7 @@
 #include "../route/dynamic.h"
 #include "../route/masks.h"
 #include "../route/router.h"
+#include "placement.h"
 
 #include <math.h>
 
@@ -461,6 +462,16 @@ obm_status obm__model_resume(obm_model *m, obm_error *err);   /* BUSY while the 
 obm_status obm__model_pool(obm_model *m, const int32_t *ids, size_t n, int layer, float *out, obm_error *err);
 obm_status obm__model_check_ids(const obm_model *m, const obm__weights *w, const int32_t *ids, size_t n, obm_error *err);
 size_t obm__model_tasks(const obm_model *m);   /* 0 for a plain model */
+/* Opens the checkpoint or the pack, then reads config.json: the first two steps of obm_model_open. */
+obm_status obm__model_open_files(obm_model *m, const char *name, const char *base, obm__pulse *pulse, obm_error *err);
+obm_status obm__model_load_config(obm_model *m, obm_error *err);
+/* What the placement plan needs to know, from config and headers; m->tensors is there for a pack (shapes.c). */
+obm_status obm__placed_shapes_of(const obm_model *m, bool z12, obm__placed_shapes *out, obm_error *err);
+/* The role of a kind, and the other way round: matrices of a layer, then the head. */
+static inline obm__role obm__kind_role(int kind) { return kind == OBM_KIND_HEAD ? OBM_HEAD : (obm__role)kind; }
+static inline int obm__role_kind(obm__role role) { return role == OBM_HEAD ? OBM_KIND_HEAD : (int)role; }
+/* "model.layers.{}.x" with the layer in place of {}. */
+void obm__tensor_name(const char *pattern, int64_t layer, char *buf, size_t size);
 /* Fills m->tensors. */
 obm_status obm__model_find_tensors(obm_model *m, obm_error *err);
 /* Index in the pack of a role's tensor (of the embedding for a tied head), or SIZE_MAX. */

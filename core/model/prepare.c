@@ -11,7 +11,7 @@
 /* ---- taking tensors as they are ---- */
 
 /* "model.layers.{}.x" with the layer in place of {}. */
-static void tensor_name(const char *pattern, int64_t layer, char *buf, size_t size) {
+void obm__tensor_name(const char *pattern, int64_t layer, char *buf, size_t size) {
     const char *hole = strstr(pattern, "{}");
     if (hole)
         snprintf(buf, size, "%.*s%lld%s", (int)(hole - pattern), pattern, (long long)layer, hole + 2);
@@ -125,7 +125,7 @@ static obm_status base_tensor(obm__build *b, const char *name, obm__role role, o
 static size_t find_tensor(const obm_model *m, int64_t layer, obm__role role) {
     char name[256];
     if (!m->config.arch->names[role]) return SIZE_MAX;
-    tensor_name(m->config.arch->names[role], layer, name, sizeof name);
+    obm__tensor_name(m->config.arch->names[role], layer, name, sizeof name);
     size_t i = obm__pack_find(m->pack, name);
     bool tied = role == OBM_HEAD && i == SIZE_MAX;
     return tied ? obm__pack_find(m->pack, m->config.arch->names[OBM_EMBEDDING]) : i;
@@ -328,7 +328,7 @@ static obm_status decide_tensor(obm__build *b, int64_t layer, obm__role role) {
     bool done;
     if (decide_quickly(b, layer, role, out)) return OBM_OK;
     if (!c->arch->names[role] || (role != OBM_HEAD && !obm__config_has(c, role))) return OBM_OK;
-    tensor_name(c->arch->names[role], layer, name, sizeof name);
+    obm__tensor_name(c->arch->names[role], layer, name, sizeof name);
     OBM_TRY(route_tensor(b, name, layer, role, out, &done));
     if (done) return OBM_OK;
     if (!obm__config_has(c, role)) return tie_head(b, out);

@@ -29,9 +29,18 @@ static obm_status choose_kernels(obm_context *ctx, obm_error *err) {
     return OBM_OK;
 }
 
+obm_status obm__threads_check(int wanted, obm_error *err) {
+    if (wanted >= 0 && wanted <= MAX_THREADS) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG, "threads: expected 0 (one per core) to %d, found %d", MAX_THREADS, wanted);
+}
+
+obm_status obm__numa_check(obm_numa wanted, obm_error *err) {
+    if ((unsigned)wanted <= OBM_NUMA_OFF) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG, "numa: expected 0 (auto) to %d (off), found %d", OBM_NUMA_OFF, (int)wanted);
+}
+
 static obm_status choose_threads(obm_context *ctx, int wanted, obm_error *err) {
-    if (wanted < 0 || wanted > MAX_THREADS)
-        return obm__fail(err, OBM_E_ARG, "threads: expected 0 (one per core) to %d, found %d", MAX_THREADS, wanted);
+    OBM_TRY(obm__threads_check(wanted, err));
     const char *text = getenv("ONEBITMERGE_THREADS");
     if (!wanted && text && *text) {
         char *end;

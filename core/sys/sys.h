@@ -84,6 +84,8 @@ struct obm_context {
     obm_context_info info;
     char blas[128], topology_text[256], available[64];
 };
+obm_status obm__threads_check(int wanted, obm_error *err);
+obm_status obm__numa_check(obm_numa wanted, obm_error *err);
 void obm__warn(const obm_context *ctx, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 /* ---- threads (threads.c) ---- */
@@ -203,15 +205,57 @@ obm_status obm__solve(size_t m, size_t n, double *c, double *b, const char *what
 
 /* ---- topology (topology.c): the only file that includes hwloc.h ---- */
 
-/* What this process may use (allowed cpuset and affinity).  NULL without memory or when hwloc cannot read the machine; the
- * other functions take NULL as one unnamed core.  Immutable. */
+/* What a plan needs to know of a machine, as plain numbers. */
+#define OBM_NODES 64
+typedef struct obm__node {
+    unsigned os;                /* number that the operating system gives it */
+    uint64_t memory;            /* bytes; 0: unknown */
+    int cores;
+    int speed;                  /* sum of its cores' */
+} obm__node;
+typedef struct obm__core {
+    unsigned cpu;               /* its first allowed processing unit: SMT siblings are left out */
+    int node;                   /* whose memory is nearest; of several (HBM beside DRAM) the first */
+    int speed;                  /* percent of the fastest kind of core, by highest frequency; 100 where the system does not say */
+} obm__core;
+/* Allowed nodes with memory, and allowed cores.  A node without cores stands there with none; the cores of a node without
+ * memory belong to the nearest one with.  At least one of each. */
+typedef struct obm__machine {
+    int n_nodes, n_cores;
+    obm__node nodes[OBM_NODES];
+    obm__core *cores;
+} obm__machine;
+
+/* What this process may use (allowed cpuset, affinity, memory policy).  NULL without memory or when hwloc cannot read the
+ * machine; the other functions take NULL as one unnamed core.  Immutable. */
 obm__topology *obm__topology_new(void);
+/* Another machine: the path of hwloc's XML, or a synthetic description ("numa:2 core:4 pu:2").  Errors: ARG, IO, FORMAT,
+ * UNSUPPORTED (more than OBM_NODES nodes), NOMEM. */
+obm_status obm__topology_read(const char *text, obm__topology **out, obm_error *err);
 void obm__topology_free(obm__topology *t);
 int obm__topology_cores(const obm__topology *t);
 int obm__topology_nodes(const obm__topology *t);
+const obm__machine *obm__topology_machine(const obm__topology *t);   /* borrowed; NULL for NULL */
 /* "1 package, 1 NUMA node, 2 cores, L2 512 KiB, L3 32 MiB" */
 const char *obm__topology_describe(const obm__topology *t, char *buf, size_t size);
 /* Binds the calling thread to one core; 0 on success, failure is harmless.  Workers beyond the cores stay unbound. */
 int obm__topology_pin(const obm__topology *t, int worker);
+
+/* ---- workers (workers.c) ---- */
+
+typedef struct obm__worker_place {
+    int node;                   /* of the machine's */
+    int cpu;                    /* -1: any core (of the node, where `numa` is not OFF) */
+    int speed;
+} obm__worker_place;
+typedef struct obm__workers {
+    obm_numa numa;              /* AUTO: shard or isolate, as a model's size says */
+    int n, home;                /* home: node of worker 0, who is the caller */
+    obm__worker_place *at;      /* (n), owned */
+} obm__workers;
+/* threads 0: one per core, with isolate one per core of the node. */
+obm_status obm__workers_new(const obm__machine *m, obm_numa wanted, int threads, obm__workers *out, obm_error *err);
+const char *obm__numa_name(obm_numa numa);
+int obm__workers_count(const obm__workers *w, int node);
 
 #endif

@@ -267,6 +267,49 @@ def extract_lora(base: _Path, expert: _Path, out: _Path, rank: int | None = None
 def extract_lora(base: _Path, expert: _Path, out: _Path, rank: int | None = None, energy: float | None = None,
                  dtype: Literal["f32", "bf16", "f16"] | None = None, base_name: str | None = None, overwrite: bool = False,
                  *, dry_run: Literal[True], progress: _Progress = None) -> Plan: ...
+class _PlanNode(TypedDict):
+    os_index: int
+    memory: int
+    cores: int
+    workers: int
+    weight_bytes: int
+    plane_bytes: int
+    kv_bytes: int
+    kv_heads: list[int] | None
+    remote_bytes: int
+
+class _PlanWorker(TypedDict):
+    cpu: int | None
+    node: int
+
+class _PlanMatrix(TypedDict):
+    role: str
+    name: str
+    layers: int
+    rows: int
+    cols: int
+    bytes: int
+    nodes: list[list[int]] | None
+    workers: list[list[int]] | None
+
+class PlacementPlan(TypedDict):
+    numa: str
+    asked: str
+    reason: str
+    threads: int
+    home: int
+    nodes: list[_PlanNode]
+    workers: list[_PlanWorker]
+    matrices: list[_PlanMatrix]
+    weight_bytes_per_token: int
+    remote_weight_bytes_per_token: int
+    remote_activation_bytes_per_token: int
+    remote_bytes_per_token: int
+
+_Numa = Literal["auto", "shard", "replicate", "isolate", "interleave", "off"]
+
+def plan(model: _Path, topology: _Path | None = None, numa: _Numa = "auto", threads: int = 0, base: _Path | None = None,
+         z12: bool = False, kv: Literal["f32", "f16"] = "f32") -> PlacementPlan: ...
 def methods() -> list[dict[str, Any]]: ...
 def info() -> dict[str, Any]: ...
 def set_threads(n: int) -> None: ...

@@ -6,7 +6,7 @@ import os as _os
 from . import _core, _hub, _methods, _results
 from ._core import (ArgumentError, BusyError, Checkpoint, DtypeError, Error, FormatError, MismatchError, Model, NonFiniteError,
                     NotFoundError, Pack, ShapeError, TaskVector, Tensor, Tokenizer, UnsupportedError, __version__, class_of,
-                    extract_lora, info, merge_tensors, methods, set_threads)
+                    extract_lora, info, merge_tensors, methods, plan, set_threads)
 from ._methods import Tile, register_method
 from ._results import Completion, Expert, RouterReport, Score
 

@@ -21,6 +21,7 @@ import onebitmerge as obm
 from onebitmerge import _results
 from onebitmerge.evaluate import evaluate, prompt_of
 
+NUMA = ("auto", "shard", "replicate", "isolate", "interleave", "off")
 POLICIES = ("linear", "attention", "mlp", "paper", "full")
 
 
@@ -186,6 +187,33 @@ def doctor(args):
         print(f"{name:<14} {value}")
     for module, how in missing.items():
         print(f"{'missing':<14} {module}: {how}")
+
+
+def ranges(pairs):
+    return "-" if pairs is None else ", ".join(f"{a}..{b - 1}" if b > a else "none" for a, b in pairs)
+
+
+def plan(args):
+    if args.base and not is_pack(args.model):
+        raise Usage("--base goes with a pack; this is a plain model")
+    p = obm.plan(args.model, topology=args.topology, numa=args.numa, threads=args.threads, base=args.base, z12=args.z12, kv=args.kv)
+    if args.json:
+        return emit(p)
+    print(f"numa {p['numa']}" + (f" ({p['asked']} was asked for)" if p["asked"] != p["numa"] else "") + f": {p['reason']}")
+    print(_results.table(["node", "memory", "cores", "workers", "weights", "planes", "KV per position", "KV heads", "remote per token"],
+                         [[n["os_index"], _results.size(n["memory"]), n["cores"], n["workers"], _results.size(n["weight_bytes"]),
+                           _results.size(n["plane_bytes"]), _results.size(n["kv_bytes"]), ranges(n["kv_heads"] and [n["kv_heads"]]),
+                           _results.size(n["remote_bytes"])] for n in p["nodes"]]))
+    print()
+    print(_results.table(["matrix", "of", "rows", "cols", "bytes", "rows of each node"],
+                         [[m["role"], m["layers"], m["rows"], m["cols"], _results.size(m["bytes"]), ranges(m["nodes"])] for m in p["matrices"]]))
+    print()
+    print(_results.table(["worker", "cpu", "node"] + [m["role"] for m in p["matrices"]],
+                         [[i, "any" if w["cpu"] is None else w["cpu"], p["nodes"][w["node"]]["os_index"]] +
+                          [ranges(m["workers"] and [m["workers"][i]]) for m in p["matrices"]] for i, w in enumerate(p["workers"])]))
+    print(f"\na token reads {_results.size(p['weight_bytes_per_token'])} of weights and planes, "
+          f"{_results.size(p['remote_weight_bytes_per_token'])} of them from another node's memory, and passes "
+          f"{_results.size(p['remote_activation_bytes_per_token'])} of activations between nodes")
 
 
 def inspect(args):
@@ -673,6 +701,14 @@ def make_parser():
         return p
 
     verb(verbs, "doctor", doctor, "build, instruction sets, BLAS, topology, memory; what is missing and how to get it")
+
+    p = verb(verbs, "plan", plan, "placement on NUMA nodes: rows, bytes per node, remote bytes per token", base=True)
+    p.add_argument("model", metavar="MODEL|PACK")
+    p.add_argument("--topology", metavar="FILE.xml|TEXT",
+                   help="another machine: hwloc's XML (lstopo machine.xml) or a description like \"numa:2 core:4 pu:2\"; default: this one")
+    p.add_argument("--numa", choices=NUMA, default="auto")
+    p.add_argument("--z12", action="store_true", help="with bf16 matrices in 12 bits per weight")
+    p.add_argument("--kv", choices=("f32", "f16"), default="f32")
 
     p = verb(verbs, "inspect", inspect, "a model by module class; with experts norms, zeros, 1-bit error, cosines, sign agreement",
              rest="experts")

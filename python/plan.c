@@ -1,0 +1,49 @@
+/* Placement plans. */
+#include "obm_py.h"
+
+static obm_status plan_without_gil(obm_context *ctx, const char *path, const obm_model_plan_options *o, char **json,
+                                   obm_error *err) {
+    obm_status status;
+    Py_BEGIN_ALLOW_THREADS status = obm_model_plan(ctx, path, o, json, err);
+    Py_END_ALLOW_THREADS return status;
+}
+
+int obm_py_numa(obm_py_state *st, const char *name, obm_numa *out) {
+    obm_error err;
+    if (obm_numa_find(name, out, &err) == OBM_OK) return 0;
+    obm_py_raise(st, &err);
+    return -1;
+}
+
+PyObject *obm_py_plan_model(PyObject *module, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"model", "topology", "numa", "threads", "base", "z12", "kv", NULL};
+    PyObject *path = NULL, *topology = Py_None, *base = Py_None, *topology_bytes = NULL, *base_bytes = NULL,
+             *context = NULL, *result = NULL;
+    const char *numa = "auto", *kv = "f32";
+    int threads = 0, z12 = 0;
+    obm_py_state *st = PyModule_GetState(module);
+    obm_model_plan_options o = OBM_INIT(obm_model_plan_options);
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&|OsiOps", names, obm_py_path, &path, &topology, &numa, &threads,
+                                     &base, &z12, &kv))
+        return NULL;
+    bool ok = (topology == Py_None || obm_py_path(topology, &topology_bytes)) &&
+              (base == Py_None || obm_py_path(base, &base_bytes)) && obm_py_numa(st, numa, &o.numa) == 0 &&
+              obm_py_dtype(st, kv, &o.kv) == 0;
+    obm_context *ctx = ok ? obm_py_context(st, &context) : NULL;
+    if (ctx) {
+        o.topology = topology_bytes ? PyBytes_AsString(topology_bytes) : NULL;
+        o.base = base_bytes ? PyBytes_AsString(base_bytes) : NULL;
+        o.threads = threads;
+        o.z12 = z12;
+        char *json = NULL;
+        obm_error err;
+        obm_status status = plan_without_gil(ctx, PyBytes_AsString(path), &o, &json, &err);
+        result = status == OBM_OK ? obm_py_json(json) : obm_py_raise(st, &err);
+        obm_free(json);
+    }
+    Py_XDECREF(context);
+    Py_XDECREF(topology_bytes);
+    Py_XDECREF(base_bytes);
+    Py_DECREF(path);
+    return result;
+}
