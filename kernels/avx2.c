@@ -36,6 +36,7 @@
 #define LOAD_256(p) _mm256_loadu_si256((const __m256i *)(const void *)(p))
 
 #define LOAD_BF16(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(LOAD_128(p)), 16))
+#define WIDE_BF16(p) ((NAME(u))LOAD_BF16(p))
 #define LOAD_F16(p) _mm256_cvtph_ps(LOAD_128(p))
 #define STORE_F16(p, v) _mm_storeu_si128((__m128i *)(void *)(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT))
 #define STORE_BF16(p, v) _mm_storeu_si128((__m128i *)(void *)(p), narrow_bf16(v))

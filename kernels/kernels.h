@@ -62,6 +62,18 @@ typedef struct obm__z12 {
     size_t rows, cols, blocks; /* blocks of a group: ceil(cols / 64); columns behind cols have any value */
 } obm__z12;
 
+/* What agree_f32 and sum_f32 make of the task vectors of one stretch of elements. */
+typedef struct obm__agreement {
+    const float *deltas; /* (count), `stride` apart */
+    size_t count, stride;
+    const float *weights, *votes; /* (count) */
+    const float *base;            /* nullable: added in the end */
+    float lambda;
+    float zero_sign; /* agree_f32 only, with votes and normalize */
+    int normalize;
+    float divisor; /* sum_f32 only */
+} obm__agreement;
+
 typedef struct obm_kernels {
     const char *isa; /* "scalar", "avx2", "avx512", "neon" */
 
@@ -103,6 +115,27 @@ typedef struct obm_kernels {
 
     /* exact.  Counts |x| by the upper 15 bits under the sign of its f32 pattern: histogram[(bits >> 16) & 0x7fff]++. */
     void (*magnitude_histogram)(uint32_t *histogram /* 32768 */, const float *x, size_t n);
+
+    /* Static merges. */
+
+    /* exact.  d = a - b (b NULL: a) of two bf16 arrays in f32, rounded to bf16 where `round` is not 0; what then has a
+     * magnitude pattern (the f32 pattern under the sign) below `least` becomes +0.  Returns the first index whose
+     * difference is not finite, rounded if asked for; n if all are.  From there on d has any value. */
+    size_t (*delta_bf16)(float *d, const uint16_t *a, const uint16_t *b, int round, uint32_t least, size_t n);
+    /* exact.  counts[k] += number of magnitude patterns >= from[k], k < 8, from[k] <= 2^31;  n < 2^31. */
+    void (*count_from)(uint32_t *counts, const uint32_t *from, const float *x, size_t n);
+    /* exact.  Of those whose upper 15 bits under the sign are `high`: histogram[lower 16 bits]++. */
+    void (*low_histogram)(uint32_t *histogram /* 65536 */, uint32_t high, const float *x, size_t n);
+    /* exact.  Per element, for finite deltas: s = 0 + votes[0] * d[0] + ... in order, each product and sum rounded; s =
+     * zero_sign where it is 0.  Models agree whose votes[t] * d[t] is not 0 and has the sign of s; m and w are their
+     * sums of weights[t] * d[t] and weights[t], from +0 in order.  Where `normalize` is not 0, m /= w (w = 0: 1); then
+     * out = base + m * lambda, without base m * lambda. */
+    void (*agree_f32)(float *out, const obm__agreement *a, size_t n);
+    /* exact.  m = 0 + weights[0] * d[0] + ... in order, then m / divisor; out as in agree_f32. */
+    void (*sum_f32)(float *out, const obm__agreement *a, size_t n);
+    /* exact.  f32_to_bf16, and the first index whose result is not finite, n if all are; from there on out has any
+     * value. */
+    size_t (*store_bf16)(uint16_t *out, const float *x, size_t n);
 
     /* row-exact.  y[r] = sum_j w[r * ld + j] * x[j], r < rows, f32 accumulation in any lane order with fma;
      * |error| <= n * 2^-23 * sum |w x| against f64. */

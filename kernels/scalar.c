@@ -139,6 +139,74 @@ void obm__scalar_magnitude_histogram(uint32_t *histogram, const float *x, size_t
     for (size_t i = 0; i < n; i++) histogram[bits_of(float_at(x + i)) >> 16 & 0x7fff]++;
 }
 
+/* ---- static merges ---- */
+
+static int is_finite(float x) { return (bits_of(x) & 0x7fffffff) < 0x7f800000; }
+
+size_t obm__scalar_delta_bf16(float *d, const uint16_t *a, const uint16_t *b, int round, uint32_t least, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float x = widen_bf16(half_at(a + i));
+        if (b) x -= widen_bf16(half_at(b + i));
+        if (round) x = widen_bf16(narrow_bf16(x));
+        if (!is_finite(x)) return i;
+        d[i] = (bits_of(x) & 0x7fffffff) >= least ? x : 0;
+    }
+    return n;
+}
+
+void obm__scalar_count_from(uint32_t *counts, const uint32_t *from, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        for (size_t k = 0; k < 8; k++) counts[k] += (bits_of(float_at(x + i)) & 0x7fffffff) >= from[k];
+}
+
+void obm__scalar_low_histogram(uint32_t *histogram, uint32_t high, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint32_t u = bits_of(float_at(x + i));
+        if ((u >> 16 & 0x7fff) == high) histogram[u & 0xffff]++;
+    }
+}
+
+void obm__scalar_agree_f32(float *out, const obm__agreement *m, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float sum = 0, mixed = 0, divisor = 0;
+        for (size_t t = 0; t < m->count; t++) {
+            float vote = m->deltas[t * m->stride + i] * m->votes[t];
+            sum += vote;
+        }
+        if (sum == 0) sum = m->zero_sign;
+        for (size_t t = 0; t < m->count; t++) {
+            float d = m->deltas[t * m->stride + i], vote = d * m->votes[t], product = d * m->weights[t];
+            if (vote == 0 || (bits_of(vote) ^ bits_of(sum)) >> 31) continue;
+            mixed += product;
+            divisor += m->weights[t];
+        }
+        if (m->normalize) mixed /= divisor == 0 ? 1 : divisor;
+        mixed *= m->lambda;
+        out[i] = m->base ? m->base[i] + mixed : mixed;
+    }
+}
+
+void obm__scalar_sum_f32(float *out, const obm__agreement *m, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float mixed = 0;
+        for (size_t t = 0; t < m->count; t++) {
+            float product = m->deltas[t * m->stride + i] * m->weights[t];
+            mixed += product;
+        }
+        mixed /= m->divisor;
+        mixed *= m->lambda;
+        out[i] = m->base ? m->base[i] + mixed : mixed;
+    }
+}
+
+size_t obm__scalar_store_bf16(uint16_t *out, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        out[i] = narrow_bf16(float_at(x + i));
+        if (!is_finite(widen_bf16(out[i]))) return i;
+    }
+    return n;
+}
+
 static float widen_bf16_at(const uint16_t *p) { return widen_bf16(half_at(p)); }
 static float widen_f16_at(const uint16_t *p) { return widen_f16(half_at(p)); }
 
@@ -147,16 +215,16 @@ static float sum_of_lanes(const float *lane /* 8 */) {
 }
 
 /* Eight lanes, so that the rounding error grows with n / 8 and a compiler can use whatever vectors the baseline has. */
-#define ROWS(name, type, at)                                                                                  \
-    void name(float *y, const type *w, size_t ld, size_t rows, const float *x, size_t n) {                    \
-        for (size_t r = 0; r < rows; r++) {                                                                   \
-            float lane[8] = {0};                                                                              \
-            size_t j = 0;                                                                                     \
-            for (; j + 8 <= n; j += 8)                                                                        \
-                for (size_t l = 0; l < 8; l++) lane[l] += at(w + r * ld + j + l) * float_at(x + j + l);       \
-            for (; j < n; j++) lane[j % 8] += at(w + r * ld + j) * float_at(x + j);                           \
-            y[r] = sum_of_lanes(lane); \
-        }                                                                                                     \
+#define ROWS(name, type, at)                                                                            \
+    void name(float *y, const type *w, size_t ld, size_t rows, const float *x, size_t n) {              \
+        for (size_t r = 0; r < rows; r++) {                                                             \
+            float lane[8] = {0};                                                                        \
+            size_t j = 0;                                                                               \
+            for (; j + 8 <= n; j += 8)                                                                  \
+                for (size_t l = 0; l < 8; l++) lane[l] += at(w + r * ld + j + l) * float_at(x + j + l); \
+            for (; j < n; j++) lane[j % 8] += at(w + r * ld + j) * float_at(x + j);                     \
+            y[r] = sum_of_lanes(lane);                                                                  \
+        }                                                                                               \
     }
 ROWS(obm__scalar_rows_bf16, uint16_t, widen_bf16_at)
 ROWS(obm__scalar_rows_f16, uint16_t, widen_f16_at)
@@ -407,6 +475,12 @@ const obm_kernels obm__kernels_scalar = {
     .sign_pack = obm__scalar_sign_pack,
     .sign_axpy = obm__scalar_sign_axpy,
     .magnitude_histogram = obm__scalar_magnitude_histogram,
+    .delta_bf16 = obm__scalar_delta_bf16,
+    .count_from = obm__scalar_count_from,
+    .low_histogram = obm__scalar_low_histogram,
+    .agree_f32 = obm__scalar_agree_f32,
+    .sum_f32 = obm__scalar_sum_f32,
+    .store_bf16 = obm__scalar_store_bf16,
     .rows_bf16 = obm__scalar_rows_bf16,
     .rows_f16 = obm__scalar_rows_f16,
     .rows_f32 = obm__scalar_rows_f32,

@@ -54,14 +54,38 @@ void obm__group_base(const obm_kernels *k, const obm__group *g, uint64_t begin, 
     if (g->base) read_input(k, g, BASE, begin, n, base, scratch);
 }
 
-size_t obm__group_delta(const obm_kernels *k, const obm__group *g, size_t model, uint64_t begin, size_t n,
-                        const float *base, float *d, float *scratch) {
+/* bf16 as it is in the files, at an address that a uint16_t may have, or nothing. */
+static bool is_plain(const obm__group *g, const obm_tensor *t, const obm__lowrank *lora) {
+    return !t || (t->dtype == OBM_BF16 && !lora && !g->rows && (uintptr_t)t->data % 2 == 0);
+}
+
+/* The delta comes straight from the files' bytes, and the lane of the base is not looked at. */
+bool obm__group_is_plain(const obm__group *g, size_t model) {
+    bool delta = g->steps->deltas && g->base;
+    return (g->work == OBM_BF16 || g->work == OBM_F32) && is_plain(g, tensor_of(g, model), lora_of(g, model)) &&
+           is_plain(g, delta ? g->base : NULL, delta ? g->base_lora : NULL);
+}
+
+size_t obm__group_trimmed(const obm_kernels *k, const obm__group *g, size_t model, uint64_t begin, size_t n,
+                          const float *base, uint32_t least, float *d, float *scratch) {
+    bool delta = g->steps->deltas && g->base, round = delta && g->steps->round_deltas && g->work == OBM_BF16;
+    if (obm__group_is_plain(g, model)) {
+        const uint16_t *a = tensor_of(g, model)->data, *b = delta ? g->base->data : NULL;
+        return k->delta_bf16(d, a + begin, b ? b + begin : NULL, round, least, n);
+    }
     read_input(k, g, model, begin, n, d, scratch);
-    if (g->steps->deltas && g->base) {
+    if (delta) {
         k->sub_f32(d, d, base, n);
         if (g->steps->round_deltas) round_to(k, g->work, d, n, scratch);
     }
-    return k->find_nonfinite(d, n);
+    size_t bad = k->find_nonfinite(d, n);
+    for (size_t j = 0; least && j < n; j++) d[j] = obm__keep_if(d[j], (obm__bits_of(d[j]) & 0x7fffffffu) >= least);
+    return bad;
+}
+
+size_t obm__group_delta(const obm_kernels *k, const obm__group *g, size_t model, uint64_t begin, size_t n,
+                        const float *base, float *d, float *scratch) {
+    return obm__group_trimmed(k, g, model, begin, n, base, 0, d, scratch);
 }
 
 static void release_tensor(const obm_tensor *t, uint64_t begin, uint64_t n) {

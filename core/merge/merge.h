@@ -16,6 +16,8 @@
 
 /* The kernels' reduction length; OBM_TILE is a multiple of it.  A block of every lane fits the second-level cache. */
 #define OBM_MERGE_BLOCK 4096
+/* Elements that the arithmetic takes in one go: so many of every lane fit the nearest cache. */
+#define OBM_MERGE_PART 512
 /* Elements between two looks at the progress callback; a multiple of the block, some tens of milliseconds. */
 #define OBM_MERGE_SPAN ((uint64_t)1 << 22)
 
@@ -178,7 +180,8 @@ typedef struct obm__cut {
     bool all, none;
     uint32_t bits;    /* f32 pattern without the sign */
     uint64_t equal;   /* UINT64_MAX: all of them */
-    uint64_t *before; /* equal elements in front of each block, owned; NULL where `equal` is 0 or UINT64_MAX */
+    /* Equal elements in front of each block, and in the end of all; owned; NULL where `equal` is 0 or UINT64_MAX. */
+    uint64_t *before;
 } obm__cut;
 
 /* ---- groups: one tensor across the models ---- */
@@ -357,6 +360,11 @@ void obm__group_base(const obm_kernels *k, const obm__group *g, uint64_t begin, 
 /* The delta (or the weights, for methods without deltas).  Returns the first index that is not finite, n if all are. */
 size_t obm__group_delta(const obm_kernels *k, const obm__group *g, size_t model, uint64_t begin, size_t n,
                         const float *base, float *d, float *scratch);
+/* Whether obm__group_delta can do without `base`. */
+bool obm__group_is_plain(const obm__group *g, size_t model);
+/* The same, and +0 in place of magnitude patterns below `least`. */
+size_t obm__group_trimmed(const obm_kernels *k, const obm__group *g, size_t model, uint64_t begin, size_t n,
+                          const float *base, uint32_t least, float *d, float *scratch);
 /* Masks as bits: what an element keeps is random, and a mispredicted branch costs more than the arithmetic around it.
  */
 static inline uint32_t obm__bits_of(float x) {
@@ -392,6 +400,9 @@ obm_status obm__select(const obm__run *run, obm__group *groups, size_t n_groups,
 obm_status obm__select_value(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, uint64_t n,
                              float *out, obm_error *err);
 void obm__cut_apply(const obm__cut *c, uint64_t block, float *d, size_t n);
+/* What obm__cut_apply leaves of all n elements of a block: magnitude patterns from *least on; false where elements
+ * equal to the threshold are only partly kept. */
+bool obm__cut_least(const obm__cut *c, uint64_t block, size_t n, uint32_t *least);
 
 /* Everything the element pass needs to know in advance, over all groups of one scope; call obm__group_clear afterwards
  * whatever it returns. */

@@ -20,6 +20,8 @@ typedef struct walk {
     uint64_t begin, end;
     uint64_t at, until;     /* the span in work; blocks count from `at` */
     float *block;           /* (workers) lanes */
+    uint32_t *least;        /* (workers, n_models) */
+    float *ones;            /* (n_models) */
     obm__ranked *ranked;    /* masks by rank of the span; NULL for other masks */
     double *before, *after; /* L1 norms: (n_models, blocks) */
     int64_t *votes;         /* elected signs: (workers) */
@@ -63,11 +65,17 @@ static obm_status walk_blocks(const obm__run *run, walk *w, obm__range_fn fn, ob
     w->k = run->ctx->k;
     w->bad = UINT64_MAX;
     w->block = obm__alloc(threads, bytes);
-    if (!w->block) return obm__fail_nomem(err, (uint64_t)threads * bytes);
-    if (is_ranked(w->g->steps)) status = obm__ranked_new(run, w->g, w->end - w->begin, &w->ranked, err);
+    w->least = obm__alloc(threads * w->g->steps->n, sizeof *w->least);
+    w->ones = obm__alloc(w->g->steps->n, sizeof *w->ones);
+    if (!w->block || !w->least || !w->ones) status = obm__fail_nomem(err, (uint64_t)threads * bytes);
+    for (size_t i = 0; w->ones && i < w->g->steps->n; i++) w->ones[i] = 1;
+    if (status == OBM_OK && is_ranked(w->g->steps))
+        status = obm__ranked_new(run, w->g, w->end - w->begin, &w->ranked, err);
     if (status == OBM_OK) status = walk_spans(run, w, fn, err);
     obm__ranked_free(w->ranked);
     obm_free(w->block);
+    obm_free(w->least);
+    obm_free(w->ones);
     return status;
 }
 
@@ -105,94 +113,111 @@ size_t obm__block_load(const obm__block *b) {
     return first;
 }
 
-/* Base and masked, rescaled deltas of one block.  Returns the first index that is not finite, n if all are. */
-static size_t load_block(const walk *w, const obm__block *b) {
-    size_t first = obm__block_load(b);
-    for (size_t i = 0; i < w->g->steps->n; i++) {
-        mask_delta(w, i, b, obm__block_delta(b, i));
-        scale(obm__block_delta(b, i), w->g->factors[i], b->n);
+/* Whether a part of the block can be masked without the rest of it; least: what trims leave, as obm__cut_least. */
+static bool is_divisible(const obm__group *g, const obm__block *b, uint32_t *least) {
+    for (size_t i = 0; i < g->steps->n; i++) {
+        least[i] = 0;
+        if (g->steps->mask == OBM_MASK_OUTLIERS) return false;
+        if (g->steps->mask == OBM_MASK_MAGNITUDE &&
+            !obm__cut_least(&g->cuts[i], b->begin / OBM_MERGE_BLOCK, b->n, &least[i]))
+            return false;
+    }
+    return true;
+}
+
+/* Base and masked, rescaled deltas of a block, or of a part of one for which least is known.  Returns the first index
+ * that is not finite, n if all are. */
+static size_t load_part(const walk *w, const obm__block *b, const uint32_t *least) {
+    const obm__steps *s = w->g->steps;
+    size_t first = b->n;
+    obm__group_base(b->k, w->g, b->begin, b->n, b->base, b->scratch);
+    if (w->g->base && !s->deltas) first = b->k->find_nonfinite(b->base, b->n);
+    for (size_t i = 0; i < s->n; i++) {
+        float *d = obm__block_delta(b, i);
+        size_t bad = obm__group_trimmed(b->k, w->g, i, b->begin, b->n, b->base, least ? least[i] : 0, d, b->scratch);
+        if (bad < first) first = bad;
+        if (!least || s->mask != OBM_MASK_MAGNITUDE) mask_delta(w, i, b, d);
+        scale(d, w->g->factors[i], b->n);
     }
     return first;
 }
 
 /* ---- consensus and reduction ---- */
 
-/* What each model brings to the election of element j: its weighted delta, or the delta itself. */
-static void sum_election(const walk *w, const obm__block *l, size_t n) {
+static obm__agreement agreement_of(const walk *w, const obm__block *l) {
     const obm__steps *s = w->g->steps;
-    memset(l->sum, 0, n * sizeof *l->sum);
-    for (size_t i = 0; i < s->n; i++)
-        w->k->axpy_f32(l->sum, s->weighted_election ? s->weight[i] : 1.0f, l->deltas + i * OBM_MERGE_BLOCK, n);
-}
-
-/* sum(w d) and sum(w) over the models whose sign is the elected one; zeros agree with nobody. */
-static void reduce_agreeing(const walk *w, const obm__block *l, size_t n) {
-    const obm__steps *s = w->g->steps;
-    float zero_sign = w->g->zero_sign;
-    for (size_t j = 0; j < n; j++) {
-        l->sum[j] = l->sum[j] == 0 ? zero_sign : l->sum[j];
-        l->mixed[j] = l->divisor[j] = 0;
-    }
-    for (size_t i = 0; i < s->n; i++) {
-        const float *d = l->deltas + i * OBM_MERGE_BLOCK;
-        float weight = s->weight[i], vote = s->weighted_election ? weight : 1.0f;
-        for (size_t j = 0; j < n; j++) {
-            uint32_t e = obm__bits_of(vote * d[j]), elected = obm__bits_of(l->sum[j]);
-            bool agrees = (((e ^ elected) >> 31) == 0) & (e << 1 != 0);
-            l->mixed[j] += obm__keep_if(weight * d[j], agrees);
-            l->divisor[j] += obm__keep_if(weight, agrees);
-        }
-    }
-    for (size_t j = 0; s->normalize && j < n; j++) l->mixed[j] /= l->divisor[j] == 0 ? 1.0f : l->divisor[j];
+    return (obm__agreement){.deltas = l->deltas,
+                            .count = s->n,
+                            .stride = OBM_MERGE_BLOCK,
+                            .weights = s->weight,
+                            .votes = s->weighted_election ? s->weight : w->ones,
+                            .base = s->deltas ? l->base : NULL,
+                            .lambda = s->lambda,
+                            .zero_sign = w->g->zero_sign,
+                            .normalize = s->normalize,
+                            .divisor = 1};
 }
 
 static void reduce_all(const walk *w, const obm__block *l, size_t n) {
     const obm__steps *s = w->g->steps;
+    obm__agreement a = agreement_of(w, l);
     float divisor = 0;
-    memset(l->mixed, 0, n * sizeof *l->mixed);
-    for (size_t i = 0; i < s->n; i++) {
-        w->k->axpy_f32(l->mixed, s->weight[i], l->deltas + i * OBM_MERGE_BLOCK, n);
-        divisor += s->weight[i];
-    }
+    for (size_t i = 0; i < s->n; i++) divisor += s->weight[i];
     if (s->deltas && fabsf(divisor) < LEAST_WEIGHT) divisor = 1;
-    for (size_t j = 0; s->normalize && j < n; j++) l->mixed[j] /= divisor;
+    if (s->normalize) a.divisor = divisor;
+    w->k->sum_f32(l->mixed, &a, n);
 }
 
-static void add_base(const obm__block *l, size_t n) {
-    const obm__steps *s = l->g->steps;
-    if (s->lambda != 1.0f) scale(l->mixed, s->lambda, n);
-    for (size_t j = 0; s->deltas && j < n; j++) l->mixed[j] = l->base[j] + l->mixed[j];
+/* sum(w d) and sum(w) over the models whose sign is the elected one; zeros agree with nobody. */
+static void reduce_agreeing(const walk *w, const obm__block *l, size_t n) {
+    obm__agreement a = agreement_of(w, l);
+    w->k->agree_f32(l->mixed, &a, n);
 }
 
 size_t obm__store_block(const obm_kernels *k, obm_dtype dtype, float *x, size_t n, void *out) {
+    if (dtype == OBM_BF16) return k->store_bf16(out, x, n);
     obm__narrow(k, dtype, x, (int64_t)n, out);
-    if (dtype == OBM_BF16) k->bf16_to_f32(x, out, n);
     if (dtype == OBM_F16) k->f16_to_f32(x, out, n);
     return k->find_nonfinite(x, n);
 }
 
-static void merge_blocks(void *arg, size_t first, size_t last, int worker) {
-    walk *w = arg;
-    const obm__steps *s = w->g->steps;
+/* Merges a block, or a part of one.  Returns the first index that is not finite, n if all are. */
+static size_t merge_part(walk *w, obm__block *l, const uint32_t *least, int worker) {
+    (void)worker;
+    const obm__custom *custom = w->g->steps->method->custom;
+    size_t bad = load_part(w, l, least);
+    if (custom && custom->merge)
+        custom->merge(l);
+    else if (w->g->steps->consensus == OBM_CONSENSUS_SIGN)
+        reduce_agreeing(w, l, l->n);
+    else
+        reduce_all(w, l, l->n);
+    char *out = w->out + (l->begin - w->begin) * obm_dtype_size(w->dtype);
+    size_t overflow = obm__store_block(w->k, w->dtype, l->mixed, l->n, out);
+    return overflow < bad ? overflow : bad;
+}
+
+/* Calls fn for every part of the blocks [first, last) that can be taken alone. */
+typedef size_t (*part_fn)(walk *w, obm__block *l, const uint32_t *least, int worker);
+static void walk_parts(walk *w, part_fn fn, bool whole, size_t first, size_t last, int worker) {
     obm__block l = obm__block_of(w->block, w->k, w->g, worker);
+    uint32_t *least = w->least + (size_t)worker * w->g->steps->n;
     for (size_t b = first; b < last; b++) {
         set_block(w, b, &l);
-        size_t bad = load_block(w, &l);
-        if (s->method->custom && s->method->custom->merge) {
-            s->method->custom->merge(&l);
-        } else if (s->consensus == OBM_CONSENSUS_SIGN) {
-            sum_election(w, &l, l.n);
-            reduce_agreeing(w, &l, l.n);
-            add_base(&l, l.n);
-        } else {
-            reduce_all(w, &l, l.n);
-            add_base(&l, l.n);
+        bool divisible = is_divisible(w->g, &l, least) && !whole;
+        uint64_t end = l.begin + l.n;
+        for (size_t step = divisible ? OBM_MERGE_PART : l.n; l.begin < end; l.begin += l.n) {
+            l.n = end - l.begin < step ? (size_t)(end - l.begin) : step;
+            size_t bad = fn(w, &l, divisible ? least : NULL, worker);
+            if (bad < l.n) obm__note_lowest(&w->bad, l.begin + bad);
         }
-        char *out = w->out + (l.begin - w->begin) * obm_dtype_size(w->dtype);
-        size_t overflow = obm__store_block(w->k, w->dtype, l.mixed, l.n, out);
-        if (overflow < bad) bad = overflow;
-        if (bad < l.n) obm__note_lowest(&w->bad, l.begin + bad);
     }
+}
+
+static void merge_blocks(void *arg, size_t first, size_t last, int worker) {
+    walk *w = arg;
+    const obm__custom *custom = w->g->steps->method->custom;
+    walk_parts(w, merge_part, custom && custom->merge, first, last, worker);
 }
 
 obm_status obm__run_report(const obm__run *run, obm_error *err) {
@@ -255,18 +280,25 @@ static obm_status find_factors(const obm__run *run, obm__group *g, obm_error *er
     return s->rescale == OBM_RESCALE_L1 && s->mask != OBM_MASK_NONE ? norm_factors(run, g, err) : OBM_OK;
 }
 
+/* What each model brings to the election of an element: its weighted delta, or the delta itself. */
+static size_t vote_part(walk *w, obm__block *l, const uint32_t *least, int worker) {
+    uint8_t bits[OBM_MERGE_BLOCK / 8];
+    size_t bad = load_part(w, l, least);
+    obm__agreement a = agreement_of(w, l);
+    a.weights = a.votes;
+    a.base = NULL;
+    a.lambda = 1;
+    w->k->sum_f32(l->sum, &a, l->n);
+    w->k->sign_pack(bits, l->sum, l->n);
+    int64_t zeros = (int64_t)w->k->count_zero(l->sum, l->n), others = 0;
+    for (size_t i = 0; i < (l->n + 7) / 8; i++) others += __builtin_popcount(bits[i]);
+    /* Positive ones less negative ones, of n = positive + zeros + negative and others = positive + zeros. */
+    w->votes[worker] += 2 * others - zeros - (int64_t)l->n;
+    return bad;
+}
+
 static void vote_blocks(void *arg, size_t first, size_t last, int worker) {
-    walk *w = arg;
-    obm__block l = obm__block_of(w->block, w->k, w->g, worker);
-    for (size_t b = first; b < last; b++) {
-        set_block(w, b, &l);
-        size_t bad = load_block(w, &l);
-        if (bad < l.n) obm__note_lowest(&w->bad, l.begin + bad);
-        sum_election(w, &l, l.n);
-        int64_t votes = 0;
-        for (size_t j = 0; j < l.n; j++) votes += (l.sum[j] > 0) - (l.sum[j] < 0);
-        w->votes[worker] += votes;
-    }
+    walk_parts(arg, vote_part, false, first, last, worker);
 }
 
 /* The sign of the sum of all elected signs (Yadav et al., the authors' code: resolve_zero_signs); a sum

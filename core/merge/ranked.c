@@ -75,7 +75,7 @@ static uint64_t read_row(const obm__ranked *r, obm__block *b, size_t model, uint
     for (size_t j = 0; j < cols; j += b->n) {
         b->begin = row * cols + j;
         b->n = cols - j < OBM_MERGE_BLOCK ? cols - j : OBM_MERGE_BLOCK;
-        obm__group_base(b->k, b->g, b->begin, b->n, b->base, b->scratch);
+        if (!obm__group_is_plain(b->g, model)) obm__group_base(b->k, b->g, b->begin, b->n, b->base, b->scratch);
         size_t bad = obm__group_delta(b->k, b->g, model, b->begin, b->n, b->base, b->mixed, b->scratch);
         if (bad < b->n) return b->begin + bad;
         for (size_t i = 0; i < b->n; i++) {

@@ -1,4 +1,4 @@
-/* Every templated kernel and the table, from the parameters of elementwise.h, rows.h, planes.h and z12.h and these:
+/* Every templated kernel and the table, from the parameters of elementwise.h, rows.h, merge.h, planes.h and z12.h and these:
  *
  *   TABLE, ISA                       the table's symbol and name
  *   W, LOAD_W(p)                     2 * VL bf16;   EVEN_W(w) ODD_W(w) the even and the odd ones, widened, in order
@@ -32,6 +32,7 @@
 #define BATCH_LOAD LOAD
 #include "rows.h"
 
+#include "merge.h"
 #include "planes.h"
 #include "z12.h"
 
@@ -53,6 +54,12 @@ const obm_kernels TABLE = {
     .sign_pack = NAME(sign_pack),
     .sign_axpy = NAME(sign_axpy),
     .magnitude_histogram = obm__scalar_magnitude_histogram,
+    .delta_bf16 = NAME(delta_bf16),
+    .count_from = NAME(count_from),
+    .low_histogram = NAME(low_histogram),
+    .agree_f32 = NAME(agree_f32),
+    .sum_f32 = NAME(sum_f32),
+    .store_bf16 = NAME(store_bf16),
     .rows_bf16 = NAME(rows_bf16),
     .rows_f16 = NAME(rows_f16),
     .rows_f32 = NAME(rows_f32),

@@ -5,13 +5,17 @@ set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
 build=${1:-$root/build/bench}
 cmake -S "$root" -B "$build" -DOBM_BENCH=ON -DOBM_INSTALL=OFF -DCMAKE_BUILD_TYPE=Release >/dev/null
-cmake --build "$build" -j2 --target bench_kernels bench_main bench_planes >/dev/null
+cmake --build "$build" -j2 --target bench_kernels bench_main bench_merge bench_planes >/dev/null
 # A forced OpenBLAS core or cache size would measure another machine than this one.
 bench() { env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE "$build/tests/bench/$@"; }
 bench bench_kernels
 for size in ${SIZES:-tiny 0.1b}; do
     echo
     bench bench_main --size "$size"
+done
+for size in ${SIZES:-tiny 0.1b}; do
+    echo
+    bench bench_merge --size "$size"
 done
 for size in ${PLANE_SIZES:-tiny 0.4b}; do
     echo

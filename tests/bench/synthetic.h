@@ -83,8 +83,8 @@ static inline float uniform(uint32_t *state) {
     return (float)(*state >> 8) * 0x1p-24f - 0.5f;
 }
 
-/* The same base values for every folder; `moved` adds a task vector of a tenth of their size. */
-static inline void write_values(FILE *f, const tensor *t, bool moved, uint32_t *state) {
+/* The same base values for every folder; `moved` adds a task vector of a tenth of their size, by numbers of its own. */
+static inline void write_values(FILE *f, const tensor *t, bool moved, uint32_t *state, uint32_t *own) {
     enum { BLOCK = 65536 };
     static float wide[BLOCK];
     static uint16_t narrow[BLOCK];
@@ -92,7 +92,7 @@ static inline void write_values(FILE *f, const tensor *t, bool moved, uint32_t *
     for (int64_t i = 0, left = elements(t); left > 0; left -= i) {
         i = left < BLOCK ? left : BLOCK;
         for (int64_t j = 0; j < i; j++) {
-            float base = uniform(state) * 0.08f + (t->rows ? 0 : 1), delta = uniform(state) * 0.008f;
+            float base = uniform(state) * 0.08f + (t->rows ? 0 : 1), delta = uniform(own) * 0.008f;
             wide[j] = moved ? base + delta : base;
         }
         k->f32_to_bf16(narrow, wide, (size_t)i);
@@ -100,8 +100,8 @@ static inline void write_values(FILE *f, const tensor *t, bool moved, uint32_t *
     }
 }
 
-/* moved: part of the names of the tensors that an expert changes ("": all), NULL: the base. */
-static inline void write_folder(const shape *s, const char *dir, const char *moved) {
+/* moved: part of the names of the tensors that an expert changes ("": all), NULL: the base; which: of several experts. */
+static inline void write_expert(const shape *s, const char *dir, const char *moved, uint32_t which) {
     static tensor tensors[512];
     static char header[65536];
     int n = list_tensors(s, tensors), used = 0;
@@ -120,12 +120,13 @@ static inline void write_folder(const shape *s, const char *dir, const char *mov
     }
     used += snprintf(header + used, sizeof header - (size_t)used, "}%*s", 8 - (used + 1) % 8, "");
     uint64_t size = (uint64_t)used;
-    uint32_t state = 1;
+    uint32_t state = 1, own = which + 100;
     FILE *f = create(dir, "model.safetensors");
     need(fwrite(&size, 8, 1, f) == 1 && fwrite(header, 1, size, f) == size, dir);
-    for (int i = 0; i < n; i++) write_values(f, &tensors[i], moved && strstr(tensors[i].name, moved), &state);
+    for (int i = 0; i < n; i++) write_values(f, &tensors[i], moved && strstr(tensors[i].name, moved), &state, &own);
     need(!fclose(f), dir);
 }
+static inline void write_folder(const shape *s, const char *dir, const char *moved) { write_expert(s, dir, moved, 1); }
 
 static inline void remove_folder(const char *dir) {
     char command[160];

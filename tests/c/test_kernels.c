@@ -251,6 +251,135 @@ static void check_histogram(const obm_kernels *k, bench *t, size_t n) {
     assert_memory_equal(got, expected, sizeof got);
 }
 
+/* ---- static merges ---- */
+
+/* From the definition: the difference of the exact values, rounded by the scalar conversions that test_narrow checks.
+ */
+static size_t reference_delta(float *d, const uint16_t *a, const uint16_t *b, int round, uint32_t least, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float x = (float)small_float(a[i], 8, 7) - (b ? (float)small_float(b[i], 8, 7) : 0);
+        uint16_t h;
+        scalar_table()->f32_to_bf16(&h, &x, 1);
+        if (round && !isnan(x)) x = (float)small_float(h, 8, 7);
+        if (!isfinite(x)) return i;
+        d[i] = bits_of(fabsf(x)) >= least ? x : 0;
+    }
+    return n;
+}
+
+static void check_delta(const obm_kernels *k, bench *t, size_t n, int kinds) {
+    uint16_t *a = at_end(&t->a, n * 2), *b = at_end(&t->b, n * 2), *values[] = {a, b};
+    float *d = at_end(&t->c, n * 4), *wide = malloc(n * 4 + 1);
+    const uint32_t leasts[] = {0, bits_of(0.25f), 0x80000000u};
+    for (int i = 0; i < 2; i++) {
+        fill(wide, n, kinds);
+        scalar_table()->f32_to_bf16(values[i], wide, n);
+    }
+    for (int form = 0; form < 9; form++) {
+        const uint16_t *base = form % 3 ? b : NULL;
+        size_t expected = reference_delta(t->expected, a, base, form % 3 == 2, leasts[form / 3], n);
+        assert_int_equal(k->delta_bf16(d, a, base, form % 3 == 2, leasts[form / 3], n), expected);
+        assert_same(d, t->expected, expected, k->isa, "delta_bf16");
+    }
+    free(wide);
+}
+
+static void check_counts(const obm_kernels *k, bench *t, size_t n) {
+    static uint32_t got[65536], expected[65536];
+    float *a = at_end(&t->a, n * 4);
+    uint32_t from[8] = {0, 1, bits_of(0.1f), bits_of(0.25f), bits_of(0.25f) + 1, bits_of(1), 0x7f800000, 0x80000000u};
+    uint32_t counts[8] = {5}, wanted[8] = {5}, high;
+    fill(a, n, PLAIN | ZEROS | DENORMALS);
+    high = n ? bits_of(fabsf(a[n / 2])) >> 16 : 0;
+    for (size_t i = 0; i < n; i += 3) a[i] = i & 1 ? -0.25f : 0.25f;
+    memset(got, 0, sizeof got);
+    memset(expected, 0, sizeof expected);
+    for (size_t i = 0; i < n; i++) {
+        uint32_t u = bits_of(fabsf(a[i]));
+        for (int c = 0; c < 8; c++) wanted[c] += u >= from[c];
+        if (u >> 16 == high) expected[u & 0xffff]++;
+    }
+    k->count_from(counts, from, a, n);
+    assert_memory_equal(counts, wanted, sizeof counts);
+    k->low_histogram(got, high, a, n);
+    assert_memory_equal(got, expected, sizeof got);
+}
+
+/* One element by the definition in kernels.h. */
+static float reference_merge(const obm__agreement *m, size_t i, bool agree) {
+    float s = 0, sum = 0, mass = 0;
+    for (size_t t = 0; t < m->count; t++) s += m->votes[t] * m->deltas[t * m->stride + i];
+    if (s == 0) s = m->zero_sign;
+    for (size_t t = 0; t < m->count; t++) {
+        float vote = m->votes[t] * m->deltas[t * m->stride + i];
+        if (agree && (vote == 0 || (vote > 0) != (s > 0))) continue;
+        sum += m->weights[t] * m->deltas[t * m->stride + i];
+        mass += m->weights[t];
+    }
+    if (!agree) sum /= m->divisor;
+    if (agree && m->normalize) sum /= mass == 0 ? 1 : mass;
+    sum *= m->lambda;
+    return m->base ? m->base[i] + sum : sum;
+}
+
+static void check_agreement(const obm_kernels *k, bench *t, size_t n) {
+    static float deltas[4 * MAX_LENGTH];
+    const float weights[] = {0.5f, -0.25f, 1.5f, 0.7f}, ones[] = {1, 1, 1, 1};
+    float *base = at_end(&t->a, n * 4), *out = at_end(&t->b, n * 4);
+    fill(deltas, 4 * n, PLAIN | ZEROS);
+    fill(base, n, PLAIN);
+    for (size_t i = 0; i < n; i += 5) deltas[n + i] = -deltas[i]; /* sums of 0 */
+    for (unsigned form = 0; form < 16; form++) {
+        obm__agreement m = {deltas,
+                            form % 4 + 1,
+                            n,
+                            weights,
+                            form & 4 ? weights : ones,
+                            form & 8 ? base : NULL,
+                            0.3f,
+                            form & 4 ? -1.0f : 1.0f,
+                            form & 1,
+                            1.7f};
+        for (int agree = 0; agree < 2; agree++) {
+            (agree ? k->agree_f32 : k->sum_f32)(out, &m, n);
+            for (size_t i = 0; i < n; i++) t->expected[i] = reference_merge(&m, i, agree);
+            assert_same(out, t->expected, n, k->isa, agree ? "agree_f32" : "sum_f32");
+        }
+    }
+}
+
+static void check_store(const obm_kernels *k, bench *t, size_t n, int kinds) {
+    float *a = at_end(&t->a, n * 4), *wide = malloc(n * 4 + 1);
+    uint16_t *h = at_end(&t->b, n * 2), *expected = malloc(n * 2 + 1);
+    fill(a, n, kinds);
+    if (n > 40) a[n - 1] = 0x1.ffp+127f; /* rounds to infinity */
+    scalar_table()->f32_to_bf16(expected, a, n);
+    scalar_table()->bf16_to_f32(wide, expected, n);
+    size_t first = scalar_table()->find_nonfinite(wide, n);
+    assert_int_equal(k->store_bf16(h, a, n), first);
+    assert_memory_equal(h, expected, first * 2);
+    free(wide);
+    free(expected);
+}
+
+static void test_merging(void **unused) {
+    (void)unused;
+    bench t = bench_new();
+    EACH_TABLE(k) {
+        for (size_t i = 0; i < N_LENGTHS; i += i < 70 ? 1 : 7) {
+            size_t n = length_at(i);
+            check_delta(k, &t, n, PLAIN | ZEROS | DENORMALS);
+            check_delta(k, &t, n, PLAIN | INFINITE | NOT_A_NUMBER);
+            check_store(k, &t, n, PLAIN | ZEROS | DENORMALS);
+            check_store(k, &t, n, PLAIN | INFINITE | NOT_A_NUMBER);
+            check_agreement(k, &t, n);
+        }
+        for (size_t n = 0; n < 600; n += 37) check_counts(k, &t, n);
+        check_counts(k, &t, MAX_LENGTH);
+    }
+    bench_free(&t);
+}
+
 static void check_half(const obm_kernels *k, bench *t, size_t n, int kinds) {
     const obm_kernels *s = scalar_table();
     float *a = at_end(&t->a, n * 4), *wide = at_end(&t->b, n * 4);
@@ -387,7 +516,8 @@ static void call_batch(const obm_kernels *k, int type, float *y, size_t ldy, con
 }
 
 /* Against rows_* of the same table, bit for bit; whatever lies between the results stays as it was. */
-static void check_batch(const obm_kernels *k, int type, size_t rows, size_t tokens, size_t n, guarded *gw, guarded *gx) {
+static void check_batch(const obm_kernels *k, int type, size_t rows, size_t tokens, size_t n, guarded *gw,
+                        guarded *gx) {
     enum { LDY = 7 };
     size_t size = type == 2 ? 4 : 2, ld = n + 3, ldx = n + 5;
     size_t elements = rows ? (rows - 1) * ld + n : 0, values = tokens ? (tokens - 1) * ldx + n : 0;
@@ -469,14 +599,9 @@ static void test_unaligned_inputs(void **unused) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_tables),
-        cmocka_unit_test(test_widen_all),
-        cmocka_unit_test(test_narrow),
-        cmocka_unit_test(test_exact),
-        cmocka_unit_test(test_nonfinite_position),
-        cmocka_unit_test(test_rows),
-        cmocka_unit_test(test_batch),
-        cmocka_unit_test(test_unaligned_inputs),
+        cmocka_unit_test(test_tables), cmocka_unit_test(test_widen_all), cmocka_unit_test(test_narrow),
+        cmocka_unit_test(test_exact),  cmocka_unit_test(test_merging),   cmocka_unit_test(test_nonfinite_position),
+        cmocka_unit_test(test_rows),   cmocka_unit_test(test_batch),     cmocka_unit_test(test_unaligned_inputs),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
