@@ -43,10 +43,10 @@ configure() {   # configure DIR OPTION...
     cmake --build "$1" -j "$JOBS" >/dev/null
 }
 
-lua_tests() {   # lua_tests BUILD [COMMAND...]: busted under lua5.4 (Debian's plain busted is Lua 5.1)
+lua_tests() {   # lua_tests BUILD [COMMAND...]: busted on $LUA_SPECS or all, under $LUA or lua5.4 (Debian's busted is for Lua 5.1)
     local build=$1; shift
-    # shellcheck disable=SC2016
-    LUA_PATH="$ROOT/lua/?.lua;$build/lua/?.lua;$build/lua/?/init.lua;;" LUA_CPATH="$build/lua/?.so;;" bounded "$@" lua5.4 /usr/bin/busted tests/lua
+    # shellcheck disable=SC2016,SC2086
+    LUA_PATH="$ROOT/lua/?.lua;$build/lua/?.lua;$build/lua/?/init.lua;;" LUA_CPATH="$build/lua/?.so;;" bounded "$@" "${LUA:-lua5.4}" /usr/bin/busted ${LUA_SPECS:-tests/lua}
 }
 
 c_step() { configure build/tests; $CTEST --test-dir build/tests -j "$JOBS"; }
@@ -75,17 +75,40 @@ asan_c() {
     $CTEST --test-dir build/asan -j "$JOBS"
 }
 asan_lua() { ASAN_OPTIONS=detect_leaks=0 lua_tests "$ROOT/build/asan" env LD_PRELOAD="$(gcc -print-file-name=libasan.so)"; }
+python_module() {   # python_module BUILD SANITIZERS: the package, built with them, in BUILD-python
+    cmake -S . -B "$1" -DOBM_SANITIZE="$2" -DOBM_PYTHON=ON -DPython_EXECUTABLE="$ROOT/$PYTHON" -DOBM_PY_OUTDIR="$ROOT/$1-python/onebitmerge" >/dev/null
+    cmake --build "$1" -j "$JOBS" --target onebitmerge_python >/dev/null
+    cp python/onebitmerge/*.py python/onebitmerge/*.lua "$1-python/onebitmerge/"
+}
 asan_python() {
     install_python   # pytest and what the tests import
     [ -f build/tests/CMakeCache.txt ] || configure build/tests   # the README's Lua and C programs
-    cmake -S . -B build/asan -DOBM_SANITIZE=address,undefined -DOBM_PYTHON=ON -DPython_EXECUTABLE="$ROOT/$PYTHON" -DOBM_PY_OUTDIR="$ROOT/build/asan-python/onebitmerge" >/dev/null
-    cmake --build build/asan -j "$JOBS" --target onebitmerge_python >/dev/null
-    cp python/onebitmerge/*.py python/onebitmerge/*.lua build/asan-python/onebitmerge/
+    python_module build/asan address,undefined
     bounded env LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
         PYTHONMALLOC=malloc PYTHONPATH="$ROOT/build/asan-python" "$PYTHON" -m pytest tests/python \
         --deselect tests/python/test_cli.py::test_little_address_space   # ASan itself maps terabytes of addresses
 }
 tsan_c() { configure build/tsan -DOBM_SANITIZE=thread; $CTEST --test-dir build/tsan; }
+tsan_lua() {   # tests/hosts: programs that have TSan's runtime
+    configure build/tsan -DOBM_SANITIZE=thread
+    # shellcheck disable=SC2046
+    gcc -O1 -g -Wall -Wextra -Werror -fsanitize=thread -rdynamic tests/hosts/lua_host.c -o build/tsan/lua-host $(pkg-config --cflags --libs lua5.4)
+    LUA=$ROOT/build/tsan/lua-host lua_tests "$ROOT/build/tsan" env TSAN_OPTIONS=halt_on_error=1
+}
+tsan_python() {
+    install_python
+    [ -f build/tests/CMakeCache.txt ] || configure build/tests   # the README's Lua and C programs
+    python_module build/tsan thread
+    local host
+    host=$(dirname "$PYTHON")/python-tsan   # beside the real one, whose packages it then has
+    # shellcheck disable=SC2046
+    gcc -O1 -g -Wall -Wextra -Werror -fsanitize=thread -rdynamic tests/hosts/python_host.c -o "$host" $("$PYTHON" -c 'import sysconfig as s
+v = s.get_config_var
+print("-I" + v("INCLUDEPY"), "-L" + v("LIBDIR"), "-Wl,-rpath," + v("LIBDIR"), "-lpython" + v("LDVERSION"))')
+    # Where threads, signals, forks and callbacks are; children of a fork start threads of their own.
+    bounded env TSAN_OPTIONS="halt_on_error=1 die_after_fork=0" PYTHONPATH="$ROOT/build/tsan-python" "$host" -m pytest \
+        tests/python/test_{threads_signals,endings,model,routes,pack,router,custom_methods,numpy_in}.py
+}
 each_isa() {
     install_python
     configure build/tests
@@ -108,6 +131,16 @@ valgrind_c() {
     mkdir -p build/valgrind
     export -f valgrind_one bounded
     find build/tests/tests/c -maxdepth 1 -name 'test_*' -type f -executable | sort | xargs -P "$JOBS" -I{} bash -c "valgrind_one {}"
+}
+valgrind_lua() {   # as below, and without what collects garbage all the time
+    configure build/tests
+    LUA_SPECS="tests/lua/checkpoint_spec.lua tests/lua/custom_methods_spec.lua tests/lua/lora_spec.lua" \
+        lua_tests "$ROOT/build/tests" valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite
+}
+valgrind_python() {   # what crosses the border; the whole suite takes long, and leaks are CPython's
+    install_python
+    bounded env PYTHONMALLOC=malloc valgrind -q --error-exitcode=9 --suppressions=tests/hosts/python.supp \
+        "$PYTHON" -m pytest tests/python/test_numpy_in.py tests/python/test_task_vector.py tests/python/test_checkpoint.py
 }
 neon_step() {   # the kernels need libc only, so an emulated ARM64 can run their tests; tests/cross has what they use of cmocka
     mkdir -p build/neon
@@ -178,8 +211,12 @@ long)
         step fuzz fuzz_step 40
     else
         step tsan tsan_c
+        step tsan-lua tsan_lua
+        step tsan-python tsan_python
         step isa each_isa
         step valgrind valgrind_c
+        step valgrind-lua valgrind_lua
+        step valgrind-python valgrind_python
         step kill kill_step
         step nomem nomem_step
         step fuzz fuzz_step 300

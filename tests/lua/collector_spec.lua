@@ -78,6 +78,6 @@ describe("collector", function()
       n = c["model.norm.weight"]
     ]]):format(support.models .. "math", support.models .. "base")
     local script = support.write(support.folder() .. "/end.lua", code)
-    assert.is_true(os.execute(("lua5.4 '%s'"):format(script)))
+    assert.is_true(os.execute(("%s '%s'"):format(os.getenv("LUA") or "lua5.4", script)))
   end)
 end)
