@@ -13,6 +13,8 @@
 
 /* Elements of a chunk of a full tensor per thread: a few ms of work between two progress calls. */
 #define CHUNK (16 * OBM_TILE)
+/* Elements that a thread compares between two looks at the others: a quarter of a MB. */
+#define SAME_STEP ((int64_t)65536)
 
 typedef struct item {
     const obm__pair *pair;
@@ -148,33 +150,57 @@ static void warn_unknown_matrices(const job *j) {
 /* ---- tensors that equal the base's ---- */
 
 typedef struct same_job {
-    const uint8_t *a, *b;
-    size_t n, step;
+    const obm_kernels *k;
+    const obm__pair *pair;
+    int64_t first, n; /* elements */
     _Atomic int differ;
 } same_job;
+
+static bool same_bytes(const obm__pair *p, int64_t at, int64_t n) {
+    size_t size = obm_dtype_size(p->base.dtype);
+    return !memcmp((const char *)p->base.data + (size_t)at * size, (const char *)p->expert.data + (size_t)at * size,
+                   (size_t)n * size);
+}
+
+/* In another dtype: every value widens to f32 exactly, and each has one form there. */
+static bool same_values(const obm_kernels *k, const obm__pair *p, int64_t at, int64_t n) {
+    float a[1024], b[1024];
+    for (int64_t end = at + n, m; at < end; at += m) {
+        m = end - at < 1024 ? end - at : 1024;
+        obm__widen(k, &p->base, at, m, a);
+        obm__widen(k, &p->expert, at, m, b);
+        if (memcmp(a, b, (size_t)m * sizeof *a)) return false;
+    }
+    return true;
+}
 
 static void same_range(void *arg, size_t begin, size_t end, int id) {
     (void)id;
     same_job *s = arg;
     for (size_t i = begin; i < end && !atomic_load_explicit(&s->differ, memory_order_relaxed); i++) {
-        size_t at = i * s->step, n = s->n - at < s->step ? s->n - at : s->step;
-        if (memcmp(s->a + at, s->b + at, n)) atomic_store(&s->differ, 1);
+        int64_t at = (int64_t)i * SAME_STEP, n = s->n - at < SAME_STEP ? s->n - at : SAME_STEP;
+        bool same = s->pair->base.dtype == s->pair->expert.dtype ? same_bytes(s->pair, s->first + at, n)
+                                                                 : same_values(s->k, s->pair, s->first + at, n);
+        if (!same) atomic_store(&s->differ, 1);
     }
 }
 
-/* The rows that the base has, byte for byte.  Most fine-tunes differ in the first page. */
+static void release_elements(const obm_tensor *t, int64_t first, int64_t n) {
+    size_t size = obm_dtype_size(t->dtype);
+    obm__pages_release((const char *)t->data + (size_t)first * size, (size_t)n * size);
+}
+
+/* The rows that the base has, value for value.  Most fine-tunes differ in the first page. */
 static obm_status find_same(job *j, item *it, obm_error *err) {
     const obm__pair *p = it->pair;
-    if (it->mode == OBM_MODE_SAME || p->base.dtype != p->expert.dtype || p->lora) return OBM_OK;
-    size_t total = obm__tensor_bytes(&p->base), batch = (size_t)j->r->ctx->threads * 8 * CHUNK;
-    for (size_t at = 0; at < total; at += batch) {
-        size_t n = total - at < batch ? total - at : batch;
-        same_job s = {
-            .a = (const uint8_t *)p->base.data + at, .b = (const uint8_t *)p->expert.data + at, .n = n, .step = CHUNK};
-        obm__parallel(j->r->ctx, (n - 1) / CHUNK + 1, 1, same_range, &s);
+    if (it->mode == OBM_MODE_SAME || p->lora) return OBM_OK;
+    int64_t total = obm_tensor_count(&p->base), batch = (int64_t)j->r->ctx->threads * 8 * SAME_STEP;
+    for (int64_t at = 0; at < total; at += batch) {
+        same_job s = {.k = j->r->ctx->k, .pair = p, .first = at, .n = total - at < batch ? total - at : batch};
+        obm__parallel(j->r->ctx, (size_t)((s.n - 1) / SAME_STEP + 1), 1, same_range, &s);
         if (s.differ) return OBM_OK;
-        obm__pages_release(s.a, n);
-        obm__pages_release(s.b, n);
+        release_elements(&p->base, at, s.n);
+        release_elements(&p->expert, at, s.n);
         OBM_TRY(obm__tick(j->r->ticker, 0, err));
     }
     it->mode = OBM_MODE_SAME;

@@ -447,11 +447,15 @@ static void test_planes_that_vanish(void **state) {
     obm_pack *p;
     for (size_t i = 0; i < count_of(T_Q); i++) w->values[1][T_Q][i] = bf16(w, w->values[0][T_Q][i] < 0 ? -1.0f : 1.0f);
     for (size_t i = 0; i < count_of(T_Q); i++) w->values[0][T_Q][i] = 0;
-    for (size_t i = 0; i < count_of(T_UP); i++) w->values[1][T_UP][i] = bf16(w, w->values[0][T_UP][i]);
+    for (size_t i = 0; i < count_of(T_UP); i++) { /* -0 is another value than 0, but there is no difference */
+        w->values[0][T_UP][i] = 0;
+        w->values[1][T_UP][i] = -0.0f;
+    }
+    for (size_t i = 0; i < count_of(T_O); i++) w->values[1][T_O][i] = w->values[0][T_O][i] = bf16(w, w->values[0][T_O][i]);
     for (int i = 0; i < N_BASE; i++) t[i] = tensor_of(w, 0, i);
     char *base = fixture_model(w->ctx, w->dir, "zero", t, N_BASE);
     for (int i = 0; i < N_BASE; i++) t[i] = tensor_of(w, 1, i);
-    t[T_UP].dtype = OBM_F32; /* equal values in another dtype: not the same tensor, but no difference either */
+    t[T_O].dtype = OBM_F32; /* as trainers store what they left alone */
     char *expert = fixture_model(w->ctx, w->dir, "signs", t, N_BASE);
     e[0].name = "x";
     e[0].path = expert;
@@ -459,9 +463,11 @@ static void test_planes_that_vanish(void **state) {
     OK(obm_compress(w->ctx, base, e, 1, NULL, w->pack, NULL, &p, err));
     assert_int_equal(entry(p, 0, Q)->planes.n, 1);
     assert_true(entry(p, 0, Q)->planes.alphas[0][3] == 1.0f);
+    assert_int_equal(entry(p, 0, UP)->mode, OBM_MODE_1BIT);
     assert_int_equal(entry(p, 0, UP)->planes.n, 0);
     assert_int_equal(entry(p, 0, UP)->bytes_pack, 0);
     assert_int_equal(entry(p, 0, DOWN)->planes.n, 3);
+    assert_int_equal(entry(p, 0, O)->mode, OBM_MODE_SAME);
     OK(obm_pack_verify(p, NULL, NULL, err));
     obm_pack_free(p);
     obm_free(base);
