@@ -199,10 +199,11 @@ static int interrupted(void *user) {
 
 static void context_release(void *own) { obm_context_free(own); }
 
-static obm_context *context_new(lua_State *L, int threads) {
+static obm_context *context_new(lua_State *L, int threads, obm_numa numa) {
     obm_lua_box *b = obm_lua_box_new(L, sizeof *b, OBM_LUA_CONTEXT, context_release);
     obm_context_options options = OBM_INIT(obm_context_options);
     options.threads = threads;
+    options.numa = numa;
     options.log = log_warning;
     lua_rawgeti(L, LUA_REGISTRYINDEX, LUA_RIDX_MAINTHREAD);
     options.log_user = options.interrupt_user = lua_tothread(L, -1);
@@ -221,13 +222,13 @@ obm_context *obm_lua_context(lua_State *L) {
     if (lua_getfield(L, LUA_REGISTRYINDEX, "onebitmerge.default") == LUA_TUSERDATA)
         return (obm_context *)((obm_lua_box *)lua_touserdata(L, -1))->p;
     lua_pop(L, 1);
-    return context_new(L, 0);
+    return context_new(L, 0, OBM_NUMA_AUTO);
 }
 
 int obm_lua_set_threads(lua_State *L) {
     lua_Integer n = luaL_checkinteger(L, 1);
     if (n < 0 || n > 4096) return luaL_error(L, "threads: expected 0 to 4096, found %I", n);
-    context_new(L, (int)n);
+    context_new(L, (int)n, obm_lua_numa(L, lua_isnoneornil(L, 2) ? NULL : obm_lua_string(L, 2)));
     lua_pushboolean(L, 1);
     return 1;
 }

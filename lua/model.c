@@ -214,6 +214,24 @@ static int model_embed(lua_State *L) {
     return failed ? failed : 1;
 }
 
+/* verify_placement() -> table */
+static int model_verify_placement(lua_State *L) {
+    obm_model *m = model_of(L);
+    lua_settop(L, 1);
+    obm_lua_call call;
+    obm_lua_call_init(L, &call, 0, false);
+    char **json = obm_lua_scratch(L, sizeof *json, obm_lua_clear_pointer);
+    obm_error err;
+    obm_lua_begin(&call, lua_touserdata(L, 1));
+    int failed = obm_lua_end(&call, obm_model_verify_placement(m, json, &err), &err);
+    if (failed) return failed;
+    lua_getfield(L, LUA_REGISTRYINDEX, "onebitmerge.json");
+    lua_pushstring(L, *json);
+    obm_lua_scratch_end(json);
+    lua_call(L, 1, 1);
+    return 1;
+}
+
 /* ---- generation ---- */
 
 #define GENERATE_OPTIONS                                                                                        \
@@ -636,6 +654,7 @@ static const luaL_Reg model_methods[] = {{"generate", model_generate},
                                          {"stream", model_stream},
                                          {"logits", model_logits},
                                          {"hidden", model_hidden},
+                                         {"verify_placement", model_verify_placement},
                                          {"embed", model_embed},
                                          {"score", model_score},
                                          {"score_items", model_score_items},

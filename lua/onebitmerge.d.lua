@@ -402,6 +402,10 @@ function model:logits(ids, options) end
 ---@return onebitmerge.tensor?, string? message, onebitmerge.Code? code
 function model:hidden(ids, layer, options) end
 
+---Where the pages of weights, planes and KV cache are, by NUMA node, and how many bytes are read from another node.
+---@return table<string, any>?, string? message, onebitmerge.Code? code
+function model:verify_placement() end
+
 ---(n, hidden) f32: mean-pooled hidden states of the base, what the router sees.
 ---@param texts onebitmerge.Prompt[]
 ---@param options? { layer?: integer, progress?: onebitmerge.Progress }
@@ -569,10 +573,12 @@ function obm.methods() end
 ---@return table<string, any>
 function obm.info() end
 
----Threads of objects opened from now on; 0: one per core.
+---Threads of objects opened from now on (0: one per core), and where they and a model's memory go on a machine with several
+---NUMA nodes.
 ---@param n integer
+---@param numa? onebitmerge.Numa
 ---@return true
-function obm.set_threads(n) end
+function obm.set_threads(n, numa) end
 
 ---The module class.
 ---@param tensor_name string

@@ -84,9 +84,10 @@ static void context_release(PyObject *capsule) {
     obm_context_free(PyCapsule_GetPointer(capsule, "onebitmerge.context"));
 }
 
-PyObject *obm_py_set_threads(obm_py_state *st, int threads) {
+PyObject *obm_py_set_threads(obm_py_state *st, int threads, obm_numa numa) {
     obm_context_options options = OBM_INIT(obm_context_options);
     options.threads = threads;
+    options.numa = numa;
     options.log = log_warning;
     options.resolve = resolve_name;
     options.resolve_user = st;
@@ -106,7 +107,7 @@ PyObject *obm_py_set_threads(obm_py_state *st, int threads) {
 
 obm_context *obm_py_context(obm_py_state *st, PyObject **capsule) {
     if (!st->context) {
-        PyObject *none = obm_py_set_threads(st, 0);
+        PyObject *none = obm_py_set_threads(st, 0, OBM_NUMA_AUTO);
         if (!none) return NULL;
         Py_DECREF(none);
     }

@@ -225,6 +225,20 @@ static PyObject *model_embed(PyObject *o, PyObject *args, PyObject *kwargs) {
     return obm_py_numpy(t);
 }
 
+static PyObject *model_verify_placement(PyObject *o, PyObject *unused) {
+    (void)unused;
+    obm_py_call call;
+    if (obm_py_call_init(&call, OBM_PY_STATE(o), Py_None) < 0) return NULL;
+    obm_model *m = model_get(o);
+    char *json = NULL;
+    obm_error err;
+    obm_py_begin(&call);
+    obm_status status = obm_model_verify_placement(m, &json, &err);
+    PyObject *result = obm_py_end(&call, status, &err) < 0 ? NULL : obm_py_json(json);
+    obm_free(json);
+    return result;
+}
+
 /* ---- generation ---- */
 
 typedef struct generation {
@@ -677,6 +691,9 @@ static PyMethodDef model_methods[] = {
      "last position with all=False."},
     {"hidden", KW(model_hidden),
      "hidden(ids, layer, route=None) -> ndarray\n\n(T, hidden) float32 after `layer`; 0 = embeddings."},
+    {"verify_placement", model_verify_placement, METH_NOARGS,
+     "verify_placement() -> dict\n\nWhere the pages of weights, planes and KV cache are, by NUMA node, and how many bytes "
+     "are read from another node."},
     {"embed", KW(model_embed),
      "embed(texts, layer=0, progress=None) -> ndarray\n\n(n, hidden): mean-pooled hidden states of the base, what the "
      "router sees."},

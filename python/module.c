@@ -62,12 +62,15 @@ static PyObject *module_register(PyObject *module, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-static PyObject *module_set_threads(PyObject *module, PyObject *arg) {
+static PyObject *module_set_threads(PyObject *module, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"n", "numa", NULL};
     obm_py_state *st = PyModule_GetState(module);
-    long n = PyLong_AsLong(arg);
-    if (n == -1 && PyErr_Occurred()) return NULL;
+    long n;
+    const char *mode = "auto";
+    obm_numa numa;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "l|s", names, &n, &mode) || obm_py_numa(st, mode, &numa)) return NULL;
     if (n < 0 || n > 4096) return PyErr_Format(st->errors[-OBM_E_ARG], "threads: expected 0 to 4096, found %ld", n);
-    return obm_py_set_threads(st, (int)n);
+    return obm_py_set_threads(st, (int)n, numa);
 }
 
 static PyObject *module_info(PyObject *module, PyObject *unused) {
@@ -116,8 +119,9 @@ static PyMethodDef module_methods[] = {
      "rows, "
      "planes and KV heads would lie on a machine with NUMA nodes, and what workers read from other nodes for a token."},
     {"info", module_info, METH_NOARGS, "info() -> dict\n\nVersion, ISA, BLAS, topology, threads, memory."},
-    {"set_threads", module_set_threads, METH_O,
-     "set_threads(n)\n\nThreads of objects opened from now on; 0: one per core."},
+    {"set_threads", KW(module_set_threads),
+     "set_threads(n, numa=\"auto\")\n\nThreads of objects opened from now on (0: one per core), and where they and a "
+     "model's memory go on a machine with\nseveral NUMA nodes: auto, shard, isolate, interleave, off."},
     {"class_of", module_class_of, METH_VARARGS, "class_of(tensor_name, ndim=2) -> str\n\nThe module class."},
     {"_register", module_register, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL}};

@@ -7,6 +7,7 @@ python3-dev python3-venv"
 LUA_PACKAGES="lua5.4 liblua5.4-dev"
 TEST_PACKAGES="libcmocka-dev lua-busted luarocks lua-check"
 FUZZ_PACKAGES="clang libclang-rt-14-dev"
+NUMA_PACKAGES="qemu-system-x86 cpio"
 CROSS_PACKAGES="gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"
 
 need_packages() {
@@ -26,7 +27,7 @@ need_packages() {
     fi
     echo "Installing:$missing"
     # shellcheck disable=SC2086
-    $sudo apt-get update -qq && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $missing >/dev/null
+    $sudo apt-get update -qq && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq ${APT_OPTIONS:-} $missing >/dev/null
 }
 
 need_python() {

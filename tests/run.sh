@@ -2,7 +2,7 @@
 # The tests, in three tiers:
 #   tests/run.sh             what a user runs: C, Lua, Python, parity, fuzz corpora, the README's snippets
 #   tests/run.sh --oracles   live comparison with torch, transformers, tokenizers, mergekit, safetensors (installs them), also on a real model
-#   tests/run.sh --long      sanitizers x languages, threads, valgrind, every ISA, NEON under an emulator, fuzzing;
+#   tests/run.sh --long      sanitizers x languages, threads, valgrind, every ISA, NEON and NUMA nodes under emulators, fuzzing;
 #                            --long --short: a few minutes of it
 # Names after the options select steps: tests/run.sh c python.  Installs what is missing; builds in build/.
 set -uo pipefail
@@ -153,6 +153,11 @@ neon_step() {   # the kernels need libc only, so an emulated ARM64 can run their
     done
     grep -q "neon tested" build/neon/test_kernels.log
 }
+numa_step() {   # placement on emulated machines with 1, 2 and 4 NUMA nodes
+    configure build/tests
+    cmake --build build/tests -j "$JOBS" --target numa_vm >/dev/null
+    bounded bash tests/numa/run.sh build/tests
+}
 kill_step() {   # kill_step [--short]: SIGKILL, full and read-only disks and races in every verb that writes; prints its seed
     install_python
     mkdir -p build/kill
@@ -210,6 +215,7 @@ long)
         step nomem nomem_step --short
         step fuzz fuzz_step 40
     else
+        step numa numa_step
         step tsan tsan_c
         step tsan-lua tsan_lua
         step tsan-python tsan_python

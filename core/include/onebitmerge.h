@@ -130,11 +130,13 @@ typedef struct obm_context_options {
     void *resolve_user;
     obm_interrupt_fn interrupt;   /* NULL: such calls run to their end */
     void *interrupt_user;
+    obm_numa numa;          /* REPLICATE is UNSUPPORTED where there are several nodes.  With workers on several nodes the thread
+                             * that calls a model is one of them: it is bound to a core while the call lasts */
 } obm_context_options;
 
 /* Reads the environment once: ONEBITMERGE_ISA lowers the instruction set ("scalar", "avx2", "avx512", "neon"; an unknown
- * or unsupported name is OBM_E_ARG), ONEBITMERGE_THREADS gives the default of `threads`.
- * Errors: NOMEM, ARG.  *out is owned. */
+ * or unsupported name is OBM_E_ARG), ONEBITMERGE_THREADS gives the default of `threads`, ONEBITMERGE_NUMA
+ * that of `numa` by name.  Errors: NOMEM, ARG, UNSUPPORTED.  *out is owned. */
 OBM_API obm_status obm_context_new(const obm_context_options *options, obm_context **out, obm_error *err);
 OBM_API void obm_context_free(obm_context *ctx);   /* after everything that was opened with it */
 
@@ -533,6 +535,14 @@ OBM_API const obm_tokenizer *obm_model_tokenizer_for(const obm_model *m, const d
  * tensors, KV cache, buffers. */
 typedef struct obm_model_memory { uint64_t base, planes, overlays, kv, scratch; } obm_model_memory;
 OBM_API void obm_model_account(const obm_model *m, obm_model_memory *out);
+
+/* Looks where the pages of an open model are: its weights, planes, and the cache of a prompt that is run for it.  *json:
+ * owned text of one object, numa (the mode in force), bound (false: the system refused to bind memory, which the log was
+ * told), weights, planes, kv: {bytes, nodes: [bytes on each node], other (nodes that are not used here), absent (not in
+ * memory), remote_bytes (read by workers of another node; null where rows have no fixed place)}, remote_bytes of all.  With
+ * numa "off" nothing is placed and the parts are left out.  Materialised tensors of routes, an untied embedding and buffers are not placed, and
+ * not counted.  Errors: BUSY; IO where the system does not say (sandboxes); those of running a model. */
+OBM_API obm_status obm_model_verify_placement(obm_model *m, char **json, obm_error *err);
 
 /* A prompt in one of three forms; what runs is the first that is there of: ids, messages (rendered with the chat template),
  * text (chat: wrapped as one user turn).  What a router sees is the first of: messages, text, the decoded ids; so a caller

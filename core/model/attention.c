@@ -1,4 +1,5 @@
-/* Causal attention over the paged cache: grouped queries, sliding windows, q and k norms.  A row sees its own sequence only. */
+/* Causal attention over the paged cache: grouped queries, sliding windows, q and k norms.  A row sees its own sequence
+ * only. */
 #include "model.h"
 
 #include <math.h>
@@ -8,7 +9,8 @@ typedef struct attention_job {
     obm_model *m;
     const obm__row *rows;
     int64_t layer;
-    size_t offset;
+    size_t n, offset;
+    bool placed; /* items are in the order of the nodes' heads */
 } attention_job;
 
 /* ---- rotate and store ---- */
@@ -16,8 +18,10 @@ typedef struct attention_job {
 static void store(const obm_model *m, const obm__row *row, int64_t layer, int which, int64_t kv_head, const float *x) {
     int64_t dim = m->config.head_dim, slot = row->position % OBM_TILE_TOKENS;
     void *page = obm__kv_at(m, row->sequence, row->position / OBM_TILE_TOKENS, layer, which, kv_head); // (64, head_dim)
-    if (row->sequence->kv == OBM_F16) m->ctx->k->f32_to_f16((uint16_t *)page + slot * dim, x, (size_t)dim);
-    else memcpy((float *)page + slot * dim, x, (size_t)dim * sizeof *x);
+    if (row->sequence->kv == OBM_F16)
+        m->ctx->k->f32_to_f16((uint16_t *)page + slot * dim, x, (size_t)dim);
+    else
+        memcpy((float *)page + slot * dim, x, (size_t)dim * sizeof *x);
 }
 
 /* x: (heads, head_dim) of one row; over each head, or over all of them. */
@@ -36,7 +40,7 @@ static void rotate(const attention_job *j, size_t i, int64_t heads, float *x) {
     const obm_model *m = j->m;
     int rope = m->config.layer[j->layer].rope;
     if (rope < 0) return;
-    size_t at = ((size_t)rope * m->scratch.rows + i) * (size_t)m->pairs;   // (ropes, rows, pairs)
+    size_t at = ((size_t)rope * m->scratch.rows + i) * (size_t)m->pairs; // (ropes, rows, pairs)
     int64_t pairs = obm__rope_pairs(&m->config.ropes[rope]);
     for (int64_t h = 0; h < heads; h++)
         obm__rope_apply(x + h * m->config.head_dim, m->scratch.cosine + at, m->scratch.sine + at, pairs);
@@ -51,9 +55,9 @@ static void rotate_and_store(void *arg, size_t begin, size_t end, int worker) {
     for (size_t i = begin; i < end; i++) {
         const obm__weights *w = s->weights[i];
         if (!w) continue;
-        float *q = s->q + (int64_t)i * c->heads * dim;      // (heads, head_dim)
-        float *k = s->k + (int64_t)i * c->kv_heads * dim;   // (kv_heads, head_dim)
-        float *v = s->v + (int64_t)i * c->kv_heads * dim;   // (kv_heads, head_dim)
+        float *q = s->q + (int64_t)i * c->heads * dim;    // (heads, head_dim)
+        float *k = s->k + (int64_t)i * c->kv_heads * dim; // (kv_heads, head_dim)
+        float *v = s->v + (int64_t)i * c->kv_heads * dim; // (kv_heads, head_dim)
         norm_heads(j->m, obm__weights_at(w, j->layer, OBM_Q_NORM)->data, c->heads, q);
         norm_heads(j->m, obm__weights_at(w, j->layer, OBM_K_NORM)->data, c->kv_heads, k);
         rotate(j, i, c->heads, q);
@@ -77,7 +81,8 @@ static void score_keys(const obm_model *m, const obm__sequence *s, int64_t layer
         size_t d = (size_t)dim, rows = (size_t)n;
         if (s->kv == OBM_F16)
             m->ctx->k->rows_f16(scores + (p - from), (const uint16_t *)keys + slot * dim, d, rows, q, d);
-        else m->ctx->k->rows_f32(scores + (p - from), (const float *)keys + slot * dim, d, rows, q, d);
+        else
+            m->ctx->k->rows_f32(scores + (p - from), (const float *)keys + slot * dim, d, rows, q, d);
         p += n;
     }
 }
@@ -117,6 +122,30 @@ static void mix_values(const obm_model *m, const obm__sequence *s, int64_t layer
     }
 }
 
+/* (rows, heads); where heads have nodes (kv_heads, rows, heads of a group): the heads of a node one after the other,
+ * and those that read the same keys together. */
+static size_t find_row(const attention_job *j, size_t item, int64_t *head) {
+    size_t heads = (size_t)j->m->config.heads, group = heads / (size_t)j->m->config.kv_heads;
+    if (!j->placed) {
+        *head = (int64_t)(item % heads);
+        return item / heads;
+    }
+    *head = (int64_t)(item / (j->n * group) * group + item % group);
+    return item / group % j->n;
+}
+
+static void split_heads(const attention_job *j, obm__lanes *out) {
+    const obm__config *c = &j->m->config;
+    const obm__placement *p = j->m->placement;
+    size_t each = j->n * (size_t)(c->heads / c->kv_heads);
+    *out = (obm__lanes){.n = j->placed ? p->nodes : 1};
+    if (!j->placed) out->end[0] = j->n * (size_t)c->heads;
+    for (int i = 0; j->placed && i < p->nodes; i++) {
+        out->begin[i] = (size_t)p->heads[i] * each;
+        out->end[i] = (size_t)p->heads[i + 1] * each;
+    }
+}
+
 static void attend(void *arg, size_t begin, size_t end, int worker) {
     const attention_job *j = arg;
     const obm__config *c = &j->m->config;
@@ -125,11 +154,13 @@ static void attend(void *arg, size_t begin, size_t end, int worker) {
     float *widened = s->widened + (size_t)worker * OBM_TILE_TOKENS * (size_t)c->head_dim;
     int64_t window = c->layer[j->layer].window;
     for (size_t item = begin + j->offset; item < end + j->offset; item++) {
-        const obm__row *row = &j->rows[item / (size_t)c->heads];
-        int64_t head = (int64_t)(item % (size_t)c->heads), kv_head = head / (c->heads / c->kv_heads);
+        int64_t head, group = c->heads / c->kv_heads;
+        size_t i = find_row(j, item, &head);
+        const obm__row *row = &j->rows[i];
+        int64_t kv_head = head / group;
         if (!row->sequence) continue;
         int64_t to = row->position + 1, from = window && to > window ? to - window : 0;
-        int64_t at = (int64_t)item * c->head_dim;   // (rows, heads, head_dim)
+        int64_t at = ((int64_t)i * c->heads + head) * c->head_dim; // (rows, heads, head_dim)
         score_keys(j->m, row->sequence, j->layer, kv_head, from, to, s->q + at, scores);
         softmax(scores, to - from, c->attention_scale, c->attention_cap);
         mix_values(j->m, row->sequence, j->layer, kv_head, from, to, scores, widened, s->mixed + at);
@@ -138,8 +169,9 @@ static void attend(void *arg, size_t begin, size_t end, int worker) {
 
 obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int64_t layer, obm_error *err) {
     const obm__config *c = &m->config;
-    attention_job j = {.m = m, .rows = rows, .layer = layer};
-    obm__parallel(m->ctx, n, 8, rotate_and_store, &j);
+    attention_job j = {.m = m, .rows = rows, .layer = layer, .n = n};
+    j.placed = m->placement && obm__placement_cuts(m->placement);
+    obm__place_rows(m, n, 8, rotate_and_store, &j);
     int64_t seen = 1;
     for (size_t i = 0; i < n; i++)
         if (rows[i].sequence && rows[i].position >= seen) seen = rows[i].position + 1;
@@ -149,8 +181,15 @@ obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int6
     /* Attention runs at about a tenth of the arithmetic rate of GEMM: counted tenfold. */
     double per_item = 40.0 * (double)seen * (double)c->head_dim, slice = OBM_SLICE_FLOPS / per_item;
     size_t step = slice < (double)threads ? threads : slice < (double)items ? (size_t)slice : items;
-    for (j.offset = 0; j.offset < items; j.offset += step) {
-        obm__parallel(m->ctx, items - j.offset < step ? items - j.offset : step, 4, attend, &j);
+    obm__lanes whole, part;
+    split_heads(&j, &whole);
+    for (size_t k = 0, slices = (items + step - 1) / step; k < slices; k++) {
+        obm__lanes_part(&whole, k, slices, &part);
+        j.offset = j.placed ? 0 : part.begin[0];
+        if (j.placed)
+            obm__parallel_lanes(m->ctx, &part, 4, attend, &j);
+        else
+            obm__parallel(m->ctx, part.end[0] - part.begin[0], 4, attend, &j);
         OBM_TRY(obm__pulse_check(m->pulse, err));
     }
     return OBM_OK;

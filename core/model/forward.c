@@ -182,7 +182,7 @@ static void join_rows(void *arg, size_t begin, size_t end, int worker) {
 
 static void join(obm_model *m, size_t n, join_job j) {
     j.m = m;
-    obm__parallel(m->ctx, n, row_grain(m->config.hidden), join_rows, &j);
+    obm__place_rows(m, n, row_grain(m->config.hidden), join_rows, &j);
 }
 
 /* gate = silu(gate) * up, (rows, intermediate) */
@@ -218,7 +218,7 @@ static void geglu_rows(void *arg, size_t begin, size_t end, int worker) {
 }
 
 static void gate_rows(obm_model *m, size_t n) {
-    obm__parallel(m->ctx, n, row_grain(8 * m->config.intermediate),
+    obm__place_rows(m, n, row_grain(8 * m->config.intermediate),
                   m->config.activation == OBM_GELU_TANH ? geglu_rows : swiglu_rows, m);
 }
 
@@ -305,7 +305,7 @@ obm_status obm__forward_logits(obm_model *m, const obm__row *rows, const size_t 
     const obm__linear head[] = {{OBM_HEAD, out, m->vocab}};
     obm_status status = obm__linear_run(m, weights, n, false, 0, head, 1, m->scratch.normed, err);
     if (status == OBM_OK && (m->config.logit_cap > 0 || m->config.logit_divisor != 1))
-        obm__parallel(m->ctx, n, 1, bend_logits, &(logits_job){m, out});
+        obm__place_rows(m, n, 1, bend_logits, &(logits_job){m, out});
     obm_free(weights);
     return status;
 }

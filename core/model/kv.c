@@ -3,8 +3,39 @@
 
 #include <string.h>
 
+#define PART_UNIT 4096
+
+/* Heads [first, end) of a page that lie together: all of them, or those of a node. */
+static bool heads_at(const obm_model *m, int64_t kv_head, int64_t *first, int64_t *end) {
+    const obm__placement *p = m->placement;
+    *first = 0;
+    *end = m->config.kv_heads;
+    if (!p || !obm__placement_cuts(p)) return false;
+    for (int i = 0; i < p->nodes; i++) {
+        *first = p->heads[i];
+        *end = p->heads[i + 1];
+        if (kv_head < *end) break;
+    }
+    return true;
+}
+
+/* Of the parts of heads before `head`, each in whole pages of memory. */
+static size_t parts_bytes(const obm_model *m, int64_t head, size_t kv_size) {
+    const obm__config *c = &m->config;
+    size_t bytes = 0, each = (size_t)(c->layers * 2 * OBM_TILE_TOKENS * c->head_dim) * kv_size;
+    for (int64_t h = 0, first, end; h < head; h = end) {
+        heads_at(m, h, &first, &end);
+        bytes += ((size_t)(end - first) * each + PART_UNIT - 1) / PART_UNIT * PART_UNIT;
+    }
+    return bytes;
+}
+
 static bool page_bytes(const obm_model *m, obm_dtype kv, size_t *out) {
     const obm__config *c = &m->config;
+    if (m->placement) {
+        *out = parts_bytes(m, c->kv_heads, obm_dtype_size(kv));
+        return true;
+    }
     return obm__mul((size_t)c->layers * 2, (size_t)(c->kv_heads * c->head_dim), out) &&
            obm__mul(*out, OBM_TILE_TOKENS, out) && obm__mul(*out, obm_dtype_size(kv), out);
 }
@@ -50,8 +81,7 @@ obm_status obm__sequence_expect(const obm_model *m, obm__sequence *s, int64_t po
     if (positions > c->max_positions) positions = c->max_positions;
     if (!s->frequencies) s->frequencies = obm__calloc((size_t)(c->n_ropes * m->pairs), sizeof *s->frequencies);
     if (!s->frequencies) return obm__fail_nomem(err, (uint64_t)(c->n_ropes * m->pairs) * sizeof *s->frequencies);
-    for (int r = 0; r < c->n_ropes; r++)
-        obm__rope_frequencies(&c->ropes[r], positions, s->frequencies + r * m->pairs);
+    for (int r = 0; r < c->n_ropes; r++) obm__rope_frequencies(&c->ropes[r], positions, s->frequencies + r * m->pairs);
     return OBM_OK;
 }
 
@@ -59,12 +89,36 @@ void obm__sequence_free(obm_model *m, obm__sequence *s) {
     if (!s) return;
     size_t bytes = 0;
     page_bytes(m, s->kv, &bytes);
-    for (size_t i = 0; i < s->n_pages; i++) obm_free(s->pages[i]);
+    for (size_t i = 0; i < s->n_pages; i++) {
+        if (m->placement)
+            obm__place_unmap(s->pages[i], bytes);
+        else
+            obm_free(s->pages[i]);
+    }
     m->kv_bytes -= s->n_pages * bytes;
     obm_free(s->pages);
     obm_free(s->frequencies);
     obm__weights_release(m, s->weights);
     obm_free(s);
+}
+
+size_t obm__kv_page_bytes(const obm_model *m, obm_dtype kv) {
+    size_t bytes = 0;
+    (void)page_bytes(m, kv, &bytes);
+    return bytes;
+}
+
+void obm__kv_bounds(const obm_model *m, obm_dtype kv, size_t *at) {
+    const obm__placement *p = m->placement;
+    for (int i = 0; i <= p->nodes; i++)
+        at[i] = obm__placement_cuts(p) ? parts_bytes(m, p->heads[i], obm_dtype_size(kv)) : 0;
+}
+
+static void *new_page(obm_model *m, obm_dtype kv, size_t bytes) {
+    size_t at[OBM_NODES + 1];
+    if (!m->placement) return obm__alloc(bytes, 1);
+    obm__kv_bounds(m, kv, at);
+    return obm__place_map(m, bytes, at);
 }
 
 obm_status obm__sequence_reserve(obm_model *m, obm__sequence *s, int64_t positions, obm_error *err) {
@@ -77,7 +131,7 @@ obm_status obm__sequence_reserve(obm_model *m, obm__sequence *s, int64_t positio
         s->capacity = need * 2;
     }
     while (s->n_pages < need) {
-        void *page = obm__alloc(bytes, 1);
+        void *page = new_page(m, s->kv, bytes);
         if (!page) return obm__fail_nomem(err, bytes);
         s->pages[s->n_pages++] = page;
         m->kv_bytes += bytes;
@@ -87,6 +141,8 @@ obm_status obm__sequence_reserve(obm_model *m, obm__sequence *s, int64_t positio
 
 void *obm__kv_at(const obm_model *m, const obm__sequence *s, int64_t page, int64_t layer, int which, int64_t kv_head) {
     const obm__config *c = &m->config;
-    size_t block = (size_t)((layer * 2 + which) * c->kv_heads + kv_head);   // (layers, 2, kv_heads, 64, head_dim)
-    return (char *)s->pages[page] + block * OBM_TILE_TOKENS * (size_t)c->head_dim * obm_dtype_size(s->kv);
+    int64_t first, end;
+    size_t before = heads_at(m, kv_head, &first, &end) ? parts_bytes(m, first, obm_dtype_size(s->kv)) : 0;
+    size_t block = (size_t)((layer * 2 + which) * (end - first) + kv_head - first); // (layers, 2, heads, 64, head_dim)
+    return (char *)s->pages[page] + before + block * OBM_TILE_TOKENS * (size_t)c->head_dim * obm_dtype_size(s->kv);
 }

@@ -4,28 +4,33 @@
 #include <math.h>
 #include <string.h>
 
-#define PANEL 128       /* weight rows of one GEMM call */
+#define PANEL 128 /* weight rows of one GEMM call */
 #define PANEL_STEP 16
-#define SHARE_FLOPS 1e5 /* least work of a worker: a few us, more than the hand-over costs */
-#define ROW_BLOCK OBM__PLANE_ROWS   /* weight rows of one item of the row path: a block of the planes */
+#define SHARE_FLOPS 1e5           /* least work of a worker: a few us, more than the hand-over costs */
+#define ROW_BLOCK OBM__PLANE_ROWS /* weight rows of one item of the row path: a block of the planes */
 
 typedef struct linear_job {
     obm_model *m;
-    const obm__weights *const *weights;   /* (n) */
+    const obm__weights *const *weights; /* (n) */
     size_t n;
     int64_t layer;
     const obm__linear *layers;
     size_t count;
-    const float *x;                       /* (n, cols) */
-    size_t first_item[4];                 /* items of layer l: [first_item[l], first_item[l + 1]) */
-    size_t offset;                        /* of the current slice */
+    const float *x;      /* (n, cols) */
+    obm__lanes items;    /* node after node, in a node layer after layer */
+    size_t *first_item;  /* (nodes, 4): items of layer l at a node: [first_item[l], first_item[l + 1]) */
+    size_t *first_block; /* (nodes, 4): of its rows, in items of the layer */
+    size_t offset;       /* of the current slice, where items have no place */
     int64_t cols;
 } linear_job;
 
 static const obm__linear *find_item(const linear_job *j, size_t item, int64_t per_item, int64_t *row) {
+    int node = 0;
     size_t l = 0;
-    while (item >= j->first_item[l + 1]) l++;
-    *row = (int64_t)(item - j->first_item[l]) * per_item;
+    while (item >= j->items.end[node]) node++;
+    const size_t *first = j->first_item + node * 4;
+    while (item >= first[l + 1]) l++;
+    *row = (int64_t)(item - first[l] + j->first_block[node * 4 + (int)l]) * per_item;
     return &j->layers[l];
 }
 
@@ -37,7 +42,8 @@ static const void *matrix_row(const obm__matrix *w, int64_t row) {
     return (const char *)w->data + (size_t)row * (size_t)w->cols * obm_dtype_size(w->dtype);
 }
 
-/* ---- row path: the vectors of one matrix against a block of its rows, then against the planes of the same rows ---- */
+/* ---- row path: the vectors of one matrix against a block of its rows, then against the planes of the same rows ----
+ */
 
 /* One vector straight from the packed weights; more of them share the unpacking. */
 static void multiply_packed(const obm_kernels *k, const obm__z12 *w, size_t row, size_t rows, const float *x,
@@ -62,10 +68,14 @@ static void multiply_rows(const obm_kernels *k, const obm__matrix *w, int64_t ro
                           size_t tokens, float *y, size_t ldy, uint16_t *unpacked) {
     const void *data = matrix_row(w, row);
     size_t cols = (size_t)w->cols, n = (size_t)rows;
-    if (w->z12) multiply_packed(k, w->z12, (size_t)row, n, x, tokens, y, ldy, unpacked);
-    else if (w->dtype == OBM_BF16) k->batch_bf16(y, ldy, data, cols, n, x, cols, tokens, cols);
-    else if (w->dtype == OBM_F16) k->batch_f16(y, ldy, data, cols, n, x, cols, tokens, cols);
-    else k->batch_f32(y, ldy, data, cols, n, x, cols, tokens, cols);
+    if (w->z12)
+        multiply_packed(k, w->z12, (size_t)row, n, x, tokens, y, ldy, unpacked);
+    else if (w->dtype == OBM_BF16)
+        k->batch_bf16(y, ldy, data, cols, n, x, cols, tokens, cols);
+    else if (w->dtype == OBM_F16)
+        k->batch_f16(y, ldy, data, cols, n, x, cols, tokens, cols);
+    else
+        k->batch_f32(y, ldy, data, cols, n, x, cols, tokens, cols);
 }
 
 /* Sequences from i on that multiply with the very same matrix; the kernels' results do not depend on the grouping. */
@@ -100,7 +110,7 @@ static void finish_rows(const linear_job *j, const obm__linear *l, size_t i, int
     size_t ahead_bytes = rows_ahead(w, row, &ahead);
     if (w->terms && there > 0)
         obm__terms_multiply(j->m->ctx->k, w->terms, &j->m->scratch.tables[i], row, there, ahead, ahead_bytes, y + row);
-    for (int64_t r = there; r < rows; r++) y[row + r] = -INFINITY;   /* ids that only another route has */
+    for (int64_t r = there; r < rows; r++) y[row + r] = -INFINITY; /* ids that only another route has */
     const float *bias = find_bias(j, j->weights[i], l->role);
     for (int64_t r = 0; bias && r < there; r++) y[row + r] += bias[row + r];
 }
@@ -156,7 +166,7 @@ static obm_status prepare_tables(linear_job *j, obm_error *err) {
     while (i < j->n && !meets_planes(j, i)) i++;
     if (i == j->n) return OBM_OK;
     OBM_TRY(obm__scratch_tables(j->m, j->n, err));
-    obm__parallel(j->m->ctx, j->n * tiles_of(j->cols), 1, build_tables, j);
+    obm__place_rows(j->m, j->n * tiles_of(j->cols), 1, build_tables, j);
     return OBM_OK;
 }
 
@@ -184,10 +194,14 @@ static const float *load_panel(const obm_kernels *k, const obm__matrix *w, int64
     size_t count = (size_t)(rows * w->cols);
     const void *data = matrix_row(w, row);
     if (w->dtype == OBM_F32 && !padding && !w->terms) return data;
-    if (w->z12) widen_packed(k, w->z12, (size_t)row, (size_t)rows, panel, unpacked);
-    else if (w->dtype == OBM_BF16) k->bf16_to_f32(panel, data, count);
-    else if (w->dtype == OBM_F16) k->f16_to_f32(panel, data, count);
-    else memcpy(panel, data, count * sizeof *panel);
+    if (w->z12)
+        widen_packed(k, w->z12, (size_t)row, (size_t)rows, panel, unpacked);
+    else if (w->dtype == OBM_BF16)
+        k->bf16_to_f32(panel, data, count);
+    else if (w->dtype == OBM_F16)
+        k->f16_to_f32(panel, data, count);
+    else
+        memcpy(panel, data, count * sizeof *panel);
     memset(panel + count, 0, (size_t)(padding * w->cols) * sizeof *panel);
     if (w->terms) obm__terms_add(k, w->terms, row, rows, panel, strip);
     return panel;
@@ -225,9 +239,9 @@ static void run_panels(void *arg, size_t begin, size_t end, int worker) {
             if (!weights) continue;
             const obm__matrix *w = obm__weights_at(weights, j->layer, l->role);
             if (!loaded || w->data != loaded->data || w->terms != loaded->terms)
-                panel = load_panel(j->m->ctx->k, w, row, s->panels + (size_t)worker * s->panel_size,
-                                   s->strips ? s->strips + (size_t)worker * OBM_STRIP_BYTES : NULL,
-                                   worker_rows(j, worker));
+                panel =
+                    load_panel(j->m->ctx->k, w, row, s->panels + (size_t)worker * s->panel_size,
+                               s->strips ? s->strips + (size_t)worker * OBM_STRIP_BYTES : NULL, worker_rows(j, worker));
             loaded = w;
             int64_t rows = panel_rows(w, row);
             obm__sgemm_nt(OBM_TILE_TOKENS, padded_rows(rows), w->cols, 1, j->x + (int64_t)first * w->cols, w->cols,
@@ -239,15 +253,41 @@ static void run_panels(void *arg, size_t begin, size_t end, int worker) {
 
 /* ---- both ---- */
 
+/* Where the items of each layer begin. */
+static void place_items(linear_job *j, int64_t per_item) {
+    obm__lanes of[3];
+    size_t items = 0;
+    for (size_t l = 0; l < j->count; l++)
+        obm__place_split(j->m, obm__role_kind(j->layers[l].role), per_item,
+                         (size_t)((j->layers[l].ld + per_item - 1) / per_item), &of[l]);
+    j->items.n = of[0].n;
+    for (int node = 0; node < j->items.n; node++) {
+        j->items.begin[node] = items;
+        for (size_t l = 0; l < j->count; l++) {
+            j->first_item[node * 4 + (int)l] = items;
+            j->first_block[node * 4 + (int)l] = of[l].begin[node];
+            items += of[l].end[node] - of[l].begin[node];
+        }
+        j->first_item[node * 4 + (int)j->count] = j->items.end[node] = items;
+    }
+}
+
 /* Slices keep the time between two looks at the pulse short; items do not depend on the slicing. */
 static obm_status run_slices(linear_job *j, obm__range_fn fn, double item_flops, obm_error *err) {
-    size_t total = j->first_item[j->count], threads = (size_t)j->m->ctx->threads;
+    bool placed = j->m->placement && obm__placement_cuts(j->m->placement);
+    size_t total = j->items.end[j->items.n - 1], threads = (size_t)j->m->ctx->threads;
     double items = OBM_SLICE_FLOPS / item_flops;
     size_t grain = SHARE_FLOPS > item_flops ? (size_t)(SHARE_FLOPS / item_flops) : 1;
     size_t slice = items < (double)threads ? threads : items < (double)total ? (size_t)items : total;
-    for (j->offset = 0; j->offset < total; j->offset += slice) {
-        size_t n = total - j->offset < slice ? total - j->offset : slice;
-        obm__parallel(j->m->ctx, n, grain, fn, j);
+    size_t slices = (total + slice - 1) / slice;
+    for (size_t k = 0; k < slices; k++) {
+        obm__lanes part;
+        obm__lanes_part(&j->items, k, slices, &part);
+        j->offset = placed ? 0 : part.begin[0];
+        if (placed)
+            obm__parallel_lanes(j->m->ctx, &part, grain, fn, j);
+        else
+            obm__parallel(j->m->ctx, part.end[0] - part.begin[0], grain, fn, j);
         OBM_TRY(obm__pulse_check(j->m->pulse, err));
     }
     return OBM_OK;
@@ -255,12 +295,19 @@ static obm_status run_slices(linear_job *j, obm__range_fn fn, double item_flops,
 
 obm_status obm__linear_run(obm_model *m, const obm__weights *const *weights, size_t n, bool tiled, int64_t layer,
                            const obm__linear *layers, size_t count, const float *x, obm_error *err) {
-    linear_job j = {.m = m, .weights = weights, .n = n, .layer = layer, .layers = layers, .count = count, .x = x};
+    size_t first_item[OBM_NODES * 4], first_block[OBM_NODES * 4];
+    linear_job j = {.m = m,
+                    .weights = weights,
+                    .n = n,
+                    .layer = layer,
+                    .layers = layers,
+                    .count = count,
+                    .x = x,
+                    .first_item = first_item,
+                    .first_block = first_block};
     int64_t per_item = tiled ? PANEL : ROW_BLOCK, rows;
-    for (size_t l = 0; l < count; l++) {
-        obm__config_shape(&m->config, layers[l].role, &rows, &j.cols);
-        j.first_item[l + 1] = j.first_item[l] + (size_t)((layers[l].ld + per_item - 1) / per_item);
-    }
+    obm__config_shape(&m->config, layers[0].role, &rows, &j.cols);
+    place_items(&j, per_item);
     double item_flops = 2.0 * (double)n * (double)per_item * (double)j.cols;
     if (!tiled) {
         OBM_TRY(prepare_tables(&j, err));

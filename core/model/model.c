@@ -124,12 +124,16 @@ static obm_status prepare(obm_model *m, const obm_model_options *options, obm_er
     m->vocab = widest_vocabulary(m);
     count_params(m);
     if (m->pack) OBM_TRY(obm__model_find_tensors(m, err));
+    bool z12 = OBM_OPT(options, obm_model_options, z12, false);
+    OBM_TRY(obm__place_model(m, z12, err));
+    obm__place_caller(m);
     /* checks every tensor the config asks for; freed with the model */
     OBM_TRY(obm__weights_acquire(m, NULL, &m->base_alone, err));
     /* a head_dim that fits the tensors is no larger than they are */
     OBM_TRY(load_rotation(m, err));
     m->embedding_scale = embedding_scale(m, m->base_alone);
-    if (OBM_OPT(options, obm_model_options, z12, false)) OBM_TRY(obm__z12_load(m, err));
+    if (z12) OBM_TRY(obm__z12_load(m, err));
+    OBM_TRY(obm__place_weights(m, err));
     return m->pack && !m->materialise ? obm__signs_load(m, err) : obm__pulse_done(m->pulse, 1, err);
 }
 
@@ -209,6 +213,7 @@ void obm_model_free(obm_model *m) {
     obm__weights_free_all(m);
     obm__signs_free_all(m);
     obm__z12_free_all(m);
+    obm__place_free_all(m);
     obm__coefficients_release(m->hard_routes);
     obm__planes_route_free(m->spare);
     obm__scratch_free(&m->scratch);
@@ -227,15 +232,16 @@ static obm_status check_files(const obm_model *m, obm_error *err) {
 }
 
 obm_status obm__model_resume(obm_model *m, obm_error *err) {
-    if (!m->pack) return OBM_OK;
-    OBM_TRY(obm__pack_use(m->pack, err));
-    m->uses_pack = true;
+    if (m->pack) OBM_TRY(obm__pack_use(m->pack, err));
+    m->uses_pack = m->pack != NULL;
+    obm__place_caller(m);
     return OBM_OK;
 }
 
 void obm__model_pause(obm_model *m) {
     if (m->uses_pack) obm__pack_unuse(m->pack);
     m->uses_pack = false;
+    obm__place_leave(m);
 }
 
 obm_status obm__model_enter(obm_model *m, obm__pulse *pulse, obm_error *err) {

@@ -190,6 +190,39 @@ static inline size_t obm__role_index(int64_t layers, int64_t layer, obm__role ro
 obm_status obm__z12_load(obm_model *m, obm_error *err);
 void obm__z12_free_all(obm_model *m);
 
+/* ---- placed memory (placed.c): everything here is as if there were one node while m->placement is NULL ---- */
+
+typedef enum obm__placed_part { OBM_PLACED_WEIGHTS, OBM_PLACED_PLANES, OBM_PLACED_KV, OBM_PLACED_PARTS } obm__placed_part;
+/* A block of rows: bytes [at[i], at[i + 1]) are read by the workers of node i, by anybody's where rows have no place. */
+typedef struct obm__region obm__region;
+struct obm__region {
+    void *data;
+    size_t bytes, at[OBM_NODES + 1];
+    obm__placed_part part;
+    obm__region *next;
+};
+/* Makes m->placement if the context's workers are in lanes. */
+obm_status obm__place_model(obm_model *m, bool z12, obm_error *err);
+/* Copies what is not packed of m->base_alone. */
+obm_status obm__place_weights(obm_model *m, obm_error *err);
+/* Memory for `items` of `per_item` rows each of a matrix of a kind; NULL: none left. */
+void *obm__place_alloc(obm_model *m, obm__placed_part part, int kind, int64_t per_item, size_t items, size_t item_bytes);
+void obm__place_free(obm_model *m, void *data);
+void obm__place_free_all(obm_model *m);
+/* The same without a record: whole pages, bound as `at` says. */
+void *obm__place_map(obm_model *m, size_t bytes, const size_t *at);
+void obm__place_unmap(void *data, size_t bytes);
+/* The nodes' items of that kind; one lane with all of them where rows have no place. */
+void obm__place_split(const obm_model *m, int kind, int64_t per_item, size_t items, obm__lanes *out);
+/* obm__parallel_slices of such items, by the workers of their nodes. */
+obm_status obm__place_slices(obm_model *m, int kind, int64_t per_item, size_t items, size_t size, obm__range_fn fn, void *arg,
+                             obm_error *err);
+/* obm__parallel over rows of activations: those of one node alone where the others' workers rest. */
+void obm__place_rows(const obm_model *m, size_t n, size_t grain, obm__range_fn fn, void *arg);
+/* The calling thread is worker 0 while it is in the model, and what it was before and after. */
+void obm__place_caller(obm_model *m);
+void obm__place_leave(obm_model *m);
+
 /* ---- weights under a route (weights.c) ---- */
 
 typedef struct obm__matrix {
@@ -199,6 +232,7 @@ typedef struct obm__matrix {
     const obm__terms *terms;    /* what the route adds on planes; NULL: nothing */
     bool by_token;              /* an embedding whose rows are merged when they are asked for */
     const obm__z12 *z12;        /* the same weights packed, which runs read in place of data; NULL: not packed */
+    const void *origin;         /* what data is a placed copy of, in the mapping; NULL: data is no copy */
 } obm__matrix;
 
 /* A tensor that does not run on planes, materialised for one route, or for all that agree on it (overlay.c). */
@@ -302,8 +336,8 @@ void obm__weights_free(obm_model *m, obm__weights *w);
 /* ---- KV cache and sequences (kv.c) ---- */
 
 #define OBM_TILE_TOKENS 64
-/* Keys and values of 64 positions in all layers: (layers, 2, kv_heads, 64, head_dim).  Pages never move, so growing copies
- * nothing. */
+/* Keys and values of 64 positions in all layers: (layers, 2, kv_heads, 64, head_dim), where heads lie on several nodes one
+ * such block for the heads of each.  Pages never move, so growing copies nothing. */
 typedef struct obm__sequence {
     obm__weights *weights;      /* referenced */
     obm_dtype kv;
@@ -319,6 +353,9 @@ void obm__sequence_free(obm_model *m, obm__sequence *s);
  * depends on the length; it is chosen once, by this one, so that it does not depend on chunks or on the step. */
 obm_status obm__sequence_expect(const obm_model *m, obm__sequence *s, int64_t positions, obm_error *err);
 obm_status obm__sequence_reserve(obm_model *m, obm__sequence *s, int64_t positions, obm_error *err);
+size_t obm__kv_page_bytes(const obm_model *m, obm_dtype kv);
+/* Of a page, by node, where there is a placement (zeros where its heads have no place). */
+void obm__kv_bounds(const obm_model *m, obm_dtype kv, size_t *at);
 /* Keys (which 0) or values (which 1) of one page: (64, head_dim) of dtype s->kv. */
 void *obm__kv_at(const obm_model *m, const obm__sequence *s, int64_t page, int64_t layer, int which, int64_t kv_head);
 
@@ -427,6 +464,10 @@ struct obm_model {
     float *frequencies;                 /* (ropes, pairs), for sequences of any length or of no more than was trained */
     float embedding_scale;
     size_t *tensors;                    /* of the pack, in the order of obm__weights.tensors; NULL for a plain model */
+    obm__placement *placement;          /* NULL: memory is where the system puts it, and rows are anybody's */
+    obm__region *regions;               /* list */
+    void *caller_bound;                 /* what the calling thread is bound to outside */
+    bool bind_refused, thread_refused;  /* and warned about */
     obm__weights *base_alone;           /* in the list */
     obm__planes_route *spare;           /* memory for the coefficients of the next route; NULL */
     obm__weights *routes;               /* list; the base alone is the last */

@@ -87,12 +87,15 @@ static obm_status fill_signs(obm_model *m, obm__role role, const plane_list *pla
     bool fits = obm__mul(blocks * OBM__PLANE_ROWS, (size_t)s->row_bytes, &bytes) && obm__mul(bytes, s->n, &bytes);
     cut_segments(planes, s);
     s->segments = obm__calloc(s->n_segments, sizeof *s->segments);
-    s->blocks = fits ? obm__alloc(bytes, 1) : NULL;
+    int kind = obm__role_kind(role);
+    s->blocks = fits
+                    ? obm__place_alloc(m, OBM_PLACED_PLANES, kind, OBM__PLANE_ROWS, blocks, blocks ? bytes / blocks : 0)
+                    : NULL;
     if (!s->segments || !s->blocks) return obm__fail_nomem(err, bytes);
     cut_segments(planes, s);
     size_t slice = (size_t)m->ctx->threads * REPACK_BYTES / (bytes / blocks) + 1;
-    OBM_TRY(obm__parallel_slices(m->ctx, blocks, 1, slice, repack_blocks, &(repack_job){m->ctx->k, planes, s}, m->pulse,
-                                 err));
+    OBM_TRY(obm__place_slices(m, kind, OBM__PLANE_ROWS, blocks, slice, repack_blocks,
+                              &(repack_job){m->ctx->k, planes, s}, err));
     m->signs_bytes += bytes;
     for (size_t p = 0; p < s->n; p++) /* runs do not look at the file's pages again */
         obm__pages_release(plane_signs(&planes->at[p]) + s->first * s->row_bytes, (size_t)(s->rows * s->row_bytes));
@@ -127,7 +130,7 @@ obm_status obm__signs_load(obm_model *m, obm_error *err) {
 
 void obm__signs_free_all(obm_model *m) {
     for (size_t i = 0; m->signs && i < obm__matrix_count(m); i++) {
-        obm_free(m->signs[i].blocks);
+        obm__place_free(m, m->signs[i].blocks);
         obm_free(m->signs[i].segments);
     }
     obm_free(m->signs);

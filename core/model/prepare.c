@@ -315,10 +315,10 @@ static bool decide_quickly(obm__build *b, int64_t layer, obm__role role, obm__ma
     return obm__route_kind_of(b->w->plan, i) == OBM_ROUTE_PATTERNS && take_planes(b, i, layer, role, out);
 }
 
-/* The base's own matrix is packed already. */
+/* The base's own matrix is packed or placed already. */
 static void share_packed(const obm__build *b, int64_t layer, obm__role role, obm__matrix *w) {
     const obm__matrix *base = b->m->base_alone ? obm__weights_at(b->m->base_alone, layer, role) : NULL;
-    if (base && base->data == w->data && base->rows == w->rows) w->z12 = base->z12;
+    if (base && (base->data == w->data || base->origin == w->data) && base->rows == w->rows) *w = *base;
 }
 
 static obm_status decide_tensor(obm__build *b, int64_t layer, obm__role role) {

@@ -92,15 +92,10 @@ static obm_status check_plan(const obm_model_plan_options *o, obm_error *err) {
     return obm__threads_check(OBM_OPT(o, obm_model_plan_options, threads, 0), err);
 }
 
-/* Of this machine: one of its own, or one with a single core where hwloc cannot read it. */
 static obm_status read_machine(const obm_context *ctx, const char *text, obm__topology **own, const obm__machine **out,
                                obm_error *err) {
-    static obm__core core = {.speed = 100};
-    static const obm__machine unknown = {
-        .n_nodes = 1, .n_cores = 1, .nodes = {{.cores = 1, .speed = 100}}, .cores = &core};
     if (text) OBM_TRY(obm__topology_read(text, own, err));
     *out = obm__topology_machine(text ? *own : ctx->topology);
-    if (!*out) *out = &unknown;
     return OBM_OK;
 }
 

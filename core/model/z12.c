@@ -62,9 +62,9 @@ static void pack_chunks(void *arg, size_t begin, size_t end, int worker) {
     }
 }
 
-static void clear(obm__z12 *z) {
-    obm_free(z->codes);
-    obm_free(z->tables);
+static void clear(obm_model *m, obm__z12 *z) {
+    obm__place_free(m, z->codes);
+    obm__place_free(m, z->tables);
     obm_free(z->escapes);
     obm_free(z->first_escape);
     *z = (obm__z12){0};
@@ -98,26 +98,27 @@ static bool join_escapes(pack_job *j, size_t chunks, uint64_t *bytes) {
     return true;
 }
 
-static bool alloc(const obm__matrix *w, obm__z12 *z, uint64_t *bytes) {
+/* Codes and tables lie with their rows; an index of a byte per row, and the few escapes, do not. */
+static bool alloc(obm_model *m, int kind, const obm__matrix *w, obm__z12 *z, uint64_t *bytes) {
     *z = (obm__z12){.rows = (size_t)w->rows, .cols = (size_t)w->cols, .blocks = ((size_t)w->cols + 63) / 64};
     size_t groups = groups_of(z->rows), per_group = group_bytes(z);
-    z->codes = obm__alloc(groups, per_group);
-    z->tables = obm__alloc(groups, OBM__Z12_ROWS * OBM__Z12_TABLE);
+    z->codes = obm__place_alloc(m, OBM_PLACED_WEIGHTS, kind, OBM__Z12_ROWS, groups, per_group);
+    z->tables = obm__place_alloc(m, OBM_PLACED_WEIGHTS, kind, OBM__Z12_ROWS, groups, OBM__Z12_ROWS * OBM__Z12_TABLE);
     z->first_escape = obm__calloc(groups + 1, sizeof *z->first_escape);
     *bytes = groups * (per_group + OBM__Z12_ROWS * OBM__Z12_TABLE + sizeof *z->first_escape);
     return z->codes && z->tables && z->first_escape;
 }
 
 /* z->codes stays NULL where the matrix is not packed. */
-static obm_status pack_matrix(obm_model *m, obm__matrix *w, obm__z12 *z, obm_error *err) {
+static obm_status pack_matrix(obm_model *m, int kind, obm__matrix *w, obm__z12 *z, obm_error *err) {
     size_t chunks = ((size_t)w->rows + CHUNK_ROWS - 1) / CHUNK_ROWS, plain = (size_t)(w->rows * w->cols) * 2;
     uint64_t bytes = 0;
     pack_job j = {.k = m->ctx->k, .w = w, .z = z, .chunks = obm__calloc(chunks, sizeof *j.chunks)};
-    bool there = j.chunks && alloc(w, z, &bytes), packed = false;
+    bool there = j.chunks && alloc(m, kind, w, z, &bytes), packed = false;
     obm_status status = OBM_OK;
     if (there)
-        status = obm__parallel_slices(m->ctx, chunks, 1, (size_t)m->ctx->threads * CHUNKS_AT_ONCE, pack_chunks, &j,
-                                      m->pulse, err);
+        status = obm__place_slices(m, kind, CHUNK_ROWS, chunks, (size_t)m->ctx->threads * CHUNKS_AT_ONCE, pack_chunks,
+                                   &j, err);
     if (there && status == OBM_OK && !j.failed) packed = join_escapes(&j, chunks, &bytes);
     for (size_t i = 0; j.chunks && i < chunks; i++) obm_free(j.chunks[i].escapes);
     obm_free(j.chunks);
@@ -127,7 +128,7 @@ static obm_status pack_matrix(obm_model *m, obm__matrix *w, obm__z12 *z, obm_err
         m->z12_saved += plain;
         return OBM_OK;
     }
-    clear(z);
+    clear(m, z);
     if (status != OBM_OK) return status;
     return there && !j.failed ? OBM_OK : obm__fail_nomem(err, plain / 4 * 3);
 }
@@ -140,7 +141,7 @@ obm_status obm__z12_load(obm_model *m, obm_error *err) {
         int64_t layer;
         obm__role role = obm__matrix_role(m, i, &layer);
         obm__matrix *w = (obm__matrix *)obm__weights_at(m->base_alone, layer, role);
-        if (w->data && w->dtype == OBM_BF16) OBM_TRY(pack_matrix(m, w, &m->z12[i], err));
+        if (w->data && w->dtype == OBM_BF16) OBM_TRY(pack_matrix(m, obm__role_kind(role), w, &m->z12[i], err));
         /* Of files, not of w: a tensor that the file does not keep aligned is a copy on the heap. */
         obm__checkpoint_release_pages(m->base);
     }
@@ -148,7 +149,7 @@ obm_status obm__z12_load(obm_model *m, obm_error *err) {
 }
 
 void obm__z12_free_all(obm_model *m) {
-    for (size_t i = 0; m->z12 && i < obm__matrix_count(m); i++) clear(&m->z12[i]);
+    for (size_t i = 0; m->z12 && i < obm__matrix_count(m); i++) clear(m, &m->z12[i]);
     obm_free(m->z12);
     m->z12 = NULL;
 }

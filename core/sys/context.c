@@ -39,7 +39,7 @@ obm_status obm__numa_check(obm_numa wanted, obm_error *err) {
     return obm__fail(err, OBM_E_ARG, "numa: expected 0 (auto) to %d (off), found %d", OBM_NUMA_OFF, (int)wanted);
 }
 
-static obm_status choose_threads(obm_context *ctx, int wanted, obm_error *err) {
+static obm_status choose_threads(int wanted, int *threads, obm_error *err) {
     OBM_TRY(obm__threads_check(wanted, err));
     const char *text = getenv("ONEBITMERGE_THREADS");
     if (!wanted && text && *text) {
@@ -51,8 +51,31 @@ static obm_status choose_threads(obm_context *ctx, int wanted, obm_error *err) {
                              text);
         wanted = (int)value;
     }
-    ctx->threads = wanted ? wanted : obm__topology_cores(ctx->topology);
+    *threads = wanted;
     return OBM_OK;
+}
+
+/* The option, else the environment, else auto. */
+static obm_status choose_numa(obm_numa wanted, obm_numa *out, obm_error *err) {
+    const char *text = getenv("ONEBITMERGE_NUMA");
+    *out = wanted;
+    OBM_TRY(obm__numa_check(wanted, err));
+    if (wanted != OBM_NUMA_AUTO || !text || !*text) return OBM_OK;
+    if (obm_numa_find(text, out, NULL) == OBM_OK) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG,
+                     "ONEBITMERGE_NUMA: expected auto, shard, replicate, isolate, interleave or off, found \"%.64s\"",
+                     text);
+}
+
+static obm_status choose_workers(obm_context *ctx, int threads, obm_numa wanted, obm_error *err) {
+    OBM_TRY(choose_threads(threads, &threads, err));
+    OBM_TRY(choose_numa(wanted, &ctx->numa, err));
+    OBM_TRY(obm__workers_new(obm__topology_machine(ctx->topology), ctx->numa, threads, &ctx->workers, err));
+    ctx->threads = ctx->workers.n;
+    if (ctx->workers.numa != OBM_NUMA_REPLICATE) return OBM_OK;
+    return obm__fail(
+        err, OBM_E_UNSUPPORTED,
+        "numa: this version plans replicas but does not make them (it does auto, shard, isolate, interleave and off)");
 }
 
 #if defined(__clang__)
@@ -87,8 +110,9 @@ obm_status obm_context_new(const obm_context_options *options, obm_context **out
     ctx->interrupt_user = OBM_OPT(options, obm_context_options, interrupt_user, NULL);
     OBM_GO(choose_kernels(ctx, err));
     ctx->topology = obm__topology_new();
-    OBM_GO(choose_threads(ctx, OBM_OPT(options, obm_context_options, threads, 0), err));
-    ctx->pool = obm__pool_new(ctx->topology, ctx->threads, obm__topology_cores(ctx->topology));
+    OBM_GO(choose_workers(ctx, OBM_OPT(options, obm_context_options, threads, 0),
+                          OBM_OPT(options, obm_context_options, numa, OBM_NUMA_AUTO), err));
+    ctx->pool = obm__pool_new(ctx->topology, &ctx->workers);
     if (!ctx->pool) OBM_GO(obm__fail_nomem(err, (uint64_t)ctx->threads * 64));
     fill_info(ctx);
     *out = ctx;
@@ -102,6 +126,7 @@ void obm_context_free(obm_context *ctx) {
     if (!ctx) return;
     obm__pool_free(ctx->pool);
     obm__topology_free(ctx->topology);
+    obm_free(ctx->workers.at);
     obm_free(ctx);
 }
 

@@ -66,6 +66,44 @@ void obm__buffer_text(obm__buffer *b, const char *s);
 void obm__buffer_printf(obm__buffer *b, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void obm__buffer_free(obm__buffer *b);
 
+/* ---- machines and workers (topology.c, workers.c) ---- */
+
+/* What a plan needs to know of a machine, as plain numbers. */
+#define OBM_NODES 64
+typedef struct obm__node {
+    unsigned os;                /* number that the operating system gives it */
+    uint64_t memory;            /* bytes; 0: unknown */
+    int cores;
+    int speed;                  /* sum of its cores' */
+} obm__node;
+typedef struct obm__core {
+    unsigned cpu;               /* its first allowed processing unit: SMT siblings are left out */
+    int node;                   /* whose memory is nearest; of several (HBM beside DRAM) the first */
+    int speed;                  /* percent of the fastest kind of core, by highest frequency; 100 where the system does not say */
+} obm__core;
+/* Allowed nodes with memory, and allowed cores.  A node without cores stands there with none; the cores of a node without
+ * memory belong to the nearest one with.  At least one of each. */
+typedef struct obm__machine {
+    int n_nodes, n_cores;
+    obm__node nodes[OBM_NODES];
+    obm__core *cores;
+} obm__machine;
+
+typedef struct obm__worker_place {
+    int node;                   /* of the machine's */
+    int cpu;                    /* -1: any core (of the node, where `numa` is not OFF) */
+    int speed;
+} obm__worker_place;
+typedef struct obm__workers {
+    obm_numa numa;              /* AUTO: shard or isolate, as a model's size says */
+    int n, home;                /* home: node of worker 0, who is the caller */
+    obm__worker_place *at;      /* (n), owned */
+} obm__workers;
+/* threads 0: one per core, with isolate one per core of the node. */
+obm_status obm__workers_new(const obm__machine *m, obm_numa wanted, int threads, obm__workers *out, obm_error *err);
+const char *obm__numa_name(obm_numa numa);
+int obm__workers_count(const obm__workers *w, int node);
+
 /* ---- context (context.c) ---- */
 
 typedef struct obm__pool obm__pool;
@@ -74,6 +112,8 @@ struct obm_context {
     const obm_kernels *k;      /* the kernel table, chosen once */
     int threads;
     obm__topology *topology;
+    obm_numa numa;             /* as asked for */
+    obm__workers workers;
     obm__pool *pool;           /* its workers start at the first parallel call */
     obm_log_fn log;
     void *log_user;
@@ -95,8 +135,17 @@ void obm__warn(const obm_context *ctx, const char *format, ...) __attribute__((f
  * thread count.  When the pool is busy or forked away, everything runs on the calling thread. */
 typedef void (*obm__range_fn)(void *arg, size_t begin, size_t end, int worker);
 void obm__parallel(obm_context *ctx, size_t n, size_t grain, obm__range_fn fn, void *arg);
-/* threads includes the caller; with more threads than cores nobody spins. */
-obm__pool *obm__pool_new(const obm__topology *topology, int threads, int cores);
+/* Items of each node of the machine: [begin[i], end[i]) are run by the workers of node i (another may help who would else
+ * wait long).  Only where the context's workers are in lanes, which is where their `numa` is not OFF. */
+typedef struct obm__lanes {
+    int n;
+    size_t begin[OBM_NODES], end[OBM_NODES];
+} obm__lanes;
+void obm__parallel_lanes(obm_context *ctx, const obm__lanes *s, size_t grain, obm__range_fn fn, void *arg);
+/* Part k of n of the items of every node. */
+void obm__lanes_part(const obm__lanes *s, size_t k, size_t n, obm__lanes *out);
+/* The caller is worker 0; with more workers than cores nobody spins.  Keeps both pointers. */
+obm__pool *obm__pool_new(const obm__topology *topology, const obm__workers *workers);
 void obm__pool_free(obm__pool *p);
 /* One call of fn on a thread of its own, beside what the pool runs.  obm__task_wait: true once fn has returned; looks for at
  * most `milliseconds`.  obm__task_join waits to the end and frees. */
@@ -205,27 +254,6 @@ obm_status obm__solve(size_t m, size_t n, double *c, double *b, const char *what
 
 /* ---- topology (topology.c): the only file that includes hwloc.h ---- */
 
-/* What a plan needs to know of a machine, as plain numbers. */
-#define OBM_NODES 64
-typedef struct obm__node {
-    unsigned os;                /* number that the operating system gives it */
-    uint64_t memory;            /* bytes; 0: unknown */
-    int cores;
-    int speed;                  /* sum of its cores' */
-} obm__node;
-typedef struct obm__core {
-    unsigned cpu;               /* its first allowed processing unit: SMT siblings are left out */
-    int node;                   /* whose memory is nearest; of several (HBM beside DRAM) the first */
-    int speed;                  /* percent of the fastest kind of core, by highest frequency; 100 where the system does not say */
-} obm__core;
-/* Allowed nodes with memory, and allowed cores.  A node without cores stands there with none; the cores of a node without
- * memory belong to the nearest one with.  At least one of each. */
-typedef struct obm__machine {
-    int n_nodes, n_cores;
-    obm__node nodes[OBM_NODES];
-    obm__core *cores;
-} obm__machine;
-
 /* What this process may use (allowed cpuset, affinity, memory policy).  NULL without memory or when hwloc cannot read the
  * machine; the other functions take NULL as one unnamed core.  Immutable. */
 obm__topology *obm__topology_new(void);
@@ -235,27 +263,19 @@ obm_status obm__topology_read(const char *text, obm__topology **out, obm_error *
 void obm__topology_free(obm__topology *t);
 int obm__topology_cores(const obm__topology *t);
 int obm__topology_nodes(const obm__topology *t);
-const obm__machine *obm__topology_machine(const obm__topology *t);   /* borrowed; NULL for NULL */
+const obm__machine *obm__topology_machine(const obm__topology *t);   /* borrowed; never NULL */
 /* "1 package, 1 NUMA node, 2 cores, L2 512 KiB, L3 32 MiB" */
 const char *obm__topology_describe(const obm__topology *t, char *buf, size_t size);
-/* Binds the calling thread to one core; 0 on success, failure is harmless.  Workers beyond the cores stay unbound. */
-int obm__topology_pin(const obm__topology *t, int worker);
-
-/* ---- workers (workers.c) ---- */
-
-typedef struct obm__worker_place {
-    int node;                   /* of the machine's */
-    int cpu;                    /* -1: any core (of the node, where `numa` is not OFF) */
-    int speed;
-} obm__worker_place;
-typedef struct obm__workers {
-    obm_numa numa;              /* AUTO: shard or isolate, as a model's size says */
-    int n, home;                /* home: node of worker 0, who is the caller */
-    obm__worker_place *at;      /* (n), owned */
-} obm__workers;
-/* threads 0: one per core, with isolate one per core of the node. */
-obm_status obm__workers_new(const obm__machine *m, obm_numa wanted, int threads, obm__workers *out, obm_error *err);
-const char *obm__numa_name(obm_numa numa);
-int obm__workers_count(const obm__workers *w, int node);
+/* Binds the calling thread to the place of a worker; 0 on success, failure is harmless.  Workers beyond the cores: to the
+ * cores of their node, with `numa` OFF to nothing (and -1). */
+int obm__topology_bind(const obm__topology *t, const obm__workers *w, int worker);
+/* What the calling thread is bound to, for obm__topology_restore, which frees it; NULL: unknown. */
+void *obm__topology_save(const obm__topology *t);
+void obm__topology_restore(const obm__topology *t, void *saved);
+/* Where pages will be that nobody has touched: on a node (of the machine's; when it is full on another), or in turn on all
+ * (node -1).  0, or -1 with errno: the system refuses, or the topology is another machine's.  Whole pages. */
+int obm__topology_place(const obm__topology *t, void *at, size_t bytes, int node);
+/* node[i]: of the machine's, where page i from `at` on is; -1 on none of them, -2 nowhere yet.  -1 with errno as above. */
+int obm__topology_find(const obm__topology *t, const void *at, size_t pages, int *node);
 
 #endif

@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 /*
@@ -28,27 +29,41 @@
 typedef struct job {
     obm__range_fn fn;
     void *arg;
-    size_t n, chunk;
+    bool shared; /* one queue for all lanes: the first one's */
 } job;
+
+/* The workers of one NUMA node, with a gate and a queue of their own: a barrier passes one cache line to each node, not
+ * to each worker, and items of a node go to its own workers. */
+typedef struct lane {
+    _Atomic uint64_t gate;
+    char gate_line[64 - sizeof(uint64_t)];
+    _Atomic size_t next; /* first item not handed out */
+    size_t end, chunk;   /* written by the caller while the gate is closed and nobody is inside */
+    int workers;
+    bool open; /* the caller's: has work in this job */
+    char queue_line[128 - 64 - 3 * sizeof(size_t) - sizeof(int) - sizeof(bool)];
+} lane;
 
 typedef struct worker {
     obm__pool *pool;
     pthread_t thread;
     int index;
+    lane *lane;
 } worker;
 
 struct obm__pool {
     const obm__topology *topology;
+    const obm__workers *places;
     int threads; /* with the caller */
     int spins;
-    worker *workers;  /* [threads], entry 0 unused */
+    worker *workers; /* [threads], entry 0: the caller */
+    lane *lanes;
+    int n_lanes;
     int running;      /* workers 1 .. running exist */
     _Atomic int busy; /* a job is being run */
     _Atomic int started;
     _Atomic pid_t owner; /* threads do not survive fork */
-    job job;             /* written by the caller while the gate is closed and nobody is inside */
-    _Atomic uint64_t gate;
-    _Atomic size_t next; /* first item not handed out */
+    job job;             /* written by the caller while the gates are closed and nobody is inside */
     _Atomic int sleepers, caller_waits, stop;
     pthread_mutex_t mutex;
     pthread_cond_t work, done;
@@ -62,38 +77,40 @@ static void pause_cpu(void) {
 #endif
 }
 
-static void run_ranges(obm__pool *p, const job *j, int index) {
+static void run_ranges(lane *q, const job *j, int index) {
     for (;;) {
-        size_t begin = atomic_fetch_add_explicit(&p->next, j->chunk, memory_order_relaxed);
-        if (begin >= j->n) return;
-        size_t end = j->n - begin > j->chunk ? begin + j->chunk : j->n;
+        size_t begin = atomic_fetch_add_explicit(&q->next, q->chunk, memory_order_relaxed);
+        if (begin >= q->end) return;
+        size_t end = q->end - begin > q->chunk ? begin + q->chunk : q->end;
         j->fn(j->arg, begin, end, index);
     }
 }
 
-static bool has_work(obm__pool *p, uint64_t seen, uint64_t *gate) {
-    *gate = atomic_load(&p->gate);
+static lane *queue_of(obm__pool *p, lane *own) { return p->job.shared ? p->lanes : own; }
+
+static bool has_work(obm__pool *p, lane *l, uint64_t seen, uint64_t *gate) {
+    *gate = atomic_load(&l->gate);
     return atomic_load(&p->stop) || ((*gate & GATE_OPEN) && *gate / GATE_GENERATION != seen);
 }
 
 /* Spins, then parks.  The order "count as sleeper, then look again" against "open, then look for sleepers" (both
  * sequentially consistent) is what loses no wake-up. */
-static uint64_t wait_for_work(obm__pool *p, uint64_t seen) {
+static uint64_t wait_for_work(obm__pool *p, lane *l, uint64_t seen) {
     uint64_t gate;
     for (int i = 0; i < p->spins; i++) {
-        if (has_work(p, seen, &gate)) return gate;
+        if (has_work(p, l, seen, &gate)) return gate;
         pause_cpu();
     }
     pthread_mutex_lock(&p->mutex);
     atomic_fetch_add(&p->sleepers, 1);
-    while (!has_work(p, seen, &gate)) pthread_cond_wait(&p->work, &p->mutex);
+    while (!has_work(p, l, seen, &gate)) pthread_cond_wait(&p->work, &p->mutex);
     atomic_fetch_sub(&p->sleepers, 1);
     pthread_mutex_unlock(&p->mutex);
     return gate;
 }
 
-static void leave(obm__pool *p) {
-    uint64_t before = atomic_fetch_sub(&p->gate, 1);
+static void leave(obm__pool *p, lane *l) {
+    uint64_t before = atomic_fetch_sub(&l->gate, 1);
     if ((before & GATE_INSIDE) != 1 || (before & GATE_OPEN) || !atomic_load(&p->caller_waits)) return;
     pthread_mutex_lock(&p->mutex);
     pthread_cond_signal(&p->done);
@@ -103,31 +120,49 @@ static void leave(obm__pool *p) {
 static void *worker_main(void *arg) {
     worker *w = arg;
     obm__pool *p = w->pool;
-    obm__topology_pin(p->topology, w->index);
+    (void)obm__topology_bind(p->topology, p->places, w->index);
     uint64_t seen = 0;
     for (;;) {
-        uint64_t gate = wait_for_work(p, seen);
+        uint64_t gate = wait_for_work(p, w->lane, seen);
         if (atomic_load(&p->stop)) return NULL;
-        if (!atomic_compare_exchange_strong(&p->gate, &gate, gate + 1)) continue;
+        if (!atomic_compare_exchange_strong(&w->lane->gate, &gate, gate + 1)) continue;
         seen = gate / GATE_GENERATION;
-        run_ranges(p, &p->job, w->index);
-        leave(p);
+        run_ranges(queue_of(p, w->lane), &p->job, w->index);
+        leave(p, w->lane);
     }
 }
 
-obm__pool *obm__pool_new(const obm__topology *topology, int threads, int cores) {
+/* One lane where nobody asked for more. */
+static void make_lanes(obm__pool *p, const obm__workers *places) {
+    memset(p->lanes, 0, (size_t)p->n_lanes * sizeof *p->lanes);
+    for (int i = 0; i < p->threads; i++) {
+        lane *l = &p->lanes[p->n_lanes == 1 ? 0 : places->at[i].node];
+        p->workers[i] = (worker){.pool = p, .index = i, .lane = l};
+        l->workers++;
+    }
+}
+
+obm__pool *obm__pool_new(const obm__topology *topology, const obm__workers *places) {
+    const obm__machine *machine = obm__topology_machine(topology);
+    int threads = places->n, cores = machine->n_cores, lanes = places->numa == OBM_NUMA_OFF ? 1 : machine->n_nodes;
     obm__pool *p = obm__calloc(1, sizeof *p);
     worker *workers = obm__calloc((size_t)threads, sizeof *workers);
-    if (!p || !workers) {
+    lane *line = obm__alloc((size_t)lanes, sizeof *line);
+    if (!p || !workers || !line) {
         obm_free(p);
         obm_free(workers);
+        obm_free(line);
         return NULL;
     }
     p->topology = topology;
+    p->places = places;
+    p->lanes = line;
+    p->n_lanes = lanes;
     p->threads = threads;
     p->spins =
         threads <= cores ? SPINS : 0; /* with more threads than cores a spinner keeps the one it waits for away */
     p->workers = workers;
+    make_lanes(p, places);
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->work, NULL);
     pthread_cond_init(&p->done, NULL);
@@ -148,7 +183,6 @@ static int start_thread(pthread_t *thread, void *(*main)(void *), void *arg) {
 /* Too few threads is no error. */
 static void start_workers(obm__pool *p) {
     for (int i = 1; i < p->threads; i++) {
-        p->workers[i] = (worker){.pool = p, .index = i};
         if (start_thread(&p->workers[i].thread, worker_main, &p->workers[i])) break;
         p->running = i;
     }
@@ -170,28 +204,38 @@ void obm__pool_free(obm__pool *p) {
         pthread_mutex_destroy(&p->mutex);
     }
     obm_free(p->workers);
+    obm_free(p->lanes);
     obm_free(p);
 }
 
-static void open_gate(obm__pool *p) {
-    atomic_store_explicit(&p->next, 0, memory_order_relaxed);
-    uint64_t generation = atomic_load(&p->gate) / GATE_GENERATION + 1;
-    atomic_store(&p->gate, generation * GATE_GENERATION | GATE_OPEN); /* joined is 0: the last job waited for that */
+static void open_gates(obm__pool *p) {
+    for (int i = 0; i < p->n_lanes; i++) {
+        lane *l = &p->lanes[i];
+        uint64_t generation = atomic_load(&l->gate) / GATE_GENERATION + 1;
+        /* joined is 0: the last job waited for that */
+        if (l->open) atomic_store(&l->gate, generation * GATE_GENERATION | GATE_OPEN);
+    }
     if (!atomic_load(&p->sleepers)) return;
     pthread_mutex_lock(&p->mutex);
     pthread_cond_broadcast(&p->work);
     pthread_mutex_unlock(&p->mutex);
 }
 
-static void close_gate(obm__pool *p) {
-    atomic_fetch_and(&p->gate, ~GATE_OPEN);
+/* Another lane's items are its own workers', but not at any price: who has waited as long as a hand-over takes helps
+ * (they may have lost their cores, or there are none: too few threads is no error). */
+static void finish_lane(obm__pool *p, lane *l) {
+    for (int i = 0; i < p->spins && atomic_load_explicit(&l->next, memory_order_relaxed) < l->end; i++) pause_cpu();
+    run_ranges(l, &p->job, 0);
+}
+
+static void wait_for_lane(obm__pool *p, lane *l) {
     for (int i = 0; i < p->spins; i++) {
-        if (!(atomic_load(&p->gate) & GATE_INSIDE)) return;
+        if (!(atomic_load(&l->gate) & GATE_INSIDE)) return;
         pause_cpu();
     }
     pthread_mutex_lock(&p->mutex);
     atomic_store(&p->caller_waits, 1);
-    while (atomic_load(&p->gate) & GATE_INSIDE) pthread_cond_wait(&p->done, &p->mutex);
+    while (atomic_load(&l->gate) & GATE_INSIDE) pthread_cond_wait(&p->done, &p->mutex);
     atomic_store(&p->caller_waits, 0);
     pthread_mutex_unlock(&p->mutex);
 }
@@ -204,11 +248,31 @@ static bool acquire(obm__pool *p) {
     return !atomic_exchange(&p->busy, 1);
 }
 
+static void run_job(obm__pool *p, job j) {
+    lane *own = p->workers[0].lane;
+    p->job = j;
+    open_gates(p);
+    run_ranges(queue_of(p, own), &p->job, 0);
+    for (int i = 0; i < p->n_lanes; i++)
+        if (!j.shared && p->lanes[i].open && &p->lanes[i] != own) finish_lane(p, &p->lanes[i]);
+    for (int i = 0; i < p->n_lanes; i++)
+        if (p->lanes[i].open) atomic_fetch_and(&p->lanes[i].gate, ~GATE_OPEN);
+    for (int i = 0; i < p->n_lanes; i++)
+        if (p->lanes[i].open) wait_for_lane(p, &p->lanes[i]);
+    atomic_store(&p->busy, 0);
+}
+
 /* Items per range: a multiple of grain, RANGES_PER_WORKER ranges for each worker where there are enough grains. */
 static size_t chunk_size(size_t n, size_t grain, int threads) {
     size_t grains = n / grain + (n % grain != 0), ranges = (size_t)threads * RANGES_PER_WORKER, chunk;
     size_t grains_each = grains / ranges + (grains % ranges != 0);
     return obm__mul(grains_each, grain, &chunk) ? chunk : n;
+}
+
+static void fill_lane(lane *l, size_t begin, size_t end, size_t chunk) {
+    atomic_store_explicit(&l->next, begin, memory_order_relaxed);
+    l->end = end;
+    l->chunk = chunk;
 }
 
 void obm__parallel(obm_context *ctx, size_t n, size_t grain, obm__range_fn fn, void *arg) {
@@ -220,11 +284,40 @@ void obm__parallel(obm_context *ctx, size_t n, size_t grain, obm__range_fn fn, v
         return;
     }
     if (!atomic_load(&p->started)) start_workers(p);
-    p->job = (job){.fn = fn, .arg = arg, .n = n, .chunk = chunk_size(n, grain, p->threads)};
-    open_gate(p);
-    run_ranges(p, &p->job, 0);
-    close_gate(p);
-    atomic_store(&p->busy, 0);
+    fill_lane(&p->lanes[0], 0, n, chunk_size(n, grain, p->threads));
+    for (int i = 0; i < p->n_lanes; i++) p->lanes[i].open = p->lanes[i].workers > 0 || !i;
+    run_job(p, (job){.fn = fn, .arg = arg, .shared = true});
+}
+
+void obm__parallel_lanes(obm_context *ctx, const obm__lanes *s, size_t grain, obm__range_fn fn, void *arg) {
+    obm__pool *p = ctx->pool;
+    size_t total = 0;
+    for (int i = 0; i < s->n; i++) total += s->end[i] - s->begin[i];
+    if (!grain) grain = 1;
+    if (total <= grain || !acquire(p)) {
+        for (int i = 0; i < s->n; i++)
+            if (s->begin[i] < s->end[i]) fn(arg, s->begin[i], s->end[i], 0);
+        return;
+    }
+    if (!atomic_load(&p->started)) start_workers(p);
+    for (int i = 0; i < p->n_lanes; i++) {
+        lane *l = &p->lanes[i];
+        l->open = i < s->n && s->begin[i] < s->end[i];
+        if (l->open)
+            fill_lane(l, s->begin[i], s->end[i],
+                      chunk_size(s->end[i] - s->begin[i], grain, l->workers ? l->workers : 1));
+    }
+    run_job(p, (job){.fn = fn, .arg = arg});
+}
+
+void obm__lanes_part(const obm__lanes *s, size_t k, size_t n, obm__lanes *out) {
+    out->n = s->n;
+    for (int i = 0; i < s->n; i++) {
+        size_t items = s->end[i] - s->begin[i], each = items / n,
+               more = items % n; /* the first `more` parts have one more */
+        out->begin[i] = s->begin[i] + each * k + (k < more ? k : more);
+        out->end[i] = out->begin[i] + each + (k < more);
+    }
 }
 
 /* ---- one call on a thread of its own ---- */

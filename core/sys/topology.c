@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 struct obm__topology {
@@ -78,9 +79,9 @@ static bool list_nodes(obm__topology *t) {
     return m->n_nodes > 0;
 }
 
-/* Of the nodes that a processing unit calls its own, that of the fewest units (memory of a whole package or machine, like
- * CXL's, is further away), and of several (HBM beside DRAM) the first: systems count the nodes of their cores first.
- * -1: none has memory. */
+/* Of the nodes that a processing unit calls its own, that of the fewest units (memory of a whole package or machine,
+ * like CXL's, is further away), and of several (HBM beside DRAM) the first: systems count the nodes of their cores
+ * first. -1: none has memory. */
 static int own_node(const obm__topology *t, unsigned cpu) {
     int best = -1, fewest = INT_MAX;
     for (int i = 0; i < t->machine.n_nodes; i++) {
@@ -267,7 +268,12 @@ void obm__topology_free(obm__topology *t) {
     obm_free(t);
 }
 
-const obm__machine *obm__topology_machine(const obm__topology *t) { return t ? &t->machine : NULL; }
+const obm__machine *obm__topology_machine(const obm__topology *t) {
+    static obm__core core = {.speed = 100};
+    static const obm__machine unknown = {
+        .n_nodes = 1, .n_cores = 1, .nodes = {{.cores = 1, .speed = 100}}, .cores = &core};
+    return t ? &t->machine : &unknown;
+}
 
 int obm__topology_cores(const obm__topology *t) { return t ? t->machine.n_cores : 1; }
 int obm__topology_nodes(const obm__topology *t) { return t ? t->nodes : 1; }
@@ -289,12 +295,79 @@ const char *obm__topology_describe(const obm__topology *t, char *buf, size_t siz
     return buf;
 }
 
-int obm__topology_pin(const obm__topology *t, int worker) {
-    if (!t || worker < 0 || worker >= t->machine.n_cores) return -1;
-    hwloc_cpuset_t one = hwloc_bitmap_alloc();
-    if (!one) return -1;
-    hwloc_bitmap_only(one, t->machine.cores[worker].cpu);
-    int result = hwloc_set_cpubind(t->hwloc, one, HWLOC_CPUBIND_THREAD);
-    hwloc_bitmap_free(one);
+/* ---- binding ---- */
+
+/* hwloc answers calls about another machine's topology as if it had done what they ask for. */
+static bool is_here(const obm__topology *t) {
+    if (t && hwloc_topology_is_thissystem(t->hwloc)) return true;
+    errno = ENODEV;
+    return false;
+}
+
+static int bind_thread(const obm__topology *t, const obm__workers *w, int worker, hwloc_cpuset_t set) {
+    const obm__worker_place *place = &w->at[worker];
+    if (place->cpu >= 0)
+        hwloc_bitmap_only(set, (unsigned)place->cpu);
+    else if (w->numa == OBM_NUMA_OFF)
+        return -1;
+    for (int c = 0; place->cpu < 0 && c < t->machine.n_cores; c++)
+        if (t->machine.cores[c].node == place->node) hwloc_bitmap_set(set, t->machine.cores[c].cpu);
+    return hwloc_set_cpubind(t->hwloc, set, HWLOC_CPUBIND_THREAD);
+}
+
+int obm__topology_bind(const obm__topology *t, const obm__workers *w, int worker) {
+    hwloc_cpuset_t set = is_here(t) ? hwloc_bitmap_alloc() : NULL;
+    if (!set) return -1;
+    int result = bind_thread(t, w, worker, set);
+    hwloc_bitmap_free(set);
     return result;
+}
+
+void *obm__topology_save(const obm__topology *t) {
+    hwloc_cpuset_t set = is_here(t) ? hwloc_bitmap_alloc() : NULL;
+    if (!set || !hwloc_get_cpubind(t->hwloc, set, HWLOC_CPUBIND_THREAD)) return set;
+    hwloc_bitmap_free(set);
+    return NULL;
+}
+
+void obm__topology_restore(const obm__topology *t, void *saved) {
+    if (!saved) return;
+    (void)hwloc_set_cpubind(t->hwloc, saved, HWLOC_CPUBIND_THREAD);
+    hwloc_bitmap_free(saved);
+}
+
+/* ---- memory ---- */
+
+/* Not strict: strict pages that find their node full end the process, these go to another node, and are counted there.
+ */
+int obm__topology_place(const obm__topology *t, void *at, size_t bytes, int node) {
+    hwloc_nodeset_t set = is_here(t) ? hwloc_bitmap_alloc() : NULL;
+    if (!set) return -1;
+    for (int i = 0; i < t->machine.n_nodes; i++)
+        if (node < 0 || i == node) hwloc_bitmap_set(set, t->machine.nodes[i].os);
+    int result = hwloc_set_area_membind(
+        t->hwloc, at, bytes, set, node < 0 ? HWLOC_MEMBIND_INTERLEAVE : HWLOC_MEMBIND_BIND, HWLOC_MEMBIND_BYNODESET);
+    hwloc_bitmap_free(set);
+    return result;
+}
+
+static int node_of_status(const obm__topology *t, int status) {
+    for (int i = 0; i < t->machine.n_nodes; i++)
+        if (status >= 0 && t->machine.nodes[i].os == (unsigned)status) return i;
+    return status == -ENOENT || status == -EFAULT ? -2 : -1;
+}
+
+/* One system call for many pages, where hwloc asks for each: a model has millions. */
+int obm__topology_find(const obm__topology *t, const void *at, size_t pages, int *node) {
+    enum { AT_ONCE = 512 };
+    void *address[AT_ONCE];
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    if (!is_here(t)) return -1;
+    for (size_t done = 0, n; done < pages; done += n) {
+        n = pages - done < AT_ONCE ? pages - done : AT_ONCE;
+        for (size_t i = 0; i < n; i++) address[i] = (char *)at + (done + i) * page;
+        if (syscall(SYS_move_pages, 0, n, address, NULL, node + done, 0)) return -1;
+        for (size_t i = 0; i < n; i++) node[done + i] = node_of_status(t, node[done + i]);
+    }
+    return 0;
 }

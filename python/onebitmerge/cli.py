@@ -197,8 +197,9 @@ def plan(args):
     if args.base and not is_pack(args.model):
         raise Usage("--base goes with a pack; this is a plain model")
     p = obm.plan(args.model, topology=args.topology, numa=args.numa, threads=args.threads, base=args.base, z12=args.z12, kv=args.kv)
+    found = verify_placement(args) if args.verify_placement else None
     if args.json:
-        return emit(p)
+        return emit(p if found is None else {**p, "verified": found})
     print(f"numa {p['numa']}" + (f" ({p['asked']} was asked for)" if p["asked"] != p["numa"] else "") + f": {p['reason']}")
     print(_results.table(["node", "memory", "cores", "workers", "weights", "planes", "KV per position", "KV heads", "remote per token"],
                          [[n["os_index"], _results.size(n["memory"]), n["cores"], n["workers"], _results.size(n["weight_bytes"]),
@@ -214,6 +215,28 @@ def plan(args):
     print(f"\na token reads {_results.size(p['weight_bytes_per_token'])} of weights and planes, "
           f"{_results.size(p['remote_weight_bytes_per_token'])} of them from another node's memory, and passes "
           f"{_results.size(p['remote_activation_bytes_per_token'])} of activations between nodes")
+    if found:
+        print_found(p, found)
+
+
+def verify_placement(args):
+    if args.topology:
+        raise Usage("--verify-placement is about this machine; --topology is about another")
+    obm.set_threads(args.threads, args.numa)
+    return obm.Model(args.model, base=args.base, z12=args.z12, kv=args.kv, progress=progress_of(args)).verify_placement()
+
+
+def print_found(p, found):
+    parts = [name for name in ("weights", "planes", "kv") if name in found]
+    if not parts:
+        print("\nnothing is placed: the system decides where pages go")
+        return
+    print()
+    print(_results.table(["pages found"] + [f"node {n['os_index']}" for n in p["nodes"]] + ["other nodes", "not in memory", "remote"],
+                         [[name, *map(_results.size, found[name]["nodes"]), _results.size(found[name]["other"]), _results.size(found[name]["absent"]),
+                           "-" if found[name]["remote_bytes"] is None else _results.size(found[name]["remote_bytes"])] for name in parts]))
+    if not found["bound"]:
+        print("the system refused to bind memory")
 
 
 def inspect(args):
@@ -681,6 +704,7 @@ def make_parser():
     common.add_argument("--json", action="store_true", help="results as JSON lines")
     common.add_argument("--quiet", action="store_true", help="no progress bars")
     common.add_argument("--threads", type=whole(0, 4096), default=0, help="default: one per core")
+    common.add_argument("--numa", choices=NUMA, default="auto", help="weights and workers on several NUMA nodes; see the verb plan")
     parser = argparse.ArgumentParser(prog="onebitmerge", description="1-bit task vectors, routed merging and CPU inference of fine-tuned LLMs.")
     parser.add_argument("--version", action="version", version=f"onebitmerge {obm.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -706,8 +730,8 @@ def make_parser():
     p.add_argument("model", metavar="MODEL|PACK")
     p.add_argument("--topology", metavar="FILE.xml|TEXT",
                    help="another machine: hwloc's XML (lstopo machine.xml) or a description like \"numa:2 core:4 pu:2\"; default: this one")
-    p.add_argument("--numa", choices=NUMA, default="auto")
     p.add_argument("--z12", action="store_true", help="with bf16 matrices in 12 bits per weight")
+    p.add_argument("--verify-placement", action="store_true", help="open the model, run a prompt, and count where its pages are")
     p.add_argument("--kv", choices=("f32", "f16"), default="f32")
 
     p = verb(verbs, "inspect", inspect, "a model by module class; with experts norms, zeros, 1-bit error, cosines, sign agreement",
@@ -857,8 +881,8 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8")   # JSON lines and model text are UTF-8 whatever the locale says
     try:
-        if args.threads:
-            obm.set_threads(args.threads)
+        if (args.threads or args.numa != "auto") and args.function is not plan:   # which may be about another machine
+            obm.set_threads(args.threads, args.numa)
         args.function(args)
         sys.stdout.flush()
         return 0

@@ -515,10 +515,13 @@ static void test_topology(void **unused) {
     assert_true(cores >= 1 && cores <= sysconf(_SC_NPROCESSORS_CONF));
     assert_true(obm__topology_nodes(t) >= 1);
     assert_non_null(strstr(obm__topology_describe(t, text, sizeof text), "NUMA node"));
-    assert_int_not_equal(obm__topology_pin(t, cores), 0);
-    assert_int_not_equal(obm__topology_pin(t, -1), 0);
+    obm__worker_place places[] = {{0, -1, 100}}; /* beyond the cores */
+    obm__workers workers = {.numa = OBM_NUMA_OFF, .n = 1, .at = places};
+    assert_int_not_equal(obm__topology_bind(t, &workers, 0), 0);
+    assert_int_not_equal(obm__topology_bind(NULL, &workers, 0), 0);
     obm__topology_free(t);
     assert_int_equal(obm__topology_cores(NULL), 1);
+    assert_int_equal(obm__topology_machine(NULL)->n_cores, 1);
     assert_string_equal(obm__topology_describe(NULL, text, sizeof text), "unknown");
     obm__topology_free(NULL);
 }

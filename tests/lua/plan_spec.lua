@@ -37,3 +37,19 @@ describe("plans", function()
     assert.truthy(message:find("missing.xml", 1, true))
   end)
 end)
+
+describe("modes", function()
+  it("change no result", function()
+    local ids = { 1, 5, 9, 3, 7 }
+    local expected = assert(obm.model(model)):logits(ids):totable()
+    for _, mode in ipairs { "auto", "shard", "isolate", "interleave", "off" } do
+      obm.set_threads(2, mode)
+      local m = assert(obm.model(model))
+      assert.same(expected, m:logits(ids):totable())
+      local found = assert(m:verify_placement())
+      if obm.info().nodes == 1 then assert.same({ numa = "off", bound = false }, found) end
+    end
+    obm.set_threads(0)
+    assert.error_matches(function() obm.set_threads(0, "both") end, "numa: expected auto")
+  end)
+end)

@@ -1,7 +1,10 @@
 """Placement plans: the planner itself is tested by tests/c/test_placement.c; here what people and scripts get."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -92,3 +95,48 @@ def test_command_line(models, capsys):
     assert out.startswith("numa shard: as asked\n") and "0 B of them from another node's memory" in out
     assert cli.main(["plan", str(models / "base"), "--topology", "numa:2 core:"]) == 1
     assert "topology: expected" in capsys.readouterr().err
+
+
+def test_modes_of_a_context(models, threads):
+    """On one node every mode is the system's; the same bits come out of all."""
+    ids = [5, 9, 17, 300, 2, 40] * 12
+    expected = obm.Model(models / "base").logits(ids).tobytes()
+    for mode in ("auto", "shard", "isolate", "interleave", "off"):
+        threads(2, numa=mode)
+        model = obm.Model(models / "base")
+        assert model.logits(ids).tobytes() == expected
+        if obm.info()["nodes"] == 1:
+            assert model.verify_placement() == {"numa": "off", "bound": False, "remote_bytes": None}
+    with pytest.raises(obm.ArgumentError, match='numa: expected auto, .* found "both"'):
+        threads(0, numa="both")
+
+
+def test_nodes_that_are_not_there(models):
+    """hwloc makes up two nodes: binding to them is refused and said, where pages are cannot be asked, the text is the same."""
+    code = f"""
+import onebitmerge as obm, sys
+model = obm.Model({str(models / "base")!r})
+print(model.generate("What is 17 plus 5?", max_tokens=8))
+try:
+    model.verify_placement()
+except OSError as e:
+    print(e)
+"""
+    text = str(obm.Model(models / "base").generate("What is 17 plus 5?", max_tokens=8))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "HWLOC_SYNTHETIC": "numa:2 core:1 pu:1", "ONEBITMERGE_NUMA": "shard"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(text + "\n") and "does not say where pages are" in done.stdout
+    assert "numa shard: memory cannot be bound to nodes here" in done.stderr and "threads cannot be bound" in done.stderr
+
+
+def test_verify_on_the_command_line(models, capsys):
+    args = ["plan", str(models / "base"), "--verify-placement"]
+    assert cli.main([*args, "--json"]) == 0
+    verified = json.loads(capsys.readouterr().out)["verified"]
+    assert verified["numa"] in ("off", "shard", "isolate")
+    assert cli.main(args) == 0
+    if verified["numa"] == "off":
+        assert "nothing is placed" in capsys.readouterr().out
+    assert cli.main([*args, "--topology", "numa:2 core:1 pu:1"]) == 2
+    obm.set_threads(0)

@@ -1,0 +1,221 @@
+/* Acting on a placement plan: memory that is bound before it is touched, filled and read by the workers of its node,
+ * and the count of where its pages are.  Which rows go where is decided in placement.c. */
+#include "model.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define HUGE_PAGE ((size_t)2 << 20)
+
+static size_t page_size(void) { return (size_t)sysconf(_SC_PAGESIZE); }
+static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+static bool cuts(const obm_model *m) { return m->placement && obm__placement_cuts(m->placement); }
+
+obm_status obm__place_model(obm_model *m, bool z12, obm_error *err) {
+    obm__placed_shapes shapes;
+    if (m->ctx->workers.numa == OBM_NUMA_OFF) return OBM_OK;
+    OBM_TRY(obm__placed_shapes_of(m, z12, &shapes, err));
+    m->placement = obm__alloc(1, sizeof *m->placement);
+    if (!m->placement) return obm__fail_nomem(err, sizeof *m->placement);
+    obm__placement_plan(obm__topology_machine(m->ctx->topology), &m->ctx->workers, m->ctx->numa, &shapes, m->placement);
+    return OBM_OK;
+}
+
+/* ---- memory ---- */
+
+/* Once per model: containers and sandboxes often refuse, and then the first touch decides, which is by the same
+ * workers. */
+static void warn_refused(obm_model *m) {
+    if (m->bind_refused) return;
+    m->bind_refused = true;
+    const char *why = errno == ENODEV ? "the topology is not this machine's" : strerror(errno);
+    obm__warn(m->ctx, "numa %s: memory cannot be bound to nodes here (%s): pages lie where they are touched first",
+              obm__numa_name(m->placement->numa), why);
+}
+
+/* A page belongs to the node of its first byte. */
+static void bind(obm_model *m, char *data, size_t bytes, const size_t *at) {
+    int failed = 0;
+    if (!cuts(m)) failed = obm__topology_place(m->ctx->topology, data, round_up(bytes, page_size()), -1);
+    for (int i = 0; cuts(m) && i < m->placement->nodes && !failed; i++) {
+        size_t from = round_up(at[i], page_size()), to = round_up(at[i + 1], page_size());
+        if (from < to) failed = obm__topology_place(m->ctx->topology, data + from, to - from, i);
+    }
+    if (failed) warn_refused(m);
+}
+
+/* Large mappings start at a huge page: what is mapped too much around it is given back. */
+static char *map_aligned(size_t bytes) {
+    size_t more = bytes >= HUGE_PAGE ? HUGE_PAGE : 0;
+    char *at = mmap(NULL, bytes + more, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED) return NULL;
+    if (!more) return at;
+    size_t before = (HUGE_PAGE - (uintptr_t)at % HUGE_PAGE) % HUGE_PAGE;
+    if (before) munmap(at, before);
+    if (more - before) munmap(at + before + bytes, more - before);
+    (void)madvise(at + before, bytes, MADV_HUGEPAGE); /* a kernel without them is as good, only slower */
+    return at + before;
+}
+
+void *obm__place_map(obm_model *m, size_t bytes, const size_t *at) {
+    char *data = map_aligned(round_up(bytes, page_size()));
+    if (data) bind(m, data, bytes, at);
+    return data;
+}
+
+void obm__place_unmap(void *data, size_t bytes) {
+    if (data) munmap(data, round_up(bytes, page_size()));
+}
+
+/* ---- rows ---- */
+
+/* at[i]: the first item of node i where an item is `per_item` rows of a kind, of `items`. */
+static void item_bounds(const obm__placement *p, int kind, int64_t per_item, size_t items, size_t *at) {
+    const int64_t *rows = p->rows[kind];
+    for (int i = 0; i <= p->nodes; i++) {
+        size_t item = (size_t)((rows[i] + per_item - 1) / per_item);
+        at[i] =
+            rows[i] == rows[p->nodes] || item > items ? items : item; /* rows that only some routes have: the last's */
+    }
+}
+
+void obm__place_split(const obm_model *m, int kind, int64_t per_item, size_t items, obm__lanes *out) {
+    size_t at[OBM_NODES + 1] = {0, items};
+    out->n = cuts(m) ? m->placement->nodes : 1;
+    if (cuts(m)) item_bounds(m->placement, kind, per_item, items, at);
+    for (int i = 0; i < out->n; i++) {
+        out->begin[i] = at[i];
+        out->end[i] = at[i + 1];
+    }
+}
+
+obm_status obm__place_slices(obm_model *m, int kind, int64_t per_item, size_t items, size_t size, obm__range_fn fn,
+                             void *arg, obm_error *err) {
+    obm__lanes whole, part;
+    if (!cuts(m)) return obm__parallel_slices(m->ctx, items, 1, size, fn, arg, m->pulse, err);
+    obm__place_split(m, kind, per_item, items, &whole);
+    size_t n = (items + size - 1) / size;
+    for (size_t k = 0; k < n; k++) {
+        obm__lanes_part(&whole, k, n, &part);
+        obm__parallel_lanes(m->ctx, &part, 1, fn, arg);
+        OBM_TRY(obm__pulse_check(m->pulse, err));
+    }
+    return OBM_OK;
+}
+
+void obm__place_rows(const obm_model *m, size_t n, size_t grain, obm__range_fn fn, void *arg) {
+    if (!m->placement || m->placement->numa != OBM_NUMA_ISOLATE) {
+        obm__parallel(m->ctx, n, grain, fn, arg);
+        return;
+    }
+    obm__lanes s = {.n = m->placement->nodes};
+    s.end[m->placement->home] = n;
+    obm__parallel_lanes(m->ctx, &s, grain, fn, arg);
+}
+
+/* ---- blocks of rows ---- */
+
+void *obm__place_alloc(obm_model *m, obm__placed_part part, int kind, int64_t per_item, size_t items,
+                       size_t item_bytes) {
+    size_t bytes, at[OBM_NODES + 1] = {0};
+    if (!obm__mul(items, item_bytes, &bytes)) return NULL;
+    if (!m->placement) return obm__alloc(bytes, 1);
+    obm__region *r = obm__calloc(1, sizeof *r);
+    if (!r) return NULL;
+    if (cuts(m)) item_bounds(m->placement, kind, per_item, items, at);
+    for (int i = 0; i <= m->placement->nodes; i++) r->at[i] = at[i] * item_bytes;
+    r->part = part;
+    r->bytes = bytes;
+    r->data = obm__place_map(m, bytes ? bytes : 1, r->at);
+    if (!r->data) {
+        obm_free(r);
+        return NULL;
+    }
+    r->next = m->regions;
+    m->regions = r;
+    return r->data;
+}
+
+void obm__place_free(obm_model *m, void *data) {
+    obm__region **at = &m->regions;
+    while (*at && (*at)->data != data) at = &(*at)->next;
+    obm__region *r = *at;
+    if (!r) {
+        obm_free(data);
+        return;
+    }
+    *at = r->next;
+    obm__place_unmap(r->data, r->bytes ? r->bytes : 1);
+    obm_free(r);
+}
+
+void obm__place_free_all(obm_model *m) {
+    while (m->regions) obm__place_free(m, m->regions->data);
+    obm_free(m->placement);
+    m->placement = NULL;
+}
+
+/* ---- weights ---- */
+
+typedef struct copy_job {
+    const obm__matrix *from;
+    char *to;
+} copy_job;
+
+static void copy_slabs(void *arg, size_t begin, size_t end, int worker) {
+    const copy_job *j = arg;
+    size_t row = (size_t)j->from->cols * obm_dtype_size(j->from->dtype), rows = (size_t)j->from->rows;
+    size_t first = begin * OBM_SLAB_ROWS, last = end * OBM_SLAB_ROWS < rows ? end * OBM_SLAB_ROWS : rows;
+    (void)worker;
+    memcpy(j->to + first * row, (const char *)j->from->data + first * row, (last - first) * row);
+}
+
+/* Bytes between two looks at the pulse: some 10 ms each worker. */
+#define COPY_BYTES ((size_t)32 << 20)
+
+static obm_status place_matrix(obm_model *m, int kind, obm__matrix *w, obm_error *err) {
+    size_t slabs = ((size_t)w->rows + OBM_SLAB_ROWS - 1) / OBM_SLAB_ROWS;
+    size_t rows = (size_t)w->rows, row = (size_t)w->cols * obm_dtype_size(w->dtype);
+    copy_job j = {.from = w, .to = obm__place_alloc(m, OBM_PLACED_WEIGHTS, kind, 1, rows, row)};
+    if (!j.to) return obm__fail_nomem(err, rows * row);
+    OBM_TRY(
+        obm__place_slices(m, kind, OBM_SLAB_ROWS, slabs, COPY_BYTES / (OBM_SLAB_ROWS * row) + 1, copy_slabs, &j, err));
+    w->origin = w->data;
+    w->data = j.to;
+    return OBM_OK;
+}
+
+/* What is packed is placed already.  A tied embedding is read where the head is. */
+obm_status obm__place_weights(obm_model *m, obm_error *err) {
+    obm__matrix *embedding = (obm__matrix *)obm__weights_at(m->base_alone, 0, OBM_EMBEDDING);
+    for (size_t i = 0; m->placement && i < obm__matrix_count(m); i++) {
+        int64_t layer;
+        obm__role role = obm__matrix_role(m, i, &layer);
+        obm__matrix *w = (obm__matrix *)obm__weights_at(m->base_alone, layer, role);
+        if (!w->data || w->z12) continue;
+        OBM_TRY(place_matrix(m, obm__role_kind(role), w, err));
+        if (role == OBM_HEAD && embedding->data == w->origin) *embedding = *w;
+        obm__checkpoint_release_pages(m->base);
+    }
+    return OBM_OK;
+}
+
+/* ---- the calling thread ---- */
+
+void obm__place_caller(obm_model *m) {
+    if (!m->placement || m->caller_bound) return;
+    m->caller_bound = obm__topology_save(m->ctx->topology);
+    if (m->caller_bound && !obm__topology_bind(m->ctx->topology, &m->ctx->workers, 0)) return;
+    if (!m->thread_refused)
+        obm__warn(m->ctx, "numa %s: threads cannot be bound to cores here: rows may be read by another node's",
+                  obm__numa_name(m->placement->numa));
+    m->thread_refused = true;
+}
+
+void obm__place_leave(obm_model *m) {
+    obm__topology_restore(m->ctx->topology, m->caller_bound);
+    m->caller_bound = NULL;
+}

@@ -1,0 +1,209 @@
+/*
+ * Models whose rows, planes and KV heads are spread over NUMA nodes: results equal those of one node to the bit, on
+ * machines that hwloc makes up (HWLOC_SYNTHETIC).  There binding is refused, which must be said; real nodes are in
+ * tests/numa.
+ */
+#include "planes_fixture.h"
+
+#define N 70
+
+static obm_error err;
+static int warnings;
+static char last_warning[512];
+
+static void count_warning(void *user, const char *message) {
+    (void)user;
+    warnings++;
+    snprintf(last_warning, sizeof last_warning, "%s", message);
+}
+
+/* HWLOC_SYNTHETIC NULL: this machine. */
+static obm_context *open_context(const char *machine, obm_numa numa, int threads) {
+    obm_context_options o = OBM_INIT(obm_context_options);
+    obm_context *ctx;
+    o.numa = numa;
+    o.threads = threads;
+    o.log = count_warning;
+    if (machine) setenv("HWLOC_SYNTHETIC", machine, 1);
+    obm_status status = obm_context_new(&o, &ctx, &err);
+    unsetenv("HWLOC_SYNTHETIC");
+    if (status != OBM_OK) fail_msg("%s: %s", machine, err.message);
+    return ctx;
+}
+
+static world w;
+static float *expected[4]; /* all and decoded, of the base alone and of a route */
+
+static void run(const char *path, obm_context *ctx, bool z12, obm_dtype kv, float **out) {
+    obm_model_options o = OBM_INIT(obm_model_options);
+    obm_run_options r = OBM_INIT(obm_run_options);
+    obm_model *m;
+    const double route[] = {0.7, 0.3};
+    o.z12 = z12;
+    o.kv = r.kv = kv;
+    if (obm_model_open(ctx, path, &o, &m, &err) != OBM_OK) fail_msg("%s", err.message);
+    for (int routed = 0; routed < 2; routed++) {
+        r.route = routed ? route : NULL;
+        r.all = true, r.decode = false;
+        assert_int_equal(obm_model_logits(m, w.ids, N, &r, out[routed * 2], &err), OBM_OK);
+        r.all = false, r.decode = true;
+        assert_int_equal(obm_model_logits(m, w.ids, 5, &r, out[routed * 2 + 1], &err), OBM_OK);
+    }
+    obm_model_free(m);
+}
+
+static size_t size_of(int which) { return (size_t)(which % 2 ? 1 : N) * (size_t)w.c.vocab * sizeof(float); }
+
+static void compare(const char *machine, obm_numa numa, int threads, bool z12, obm_dtype kv) {
+    float *got[4];
+    obm_context *ctx = open_context(machine, numa, threads);
+    warnings = 0;
+    for (int i = 0; i < 4; i++) got[i] = calloc(1, size_of(i));
+    run(w.pack_dir, ctx, z12, kv, got);
+    for (int i = 0; i < 4; i++) {
+        if (memcmp(got[i], expected[i], size_of(i)))
+            fail_msg("%s, numa %d, %d threads, z12 %d: logits %d differ", machine, numa, threads, z12, i);
+        free(got[i]);
+    }
+    bool spread = ctx->workers.numa != OBM_NUMA_OFF;
+    assert_int_equal(warnings, spread ? 2 : 0); /* memory and threads, once each */
+    obm_context_free(ctx);
+}
+
+static int setup(void **state) {
+    (void)state;
+    w = (world){.c = {"llama", 450, 256, 320, 2, 8, 4, 32, 0, 1, OBM_BF16, 11, NULL}, .tasks = 2};
+    w.spec[0] = (expert_spec){.policy = "linear", .scale = "row"};
+    w.spec[1] = (expert_spec){.policy = "attention", .scale = "matrix"};
+    open_world(&w, 1);
+    for (int i = 0; i < 4; i++) expected[i] = calloc(1, size_of(i));
+    return 0;
+}
+
+static int teardown(void **state) {
+    (void)state;
+    for (int i = 0; i < 4; i++) free(expected[i]);
+    close_world(&w);
+    return 0;
+}
+
+static void reference(bool z12, obm_dtype kv) {
+    obm_context *ctx = open_context(NULL, OBM_NUMA_OFF, 1);
+    run(w.pack_dir, ctx, z12, kv, expected);
+    obm_context_free(ctx);
+}
+
+static void same_logits(void **state) {
+    (void)state;
+    reference(false, OBM_F32);
+    const char *machines[] = {"numa:1 core:4 pu:1", "numa:2 core:2 pu:2", "numa:4 core:1 pu:1", "numa:5 core:1 pu:1"};
+    for (size_t i = 0; i < sizeof machines / sizeof *machines; i++)
+        compare(machines[i], OBM_NUMA_SHARD, 0, false, OBM_F32);
+    compare(machines[2], OBM_NUMA_AUTO, 0, false, OBM_F32); /* small: one node */
+    compare(machines[1], OBM_NUMA_INTERLEAVE, 0, false, OBM_F32);
+    compare(machines[1], OBM_NUMA_ISOLATE, 0, false, OBM_F32);
+    compare(machines[1], OBM_NUMA_OFF, 0, false, OBM_F32);
+    compare(machines[1], OBM_NUMA_SHARD, 3, false, OBM_F32);
+    compare(machines[1], OBM_NUMA_SHARD, 1, false, OBM_F32); /* no worker on the other node: no rows there */
+    compare(machines[2], OBM_NUMA_SHARD, 7, false, OBM_F32);
+    compare(machines[2], OBM_NUMA_SHARD, 0, true, OBM_F32);
+}
+
+static void half_cache(void **state) {
+    (void)state;
+    reference(false, OBM_F16);
+    compare("numa:4 core:1 pu:1", OBM_NUMA_SHARD, 0, false, OBM_F16);
+    compare("numa:2 core:1 pu:1", OBM_NUMA_ISOLATE, 0, true, OBM_F16);
+}
+
+static void modes(void **state) {
+    (void)state;
+    obm_context *ctx = open_context("numa:2 core:2 pu:1", OBM_NUMA_AUTO, 0);
+    assert_int_equal(ctx->workers.numa, OBM_NUMA_AUTO);
+    assert_int_equal(ctx->threads, 4);
+    obm_context_free(ctx);
+    setenv("ONEBITMERGE_NUMA", "isolate", 1);
+    ctx = open_context("numa:2 core:2 pu:1", OBM_NUMA_AUTO, 0);
+    assert_int_equal(ctx->workers.numa, OBM_NUMA_ISOLATE);
+    assert_int_equal(ctx->threads, 2);
+    obm_context_free(ctx);
+    setenv("ONEBITMERGE_NUMA", "both", 1);
+    assert_int_equal(obm_context_new(NULL, &ctx, &err), OBM_E_ARG);
+    assert_non_null(strstr(err.message, "ONEBITMERGE_NUMA: expected auto, shard"));
+    unsetenv("ONEBITMERGE_NUMA");
+    obm_context_options o = OBM_INIT(obm_context_options);
+    o.numa = OBM_NUMA_REPLICATE;
+    setenv("HWLOC_SYNTHETIC", "numa:2 core:2 pu:1", 1);
+    assert_int_equal(obm_context_new(&o, &ctx, &err), OBM_E_UNSUPPORTED);
+    setenv("HWLOC_SYNTHETIC", "numa:1 core:2 pu:1", 1);
+    assert_int_equal(obm_context_new(&o, &ctx, &err), OBM_OK);
+    unsetenv("HWLOC_SYNTHETIC");
+    assert_int_equal(ctx->workers.numa, OBM_NUMA_OFF);
+    obm_context_free(ctx);
+    o.numa = (obm_numa)17;
+    assert_int_equal(obm_context_new(&o, &ctx, &err), OBM_E_ARG);
+}
+
+/* ---- the pool ---- */
+
+static _Atomic int taken[300];
+
+static void take(void *arg, size_t begin, size_t end, int worker) {
+    (void)arg, (void)worker;
+    for (size_t i = begin; i < end; i++) taken[i]++;
+}
+
+/* Every item of every lane once, also of lanes that nobody works in and of many jobs one after the other. */
+static void lanes(void **state) {
+    (void)state;
+    const char *machines[] = {"numa:2 core:2 pu:1", "numa:4 core:1 pu:1", "numa:3 core:2 pu:1"};
+    for (int round = 0; round < 300; round++) {
+        static obm_context *ctx;
+        if (round % 100 == 0) ctx = open_context(machines[round / 100], OBM_NUMA_SHARD, 0);
+        obm__lanes s = {.n = obm__topology_machine(ctx->topology)->n_nodes};
+        for (int i = 0; i < s.n; i++) {
+            s.begin[i] = i ? s.end[i - 1] : (size_t)(round % 3);
+            s.end[i] = s.begin[i] + (size_t)((round * 7 + i * 13) % 60);
+        }
+        memset((void *)taken, 0, sizeof taken);
+        obm__lanes part;
+        for (size_t k = 0; k < 3; k++) {
+            obm__lanes_part(&s, k, 3, &part);
+            obm__parallel_lanes(ctx, &part, 1 + (size_t)(round % 4), take, NULL);
+        }
+        for (size_t i = 0; i < 300; i++) assert_int_equal(taken[i], i >= s.begin[0] && i < s.end[s.n - 1]);
+        obm__parallel(ctx, 200, 3, take, NULL);
+        for (size_t i = 0; i < 300; i++)
+            assert_int_equal(taken[i], (i >= s.begin[0] && i < s.end[s.n - 1]) + (i < 200));
+        if (round % 100 == 99) obm_context_free(ctx);
+    }
+}
+
+/* ---- what this machine can say ---- */
+
+static void verify(void **state) {
+    (void)state;
+    obm_context *ctx = open_context("numa:2 core:1 pu:1", OBM_NUMA_SHARD, 0);
+    obm_model *m;
+    char *json = NULL;
+    assert_int_equal(obm_model_open(ctx, w.pack_dir, NULL, &m, &err), OBM_OK);
+    assert_non_null(strstr(last_warning, "numa shard: "));
+    assert_int_equal(obm_model_verify_placement(m, &json, &err), OBM_E_IO); /* made-up nodes have no pages */
+    assert_non_null(strstr(err.message, "does not say where pages are"));
+    assert_null(json);
+    obm_model_free(m);
+    obm_context_free(ctx);
+    ctx = open_context(NULL, OBM_NUMA_OFF, 0);
+    assert_int_equal(obm_model_open(ctx, w.pack_dir, NULL, &m, &err), OBM_OK);
+    assert_int_equal(obm_model_verify_placement(m, &json, &err), OBM_OK);
+    assert_string_equal(json, "{\"numa\": \"off\", \"bound\": false, \"remote_bytes\": null}");
+    obm_free(json);
+    obm_model_free(m);
+    obm_context_free(ctx);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {cmocka_unit_test(same_logits), cmocka_unit_test(half_cache),
+                                       cmocka_unit_test(modes), cmocka_unit_test(lanes), cmocka_unit_test(verify)};
+    return cmocka_run_group_tests(tests, setup, teardown);
+}
