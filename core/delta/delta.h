@@ -104,6 +104,13 @@ typedef obm_status (*obm__sink_fn)(void *user, const void *bytes, size_t n, int6
  * Errors: VALUE (NaN or Inf), NOMEM, those of the sink. */
 obm_status obm__onebit_plane(obm_context *ctx, const obm__pair *pair, obm__scale scale, int plane, float *const *alphas,
                              obm__sink_fn sink, void *user, bool *zero, obm_error *err);
+/* The same of the first plane, for rows [first, last) on one thread: their signs, their scales into alphas, and for a scale per
+ * matrix the sums of rows, of which obm__onebit_alpha makes the scale in the end.  scratch: obm__onebit_scratch(cols) bytes, a
+ * multiple of 64, aligned.  Returns the lowest index of a NaN or Inf, INT64_MAX for none. */
+size_t obm__onebit_scratch(int64_t cols);
+int64_t obm__onebit_rows(const obm_kernels *k, const obm__pair *pair, obm__scale scale, float *alphas, double *row_sums,
+                         int64_t first, int64_t last, uint8_t *signs, void *scratch);
+float obm__onebit_alpha(const double *row_sums, int64_t rows, int64_t cols);
 /* Bytes of buffers that obm__onebit_plane holds, alphas aside: an upper bound. */
 uint64_t obm__onebit_memory(const obm_context *ctx, int64_t rows, int64_t cols);
 

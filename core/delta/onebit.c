@@ -159,6 +159,16 @@ static double do_segment(plane_job *job, int64_t row, int64_t segment, uint8_t *
     return sum;
 }
 
+static void set_shape(plane_job *job) {
+    const obm_tensor *t = &job->pair->base;
+    obm__scale scale = job->scale;
+    job->rows = t->shape[0];
+    job->cols = t->shape[1];
+    job->row_bytes = obm__row_bytes(job->cols);
+    job->segment = scale.kind == OBM_SCALE_GROUP && scale.group < job->cols ? scale.group : job->cols;
+    job->segments = scale.kind == OBM_SCALE_GROUP ? groups_of(scale, job->cols) : 1;
+}
+
 static void do_rows(void *arg, size_t begin, size_t end, int id) {
     plane_job *job = arg;
     for (size_t i = begin; i < end; i++) {
@@ -170,6 +180,28 @@ static void do_rows(void *arg, size_t begin, size_t end, int id) {
             if (job->row_sums) job->row_sums[row] = sum;
         }
     }
+}
+
+size_t obm__onebit_scratch(int64_t cols) {
+    size_t bytes = sizeof(worker) + ((size_t)cols / OBM_BLOCK + 1) * sizeof(double);
+    return (bytes + 63) / 64 * 64;
+}
+
+int64_t obm__onebit_rows(const obm_kernels *k, const obm__pair *pair, obm__scale scale, float *alphas, double *row_sums,
+                         int64_t first, int64_t last, uint8_t *signs, void *scratch) {
+    worker *w = scratch;
+    plane_job job = {.k = k, .pair = pair, .scale = scale, .alphas = &alphas, .stripe = first, .row_sums = row_sums};
+    w->partial = (double *)(w + 1);
+    job.workers = w;
+    job.signs = signs;
+    job.bad = INT64_MAX;
+    set_shape(&job);
+    if (last > first) do_rows(&job, 0, (size_t)(last - first), 0);
+    return job.bad;
+}
+
+float obm__onebit_alpha(const double *row_sums, int64_t rows, int64_t cols) {
+    return (float)(obm__tree_sum(row_sums, (size_t)rows) / ((double)rows * (double)cols));
 }
 
 static int64_t stripe_rows(const obm_context *ctx, int64_t rows, int64_t cols) {
@@ -224,16 +256,11 @@ static bool all_zero(const float *x, int64_t n) {
 obm_status obm__onebit_plane(obm_context *ctx, const obm__pair *pair, obm__scale scale, int plane, float *const *alphas,
                              obm__sink_fn sink, void *user, bool *zero, obm_error *err) {
     plane_job job = {.k = ctx->k, .pair = pair, .scale = scale, .plane = plane, .alphas = alphas, .bad = INT64_MAX};
-    job.rows = pair->base.shape[0];
-    job.cols = pair->base.shape[1];
-    job.row_bytes = obm__row_bytes(job.cols);
-    job.segment = scale.kind == OBM_SCALE_GROUP && scale.group < job.cols ? scale.group : job.cols;
-    job.segments = scale.kind == OBM_SCALE_GROUP ? groups_of(scale, job.cols) : 1;
+    set_shape(&job);
     obm_status status = job_alloc(&job, ctx) ? run_stripes(&job, ctx, sink, user, err)
                                              : obm__fail_nomem(err, obm__onebit_memory(ctx, job.rows, job.cols));
     if (status == OBM_OK) {
-        double elements = (double)job.rows * (double)job.cols;
-        if (job.row_sums) alphas[plane][0] = (float)(obm__tree_sum(job.row_sums, (size_t)job.rows) / elements);
+        if (job.row_sums) alphas[plane][0] = obm__onebit_alpha(job.row_sums, job.rows, job.cols);
         *zero = all_zero(alphas[plane], obm__scale_count(scale, job.rows, job.cols));
     }
     job_clear(&job, ctx->threads);

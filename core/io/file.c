@@ -167,6 +167,19 @@ obm_status obm__fd_write(int fd, const char *path, const void *bytes, size_t n, 
     return OBM_OK;
 }
 
+obm_status obm__fd_write_at(int fd, const char *path, const void *bytes, size_t n, uint64_t offset, obm_error *err) {
+    const char *p = bytes;
+    while (n > 0) {
+        ssize_t done = pwrite(fd, p, n < (1u << 30) ? n : (1u << 30), (off_t)offset);
+        if (done < 0 && errno == EINTR) continue;
+        if (done < 0) return obm__fail_errno(err, "cannot write %s", path);
+        p += done;
+        n -= (size_t)done;
+        offset += (uint64_t)done;
+    }
+    return OBM_OK;
+}
+
 obm_status obm__fd_seal(int fd, const char *path, obm_error *err) {
     obm_status status = fsync(fd) == 0 ? OBM_OK : obm__fail_errno(err, "cannot sync %s", path);
     if (close(fd) != 0 && status == OBM_OK) status = obm__fail_errno(err, "cannot close %s", path);

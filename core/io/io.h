@@ -37,6 +37,7 @@ obm_status obm__make_directory(const char *path, obm_error *err); /* with parent
  * PATH.tmp-<pid>-<n>, in the folder of PATH, and never end in ".safetensors" or ".json"; *name and *temp are owned. */
 obm_status obm__temp_create(const char *path, char **name, int *fd, obm_error *err);
 obm_status obm__fd_write(int fd, const char *path, const void *bytes, size_t n, obm_error *err); /* all n bytes */
+obm_status obm__fd_write_at(int fd, const char *path, const void *bytes, size_t n, uint64_t offset, obm_error *err);
 obm_status obm__fd_seal(int fd, const char *path, obm_error *err); /* fsync and close, also on failure */
 /* written and synced */
 obm_status obm__file_stage(const char *path, const void *bytes, size_t size, char **temp, obm_error *err);
@@ -58,6 +59,8 @@ bool obm__source_is_name(const char *s); /* has the form org/name or org/name@re
 /* Drops the whole pages inside [data, data + size) of a read-only file mapping from resident memory (pages.c); they are
  * read again when touched. */
 void obm__pages_release(const void *data, size_t size);
+/* Maps the pages of a range that is about to be read, all in one go instead of a fault for every few. */
+void obm__pages_populate(const void *data, size_t size);
 
 /* Progress inside of io: n bytes more are done; a failure stops the work and is handed on. */
 typedef obm_status (*obm__tick_fn)(void *user, uint64_t bytes, obm_error *err);
@@ -124,6 +127,11 @@ obm_status obm__st_writer_metadata(obm__st_writer *w, const char *key, const cha
 obm_status obm__st_writer_begin(obm__st_writer *w, obm_error *err); /* writes the header, 64-byte aligned data */
 /* the next n bytes of the data part */
 obm_status obm__st_writer_write(obm__st_writer *w, const void *bytes, size_t n, obm_error *err);
+/* The same in two halves, for several threads at once: `put` writes at an offset of the data part, any thread and order; `pass`
+ * takes the same bytes into the checksum and the count, in order. */
+obm_status obm__st_writer_put(const obm__st_writer *w, uint64_t offset, const void *bytes, size_t n, obm_error *err);
+void obm__st_writer_pass(obm__st_writer *w, const void *bytes, size_t n);
+uint64_t obm__st_writer_written(const obm__st_writer *w); /* bytes of the data part */
 /* of the whole file; after all declares; before begin 0 without memory */
 uint64_t obm__st_writer_size(const obm__st_writer *w);
 obm_status obm__st_writer_finish(obm__st_writer *w, char xxh3[33] /* nullable */, obm_error *err);

@@ -12,8 +12,7 @@
  * everywhere). */
 #define SAMPLES 64
 #define SAMPLE_BYTES 4096
-/* Full hashes are trees of one level over chunks of this size, so that one large tensor keeps all threads busy. */
-#define CHUNK ((size_t)16 << 20)
+#define CHUNK OBM_BASE_CHUNK
 
 typedef char digest[33];
 
@@ -142,6 +141,7 @@ static void hash_range(void *arg, size_t begin, size_t end, int id) {
     hash_job *job = arg;
     for (size_t i = begin; i < end; i++) {
         const chunk *c = &job->chunks[i];
+        if (job->digests[i][0]) continue; /* known */
         const obm_tensor *t = &job->base->tensors[c->tensor]->t;
         obm__xxh3_of(c->data, c->n, job->digests[i]);
         /* Without memory the sample stays "", which hash_all sees. */
@@ -182,6 +182,12 @@ static obm_status hash_chunks(obm_context *ctx, const hash_job *all, size_t n, o
     return OBM_OK;
 }
 
+static size_t count_chunks(const obm_checkpoint *base) {
+    size_t n = 0;
+    for (size_t i = 0; i < base->count; i++) n += chunks_of(&base->tensors[i]->t);
+    return n;
+}
+
 /* XXH3 over the hex digests of a tensor's chunks. */
 static void join_digests(const obm_checkpoint *base, const digest *chunks, digest *out) {
     for (size_t i = 0; i < base->count; i++) {
@@ -193,12 +199,13 @@ static void join_digests(const obm_checkpoint *base, const digest *chunks, diges
     }
 }
 
-static obm_status hash_all(obm_context *ctx, const obm_checkpoint *base, obm__pulse *ticker, digest *samples,
-                           digest **out, obm_error *err) {
-    size_t n = 0;
-    for (size_t i = 0; i < base->count; i++) n += chunks_of(&base->tensors[i]->t);
+/* known: digests of chunks, "" where they are not. */
+static obm_status hash_all(obm_context *ctx, const obm_checkpoint *base, const digest *known, obm__pulse *ticker,
+                           digest *samples, digest **out, obm_error *err) {
+    size_t n = count_chunks(base);
     chunk *chunks = obm__calloc(n, sizeof *chunks);
     digest *parts = obm__calloc(n, sizeof *parts), *whole = obm__calloc(base->count, sizeof *whole);
+    if (parts && known && n) memcpy(parts, known, n * sizeof *parts);
     obm_status status = chunks && parts && whole ? OBM_OK : obm__fail_nomem(err, n * (sizeof *chunks + sizeof *parts));
     if (status == OBM_OK) {
         hash_job job = {base, chunks, parts, samples};
@@ -217,6 +224,65 @@ static obm_status hash_all(obm_context *ctx, const obm_checkpoint *base, obm__pu
     else
         obm_free(whole);
     return status;
+}
+
+/* ---- hashes on the way ---- */
+
+struct obm__base_digests {
+    const obm_checkpoint *base;
+    size_t *first;   /* (tensors): number of the first chunk */
+    size_t *owner;   /* (chunks): tensor */
+    bool *taken;     /* (tensors) */
+    digest *parts;   /* (chunks) */
+    digest *samples; /* (tensors) */
+};
+
+obm_status obm__base_digests_new(const obm_checkpoint *base, obm__base_digests **out, obm_error *err) {
+    size_t n = count_chunks(base), chunk_number = 0;
+    obm__base_digests *d = obm__calloc(1, sizeof *d);
+    if (!d) return obm__fail_nomem(err, sizeof *d);
+    *d = (obm__base_digests){base,
+                             obm__calloc(base->count, sizeof *d->first),
+                             obm__calloc(n, sizeof *d->owner),
+                             obm__calloc(base->count, sizeof *d->taken),
+                             obm__calloc(n, sizeof *d->parts),
+                             obm__calloc(base->count, sizeof *d->samples)};
+    if (!d->first || !d->owner || !d->taken || !d->parts || !d->samples) {
+        obm__base_digests_free(d);
+        return obm__fail_nomem(err, n * sizeof *d->parts);
+    }
+    for (size_t i = 0; i < base->count; i++) {
+        d->first[i] = chunk_number;
+        for (size_t c = chunks_of(&base->tensors[i]->t); c > 0; c--) d->owner[chunk_number++] = i;
+    }
+    *out = d;
+    return OBM_OK;
+}
+
+void obm__base_digests_free(obm__base_digests *d) {
+    if (!d) return;
+    obm_free(d->first);
+    obm_free(d->owner);
+    obm_free(d->taken);
+    obm_free(d->parts);
+    obm_free(d->samples);
+    obm_free(d);
+}
+
+size_t obm__base_digests_take(obm__base_digests *d, const char *tensor) {
+    size_t i = 0;
+    while (i < d->base->count && strcmp(d->base->tensors[i]->name, tensor)) i++;
+    if (i == d->base->count || d->taken[i]) return SIZE_MAX;
+    d->taken[i] = true;
+    return d->first[i];
+}
+
+void obm__base_digests_put(obm__base_digests *d, size_t chunk_number, obm__xxh3 *h) {
+    size_t i = d->owner[chunk_number];
+    const obm_tensor *t = &d->base->tensors[i]->t;
+    /* Without memory the sample stays "", which obm__base_record sees. */
+    if (chunks_of(t) == 1) (void)sample_pages(t, d->samples[i]);
+    obm__xxh3_end(h, d->parts[chunk_number]);
 }
 
 /* ---- record ---- */
@@ -267,11 +333,13 @@ static bool put_tensors(obm_json *record, const obm_checkpoint *base, const dige
     return obm__json_set(record, "tensors", tensors) && ok;
 }
 
-obm_status obm__base_record(obm_context *ctx, const obm_checkpoint *base, const char *dir, obm__pulse *ticker,
-                            obm_json **out, obm_error *err) {
+obm_status obm__base_record(obm_context *ctx, const obm_checkpoint *base, const char *dir, obm__base_digests *known,
+                            obm__pulse *ticker, obm_json **out, obm_error *err) {
     digest *samples = NULL, *hashes = NULL;
     obm_status status = sample_all(ctx, base, true, ticker, &samples, err);
-    if (status == OBM_OK) status = hash_all(ctx, base, ticker, samples, &hashes, err);
+    for (size_t i = 0; status == OBM_OK && known && i < base->count; i++)
+        if (known->samples[i][0]) memcpy(samples[i], known->samples[i], sizeof samples[i]);
+    if (status == OBM_OK) status = hash_all(ctx, base, known ? known->parts : NULL, ticker, samples, &hashes, err);
     obm_json *record = status == OBM_OK ? obm__json_new_object() : NULL;
     if (status == OBM_OK && !(record && put_paths(record, base, dir) && put_tensors(record, base, samples, hashes))) {
         status = obm__fail_nomem(err, 0);
@@ -355,9 +423,9 @@ static obm_status check_names(const obm_checkpoint *base, const obm_json *tensor
         if (!obm__checkpoint_find(base, place.name)) return mismatch(&place, err, "is missing");
         if (obm__json_kind(obm__json_value(it)) != OBM_JSON_OBJECT) {
             char name[160];
-            return obm__fail(err, OBM_E_FORMAT, "%s/" OBM_PACK_MANIFEST ": base tensor %s: expected an object, found %s",
-                             pack_path, obm__printable(place.name, name, sizeof name),
-                             obm__json_kind_name(obm__json_value(it)));
+            return obm__fail(err, OBM_E_FORMAT,
+                             "%s/" OBM_PACK_MANIFEST ": base tensor %s: expected an object, found %s", pack_path,
+                             obm__printable(place.name, name, sizeof name), obm__json_kind_name(obm__json_value(it)));
         }
     }
     for (size_t i = 0; i < base->count; i++) {
@@ -379,7 +447,8 @@ obm_status obm__base_check(obm_context *ctx, const obm_checkpoint *base, const o
     }
     digest *have;
     OBM_TRY(obm__checkpoint_check(base, err));
-    OBM_TRY(full ? hash_all(ctx, base, ticker, NULL, &have, err) : sample_all(ctx, base, false, ticker, &have, err));
+    OBM_TRY(full ? hash_all(ctx, base, NULL, ticker, NULL, &have, err)
+                 : sample_all(ctx, base, false, ticker, &have, err));
     obm_status status = OBM_OK;
     for (size_t i = 0; i < base->count && status == OBM_OK; i++) {
         check_place place = {base->path, pack_path, base->tensors[i]->name};

@@ -20,6 +20,7 @@ typedef struct compression {
     obm_profile profile;
     obm_checkpoint *base;
     obm_checkpoint **checkpoints; /* (n) */
+    obm__base_digests *digests;
     obm_json *manifest, *before;  /* before: the pack that is being replaced, NULL without */
     obm_plan plan;
 } compression;
@@ -142,6 +143,7 @@ static obm_status add_experts(compression *c, obm_json *list, uint64_t bytes, ob
                                  .dir = c->dir,
                                  .dry_run = c->dry_run,
                                  .ticker = &ticker,
+                                 .digests = c->digests,
                                  .plan = &c->plan};
         ticker.done = done;
         OBM_TRY(obm__expert_write(&r, c->checkpoints[i], &record, err));
@@ -168,8 +170,9 @@ static obm_status make_manifest(compression *c, uint64_t bytes, obm_error *err) 
     obm__settings_default(c->profile, &settings);
     if (!(c->manifest = obm__json_new_object()) || !put_head(c->manifest)) return obm__fail_nomem(err, 0);
     if (!(list = obm__json_new_array())) return obm__fail_nomem(err, 0);
-    obm_status status = add_experts(c, list, bytes, err);
-    if (status == OBM_OK) status = obm__base_record(c->ctx, c->base, c->dir, &ticker, &base, err);
+    obm_status status = obm__base_digests_new(c->base, &c->digests, err);
+    if (status == OBM_OK) status = add_experts(c, list, bytes, err);
+    if (status == OBM_OK) status = obm__base_record(c->ctx, c->base, c->dir, c->digests, &ticker, &base, err);
     bool ok = base && obm__json_set(c->manifest, "base", base);
     ok = ok && obm__json_set(c->manifest, "settings", obm__settings_record(&settings));
     ok = obm__json_set(c->manifest, "experts", list) && ok;
@@ -237,6 +240,7 @@ obm_status obm_compress(obm_context *ctx, const char *base_path, const obm_exper
     for (size_t i = 0; c.checkpoints && i < n; i++) obm_checkpoint_free(c.checkpoints[i]);
     obm_free(c.checkpoints);
     obm_free(c.experts);
+    obm__base_digests_free(c.digests);
     obm_checkpoint_free(c.base);
     obm__json_free(c.manifest);
     obm__json_free(c.before);

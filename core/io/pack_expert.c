@@ -418,13 +418,50 @@ static obm_status write_slot(job *j, const slot *s, obm_error *err) {
     return write_whole(j, it->pair, s->kind == SLOT_FULL ? 0 : obm_tensor_count(&it->pair->base), err);
 }
 
+/* What one look at base and expert is enough for. */
+static bool can_stream(const job *j, const slot *s) {
+    const item *it = &j->items[s->item];
+    if (it->pair->lora || obm_tensor_count(&it->pair->base) == 0) return false;
+    return s->kind != SLOT_PLANES || it->planes == 1;
+}
+
+/* The slots from `first` on that can go together; *end is behind them. */
+static obm_status write_stream(job *j, size_t first, size_t *end, obm_error *err) {
+    size_t n = 0;
+    while (first + n < j->n_slots && can_stream(j, &j->slots[first + n])) n++;
+    obm__stream_part *parts = obm__calloc(n, sizeof *parts);
+    bool *empty = obm__calloc(n, sizeof *empty);
+    obm_status status = parts && empty ? OBM_OK : obm__fail_nomem(err, n * sizeof *parts);
+    uint64_t bytes = 0;
+    for (size_t i = 0; status == OBM_OK && i < n; i++) {
+        const slot *s = &j->slots[first + i];
+        const obm__pair *p = j->items[s->item].pair;
+        int64_t begin = s->kind == SLOT_EXTRA ? obm_tensor_count(&p->base) : 0;
+        parts[i] = (obm__stream_part){p, s->kind == SLOT_PLANES, j->policy.scale, begin};
+        bytes += pair_bytes(p) - (uint64_t)begin * obm_dtype_size(p->expert.dtype);
+    }
+    obm__stream s = {j->writer, j->v, parts, n, empty, j->r->digests, j->r->ticker, j->ticks};
+    if (status == OBM_OK) status = obm__stream_run(j->r->ctx, &s, err);
+    for (size_t i = 0; status == OBM_OK && i < n; i++)
+        if (parts[i].planes) j->items[j->slots[first + i].item].empty = empty[i];
+    obm_free(parts);
+    obm_free(empty);
+    OBM_TRY(status);
+    j->ticks += bytes;
+    *end = first + n;
+    return obm__tick(j->r->ticker, j->ticks, err);
+}
+
 static obm_status write_all(job *j, obm_error *err) {
     OBM_TRY(obm__st_writer_metadata(j->writer, "format", OBM_PACK_FORMAT, err));
     for (size_t i = 0; i < j->n_slots; i++) OBM_TRY(declare_slot(j, &j->slots[i], err));
     OBM_TRY(obm__st_writer_begin(j->writer, err));
-    for (size_t i = 0; i < j->n_slots; i++) {
+    for (size_t i = 0; i < j->n_slots;) {
         OBM_TRY(obm__task_vector_check(j->v, err));
-        OBM_TRY(write_slot(j, &j->slots[i], err));
+        if (can_stream(j, &j->slots[i]))
+            OBM_TRY(write_stream(j, i, &i, err));
+        else
+            OBM_TRY(write_slot(j, &j->slots[i++], err));
     }
     return OBM_OK;
 }
@@ -559,6 +596,7 @@ static uint64_t item_memory(const job *j, const item *it) {
              sizes = obm_dtype_size(it->pair->base.dtype) + obm_dtype_size(it->pair->expert.dtype);
     uint64_t mapped = threads * CHUNK * sizes, tensor = read_bytes(it->pair);
     uint64_t buffers = it->planes ? obm__onebit_memory(j->r->ctx, it->rows, it->cols) : 0;
+    if (it->planes == 1 && !it->pair->lora) buffers += obm__stream_memory(j->r->ctx);
     return buffers + (uint64_t)it->planes * (uint64_t)it->n_scales * sizeof(float) +
            (mapped < tensor ? mapped : tensor);
 }

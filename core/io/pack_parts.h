@@ -18,9 +18,22 @@ obm_status obm__tick(obm__pulse *t, uint64_t done, obm_error *err);
 
 /* ---- the base (pack_base.c) ---- */
 
+struct obm__base_digests;
+
 /* The "base" member: where it lies, seen from the folder `dir` (which exists), and its fingerprint with full hashes. */
-obm_status obm__base_record(obm_context *ctx, const obm_checkpoint *base, const char *dir, obm__pulse *ticker, obm_json **out,
-                            obm_error *err);
+obm_status obm__base_record(obm_context *ctx, const obm_checkpoint *base, const char *dir, struct obm__base_digests *known,
+                            obm__pulse *ticker, obm_json **out, obm_error *err);
+/* Full hashes are trees of one level over chunks of so many bytes, so that one large tensor keeps all threads busy. */
+#define OBM_BASE_CHUNK ((size_t)16 << 20)
+/* The hashes of the chunks, filled by whoever reads the base anyway; obm__base_record (where they are nullable) then reads only
+ * what is left. */
+typedef struct obm__base_digests obm__base_digests;
+obm_status obm__base_digests_new(const obm_checkpoint *base, obm__base_digests **out, obm_error *err);
+void obm__base_digests_free(obm__base_digests *d);
+/* The number of a tensor's first chunk, for the caller to hash all of them; SIZE_MAX where that has been left to somebody. */
+size_t obm__base_digests_take(obm__base_digests *d, const char *tensor);
+/* The chunk's bytes are all in h, which is freed, and its pages are there: a tensor of one chunk is sampled too.  Any thread. */
+void obm__base_digests_put(obm__base_digests *d, size_t chunk, obm__xxh3 *h);
 uint64_t obm__base_memory(const obm_context *ctx, const obm_checkpoint *base);   /* resident while hashing, about */
 /* path NULL: the record's relative path, then the absolute one.  Does not check the fingerprint. */
 obm_status obm__base_open(obm_context *ctx, const obm_json *record, const char *pack_path, const char *path,
@@ -67,6 +80,7 @@ typedef struct obm__expert_request {
     const char *dir;           /* of the pack */
     bool dry_run;
     obm__pulse *ticker;       /* total is set by the caller: obm__expert_bytes of all */
+    obm__base_digests *digests; /* nullable: takes hashes of what is read of the base */
     obm_plan *plan;            /* added to */
 } obm__expert_request;
 /* The caller's array, whose elements may be of another size, into one of ours: (n).  Strings and maps stay borrowed. */
@@ -81,6 +95,28 @@ obm_status obm__expert_write(const obm__expert_request *r, const obm_checkpoint 
 obm_status obm__pack_writer(const char *dir, const char *stem, obm__st_writer **out, obm_error *err);
 obm_status obm__pack_publish(obm__st_writer *w, const char *dir, const char *stem, char xxh3[33], uint64_t *bytes, char **name,
                              obm_error *err);
+
+/* ---- several tensors of its file at once (pack_stream.c) ---- */
+
+typedef struct obm__stream_part {
+    const obm__pair *pair; /* not in factors */
+    bool planes;           /* signs and scales of one plane; else the elements of the expert from `begin` on, as they are */
+    obm__scale scale;
+    int64_t begin;
+} obm__stream_part;
+typedef struct obm__stream {
+    obm__st_writer *writer;
+    const obm_task_vector *v;
+    const obm__stream_part *parts; /* (n) what is next in the file, in its order */
+    size_t n;
+    bool *empty;                   /* (n): the plane is all 0 */
+    obm__base_digests *digests;    /* nullable */
+    obm__pulse *ticker;
+    uint64_t ticks;                /* where its count stands */
+} obm__stream;
+/* Errors: VALUE, NOMEM, IO, those of the ticker. */
+obm_status obm__stream_run(obm_context *ctx, const obm__stream *s, obm_error *err);
+uint64_t obm__stream_memory(const obm_context *ctx); /* buffers, but for scales and sums of rows */
 
 /* ---- the experts' texts (pack_text.c) ---- */
 

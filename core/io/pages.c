@@ -1,5 +1,5 @@
-/* Resident pages of a mapping: handing them back once a tensor has been read, so that memory does not grow with the
- * model. */
+/* Resident pages of a mapping: asking for them before a tensor is read, and handing them back once a tensor has been
+ * read, so that memory does not grow with the model. */
 #include "io.h"
 
 #include <sys/mman.h>
@@ -10,4 +10,19 @@ void obm__pages_release(const void *data, size_t size) {
     uintptr_t begin = ((uintptr_t)data + page - 1) & ~(page - 1), end = ((uintptr_t)data + size) & ~(page - 1);
     /* Whole pages only: a neighbour may still be in use.  A refusal costs memory, not correctness. */
     if (end > begin) (void)madvise((void *)begin, end - begin, MADV_DONTNEED);
+}
+
+/* Linux 5.14; elsewhere, and where it is refused, the reads fault as they always did. */
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
+
+void obm__pages_populate(const void *data, size_t size) {
+#ifdef __linux__
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    uintptr_t begin = (uintptr_t)data & ~(page - 1), end = ((uintptr_t)data + size + page - 1) & ~(page - 1);
+    if (size) (void)madvise((void *)begin, end - begin, MADV_POPULATE_READ);
+#else
+    (void)data, (void)size;
+#endif
 }

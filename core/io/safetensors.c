@@ -412,11 +412,21 @@ obm_status obm__st_writer_write(obm__st_writer *w, const void *bytes, size_t n, 
     if (n > w->tensors.bytes - w->written)
         return obm__fail(err, OBM_E_ARG, "%s: %zu bytes written where %llu are left", w->path, n,
                          (unsigned long long)(w->tensors.bytes - w->written));
-    OBM_TRY(obm__fd_write(w->fd, w->temp, bytes, n, err));
-    obm__xxh3_add(w->hash, bytes, n);
-    w->written += n;
+    OBM_TRY(obm__st_writer_put(w, w->written, bytes, n, err));
+    obm__st_writer_pass(w, bytes, n);
     return OBM_OK;
 }
+
+obm_status obm__st_writer_put(const obm__st_writer *w, uint64_t offset, const void *bytes, size_t n, obm_error *err) {
+    return obm__fd_write_at(w->fd, w->temp, bytes, n, w->header_bytes + offset, err);
+}
+
+void obm__st_writer_pass(obm__st_writer *w, const void *bytes, size_t n) {
+    obm__xxh3_add(w->hash, bytes, n);
+    w->written += n;
+}
+
+uint64_t obm__st_writer_written(const obm__st_writer *w) { return w->written; }
 
 obm_status obm__st_writer_seal(obm__st_writer *w, char xxh3[33], obm_error *err) {
     if (w->fd < 0) return obm__fail(err, OBM_E_ARG, "%s: writing has not begun", w->path);
