@@ -122,7 +122,7 @@ each_isa() {
 valgrind_one() {   # valgrind_one PROGRAM: prints what it said if it failed
     local name log begin=$SECONDS
     name=$(basename "$1") log=build/valgrind/$(basename "$1").log
-    if ONEBITMERGE_TEST_STRIDE=41 bounded valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite "$1" >"$log" 2>&1; then
+    if ONEBITMERGE_TEST_STRIDE=41 ONEBITMERGE_TEST_PATIENCE=3 bounded valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite "$1" >"$log" 2>&1; then
         echo "valgrind $name: $((SECONDS - begin)) s"
     else echo "valgrind $name: FAILED"; cat "$log"; return 1; fi
 }

@@ -52,10 +52,10 @@ typedef struct stream {
     size_t scratch_bytes;
     atomic_flag lock; /* of what follows, up to the empty line */
     size_t next, part_next, index_next;
-    size_t failed_piece; /* the lowest, so that the error does not depend on threads */
     obm_status status;
     obm_error error;
 
+    _Atomic size_t failed_piece; /* the lowest: those before it go on, so that the error does not depend on threads */
     _Atomic int stop, committing;
     _Atomic size_t committed;
     _Atomic uint64_t done; /* bytes of the expert */
@@ -75,6 +75,10 @@ static void fail(stream *s, size_t piece_number, obm_status status, const obm_er
     }
     unlock(s);
     atomic_store(&s->stop, 1);
+}
+
+static bool is_over(const stream *s, size_t number) {
+    return atomic_load(&s->stop) && number > atomic_load(&s->failed_piece);
 }
 
 /* ---- pieces ---- */
@@ -124,9 +128,9 @@ static bool take(stream *s, size_t *number) {
         fail(s, *number, status, &err);
         return false;
     }
-    while (*number - atomic_load(&s->committed) >= s->window && !atomic_load(&s->stop))
+    while (*number - atomic_load(&s->committed) >= s->window && !is_over(s, *number))
         nanosleep(&(struct timespec){0, 50000}, NULL);
-    if (atomic_load(&s->stop)) return false;
+    if (is_over(s, *number)) return false;
     piece *q = &s->ring[*number % s->window];
     const part *p = &s->parts[in_part];
     q->part = in_part;
@@ -263,12 +267,12 @@ static obm_status work(stream *s, size_t number, int worker, obm_error *err) {
     const obm__pair *pair = p->p->pair;
     hashing h;
     obm_status status = begin_piece(p, q, &h, err);
-    for (int64_t at = q->begin; status == OBM_OK && at < q->end && !atomic_load(&s->stop); at += WINDOW) {
+    for (int64_t at = q->begin; status == OBM_OK && at < q->end && !is_over(s, number); at += WINDOW) {
         int64_t to = least(at + WINDOW, q->end);
         status = work_window(s, number, at, to, &h, worker, err);
     }
     if (status == OBM_OK && p->p->planes) status = write_signs(s, p, q, err);
-    if (h.h && status == OBM_OK && !atomic_load(&s->stop)) {
+    if (h.h && status == OBM_OK && !is_over(s, number)) {
         hash_to(&h, h.end);
         obm__base_digests_put(s->given->digests, p->digest + q->index, h.h);
         h.h = NULL;
@@ -313,9 +317,10 @@ static obm_status commit_piece(const stream *s, piece *q, obm_error *err) {
     return q->index + 1 == p->pieces ? end_plane(s, p, err) : OBM_OK;
 }
 
+/* Also after a failure: up to that piece, which is never done, others may wait for room. */
 static bool has_turn(stream *s) {
     size_t at = atomic_load(&s->committed);
-    return at < s->total && !atomic_load(&s->stop) && atomic_load(&s->ring[at % s->window].done);
+    return at < s->total && atomic_load(&s->ring[at % s->window].done);
 }
 
 /* Looked at again after letting go: who finished meanwhile has left its piece to us. */

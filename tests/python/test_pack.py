@@ -134,6 +134,23 @@ def test_thread_counts_write_the_same_bytes(models, experts, tmp_path, threads):
     assert seen[0] == seen[1] == seen[2]
 
 
+def test_the_first_bad_value_is_named(tmp_path, threads):
+    """Whatever the number of threads, and although a later tensor is found bad first."""
+    rows = {"model.layers.0.mlp.up_proj.weight": 3072, "model.layers.1.mlp.up_proj.weight": 1024}
+    first, second = rows
+    base = {name: np.zeros((n, 1024), np.float32) for name, n in rows.items()}
+    expert = {name: np.ones((n, 1024), np.float32) for name, n in rows.items()}
+    expert[first][-1, 7] = expert[second][0, 7] = np.nan
+    for folder, tensors in (("base", base), ("expert", expert)):
+        plain.write_folder(tmp_path / folder, tensors, "BF16", config={"model_type": "llama"})
+    for n in (1, 2, 5):
+        threads(n)
+        for _ in range(5):
+            with pytest.raises(obm.NonFiniteError, match=f"tensor {first}: NaN or Inf .* at index {3071 * 1024 + 7} "):
+                obm.compress(tmp_path / "base", {"a": tmp_path / "expert"}, tmp_path / "p")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "expert"]
+
+
 def test_dry_run_writes_nothing(models, experts, tmp_path):
     plan = obm.compress(models / "base", experts, tmp_path / "p", dry_run=True)
     assert set(plan) == {"tensors", "bytes_read", "bytes_written", "peak_memory", "seconds"}
