@@ -93,6 +93,19 @@ static void release_tensor(const obm_tensor *t, uint64_t begin, uint64_t n) {
     obm__pages_release((const char *)t->data + begin * size, (size_t)n * size);
 }
 
+static void populate_tensor(const obm_tensor *t, uint64_t begin, uint64_t end) {
+    size_t size = obm_dtype_size(t->dtype);
+    obm__pages_populate((const char *)t->data + begin * size, (size_t)(end - begin) * size);
+}
+
+void obm__group_populate(const obm__group *g, size_t model, uint64_t begin, uint64_t end) {
+    if (end > g->count) end = g->count;
+    if (g->rows || !g->mapped || begin >= end) return;
+    if (g->base) populate_tensor(g->base, begin, end);
+    for (size_t i = 0; i < g->steps->n; i++)
+        if (model == SIZE_MAX || model == i) populate_tensor(&g->models[i], begin, end);
+}
+
 /* Rows lie anywhere in their tensors, so all pages of these go. */
 static void release_rows(const obm__rows *r) {
     for (size_t i = 0; i < r->n; i++) obm__pages_release(r->sources[i].data, (size_t)obm__tensor_bytes(&r->sources[i]));

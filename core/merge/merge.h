@@ -385,6 +385,8 @@ static inline void obm__note_lowest(_Atomic uint64_t *lowest, uint64_t index) {
     while (index < seen && !atomic_compare_exchange_weak(lowest, &seen, index)) {
     }
 }
+/* Maps the pages of elements [begin, end), as far as there are so many, of the base and one model, or of all (SIZE_MAX). */
+void obm__group_populate(const obm__group *g, size_t model, uint64_t begin, uint64_t end);
 /* Drops the pages of elements [begin, begin + n) of mapped inputs from resident memory: every pass does so behind
  * itself. */
 void obm__group_release(const obm__group *g, uint64_t begin, uint64_t n);

@@ -14,8 +14,8 @@
 
 /* ---- sizes ---- */
 
-/* Everything but the output tile: scratch of the passes, histograms, per-block records of the largest tensor, and the
- * pages of the inputs that one span touches. */
+/* Everything but the two output tiles: scratch of the passes, histograms, per-block records of the largest tensor, and
+ * the pages of the inputs that one span touches. */
 static uint64_t fixed_memory(const obm__job *j) {
     uint64_t threads = (uint64_t)j->ctx->threads, models = j->recipe->n_models, largest = 0, own = 0, made = 0;
     for (size_t i = 0; i < j->n_outputs; i++) {
@@ -36,11 +36,11 @@ static uint64_t fixed_memory(const obm__job *j) {
 }
 
 static obm_status choose_tile(obm__job *j, obm_error *err) {
-    uint64_t fixed = fixed_memory(j), least = fixed + 4 * OBM_MERGE_BLOCK;
+    uint64_t fixed = fixed_memory(j), least = fixed + 8 * OBM_MERGE_BLOCK;
     if (j->memory < least)
         return obm__fail(err, OBM_E_ARG, "memory: this merge needs at least %llu bytes, found %llu",
                          (unsigned long long)least, (unsigned long long)j->memory);
-    uint64_t elements = (j->memory - fixed) / 4 / OBM_MERGE_BLOCK * OBM_MERGE_BLOCK;
+    uint64_t elements = (j->memory - fixed) / 8 / OBM_MERGE_BLOCK * OBM_MERGE_BLOCK;
     j->tile = elements < OBM_MERGE_SPAN ? elements : OBM_MERGE_SPAN;
     return OBM_OK;
 }
@@ -56,7 +56,7 @@ static double pass_count(const obm__steps *s) {
 }
 
 static obm_plan sizes(const obm__job *j) {
-    obm_plan p = {.tensors = j->n_outputs, .peak_memory = fixed_memory(j) + 4 * j->tile};
+    obm_plan p = {.tensors = j->n_outputs, .peak_memory = fixed_memory(j) + 8 * j->tile};
     double passes = 0;
     for (size_t i = 0; i < j->n_outputs; i++) {
         const obm__output *o = &j->outputs[i];
@@ -273,15 +273,52 @@ static obm_status write_copy(const obm__output *o, obm__model_writer *w, obm_err
     return OBM_OK;
 }
 
-static obm_status write_merged(const obm__job *j, obm__output *o, obm__run *run, obm__model_writer *w, char *tile,
-                               obm_error *err) {
+/* Writing, hashing and syncing one tile beside the work on the next. */
+typedef struct writing {
+    obm__model_writer *w;
+    char *tiles[2];
+    int current; /* the tile that is not being written */
+    obm__task *task;
+    const void *bytes;
+    size_t n;
+    obm_status status;
+    obm_error error;
+} writing;
+
+/* Less than this is written sooner than a thread starts. */
+#define WRITTEN_AT_ONCE ((size_t)256 << 10)
+
+static void write_tile(void *arg) {
+    writing *x = arg;
+    x->status = obm__model_writer_write(x->w, x->bytes, x->n, &x->error);
+}
+
+static obm_status finish_writing(writing *x, obm_error *err) {
+    if (!x->task) return OBM_OK;
+    obm__task_join(x->task);
+    x->task = NULL;
+    if (x->status != OBM_OK && err) *err = x->error;
+    return x->status;
+}
+
+/* The current tile is the other one afterwards. */
+static obm_status start_writing(writing *x, size_t n, obm_error *err) {
+    OBM_TRY(finish_writing(x, err));
+    x->bytes = x->tiles[x->current];
+    x->n = n;
+    x->current = !x->current;
+    if (n >= WRITTEN_AT_ONCE && obm__task_start(write_tile, x, &x->task, NULL) == OBM_OK) return OBM_OK;
+    return obm__model_writer_write(x->w, x->bytes, n, err);
+}
+
+static obm_status write_merged(const obm__job *j, obm__output *o, obm__run *run, writing *x, obm_error *err) {
     size_t size = obm_dtype_size(o->dtype);
     if (!o->group.cuts) OBM_TRY(obm__statistics(run, &o->group, 1, err));
     OBM_TRY(obm__group_form(run, &o->group, err));
     for (uint64_t at = 0; at < o->group.count; at += j->tile) {
         uint64_t n = o->group.count - at < j->tile ? o->group.count - at : j->tile;
-        OBM_TRY(obm__group_run(run, &o->group, at, n, o->dtype, tile, err));
-        OBM_TRY(obm__model_writer_write(w, tile, (size_t)n * size, err));
+        OBM_TRY(obm__group_run(run, &o->group, at, n, o->dtype, x->tiles[x->current], err));
+        OBM_TRY(start_writing(x, (size_t)n * size, err));
         run->done += n * size;
     }
     return obm__run_report(run, err);
@@ -311,8 +348,9 @@ static obm_status check_inputs(const obm__job *j, obm_error *err) {
 }
 
 static obm_status write_outputs(obm__job *j, obm__run *run, obm__model_writer *w, obm_error *err) {
-    char *tile = obm__alloc(j->tile, sizeof(float));
-    if (!tile) return obm__fail_nomem(err, j->tile * sizeof(float));
+    char *tiles = obm__alloc(2 * j->tile, sizeof(float));
+    if (!tiles) return obm__fail_nomem(err, 2 * j->tile * sizeof(float));
+    writing x = {.w = w, .tiles = {tiles, tiles + j->tile * sizeof(float)}};
     obm_status status = check_inputs(j, err);
     bool any = false;
     for (size_t i = 0; i < j->n_outputs; i++) any |= !obm__model_writer_has(w, i);
@@ -323,11 +361,13 @@ static obm_status write_outputs(obm__job *j, obm__run *run, obm__model_writer *w
         obm__output *o = &j->outputs[i];
         if (!obm__model_writer_has(w, i)) status = check_inputs(j, err);
         if (status == OBM_OK && !obm__model_writer_has(w, i))
-            status = o->copy ? write_copy(o, w, err) : write_merged(j, o, run, w, tile, err);
+            status = o->copy ? finish_writing(&x, err) : write_merged(j, o, run, &x, err);
+        if (status == OBM_OK && o->copy && !obm__model_writer_has(w, i)) status = write_copy(o, w, err);
         if (!o->copy) obm__group_clear(&o->group);
     }
-    obm_free(tile);
-    return status;
+    obm_status written = finish_writing(&x, status == OBM_OK ? err : NULL);
+    obm_free(tiles);
+    return status == OBM_OK ? written : status;
 }
 
 static obm_status declare_outputs(const obm__job *j, obm__model_writer *w, obm_error *err) {

@@ -202,6 +202,7 @@ typedef size_t (*part_fn)(walk *w, obm__block *l, const uint32_t *least, int wor
 static void walk_parts(walk *w, part_fn fn, bool whole, size_t first, size_t last, int worker) {
     obm__block l = obm__block_of(w->block, w->k, w->g, worker);
     uint32_t *least = w->least + (size_t)worker * w->g->steps->n;
+    obm__group_populate(w->g, SIZE_MAX, w->at + first * OBM_MERGE_BLOCK, w->at + last * OBM_MERGE_BLOCK);
     for (size_t b = first; b < last; b++) {
         set_block(w, b, &l);
         bool divisible = is_divisible(w->g, &l, least) && !whole;

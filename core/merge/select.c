@@ -72,6 +72,7 @@ static void count_blocks(void *arg, size_t first, size_t last, int worker) {
     obm__block block = obm__block_of(p->scratch, p->k, p->g, worker);
     float *d = block.mixed;
     uint32_t *histogram = p->histogram + (size_t)worker * p->bins;
+    obm__group_populate(p->g, p->model, p->begin + first * OBM_MERGE_BLOCK, p->begin + last * OBM_MERGE_BLOCK);
     for (size_t b = first; b < last; b++) {
         uint64_t begin = p->begin + (uint64_t)b * OBM_MERGE_BLOCK;
         size_t n = p->end - begin < OBM_MERGE_BLOCK ? (size_t)(p->end - begin) : OBM_MERGE_BLOCK;
@@ -109,7 +110,8 @@ static obm_status count_group(const selection *s, pass *p, obm_error *err) {
                       count_blocks, p);
         if (p->bad != UINT64_MAX) return obm__group_bad(p->k, p->g, p->bad, err);
         flush_histograms(s, p);
-        obm__group_release(p->g, p->begin, p->end - p->begin);
+        /* Of a small tensor the next pass finds the pages there, and the last one lets them go. */
+        if (s->n_groups > 1 || p->g->count > OBM_MERGE_SPAN) obm__group_release(p->g, p->begin, p->end - p->begin);
         OBM_TRY(obm__run_report(s->run, err));
     }
     return OBM_OK;
