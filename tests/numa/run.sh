@@ -12,15 +12,17 @@ mkdir -p "$WORK"
 # shellcheck disable=SC2086
 APT_OPTIONS=--no-install-recommends need_packages $NUMA_PACKAGES
 
+newest() { apt-cache pkgnames linux-image- | { grep -E '^linux-image-[0-9].*-cloud-amd64-unsigned$' || true; } | sort -V | tail -1; }
 kernel() {   # prints the path of an unpacked kernel
     local image name
-    image=$(find "$WORK/kernel" -name 'vmlinuz-*' 2>/dev/null | head -1)
+    mkdir -p "$WORK/kernel"
+    image=$(find "$WORK/kernel" -name 'vmlinuz-*')
     if [ -z "$image" ]; then
-        name=$(apt-cache pkgnames linux-image- | grep -E '^linux-image-[0-9].*-cloud-amd64-unsigned$' | sort -V | tail -1)
-        [ -n "$name" ] || { echo "no linux-image-*-cloud-amd64-unsigned among the packages (apt-get update?)" >&2; return 1; }
-        mkdir -p "$WORK/kernel"
+        name=$(newest)
+        [ -n "$name" ] || { apt-get update -qq && name=$(newest); }
+        [ -n "$name" ] || { echo "no linux-image-*-cloud-amd64-unsigned among the packages" >&2; return 1; }
         (cd "$WORK/kernel" && apt-get -qq -o APT::Sandbox::User=root download "$name" && dpkg-deb -x ./*.deb . && rm -rf ./*.deb lib usr)
-        image=$(find "$WORK/kernel" -name 'vmlinuz-*' | head -1)
+        image=$(find "$WORK/kernel" -name 'vmlinuz-*')
     fi
     echo "$image"
 }
