@@ -35,10 +35,10 @@ ONE_PLACE = {
     "yaml.h": (["core/merge/yaml.c"], CORE),
     "immintrin.h": (["kernels/"], EVERYWHERE),
     "arm_neon.h": (["kernels/"], EVERYWHERE),
-    "Python.h": (["python/"], EVERYWHERE),
+    "Python.h": (["python/", "tests/hosts/"], EVERYWHERE),
     "lua.h": (["lua/"], EVERYWHERE),
-    "lauxlib.h": (["lua/"], EVERYWHERE),
-    "lualib.h": (["lua/"], EVERYWHERE),
+    "lauxlib.h": (["lua/", "tests/hosts/"], EVERYWHERE),
+    "lualib.h": (["lua/", "tests/hosts/"], EVERYWHERE),
 }
 
 # kernels/ stands on libc and the compiler alone.
