@@ -59,6 +59,8 @@ bool obm__source_is_name(const char *s); /* has the form org/name or org/name@re
 /* Drops the whole pages inside [data, data + size) of a read-only file mapping from resident memory (pages.c); they are
  * read again when touched. */
 void obm__pages_release(const void *data, size_t size);
+/* Whether few pages here and there are about to be read: then the system does not read their neighbours ahead. */
+void obm__pages_scattered(const void *data, size_t size, bool scattered);
 /* Maps the pages of a range that is about to be read, all in one go instead of a fault for every few. */
 void obm__pages_populate(const void *data, size_t size);
 

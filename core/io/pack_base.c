@@ -39,8 +39,13 @@ static bool sample_pages(const obm_tensor *t, digest out) {
 }
 
 static bool sample_tensor(const obm_tensor *t, digest out) {
+    size_t n = obm__tensor_bytes(t);
+    bool apart = n > (size_t)SAMPLES * SAMPLE_BYTES;
+    /* Reading ahead would turn 64 pages of a tensor into 64 times as many. */
+    if (apart) obm__pages_scattered(t->data, n, true);
     bool done = sample_pages(t, out);
-    obm__pages_release(t->data, obm__tensor_bytes(t)); /* a fault maps the cached neighbours too, up to all of it */
+    if (apart) obm__pages_scattered(t->data, n, false);
+    obm__pages_release(t->data, n); /* a fault maps the cached neighbours too, up to all of it */
     return done;
 }
 
