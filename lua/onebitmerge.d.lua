@@ -489,7 +489,8 @@ function obm.model(path, options) end
 function obm.tokenizer(path) end
 
 ---Merges by a recipe (a table with mergekit's keys, or the path of a YAML or JSON file) into a Hugging Face folder.  In a table
----one with an element 1 is a list, every other one, the empty one too, a mapping.
+---one with an element 1 is a list, every other one, the empty one too, a mapping.  Models are folders, MODEL+ADAPTER, or experts of
+---packs, PACK:task.
 ---@param recipe table|string
 ---@param out string
 ---@param options? { directory?: string, profile?: onebitmerge.Profile, seed?: integer, shard_bytes?: integer, memory?: integer, overwrite?: boolean, resume?: boolean, dry_run?: boolean, method?: string|onebitmerge.Method, progress?: onebitmerge.Progress }

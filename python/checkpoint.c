@@ -140,18 +140,20 @@ static PyGetSetDef checkpoint_getset[] = {
     {"tied", checkpoint_tied, NULL, "no head of its own: lm_head is the embedding", NULL},
     {"adapter", checkpoint_adapter, NULL, "a PEFT LoRA folder: its tensors have the adapter's names", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
-static PyType_Slot checkpoint_slots[] = {{Py_tp_new, checkpoint_new},
-                                         {Py_tp_dealloc, checkpoint_dealloc},
-                                         {Py_tp_repr, checkpoint_repr},
-                                         {Py_tp_iter, checkpoint_iter},
-                                         {Py_tp_methods, checkpoint_methods},
-                                         {Py_tp_getset, checkpoint_getset},
-                                         {Py_mp_length, checkpoint_length},
-                                         {Py_mp_subscript, checkpoint_get},
-                                         {Py_sq_contains, checkpoint_contains},
-                                         {Py_tp_doc, "Checkpoint(path)\n\nA Hugging Face folder, a PEFT LoRA folder or one "
-                                                     ".safetensors file, memory-mapped; ckpt[name] is a Tensor (a view)."},
-                                         {0, NULL}};
+static PyType_Slot checkpoint_slots[] = {
+    {Py_tp_new, checkpoint_new},
+    {Py_tp_dealloc, checkpoint_dealloc},
+    {Py_tp_repr, checkpoint_repr},
+    {Py_tp_iter, checkpoint_iter},
+    {Py_tp_methods, checkpoint_methods},
+    {Py_tp_getset, checkpoint_getset},
+    {Py_mp_length, checkpoint_length},
+    {Py_mp_subscript, checkpoint_get},
+    {Py_sq_contains, checkpoint_contains},
+    {Py_tp_doc, "Checkpoint(path)\n\nA Hugging Face folder, a PEFT LoRA folder, one .safetensors "
+                "file or an expert of a pack (PACK:task), memory-mapped; ckpt[name] is a Tensor "
+                "(a view)."},
+    {0, NULL}};
 PyType_Spec obm_py_checkpoint_spec = {"onebitmerge.Checkpoint", sizeof(Checkpoint), 0, Py_TPFLAGS_DEFAULT,
                                       checkpoint_slots};
 
@@ -345,7 +347,8 @@ static PyType_Slot task_vector_slots[] = {
     {Py_mp_length, task_vector_length},
     {Py_mp_subscript, task_vector_get},
     {Py_tp_doc,
-     "TaskVector(base, expert)\n\nexpert - base, tensor by tensor, in float32, computed when v[name] asks for it."},
+     "TaskVector(base, expert)\n\nexpert - base, tensor by tensor, in float32, computed when v[name] asks for it.  "
+     "Checkpoints or paths; the expert may be a LoRA folder or PACK:task."},
     {0, NULL}};
 PyType_Spec obm_py_task_vector_spec = {"onebitmerge.TaskVector", sizeof(TaskVector), 0, Py_TPFLAGS_DEFAULT,
                                        task_vector_slots};

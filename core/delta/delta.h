@@ -53,16 +53,23 @@ typedef struct obm__pair {
     obm_class cls;
     obm_tensor base, expert;   /* data NULL on the side that lacks it (a head that is tied there views the embedding) */
     int64_t extra_rows;        /* rows of the expert beyond the base's (vocabulary) */
-    const obm__lowrank *lora;  /* d in factors; then `expert` has the base's dtype and shape, and data NULL */
+    /* Where the expert has no tensor of its own, `expert` has its shape, and data NULL: d is in factors, in planes, or 0 */
+    const obm__lowrank *lora;
+    const struct obm__planes *planes;
+    const obm_tensor *extra;   /* then, of a pack: the extra rows by themselves */
 } obm__pair;
 struct obm_task_vector {
     const obm_checkpoint *base, *expert;
     obm__pair *pairs;          /* sorted by name */
     size_t count;
     obm__lowrank *lowranks;    /* owned; NULL unless the expert is an adapter */
+    obm_pack *pack;            /* owned, with this expert alone on `base`; NULL unless it is one of a pack */
 };
 /* The pairs of an adapter: v has base and expert, and is freed by the caller also after a failure (adapter.c). */
 obm_status obm__adapter_pairs(obm_task_vector *v, obm_error *err);
+/* The same of an expert of a pack (io/pack_member.c).  MISMATCH names the first tensor in which the base is not the pack's. */
+obm_status obm__member_pairs(obm_task_vector *v, obm_error *err);
+void obm__member_unload(obm_pack *p);
 /* Checks and completes a pair: class, extra rows.  Errors: SHAPE, DTYPE. */
 obm_status obm__pair_fill(obm__pair *p, const char *name, const obm_tensor *base, const obm_tensor *expert, obm_error *err);
 /* obm__checkpoint_check of both sides. */
@@ -73,6 +80,11 @@ const obm__pair *obm__task_vector_find(const obm_task_vector *v, const char *nam
 obm_status obm__fail_nonfinite(obm_error *err, const obm__pair *p, int64_t index);
 /* d of elements [begin, begin + n), f32; scratch: n floats, left with no meaning. */
 void obm__pair_read(const obm_kernels *k, const obm__pair *p, int64_t begin, int64_t n, float *d, float *scratch);
+/* The expert's own values at elements [begin, begin + n) of its shape, f32: its tensor, f32(base + d) where it has none;
+ * scratch: n floats. */
+void obm__pair_values(const obm_kernels *k, const obm__pair *p, int64_t begin, int64_t n, float *out, float *scratch);
+/* Hands back the pages that they were read from, whole ones. */
+void obm__pair_release(const obm__pair *p, int64_t begin, int64_t n);
 /* Widen n elements from element `begin` of any float tensor (dtype checked by the caller). */
 void obm__widen(const obm_kernels *k, const obm_tensor *t, int64_t begin, int64_t n, float *out);
 /* Narrow n f32 to dtype bytes (F32, F16, BF16; round to nearest even). */
@@ -96,6 +108,15 @@ typedef struct obm__planes {
 } obm__planes;
 /* out[0..n) = the values of row `row`, columns [col, col + n), of plane-sum d~ (added in plane order in f32). */
 void obm__planes_read_row(const obm_kernels *k, const obm__planes *p, int64_t row, int64_t col, int64_t n, float *out);
+
+/* Columns from `col` on over which no alpha of a row changes. */
+int64_t obm__planes_span(const obm__planes *p, int64_t col);
+/* alpha of plane p at (row, col), whatever the layout of the scales. */
+float obm__planes_alpha(const obm__planes *p, int plane, int64_t row, int64_t col);
+/* d~ of row `row`, columns [col, col + n), summed in plane order in f64. */
+void obm__planes_read_f64(const obm__planes *p, int64_t row, int64_t col, int64_t n, double *out);
+/* x += the values of row `row`, columns [col, col + n): f32(x + d~) with d~ in f64, as a route has it. */
+void obm__planes_add_row(const obm_kernels *k, const obm__planes *p, int64_t row, int64_t col, int64_t n, float *x);
 
 /* Takes finished bytes in order: rows up to `rows_done` of the matrix are out. */
 typedef obm_status (*obm__sink_fn)(void *user, const void *bytes, size_t n, int64_t rows_done, obm_error *err);

@@ -64,36 +64,6 @@ obm_status obm__scale_parse(const char *text, obm__scale *out, obm_error *err) {
     return OBM_OK;
 }
 
-/* ---- reading ---- */
-
-/* y[i] += sign of bit (col + i) times alpha; whole bytes go to the kernel. */
-static void add_signs(const obm_kernels *k, float *y, const uint8_t *bits, int64_t col, float alpha, int64_t n) {
-    int64_t i = 0;
-    for (; i < n && (col + i) % 8; i++) y[i] += bits[(col + i) / 8] >> ((col + i) % 8) & 1 ? alpha : -alpha;
-    if (i < n) k->sign_axpy(y + i, bits + (col + i) / 8, alpha, (size_t)(n - i));
-}
-
-static void add_plane(const obm_kernels *k, const obm__planes *p, int plane, int64_t row, int64_t col, int64_t n,
-                      float *out) {
-    const uint8_t *bits = p->signs[plane] + row * p->row_bytes;
-    const float *alphas = p->alphas[plane];
-    if (p->scale.kind != OBM_SCALE_GROUP) {
-        add_signs(k, out, bits, col, alphas[p->scale.kind == OBM_SCALE_ROW ? row : 0], n);
-        return;
-    }
-    int64_t group = p->scale.group;
-    alphas += row * groups_of(p->scale, p->cols);
-    for (int64_t at = col, end = col + n, next; at < end; at = next) {
-        next = (at / group + 1) * group < end ? (at / group + 1) * group : end;
-        add_signs(k, out + (at - col), bits, at, alphas[at / group], next - at);
-    }
-}
-
-void obm__planes_read_row(const obm_kernels *k, const obm__planes *p, int64_t row, int64_t col, int64_t n, float *out) {
-    memset(out, 0, (size_t)n * sizeof *out);
-    for (int plane = 0; plane < p->n; plane++) add_plane(k, p, plane, row, col, n, out);
-}
-
 /* ---- compressing ---- */
 
 typedef struct worker {

@@ -80,21 +80,6 @@ void obm__narrow(const obm_kernels *k, obm_dtype dtype, const float *in, int64_t
     }
 }
 
-void obm__pair_read(const obm_kernels *k, const obm__pair *p, int64_t begin, int64_t n, float *d, float *scratch) {
-    if (p->lora) {
-        obm__lowrank_read(k, p->lora, begin, n, d);
-        return;
-    }
-    bool even = ((uintptr_t)p->base.data | (uintptr_t)p->expert.data) % 2 == 0;
-    if (p->base.dtype == OBM_BF16 && p->expert.dtype == OBM_BF16 && even) {
-        k->sub_bf16(d, (const uint16_t *)p->expert.data + begin, (const uint16_t *)p->base.data + begin, (size_t)n);
-        return;
-    }
-    obm__widen(k, &p->expert, begin, n, d);
-    obm__widen(k, &p->base, begin, n, scratch);
-    k->sub_f32(d, d, scratch, (size_t)n);
-}
-
 /* ---- pairing ---- */
 
 bool obm__is_derived_buffer(const char *name) {
@@ -201,7 +186,9 @@ obm_status obm_task_vector_new(const obm_checkpoint *base, const obm_checkpoint 
                                obm_error *err) {
     size_t most;
     OBM_TRY(obm__checkpoint_is_model(base, "a base", err));
-    if (!obm__add(base->count, expert->count, &most)) return obm__fail_nomem(err, SIZE_MAX);
+    /* A head of the expert's own may be there without a tensor in its file. */
+    if (!obm__add(base->count, expert->count, &most) || !obm__add(most, 1, &most))
+        return obm__fail_nomem(err, SIZE_MAX);
     obm_task_vector *v = obm__calloc(1, sizeof *v);
     obm__pair *pairs = obm__calloc(most, sizeof *pairs);
     if (!v || !pairs) {
@@ -211,7 +198,10 @@ obm_status obm_task_vector_new(const obm_checkpoint *base, const obm_checkpoint 
     }
     *v = (obm_task_vector){.base = base, .expert = expert, .pairs = pairs};
     obm_status status = obm__task_vector_check(v, err);
-    if (status == OBM_OK) status = expert->adapter ? obm__adapter_pairs(v, err) : match(v, err);
+    if (status == OBM_OK)
+        status = expert->member    ? obm__member_pairs(v, err)
+                 : expert->adapter ? obm__adapter_pairs(v, err)
+                                   : match(v, err);
     if (status != OBM_OK) {
         obm_task_vector_free(v);
         return status;
@@ -222,6 +212,7 @@ obm_status obm_task_vector_new(const obm_checkpoint *base, const obm_checkpoint 
 
 void obm_task_vector_free(obm_task_vector *v) {
     if (!v) return;
+    obm__member_unload(v->pack);
     obm_free(v->lowranks);
     obm_free(v->pairs);
     obm_free(v);

@@ -191,13 +191,15 @@ OBM_API obm_class obm_class_of(const char *tensor_name, int32_t ndim);   /* by t
 /* ---- Checkpoints ------------------------------------------------------------------------------------------------ */
 
 /* A Hugging Face folder (config.json, one or many *.safetensors), a PEFT LoRA folder (adapter_config.json,
- * adapter_model.safetensors) or a single .safetensors file, memory-mapped; no tensor is read before it is used.  While
- * it is open its files must not be cut short or rewritten in place (the system answers with SIGBUS); replacing them by
- * rename, as every writer of this library does, is safe.  Immutable, share freely. */
+ * adapter_model.safetensors), a single .safetensors file, or one expert of a pack, PACK:task (the pack's folder, a colon, the
+ * expert's name); memory-mapped; no tensor is read before it is used.  While it is open its files must not be cut short or
+ * rewritten in place (the system answers with SIGBUS); replacing them by rename, as every writer of this library does, is
+ * safe.  Immutable, share freely. */
 typedef struct obm_checkpoint obm_checkpoint;
 
 /* Errors: IO, FORMAT (file, byte offset or key, expected, found), UNSUPPORTED (torch .bin, GGUF,
- * adapters other than LoRA or with settings that are not understood), NOMEM.  *out is owned. */
+ * adapters other than LoRA or with settings that are not understood), ARG (the folder of a pack: the message lists its
+ * experts), NOTFOUND (PACK:task without such an expert), NOMEM.  *out is owned. */
 OBM_API obm_status obm_checkpoint_open(obm_context *ctx, const char *path, obm_checkpoint **out, obm_error *err);
 OBM_API void obm_checkpoint_free(obm_checkpoint *c);
 OBM_API const char *obm_checkpoint_path(const obm_checkpoint *c);       /* borrowed */
@@ -221,14 +223,16 @@ typedef struct obm_task_vector obm_task_vector;
 /* Names are matched, dtypes may differ, shapes must agree except for extra vocabulary rows of the expert (embedding and
  * head).  A tied side is understood.  An expert that is a LoRA adapter: d = scaling * B A, or the tensor that replaces the
  * base's minus it, and 0 elsewhere; an adapter on the embedding or head of a tied base unties the expert, as it does while
- * it runs.  Errors: SHAPE (names tensor and both shapes), NOTFOUND (a tensor missing on one side), DTYPE, ARG (the base is an
- * adapter), UNSUPPORTED and FORMAT (tensors of an adapter), NOMEM. */
+ * it runs.  An expert of a pack, PACK:task: what the pack stores, the sum of the planes where that is 1-bit and 0 where it is
+ * dropped; the base must be the pack's (MISMATCH names the first tensor that differs).  Errors: SHAPE (names tensor and both
+ * shapes), NOTFOUND (a tensor missing on one side), DTYPE, ARG (the base is an adapter or an expert of a pack), UNSUPPORTED and
+ * FORMAT (tensors of an adapter or of a pack), NOMEM. */
 OBM_API obm_status obm_task_vector_new(const obm_checkpoint *base, const obm_checkpoint *expert, obm_task_vector **out,
                                        obm_error *err);
 OBM_API void obm_task_vector_free(obm_task_vector *v);
 OBM_API size_t obm_task_vector_count(const obm_task_vector *v);
-/* *base and *expert are views; the expert's may have more rows (extra vocabulary).  Where LoRA factors change the tensor
- * the expert's data is NULL, with the base's dtype and shape. */
+/* *base and *expert are views; the expert's may have more rows (extra vocabulary).  Where LoRA factors or planes change the
+ * tensor the expert's data is NULL; its dtype is the base's. */
 OBM_API void obm_task_vector_at(const obm_task_vector *v, size_t i, const char **name, obm_tensor *base, obm_tensor *expert);
 /* out: (rows, cols) of the base's shape, f32.  Errors: NOTFOUND, VALUE (NaN or Inf in d: names tensor and index; out is
  * then written in part). */
@@ -302,7 +306,7 @@ typedef struct obm_map_rule { const char *glob; obm_mode mode; } obm_map_rule;
 typedef struct obm_expert {
     size_t struct_size;
     const char *name;        /* task name: letters, digits, _ and -; unique in the pack */
-    const char *path;        /* checkpoint folder or file, or a LoRA folder: its full tensors are kept as the factors */
+    const char *path;        /* checkpoint folder or file, or a LoRA folder: its full tensors are kept as the factors; no PACK:task */
     const char *policy;      /* "linear" (default), "attention", "mlp", "paper", "full"; paper goes by the names chat, math, code */
     const char *scale;       /* "row" (default; "matrix" under paper), "matrix", "group:N" with N a multiple of 64 */
     int planes;              /* 0 = 1; n planes iterate on the residual */
@@ -800,7 +804,8 @@ typedef struct obm_merge_options {
     const obm_custom_method *const *methods; size_t n_methods;
 } obm_merge_options;
 /* recipe: mergekit's YAML (or JSON) as text.  A model is a path, MODEL+ADAPTER with a LoRA folder behind the +, or such a
- * folder alone, which stands for base_model with it; base + d is taken in f32.  Writes a Hugging Face folder; plan nullable, filled in a dry run and after.
+ * folder alone, which stands for base_model with it; base + d is taken in f32.  So is that of an expert of a pack, PACK:task;
+ * without a base_model, or with one that is no model by itself, it stands on the pack's own base.  Writes a Hugging Face folder; plan nullable, filled in a dry run and after.
  * Of several documents (---) each may take the outputs of others by their `name`: the one without a name is written to
  * out_path and the others beside it while the merge runs; where all have names, to out_path/NAME.  With tokenizer_source
  * or tokenizer the vocabulary is built as mergekit does it: embedding, head and vocab_size follow.

@@ -264,14 +264,15 @@ done:
 
 static obm_status open_folder(obm_checkpoint *c, obm_error *err) {
     bool adapter;
+    OBM_TRY(obm__member_refuse(c->directory, err));
     if (!obm__adapter_here(c->directory, &adapter)) return obm__fail_nomem(err, strlen(c->directory));
     return adapter ? open_adapter(c, err) : open_weights(c, err);
 }
 
 obm_status obm__checkpoint_is_model(const obm_checkpoint *c, const char *what, obm_error *err) {
-    if (!c->adapter) return OBM_OK;
-    return obm__fail(err, OBM_E_ARG, "%s is a LoRA adapter (adapter_config.json): it can be an expert, not %s", c->path,
-                     what);
+    if (!obm__checkpoint_is_change(c)) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG, "%s is %s: it can be an expert, not %s", c->path,
+                     c->adapter ? "a LoRA adapter (adapter_config.json)" : "an expert of a pack", what);
 }
 
 /* ---- opening ---- */
@@ -337,7 +338,18 @@ static obm_status open_file(obm_checkpoint *c, obm_error *err) {
     return list_all(c, err);
 }
 
+static obm_status open_member(obm_checkpoint *c, const char *name, obm_error *err) {
+    c->files = obm__calloc(1, sizeof *c->files);
+    if (!c->files) return obm__fail_nomem(err, sizeof *c->files);
+    OBM_TRY(obm__member_open(c->ctx, name, &c->member, &c->files[0], err));
+    c->n_files = 1;
+    c->path = obm__strdup(name);
+    c->directory = obm__strdup(c->member->pack);
+    return c->path && c->directory ? list_all(c, err) : obm__fail_nomem(err, strlen(name));
+}
+
 static obm_status open_parts(obm_checkpoint *c, const char *name, obm_error *err) {
+    if (obm__member_split(c->ctx, name)) return open_member(c, name, err);
     OBM_TRY(obm__source_find(c->ctx, name, &c->path, err));
     const char *path = c->path;
     bool folder = obm__is_directory(path);
@@ -370,6 +382,7 @@ void obm_checkpoint_free(obm_checkpoint *c) {
     obm_free(c->tensors);
     obm__json_free(c->config);
     obm__adapter_free(c->adapter);
+    obm__member_free(c->member);
     obm_free(c->config_text);
     obm_free(c->directory);
     obm_free(c->path);

@@ -158,9 +158,9 @@ typedef struct obm__adapter {
     obm_json *root;
     int64_t rank;
     double alpha;
-    bool rslora;     /* scaling = alpha / sqrt(r) instead of alpha / r */
-    bool transposed; /* fan_in_fan_out: the base's matrices are (in, out) */
-    bool keeps_tie;  /* ensure_weight_tying */
+    bool rslora;                                  /* scaling = alpha / sqrt(r) instead of alpha / r */
+    bool transposed;                              /* fan_in_fan_out: the base's matrices are (in, out) */
+    bool keeps_tie;                               /* ensure_weight_tying */
     const obm_json *rank_pattern, *alpha_pattern; /* objects or NULL; borrowed from root */
 } obm__adapter;
 obm_status obm__adapter_load(const char *directory, obm__adapter **out, obm_error *err);
@@ -169,16 +169,37 @@ bool obm__adapter_here(const char *directory, bool *out); /* false: out of memor
 #define OBM_ADAPTER_CONFIG "adapter_config.json"
 #define OBM_ADAPTER_WEIGHTS "adapter_model.safetensors"
 
+/* ---- an expert of a pack, PACK:task (pack_member.c) ---- */
+
+typedef struct obm__member {
+    char *pack, *task;      /* the pack's folder; which of its experts */
+    obm_json *manifest;     /* pack.json */
+    const obm_json *record; /* the expert's part of it */
+    size_t index;
+} obm__member;
+/* The length of PACK where `name` is PACK:task, PACK is a folder (or a name that the context resolves), and there is
+ * nothing of the whole name; else 0. */
+size_t obm__member_split(const obm_context *ctx, const char *name);
+/* *file: the expert's, nothing in it is checked but its length; owned, as is *out.  NOTFOUND lists the pack's experts.
+ */
+obm_status obm__member_open(obm_context *ctx, const char *name, obm__member **out, obm__safetensors **file,
+                            obm_error *err);
+void obm__member_free(obm__member *m);
+/* Where the pack says that its base is; nothing is compared. */
+obm_status obm__member_base(const obm_checkpoint *c, obm_checkpoint **out, obm_error *err);
+/* ARG for the folder of a pack, and how its experts are named; OK for any other. */
+obm_status obm__member_refuse(const char *directory, obm_error *err);
+
 /* ---- names (layout.c) ---- */
 
-/* Names in the core are those of a text model by itself; tensors in files may lie elsewhere ("language_model.model." for
- * "model.").  Layout 0 is the former. */
+/* Names in the core are those of a text model by itself; tensors in files may lie elsewhere ("language_model.model."
+ * for "model.").  Layout 0 is the former. */
 #define OBM_LAYOUTS 3
 #define OBM_EMBEDDING_NAME "model.embed_tokens.weight"
 #define OBM_HEAD_NAME "lm_head.weight"
 const char *obm__layout_embedding(int layout);
 const char *obm__layout_head(int layout);
-bool obm__is_head(const char *name);                        /* in any layout */
+bool obm__is_head(const char *name);                /* in any layout */
 bool obm__same_place(const char *a, const char *b); /* one tensor or module, but for the layout */
 /* The item of a sorted array that has this name, else the one that has it in `layout`; NULL: none. */
 typedef const char *(*obm__name_fn)(const void *item);
@@ -197,11 +218,14 @@ struct obm_checkpoint {
     size_t n_files;
     const obm__st_entry **tensors; /* all, sorted by name; borrowed from files */
     size_t count;
-    int layout; /* of its names */
-    bool tied;  /* an embedding and no head of its own, whatever config.json says */
+    int layout;            /* of its names */
+    bool tied;             /* an embedding and no head of its own, whatever config.json says */
     obm__adapter *adapter; /* NULL for a model; else the tensors are an adapter's own, under its names */
+    obm__member *member;   /* NULL for a model; else the tensors are what a pack stores of an expert, under its names */
 };
-/* ARG where an adapter cannot stand for `what`, "a base" or "a model". */
+/* It says what an expert changes, not what a model is: an adapter, or an expert of a pack. */
+static inline bool obm__checkpoint_is_change(const obm_checkpoint *c) { return c->adapter || c->member; }
+/* ARG where such a one cannot stand for `what`, "a base" or "a model". */
 obm_status obm__checkpoint_is_model(const obm_checkpoint *c, const char *what, obm_error *err);
 /* obm__map_check of all its files; passes call it before they read. */
 obm_status obm__checkpoint_check(const obm_checkpoint *c, obm_error *err);
@@ -236,11 +260,11 @@ typedef struct obm__model_writer_options {
     size_t n_instead;
     const char *const (*texts)[2]; /* (n_texts), borrowed likewise: name of such a file, and what it holds */
     size_t n_texts;
-    obm_json *config;      /* replaces config.json (borrowed, nullable) */
-    const char *card;      /* text of README.md, nullable */
-    const obm_json *job;   /* a flat object; what decides the bytes of all shards (borrowed, nullable) */
-    bool resume;       /* keep the finished shards of a killed run of the same job, and leave one's own on failure */
-    obm__tick_fn tick; /* while files are checked for resuming; nullable */
+    obm_json *config;    /* replaces config.json (borrowed, nullable) */
+    const char *card;    /* text of README.md, nullable */
+    const obm_json *job; /* a flat object; what decides the bytes of all shards (borrowed, nullable) */
+    bool resume;         /* keep the finished shards of a killed run of the same job, and leave one's own on failure */
+    obm__tick_fn tick;   /* while files are checked for resuming; nullable */
     void *user;
 } obm__model_writer_options;
 obm_status obm__model_writer_new(const char *path, const obm__model_writer_options *o, obm__model_writer **out,

@@ -23,7 +23,7 @@ static obm_status check_version(const obm_json *manifest, const char *where, obm
                      (long long)version, OBM_PACK_VERSION);
 }
 
-static obm_status read_manifest(const char *path, obm_json **out, char xxh3[33], obm_error *err) {
+obm_status obm__manifest_read(const char *path, obm_json **out, char xxh3[33], obm_error *err) {
     char *where = obm__path_join(path, OBM_PACK_MANIFEST), *text = NULL;
     size_t size = 0;
     obm_json *manifest = NULL;
@@ -50,7 +50,7 @@ static obm_status open_at(obm_context *ctx, const char *path, const char *base_p
     obm_checkpoint *base = NULL;
     const obm_json *record;
     char xxh3[33];
-    OBM_TRY(read_manifest(path, &manifest, xxh3, err));
+    OBM_TRY(obm__manifest_read(path, &manifest, xxh3, err));
     obm_status status = obm__field(manifest, "base", OBM_JSON_OBJECT, path, &record, err);
     if (status == OBM_OK) status = obm__base_open(ctx, record, path, base_path, &base, err);
     if (status == OBM_OK) status = obm__base_check(ctx, base, record, path, false, pulse, err);

@@ -34,6 +34,12 @@ typedef struct obm__pack_text {
     int32_t *eos; size_t n_eos;    /* NULL: the base's */
 } obm__pack_text;
 
+/* Whether a file is the expert's affair: its own, or none if paths lacks it.  Else it is the base's. */
+bool obm__text_is_own(const obm__pack_text *t, obm__text_file f);
+/* Other forms of a vocabulary, which say what tokenizer.json says: with the expert's own there are none.  NULL: the end. */
+const char *obm__text_derived(size_t i);
+bool obm__text_set_eos(const obm__pack_text *t, obm_json *config);   /* false: out of memory */
+
 typedef struct obm__pack_expert {
     char *name, *policy;       /* policy as text */
     obm__safetensors *file;

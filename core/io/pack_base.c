@@ -116,7 +116,10 @@ obm_status obm__checkpoint_fingerprint(obm_context *ctx, const obm_checkpoint *c
     if (!h) return obm__fail_nomem(err, 0);
     if (c->config_text) obm__xxh3_add(h, c->config_text, strlen(c->config_text) + 1);
     if (c->adapter) obm__xxh3_add(h, c->adapter->text, strlen(c->adapter->text) + 1);
-    obm_status status = add_all(ctx, c, tick, user, h, err);
+    char *record = c->member ? obm__json_text(c->member->record, 0) : NULL; /* how its tensors are to be read */
+    if (record) obm__xxh3_add(h, record, strlen(record) + 1);
+    obm_status status = !c->member || record ? add_all(ctx, c, tick, user, h, err) : obm__fail_nomem(err, 0);
+    obm_free(record);
     obm__xxh3_end(h, status == OBM_OK ? out : NULL);
     return status;
 }

@@ -186,8 +186,9 @@ obm_status obm__pack_read_router(const obm_pack *p, obm__safetensors **out, obm_
     char *path;
     uint64_t bytes;
     if (obm__json_kind(router) != OBM_JSON_OBJECT)
-        return obm__fail(err, OBM_E_FORMAT, "%s/" OBM_PACK_MANIFEST ": \"router\": expected an object or null, found %s",
-                         p->path, obm__json_kind_name(router));
+        return obm__fail(err, OBM_E_FORMAT,
+                         "%s/" OBM_PACK_MANIFEST ": \"router\": expected an object or null, found %s", p->path,
+                         obm__json_kind_name(router));
     OBM_TRY(obm__file_of(router, p->path, OBM_PACK_MANIFEST ": router", &path, &bytes, NULL, err));
     obm__safetensors *file = NULL;
     obm_status status = obm__safetensors_open(path, &file, err);
@@ -296,14 +297,13 @@ obm_status obm_pack_add(obm_pack *p, const obm_expert *given, const obm_compress
         return obm__fail(err, OBM_E_UNSUPPORTED, "a pack holds at most %d experts", OBM_PACK_MAX_TASKS);
     OBM_TRY(obm__pack_idle(p, err));
     obm_checkpoint *checkpoint = NULL;
-    OBM_TRY(obm_checkpoint_open(p->ctx, expert->path, &checkpoint, err));
+    OBM_TRY(obm__expert_open(p->ctx, expert, &checkpoint, err));
     obm__pulse ticker = obm__compress_pulse(p->ctx, options, "compress", obm__expert_bytes(p->base, checkpoint));
     obm__expert_request r = {.ctx = p->ctx, .base = p->base, .expert = expert, .dir = p->path, .ticker = &ticker};
     r.profile = OBM_OPT(options, obm_compress_options, profile, OBM_PROFILE_DEFAULT);
     if (r.profile == OBM_PROFILE_DEFAULT) r.profile = p->settings.profile;
     r.dry_run = OBM_OPT(options, obm_compress_options, dry_run, false);
-    obm_status status =
-        r.dry_run ? obm__expert_write(&r, checkpoint, NULL, err) : add_locked(p, &r, checkpoint, err);
+    obm_status status = r.dry_run ? obm__expert_write(&r, checkpoint, NULL, err) : add_locked(p, &r, checkpoint, err);
     obm_checkpoint_free(checkpoint);
     return status;
 }

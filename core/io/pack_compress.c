@@ -16,7 +16,7 @@ typedef struct compression {
     const obm_compress_options *options;
     const char *dir;
     bool dry_run, made_dir;
-    int lock;                     /* of the output folder, while it is being written */
+    int lock; /* of the output folder, while it is being written */
     obm_profile profile;
     obm_checkpoint *base;
     obm_checkpoint **checkpoints; /* (n) */
@@ -125,7 +125,7 @@ static obm_status open_all(compression *c, const char *base_path, uint64_t *byte
     OBM_TRY(obm_checkpoint_open(c->ctx, base_path, &c->base, err));
     OBM_TRY(obm__checkpoint_is_model(c->base, "a base", err));
     for (size_t i = 0; i < c->n; i++) {
-        OBM_TRY(obm_checkpoint_open(c->ctx, c->experts[i].path, &c->checkpoints[i], err));
+        OBM_TRY(obm__expert_open(c->ctx, &c->experts[i], &c->checkpoints[i], err));
         *bytes += obm__expert_bytes(c->base, c->checkpoints[i]);
     }
     return OBM_OK;

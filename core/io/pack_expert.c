@@ -51,7 +51,7 @@ static uint64_t add_u64(uint64_t a, uint64_t b) { return a > UINT64_MAX - b ? UI
 
 /* ---- what is asked for ---- */
 
-static bool is_task_name(const char *s) {
+bool obm__is_task_name(const char *s) {
     static const char letters[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-";
     size_t n = s ? strlen(s) : 0;
     return n > 0 && n <= 64 && strspn(s, letters) == n;
@@ -75,7 +75,7 @@ obm_status obm__experts_read(const obm_expert *given, size_t n, obm_expert *own,
 }
 
 obm_status obm__expert_check(const obm_expert *e, obm_error *err) {
-    if (!is_task_name(e->name)) {
+    if (!obm__is_task_name(e->name)) {
         char shown[80];
         return obm__fail(err, OBM_E_ARG, "task name \"%s\": 1 to 64 letters, digits, _ and - are possible",
                          obm__printable(e->name ? e->name : "", shown, sizeof shown));
@@ -87,6 +87,19 @@ obm_status obm__expert_check(const obm_expert *e, obm_error *err) {
     return OBM_OK;
 }
 
+obm_status obm__expert_open(obm_context *ctx, const obm_expert *e, obm_checkpoint **out, obm_error *err) {
+    obm_checkpoint *c;
+    OBM_TRY(obm_checkpoint_open(ctx, e->path, &c, err));
+    if (!c->member) {
+        *out = c;
+        return OBM_OK;
+    }
+    obm_checkpoint_free(c);
+    return obm__fail(err, OBM_E_ARG,
+                     "expert %s: %.300s is compressed already: name the checkpoint that it was made from", e->name,
+                     e->path);
+}
+
 uint64_t obm__checkpoint_bytes(const obm_checkpoint *c) {
     uint64_t n = 0;
     for (size_t i = 0; i < c->count; i++) n = add_u64(n, obm__tensor_bytes(&c->tensors[i]->t));
@@ -95,7 +108,7 @@ uint64_t obm__checkpoint_bytes(const obm_checkpoint *c) {
 
 /* An adapter is worked on as what it stands for. */
 uint64_t obm__expert_bytes(const obm_checkpoint *base, const obm_checkpoint *expert) {
-    return obm__checkpoint_bytes(expert->adapter ? base : expert);
+    return obm__checkpoint_bytes(obm__checkpoint_is_change(expert) ? base : expert);
 }
 
 static uint64_t pair_bytes(const obm__pair *p) { return obm__tensor_bytes(&p->expert); }

@@ -219,9 +219,14 @@ static obm_status load_entry(place *at, const obm_json *record, const obm__pack_
 
 /* ---- the union of tensors ---- */
 
+/* Experts [first, end) of pack.json. */
+typedef struct range {
+    size_t first, end;
+} range;
+
 /* A tied base under an untied expert: the head exists for that expert only and its base value is the embedding. */
-static bool any_own_head(const obm_json *experts, const char *head) {
-    for (size_t i = 0; i < obm__json_size(experts); i++) {
+static bool any_own_head(const obm_json *experts, range r, const char *head) {
+    for (size_t i = r.first; i < r.end; i++) {
         if (obm__json_get(obm__json_get(obm__json_at(experts, i), "tensors"), head)) return true;
     }
     return false;
@@ -231,7 +236,7 @@ static int compare_info(const void *a, const void *b) {
     return strcmp(((const obm__pack_tensor_info *)a)->name, ((const obm__pack_tensor_info *)b)->name);
 }
 
-static obm_status fill_tensors(obm_pack *p, const obm_json *experts, obm_error *err) {
+static obm_status fill_tensors(obm_pack *p, const obm_json *experts, range r, obm_error *err) {
     const obm_checkpoint *base = p->base;
     const obm__st_entry *embedding = obm__checkpoint_find(base, OBM_EMBEDDING_NAME);
     const char *head = obm__layout_head(base->layout);
@@ -241,7 +246,7 @@ static obm_status fill_tensors(obm_pack *p, const obm_json *experts, obm_error *
         const obm__st_entry *e = base->tensors[i];
         p->tensors[p->n_tensors++] = (obm__pack_tensor_info){e->name, obm_class_of(e->name, e->t.ndim), e->t, true};
     }
-    if (base->tied && any_own_head(experts, head)) {
+    if (base->tied && any_own_head(experts, r, head)) {
         p->tensors[p->n_tensors++] = (obm__pack_tensor_info){head, OBM_CLASS_HEAD, embedding->t, false};
         qsort(p->tensors, p->n_tensors, sizeof *p->tensors, compare_info);
     }
@@ -293,11 +298,11 @@ static obm_status load_entries(const obm_pack *p, obm__pack_expert *x, place *at
     return OBM_OK;
 }
 
-static obm_status open_file(const obm_pack *p, const obm_json *record, const char *where, obm__safetensors **out,
-                            obm_error *err) {
+obm_status obm__pack_open_file(const char *dir, const obm_json *record, const char *where, obm__safetensors **out,
+                               obm_error *err) {
     char *path;
     uint64_t bytes;
-    OBM_TRY(obm__file_of(record, p->path, where, &path, &bytes, NULL, err));
+    OBM_TRY(obm__file_of(record, dir, where, &path, &bytes, NULL, err));
     obm_status status = obm__safetensors_open(path, out, err);
     if (status == OBM_OK && (*out)->map.size != bytes) {
         status = obm__fail(err, OBM_E_FORMAT, "%s is %zu bytes long, pack.json says %llu", path, (*out)->map.size,
@@ -337,7 +342,7 @@ static obm_status load_expert(obm_pack *p, const obm_json *record, const char *w
     x->policy = obm__strdup(policy);
     x->entries = obm__calloc(p->n_tensors, sizeof *x->entries);
     if (!x->name || !x->policy || !x->entries) return obm__fail_nomem(err, p->n_tensors * sizeof *x->entries);
-    OBM_TRY(open_file(p, record, where, &x->file, err));
+    OBM_TRY(obm__pack_open_file(p->path, record, where, &x->file, err));
     place at = {.file = x->file, .manifest = where, .task = x->name};
     OBM_TRY(load_entries(p, x, &at, tensors, err));
     return obm__text_load(obm__json_get(record, "text"), p->path, where, x->name, &x->text, err);
@@ -345,27 +350,36 @@ static obm_status load_expert(obm_pack *p, const obm_json *record, const char *w
 
 /* ---- the pack ---- */
 
-static obm_status load_all(obm_pack *p, const char *where, obm_error *err) {
+static obm_status load_experts(obm_pack *p, const obm_json *experts, range r, const char *where, obm_error *err) {
+    size_t n = r.end - r.first;
+    if (!(p->experts = obm__calloc(n, sizeof *p->experts))) return obm__fail_nomem(err, n * sizeof *p->experts);
+    OBM_TRY(fill_tensors(p, experts, r, err));
+    for (size_t i = r.first; i < r.end; i++) OBM_TRY(load_expert(p, obm__json_at(experts, i), where, err));
+    return OBM_OK;
+}
+
+#define ALL SIZE_MAX
+
+static obm_status load_parts(obm_pack *p, size_t only, const char *where, obm_error *err) {
     const obm_json *experts;
-    OBM_TRY(obm__settings_parse(p->manifest, where, &p->settings, err));
     OBM_TRY(obm__field(p->manifest, "experts", OBM_JSON_ARRAY, where, &experts, err));
     size_t n = obm__json_size(experts);
+    if (only != ALL) return load_experts(p, experts, (range){only, only + 1}, where, err);
+    OBM_TRY(obm__settings_parse(p->manifest, where, &p->settings, err));
     if (n < 1 || n > OBM_PACK_MAX_TASKS) {
         return obm__fail(err, OBM_E_FORMAT, "%s: %zu experts, expected 1 to %d", where, n, OBM_PACK_MAX_TASKS);
     }
-    if (!(p->experts = obm__calloc(n, sizeof *p->experts))) return obm__fail_nomem(err, n * sizeof *p->experts);
-    OBM_TRY(fill_tensors(p, experts, err));
-    for (size_t i = 0; i < n; i++) OBM_TRY(load_expert(p, obm__json_at(experts, i), where, err));
+    OBM_TRY(load_experts(p, experts, (range){0, n}, where, err));
     return obm__router_load(p, &p->router, err);
 }
 
-obm_status obm__pack_load(obm_context *ctx, const char *path, obm_json *manifest, obm_checkpoint *base, obm_pack **out,
-                          obm_error *err) {
+static obm_status load(obm_context *ctx, const char *path, obm_json *manifest, size_t only, obm_checkpoint *base,
+                       obm_pack **out, obm_error *err) {
     obm_pack *p = obm__calloc(1, sizeof *p);
     if (!p) return obm__fail_nomem(err, sizeof *p);
     *p = (obm_pack){.ctx = ctx, .path = obm__strdup(path), .manifest = manifest, .base = base};
     char *where = p->path ? obm__path_join(path, OBM_PACK_MANIFEST) : NULL;
-    obm_status status = where ? load_all(p, where, err) : obm__fail_nomem(err, strlen(path));
+    obm_status status = where ? load_parts(p, only, where, err) : obm__fail_nomem(err, strlen(path));
     obm_free(where);
     if (status == OBM_OK) {
         *out = p;
@@ -373,6 +387,16 @@ obm_status obm__pack_load(obm_context *ctx, const char *path, obm_json *manifest
     }
     obm__pack_unload(p);
     return status;
+}
+
+obm_status obm__pack_load(obm_context *ctx, const char *path, obm_json *manifest, obm_checkpoint *base, obm_pack **out,
+                          obm_error *err) {
+    return load(ctx, path, manifest, ALL, base, out, err);
+}
+
+obm_status obm__pack_load_one(obm_context *ctx, const char *path, obm_json *manifest, size_t expert,
+                              obm_checkpoint *base, obm_pack **out, obm_error *err) {
+    return load(ctx, path, manifest, expert, base, out, err);
 }
 
 void obm__pack_unload(obm_pack *p) {

@@ -85,7 +85,10 @@ typedef struct obm__expert_request {
 } obm__expert_request;
 /* The caller's array, whose elements may be of another size, into one of ours: (n).  Strings and maps stay borrowed. */
 obm_status obm__experts_read(const obm_expert *given, size_t n, obm_expert *own, obm_error *err);
+bool obm__is_task_name(const char *s);
 obm_status obm__expert_check(const obm_expert *e, obm_error *err);   /* name and fields, before anything is read */
+/* Its checkpoint.  ARG for one that a pack holds already: a plane of planes would pass for the model's own. */
+obm_status obm__expert_open(obm_context *ctx, const obm_expert *e, obm_checkpoint **out, obm_error *err);
 uint64_t obm__checkpoint_bytes(const obm_checkpoint *c);
 uint64_t obm__expert_bytes(const obm_checkpoint *base, const obm_checkpoint *expert);   /* what its progress counts */
 /* Compresses into a file of the folder; *record (owned; untouched in a dry run) is its member of "experts". */
@@ -137,6 +140,13 @@ const obm_json *obm__text_record(const obm_json *record, obm__text_file f);
 
 /* Checks the manifest against the base and the files.  On success the pack owns manifest and base. */
 obm_status obm__pack_load(obm_context *ctx, const char *path, obm_json *manifest, obm_checkpoint *base, obm_pack **out, obm_error *err);
+/* With one expert alone, without settings and router: everything but that expert's part of the manifest is left unread. */
+obm_status obm__pack_load_one(obm_context *ctx, const char *path, obm_json *manifest, size_t expert, obm_checkpoint *base,
+                              obm_pack **out, obm_error *err);
+/* The file of an expert's record, whose length is checked; nothing in it is but what safetensors asks. */
+obm_status obm__pack_open_file(const char *dir, const obm_json *record, const char *where, obm__safetensors **out, obm_error *err);
+/* pack.json of a folder, parsed; its format and version are checked.  xxh3 of its bytes. */
+obm_status obm__manifest_read(const char *dir, obm_json **out, char xxh3[33], obm_error *err);
 /* Frees everything but manifest and base. */
 void obm__pack_unload(obm_pack *p);
 

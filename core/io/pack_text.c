@@ -25,6 +25,23 @@ static const struct {
 
 const char *obm__text_file_name(obm__text_file f) { return files[f].name; }
 
+bool obm__text_is_own(const obm__pack_text *t, obm__text_file f) {
+    return f <= OBM_TEXT_ADDED ? t->tokenizer : f <= OBM_TEXT_TEMPLATE ? t->template_ : t->eos != NULL;
+}
+
+const char *obm__text_derived(size_t i) {
+    static const char *const names[] = {"vocab.json", "merges.txt", "tokenizer.model"};
+    return i < sizeof names / sizeof *names ? names[i] : NULL;
+}
+
+bool obm__text_set_eos(const obm__pack_text *t, obm_json *config) {
+    if (t->n_eos == 1) return obm__json_set(config, "eos_token_id", obm__json_new_int(t->eos[0]));
+    obm_json *list = obm__json_new_array();
+    bool ok = list != NULL;
+    for (size_t i = 0; i < t->n_eos; i++) ok = ok && obm__json_append(list, obm__json_new_int(t->eos[i]));
+    return obm__json_set(config, "eos_token_id", list) && ok;
+}
+
 bool obm__text_owns(const char *file) {
     size_t n = strlen(file);
     for (int f = 0; f < OBM_TEXT_FILES; f++) {
@@ -328,7 +345,8 @@ static obm_status load_parts(const obm_json *record, const char *dir, const char
     out->template_ = out->paths[OBM_TEXT_CONFIG] || out->paths[OBM_TEXT_TEMPLATE];
     if (!eos) return OBM_OK;
     if (obm__json_kind(eos) != OBM_JSON_ARRAY)
-        return obm__fail(err, OBM_E_FORMAT, "%s: \"eos\": expected an array, found %s", where, obm__json_kind_name(eos));
+        return obm__fail(err, OBM_E_FORMAT, "%s: \"eos\": expected an array, found %s", where,
+                         obm__json_kind_name(eos));
     return load_eos(eos, where, out, err);
 }
 

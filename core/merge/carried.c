@@ -22,13 +22,25 @@ static bool put_text(obm__carried *c, const char *name, const char *text) {
     return true;
 }
 
-/* From another folder; directory NULL: the result has no such file. */
-static bool put_instead(obm__carried *c, const char *name, const char *directory) {
-    char *path = directory ? obm__path_join(directory, name) : NULL;
-    if (directory && !own(c, path)) return false;
+/* From another place; texts NULL: the result has no such file. */
+static bool put_instead(obm__carried *c, const char *name, const obm__texts *texts) {
+    char *path = NULL;
+    if (texts && !obm__texts_find(texts, name, &path)) return false;
+    if (path) own(c, path);
     c->instead[c->n_instead][0] = name;
     c->instead[c->n_instead++][1] = path;
     return true;
+}
+
+/* What an expert brings whose config counts; with a vocabulary, only what that leaves open. */
+static bool carry_own(const obm__texts *texts, bool vocabulary, obm__carried *c) {
+    bool ok = true;
+    for (int f = vocabulary ? OBM_TEXT_GENERATION : 0; ok && f < OBM_TEXT_FILES; f++)
+        if (obm__text_is_own(texts->own, (obm__text_file)f))
+            ok = put_instead(c, obm__text_file_name((obm__text_file)f), texts);
+    for (size_t i = 0; ok && !vocabulary && texts->own->tokenizer && obm__text_derived(i); i++)
+        ok = put_instead(c, obm__text_derived(i), NULL);
+    return ok;
 }
 
 static bool carry_vocabulary(const obm__vocabulary *v, obm__carried *c) {
@@ -37,9 +49,10 @@ static bool carry_vocabulary(const obm__vocabulary *v, obm__carried *c) {
     /* Forms of the old vocabulary; tokenizer.json says all they say. */
     static const char *const legacy[] = {"vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"};
     bool changed = obm__vocabulary_changed(v), ok = true;
-    const char *directory = obm__vocabulary_directory(v), *config = obm__vocabulary_config(v);
-    for (size_t i = 0; ok && i < OBM_COUNT(kept); i++) ok = put_instead(c, kept[i], directory);
-    for (size_t i = 0; ok && i < OBM_COUNT(legacy); i++) ok = put_instead(c, legacy[i], changed ? NULL : directory);
+    const char *config = obm__vocabulary_config(v);
+    obm__texts texts = obm__vocabulary_texts(v);
+    for (size_t i = 0; ok && i < OBM_COUNT(kept); i++) ok = put_instead(c, kept[i], &texts);
+    for (size_t i = 0; ok && i < OBM_COUNT(legacy); i++) ok = put_instead(c, legacy[i], changed ? NULL : &texts);
     if (ok && changed) ok = put_text(c, kept[0], obm__vocabulary_tokenizer(v));
     return ok && (!config || put_text(c, kept[1], config));
 }
@@ -47,17 +60,20 @@ static bool carry_vocabulary(const obm__vocabulary *v, obm__carried *c) {
 /* Newer versions of transformers read the .jinja file, older ones the config. */
 static obm_status carry_template(const obm__job *j, const char *template, obm__carried *c, obm_error *err) {
     const obm__vocabulary *v = j->vocabulary;
-    const char *directory = v ? obm__vocabulary_directory(v) : j->inputs[j->donor].model->directory,
-               *text = v ? obm__vocabulary_config(v) : NULL;
-    char *path = obm__path_join(directory, "tokenizer_config.json"), *written = NULL;
+    const char *text = v ? obm__vocabulary_config(v) : NULL;
+    obm__texts texts = v ? obm__vocabulary_texts(v) : obm__input_texts(&j->inputs[j->donor]);
+    const char *directory = texts.directory;
+    char *path, *written = NULL;
     obm_json *config = NULL;
-    obm_status status = path ? OBM_OK : obm__fail_nomem(err, strlen(directory));
+    bool found = obm__texts_find(&texts, "tokenizer_config.json", &path);
+    obm_status status = found ? OBM_OK : obm__fail_nomem(err, strlen(directory));
     if (status == OBM_OK && text)
-        status = obm__json_parse(text, strlen(text), path, &config, err);
-    else if (status == OBM_OK && obm__file_exists(path))
+        status = obm__json_parse(text, strlen(text), "tokenizer_config.json", &config, err);
+    else if (status == OBM_OK && path && obm__file_exists(path))
         status = obm__json_load(path, &config, err);
     if (status == OBM_OK && config && obm__json_kind(config) != OBM_JSON_OBJECT)
-        status = obm__fail(err, OBM_E_FORMAT, "%s: expected an object, found %s", path, obm__json_kind_name(config));
+        status = obm__fail(err, OBM_E_FORMAT, "%s: expected an object, found %s", path ? path : "tokenizer_config.json",
+                           obm__json_kind_name(config));
     bool ok = status == OBM_OK && put_text(c, "chat_template.jinja", template);
     if (ok && config) {
         ok = obm__json_set(config, "chat_template", obm__json_new_string(template)) &&
@@ -75,7 +91,10 @@ static obm_status carry_template(const obm__job *j, const char *template, obm__c
 obm_status obm__carried_new(const obm__job *j, obm__carried *out, obm_error *err) {
     obm__carried c = {0};
     char *template = NULL;
-    obm_status status = !j->vocabulary || carry_vocabulary(j->vocabulary, &c) ? OBM_OK : obm__fail_nomem(err, sizeof c);
+    obm__texts texts = obm__input_texts(&j->inputs[j->donor]);
+    bool ok = !texts.own || carry_own(&texts, j->vocabulary != NULL, &c);
+    ok = ok && (!j->vocabulary || carry_vocabulary(j->vocabulary, &c));
+    obm_status status = ok ? OBM_OK : obm__fail_nomem(err, sizeof c);
     if (status == OBM_OK) status = obm__chat_template(j, &template, err);
     if (status == OBM_OK && template) status = carry_template(j, template, &c, err);
     obm_free(template);

@@ -44,13 +44,14 @@ const char *obm__chat_named(const char *name) {
 /* ---- what the models have ---- */
 
 /* *out is owned, NULL without a template; surrounding space does not count. */
-static obm_status read_template(const char *directory, char **out, obm_error *err) {
-    char *jinja = obm__path_join(directory, "chat_template.jinja"),
-         *path = obm__path_join(directory, "tokenizer_config.json"), *text = NULL;
-    obm_status status = jinja && path ? OBM_OK : obm__fail_nomem(err, strlen(directory));
-    if (status == OBM_OK && obm__file_exists(jinja)) {
+static obm_status read_template(const obm__texts *texts, char **out, obm_error *err) {
+    char *jinja = NULL, *path = NULL, *text = NULL;
+    bool found_all =
+        obm__texts_find(texts, "chat_template.jinja", &jinja) && obm__texts_find(texts, "tokenizer_config.json", &path);
+    obm_status status = found_all ? OBM_OK : obm__fail_nomem(err, strlen(texts->directory));
+    if (status == OBM_OK && jinja && obm__file_exists(jinja)) {
         status = obm__file_read(jinja, &text, NULL, err);
-    } else if (status == OBM_OK && obm__file_exists(path)) {
+    } else if (status == OBM_OK && path && obm__file_exists(path)) {
         obm_json *config = NULL;
         status = obm__json_load(path, &config, err);
         const char *found = status == OBM_OK ? obm__chat_pick(obm__json_get(config, "chat_template")) : NULL;
@@ -69,14 +70,22 @@ static obm_status read_template(const char *directory, char **out, obm_error *er
     return status;
 }
 
+/* A template that an expert's files lack is the base's. */
+static obm_status template_of(const obm__input *in, char **out, obm_error *err) {
+    obm__texts texts = obm__input_texts(in);
+    OBM_TRY(read_template(&texts, out, err));
+    if (*out || !texts.own) return OBM_OK;
+    texts.own = NULL;
+    return read_template(&texts, out, err);
+}
+
 /* The one that most inputs have; of equals the first. */
 static obm_status most_common(const obm__job *j, char **out, obm_error *err) {
     size_t n = j->n_inputs, best = 0, most = 0;
     char **all = obm__calloc(n, sizeof *all);
     if (!all) return obm__fail_nomem(err, n * sizeof *all);
     obm_status status = OBM_OK;
-    for (size_t i = 0; status == OBM_OK && i < n; i++)
-        status = read_template(j->inputs[i].model->directory, &all[i], err);
+    for (size_t i = 0; status == OBM_OK && i < n; i++) status = template_of(&j->inputs[i], &all[i], err);
     for (size_t i = 0; status == OBM_OK && i < n; i++) {
         size_t count = 0;
         for (size_t k = 0; all[i] && *all[i] && k < n; k++) count += all[k] && !strcmp(all[i], all[k]);

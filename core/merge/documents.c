@@ -173,9 +173,10 @@ static obm_status plan_tokenizer(const obm__job *j, obm__stage *part, obm_error 
         part->tokenizer = obm__strdup(text);
         return part->tokenizer ? OBM_OK : obm__fail_nomem(err, strlen(text));
     }
-    char *path = obm__path_join(donor->directory, "tokenizer.json");
-    if (!path) return obm__fail_nomem(err, strlen(donor->directory));
-    obm_status status = obm__file_exists(path) ? obm__file_read(path, &part->tokenizer, NULL, err) : OBM_OK;
+    obm__texts texts = obm__input_texts(&j->inputs[j->donor]);
+    char *path;
+    if (!obm__texts_find(&texts, "tokenizer.json", &path)) return obm__fail_nomem(err, strlen(donor->directory));
+    obm_status status = path && obm__file_exists(path) ? obm__file_read(path, &part->tokenizer, NULL, err) : OBM_OK;
     obm_free(path);
     return status;
 }

@@ -28,26 +28,25 @@ static const obm_tensor *tensor_of(const obm__group *g, size_t model) {
     return model == BASE ? g->base : &g->models[model];
 }
 
-static const obm__lowrank *lora_of(const obm__group *g, size_t model) {
-    return model == BASE ? g->base_lora : g->loras ? g->loras[model] : NULL;
+static const obm__pair *change_of(const obm__group *g, size_t model) {
+    return model == BASE ? g->base_change : g->changes ? g->changes[model] : NULL;
 }
 
-/* With an adapter the value is f32(tensor + d), which is rounded to the working dtype like a tensor of F32. */
+/* With a change the value is f32(tensor + d), which is rounded to the working dtype like a tensor of F32. */
 static void read_input(const obm_kernels *k, const obm__group *g, size_t model, uint64_t begin, size_t n, float *out,
                        float *scratch) {
     const obm_tensor *t = tensor_of(g, model);
-    const obm__lowrank *lora = lora_of(g, model);
+    const obm__pair *change = change_of(g, model);
     if (g->rows) {
         obm__rows_read(k, g->rows, model == BASE ? 0 : model + (g->base != NULL), begin, n, out, scratch);
         round_to(k, g->work, out, n, scratch);
         return;
     }
-    obm__widen(k, t, (int64_t)begin, (int64_t)n, out);
-    if (lora) {
-        obm__lowrank_read(k, lora, (int64_t)begin, (int64_t)n, scratch);
-        for (size_t i = 0; i < n; i++) out[i] += scratch[i];
-    }
-    if (lora || t->dtype != g->work) round_to(k, g->work, out, n, scratch);
+    if (change)
+        obm__pair_values(k, change, (int64_t)begin, (int64_t)n, out, scratch);
+    else
+        obm__widen(k, t, (int64_t)begin, (int64_t)n, out);
+    if (change || t->dtype != g->work) round_to(k, g->work, out, n, scratch);
 }
 
 void obm__group_base(const obm_kernels *k, const obm__group *g, uint64_t begin, size_t n, float *base, float *scratch) {
@@ -55,15 +54,15 @@ void obm__group_base(const obm_kernels *k, const obm__group *g, uint64_t begin, 
 }
 
 /* bf16 as it is in the files, at an address that a uint16_t may have, or nothing. */
-static bool is_plain(const obm__group *g, const obm_tensor *t, const obm__lowrank *lora) {
-    return !t || (t->dtype == OBM_BF16 && !lora && !g->rows && (uintptr_t)t->data % 2 == 0);
+static bool is_plain(const obm__group *g, const obm_tensor *t, const obm__pair *change) {
+    return !t || (t->dtype == OBM_BF16 && !change && !g->rows && (uintptr_t)t->data % 2 == 0);
 }
 
 /* The delta comes straight from the files' bytes, and the lane of the base is not looked at. */
 bool obm__group_is_plain(const obm__group *g, size_t model) {
     bool delta = g->steps->deltas && g->base;
-    return (g->work == OBM_BF16 || g->work == OBM_F32) && is_plain(g, tensor_of(g, model), lora_of(g, model)) &&
-           is_plain(g, delta ? g->base : NULL, delta ? g->base_lora : NULL);
+    return (g->work == OBM_BF16 || g->work == OBM_F32) && is_plain(g, tensor_of(g, model), change_of(g, model)) &&
+           is_plain(g, delta ? g->base : NULL, delta ? g->base_change : NULL);
 }
 
 size_t obm__group_trimmed(const obm_kernels *k, const obm__group *g, size_t model, uint64_t begin, size_t n,
@@ -88,9 +87,12 @@ size_t obm__group_delta(const obm_kernels *k, const obm__group *g, size_t model,
     return obm__group_trimmed(k, g, model, begin, n, base, 0, d, scratch);
 }
 
-static void release_tensor(const obm_tensor *t, uint64_t begin, uint64_t n) {
+static void release_tensor(const obm_tensor *t, const obm__pair *change, uint64_t begin, uint64_t n) {
     size_t size = obm_dtype_size(t->dtype);
-    obm__pages_release((const char *)t->data + begin * size, (size_t)n * size);
+    if (change)
+        obm__pair_release(change, (int64_t)begin, (int64_t)n);
+    else
+        obm__pages_release((const char *)t->data + begin * size, (size_t)n * size);
 }
 
 static void populate_tensor(const obm_tensor *t, uint64_t begin, uint64_t end) {
@@ -101,21 +103,22 @@ static void populate_tensor(const obm_tensor *t, uint64_t begin, uint64_t end) {
 void obm__group_populate(const obm__group *g, size_t model, uint64_t begin, uint64_t end) {
     if (end > g->count) end = g->count;
     if (g->rows || !g->mapped || begin >= end) return;
-    if (g->base) populate_tensor(g->base, begin, end);
+    if (g->base && !change_of(g, BASE)) populate_tensor(g->base, begin, end);
     for (size_t i = 0; i < g->steps->n; i++)
-        if (model == SIZE_MAX || model == i) populate_tensor(&g->models[i], begin, end);
+        if ((model == SIZE_MAX || model == i) && !change_of(g, i)) populate_tensor(&g->models[i], begin, end);
 }
 
 /* Rows lie anywhere in their tensors, so all pages of these go. */
 static void release_rows(const obm__rows *r) {
-    for (size_t i = 0; i < r->n; i++) obm__pages_release(r->sources[i].data, (size_t)obm__tensor_bytes(&r->sources[i]));
+    for (size_t i = 0; i < r->n; i++)
+        release_tensor(&r->sources[i], r->changes[i], 0, (uint64_t)obm_tensor_count(&r->sources[i]));
 }
 
 void obm__group_release(const obm__group *g, uint64_t begin, uint64_t n) {
     if (g->rows && g->mapped) release_rows(g->rows);
     if (g->rows || !g->mapped) return;
-    if (g->base) release_tensor(g->base, begin, n);
-    for (size_t i = 0; i < g->steps->n; i++) release_tensor(&g->models[i], begin, n);
+    if (g->base) release_tensor(g->base, change_of(g, BASE), begin, n);
+    for (size_t i = 0; i < g->steps->n; i++) release_tensor(&g->models[i], change_of(g, i), begin, n);
 }
 
 /* True if element `index` of one input alone is at fault; the message then names whose it is. */

@@ -3,6 +3,7 @@
 #ifndef OBM_JOB_H
 #define OBM_JOB_H
 
+#include "../io/pack.h"
 #include "recipe.h"
 
 /* A model, and the adapter on it where the recipe has one. */
@@ -27,11 +28,11 @@ typedef struct obm__slice_plan {
 typedef struct obm__output {
     char *name; /* owned */
     const obm__slice_plan *slice;
-    obm_dtype dtype;            /* written */
-    bool copy;                  /* not a float tensor: carried over if all inputs agree */
-    int64_t layer;              /* within the slice, -1: in none */
-    obm_tensor *tensors;        /* (slice->n), views */
-    const obm__lowrank **loras; /* (slice->n): what an adapter adds, NULL without */
+    obm_dtype dtype;           /* written */
+    bool copy;                 /* not a float tensor: carried over if all inputs agree */
+    int64_t layer;             /* within the slice, -1: in none */
+    obm_tensor *tensors;       /* (slice->n), views */
+    const obm__pair **changes; /* (slice->n): what an adapter or a pack changes, NULL without */
     obm__steps steps;
     obm__group group;
     obm__rows *rows; /* of a built vocabulary, else NULL; the shapes of `tensors` are then the result's; owned */
@@ -65,7 +66,7 @@ typedef struct obm__job {
     size_t n_outputs;
     obm__vocabulary *vocabulary; /* NULL: the donor's, which all inputs have */
     obm_tensor *tensors;         /* (n_outputs, widest), of each output's inputs */
-    const obm__lowrank **loras;  /* (n_outputs, widest) */
+    const obm__pair **changes;   /* (n_outputs, widest) */
     uint64_t tile;               /* elements */
 } obm__job;
 
@@ -77,22 +78,31 @@ obm_status obm__job_outputs(obm__job *j, obm_error *err);
 bool obm__job_whole_model(const obm__job *j);
 void obm__job_clear(obm__job *j);
 
-/* Where the model of a reference lies; *model is the input or planned document it is, else NULL.  *directory is
- * owned. */
-obm_status obm__job_find_folder(const obm__job *j, const char *ref, char **directory, const obm_checkpoint **model,
-                                obm_error *err);
+/* Where the small files of a model are: in a folder, but for those that an expert brings in its pack.  Views. */
+typedef struct obm__texts {
+    const char *directory;
+    const obm__pack_text *own; /* nullable */
+} obm__texts;
+obm__texts obm__input_texts(const obm__input *in);
+/* *path owned, NULL if there can be no such file, else it need not be there; false: out of memory. */
+bool obm__texts_find(const obm__texts *t, const char *name, char **path);
+/* Those of the model of a reference; *model is the input or planned document it is, else NULL.  *directory is what
+ * out->directory is, owned. */
+obm_status obm__job_find_texts(const obm__job *j, const char *ref, obm__texts *out, char **directory,
+                               const obm_checkpoint **model, obm_error *err);
 bool obm__input_has_head(const obm__input *in); /* of its own, not the embedding */
-/* False without such a tensor.  *t is a view, of the adapter's tensor where that takes the model's place; *lora is
- * borrowed, and set only for an input with an adapter: NULL where no factors change the tensor. */
-bool obm__input_find(const obm__input *in, const char *name, obm_tensor *t, const obm__lowrank **lora);
+/* Rows of its embedding where they are not the model's below it, else 0. */
+int64_t obm__input_own_rows(const obm__input *in);
+/* *change: its values are to be read from there, t has shape and dtype alone; else untouched. */
+bool obm__input_find(const obm__input *in, const char *name, obm_tensor *t, const obm__pair **change);
 /* ---- vocabularies (vocabulary.c) ---- */
 
 /* From the inputs' tokenizers, by the recipe's rules.  Errors: NOTFOUND (a tokenizer, a token), FORMAT, UNSUPPORTED. */
 obm_status obm__vocabulary_new(const obm__job *j, obm__vocabulary **out, obm_error *err);
 void obm__vocabulary_free(obm__vocabulary *v, size_t n_inputs);
 size_t obm__vocabulary_rows_count(const obm__vocabulary *v);
-const char *obm__vocabulary_directory(const obm__vocabulary *v); /* whose tokenizer files the result takes */
-bool obm__vocabulary_changed(const obm__vocabulary *v);          /* but for these two: */
+obm__texts obm__vocabulary_texts(const obm__vocabulary *v); /* whose tokenizer files the result takes */
+bool obm__vocabulary_changed(const obm__vocabulary *v);     /* but for these two: */
 const char *obm__vocabulary_tokenizer(const obm__vocabulary *v);
 const char *obm__vocabulary_config(const obm__vocabulary *v); /* nullable: that folder's */
 /* Of which token is which row of which input, for a record of the job. */
@@ -105,9 +115,9 @@ obm_status obm__vocabulary_rows(const obm__job *j, const obm__vocabulary *v, obm
 /* ---- small files (carried.c, chat.c) ---- */
 
 typedef struct obm__carried {
-    const char *instead[8][2], *texts[3][2]; /* as obm__model_writer_options has them */
+    const char *instead[16][2], *texts[3][2]; /* as obm__model_writer_options has them */
     size_t n_instead, n_texts, n_owned;
-    char *owned[16];
+    char *owned[24];
 } obm__carried;
 obm_status obm__carried_new(const obm__job *j, obm__carried *out, obm_error *err);
 void obm__carried_clear(obm__carried *c);

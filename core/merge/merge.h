@@ -208,10 +208,10 @@ typedef struct obm__row {
 /* The inputs of a group, base first, as tensors of (rows, cols) whose rows come from their own and each other's. */
 typedef struct obm__rows {
     size_t n;
-    obm_tensor *sources;        /* (n), as they are in the files; owned, as are: */
-    const obm__lowrank **loras; /* (n): of those with an adapter, else NULL */
-    obm__row *maps;             /* (n, rows) */
-    uint64_t *means;            /* (n_means): the rows that are the mean of what the inputs have there */
+    obm_tensor *sources;       /* (n), as they are in the files; owned, as are: */
+    const obm__pair **changes; /* (n), or NULL: what is read instead */
+    obm__row *maps;            /* (n, rows) */
+    uint64_t *means;           /* (n_means): the rows that are the mean of what the inputs have there */
     size_t n_means;
     uint64_t rows, filled, cols; /* rows behind `filled` are the mean of those before, for each input */
     float *made;                 /* (n_means, then n if there is padding; cols) */
@@ -228,8 +228,8 @@ struct obm__group {
     const char *name;         /* feeds the random masks; "" for a nameless tensor */
     const obm_tensor *base;   /* NULL for methods without one */
     const obm_tensor *models; /* (steps->n) */
-    const obm__lowrank *base_lora,
-        *const *loras;     /* what adapters add to base and models; NULL, or (steps->n) of them or NULL */
+    const obm__pair *base_change,
+        *const *changes;   /* what base and models are read from instead; NULL, or (steps->n) of them or NULL */
     const obm__rows *rows; /* nullable: what base and models are read through, then they have no data of their own */
     const char *base_label, *const *labels; /* for messages, nullable */
     obm_dtype work; /* what inputs, and in the mergekit profile deltas, are rounded to; F32: nothing is */

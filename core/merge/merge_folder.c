@@ -143,9 +143,12 @@ static obm_status build_config(const obm__job *j, obm_json **out, obm_error *err
     *out = NULL;
     if (!source) return OBM_OK;
     obm_json *config = obm__json_copy(source);
-    size_t rows = j->vocabulary ? obm__vocabulary_rows_count(j->vocabulary) : 0;
+    const obm__input *donor = &j->inputs[j->donor];
+    const obm__pack_text *own = obm__input_texts(donor).own;
+    size_t rows = j->vocabulary ? obm__vocabulary_rows_count(j->vocabulary) : (size_t)obm__input_own_rows(donor);
     bool fine = config && set_dtype(config, common_config_dtype(j)) && set_layers(j, config);
     if (fine && rows) fine = obm__text_config_set(config, "vocab_size", obm__json_new_int((int64_t)rows));
+    if (fine && own && own->eos) fine = obm__text_set_eos(own, config);
     /* transformers ties by default where the key is absent, so a written head needs an explicit false. */
     if (fine && j->writes_head) fine = obm__config_untie(config);
     if (fine) {

@@ -7,10 +7,23 @@
 
 /* ---- opening ---- */
 
+static bool is_local(const char *path) { return obm__source_is_local(path) || obm__member_split(NULL, path); }
+
+/* org/name, or org/name:task. */
+static bool is_hub_name(const char *name) {
+    char pack[256];
+    const char *colon = strrchr(name, ':');
+    size_t n = colon ? (size_t)(colon - name) : strlen(name);
+    if (n >= sizeof pack) return false;
+    memcpy(pack, name, n);
+    pack[n] = 0;
+    return obm__source_is_name(pack);
+}
+
 /* In the recipe's folder, or a name of the hub.  Owned. */
 static char *place_of(const obm__job *j, const char *name) {
     char *path = j->directory && name[0] != '/' ? obm__path_join(j->directory, name) : obm__strdup(name);
-    bool by_name = path && obm__source_is_name(name) && !obm__source_is_local(path) && !obm__source_is_local(name);
+    bool by_name = path && is_hub_name(name) && !is_local(path) && !is_local(name);
     if (!by_name || !j->ctx->resolve) return path;
     obm_free(path);
     return obm__strdup(name);
@@ -18,7 +31,7 @@ static char *place_of(const obm__job *j, const char *name) {
 
 static bool is_here(const obm__job *j, const char *ref) {
     char *path = place_of(j, ref);
-    bool here = path && obm__source_is_local(path);
+    bool here = path && is_local(path);
     obm_free(path);
     return here;
 }
@@ -63,18 +76,36 @@ static obm_status open_sum(const obm__job *j, const char *ref, const char *plus,
         return obm__fail(err, OBM_E_ARG, "recipe: \"%.300s\": expected MODEL or MODEL+ADAPTER", ref);
     OBM_TRY(open_path(j, ref, (size_t)(plus - ref), &in->model, err));
     OBM_TRY(open_path(j, plus + 1, strlen(plus + 1), &in->adapter, err));
-    if (in->adapter->adapter) return OBM_OK;
+    if (obm__checkpoint_is_change(in->adapter)) return OBM_OK;
     return obm__fail(err, OBM_E_ARG, "recipe: \"%.300s\": expected a LoRA adapter behind the +, found a model", ref);
 }
 
-/* An adapter by itself stands for the recipe's base with it. */
+/* A model by itself, which others can be put on. */
+static bool is_plain(const obm__job *j, const char *base) {
+    char *path = place_of(j, base);
+    bool plain = path && !obm__member_split(j->ctx, path) && (!strchr(base, '+') || is_here(j, base));
+    obm_free(path);
+    return plain;
+}
+
+/* A change by itself stands for the recipe's base with it; an expert of a pack knows its base, too. */
 static obm_status add_base_below(const obm__job *j, const char *ref, obm__input *in, obm_error *err) {
     const char *base = j->recipe->base;
-    if (!base || !strcmp(base, ref) || (strchr(base, '+') && !is_here(j, base)))
+    bool found = base && !obm__recipe_same_ref(base, ref) && is_plain(j, base);
+    if (!found && !in->model->member)
         return obm__fail(err, OBM_E_ARG, "recipe: %.300s is a LoRA adapter: write MODEL+%.300s", ref, ref);
     in->adapter = in->model;
     in->model = NULL;
-    return open_path(j, base, strlen(base), &in->model, err);
+    return found ? open_path(j, base, strlen(base), &in->model, err) : obm__member_base(in->adapter, &in->model, err);
+}
+
+/* Whether a base is the pack's shows in its contents, which an output does not have yet while all is planned. */
+static obm_status check_below(const obm__job *j, const obm__input *in, obm_error *err) {
+    bool planned = false;
+    for (size_t i = 0; i < j->n_parts; i++) planned |= j->parts[i].planned == in->model;
+    if (!planned || !in->adapter || !in->adapter->member) return OBM_OK;
+    return obm__fail(err, OBM_E_UNSUPPORTED,
+                     "recipe: %.300s goes with the base of its pack, not with the output of another document", in->ref);
 }
 
 /* What names of tensors have room for; sums over slices stay far from overflow. */
@@ -99,8 +130,9 @@ static obm_status open_input(obm__job *j, const char *ref, obm_error *err) {
     const char *plus = is_here(j, ref) ? NULL : strchr(ref, '+');
     in->ref = ref;
     OBM_TRY(plus ? open_sum(j, ref, plus, in, err) : open_path(j, ref, strlen(ref), &in->model, err));
-    if (!in->adapter && in->model->adapter) OBM_TRY(add_base_below(j, ref, in, err));
+    if (!in->adapter && obm__checkpoint_is_change(in->model)) OBM_TRY(add_base_below(j, ref, in, err));
     OBM_TRY(obm__checkpoint_is_model(in->model, "the model below another", err));
+    OBM_TRY(check_below(j, in, err));
     in->layers = count_layers(in->model);
     return in->adapter ? obm_task_vector_new(in->model, in->adapter, &in->v, err) : OBM_OK;
 }
@@ -169,28 +201,62 @@ static obm_status open_slices(obm__job *j, obm_error *err) {
     return OBM_OK;
 }
 
-obm_status obm__job_find_folder(const obm__job *j, const char *ref, char **directory, const obm_checkpoint **model,
-                                obm_error *err) {
+/* ---- their small files ---- */
+
+obm__texts obm__input_texts(const obm__input *in) {
+    const obm_pack *pack = in->v ? in->v->pack : NULL;
+    return (obm__texts){in->model->directory, pack ? &pack->experts[0].text : NULL};
+}
+
+bool obm__texts_find(const obm__texts *t, const char *name, char **path) {
+    const obm__pack_text *own = t->own;
+    *path = NULL;
+    for (size_t i = 0; own && own->tokenizer && obm__text_derived(i); i++)
+        if (!strcmp(obm__text_derived(i), name)) return true;
+    for (int f = 0; own && f < OBM_TEXT_FILES; f++) {
+        if (strcmp(obm__text_file_name((obm__text_file)f), name) || !obm__text_is_own(own, (obm__text_file)f)) continue;
+        return !own->paths[f] || (*path = obm__strdup(own->paths[f]));
+    }
+    return (*path = obm__path_join(t->directory, name)) != NULL;
+}
+
+/* Of a model that is none of the inputs. */
+static obm_status find_elsewhere(const obm__job *j, const char *ref, char *name, char **directory, obm_error *err) {
+    const obm__stage *part = find_part(j, name);
+    if (!part) drop_revision(j, name);
+    char *path = part ? obm__strdup(part->path) : place_of(j, name);
+    if (!path) return obm__fail_nomem(err, strlen(ref));
+    obm_status status = obm__member_split(j->ctx, path)
+                            ? obm__fail(err, OBM_E_ARG, "recipe: tokenizer: %.200s is not among the models", ref)
+                            : obm__source_find(j->ctx, path, directory, err);
+    obm_free(path);
+    return status;
+}
+
+obm_status obm__job_find_texts(const obm__job *j, const char *ref, obm__texts *out, char **directory,
+                               const obm_checkpoint **model, obm_error *err) {
     *model = NULL;
-    for (size_t i = 0; i < j->n_inputs; i++)
-        if (obm__recipe_same_ref(j->inputs[i].ref, ref)) *model = j->inputs[i].model;
+    *out = (obm__texts){0};
+    for (size_t i = 0; i < j->n_inputs; i++) {
+        if (!obm__recipe_same_ref(j->inputs[i].ref, ref)) continue;
+        *model = j->inputs[i].model;
+        *out = obm__input_texts(&j->inputs[i]);
+    }
     char *name = obm__strndup(ref, is_here(j, ref) ? strlen(ref) : strcspn(ref, "+"));
     if (!name) return obm__fail_nomem(err, strlen(ref));
     const obm__stage *part = find_part(j, name);
     if (part && !part->done) *model = part->planned;
-    if (!part) drop_revision(j, name);
-    char *path = *model ? obm__strdup((*model)->directory) : part ? obm__strdup(part->path) : place_of(j, name);
-    obm_status status = path ? OBM_OK : obm__fail_nomem(err, strlen(ref));
-    if (status == OBM_OK && *model) {
-        *directory = path;
-        path = NULL;
-    } else if (status == OBM_OK) {
-        status = obm__source_find(j->ctx, path, directory, err);
-    }
-    obm_free(path);
+    obm_status status = OBM_OK;
+    if (!*model)
+        status = find_elsewhere(j, ref, name, directory, err);
+    else if (!(*directory = obm__strdup((*model)->directory)))
+        status = obm__fail_nomem(err, strlen(ref));
     obm_free(name);
+    if (status == OBM_OK) out->directory = *directory;
     return status;
 }
+
+/* ---- what must agree ---- */
 
 static const char *model_type(const obm_checkpoint *c) {
     return obm__json_string(obm__json_get(c->config, "model_type"));
@@ -224,7 +290,9 @@ obm_status obm__job_open(obm__job *j, obm_error *err) {
 
 /* ---- tensors of an input ---- */
 
-static bool is_changed(const obm__pair *p) { return p && (p->lora || p->expert.data != p->base.data); }
+static bool is_a_change(const obm__pair *p) { return p->lora || p->planes || p->extra; }
+
+static bool is_changed(const obm__pair *p) { return p && (is_a_change(p) || p->expert.data != p->base.data); }
 
 static const obm__pair *pair_of(const obm__input *in, const char *name) {
     return obm__task_vector_find(in->v, name, NULL);
@@ -237,18 +305,23 @@ bool obm__input_has_head(const obm__input *in) {
     return head && (!in->model->tied || is_changed(head) || is_changed(pair_of(in, OBM_EMBEDDING_NAME)));
 }
 
+int64_t obm__input_own_rows(const obm__input *in) {
+    const obm__pair *p = in->v ? pair_of(in, OBM_EMBEDDING_NAME) : NULL;
+    return p && p->extra_rows ? p->expert.shape[0] : 0;
+}
+
 /* A tied input's head is its embedding, whatever else its files hold. */
 static const char *stands_for(const obm__input *in, const char *name) {
     bool tied = obm__is_head(name) && !obm__input_has_head(in);
     return tied && obm__checkpoint_find(in->model, OBM_EMBEDDING_NAME) ? OBM_EMBEDDING_NAME : name;
 }
 
-bool obm__input_find(const obm__input *in, const char *name, obm_tensor *t, const obm__lowrank **lora) {
+bool obm__input_find(const obm__input *in, const char *name, obm_tensor *t, const obm__pair **change) {
     name = stands_for(in, name);
     const obm__pair *p = in->v ? pair_of(in, name) : NULL;
     const obm__st_entry *e = in->v ? NULL : obm__checkpoint_find(in->model, name);
-    if (p) *t = p->lora ? p->base : p->expert;
-    if (p) *lora = p->lora;
+    if (p) *t = p->expert;
+    if (p && is_a_change(p)) *change = p;
     if (e) *t = e->t;
     return p || e;
 }

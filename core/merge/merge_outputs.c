@@ -106,8 +106,8 @@ static obm_status list_outputs(obm__job *j, obm_error *err) {
     for (size_t s = 0; s < j->recipe->n_slices; s++) room += reference_of(j, &j->slices[s])->model->count + 1;
     j->outputs = obm__calloc(room, sizeof *j->outputs);
     j->tensors = obm__calloc(room * j->widest, sizeof *j->tensors);
-    j->loras = obm__calloc(room * j->widest, sizeof *j->loras);
-    if (!j->outputs || !j->tensors || !j->loras)
+    j->changes = obm__calloc(room * j->widest, sizeof *j->changes);
+    if (!j->outputs || !j->tensors || !j->changes)
         return obm__fail_nomem(err, room * (sizeof *j->outputs + j->widest * sizeof *j->tensors));
     for (size_t s = 0; s < j->recipe->n_slices; s++) OBM_TRY(list_slice(j, &j->slices[s], err));
     if (j->n_outputs) qsort(j->outputs, j->n_outputs, sizeof *j->outputs, by_name);
@@ -151,7 +151,7 @@ static obm_status find_tensor(const obm__job *j, obm__output *o, size_t i, obm_e
     char where[96], *name = source_name(p, i, o->name, o->layer);
     if (!name) return obm__fail_nomem(err, strlen(o->name));
     obm_status status = OBM_OK;
-    if (!obm__input_find(input_of(j, p, i), name, &o->tensors[i], &o->loras[i]))
+    if (!obm__input_find(input_of(j, p, i), name, &o->tensors[i], &o->changes[i]))
         status =
             obm__fail(err, OBM_E_NOTFOUND, "%stensor %.200s is not in %.200s",
                       obm__recipe_where(j->recipe, p->slice, p->sources[i], where, sizeof where), name, p->refs[i]);
@@ -178,10 +178,10 @@ static obm_status match_tensors(const obm__job *j, obm__output *o, obm_error *er
 
 /* The donor's tensor that stands for one of a slice: of the same layer, or of its first where it has not as many. */
 static bool donor_tensor(const obm__job *j, const char *name, int64_t layer, obm_tensor *out) {
-    const obm__lowrank *lora = NULL;
-    if (obm__input_find(&j->inputs[j->donor], name, out, &lora)) return true;
+    const obm__pair *change = NULL;
+    if (obm__input_find(&j->inputs[j->donor], name, out, &change)) return true;
     char *first = layer >= 0 ? rename_layer(name, 0) : NULL;
-    bool found = first && obm__input_find(&j->inputs[j->donor], first, out, &lora);
+    bool found = first && obm__input_find(&j->inputs[j->donor], first, out, &change);
     obm_free(first);
     return found;
 }
@@ -264,13 +264,13 @@ static obm_status resolve_steps(const obm__job *j, obm__output *o, obm_error *er
     return status;
 }
 
-/* A sum with an adapter has the precision of f32, whatever the tensor below it has. */
+/* A sum with an adapter or with planes has the precision of f32, whatever the tensor below it has. */
 static obm_dtype working_dtype(const obm__job *j, const obm__output *o) {
     const obm__recipe *r = j->recipe;
     const obm__slice_plan *p = o->slice;
     if (r->has_dtype) return r->dtype;
     for (size_t i = 0; i < p->n; i++)
-        if (o->loras[i]) return OBM_F32;
+        if (o->changes[i]) return OBM_F32;
     return obm__group_common_dtype(p->has_base ? &o->tensors[0] : NULL, o->tensors + p->has_base, p->slice->n_models);
 }
 
@@ -287,8 +287,8 @@ static obm_status plan_output(obm__job *j, obm__output *o, obm_error *err) {
     o->group = (obm__group){.name = o->name,
                             .base = base,
                             .models = models,
-                            .base_lora = p->has_base ? o->loras[0] : NULL,
-                            .loras = o->loras + p->has_base,
+                            .base_change = p->has_base ? o->changes[0] : NULL,
+                            .changes = o->changes + p->has_base,
                             .rows = o->rows,
                             .base_label = p->refs[0],
                             .labels = p->refs + p->has_base,
@@ -356,7 +356,7 @@ obm_status obm__job_outputs(obm__job *j, obm_error *err) {
     for (size_t s = 0; s < j->recipe->n_slices; s++) OBM_TRY(check_complete(j, &j->slices[s], err));
     for (size_t i = 0; i < j->n_outputs; i++) {
         j->outputs[i].tensors = j->tensors + i * j->widest;
-        j->outputs[i].loras = j->loras + i * j->widest;
+        j->outputs[i].changes = j->changes + i * j->widest;
         OBM_TRY(plan_output(j, &j->outputs[i], err));
     }
     return check_scopes(j, err);
@@ -389,7 +389,7 @@ void obm__job_clear(obm__job *j) {
     obm__vocabulary_free(j->vocabulary, j->n_inputs);
     obm_free(j->outputs);
     obm_free(j->tensors);
-    obm_free(j->loras);
+    obm_free(j->changes);
     obm_free(j->slices);
     obm_free(j->inputs);
     *j = (obm__job){0};

@@ -16,11 +16,11 @@ void obm__rows_read(const obm_kernels *k, const obm__rows *r, size_t input, uint
             memcpy(out + done, r->made + from->row * r->cols + col, part * sizeof *out);
         } else {
             int64_t first = (int64_t)(from->row * r->cols + col);
-            obm__widen(k, &r->sources[from->input], first, (int64_t)part, out + done);
-            if (r->loras[from->input]) {
-                obm__lowrank_read(k, r->loras[from->input], first, (int64_t)part, scratch);
-                for (size_t i = 0; i < part; i++) out[done + i] += scratch[i];
-            }
+            const obm__pair *change = r->changes[from->input];
+            if (change)
+                obm__pair_values(k, change, first, (int64_t)part, out + done, scratch);
+            else
+                obm__widen(k, &r->sources[from->input], first, (int64_t)part, out + done);
         }
         done += part;
     }
@@ -89,7 +89,7 @@ obm_status obm__rows_fill(obm_context *ctx, obm__rows *r, obm_error *err) {
 void obm__rows_free(obm__rows *r) {
     if (!r) return;
     obm_free(r->sources);
-    obm_free(r->loras);
+    obm_free(r->changes);
     obm_free(r->maps);
     obm_free(r->means);
     obm_free(r->made);

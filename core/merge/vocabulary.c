@@ -12,12 +12,13 @@
 #include <string.h>
 
 struct obm__vocabulary {
-    obm_json *ids;            /* token -> id in the result */
-    size_t named, rows;       /* rows up to the highest id, and with padding */
-    char *directory;          /* whose tokenizer files the result takes */
-    char *tokenizer, *config; /* tokenizer.json and tokenizer_config.json where they are not that folder's; nullable */
-    bool changed;             /* the result's files are not all that folder's */
-    bool *used;               /* (named): some token has this id */
+    obm_json *ids;             /* token -> id in the result */
+    size_t named, rows;        /* rows up to the highest id, and with padding */
+    char *directory;           /* whose tokenizer files the result takes, but for those of: */
+    const obm__pack_text *own; /* nullable */
+    char *tokenizer, *config;  /* tokenizer.json and tokenizer_config.json where they are not that folder's; nullable */
+    bool changed;              /* the result's files are not all that folder's */
+    bool *used;                /* (named): some token has this id */
     const obm__token_rule **rules; /* (named), NULL */
     int32_t *maps;                 /* (inputs, named): the id in the input, -1 */
     obm__vocab *vocabs;            /* (inputs) */
@@ -37,10 +38,10 @@ static void free_source(source *s) {
 }
 
 /* Of a folder, or of a document that is only planned yet; root NULL without. */
-static obm_status load_source(const obm__job *j, const obm_checkpoint *model, const char *directory, source *s,
+static obm_status load_source(const obm__job *j, const obm_checkpoint *model, const obm__texts *texts, source *s,
                               obm_error *err) {
-    *s = (source){.path = obm__path_join(directory, "tokenizer.json")};
-    if (!s->path) return obm__fail_nomem(err, strlen(directory));
+    *s = (source){0};
+    if (!obm__texts_find(texts, "tokenizer.json", &s->path)) return obm__fail_nomem(err, strlen(texts->directory));
     for (size_t i = 0; i < j->n_parts; i++) {
         const obm__stage *part = &j->parts[i];
         if (!model || part->planned != model) continue;
@@ -61,8 +62,9 @@ static obm_status read_source(const source *s, obm__vocab *v, obm_error *err) {
 
 /* Ids from here on have no row. */
 static int64_t vocab_limit(const obm__input *in) {
-    int64_t n = 0;
+    int64_t n = obm__input_own_rows(in);
     const obm__st_entry *e = obm__checkpoint_find(in->model, OBM_EMBEDDING_NAME);
+    if (n > 0) return n;
     if (obm__json_int(obm__json_get(obm__checkpoint_text_config(in->model), "vocab_size"), &n) && n > 0) return n;
     return e && e->t.ndim ? e->t.shape[0] : INT32_MAX;
 }
@@ -224,7 +226,8 @@ static bool add_added(builder *b, const obm_json *added, int64_t limit) {
 
 static obm_status load_vocab(const obm__job *j, size_t i, source *s, obm__vocab *v, obm_error *err) {
     const obm_checkpoint *model = j->inputs[i].model;
-    OBM_TRY(load_source(j, model, model->directory, s, err));
+    obm__texts texts = obm__input_texts(&j->inputs[i]);
+    OBM_TRY(load_source(j, model, &texts, s, err));
     return s->root ? read_source(s, v, err) : OBM_OK;
 }
 
@@ -245,12 +248,14 @@ static obm_status add_inputs(const obm__job *j, obm__vocabulary *v, source *sour
 
 /* ---- texts of the result ---- */
 
-static obm_status write_config(const char *directory, const builder *b, obm__vocabulary *v, int64_t limit,
+static obm_status write_config(const obm__texts *texts, const builder *b, obm__vocabulary *v, int64_t limit,
                                obm_error *err) {
-    char *path = obm__path_join(directory, "tokenizer_config.json");
+    char *path;
     obm_json *config = NULL;
-    obm_status status = path ? OBM_OK : obm__fail_nomem(err, strlen(directory));
-    if (status == OBM_OK && obm__file_exists(path)) status = obm__json_load(path, &config, err);
+    obm_status status = obm__texts_find(texts, "tokenizer_config.json", &path)
+                            ? OBM_OK
+                            : obm__fail_nomem(err, strlen(texts->directory));
+    if (status == OBM_OK && path && obm__file_exists(path)) status = obm__json_load(path, &config, err);
     const obm_json *old = obm__json_get(config, "added_tokens_decoder");
     if (status == OBM_OK && obm__json_kind(old) == OBM_JSON_OBJECT) {
         obm_json *decoder = obm__json_new_object();
@@ -269,18 +274,19 @@ static obm_status write_config(const char *directory, const builder *b, obm__voc
     return status;
 }
 
-static obm_status write_tokenizer(const char *directory, builder *b, obm__vocabulary *v, int64_t limit,
+static obm_status write_tokenizer(const obm__texts *texts, builder *b, obm__vocabulary *v, int64_t limit,
                                   obm_error *err) {
     obm_json *added = b->added;
     b->added = NULL;
-    v->directory = obm__strdup(directory);
+    v->directory = obm__strdup(texts->directory);
+    v->own = texts->own;
     if (!obm__json_set(b->root, "added_tokens", added) || !v->directory) return obm__fail_nomem(err, 0);
     v->ids = b->ids;
     b->ids = NULL;
     v->tokenizer = obm__json_text(b->root, 2); /* a planned document has no file yet, so the text is kept in any case */
     if (!v->tokenizer) return obm__fail_nomem(err, 0);
     v->changed = b->changed;
-    return b->changed ? write_config(directory, b, v, limit, err) : OBM_OK;
+    return b->changed ? write_config(texts, b, v, limit, err) : OBM_OK;
 }
 
 /* ---- ids ---- */
@@ -332,9 +338,8 @@ static obm_status map_inputs(const obm__job *j, obm__vocabulary *v, obm_error *e
 static obm_status build(const obm__job *j, obm__vocabulary *v, source *sources, source *other, builder *b,
                         obm_error *err) {
     const obm__recipe_tokenizer *t = &j->recipe->tokenizer;
-    const obm_checkpoint *donor = j->inputs[j->donor].model;
     const source *from = &sources[j->donor];
-    const char *directory = donor->directory;
+    obm__texts texts = obm__input_texts(&j->inputs[j->donor]);
     char *elsewhere = NULL;
     int64_t limit = vocab_limit(&j->inputs[j->donor]);
     if (!from->root)
@@ -342,8 +347,8 @@ static obm_status build(const obm__job *j, obm__vocabulary *v, source *sources, 
                          j->inputs[j->donor].ref);
     if (t->model) {
         const obm_checkpoint *model = NULL;
-        OBM_TRY(obm__job_find_folder(j, t->model, &elsewhere, &model, err));
-        obm_status status = load_source(j, model, elsewhere, other, err);
+        OBM_TRY(obm__job_find_texts(j, t->model, &texts, &elsewhere, &model, err));
+        obm_status status = load_source(j, model, &texts, other, err);
         if (status == OBM_OK && !other->root)
             status = obm__fail(err, OBM_E_NOTFOUND, "recipe: tokenizer: %.200s has no tokenizer.json", t->model);
         obm__vocab checked = {0};
@@ -354,7 +359,6 @@ static obm_status build(const obm__job *j, obm__vocabulary *v, source *sources, 
             return status;
         }
         from = other;
-        directory = elsewhere;
         limit = INT64_MAX; /* mergekit keeps all of it */
     }
     obm_status status = begin_builder(from, limit, b, err);
@@ -362,7 +366,7 @@ static obm_status build(const obm__job *j, obm__vocabulary *v, source *sources, 
     bool ok = true;
     for (size_t i = 0; status == OBM_OK && ok && i < t->n_rules; i++) ok = add_token(b, t->rules[i].token, NULL);
     if (!ok) status = obm__fail_nomem(err, 0);
-    if (status == OBM_OK) status = write_tokenizer(directory, b, v, limit, err);
+    if (status == OBM_OK) status = write_tokenizer(&texts, b, v, limit, err);
     obm_free(elsewhere);
     return status;
 }
@@ -421,7 +425,7 @@ void obm__vocabulary_free(obm__vocabulary *v, size_t n_inputs) {
 }
 
 size_t obm__vocabulary_rows_count(const obm__vocabulary *v) { return v->rows; }
-const char *obm__vocabulary_directory(const obm__vocabulary *v) { return v->directory; }
+obm__texts obm__vocabulary_texts(const obm__vocabulary *v) { return (obm__texts){v->directory, v->own}; }
 bool obm__vocabulary_changed(const obm__vocabulary *v) { return v->changed; }
 void obm__vocabulary_hash(const obm__vocabulary *v, size_t n_inputs, char out[33]) {
     obm__xxh3_of(v->maps, v->named * n_inputs * sizeof *v->maps, out);
@@ -543,14 +547,15 @@ obm_status obm__vocabulary_rows(const obm__job *j, const obm__vocabulary *v, obm
         return obm__fail(err, OBM_E_SHAPE, "%s: a row of no elements per token", o->name);
     }
     r->sources = obm__alloc(p->n, sizeof *r->sources);
-    r->loras = obm__alloc(p->n, sizeof *r->loras);
+    r->changes = obm__alloc(p->n, sizeof *r->changes);
     r->maps = obm__alloc(p->n * v->rows, sizeof *r->maps);
     r->means = obm__alloc(v->named, sizeof *r->means);
-    obm_status status =
-        r->sources && r->loras && r->maps && r->means ? OBM_OK : obm__fail_nomem(err, p->n * v->rows * sizeof *r->maps);
+    obm_status status = r->sources && r->changes && r->maps && r->means
+                            ? OBM_OK
+                            : obm__fail_nomem(err, p->n * v->rows * sizeof *r->maps);
     if (status == OBM_OK) {
         memcpy(r->sources, o->tensors, p->n * sizeof *r->sources);
-        memcpy(r->loras, o->loras, p->n * sizeof *r->loras);
+        memcpy(r->changes, o->changes, p->n * sizeof *r->changes);
         status = fill_maps(j, v, o, r, err);
     }
     bool needed = status == OBM_OK && !is_identity(r);

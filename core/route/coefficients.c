@@ -40,43 +40,6 @@
 #include <math.h>
 #include <string.h>
 
-static int64_t groups_per_row(const obm__planes *p) { return (p->cols + p->scale.group - 1) / p->scale.group; }
-
-float obm__planes_alpha(const obm__planes *p, int plane, int64_t row, int64_t col) {
-    const float *alpha = p->alphas[plane];
-    switch (p->scale.kind) {
-    case OBM_SCALE_MATRIX:
-        return alpha[0];
-    case OBM_SCALE_ROW:
-        return alpha[row];
-    case OBM_SCALE_GROUP:
-        break;
-    }
-    return alpha[row * groups_per_row(p) + col / p->scale.group];
-}
-
-int64_t obm__planes_span(const obm__planes *p, int64_t col) {
-    int64_t rest = p->cols - col;
-    if (p->scale.kind != OBM_SCALE_GROUP) return rest;
-    int64_t group = p->scale.group - col % p->scale.group;
-    return group < rest ? group : rest;
-}
-
-static bool sign_bit(const uint8_t *row, int64_t col) { return row[col >> 3] >> (col & 7) & 1; }
-
-void obm__planes_read_f64(const obm__planes *p, int64_t row, int64_t col, int64_t n, double *out) {
-    memset(out, 0, (size_t)n * sizeof *out);
-    for (int plane = 0; plane < p->n; plane++) {
-        const uint8_t *signs = p->signs[plane] + row * p->row_bytes;
-        for (int64_t i = 0, m; i < n; i += m) {
-            double alpha = obm__planes_alpha(p, plane, row, col + i);
-            m = obm__planes_span(p, col + i);
-            if (m > n - i) m = n - i;
-            for (int64_t j = i; j < i + m; j++) out[j] += sign_bit(signs, col + j) ? alpha : -alpha;
-        }
-    }
-}
-
 bool obm__plane_set_add(obm__plane_set *s, size_t task, const obm__planes *planes) {
     if (s->n + planes->n > OBM_PATTERN_PLANES) return false;
     for (int p = 0; p < planes->n; p++, s->n++) {

@@ -42,13 +42,6 @@ void obm__plane_set_alphas(const obm__plane_set *s, int64_t row, int64_t col, fl
 /* pattern[m]: the sign bits of columns [col, col + m) of a row, one byte per column; col a multiple of 8. */
 void obm__plane_set_patterns(const obm__plane_set *s, int64_t row, int64_t col, int64_t m, uint8_t *pattern);
 
-/* Columns from `col` on over which no alpha of a row changes. */
-int64_t obm__planes_span(const obm__planes *p, int64_t col);
-/* alpha of plane p at (row, col), whatever the layout of the scales. */
-float obm__planes_alpha(const obm__planes *p, int plane, int64_t row, int64_t col);
-/* d~ of row `row`, columns [col, col + n), summed in plane order in f64. */
-void obm__planes_read_f64(const obm__planes *p, int64_t row, int64_t col, int64_t n, double *out);
-
 /* value[2^n]: theta(w) - theta_base for every pattern of the n signs, by the elementwise rule in f64. */
 void obm__pattern_values(const obm__merge_rule *rule, const obm__plane_set *s, const float *alpha, double *value);
 /* The Walsh-Hadamard transform of `lanes` functions side by side, in place: c (2^n, lanes) has their values and gets

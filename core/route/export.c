@@ -26,7 +26,7 @@ typedef struct export_job {
     bool has_dtype;
     obm_dtype dtype;
     const obm_export_options *options;
-    obm__pulse *pulse;    /* of bytes written */
+    obm__pulse *pulse; /* of bytes written */
     obm_export_report report;
     _Atomic uint64_t changed, lost;
     _Atomic int failed;
@@ -112,27 +112,16 @@ static const obm__pack_text *own_text(const export_job *j) {
     return hard == SIZE_MAX ? NULL : &j->pack->experts[hard].text;
 }
 
-static bool set_eos(obm_json *config, const obm__pack_text *t) {
-    if (t->n_eos == 1) return obm__json_set(config, "eos_token_id", obm__json_new_int(t->eos[0]));
-    obm_json *list = obm__json_new_array();
-    bool ok = list != NULL;
-    for (size_t i = 0; i < t->n_eos; i++) ok = ok && obm__json_append(list, obm__json_new_int(t->eos[i]));
-    return obm__json_set(config, "eos_token_id", list) && ok;
-}
-
-/* Each of tokenizer, template and generation_config comes from one side as a whole.  vocab.json, merges.txt and
- * tokenizer.model say what tokenizer.json says, of the base's vocabulary. */
+/* Each of tokenizer, template and generation_config comes from one side as a whole. */
 static size_t choose_files(const obm__pack_text *t, const char *instead[][2]) {
-    static const char *const derived[] = {"vocab.json", "merges.txt", "tokenizer.model"};
     size_t n = 0;
     for (int f = 0; t && f < OBM_TEXT_FILES; f++) {
-        bool own = f <= OBM_TEXT_ADDED ? t->tokenizer : f <= OBM_TEXT_TEMPLATE ? t->template_ : t->eos != NULL;
-        if (!own) continue;
+        if (!obm__text_is_own(t, (obm__text_file)f)) continue;
         instead[n][0] = obm__text_file_name((obm__text_file)f);
         instead[n++][1] = t->paths[f];
     }
-    for (size_t i = 0; t && t->tokenizer && i < sizeof derived / sizeof *derived; i++) {
-        instead[n][0] = derived[i];
+    for (size_t i = 0; t && t->tokenizer && obm__text_derived(i); i++) {
+        instead[n][0] = obm__text_derived(i);
         instead[n++][1] = NULL;
     }
     return n;
@@ -148,7 +137,7 @@ static obm_status make_config(const export_job *j, obm_json **out, obm_error *er
     bool ok = config != NULL;
     if (ok && is_untied(j)) ok = obm__config_untie(config);
     if (ok && j->has_dtype) ok = set_dtype(config, j->dtype);
-    if (ok && own_text(j) && own_text(j)->eos) ok = set_eos(config, own_text(j));
+    if (ok && own_text(j) && own_text(j)->eos) ok = obm__text_set_eos(own_text(j), config);
     if (ok && embedding != SIZE_MAX && shape_of(j, embedding, &shape) && obm__route_changes(j->plan, embedding))
         ok = obm__text_config_set(config, "vocab_size", obm__json_new_int(shape.shape[0]));
     if (!ok) {

@@ -31,7 +31,8 @@ def merge(recipe, out, *, directory=None, profile=None, seed=None, shard_bytes=0
           progress=None, resume=False, method=None):
     """Merge by a recipe into the Hugging Face folder `out`; returns the plan as a dict.
 
-    recipe: a dict with mergekit's keys, or the path of a YAML or JSON file; relative paths in a file start at its folder.
+    recipe: a dict with mergekit's keys, or the path of a YAML or JSON file; relative paths in a file start at its folder.  Models are
+    folders, MODEL+ADAPTER, or experts of packs, PACK:task.
     resume: keep the finished shards of a killed merge of the same recipe, options and inputs; and keep one's own when stopped.
     method: a name or a callable (tile) in place of the recipe's merge_method, which in a dict may be a callable too; see
     register_method.

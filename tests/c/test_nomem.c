@@ -1,9 +1,9 @@
 /* Every allocation of the library fails in turn: what comes is NOMEM and nothing leaks, or success where the memory was
- * not needed; and a pack on disk is the old one or the new one, never a broken one.  Allocations inside jansson's reader
- * are left out: it cannot be told apart from bad text there (core/io/json.c asks for the memory beforehand). */
+ * not needed; and a pack on disk is the old one or the new one, never a broken one.  Allocations inside jansson's
+ * reader are left out: it cannot be told apart from bad text there (core/io/json.c asks for the memory beforehand). */
 #include "delta_fixture.h"
-#include "route/masks.h"
 #include "model/model.h"
+#include "route/masks.h"
 #include "tiny_model.h"
 
 #include <jansson.h>
@@ -195,8 +195,8 @@ static obm_status coefficients(obm_pack *p, obm_error *e) {
 static obm_status try_coefficients(obm_error *e) { return with_pack(coefficients, e); }
 static obm_status try_materialise(obm_error *e) { return with_pack(materialise, e); }
 
-/* A second route comes in beside one that runs, so that its overlays (norms and vocabulary are full) are made on another
- * thread; whatever fails, the same model runs afterwards as if nothing had been. */
+/* A second route comes in beside one that runs, so that its overlays (norms and vocabulary are full) are made on
+ * another thread; whatever fails, the same model runs afterwards as if nothing had been. */
 static obm_status step(obm_model *m, obm__sequence *s, obm_error *e) {
     float logits[64];
     obm__row row = {s, s->length, 3};
@@ -314,6 +314,18 @@ static obm_status merge(bool resume, obm_error *e) {
 static obm_status try_merge(obm_error *e) { return merge(false, e); }
 static obm_status try_resume(obm_error *e) { return merge(true, e); }
 
+/* Experts of a pack, with the tokenizer that the result takes from one. */
+static obm_status try_members(obm_error *e) {
+    static char recipe[2000];
+    obm_merge_options o = OBM_INIT(obm_merge_options);
+    o.overwrite = true;
+    snprintf(recipe, sizeof recipe,
+             "merge_method: linear\nchat_template: auto\nmodels:\n- {model: \"%s:chat\", parameters: {weight: 1}}\n"
+             "- {model: \"%s:math\", parameters: {weight: 1}}\n",
+             in_root("pack"), in_root("pack"));
+    return obm_merge(context, recipe, &o, in_root("merged"), NULL, e);
+}
+
 static obm_status try_statistics(obm_error *e) {
     obm_checkpoint *base = NULL, *expert = NULL;
     obm_task_vector *v = NULL;
@@ -375,7 +387,8 @@ static void fail_each(obm_status (*attempt)(obm_error *e), long step, bool chang
         if (status != OBM_OK && (status != OBM_E_NOMEM || e.code != OBM_E_NOMEM || !fired))
             fail_msg("allocation %ld: %s: %s", n, obm_status_name(status), e.message);
         if (live) fail_msg("allocation %ld: %ld blocks leak", n, live);
-        if (fired && changes_pack && try_verify(&e) != OBM_OK) fail_msg("allocation %ld breaks the pack: %s", n, e.message);
+        if (fired && changes_pack && try_verify(&e) != OBM_OK)
+            fail_msg("allocation %ld breaks the pack: %s", n, e.message);
     } while (fired);
     assert_true(n > 10);
 }
@@ -410,6 +423,7 @@ static void test_merges(void **state) {
     (void)state;
     fail_each(try_statistics, 1, false);
     fail_each(try_merge, 7, false);
+    fail_each(try_members, 7, false);
     fail_each(try_resume, 7, false);
 }
 
@@ -430,18 +444,29 @@ static int setup(void **state) {
     json_set_alloc_funcs(__wrap_malloc, __wrap_free);
     if (obm_context_new(NULL, &context, NULL) != OBM_OK || !(root = tiny_folder())) return -1;
     for (unsigned i = 0; i < 4; i++) {
-        tiny c = {.type = "llama", .vocab = 6, .hidden = 8, .inter = 8, .layers = 1, .heads = 2, .kv_heads = 1, .dim = 4,
-                  .tied = i != 2, .dtype = OBM_BF16, .seed = i + 1};
+        tiny c = {.type = "llama",
+                  .vocab = 6,
+                  .hidden = 8,
+                  .inter = 8,
+                  .layers = 1,
+                  .heads = 2,
+                  .kv_heads = 1,
+                  .dim = 4,
+                  .tied = i != 2,
+                  .dtype = OBM_BF16,
+                  .seed = i + 1};
         tiny_weights w = {0};
         tiny_weights_new(&c, &w);
         if (!(folders[i] = tiny_folder()) || tiny_write(&c, &w, folders[i], NULL)) return -1;
         tiny_weights_free(&w);
     }
-    tiny_write_text(folders[0], "tokenizer.json",
-                    "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"c\":2,\"d\":3,\"e\":4,\"f\":5},\"merges\":[]},"
-                    "\"pre_tokenizer\":{\"type\":\"ByteLevel\"},\"decoder\":{\"type\":\"ByteLevel\"}}");
+    tiny_write_text(
+        folders[0], "tokenizer.json",
+        "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"c\":2,\"d\":3,\"e\":4,\"f\":5},\"merges\":[]},"
+        "\"pre_tokenizer\":{\"type\":\"ByteLevel\"},\"decoder\":{\"type\":\"ByteLevel\"}}");
     tiny_write_text(folders[3], "tokenizer.json",
-                    "{\"normalizer\":null,\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"c\":2,\"d\":3,\"e\":4,\"f\":5},\"merges\":[]},"
+                    "{\"normalizer\":null,\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"c\":2,\"d\":3,\"e\":"
+                    "4,\"f\":5},\"merges\":[]},"
                     "\"pre_tokenizer\":{\"type\":\"ByteLevel\"},\"decoder\":{\"type\":\"ByteLevel\"}}");
     tiny_write_text(folders[3], "tokenizer_config.json", "{\"chat_template\":\"{{ x }}\",\"eos_token\":\"f\"}");
     tiny_write_text(folders[3], "generation_config.json", "{\"eos_token_id\":[2,5]}");
@@ -460,8 +485,9 @@ static int teardown(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_open), cmocka_unit_test(test_model), cmocka_unit_test(test_tokenizer),
-                                       cmocka_unit_test(test_runs), cmocka_unit_test(test_merges),
-                                       cmocka_unit_test(test_changes), cmocka_unit_test(test_compress)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_open),      cmocka_unit_test(test_model),
+                                       cmocka_unit_test(test_tokenizer), cmocka_unit_test(test_runs),
+                                       cmocka_unit_test(test_merges),    cmocka_unit_test(test_changes),
+                                       cmocka_unit_test(test_compress)};
     return cmocka_run_group_tests(tests, setup, teardown);
 }

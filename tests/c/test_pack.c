@@ -497,6 +497,55 @@ static void test_map_drop_and_extra_rows(void **state) {
     obm_pack_free(p);
 }
 
+/* As a checkpoint, PACK:task: a dropped matrix is the base's, a 1-bit one f32(base + d~), with the expert's rows behind
+ * it. */
+static void test_member(void **state) {
+    world *w = *state;
+    const obm_map_rule map[] = {{"*q_proj*", OBM_MODE_DROP}, {"*embed*", OBM_MODE_1BIT}};
+    obm_expert e[1] = {OBM_INIT(obm_expert)};
+    obm_checkpoint *base, *member;
+    obm_task_vector *v;
+    obm_pack *p;
+    e[0].name = "chat";
+    e[0].path = w->chat;
+    e[0].map = map;
+    e[0].n_map = 2;
+    OK(obm_compress(w->ctx, w->base, e, 1, NULL, w->pack, NULL, &p, err));
+    char *ref = obm__format("%s:chat", w->pack);
+    OK(obm_checkpoint_open(w->ctx, w->base, &base, err));
+    OK(obm_checkpoint_open(w->ctx, ref, &member, err));
+    OK(obm_task_vector_new(base, member, &v, err));
+    assert_int_equal(v->count, N_BASE);
+    float got[90 * 70], want[90 * 70], d[90 * 70], scratch[90 * 70];
+    for (int t = 0; t < N_BASE; t++) {
+        const obm__pair *pair = obm__task_vector_find(v, names[t], NULL);
+        const obm__planes *planes = &entry(p, 0, names[t])->planes;
+        int64_t n = (int64_t)count_of(t), cols = shapes[t][1], extra = t == T_EMBED ? 140 : 0;
+        for (int64_t i = 0; i < n + extra; i++) {
+            bool own = i >= n || entry(p, 0, names[t])->mode == OBM_MODE_FULL;
+            want[i] = bf16(w, w->values[own ? 1 : 0][t][i]);
+            d[i] = t == T_NORM && i < n ? want[i] - bf16(w, w->values[0][t][i]) : 0;
+            if (own || !planes->n) continue;
+            float alpha = planes->alphas[0][i / cols];
+            d[i] = planes->signs[0][i / cols * planes->row_bytes + i % cols / 8] >> (i % cols % 8) & 1 ? alpha : -alpha;
+            want[i] += d[i];
+        }
+        obm__pair_values(w->ctx->k, pair, 0, n + extra, got, scratch);
+        assert_memory_equal(got, want, (size_t)(n + extra) * sizeof *got);
+        obm__pair_values(w->ctx->k, pair, n - 3, 3 + extra, got, scratch); /* across the border */
+        assert_memory_equal(got, want + n - 3, (size_t)(3 + extra) * sizeof *got);
+        obm__pair_read(w->ctx->k, pair, 1, n - 1, got, scratch);
+        assert_memory_equal(got, d + 1, (size_t)(n - 1) * sizeof *got);
+        obm__pair_release(pair, 0, n + extra);
+    }
+    obm_task_vector_free(v);
+    obm_checkpoint_free(member);
+    obm_checkpoint_free(base);
+    obm_pack_free(p);
+    obm_free(ref);
+    FAILS(obm_checkpoint_open(w->ctx, w->pack, &member, err), OBM_E_ARG, "my.pack:chat (it has chat)");
+}
+
 static void keep_warning(void *user, const char *message) {
     strncat(user, message, 1000);
     strncat(user, "\n", 2);
@@ -515,7 +564,8 @@ static void test_unknown_matrices_stay_full(void **state) {
     }
     w->ctx->log = keep_warning;
     w->ctx->log_user = heard;
-    char *base_path = fixture_model(w->ctx, w->dir, "odd", base, 3), *path = fixture_model(w->ctx, w->dir, "odd-chat", chat, 3);
+    char *base_path = fixture_model(w->ctx, w->dir, "odd", base, 3),
+         *path = fixture_model(w->ctx, w->dir, "odd-chat", chat, 3);
     obm_expert e = OBM_INIT(obm_expert);
     obm_pack *p;
     e.name = "chat";
@@ -529,8 +579,9 @@ static void test_unknown_matrices_stay_full(void **state) {
     assert_int_equal(bytes[OBM_CLASS_OTHER].tensors, 2);
     assert_int_equal(bytes[OBM_CLASS_OTHER].bytes_pack, bytes[OBM_CLASS_OTHER].bytes_expert);
     obm_pack_free(p);
-    assert_string_equal(heard, "expert chat: 2 matrices of no known module class stay full (model.layers.0.mlp.gate.weight); a map "
-                               "rule can decide otherwise\n");
+    assert_string_equal(
+        heard, "expert chat: 2 matrices of no known module class stay full (model.layers.0.mlp.gate.weight); a map "
+               "rule can decide otherwise\n");
     heard[0] = 0;
     const obm_map_rule map[] = {{"*in_proj*", OBM_MODE_1BIT}};
     obm_compress_options o = OBM_INIT(obm_compress_options);
@@ -695,8 +746,9 @@ static void test_add_and_remove(void **state) {
     two_experts(w, e);
     OK(obm_compress(w->ctx, w->base, e, 1, NULL, w->pack, NULL, &p, err));
     static const char *const strays[] = {"chat.obm-partial.tmp-12-0", "pack.json.tmp-999999999-7"};
-    static const char *const theirs[] = {"note.txt", "old-0123456789abcdef.safetensors", "pack.json.tmp-12",
-                                         "pack.json.tmp-12-0~", "my.obm-partial.txt", ".obm-partial.tmp-1-1"};
+    static const char *const theirs[] = {"note.txt",           "old-0123456789abcdef.safetensors",
+                                         "pack.json.tmp-12",   "pack.json.tmp-12-0~",
+                                         "my.obm-partial.txt", ".obm-partial.tmp-1-1"};
     char hash[33], stray[600], *path;
     obm__xxh3_of("x", 1, hash);
     snprintf(stray, sizeof stray, "%s/old-%.16s.safetensors", w->pack, hash);
@@ -1153,6 +1205,9 @@ static void test_hostile_manifests(void **state) {
     obm_pack_free(compress(w));
     size_t size;
     char *text = file_text(w->pack, "pack.json", &size), *path = obm__path_join(w->pack, "pack.json");
+    char *ref = obm__format("%s:chat", w->pack);
+    obm_checkpoint *base, *member;
+    OK(obm_checkpoint_open(w->ctx, w->base, &base, err));
     for (size_t i = 0; i < sizeof edits / sizeof *edits; i++) {
         obm_pack *p = NULL;
         edit(w, edits[i].from, edits[i].to);
@@ -1161,8 +1216,18 @@ static void test_hostile_manifests(void **state) {
         else
             FAILS(obm_pack_open(w->ctx, w->pack, NULL, &p, err), edits[i].status, edits[i].part);
         obm_pack_free(p);
+        /* One expert alone is as careful about all that it reads. */
+        if (obm_checkpoint_open(w->ctx, ref, &member, NULL) == OBM_OK) {
+            obm_task_vector *v = NULL;
+            obm_status status = obm_task_vector_new(base, member, &v, NULL);
+            assert_true(status == OBM_OK || status == edits[i].status);
+            obm_task_vector_free(v);
+            obm_checkpoint_free(member);
+        }
         write_bytes(path, text, size);
     }
+    obm_checkpoint_free(base);
+    obm_free(ref);
     obm_free(text);
     obm_free(path);
 }
@@ -1208,6 +1273,7 @@ int main(void) {
         TEST(test_refusals),
         TEST(test_planes_that_vanish),
         TEST(test_map_drop_and_extra_rows),
+        TEST(test_member),
         TEST(test_unknown_matrices_stay_full),
         TEST(test_settings),
         TEST(test_add_and_remove),

@@ -38,6 +38,27 @@ describe("merge", function()
     assert.truthy(obm.model(folder .. "/a"):generate("What is 17 plus 5?", { max_tokens = 2 }))
   end)
 
+  it("takes experts of a pack, on the pack's base or the recipe's", function()
+    local folder = support.folder()
+    assert(obm.compress(support.models .. "base", { chat = support.models .. "chat" }, { out = folder .. "/my.pack" }))
+    local own = { merge_method = "passthrough", models = { { model = folder .. "/my.pack:chat" } } }
+    assert(obm.merge(own, folder .. "/a"))
+    local pack = assert(obm.pack(folder .. "/my.pack"))
+    assert(pack:export("chat", folder .. "/b"))
+    local a, b = assert(obm.checkpoint(folder .. "/a")), assert(obm.checkpoint(folder .. "/b"))
+    for _, name in ipairs(a:keys()) do assert.equal(b:sha256(name), a:sha256(name)) end
+    local vector = assert(obm.task_vector(support.models .. "base", folder .. "/my.pack:chat"))
+    assert.equal(0, vector:tensor_stats("model.layers.0.mlp.up_proj.weight").onebit_error_row)
+    local _, message, code = obm.checkpoint(folder .. "/my.pack:gone")
+    assert.matches('my.pack has no expert "gone": it has chat', message, 1, true)
+    assert.equal("NOTFOUND", code)
+    own.merge_method, own.base_model = "task_arithmetic", support.models .. "math"
+    own.models[1].parameters = { weight = 1 }
+    _, message, code = obm.merge(own, folder .. "/c")
+    assert.matches("math is not the base that pack .*my.pack was made from: tensor", message)
+    assert.equal("MISMATCH", code)
+  end)
+
   it("takes slices, a tokenizer block and a chat template as a table; the result runs", function()
     local folder = support.folder()
     local base, chat = support.models .. "base", support.models .. "chat"
