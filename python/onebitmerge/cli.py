@@ -55,6 +55,11 @@ def name_of(path):
     return "standard input" if path == "-" else path
 
 
+class Item(dict):
+    """An object of a JSON-lines file; `where` names file and line."""
+    where = ""
+
+
 def read_lines(path):
     """JSON lines of a file or stdin; messages name the line."""
     name = name_of(path)
@@ -74,7 +79,8 @@ def read_lines(path):
                 raise Failure(f"{name}, line {number}: not JSON: {e}") from None
             if not isinstance(item, dict):
                 raise Failure(f"{name}, line {number}: expected an object, found {type(item).__name__}")
-            items.append(item)
+            items.append(Item(item))
+            items[-1].where = f"{name}, line {number}, "
     return items
 
 
@@ -83,17 +89,17 @@ def need(item, index, *keys):
     for key in keys:
         if key in item:
             return item[key]
-    raise Failure(f"item {index}: expected one of {', '.join(keys)}; found {', '.join(sorted(item)) or 'nothing'}")
+    raise Failure(f"{getattr(item, 'where', '')}item {index}: expected one of {', '.join(keys)}; found {', '.join(sorted(item)) or 'nothing'}")
 
 
-def check_keys(item, index, path, options):
+def check_keys(item, index, options):
     """Items may carry what evaluations need besides; what looks like a key that is misspelt, or an option, is an error."""
     for key in sorted(set(item) - {"ids", "messages", "prompt", "text", "route", "task", "answer", "match"}):
         if key in options:
-            raise Failure(f"{name_of(path)}, item {index}: {key} is given for all items, with --{key.replace('_', '-')}")
+            raise Failure(f"{item.where}item {index}: {key} is given for all items, with --{key.replace('_', '-')}")
         near = difflib.get_close_matches(key, ("messages", "prompt", "route"), 1, .8)
         if near and near[0] not in item:
-            raise Failure(f"{name_of(path)}, item {index}: unknown key \"{key}\", did you mean \"{near[0]}\"?")
+            raise Failure(f"{item.where}item {index}: unknown key \"{key}\", did you mean \"{near[0]}\"?")
 
 
 def progress_of(args):
@@ -322,6 +328,9 @@ def parse_expert(text, args):
     policy = args.policy
     if colon and tail in POLICIES:
         path, policy = head, tail
+    elif colon and os.path.exists(head) and not is_pack(head) and not os.path.exists(path):
+        near = difflib.get_close_matches(tail, POLICIES, 1, .6)
+        raise Usage(f"{text}: no policy \"{tail}\"{f', did you mean {near[0]}?' if near else ': ' + ', '.join(POLICIES)}")
     return name, obm.Expert(path, policy=policy, scale=args.scale, planes=args.planes, map=parse_map(args.map))
 
 
@@ -506,9 +515,9 @@ def generate(args):
         if args.route not in (None, "auto"):
             raise Usage("--route-every asks the router again, and --route leaves it nothing to decide")
         options["route_every"] = args.route_every
-    items = [{"prompt": args.prompt}] if args.file is None else read_lines(args.file)
+    items = [Item(prompt=args.prompt)] if args.file is None else read_lines(args.file)
     for i, item in enumerate(items):
-        check_keys(item, i, args.file, {*options, "router", "route_every", "batch"})
+        check_keys(item, i, {*options, "router", "route_every", "batch"})
     prompts = [prompt_of(item) for item in items]
     routes = [item.get("route", args.route) for item in items]
     if model.pack is None and any(r not in (None, "auto") for r in routes):

@@ -295,7 +295,7 @@ def test_generate(run, lines, pack_path, model, jsonl, fails, models):
 @pytest.mark.parametrize("key", ["max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "chat", "template",
                                  "router", "route_every", "batch"])
 def test_options_are_no_keys_of_items(fails, pack_path, jsonl, key):
-    fails("generate", pack_path, "--file", jsonl({"prompt": "x", key: 2}), match=f"in.jsonl, item 0: {key} is given for all items, with --{key.replace('_', '-')}")
+    fails("generate", pack_path, "--file", jsonl({"prompt": "x", key: 2}), match=f"in.jsonl, line 1, item 0: {key} is given for all items, with --{key.replace('_', '-')}")
 
 
 def test_keys_that_only_look_misspelt(lines, fails, pack_path, jsonl, monkeypatch):
@@ -304,7 +304,7 @@ def test_keys_that_only_look_misspelt(lines, fails, pack_path, jsonl, monkeypatc
     argv = ["generate", pack_path, "--max-tokens", 4, "--file"]
     assert lines(*argv, jsonl(item)) == lines(*argv, jsonl({"prompt": "hello", "route": "math"}))
     monkeypatch.setattr(sys, "stdin", io.StringIO('{"promt": "hello"}\n'))
-    fails(*argv, "-", match='standard input, item 0: unknown key "promt", did you mean "prompt"?')
+    fails(*argv, "-", match='standard input, line 1, item 0: unknown key "promt", did you mean "prompt"?')
 
 
 def test_generate_samples_by_the_seed(lines, pack_path):
@@ -340,7 +340,7 @@ def test_score(lines, run, pack_path, base_model, model, models, jsonl, fails):
     assert [r["route"] for r in rows] == ["math", "chat"]
     assert rows[1]["logprob"] == model.score(PROMPT, " 22", route="chat").logprob
     assert run("score", pack_path, "--file", file, "--route", "math")[1].count("route math") == 1   # an item's own route wins
-    fails("score", pack_path, "--file", jsonl({"prompt": "x"}), match="item 0: expected one of continuation")
+    fails("score", pack_path, "--file", jsonl({"prompt": "x"}), match="in.jsonl, line 1, item 0: expected one of continuation")
 
 
 def test_logits(lines, run, pack_path, base_model, model, models, jsonl, tmp_path, fails):
