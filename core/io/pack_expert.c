@@ -676,6 +676,10 @@ obm_status obm__expert_write(const obm__expert_request *r, const obm_checkpoint 
     obm_status status = obm_task_vector_new(r->base, checkpoint, &j.v, err);
     if (status == OBM_OK) status = obm__text_write(r, checkpoint, &j.text, &j.text_bytes, err);
     if (status == OBM_OK) status = compress_items(&j, record, err);
+    if (status == OBM_E_VALUE && err) { /* the tensor is named already, as a task vector does */
+        obm_error why = *err;
+        obm__fail(err, status, "expert %s: %.640s", r->expert->name, why.message);
+    }
     obm_task_vector_free(j.v);
     obm__json_free(j.text);
     obm_free(j.policy_text);

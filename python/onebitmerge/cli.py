@@ -115,10 +115,12 @@ def number(value, digits=4):
 
 
 def print_plan(args, plan, what):
+    output = getattr(args, "output", None)
+    exists = bool(output) and os.path.lexists(output)
     if args.json:
-        return emit({"dry_run": True, **plan})
+        return emit({"dry_run": True, **plan, **({"exists": exists} if output else {})})
     print(f"{what}: {plan['tensors']} tensors, reads {_results.size(plan['bytes_read'])}, writes {_results.size(plan['bytes_written'])}, "
-          f"peak memory about {_results.size(plan['peak_memory'])}, about {plan['seconds']:.1f} s; nothing was written")
+          f"peak memory about {_results.size(plan['peak_memory'])}, about {plan['seconds']:.1f} s; nothing was written{f', {output} exists already' if exists else ''}")
 
 
 def output_of(args):

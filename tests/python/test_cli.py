@@ -139,6 +139,12 @@ def test_compress_wrong_use(fails, models, tmp_path, argv):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_compress_misspelt_policy(fails, models, tmp_path):
+    fails("compress", models / "base", f"chat={models / 'chat'}:lineer", "-o", tmp_path / "p", code=2, match='no policy "lineer", did you mean linear?')
+    fails("compress", models / "base", f"chat={models / 'chat'}:x", "-o", tmp_path / "p", code=2, match='no policy "x": linear, attention, mlp, paper, full')
+    fails("compress", models / "base", f"chat={tmp_path / 'gone'}:x", "-o", tmp_path / "p", match="gone:x")
+
+
 def test_pack_show(run, lines, pack_path):
     rows = lines("pack", "show", pack_path)
     assert [r["expert"] for r in rows[:-1:4]] == ["chat", "math", "code"]
@@ -393,6 +399,7 @@ def test_merge(lines, fails, models, tmp_path, run):
     assert lines("merge", recipe, "-o", out, "--dry-run")[0]["dry_run"] is True and not out.exists()
     record, = lines("merge", recipe, "-o", out, "--out-shard-size", "1MB", "--memory", "100MB")
     assert record["output"] == str(out) and record["tensors"] == 38
+    assert lines("merge", recipe, "-o", out, "--dry-run")[0]["exists"] is True
     assert len(list(out.glob("*.safetensors"))) > 3
     name = "model.layers.0.mlp.up_proj.weight"
     assert np.abs(obm.Checkpoint(out)[name].numpy() - obm.Checkpoint(models / "math")[name].numpy()).max() < 1e-6
