@@ -66,15 +66,20 @@ static void lock(stream *s) {
 }
 static void unlock(stream *s) { atomic_flag_clear(&s->lock); }
 
-static void fail(stream *s, size_t piece_number, obm_status status, const obm_error *why) {
-    lock(s);
+/* Under the lock: what take() hands out afterwards must know. */
+static void note_failure(stream *s, size_t piece_number, obm_status status, const obm_error *why) {
     if (piece_number < s->failed_piece) {
         s->failed_piece = piece_number;
         s->status = status;
         s->error = *why;
     }
-    unlock(s);
     atomic_store(&s->stop, 1);
+}
+
+static void fail(stream *s, size_t piece_number, obm_status status, const obm_error *why) {
+    lock(s);
+    note_failure(s, piece_number, status, why);
+    unlock(s);
 }
 
 static bool is_over(const stream *s, size_t number) {
@@ -120,14 +125,11 @@ static bool take(stream *s, size_t *number) {
         while (s->index_next == s->parts[s->part_next].pieces) s->part_next++, s->index_next = 0;
         part *p = &s->parts[s->part_next];
         if (s->index_next == 0) status = begin_part(s, p, &err);
+        if (status != OBM_OK) note_failure(s, *number, status, &err);
     }
     size_t in_part = s->part_next, index = found ? s->index_next++ : 0;
     unlock(s);
-    if (!found) return false;
-    if (status != OBM_OK) {
-        fail(s, *number, status, &err);
-        return false;
-    }
+    if (!found || status != OBM_OK) return false;
     while (*number - atomic_load(&s->committed) >= s->window && !is_over(s, *number))
         nanosleep(&(struct timespec){0, 50000}, NULL);
     if (is_over(s, *number)) return false;
@@ -271,8 +273,9 @@ static obm_status work(stream *s, size_t number, int worker, obm_error *err) {
         int64_t to = least(at + WINDOW, q->end);
         status = work_window(s, number, at, to, &h, worker, err);
     }
-    if (status == OBM_OK && p->p->planes) status = write_signs(s, p, q, err);
-    if (h.h && status == OBM_OK && !is_over(s, number)) {
+    bool whole = status == OBM_OK && !is_over(s, number); /* else the signs are not all there */
+    if (whole && p->p->planes) status = write_signs(s, p, q, err);
+    if (h.h && whole && status == OBM_OK) {
         hash_to(&h, h.end);
         obm__base_digests_put(s->given->digests, p->digest + q->index, h.h);
         h.h = NULL;

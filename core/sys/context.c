@@ -110,6 +110,7 @@ obm_status obm_context_new(const obm_context_options *options, obm_context **out
     ctx->interrupt_user = OBM_OPT(options, obm_context_options, interrupt_user, NULL);
     OBM_GO(choose_kernels(ctx, err));
     ctx->topology = obm__topology_new();
+    if (!ctx->topology) obm__warn(ctx, "the machine's cores and nodes cannot be read: one thread is used");
     OBM_GO(choose_workers(ctx, OBM_OPT(options, obm_context_options, threads, 0),
                           OBM_OPT(options, obm_context_options, numa, OBM_NUMA_AUTO), err));
     ctx->pool = obm__pool_new(ctx->topology, &ctx->workers);

@@ -142,9 +142,17 @@ static void make_lanes(obm__pool *p, const obm__workers *places) {
     }
 }
 
+/* With more threads than cores a spinner keeps the one it waits for away. */
+static int spins_of(const obm__pool *p, const obm__machine *machine) {
+    bool crowded = p->threads > machine->n_cores;
+    for (int i = 0; p->n_lanes > 1 && i < p->n_lanes; i++)
+        crowded = crowded || p->lanes[i].workers > machine->nodes[i].cores;
+    return crowded ? 0 : SPINS;
+}
+
 obm__pool *obm__pool_new(const obm__topology *topology, const obm__workers *places) {
     const obm__machine *machine = obm__topology_machine(topology);
-    int threads = places->n, cores = machine->n_cores, lanes = places->numa == OBM_NUMA_OFF ? 1 : machine->n_nodes;
+    int threads = places->n, lanes = places->numa == OBM_NUMA_OFF ? 1 : machine->n_nodes;
     obm__pool *p = obm__calloc(1, sizeof *p);
     worker *workers = obm__calloc((size_t)threads, sizeof *workers);
     lane *line = obm__alloc((size_t)lanes, sizeof *line);
@@ -159,10 +167,9 @@ obm__pool *obm__pool_new(const obm__topology *topology, const obm__workers *plac
     p->lanes = line;
     p->n_lanes = lanes;
     p->threads = threads;
-    p->spins =
-        threads <= cores ? SPINS : 0; /* with more threads than cores a spinner keeps the one it waits for away */
     p->workers = workers;
     make_lanes(p, places);
+    p->spins = spins_of(p, machine);
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->work, NULL);
     pthread_cond_init(&p->done, NULL);

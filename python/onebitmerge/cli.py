@@ -249,7 +249,7 @@ def print_found(p, found):
 
 def inspect(args):
     pack = args.model.rpartition(":")[0]
-    if is_pack(pack) and not os.path.exists(args.model):
+    if pack and is_pack(pack) and not os.path.exists(args.model):
         raise Failure(f"{args.model} is an expert of a pack: it goes behind its base, as in `inspect BASE {args.model}`; `pack show {pack}` tells what it holds")
     ckpt = obm.Checkpoint(args.model)
     vectors = {path: obm.TaskVector(ckpt, path) for path in args.experts}
