@@ -197,6 +197,7 @@ obm_status obm__weights_acquire(obm_model *m, const double *route, obm__weights 
 
 static void build_beside(void *arg) {
     obm__build *b = arg;
+    if (b->m->placement) obm__topology_unbind(b->m->ctx->topology);
     b->status = obm__build_run(b, &b->stop, &b->error);
 }
 

@@ -272,6 +272,8 @@ int obm__topology_bind(const obm__topology *t, const obm__workers *w, int worker
 /* What the calling thread is bound to, for obm__topology_restore, which frees it; NULL: unknown. */
 void *obm__topology_save(const obm__topology *t);
 void obm__topology_restore(const obm__topology *t, void *saved);
+/* For a thread that a bound one has started, and whose place it would share. */
+void obm__topology_unbind(const obm__topology *t);
 /* Where pages will be that nobody has touched: on a node (of the machine's; when it is full on another), or in turn on all
  * (node -1).  0, or -1 with errno: the system refuses, or the topology is another machine's.  Whole pages. */
 int obm__topology_place(const obm__topology *t, void *at, size_t bytes, int node);

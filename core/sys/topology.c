@@ -336,6 +336,10 @@ void obm__topology_restore(const obm__topology *t, void *saved) {
     hwloc_bitmap_free(saved);
 }
 
+void obm__topology_unbind(const obm__topology *t) {
+    if (is_here(t)) (void)hwloc_set_cpubind(t->hwloc, t->allowed, HWLOC_CPUBIND_THREAD);
+}
+
 /* ---- memory ---- */
 
 /* Not strict: strict pages that find their node full end the process, these go to another node, and are counted there.
