@@ -206,6 +206,7 @@ obm_status obm_task_vector_new(const obm_checkpoint *base, const obm_checkpoint 
         obm_task_vector_free(v);
         return status;
     }
+    if (!obm__checkpoint_is_change(expert)) obm__checkpoint_compare_configs(base, expert);
     *out = v;
     return OBM_OK;
 }

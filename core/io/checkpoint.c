@@ -317,6 +317,46 @@ const obm_json *obm__checkpoint_text_config(const obm_checkpoint *c) {
     return inner && obm__json_kind(inner) == OBM_JSON_OBJECT ? inner : c->config;
 }
 
+/* 10000 and 10000.0 are one value. */
+static bool same_setting(const obm_json *a, const obm_json *b) {
+    double x, y;
+    return obm__json_real(a, &x) && obm__json_real(b, &y) ? x == y : obm__json_equal(a, b);
+}
+
+void obm__checkpoint_compare_configs(const obm_checkpoint *base, const obm_checkpoint *other) {
+    static const char *const keys[] = {"rope_theta",
+                                       "rope_scaling",
+                                       "rope_parameters",
+                                       "rope_local_base_freq",
+                                       "partial_rotary_factor",
+                                       "no_rope_layers",
+                                       "rms_norm_eps",
+                                       "hidden_act",
+                                       "hidden_activation",
+                                       "num_attention_heads",
+                                       "num_key_value_heads",
+                                       "head_dim",
+                                       "sliding_window",
+                                       "use_sliding_window",
+                                       "layer_types",
+                                       "query_pre_attn_scalar",
+                                       "attn_logit_softcapping",
+                                       "final_logit_softcapping",
+                                       "embedding_multiplier",
+                                       "residual_multiplier",
+                                       "attention_multiplier",
+                                       "logits_scaling"};
+    const obm_json *ours = obm__checkpoint_text_config(base), *theirs = obm__checkpoint_text_config(other);
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+        const obm_json *a = obm__json_get(ours, keys[i]), *b = obm__json_get(theirs, keys[i]);
+        if (a && b && !same_setting(a, b))
+            obm__warn(base->ctx,
+                      "%s/config.json: %s is not what %s/config.json says: the result follows the latter, and may "
+                      "compute something else",
+                      other->directory, keys[i], base->directory);
+    }
+}
+
 bool obm__text_config_set(obm_json *config, const char *key, obm_json *value) {
     const obm_json *inner = obm__json_get(config, TEXT_CONFIG);
     if (!inner || obm__json_kind(inner) != OBM_JSON_OBJECT) return obm__json_set(config, key, value);

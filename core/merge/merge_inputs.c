@@ -278,6 +278,7 @@ static obm_status check_architectures(const obm__job *j, obm_error *err) {
                 "supported",
                 donor->ref, obm__layout_embedding(donor->model->layout), j->inputs[i].ref,
                 obm__layout_embedding(j->inputs[i].model->layout));
+        if (j->inputs[i].model != donor->model) obm__checkpoint_compare_configs(donor->model, j->inputs[i].model);
     }
     return OBM_OK;
 }

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import threading
 import time
@@ -149,6 +150,21 @@ def test_the_first_bad_value_is_named(tmp_path, threads):
             with pytest.raises(obm.NonFiniteError, match=f"tensor {first}: NaN or Inf .* at index {3071 * 1024 + 7} "):
                 obm.compress(tmp_path / "base", {"a": tmp_path / "expert"}, tmp_path / "p")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "expert"]
+
+
+def test_configs_that_compute_something_else_are_named(models, tmp_path):
+    """The same weights under another RoPE: a pack, a task vector and a merge follow the base's config, and say so."""
+    expert = tmp_path / "expert"
+    shutil.copytree(models / "math", expert)
+    config = json.loads((expert / "config.json").read_text())
+    config.update(rope_theta=config.get("rope_theta", 10000.0) * 100, rms_norm_eps=float(config["rms_norm_eps"]), use_cache=False)
+    (expert / "config.json").write_text(json.dumps(config))
+    recipe = {"merge_method": "linear", "models": [{"model": str(models / "base"), "parameters": {"weight": 1}}, {"model": str(expert), "parameters": {"weight": 1}}]}
+    for call in (lambda: obm.compress(models / "base", {"math": expert}, tmp_path / "p"), lambda: obm.TaskVector(models / "base", expert),
+                 lambda: obm.merge(recipe, tmp_path / "m")):
+        with pytest.warns(RuntimeWarning, match="expert/config.json: rope_theta is not what .*base/config.json says") as seen:
+            call()
+        assert len(seen) == 1
 
 
 def test_dry_run_writes_nothing(models, experts, tmp_path):
