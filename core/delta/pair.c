@@ -76,11 +76,6 @@ void obm__pair_values(const obm_kernels *k, const obm__pair *p, int64_t begin, i
     if (own < n) obm__widen(k, p->extra, begin + own - obm_tensor_count(&p->base), n - own, out + own);
 }
 
-static void release(const obm_tensor *t, int64_t begin, int64_t n) {
-    size_t size = obm_dtype_size(t->dtype);
-    if (t->data && n > 0) obm__pages_release((const uint8_t *)t->data + (size_t)begin * size, (size_t)n * size);
-}
-
 static void release_planes(const obm__planes *p, int64_t begin, int64_t n) {
     size_t row = (size_t)p->row_bytes, first = (size_t)(begin / p->cols), end = (size_t)((begin + n - 1) / p->cols + 1);
     for (int i = 0; i < p->n && n > 0; i++) obm__pages_release(p->signs[i] + first * row, (end - first) * row);
@@ -88,11 +83,11 @@ static void release_planes(const obm__planes *p, int64_t begin, int64_t n) {
 
 void obm__pair_release(const obm__pair *p, int64_t begin, int64_t n) {
     if (p->expert.data) {
-        release(&p->expert, begin, n);
+        obm__tensor_release(&p->expert, begin, n);
         return;
     }
     int64_t own = in_base(p, begin, n);
-    release(&p->base, begin, own);
+    obm__tensor_release(&p->base, begin, own);
     if (p->planes) release_planes(p->planes, begin, own);
-    if (p->extra) release(p->extra, begin + own - obm_tensor_count(&p->base), n - own);
+    if (p->extra) obm__tensor_release(p->extra, begin + own - obm_tensor_count(&p->base), n - own);
 }

@@ -7,7 +7,7 @@
 /* Columns of f64 at a time. */
 #define PIECE 512
 
-static int64_t groups_per_row(const obm__planes *p) { return (p->cols + p->scale.group - 1) / p->scale.group; }
+static int64_t groups_per_row(const obm__planes *p) { return obm__scale_count(p->scale, 1, p->cols); }
 
 float obm__planes_alpha(const obm__planes *p, int plane, int64_t row, int64_t col) {
     const float *alpha = p->alphas[plane];

@@ -540,12 +540,13 @@ OBM_API const obm_tokenizer *obm_model_tokenizer_for(const obm_model *m, const d
 typedef struct obm_model_memory { uint64_t base, planes, overlays, kv, scratch; } obm_model_memory;
 OBM_API void obm_model_account(const obm_model *m, obm_model_memory *out);
 
-/* Looks where the pages of an open model are: its weights, planes, and the cache of a prompt that is run for it.  *json:
- * owned text of one object, numa (the mode in force), bound (false: the system refused to bind memory, which the log was
- * told), weights, planes, kv: {bytes, nodes: [bytes on each node], other (nodes that are not used here), absent (not in
- * memory), remote_bytes (read by workers of another node; null where rows have no fixed place)}, remote_bytes of all.  With
- * numa "off" nothing is placed and the parts are left out.  Materialised tensors of routes, an untied embedding and buffers are not placed, and
- * not counted.  Errors: BUSY; IO where the system does not say (sandboxes); those of running a model. */
+/* Looks where the pages of an open model are: its weights, planes, and the cache of a prompt that is run for it. *json:
+ * owned text of one object, numa (the mode in force), bound (false: the system refused to bind memory, which the log
+ * was told), weights, planes, kv: {bytes, nodes: [bytes on each node], other (nodes that are not used here), absent
+ * (not in memory), remote_bytes (read by workers of another node; null where rows have no fixed place)}, remote_bytes
+ * of all.  With numa "off" nothing is placed and the parts are left out.  Materialised tensors of routes, an untied
+ * embedding and buffers are not placed, and not counted.  Errors: BUSY; IO where the system does not say (sandboxes);
+ * those of running a model. */
 OBM_API obm_status obm_model_verify_placement(obm_model *m, char **json, obm_error *err);
 
 /* A prompt in one of three forms; what runs is the first that is there of: ids, messages (rendered with the chat template),

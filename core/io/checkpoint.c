@@ -22,10 +22,15 @@ static int by_name(const void *a, const void *b) {
 
 static const char *name_of(const void *entry) { return (*(const obm__st_entry *const *)entry)->name; }
 
-const obm__st_entry *obm__checkpoint_find(const obm_checkpoint *c, const char *name) {
+size_t obm__checkpoint_index(const obm_checkpoint *c, const char *name) {
     const obm__st_entry *const *found =
         obm__find_named(name, c->layout, c->tensors, c->count, sizeof *c->tensors, name_of);
-    return found ? *found : NULL;
+    return found ? (size_t)(found - c->tensors) : SIZE_MAX;
+}
+
+const obm__st_entry *obm__checkpoint_find(const obm_checkpoint *c, const char *name) {
+    size_t i = obm__checkpoint_index(c, name);
+    return i == SIZE_MAX ? NULL : c->tensors[i];
 }
 
 static obm_status reserve_tensors(obm_checkpoint *c, size_t n, obm_error *err) {

@@ -64,6 +64,10 @@ void obm__pages_scattered(const void *data, size_t size, bool scattered);
 /* Maps the pages of a range that is about to be read, all in one go instead of a fault for every few. */
 void obm__pages_populate(const void *data, size_t size);
 
+/* Both of elements [begin, begin + n) of a tensor that is mapped. */
+void obm__tensor_release(const obm_tensor *t, int64_t begin, int64_t n);
+void obm__tensor_populate(const obm_tensor *t, int64_t begin, int64_t n);
+
 /* Progress inside of io: n bytes more are done; a failure stops the work and is handed on. */
 typedef obm_status (*obm__tick_fn)(void *user, uint64_t bytes, obm_error *err);
 
@@ -233,6 +237,7 @@ obm_status obm__checkpoint_check(const obm_checkpoint *c, obm_error *err);
 void obm__checkpoint_release_pages(const obm_checkpoint *c);
 /* By its own name or that in another layout; NULL if absent. */
 const obm__st_entry *obm__checkpoint_find(const obm_checkpoint *c, const char *name);
+size_t obm__checkpoint_index(const obm_checkpoint *c, const char *name); /* in tensors; SIZE_MAX if absent */
 /* What config.json says about the text model: its "text_config", or all of it; NULL without config. */
 const obm_json *obm__checkpoint_text_config(const obm_checkpoint *c);
 /* Warns of the keys that both configs have, with other values, and that change what the same weights compute (RoPE,

@@ -278,9 +278,8 @@ void obm__base_digests_free(obm__base_digests *d) {
 }
 
 size_t obm__base_digests_take(obm__base_digests *d, const char *tensor) {
-    size_t i = 0;
-    while (i < d->base->count && strcmp(d->base->tensors[i]->name, tensor)) i++;
-    if (i == d->base->count || d->taken[i]) return SIZE_MAX;
+    size_t i = obm__checkpoint_index(d->base, tensor);
+    if (i == SIZE_MAX || d->taken[i]) return SIZE_MAX;
     d->taken[i] = true;
     return d->first[i];
 }

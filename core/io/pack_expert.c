@@ -1,8 +1,8 @@
 /*
- * Compresses one expert into one safetensors file, streaming: planes by stripes of rows, full tensors by chunks
- * straight from the mapping.  Which tensors exist must be known before the first byte is written; that a plane's scales
- * are all 0 shows only afterwards.  Such planes are rare, so the file is written on the assumption that there are none,
- * and once more without them when there were.
+ * Compresses one expert into one safetensors file, streaming: what one look is enough for by pack_stream.c, several
+ * planes of a matrix by stripes of rows.  Which tensors exist must be known before the first byte is written; that a
+ * plane's scales are all 0 shows only afterwards.  Such planes are rare, so the file is written on the assumption that
+ * there are none, and once more without them when there were.
  */
 #include "pack_parts.h"
 
@@ -11,8 +11,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Elements of a chunk of a full tensor per thread: a few ms of work between two progress calls. */
-#define CHUNK (16 * OBM_TILE)
 /* Elements that a thread compares between two looks at the others: a quarter of a MB. */
 #define SAME_STEP ((int64_t)65536)
 
@@ -175,7 +173,7 @@ static bool same_bytes(const obm__pair *p, int64_t at, int64_t n) {
                    (size_t)n * size);
 }
 
-/* In another dtype: every value widens to f32 exactly, and each has one form there. */
+/* In another dtype: as a task vector sees them, in f32. */
 static bool same_values(const obm_kernels *k, const obm__pair *p, int64_t at, int64_t n) {
     float a[1024], b[1024];
     for (int64_t end = at + n, m; at < end; at += m) {
@@ -198,11 +196,6 @@ static void same_range(void *arg, size_t begin, size_t end, int id) {
     }
 }
 
-static void release_elements(const obm_tensor *t, int64_t first, int64_t n) {
-    size_t size = obm_dtype_size(t->dtype);
-    obm__pages_release((const char *)t->data + (size_t)first * size, (size_t)n * size);
-}
-
 /* The rows that the base has, value for value.  Most fine-tunes differ in the first page. */
 static obm_status find_same(job *j, item *it, obm_error *err) {
     const obm__pair *p = it->pair;
@@ -212,8 +205,8 @@ static obm_status find_same(job *j, item *it, obm_error *err) {
         same_job s = {.k = j->r->ctx->k, .pair = p, .first = at, .n = total - at < batch ? total - at : batch};
         obm__parallel(j->r->ctx, (size_t)((s.n - 1) / SAME_STEP + 1), 1, same_range, &s);
         if (s.differ) return OBM_OK;
-        release_elements(&p->base, at, s.n);
-        release_elements(&p->expert, at, s.n);
+        obm__tensor_release(&p->base, at, s.n);
+        obm__tensor_release(&p->expert, at, s.n);
         OBM_TRY(obm__tick(j->r->ticker, 0, err));
     }
     it->mode = OBM_MODE_SAME;
@@ -302,18 +295,14 @@ typedef struct plane_sink {
     int64_t released; /* rows whose pages are let go */
 } plane_sink;
 
-static void release_rows(const obm_tensor *t, int64_t cols, int64_t begin, int64_t end) {
-    size_t row = (size_t)cols * obm_dtype_size(t->dtype);
-    obm__pages_release((const uint8_t *)t->data + (size_t)begin * row, (size_t)(end - begin) * row);
-}
-
 static obm_status take_signs(void *user, const void *bytes, size_t n, int64_t rows_done, obm_error *err) {
     plane_sink *s = user;
     const item *it = s->it;
     OBM_TRY(obm__st_writer_write(s->j->writer, bytes, n, err));
     if (!it->pair->lora) {
-        release_rows(&it->pair->base, it->cols, s->released, rows_done);
-        release_rows(&it->pair->expert, it->cols, s->released, rows_done);
+        int64_t first = s->released * it->cols, n = rows_done * it->cols - first;
+        obm__tensor_release(&it->pair->base, first, n);
+        obm__tensor_release(&it->pair->expert, first, n);
     }
     s->released = rows_done;
     double share = ((double)s->plane + (double)rows_done / (double)it->rows) / it->planes;
@@ -344,60 +333,6 @@ static obm_status write_planes(job *j, item *it, obm_error *err) {
     return status;
 }
 
-/* ---- full tensors ---- */
-
-typedef struct finite_job {
-    const obm_kernels *k;
-    const obm__pair *pair;
-    int64_t begin, end, in_base; /* elements; from in_base on there is no base */
-    _Atomic int64_t bad;
-} finite_job;
-
-static void finite_range(void *arg, size_t begin, size_t end, int id) {
-    (void)id;
-    finite_job *f = arg;
-    float d[OBM_BLOCK], scratch[OBM_BLOCK];
-    for (size_t i = begin; i < end; i++) {
-        int64_t at = f->begin + (int64_t)i * OBM_BLOCK, n = f->end - at < OBM_BLOCK ? f->end - at : OBM_BLOCK;
-        int64_t paired = f->in_base - at < 0 ? 0 : f->in_base - at < n ? f->in_base - at : n;
-        obm__pair_read(f->k, f->pair, at, paired, d, scratch);
-        obm__widen(f->k, &f->pair->expert, at + paired, n - paired, d + paired);
-        int64_t bad = (int64_t)f->k->find_nonfinite(d, (size_t)n), seen = atomic_load(&f->bad);
-        while (bad < n && at + bad < seen && !atomic_compare_exchange_weak(&f->bad, &seen, at + bad)) {
-        }
-    }
-}
-
-/* Elements [begin, end) of the expert's tensor: checked, then written as they are. */
-static obm_status write_chunk(job *j, const obm__pair *p, int64_t begin, int64_t end, obm_error *err) {
-    finite_job f = {.k = j->r->ctx->k,
-                    .pair = p,
-                    .begin = begin,
-                    .end = end,
-                    .in_base = obm_tensor_count(&p->base),
-                    .bad = INT64_MAX};
-    obm__parallel(j->r->ctx, (size_t)((end - begin - 1) / OBM_BLOCK + 1), OBM_TILE / OBM_BLOCK, finite_range, &f);
-    if (f.bad != INT64_MAX) return obm__fail_nonfinite(err, p, f.bad);
-    size_t size = obm_dtype_size(p->expert.dtype), n = (size_t)(end - begin) * size;
-    const uint8_t *src = (const uint8_t *)p->expert.data + (size_t)begin * size;
-    OBM_TRY(obm__st_writer_write(j->writer, src, n, err));
-    obm__pages_release(src, n);
-    if (begin < f.in_base) {
-        size_t base = obm_dtype_size(p->base.dtype);
-        int64_t last = end < f.in_base ? end : f.in_base;
-        obm__pages_release((const uint8_t *)p->base.data + (size_t)begin * base, (size_t)(last - begin) * base);
-    }
-    j->ticks += n;
-    return obm__tick(j->r->ticker, j->ticks, err);
-}
-
-static obm_status write_whole(job *j, const obm__pair *p, int64_t begin, obm_error *err) {
-    int64_t end = obm_tensor_count(&p->expert), step = (int64_t)j->r->ctx->threads * CHUNK;
-    for (int64_t at = begin; at < end; at += step)
-        OBM_TRY(write_chunk(j, p, at, end - at < step ? end : at + step, err));
-    return OBM_OK;
-}
-
 /* ---- factors ---- */
 
 /* Small beside what they stand for: written as they are, in one piece. */
@@ -426,16 +361,14 @@ static obm_status write_factors(job *j, const obm__pair *p, obm_error *err) {
 
 static obm_status write_slot(job *j, const slot *s, obm_error *err) {
     item *it = &j->items[s->item];
-    if (s->kind == SLOT_PLANES) return write_planes(j, it, err);
-    if (s->kind == SLOT_FACTORS) return write_factors(j, it->pair, err);
-    return write_whole(j, it->pair, s->kind == SLOT_FULL ? 0 : obm_tensor_count(&it->pair->base), err);
+    return s->kind == SLOT_PLANES ? write_planes(j, it, err) : write_factors(j, it->pair, err);
 }
 
-/* What one look at base and expert is enough for. */
+/* Whole tensors, and planes for which one look at base and expert is enough; the others are write_slot's. */
 static bool can_stream(const job *j, const slot *s) {
     const item *it = &j->items[s->item];
-    if (it->pair->lora || obm_tensor_count(&it->pair->base) == 0) return false;
-    return s->kind != SLOT_PLANES || it->planes == 1;
+    if (s->kind != SLOT_PLANES) return s->kind != SLOT_FACTORS;
+    return it->planes == 1 && !it->pair->lora && obm_tensor_count(&it->pair->base) > 0;
 }
 
 /* The slots from `first` on that can go together; *end is behind them. */
@@ -607,7 +540,7 @@ static uint64_t read_bytes(const obm__pair *p) {
 static uint64_t item_memory(const job *j, const item *it) {
     uint64_t threads = (uint64_t)j->r->ctx->threads,
              sizes = obm_dtype_size(it->pair->base.dtype) + obm_dtype_size(it->pair->expert.dtype);
-    uint64_t mapped = threads * CHUNK * sizes, tensor = read_bytes(it->pair);
+    uint64_t mapped = threads * OBM_STREAM_WINDOW * sizes, tensor = read_bytes(it->pair);
     uint64_t buffers = it->planes ? obm__onebit_memory(j->r->ctx, it->rows, it->cols) : 0;
     if (it->planes == 1 && !it->pair->lora) buffers += obm__stream_memory(j->r->ctx);
     return buffers + (uint64_t)it->planes * (uint64_t)it->n_scales * sizeof(float) +

@@ -101,6 +101,8 @@ obm_status obm__pack_publish(obm__st_writer *w, const char *dir, const char *ste
 
 /* ---- several tensors of its file at once (pack_stream.c) ---- */
 
+/* Elements of base and expert whose pages a thread asks for together. */
+#define OBM_STREAM_WINDOW ((int64_t)1 << 20)
 typedef struct obm__stream_part {
     const obm__pair *pair; /* not in factors */
     bool planes;           /* signs and scales of one plane; else the elements of the expert from `begin` on, as they are */

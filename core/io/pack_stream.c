@@ -17,9 +17,8 @@
 #define PENDING 3
 /* Bytes that are done before another thread wakes up. */
 #define ALONE ((uint64_t)1 << 20)
-/* Elements whose pages are asked for together, and elements of base and expert that fit the second-level cache, where
- * hashing leaves them for the arithmetic. */
-#define WINDOW ((int64_t)1 << 20)
+#define WINDOW OBM_STREAM_WINDOW
+/* Elements of base and expert that fit the second-level cache, where hashing leaves them for the arithmetic. */
 #define SLICE ((int64_t)1 << 16)
 
 typedef struct part {
@@ -92,14 +91,6 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static const void *element(const obm_tensor *t, int64_t i) {
     return (const uint8_t *)t->data + (size_t)i * obm_dtype_size(t->dtype);
-}
-
-static void release(const obm_tensor *t, int64_t begin, int64_t end) {
-    obm__pages_release(element(t, begin), (size_t)(end - begin) * obm_dtype_size(t->dtype));
-}
-
-static void ask_for(const obm_tensor *t, int64_t begin, int64_t end) {
-    obm__pages_populate(element(t, begin), (size_t)(end - begin) * obm_dtype_size(t->dtype));
 }
 
 static obm_status begin_part(stream *s, part *p, obm_error *err) {
@@ -198,10 +189,10 @@ static void pass_elements(const stream *s, const part *p, piece *q, int64_t end)
     for (int64_t to; q->passed < end; q->passed = to) {
         int64_t from = p->p->begin;
         to = least(q->passed + WINDOW, end);
-        ask_for(t, from + q->passed, from + to);
+        obm__tensor_populate(t, from + q->passed, to - q->passed);
         obm__st_writer_pass(s->given->writer, element(t, from + q->passed),
                             (size_t)(to - q->passed) * obm_dtype_size(t->dtype));
-        release(t, from + q->passed, from + to);
+        obm__tensor_release(t, from + q->passed, to - q->passed);
     }
 }
 
@@ -215,7 +206,7 @@ static obm_status write_elements(const stream *s, size_t number, const part *p, 
     if (atomic_load(&s->committed) == number)
         pass_elements(s, p, q, end);
     else
-        release(t, p->p->begin + begin, p->p->begin + end);
+        obm__tensor_release(t, p->p->begin + begin, end - begin);
     return OBM_OK;
 }
 
@@ -225,8 +216,8 @@ static obm_status work_window(stream *s, size_t number, int64_t begin, int64_t e
     const part *p = &s->parts[q->part];
     const obm__pair *pair = p->p->pair;
     int64_t in_base = least(end, obm_tensor_count(&pair->base) - p->p->begin), from = p->p->begin;
-    if (begin < in_base) ask_for(&pair->base, from + begin, from + in_base);
-    ask_for(&pair->expert, from + begin, from + end);
+    obm__tensor_populate(&pair->base, from + begin, in_base - begin);
+    obm__tensor_populate(&pair->expert, from + begin, end - begin);
     for (int64_t at = begin; at < end; at += SLICE) {
         int64_t to = least(at + SLICE, end);
         if (at < in_base) hash_to(h, element(&pair->base, from + least(to, in_base)));
@@ -234,10 +225,10 @@ static obm_status work_window(stream *s, size_t number, int64_t begin, int64_t e
         if (bad != INT64_MAX) return obm__fail_nonfinite(err, pair, bad);
     }
     if (p->p->planes)
-        release(&pair->expert, begin, end);
+        obm__tensor_release(&pair->expert, begin, end - begin);
     else
         OBM_TRY(write_elements(s, number, p, q, begin, end, err));
-    if (p->pieces > 1 && begin < in_base) release(&pair->base, from + begin, from + in_base);
+    if (p->pieces > 1) obm__tensor_release(&pair->base, from + begin, in_base - begin);
     atomic_fetch_add(&s->done, (uint64_t)(end - begin) * obm_dtype_size(pair->expert.dtype));
     return worker ? OBM_OK : look(s, err);
 }
@@ -282,8 +273,8 @@ static obm_status work(stream *s, size_t number, int worker, obm_error *err) {
     }
     if (h.h) obm__xxh3_end(h.h, NULL);
     int64_t in_base = obm_tensor_count(&pair->base);
-    if (p->p->begin + q->begin < in_base)
-        release(&pair->base, p->p->begin + q->begin, least(p->p->begin + q->end, in_base));
+    int64_t first = p->p->begin + q->begin;
+    obm__tensor_release(&pair->base, first, least(p->p->begin + q->end, in_base) - first);
     return status;
 }
 

@@ -32,3 +32,15 @@ void obm__pages_populate(const void *data, size_t size) {
     (void)data, (void)size;
 #endif
 }
+
+static const void *element(const obm_tensor *t, int64_t i) {
+    return (const char *)t->data + (size_t)i * obm_dtype_size(t->dtype);
+}
+
+void obm__tensor_release(const obm_tensor *t, int64_t begin, int64_t n) {
+    if (n > 0) obm__pages_release(element(t, begin), (size_t)n * obm_dtype_size(t->dtype));
+}
+
+void obm__tensor_populate(const obm_tensor *t, int64_t begin, int64_t n) {
+    if (n > 0) obm__pages_populate(element(t, begin), (size_t)n * obm_dtype_size(t->dtype));
+}

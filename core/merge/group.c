@@ -88,24 +88,19 @@ size_t obm__group_delta(const obm_kernels *k, const obm__group *g, size_t model,
 }
 
 static void release_tensor(const obm_tensor *t, const obm__pair *change, uint64_t begin, uint64_t n) {
-    size_t size = obm_dtype_size(t->dtype);
     if (change)
         obm__pair_release(change, (int64_t)begin, (int64_t)n);
     else
-        obm__pages_release((const char *)t->data + begin * size, (size_t)n * size);
-}
-
-static void populate_tensor(const obm_tensor *t, uint64_t begin, uint64_t end) {
-    size_t size = obm_dtype_size(t->dtype);
-    obm__pages_populate((const char *)t->data + begin * size, (size_t)(end - begin) * size);
+        obm__tensor_release(t, (int64_t)begin, (int64_t)n);
 }
 
 void obm__group_populate(const obm__group *g, size_t model, uint64_t begin, uint64_t end) {
     if (end > g->count) end = g->count;
     if (g->rows || !g->mapped || begin >= end) return;
-    if (g->base && !change_of(g, BASE)) populate_tensor(g->base, begin, end);
+    int64_t first = (int64_t)begin, n = (int64_t)(end - begin);
+    if (g->base && !change_of(g, BASE)) obm__tensor_populate(g->base, first, n);
     for (size_t i = 0; i < g->steps->n; i++)
-        if ((model == SIZE_MAX || model == i) && !change_of(g, i)) populate_tensor(&g->models[i], begin, end);
+        if ((model == SIZE_MAX || model == i) && !change_of(g, i)) obm__tensor_populate(&g->models[i], first, n);
 }
 
 /* Rows lie anywhere in their tensors, so all pages of these go. */

@@ -102,16 +102,20 @@ static void scale(float *d, float factor, size_t n) {
     for (size_t j = 0; j < n; j++) d[j] *= factor;
 }
 
-size_t obm__block_load(const obm__block *b) {
+/* least: of each model, see obm__group_trimmed; NULL: all is kept. */
+static size_t load_block(const obm__block *b, const uint32_t *least) {
     size_t first = b->n;
     obm__group_base(b->k, b->g, b->begin, b->n, b->base, b->scratch);
     if (b->g->base && !b->g->steps->deltas) first = b->k->find_nonfinite(b->base, b->n);
     for (size_t i = 0; i < b->g->steps->n; i++) {
-        size_t bad = obm__group_delta(b->k, b->g, i, b->begin, b->n, b->base, obm__block_delta(b, i), b->scratch);
+        size_t bad = obm__group_trimmed(b->k, b->g, i, b->begin, b->n, b->base, least ? least[i] : 0,
+                                        obm__block_delta(b, i), b->scratch);
         if (bad < first) first = bad;
     }
     return first;
 }
+
+size_t obm__block_load(const obm__block *b) { return load_block(b, NULL); }
 
 /* Whether a part of the block can be masked without the rest of it; least: what trims leave, as obm__cut_least. */
 static bool is_divisible(const obm__group *g, const obm__block *b, uint32_t *least) {
@@ -129,13 +133,9 @@ static bool is_divisible(const obm__group *g, const obm__block *b, uint32_t *lea
  * that is not finite, n if all are. */
 static size_t load_part(const walk *w, const obm__block *b, const uint32_t *least) {
     const obm__steps *s = w->g->steps;
-    size_t first = b->n;
-    obm__group_base(b->k, w->g, b->begin, b->n, b->base, b->scratch);
-    if (w->g->base && !s->deltas) first = b->k->find_nonfinite(b->base, b->n);
+    size_t first = load_block(b, least);
     for (size_t i = 0; i < s->n; i++) {
         float *d = obm__block_delta(b, i);
-        size_t bad = obm__group_trimmed(b->k, w->g, i, b->begin, b->n, b->base, least ? least[i] : 0, d, b->scratch);
-        if (bad < first) first = bad;
         if (!least || s->mask != OBM_MASK_MAGNITUDE) mask_delta(w, i, b, d);
         scale(d, w->g->factors[i], b->n);
     }

@@ -9,7 +9,7 @@ typedef struct attention_job {
     obm_model *m;
     const obm__row *rows;
     int64_t layer;
-    size_t n, offset;
+    size_t n;
     bool placed; /* items are in the order of the nodes' heads */
 } attention_job;
 
@@ -153,7 +153,7 @@ static void attend(void *arg, size_t begin, size_t end, int worker) {
     float *scores = s->scores + (size_t)worker * s->positions;
     float *widened = s->widened + (size_t)worker * OBM_TILE_TOKENS * (size_t)c->head_dim;
     int64_t window = c->layer[j->layer].window;
-    for (size_t item = begin + j->offset; item < end + j->offset; item++) {
+    for (size_t item = begin; item < end; item++) {
         int64_t head, group = c->heads / c->kv_heads;
         size_t i = find_row(j, item, &head);
         const obm__row *row = &j->rows[i];
@@ -181,16 +181,7 @@ obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int6
     /* Attention runs at about a tenth of the arithmetic rate of GEMM: counted tenfold. */
     double per_item = 40.0 * (double)seen * (double)c->head_dim, slice = OBM_SLICE_FLOPS / per_item;
     size_t step = slice < (double)threads ? threads : slice < (double)items ? (size_t)slice : items;
-    obm__lanes whole, part;
+    obm__lanes whole;
     split_heads(&j, &whole);
-    for (size_t k = 0, slices = (items + step - 1) / step; k < slices; k++) {
-        obm__lanes_part(&whole, k, slices, &part);
-        j.offset = j.placed ? 0 : part.begin[0];
-        if (j.placed)
-            obm__parallel_lanes(m->ctx, &part, 4, attend, &j);
-        else
-            obm__parallel(m->ctx, part.end[0] - part.begin[0], 4, attend, &j);
-        OBM_TRY(obm__pulse_check(m->pulse, err));
-    }
-    return OBM_OK;
+    return obm__parallel_parts(m->ctx, &whole, (items + step - 1) / step, 4, attend, &j, m->pulse, err);
 }

@@ -20,7 +20,6 @@ typedef struct linear_job {
     obm__lanes items;    /* node after node, in a node layer after layer */
     size_t *first_item;  /* (nodes, 4): items of layer l at a node: [first_item[l], first_item[l + 1]) */
     size_t *first_block; /* (nodes, 4): of its rows, in items of the layer */
-    size_t offset;       /* of the current slice, where items have no place */
     int64_t cols;
 } linear_job;
 
@@ -126,7 +125,7 @@ static void row_block(const linear_job *j, const obm__linear *l, size_t i, size_
 
 static void run_rows(void *arg, size_t begin, size_t end, int worker) {
     const linear_job *j = arg;
-    for (size_t item = begin + j->offset; item < end + j->offset; item++) {
+    for (size_t item = begin; item < end; item++) {
         int64_t row;
         const obm__linear *l = find_item(j, item, ROW_BLOCK, &row);
         for (size_t i = 0, tokens; i < j->n; i += tokens) {
@@ -228,7 +227,7 @@ static void store_product(const linear_job *j, const obm__linear *l, size_t firs
 static void run_panels(void *arg, size_t begin, size_t end, int worker) {
     const linear_job *j = arg;
     const obm__scratch *s = &j->m->scratch;
-    for (size_t item = begin + j->offset; item < end + j->offset; item++) {
+    for (size_t item = begin; item < end; item++) {
         int64_t row;
         const obm__linear *l = find_item(j, item, PANEL, &row);
         const obm__matrix *loaded = NULL;
@@ -274,23 +273,11 @@ static void place_items(linear_job *j, int64_t per_item) {
 
 /* Slices keep the time between two looks at the pulse short; items do not depend on the slicing. */
 static obm_status run_slices(linear_job *j, obm__range_fn fn, double item_flops, obm_error *err) {
-    bool placed = j->m->placement && obm__placement_cuts(j->m->placement);
     size_t total = j->items.end[j->items.n - 1], threads = (size_t)j->m->ctx->threads;
     double items = OBM_SLICE_FLOPS / item_flops;
     size_t grain = SHARE_FLOPS > item_flops ? (size_t)(SHARE_FLOPS / item_flops) : 1;
     size_t slice = items < (double)threads ? threads : items < (double)total ? (size_t)items : total;
-    size_t slices = (total + slice - 1) / slice;
-    for (size_t k = 0; k < slices; k++) {
-        obm__lanes part;
-        obm__lanes_part(&j->items, k, slices, &part);
-        j->offset = placed ? 0 : part.begin[0];
-        if (placed)
-            obm__parallel_lanes(j->m->ctx, &part, grain, fn, j);
-        else
-            obm__parallel(j->m->ctx, part.end[0] - part.begin[0], grain, fn, j);
-        OBM_TRY(obm__pulse_check(j->m->pulse, err));
-    }
-    return OBM_OK;
+    return obm__parallel_parts(j->m->ctx, &j->items, (total + slice - 1) / slice, grain, fn, j, j->m->pulse, err);
 }
 
 obm_status obm__linear_run(obm_model *m, const obm__weights *const *weights, size_t n, bool tiled, int64_t layer,

@@ -94,16 +94,9 @@ void obm__place_split(const obm_model *m, int kind, int64_t per_item, size_t ite
 
 obm_status obm__place_slices(obm_model *m, int kind, int64_t per_item, size_t items, size_t size, obm__range_fn fn,
                              void *arg, obm_error *err) {
-    obm__lanes whole, part;
-    if (!cuts(m)) return obm__parallel_slices(m->ctx, items, 1, size, fn, arg, m->pulse, err);
+    obm__lanes whole;
     obm__place_split(m, kind, per_item, items, &whole);
-    size_t n = (items + size - 1) / size;
-    for (size_t k = 0; k < n; k++) {
-        obm__lanes_part(&whole, k, n, &part);
-        obm__parallel_lanes(m->ctx, &part, 1, fn, arg);
-        OBM_TRY(obm__pulse_check(m->pulse, err));
-    }
-    return OBM_OK;
+    return obm__parallel_parts(m->ctx, &whole, (items + size - 1) / size, 1, fn, arg, m->pulse, err);
 }
 
 void obm__place_rows(const obm_model *m, size_t n, size_t grain, obm__range_fn fn, void *arg) {

@@ -48,26 +48,32 @@ obm_status obm__pulse_done(obm__pulse *p, uint64_t done, obm_error *err) {
 
 /* ---- slices ---- */
 
-typedef struct slice {
-    obm__range_fn fn;
-    void *arg;
-    size_t first;
-} slice;
+/* Part k of n of the items of every node. */
+static void part_of(const obm__lanes *s, size_t k, size_t n, obm__lanes *out) {
+    out->n = s->n;
+    for (int i = 0; i < s->n; i++) {
+        size_t items = s->end[i] - s->begin[i], each = items / n,
+               more = items % n; /* the first `more` parts have one more */
+        out->begin[i] = s->begin[i] + each * k + (k < more ? k : more);
+        out->end[i] = out->begin[i] + each + (k < more);
+    }
+}
 
-static void run_slice(void *arg, size_t begin, size_t end, int worker) {
-    const slice *s = arg;
-    s->fn(s->arg, s->first + begin, s->first + end, worker);
+obm_status obm__parallel_parts(obm_context *ctx, const obm__lanes *whole, size_t parts, size_t grain, obm__range_fn fn,
+                               void *arg, obm__pulse *pulse, obm_error *err) {
+    obm__lanes part;
+    for (size_t k = 0; k < parts; k++) {
+        part_of(whole, k, parts, &part);
+        obm__parallel_lanes(ctx, &part, grain, fn, arg);
+        OBM_TRY(obm__pulse_check(pulse, err));
+    }
+    return OBM_OK;
 }
 
 obm_status obm__parallel_slices(obm_context *ctx, size_t n, size_t grain, size_t size, obm__range_fn fn, void *arg,
                                 obm__pulse *pulse, obm_error *err) {
-    slice s = {.fn = fn, .arg = arg};
-    for (size_t count; s.first < n; s.first += count) {
-        count = n - s.first < size ? n - s.first : size;
-        obm__parallel(ctx, count, grain, run_slice, &s);
-        OBM_TRY(obm__pulse_check(pulse, err));
-    }
-    return OBM_OK;
+    obm__lanes whole = {.n = 1, .end = {n}};
+    return obm__parallel_parts(ctx, &whole, n / size + (n % size != 0), grain, fn, arg, pulse, err);
 }
 
 /* ---- long items ---- */

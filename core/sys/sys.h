@@ -135,15 +135,14 @@ void obm__warn(const obm_context *ctx, const char *format, ...) __attribute__((f
  * thread count.  When the pool is busy or forked away, everything runs on the calling thread. */
 typedef void (*obm__range_fn)(void *arg, size_t begin, size_t end, int worker);
 void obm__parallel(obm_context *ctx, size_t n, size_t grain, obm__range_fn fn, void *arg);
-/* Items of each node of the machine: [begin[i], end[i]) are run by the workers of node i (another may help who would else
- * wait long).  Only where the context's workers are in lanes, which is where their `numa` is not OFF. */
+/* Items of each node of the machine: [begin[i], end[i]) are run by the workers of node i (another may help who would
+ * else wait long).  Only where the context's workers are in lanes, which is where their `numa` is not OFF.  n = 1:
+ * items without a node, which any worker runs. */
 typedef struct obm__lanes {
     int n;
     size_t begin[OBM_NODES], end[OBM_NODES];
 } obm__lanes;
 void obm__parallel_lanes(obm_context *ctx, const obm__lanes *s, size_t grain, obm__range_fn fn, void *arg);
-/* Part k of n of the items of every node. */
-void obm__lanes_part(const obm__lanes *s, size_t k, size_t n, obm__lanes *out);
 /* The caller is worker 0; with more workers than cores nobody spins.  Keeps both pointers. */
 obm__pool *obm__pool_new(const obm__topology *topology, const obm__workers *workers);
 void obm__pool_free(obm__pool *p);
@@ -175,8 +174,11 @@ typedef struct obm__pulse {
 obm__pulse obm__pulse_new(const obm_context *ctx, obm_progress_fn fn, void *user, const char *what, uint64_t total);
 obm_status obm__pulse_check(obm__pulse *p, obm_error *err);   /* NULL is fine; OBM_E_USER when asked to stop */
 obm_status obm__pulse_done(obm__pulse *p, uint64_t done, obm_error *err);   /* reports now */
-/* obm__parallel over slices of `size` items, with a look at the pulse behind each.  What fn computes must not depend on
- * the slicing either. */
+/* obm__parallel_lanes over `parts` slices, each with its part of every node's items, and a look at the pulse behind
+ * each. What fn computes must not depend on the slicing either. */
+obm_status obm__parallel_parts(obm_context *ctx, const obm__lanes *whole, size_t parts, size_t grain, obm__range_fn fn,
+                               void *arg, obm__pulse *pulse, obm_error *err);
+/* The same of n items without a node, at most `size` in a slice. */
 obm_status obm__parallel_slices(obm_context *ctx, size_t n, size_t grain, size_t size, obm__range_fn fn, void *arg,
                                 obm__pulse *pulse, obm_error *err);
 /* fn(arg) on a thread of its own while this one looks at the pulse, for items too long to look between: once the pulse

@@ -282,25 +282,32 @@ static void fill_lane(lane *l, size_t begin, size_t end, size_t chunk) {
     l->chunk = chunk;
 }
 
-void obm__parallel(obm_context *ctx, size_t n, size_t grain, obm__range_fn fn, void *arg) {
-    if (!n) return;
-    if (!grain) grain = 1;
+static void run_anywhere(obm_context *ctx, size_t begin, size_t end, size_t grain, obm__range_fn fn, void *arg) {
     obm__pool *p = ctx->pool;
-    if (n <= grain || !acquire(p)) {
-        fn(arg, 0, n, 0);
+    if (begin >= end) return;
+    if (end - begin <= grain || !acquire(p)) {
+        fn(arg, begin, end, 0);
         return;
     }
     if (!atomic_load(&p->started)) start_workers(p);
-    fill_lane(&p->lanes[0], 0, n, chunk_size(n, grain, p->threads));
+    fill_lane(&p->lanes[0], begin, end, chunk_size(end - begin, grain, p->threads));
     for (int i = 0; i < p->n_lanes; i++) p->lanes[i].open = p->lanes[i].workers > 0 || !i;
     run_job(p, (job){.fn = fn, .arg = arg, .shared = true});
+}
+
+void obm__parallel(obm_context *ctx, size_t n, size_t grain, obm__range_fn fn, void *arg) {
+    run_anywhere(ctx, 0, n, grain ? grain : 1, fn, arg);
 }
 
 void obm__parallel_lanes(obm_context *ctx, const obm__lanes *s, size_t grain, obm__range_fn fn, void *arg) {
     obm__pool *p = ctx->pool;
     size_t total = 0;
-    for (int i = 0; i < s->n; i++) total += s->end[i] - s->begin[i];
     if (!grain) grain = 1;
+    if (s->n == 1) {
+        run_anywhere(ctx, s->begin[0], s->end[0], grain, fn, arg);
+        return;
+    }
+    for (int i = 0; i < s->n; i++) total += s->end[i] - s->begin[i];
     if (total <= grain || !acquire(p)) {
         for (int i = 0; i < s->n; i++)
             if (s->begin[i] < s->end[i]) fn(arg, s->begin[i], s->end[i], 0);
@@ -315,16 +322,6 @@ void obm__parallel_lanes(obm_context *ctx, const obm__lanes *s, size_t grain, ob
                       chunk_size(s->end[i] - s->begin[i], grain, l->workers ? l->workers : 1));
     }
     run_job(p, (job){.fn = fn, .arg = arg});
-}
-
-void obm__lanes_part(const obm__lanes *s, size_t k, size_t n, obm__lanes *out) {
-    out->n = s->n;
-    for (int i = 0; i < s->n; i++) {
-        size_t items = s->end[i] - s->begin[i], each = items / n,
-               more = items % n; /* the first `more` parts have one more */
-        out->begin[i] = s->begin[i] + each * k + (k < more ? k : more);
-        out->end[i] = out->begin[i] + each + (k < more);
-    }
 }
 
 /* ---- one call on a thread of its own ---- */

@@ -35,6 +35,17 @@ static inline void print_processor(void) {
     if (f) fclose(f);
 }
 
+/* Machine, build, ISA, threads and load: what belongs above figures. */
+static inline void print_head(obm_context *ctx) {
+    obm_context_info info;
+    double load[3] = {0};
+    obm_context_describe(ctx, &info);
+    if (getloadavg(load, 3) < 1) load[0] = -1;
+    print_processor();
+    printf("topology  %s\nbuild     onebitmerge %s, %s, %s\nisa       %s\nthreads   %d, load before %.1f\n",
+           info.topology, obm_version(), info.compiler, info.blas, info.isa, info.threads, load[0]);
+}
+
 static inline long number(int argc, char **argv, const char *name, long dflt) {
     for (int i = 1; i + 1 < argc; i++)
         if (!strcmp(argv[i], name)) return strtol(argv[i + 1], NULL, 10);

@@ -184,18 +184,6 @@ static void bench_prefill(bench *b, obm_model *m) {
 
 /* ---- main ---- */
 
-static void print_head(const bench *b) {
-    obm_context_info info;
-    double load[3] = {0};
-    obm_context_describe(b->ctx, &info);
-    if (getloadavg(load, 3) < 1) load[0] = -1;
-    print_processor();
-    printf("topology  %s\nbuild     onebitmerge %s, %s, %s\nisa       %s\n", info.topology, obm_version(),
-           info.compiler, info.blas, info.isa);
-    printf("threads   %d, load before %.1f\nmodel     %s, bf16; medians of %d interleaved rounds\n", info.threads,
-           load[0], b->s->name, b->rounds);
-}
-
 static void run(bench *b, const char *what) {
     bool all = !strcmp(what, "all");
     write_folder(b->s, b->base, NULL);
@@ -235,7 +223,8 @@ int main(int argc, char **argv) {
     snprintf(b.base, sizeof b.base, "%s/base", b.dir);
     snprintf(b.expert, sizeof b.expert, "%s/expert", b.dir);
     snprintf(b.pack, sizeof b.pack, "%s/pack", b.dir);
-    print_head(&b);
+    print_head(b.ctx);
+    printf("model     %s, bf16; medians of %d interleaved rounds\n", b.s->name, b.rounds);
     run(&b, what);
     remove_folder(b.dir);
     obm_context_free(b.ctx);

@@ -295,18 +295,6 @@ static void bench_folders(bench *b, uint64_t file_bytes) {
 
 /* ---- main ---- */
 
-static void print_head(const bench *b) {
-    obm_context_info info;
-    double load[3] = {0};
-    obm_context_describe(b->ctx, &info);
-    if (getloadavg(load, 3) < 1) load[0] = -1;
-    print_processor();
-    printf("topology  %s\nbuild     onebitmerge %s, %s, %s\nisa       %s\n", info.topology, obm_version(),
-           info.compiler, info.blas, info.isa);
-    printf("threads   %d, load before %.1f\nmodel     %s, bf16, %d experts; medians of %d interleaved rounds\n",
-           info.threads, load[0], b->s->name, EXPERTS, b->rounds);
-}
-
 int main(int argc, char **argv) {
     bench b = {.rounds = (int)number(argc, argv, "--rounds", 7), .dir = "/tmp/obm-bench-XXXXXX"};
     const char *size = text(argc, argv, "--size", "0.1b"), *what = text(argc, argv, "--what", "all");
@@ -323,7 +311,8 @@ int main(int argc, char **argv) {
                2;
     o.threads = (int)number(argc, argv, "--threads", 0);
     check(obm_context_new(&o, &b.ctx, &err), &err);
-    print_head(&b);
+    print_head(b.ctx);
+    printf("model     %s, bf16, %d experts; medians of %d interleaved rounds\n", b.s->name, EXPERTS, b.rounds);
     if (strcmp(what, "folders")) bench_compute(&b);
     if (strcmp(what, "compute")) {
         char base[96];

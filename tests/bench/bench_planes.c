@@ -513,21 +513,11 @@ static void bench_tasks(bench *b) {
 
 /* ---- main ---- */
 
-static void print_head(const bench *b) {
-    obm_context_info info;
-    double load[3] = {0};
-    obm_context_describe(b->ctx, &info);
-    if (getloadavg(load, 3) < 1) load[0] = -1;
-    print_processor();
-    printf("topology  %s\nbuild     onebitmerge %s, %s, %s\nisa       %s\n", info.topology, obm_version(),
-           info.compiler, info.blas, info.isa);
-    printf("threads   %d, load before %.1f\nmodel     %s, bf16, %.0f MB; medians of %d interleaved rounds\n",
-           info.threads, load[0], b->s->name, base_bytes(b) * 1e-6, b->rounds);
-}
-
 static void prepare(bench *b) {
     make_seeds(b);
-    print_head(b);
+    print_head(b->ctx);
+    printf("model     %s, bf16, %.0f MB; medians of %d interleaved rounds\n", b->s->name, base_bytes(b) * 1e-6,
+           b->rounds);
 }
 
 /* In a process of its own, so that parts do not see each other's memory. */

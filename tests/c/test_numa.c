@@ -166,15 +166,13 @@ static void lanes(void **state) {
             s.end[i] = s.begin[i] + (size_t)((round * 7 + i * 13) % 60);
         }
         memset((void *)taken, 0, sizeof taken);
-        obm__lanes part;
-        for (size_t k = 0; k < 3; k++) {
-            obm__lanes_part(&s, k, 3, &part);
-            obm__parallel_lanes(ctx, &part, 1 + (size_t)(round % 4), take, NULL);
-        }
+        assert_int_equal(obm__parallel_parts(ctx, &s, 3, 1 + (size_t)(round % 4), take, NULL, NULL, &err), OBM_OK);
         for (size_t i = 0; i < 300; i++) assert_int_equal(taken[i], i >= s.begin[0] && i < s.end[s.n - 1]);
         obm__parallel(ctx, 200, 3, take, NULL);
+        obm__lanes any = {.n = 1, .begin = {50}, .end = {250}};
+        assert_int_equal(obm__parallel_parts(ctx, &any, 7, 3, take, NULL, NULL, &err), OBM_OK);
         for (size_t i = 0; i < 300; i++)
-            assert_int_equal(taken[i], (i >= s.begin[0] && i < s.end[s.n - 1]) + (i < 200));
+            assert_int_equal(taken[i], (i >= s.begin[0] && i < s.end[s.n - 1]) + (i < 200) + (i >= 50 && i < 250));
         if (round % 100 == 99) obm_context_free(ctx);
     }
 }

@@ -474,16 +474,22 @@ static void test_planes_that_vanish(void **state) {
     obm_free(expert);
 }
 
+/* One expert with a dropped matrix, 1-bit embeddings and two extra rows. */
+static obm_pack *compress_mapped(const world *w) {
+    const obm_map_rule map[] = {{"*q_proj*", OBM_MODE_DROP}, {"*embed*", OBM_MODE_1BIT}};
+    obm_expert e = OBM_INIT(obm_expert);
+    obm_pack *p;
+    e.name = "chat";
+    e.path = w->chat;
+    e.map = map;
+    e.n_map = 2;
+    OK(obm_compress(w->ctx, w->base, &e, 1, NULL, w->pack, NULL, &p, err));
+    return p;
+}
+
 static void test_map_drop_and_extra_rows(void **state) {
     world *w = *state;
-    const obm_map_rule map[] = {{"*q_proj*", OBM_MODE_DROP}, {"*embed*", OBM_MODE_1BIT}};
-    obm_expert e[1] = {OBM_INIT(obm_expert)};
-    obm_pack *p;
-    e[0].name = "chat";
-    e[0].path = w->chat;
-    e[0].map = map;
-    e[0].n_map = 2;
-    OK(obm_compress(w->ctx, w->base, e, 1, NULL, w->pack, NULL, &p, err));
+    obm_pack *p = compress_mapped(w);
     assert_int_equal(entry(p, 0, Q)->mode, OBM_MODE_DROP);
     check_planes(w, p, 0, T_EMBED, 70, 1);
     const obm_tensor *extra = &entry(p, 0, EMBED)->extra;
@@ -501,16 +507,9 @@ static void test_map_drop_and_extra_rows(void **state) {
  * it. */
 static void test_member(void **state) {
     world *w = *state;
-    const obm_map_rule map[] = {{"*q_proj*", OBM_MODE_DROP}, {"*embed*", OBM_MODE_1BIT}};
-    obm_expert e[1] = {OBM_INIT(obm_expert)};
     obm_checkpoint *base, *member;
     obm_task_vector *v;
-    obm_pack *p;
-    e[0].name = "chat";
-    e[0].path = w->chat;
-    e[0].map = map;
-    e[0].n_map = 2;
-    OK(obm_compress(w->ctx, w->base, e, 1, NULL, w->pack, NULL, &p, err));
+    obm_pack *p = compress_mapped(w);
     char *ref = obm__format("%s:chat", w->pack);
     OK(obm_checkpoint_open(w->ctx, w->base, &base, err));
     OK(obm_checkpoint_open(w->ctx, ref, &member, err));
