@@ -1,5 +1,6 @@
 /* Task vectors: pairs the tensors of base and expert by name and reads their difference in f32.  Reads no tensor data
  * before it is asked for, apart from integer buffers, which have no difference and must be equal. */
+#include "../model/config_compare.h"
 #include "delta.h"
 
 #include <stdio.h>
@@ -202,11 +203,11 @@ obm_status obm_task_vector_new(const obm_checkpoint *base, const obm_checkpoint 
         status = expert->member    ? obm__member_pairs(v, err)
                  : expert->adapter ? obm__adapter_pairs(v, err)
                                    : match(v, err);
+    if (status == OBM_OK && !obm__checkpoint_is_change(expert)) status = obm__configs_compare(base, expert, true, err);
     if (status != OBM_OK) {
         obm_task_vector_free(v);
         return status;
     }
-    if (!obm__checkpoint_is_change(expert)) obm__checkpoint_compare_configs(base, expert);
     *out = v;
     return OBM_OK;
 }

@@ -322,44 +322,30 @@ const obm_json *obm__checkpoint_text_config(const obm_checkpoint *c) {
     return inner && obm__json_kind(inner) == OBM_JSON_OBJECT ? inner : c->config;
 }
 
-/* 10000 and 10000.0 are one value. */
-static bool same_setting(const obm_json *a, const obm_json *b) {
-    double x, y;
-    return obm__json_real(a, &x) && obm__json_real(b, &y) ? x == y : obm__json_equal(a, b);
+/* Behind "model.layers." in the file's own layout, -1 for any other name. */
+static int64_t layer_of(const obm_checkpoint *c, const char *name) {
+    const char *embedding = obm__layout_embedding(c->layout), layers[] = "layers.";
+    size_t n = strlen(embedding) - strlen("embed_tokens.weight"), digits;
+    if (strncmp(name, embedding, n) || strncmp(name + n, layers, strlen(layers))) return -1;
+    name += n + strlen(layers);
+    digits = strspn(name, "0123456789");
+    return digits && digits < 10 && name[digits] == '.' ? strtol(name, NULL, 10) : -1;
 }
 
-void obm__checkpoint_compare_configs(const obm_checkpoint *base, const obm_checkpoint *other) {
-    static const char *const keys[] = {"rope_theta",
-                                       "rope_scaling",
-                                       "rope_parameters",
-                                       "rope_local_base_freq",
-                                       "partial_rotary_factor",
-                                       "no_rope_layers",
-                                       "rms_norm_eps",
-                                       "hidden_act",
-                                       "hidden_activation",
-                                       "num_attention_heads",
-                                       "num_key_value_heads",
-                                       "head_dim",
-                                       "sliding_window",
-                                       "use_sliding_window",
-                                       "layer_types",
-                                       "query_pre_attn_scalar",
-                                       "attn_logit_softcapping",
-                                       "final_logit_softcapping",
-                                       "embedding_multiplier",
-                                       "residual_multiplier",
-                                       "attention_multiplier",
-                                       "logits_scaling"};
-    const obm_json *ours = obm__checkpoint_text_config(base), *theirs = obm__checkpoint_text_config(other);
-    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
-        const obm_json *a = obm__json_get(ours, keys[i]), *b = obm__json_get(theirs, keys[i]);
-        if (a && b && !same_setting(a, b))
-            obm__warn(base->ctx,
-                      "%s/config.json: %s is not what %s/config.json says: the result follows the latter, and may "
-                      "compute something else",
-                      other->directory, keys[i], base->directory);
+void obm__checkpoint_warn_layers(const obm_checkpoint *c, const char *outcome) {
+    const char *first = NULL;
+    int64_t layers;
+    size_t more = 0;
+    if (!obm__json_int(obm__json_get(obm__checkpoint_text_config(c), "num_hidden_layers"), &layers)) return;
+    for (size_t i = 0; i < c->count; i++) {
+        if (layer_of(c, c->tensors[i]->name) < layers) continue;
+        more += first != NULL;
+        if (!first) first = c->tensors[i]->name;
     }
+    if (first)
+        obm__warn(c->ctx,
+                  "%s: tensor %s and %zu more lie beyond the %lld layers (num_hidden_layers) of config.json: %s",
+                  c->path, first, more, (long long)layers, outcome);
 }
 
 bool obm__text_config_set(obm_json *config, const char *key, obm_json *value) {

@@ -240,9 +240,9 @@ const obm__st_entry *obm__checkpoint_find(const obm_checkpoint *c, const char *n
 size_t obm__checkpoint_index(const obm_checkpoint *c, const char *name); /* in tensors; SIZE_MAX if absent */
 /* What config.json says about the text model: its "text_config", or all of it; NULL without config. */
 const obm_json *obm__checkpoint_text_config(const obm_checkpoint *c);
-/* Warns of the keys that both configs have, with other values, and that change what the same weights compute (RoPE,
- * norms, heads, windows, multipliers): whatever is made of both models follows `base`. */
-void obm__checkpoint_compare_configs(const obm_checkpoint *base, const obm_checkpoint *other);
+/* Warns of tensors of layers that config.json does not count (layers that predict further tokens, or a config of another
+ * model); `outcome` says what becomes of them. */
+void obm__checkpoint_warn_layers(const obm_checkpoint *c, const char *outcome);
 /* Sets a key there, in a copy of such a config.json; takes value over, NULL is fine.  false: out of memory. */
 bool obm__text_config_set(obm_json *config, const char *key, obm_json *value);
 /* Makes it say that the head is a tensor of its own. */

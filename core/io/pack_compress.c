@@ -124,6 +124,7 @@ static obm_status take_output(compression *c, obm_error *err) {
 static obm_status open_all(compression *c, const char *base_path, uint64_t *bytes, obm_error *err) {
     OBM_TRY(obm_checkpoint_open(c->ctx, base_path, &c->base, err));
     OBM_TRY(obm__checkpoint_is_model(c->base, "a base", err));
+    obm__checkpoint_warn_layers(c->base, "the pack keeps their differences, but no model of it runs them");
     for (size_t i = 0; i < c->n; i++) {
         OBM_TRY(obm__expert_open(c->ctx, &c->experts[i], &c->checkpoints[i], err));
         *bytes += obm__expert_bytes(c->base, c->checkpoints[i]);

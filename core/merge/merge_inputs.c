@@ -1,5 +1,6 @@
 /* The inputs of a merge: opened once each, whether the recipe says a path, a name of the hub, or MODEL+ADAPTER, and
  * assigned to the slices that take layers of them. */
+#include "../model/config_compare.h"
 #include "job.h"
 
 #include <stdio.h>
@@ -278,7 +279,8 @@ static obm_status check_architectures(const obm__job *j, obm_error *err) {
                 "supported",
                 donor->ref, obm__layout_embedding(donor->model->layout), j->inputs[i].ref,
                 obm__layout_embedding(j->inputs[i].model->layout));
-        if (j->inputs[i].model != donor->model) obm__checkpoint_compare_configs(donor->model, j->inputs[i].model);
+        if (j->inputs[i].model != donor->model)
+            OBM_TRY(obm__configs_compare(donor->model, j->inputs[i].model, !j->recipe->sliced, err));
     }
     return OBM_OK;
 }

@@ -69,18 +69,25 @@ obm_status obm__refuse_key(const obm__reader *r, const char *key, const obm_json
 
 /* ---- activation, scales ---- */
 
+static const struct {
+    const char *name;
+    obm__activation activation;
+} activations[] = {{"silu", OBM_SILU}, {"swish", OBM_SILU}, {"gelu_pytorch_tanh", OBM_GELU_TANH}};
+
+const char *obm__activation_name(obm__activation activation) {
+    size_t i = 0;
+    while (activations[i].activation != activation) i++;
+    return activations[i].name;
+}
+
 static obm_status read_activation(const obm__reader *r, obm__config *c) {
-    static const struct {
-        const char *name;
-        obm__activation activation;
-    } known[] = {{"silu", OBM_SILU}, {"swish", OBM_SILU}, {"gelu_pytorch_tanh", OBM_GELU_TANH}};
     bool gelu = c->arch->has & OBM_HAS_HIDDEN_ACTIVATION;
     const char *key = gelu ? "hidden_activation" : "hidden_act";
     const obm_json *v = obm__json_get(r->json, key);
     const char *name = obm__absent(v) ? (gelu ? "gelu_pytorch_tanh" : "silu") : obm__json_string(v);
-    for (size_t i = 0; name && i < sizeof known / sizeof *known; i++) {
-        if (strcmp(known[i].name, name)) continue;
-        c->activation = known[i].activation;
+    for (size_t i = 0; name && i < sizeof activations / sizeof *activations; i++) {
+        if (strcmp(activations[i].name, name)) continue;
+        c->activation = activations[i].activation;
         return OBM_OK;
     }
     return obm__refuse_key(r, key, v);

@@ -24,6 +24,8 @@ obm_status obm__refuse_key(const obm__reader *r, const char *key, const obm_json
 obm_status obm__check_keys(const obm__reader *r, const obm__arch *arch);
 obm_status obm__check_rope_keys(const obm__reader *r, const obm__arch *arch);
 obm_status obm__check_outer_keys(const obm__reader *r, const obm_json *inner);
+const char *obm__rope_type_name(obm__rope_type type);
+const char *obm__activation_name(obm__activation activation);
 /* c->ropes and n_ropes; may raise c->max_positions.  The layers are not looked at. */
 obm_status obm__read_ropes(const obm__reader *r, obm__config *c);
 

@@ -13,6 +13,12 @@ static const struct {
     {"su", OBM_ROPE_LONGROPE}, /* its name in the first Phi-3 */
 };
 
+const char *obm__rope_type_name(obm__rope_type type) {
+    size_t i = 0;
+    while (types[i].type != type) i++;
+    return types[i].name;
+}
+
 /* `top` is the config, `rope` the object inside it. */
 typedef struct rope_reader {
     const obm__reader *top;

@@ -36,6 +36,7 @@ obm_status obm__model_load_config(obm_model *m, obm_error *err) {
         where ? obm__config_parse(c->config, generation, where, &m->config, err) : obm__fail_nomem(err, 1);
     if (status == OBM_OK) status = check_layers(m, where, err);
     if (status == OBM_OK) m->config.tied = c->tied;
+    if (status == OBM_OK) obm__checkpoint_warn_layers(c, "they are not run");
     obm_free(where);
     obm__json_free(generation);
     return status;
