@@ -213,12 +213,12 @@ long)
     step asan-lua asan_lua
     step asan-python asan_python
     step neon neon_step
+    step numa numa_step
     if [ "$SHORT" = yes ]; then
         step kill kill_step --short
         step nomem nomem_step --short
-        step fuzz fuzz_step 40
+        step fuzz fuzz_step 30
     else
-        step numa numa_step
         step tsan tsan_c
         step tsan-lua tsan_lua
         step tsan-python tsan_python
