@@ -199,7 +199,7 @@ static int interrupted(void *user) {
 
 static void context_release(void *own) { obm_context_free(own); }
 
-static obm_context *context_new(lua_State *L, int threads, obm_numa numa) {
+static obm_context *context_new(lua_State *L, int64_t threads, obm_numa numa) {
     obm_lua_box *b = obm_lua_box_new(L, sizeof *b, OBM_LUA_CONTEXT, context_release);
     obm_context_options options = OBM_INIT(obm_context_options);
     options.threads = threads;
@@ -227,8 +227,7 @@ obm_context *obm_lua_context(lua_State *L) {
 
 int obm_lua_set_threads(lua_State *L) {
     lua_Integer n = luaL_checkinteger(L, 1);
-    if (n < 0 || n > 4096) return luaL_error(L, "threads: expected 0 to 4096, found %I", n);
-    context_new(L, (int)n, obm_lua_numa(L, lua_isnoneornil(L, 2) ? NULL : obm_lua_string(L, 2)));
+    context_new(L, n, obm_lua_numa(L, lua_isnoneornil(L, 2) ? NULL : obm_lua_string(L, 2)));
     lua_pushboolean(L, 1);
     return 1;
 }

@@ -20,7 +20,7 @@ int obm_lua_merge(lua_State *L) {
     options.memory = obm_lua_field_size(L, 3, "memory");
     options.overwrite = obm_lua_field_boolean(L, 3, "overwrite", false);
     options.resume = obm_lua_field_boolean(L, 3, "resume", false);
-    options.dry_run = obm_lua_field_boolean(L, 3, "dry_run", false);
+    bool dry_run = obm_lua_field_boolean(L, 3, "dry_run", false);
     obm_lua_call call;
     obm_lua_call_init(L, &call, 3, false);
     options.progress = obm_lua_progress;
@@ -34,10 +34,21 @@ int obm_lua_merge(lua_State *L) {
     options.n_methods = methods.n;
     obm_plan plan = {0};
     obm_error err;
-    obm_lua_begin(&call, lua_touserdata(L, 5));
-    int failed = obm_lua_end(&call, obm_merge(ctx, recipe, &options, out, &plan, &err), &err);
+    void *held = lua_touserdata(L, 5);
+    char **json = obm_lua_scratch(L, sizeof *json, obm_lua_clear_pointer);
+    obm_lua_begin(&call, held);
+    obm_status status = dry_run ? obm_merge_plan(ctx, recipe, &options, out, json, &err)
+                                : obm_merge(ctx, recipe, &options, out, &plan, &err);
+    int failed = obm_lua_end(&call, status, &err);
     if (failed) return failed;
-    obm_lua_push_plan(L, &plan);
+    if (!dry_run) {
+        obm_lua_push_plan(L, &plan);
+        return 1;
+    }
+    lua_getfield(L, LUA_REGISTRYINDEX, "onebitmerge.json");
+    lua_pushstring(L, *json);
+    obm_lua_scratch_end(json);
+    lua_call(L, 1, 1);
     return 1;
 }
 

@@ -227,6 +227,7 @@ static obm_status wrong_answer(const tile_arguments *a, obm_status code, const c
 }
 
 static obm_status take_answer(lua_State *L, const tile_arguments *a) {
+    if (lua_isnil(L, -1)) return wrong_answer(a, OBM_E_DTYPE, "nothing");
     obm_lua_box *b = luaL_testudata(L, -1, OBM_LUA_TENSOR);
     if (!b || !b->p) return wrong_answer(a, OBM_E_DTYPE, b ? "a closed tensor" : luaL_typename(L, -1));
     const obm_tensor *t = b->p;

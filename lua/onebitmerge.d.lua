@@ -142,6 +142,16 @@ function task_vector:compare(other, options) end
 ---@field peak_memory integer
 ---@field seconds number
 
+---@class onebitmerge.MergeDocument: onebitmerge.Plan
+---@field name? string
+---@field output? string nil: not UTF-8
+---@field kept boolean false: taken back once the result is there
+---@field files { file: string, bytes: integer }[] of the weights
+
+---Of a dry run, sums over the documents.
+---@class onebitmerge.MergePlan: onebitmerge.Plan
+---@field documents onebitmerge.MergeDocument[]
+
 ---@class onebitmerge.ExportReport: onebitmerge.Plan
 ---@field changed integer
 ---@field lost integer
@@ -494,7 +504,7 @@ function obm.tokenizer(path) end
 ---@param recipe table|string
 ---@param out string
 ---@param options? { directory?: string, profile?: onebitmerge.Profile, seed?: integer, shard_bytes?: integer, memory?: integer, overwrite?: boolean, resume?: boolean, dry_run?: boolean, method?: string|onebitmerge.Method, progress?: onebitmerge.Progress }
----@return onebitmerge.Plan?, string? message, onebitmerge.Code? code
+---@return onebitmerge.Plan|onebitmerge.MergePlan|nil, string? message, onebitmerge.Code? code
 function obm.merge(recipe, out, options) end
 
 ---Merges tensors of one shape.  params: a number is global, a sequence one value per model.

@@ -18,9 +18,7 @@ int obm_lua_plan(lua_State *L) {
     obm_model_plan_options o = OBM_INIT(obm_model_plan_options);
     o.topology = obm_lua_field_string(L, 2, 3, "topology");
     o.numa = obm_lua_numa(L, obm_lua_field_string(L, 2, 3, "numa"));
-    lua_Integer threads = obm_lua_field_integer(L, 2, "threads");
-    if (threads < 0 || threads > 4096) return luaL_error(L, "threads: expected 0 to 4096, found %I", threads);
-    o.threads = (int)threads;
+    o.threads = obm_lua_field_integer(L, 2, "threads");
     o.base = obm_lua_field_string(L, 2, 3, "base");
     o.z12 = obm_lua_field_boolean(L, 2, "z12", false);
     o.kv = obm_lua_field_kv(L, 2);

@@ -84,7 +84,7 @@ static void context_release(PyObject *capsule) {
     obm_context_free(PyCapsule_GetPointer(capsule, "onebitmerge.context"));
 }
 
-PyObject *obm_py_set_threads(obm_py_state *st, int threads, obm_numa numa) {
+PyObject *obm_py_set_threads(obm_py_state *st, int64_t threads, obm_numa numa) {
     obm_context_options options = OBM_INIT(obm_context_options);
     options.threads = threads;
     options.numa = numa;

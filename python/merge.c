@@ -33,19 +33,21 @@ PyObject *obm_py_merge(PyObject *module, PyObject *args, PyObject *kwargs) {
         options.memory = memory;
         options.overwrite = overwrite;
         options.resume = resume;
-        options.dry_run = dry_run;
         options.progress = obm_py_progress;
         options.progress_user = &call;
         options.method = methods.method;
         options.methods = methods.specs;
         options.n_methods = methods.n;
         obm_plan plan = {0};
+        char *json = NULL;
         obm_error err;
         const char *out_text = PyBytes_AsString(out);
         obm_py_methods_begin(&methods, &call);
         obm_py_begin(&call);
-        obm_status status = obm_merge(ctx, recipe, &options, out_text, &plan, &err);
-        if (obm_py_end(&call, status, &err) == 0) result = obm_py_plan(&plan);
+        obm_status status = dry_run ? obm_merge_plan(ctx, recipe, &options, out_text, &json, &err)
+                                    : obm_merge(ctx, recipe, &options, out_text, &plan, &err);
+        if (obm_py_end(&call, status, &err) == 0) result = dry_run ? obm_py_json(json) : obm_py_plan(&plan);
+        obm_free(json);
     }
     obm_py_methods_clear(&methods);
     Py_XDECREF(context);

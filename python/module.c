@@ -65,12 +65,12 @@ static PyObject *module_register(PyObject *module, PyObject *args) {
 static PyObject *module_set_threads(PyObject *module, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"n", "numa", NULL};
     obm_py_state *st = PyModule_GetState(module);
-    long n;
+    long long n;
     const char *mode = "auto";
     obm_numa numa;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "l|s", names, &n, &mode) || obm_py_numa(st, mode, &numa)) return NULL;
-    if (n < 0 || n > 4096) return PyErr_Format(st->errors[-OBM_E_ARG], "threads: expected 0 to 4096, found %ld", n);
-    return obm_py_set_threads(st, (int)n, numa);
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "L|s", names, &n, &mode) || obm_py_numa(st, mode, &numa))
+        return NULL;
+    return obm_py_set_threads(st, n, numa);
 }
 
 static PyObject *module_info(PyObject *module, PyObject *unused) {
@@ -115,7 +115,8 @@ static PyMethodDef module_methods[] = {
      "Errors: ArgumentError (not exactly one of rank and energy, or out of range), FileExistsError (an adapter in the "
      "folder,\nwithout overwrite), NonFiniteError (NaN or Inf, nothing to extract)."},
     {"plan", KW(obm_py_plan_model),
-     "plan(model, topology=None, numa=\"auto\", threads=0, base=None, z12=False, kv=\"f32\") -> dict\n\nWhere a model's "
+     "plan(model, topology=None, numa=\"auto\", threads=0, base=None, z12=False, kv=\"f32\") -> dict\n\nWhere a "
+     "model's "
      "rows, "
      "planes and KV heads would lie on a machine with NUMA nodes, and what workers read from other nodes for a token."},
     {"info", module_info, METH_NOARGS, "info() -> dict\n\nVersion, ISA, BLAS, topology, threads, memory."},

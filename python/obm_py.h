@@ -23,8 +23,8 @@ typedef struct obm_py_state {
 /* ---- convert.c ---- */
 PyObject *obm_py_raise(obm_py_state *st, const obm_error *err); /* returns NULL with the exception set */
 obm_context *obm_py_context(obm_py_state *st, PyObject **capsule /* new reference */);
-PyObject *obm_py_set_threads(obm_py_state *st, int threads, obm_numa numa); /* a new default context */
-PyObject *obm_py_hook(obm_py_state *st, const char *name);   /* borrowed; NULL with an exception */
+PyObject *obm_py_set_threads(obm_py_state *st, int64_t threads, obm_numa numa); /* a new default context */
+PyObject *obm_py_hook(obm_py_state *st, const char *name);                      /* borrowed; NULL with an exception */
 PyObject *obm_py_call_hook(obm_py_state *st, const char *name,
                            PyObject *args /* stolen tuple, may be NULL with exception */);
 PyObject *obm_py_json(const char *text);               /* json.loads; None for NULL */

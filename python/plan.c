@@ -20,10 +20,11 @@ PyObject *obm_py_plan_model(PyObject *module, PyObject *args, PyObject *kwargs) 
     PyObject *path = NULL, *topology = Py_None, *base = Py_None, *topology_bytes = NULL, *base_bytes = NULL,
              *context = NULL, *result = NULL;
     const char *numa = "auto", *kv = "f32";
-    int threads = 0, z12 = 0;
+    long long threads = 0;
+    int z12 = 0;
     obm_py_state *st = PyModule_GetState(module);
     obm_model_plan_options o = OBM_INIT(obm_model_plan_options);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&|OsiOps", names, obm_py_path, &path, &topology, &numa, &threads,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&|OsLOps", names, obm_py_path, &path, &topology, &numa, &threads,
                                      &base, &z12, &kv))
         return NULL;
     bool ok = (topology == Py_None || obm_py_path(topology, &topology_bytes)) &&

@@ -20,7 +20,7 @@
  *     as far apart as the first one's struct_size.  Structs that are filled are not written beyond their struct_size.
  *   - Long work takes a progress callback; it is called on the caller's thread only; non-zero stops with OBM_E_USER.  What
  *     takes none asks the context's `interrupt`.  Either way a call returns within about 100 ms of the answer,
- *     but for LAPACK's decomposition of one matrix and for the means of whole embeddings, which run to their end.
+ *     but for LAPACK's decomposition of one matrix, which runs to its end.
  *
  * Sections: Version, Status, Context, Tensors, Checkpoints, Task vectors, Compression and packs, Routes, Routers,
  *           Static merges, Text, Models, Generation.
@@ -123,7 +123,7 @@ OBM_API obm_status obm_numa_find(const char *name, obm_numa *out, obm_error *err
 
 typedef struct obm_context_options {
     size_t struct_size;
-    int threads;            /* 0: one per core this process may use */
+    int64_t threads;        /* 0: one per core this process may use; at most 4096 */
     obm_log_fn log;         /* warnings; NULL: dropped */
     void *log_user;
     obm_resolve_fn resolve; /* names of checkpoints, models and packs that are no paths; NULL: they are an IO error */
@@ -502,7 +502,7 @@ typedef struct obm_model_plan_options {
     const char *topology;   /* another machine: the path of hwloc's XML (lstopo machine.xml), or a synthetic description as
                              * hwloc has it, "numa:2 core:4 pu:2"; NULL: this machine, as far as this process may use it */
     obm_numa numa;
-    int threads;            /* 0: one per core */
+    int64_t threads;        /* 0: one per core; at most 4096 */
     const char *base;       /* overrides where the pack's base lies */
     bool z12;               /* as in obm_model_options */
     obm_dtype kv;           /* OBM_F32 or OBM_F16 */
@@ -814,6 +814,15 @@ typedef struct obm_merge_options {
  * while another call writes to the folder.  What a killed run left there is removed, without `resume` all of it. */
 OBM_API obm_status obm_merge(obm_context *ctx, const char *recipe, const obm_merge_options *options, const char *out_path,
                              obm_plan *plan, obm_error *err);
+/* What a dry run of obm_merge has to tell, whatever options say of one.  *json: owned text of one object,
+ *   tensors, bytes_read, bytes_written, peak_memory, seconds (as obm_plan has them: sums over the documents, of the memory
+ *     the most)
+ *   documents: [{name (null without), output (its folder, null if it is not UTF-8), kept (false: taken back once the result is there), the same
+ *     five keys, files: [{file, bytes}]}] in the order in which they run; files are those of the weights, which get other
+ *     names where they replace some of the same.
+ * Errors: those of obm_merge while planning. */
+OBM_API obm_status obm_merge_plan(obm_context *ctx, const char *recipe, const obm_merge_options *options,
+                                  const char *out_path, char **json, obm_error *err);
 
 #ifdef __cplusplus
 }

@@ -133,8 +133,8 @@ obm_status obm__st_writer_metadata(obm__st_writer *w, const char *key, const cha
 obm_status obm__st_writer_begin(obm__st_writer *w, obm_error *err); /* writes the header, 64-byte aligned data */
 /* the next n bytes of the data part */
 obm_status obm__st_writer_write(obm__st_writer *w, const void *bytes, size_t n, obm_error *err);
-/* The same in two halves, for several threads at once: `put` writes at an offset of the data part, any thread and order; `pass`
- * takes the same bytes into the checksum and the count, in order. */
+/* The same in two halves, for several threads at once: `put` writes at an offset of the data part, any thread and
+ * order; `pass` takes the same bytes into the checksum and the count, in order. */
 obm_status obm__st_writer_put(const obm__st_writer *w, uint64_t offset, const void *bytes, size_t n, obm_error *err);
 void obm__st_writer_pass(obm__st_writer *w, const void *bytes, size_t n);
 uint64_t obm__st_writer_written(const obm__st_writer *w); /* bytes of the data part */
@@ -289,6 +289,8 @@ bool obm__model_writer_has(const obm__model_writer *w, size_t tensor);
 /* in order of declaration without those, any chunking */
 obm_status obm__model_writer_write(obm__model_writer *w, const void *bytes, size_t n, obm_error *err);
 uint64_t obm__model_writer_size(const obm__model_writer *w);
+/* The shards as [{file, bytes}], before anything is written; *out is owned. */
+obm_status obm__model_writer_files(const obm__model_writer *w, obm_json **out, obm_error *err);
 obm_status obm__model_writer_finish(obm__model_writer *w, obm_error *err);
 void obm__model_writer_free(obm__model_writer *w); /* aborts if not finished */
 

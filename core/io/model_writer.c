@@ -230,6 +230,31 @@ uint64_t obm__model_writer_size(const obm__model_writer *w) {
     return size;
 }
 
+static obm_json *file_record(const shard *s) {
+    obm_json *record = obm__json_new_object();
+    bool ok = obm__json_set(record, "file", obm__json_new_string(s->name));
+    ok = obm__json_set(record, "bytes", obm__json_new_int((int64_t)obm__st_writer_size(s->file))) && ok;
+    if (ok) return record;
+    obm__json_free(record);
+    return NULL;
+}
+
+obm_status obm__model_writer_files(const obm__model_writer *w, obm_json **out, obm_error *err) {
+    shard *shards;
+    size_t n;
+    OBM_TRY(make_shards(w, &shards, &n, err));
+    obm_json *list = obm__json_new_array();
+    bool ok = list != NULL;
+    for (size_t i = 0; ok && i < n; i++) ok = obm__json_append(list, file_record(&shards[i]));
+    free_shards(shards, n);
+    if (ok) {
+        *out = list;
+        return OBM_OK;
+    }
+    obm__json_free(list);
+    return obm__fail_nomem(err, n);
+}
+
 static int by_string(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
 
 /* Each shard's header finds its own doubles; this finds those across shards. */

@@ -12,13 +12,15 @@
 #define SOURCE "Deep et al., DELLA-Merging, arXiv 2406.11617, section 3"
 
 static obm_status check(const obm__steps *s, obm_error *err) {
+    obm__model_name buf;
     for (size_t i = 0; i < s->n; i++) {
         double density = s->density[i], epsilon = obm__steps_value(s, "epsilon", i);
         if (density <= 0 || density >= 1 || (density - epsilon > 0 && density + epsilon < 1)) continue;
         return obm__fail(err, OBM_E_ARG,
-                         "%s: epsilon: expected density - epsilon and density + epsilon in (0, 1) for model %zu, found "
+                         "%s: epsilon: expected density - epsilon and density + epsilon in (0, 1) for %.300s, found "
                          "%g and %g",
-                         s->method->info.name, i, density - epsilon, density + epsilon);
+                         s->method->info.name, obm__model_label(s->labels, i, buf), density - epsilon,
+                         density + epsilon);
     }
     return OBM_OK;
 }

@@ -125,6 +125,7 @@ static bool element_is_bad(const obm_kernels *k, const obm__group *g, size_t mod
 
 obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t index, obm_error *err) {
     const char *name = obm__group_name(g);
+    obm__model_name buf;
     unsigned long long at = index;
     if (g->base && element_is_bad(k, g, BASE, index))
         return obm__fail(err, OBM_E_VALUE, "%s: NaN or Inf in %s at index %llu", name,
@@ -135,8 +136,8 @@ obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t in
         obm__group_base(k, g, index, 1, &base, &scratch);
         if (!own && obm__group_delta(k, g, i, index, 1, &base, &d, &scratch) == 1) continue;
         const char *what = own ? "NaN or Inf" : "a difference to the base that overflows";
-        if (g->labels) return obm__fail(err, OBM_E_VALUE, "%s: %s in %s at index %llu", name, what, g->labels[i], at);
-        return obm__fail(err, OBM_E_VALUE, "%s: %s in model %zu at index %llu", name, what, i, at);
+        return obm__fail(err, OBM_E_VALUE, "%s: %s in %.300s at index %llu", name, what,
+                         obm__model_label(g->labels, i, buf), at);
     }
     return obm__fail(err, OBM_E_VALUE, "%s: the merged value at index %llu overflows the output's dtype", name, at);
 }

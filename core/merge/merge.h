@@ -137,15 +137,20 @@ struct obm__steps {
     float lambda;
     uint64_t seed;
     size_t n;
-    float *weight;   /* (n), owned */
-    double *density; /* (n), owned */
-    double *values;  /* (parameters of the method, n), owned: completed with defaults */
+    const char *const *labels; /* (n), borrowed: what messages call the models; NULL: by their numbers */
+    float *weight;             /* (n), owned */
+    double *density;           /* (n), owned */
+    double *values;            /* (parameters of the method, n), owned: completed with defaults */
 };
 
 /* Checks names, ranges and required parameters, fills defaults.  A per-model parameter with model -1 holds for every
- * model that has none of its own.  Errors: NOTFOUND, ARG, NOMEM. */
-obm_status obm__steps_new(const obm__method *m, obm_profile profile, size_t n, const obm_param *params, size_t n_params,
-                          uint64_t seed, obm__steps *out, obm_error *err);
+ * model that has none of its own.  labels: (n), nullable, borrowed for as long as the steps are there.  Errors:
+ * NOTFOUND, ARG, NOMEM. */
+obm_status obm__steps_new(const obm__method *m, obm_profile profile, size_t n, const char *const *labels,
+                          const obm_param *params, size_t n_params, uint64_t seed, obm__steps *out, obm_error *err);
+/* What messages call a model: its label, else "model 0" into buf. */
+typedef char obm__model_name[32];
+const char *obm__model_label(const char *const *labels, size_t model, obm__model_name buf);
 void obm__steps_free(obm__steps *s);
 /* A parameter of the method; for one of the whole merge any model will do. */
 double obm__steps_value(const obm__steps *s, const char *name, size_t model);
@@ -178,8 +183,8 @@ uint64_t obm__ranked_bytes(const obm__group *g, int threads);
  */
 typedef struct obm__cut {
     bool all, none;
-    uint32_t bits;    /* f32 pattern without the sign */
-    uint64_t equal;   /* UINT64_MAX: all of them */
+    uint32_t bits;  /* f32 pattern without the sign */
+    uint64_t equal; /* UINT64_MAX: all of them */
     /* Equal elements in front of each block, and in the end of all; owned; NULL where `equal` is 0 or UINT64_MAX. */
     uint64_t *before;
 } obm__cut;
@@ -220,8 +225,8 @@ typedef struct obm__rows {
 void obm__rows_read(const obm_kernels *k, const obm__rows *r, size_t input, uint64_t begin, size_t n, float *out,
                     float *scratch);
 uint64_t obm__rows_made(const obm__rows *r); /* rows of `made` */
-/* Computes what is made, once, before anything is read.  Errors: NOMEM. */
-obm_status obm__rows_fill(obm_context *ctx, obm__rows *r, obm_error *err);
+/* Computes what is made, once, before anything is read.  Errors: NOMEM, USER. */
+obm_status obm__rows_fill(const obm__run *run, obm__rows *r, obm_error *err);
 void obm__rows_free(obm__rows *r);
 
 struct obm__group {
@@ -385,7 +390,8 @@ static inline void obm__note_lowest(_Atomic uint64_t *lowest, uint64_t index) {
     while (index < seen && !atomic_compare_exchange_weak(lowest, &seen, index)) {
     }
 }
-/* Maps the pages of elements [begin, end), as far as there are so many, of the base and one model, or of all (SIZE_MAX). */
+/* Maps the pages of elements [begin, end), as far as there are so many, of the base and one model, or of all
+ * (SIZE_MAX). */
 void obm__group_populate(const obm__group *g, size_t model, uint64_t begin, uint64_t end);
 /* Drops the pages of elements [begin, begin + n) of mapped inputs from resident memory: every pass does so behind
  * itself. */

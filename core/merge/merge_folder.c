@@ -358,7 +358,7 @@ static obm_status write_outputs(obm__job *j, obm__run *run, obm__model_writer *w
     bool any = false;
     for (size_t i = 0; i < j->n_outputs; i++) any |= !obm__model_writer_has(w, i);
     for (size_t i = 0; status == OBM_OK && any && i < j->n_outputs; i++)
-        if (j->outputs[i].rows) status = obm__rows_fill(j->ctx, j->outputs[i].rows, err);
+        if (j->outputs[i].rows) status = obm__rows_fill(run, j->outputs[i].rows, err);
     if (status == OBM_OK && any && obm__job_whole_model(j)) status = model_statistics(j, run, err);
     for (size_t i = 0; status == OBM_OK && i < j->n_outputs; i++) {
         obm__output *o = &j->outputs[i];
@@ -378,7 +378,7 @@ static obm_status declare_outputs(const obm__job *j, obm__model_writer *w, obm_e
         const obm__output *o = &j->outputs[i];
         OBM_TRY(obm__model_writer_declare(w, o->name, o->dtype, o->tensors[0].ndim, o->tensors[0].shape, err));
     }
-    return obm__model_writer_begin(w, err);
+    return OBM_OK;
 }
 
 /* Replacing an input while it is read would be the end of it. */
@@ -421,6 +421,7 @@ static obm_status write_folder(obm__job *j, const obm_merge_options *options, co
                                    .user = run};
     OBM_GO(obm__model_writer_new(out_path, &o, &w, err));
     OBM_GO(declare_outputs(j, w, err));
+    OBM_GO(obm__model_writer_begin(w, err));
     OBM_GO(write_outputs(j, run, w, err));
     OBM_GO(obm__model_writer_finish(w, err));
 done:
@@ -463,14 +464,51 @@ static void add_plan(obm_plan *sum, const obm_plan *p) {
     if (p->peak_memory > sum->peak_memory) sum->peak_memory = p->peak_memory;
 }
 
+static bool put_plan(const obm_plan *p, obm_json *out) {
+    bool ok = obm__json_set(out, "tensors", obm__json_new_int((int64_t)p->tensors));
+    ok = obm__json_set(out, "bytes_read", obm__json_new_int((int64_t)p->bytes_read)) && ok;
+    ok = obm__json_set(out, "bytes_written", obm__json_new_int((int64_t)p->bytes_written)) && ok;
+    ok = obm__json_set(out, "peak_memory", obm__json_new_int((int64_t)p->peak_memory)) && ok;
+    return obm__json_set(out, "seconds", obm__json_new_real(p->seconds)) && ok;
+}
+
+static obm_status list_files(const obm__job *j, uint64_t shard_bytes, const char *path, obm_json **out,
+                             obm_error *err) {
+    obm__model_writer *w;
+    OBM_TRY(obm__model_writer_new(path, &(obm__model_writer_options){.shard_bytes = shard_bytes}, &w, err));
+    obm_status status = declare_outputs(j, w, err);
+    if (status == OBM_OK) status = obm__model_writer_files(w, out, err);
+    obm__model_writer_free(w);
+    return status;
+}
+
+/* One document of obm_merge_plan. */
+static obm_status add_report(const obm__job *j, const obm_merge_options *options, const obm__documents *d, size_t i,
+                             const obm_plan *plan, obm_json *list, obm_error *err) {
+    const obm__stage *part = &d->parts[i];
+    obm_json *files;
+    OBM_TRY(list_files(j, OBM_OPT(options, obm_merge_options, shard_bytes, 0), part->path, &files, err));
+    obm_json *record = obm__json_new_object();
+    const char *name = d->recipes[i]->name;
+    obm_json *path = obm__json_new_string(part->path); /* JSON has none that is not UTF-8 */
+    bool ok = obm__json_set(record, "files", files);
+    ok = obm__json_set(record, "name", name ? obm__json_new_string(name) : obm__json_new_null()) && ok;
+    ok = obm__json_set(record, "output", path ? path : obm__json_new_null()) && ok;
+    ok = obm__json_set(record, "kept", obm__json_new_bool(!d->folder || !part->name)) && ok;
+    ok = put_plan(plan, record) && ok;
+    if (obm__json_append(list, record) && ok) return OBM_OK;
+    return obm__fail_nomem(err, d->n);
+}
+
 /* Every document is planned before the first is run: outputs of others stand there as headers without data. */
 static obm_status plan_documents(obm_context *ctx, const obm_merge_options *options, obm__documents *d, obm__job *jobs,
-                                 obm_plan *plan, obm_error *err) {
+                                 obm_plan *plan, obm_json *report, obm_error *err) {
     for (size_t i = 0; i < d->n; i++) {
         jobs[i] = new_job(ctx, options, d, i);
         OBM_TRY(plan_job(&jobs[i], err));
         obm_plan one = sizes(&jobs[i]);
         add_plan(plan, &one);
+        if (report) OBM_TRY(add_report(&jobs[i], options, d, i, &one, report, err));
         if (d->n > 1 && d->parts[i].name) OBM_TRY(plan_part(&jobs[i], &d->parts[i], err));
     }
     return OBM_OK;
@@ -500,15 +538,16 @@ static obm_status run_documents(const obm_merge_options *options, obm__documents
     return OBM_OK;
 }
 
+/* report: a list of documents for a dry run, else NULL. */
 static obm_status merge_documents(obm_context *ctx, const obm_merge_options *options, obm__documents *d, obm_plan *plan,
-                                  obm_error *err) {
+                                  obm_json *report, obm_error *err) {
     obm__pulse pulse = obm__pulse_new(ctx, OBM_OPT(options, obm_merge_options, progress, NULL),
                                       OBM_OPT(options, obm_merge_options, progress_user, NULL), "merge", 0);
     obm__run run = {.ctx = ctx, .progress = pulse.fn, .user = pulse.user, .what = pulse.what};
-    bool dry_run = OBM_OPT(options, obm_merge_options, dry_run, false);
+    bool dry_run = report || OBM_OPT(options, obm_merge_options, dry_run, false);
     obm__job *jobs = obm__calloc(d->n, sizeof *jobs);
     if (!jobs) return obm__fail_nomem(err, d->n * sizeof *jobs);
-    obm_status status = plan_documents(ctx, options, d, jobs, plan, err);
+    obm_status status = plan_documents(ctx, options, d, jobs, plan, report, err);
     run.total = plan->bytes_written;
     if (status == OBM_OK && !dry_run) status = run_documents(options, d, jobs, &run, err);
     if (!dry_run && (status == OBM_OK || !OBM_OPT(options, obm_merge_options, resume, false)))
@@ -518,8 +557,8 @@ static obm_status merge_documents(obm_context *ctx, const obm_merge_options *opt
     return status;
 }
 
-obm_status obm_merge(obm_context *ctx, const char *recipe, const obm_merge_options *options, const char *out_path,
-                     obm_plan *plan, obm_error *err) {
+static obm_status merge_recipe(obm_context *ctx, const char *recipe, const obm_merge_options *options,
+                               const char *out_path, obm_plan *plan, obm_json *report, obm_error *err) {
     OBM_TRY(OBM_CHECK(obm_merge_options, options, err));
     obm__documents d;
     obm_plan planned = {0};
@@ -528,8 +567,35 @@ obm_status obm_merge(obm_context *ctx, const char *recipe, const obm_merge_optio
                                    OBM_OPT(options, obm_merge_options, n_methods, 0)};
     OBM_TRY(obm__documents_read(ctx, recipe, OBM_OPT(options, obm_merge_options, profile, OBM_PROFILE_DEFAULT),
                                 &methods, out_path, &d, err));
-    obm_status status = merge_documents(ctx, options, &d, &planned, err);
+    obm_status status = merge_documents(ctx, options, &d, &planned, report, err);
     if (status == OBM_OK && plan) *plan = planned;
     obm__documents_free(&d);
+    return status;
+}
+
+obm_status obm_merge(obm_context *ctx, const char *recipe, const obm_merge_options *options, const char *out_path,
+                     obm_plan *plan, obm_error *err) {
+    return merge_recipe(ctx, recipe, options, out_path, plan, NULL, err);
+}
+
+static obm_status report_text(const obm_plan *plan, const obm_json *documents, char **json, obm_error *err) {
+    obm_json *report = obm__json_new_object();
+    bool ok = put_plan(plan, report);
+    ok = obm__json_set(report, "documents", obm__json_copy(documents)) && ok;
+    char *text = ok ? obm__json_text(report, 0) : NULL;
+    obm__json_free(report);
+    if (!text) return obm__fail_nomem(err, 0);
+    *json = text;
+    return OBM_OK;
+}
+
+obm_status obm_merge_plan(obm_context *ctx, const char *recipe, const obm_merge_options *options, const char *out_path,
+                          char **json, obm_error *err) {
+    obm_plan plan;
+    obm_json *documents = obm__json_new_array();
+    obm_status status =
+        documents ? merge_recipe(ctx, recipe, options, out_path, &plan, documents, err) : obm__fail_nomem(err, 0);
+    if (status == OBM_OK) status = report_text(&plan, documents, json, err);
+    obm__json_free(documents);
     return status;
 }

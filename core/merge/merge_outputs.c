@@ -255,7 +255,8 @@ static obm_status resolve_steps(const obm__job *j, obm__output *o, obm_error *er
     if (status == OBM_OK) {
         size_t n = obm__recipe_params(r, s, o->name, (const char *const *)names, depth_of(j, o), params);
         obm_error why;
-        status = obm__steps_new(r->method, r->profile, s->n_models, params, n, j->seed, &o->steps, &why);
+        status = obm__steps_new(r->method, r->profile, s->n_models, o->slice->refs + o->slice->has_base, params, n,
+                                j->seed, &o->steps, &why);
         if (status != OBM_OK) obm__fail(err, status, "%.200s: %.500s", o->name, why.message);
     }
     for (size_t i = 0; names && i < s->n_models; i++) obm_free(names[i]);

@@ -26,11 +26,12 @@ static void merge(const obm__block *b) {
 }
 
 static obm_status check(const obm__steps *s, obm_error *err) {
+    obm__model_name buf;
     for (size_t i = 0; i < s->n; i++)
         if (!(obm__steps_value(s, "metric", i) > 0) || !isfinite(exponent(s, i)))
-            return obm__fail(err, OBM_E_ARG,
-                             "mwa: metric of model %zu: expected a number above 0, found %g (penalty %g)", i,
-                             obm__steps_value(s, "metric", i), obm__steps_value(s, "penalty", 0));
+            return obm__fail(err, OBM_E_ARG, "mwa: metric of %.300s: expected a number above 0, found %g (penalty %g)",
+                             obm__model_label(s->labels, i, buf), obm__steps_value(s, "metric", i),
+                             obm__steps_value(s, "penalty", 0));
     return OBM_OK;
 }
 

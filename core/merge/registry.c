@@ -148,15 +148,23 @@ static double global_value(const obm__method *m, const obm_param *params, size_t
     return p ? p->value : info->dflt;
 }
 
-static obm_status check_required(const obm__method *m, obm_profile profile, size_t n, const obm_param *params,
-                                 size_t n_params, obm_error *err) {
+const char *obm__model_label(const char *const *labels, size_t model, obm__model_name buf) {
+    if (labels) return labels[model];
+    snprintf(buf, sizeof(obm__model_name), "model %zu", model);
+    return buf;
+}
+
+static obm_status check_required(const obm__method *m, obm_profile profile, size_t n, const char *const *labels,
+                                 const obm_param *params, size_t n_params, obm_error *err) {
+    obm__model_name buf;
     if (profile == OBM_PROFILE_PAPER) return OBM_OK;
     for (size_t i = 0; i < m->info.n_params; i++) {
         const obm_param_info *info = &m->info.params[i];
         for (size_t j = 0; info->required && j < (info->scope == OBM_PARAM_PER_MODEL ? n : 1); j++)
             if (!find_param(params, n_params, info->name, info->scope == OBM_PARAM_PER_MODEL ? (int)j : -1))
-                return obm__fail(err, OBM_E_ARG, "%s needs the parameter %s for model %zu", m->info.name, info->name,
-                                 j);
+                return obm__fail(err, OBM_E_ARG, "%s needs the parameter %s%s%.300s", m->info.name, info->name,
+                                 info->scope == OBM_PARAM_PER_MODEL ? " for " : "",
+                                 info->scope == OBM_PARAM_PER_MODEL ? obm__model_label(labels, j, buf) : "");
     }
     return OBM_OK;
 }
@@ -191,9 +199,11 @@ static obm_status fill_model_values(const obm_param *params, size_t n_params, ob
  * mergekit has it (its threshold is 1e-8). */
 static obm_status check_weight_sum(const obm__method *m, const obm__steps *s, obm_error *err) {
     float sum = 0;
+    obm__model_name buf;
     for (size_t i = 0; i < s->n; i++) {
         if (!isfinite(s->weight[i]))
-            return obm__fail(err, OBM_E_ARG, "%s: the weight of model %zu does not fit f32", m->info.name, i);
+            return obm__fail(err, OBM_E_ARG, "%s: the weight of %.300s does not fit f32", m->info.name,
+                             obm__model_label(s->labels, i, buf));
         sum += s->weight[i];
     }
     if (s->deltas || !s->normalize || sum != 0) return OBM_OK;
@@ -201,15 +211,21 @@ static obm_status check_weight_sum(const obm__method *m, const obm__steps *s, ob
                      m->info.name);
 }
 
-obm_status obm__steps_new(const obm__method *m, obm_profile profile, size_t n, const obm_param *params, size_t n_params,
-                          uint64_t seed, obm__steps *out, obm_error *err) {
+obm_status obm__steps_new(const obm__method *m, obm_profile profile, size_t n, const char *const *labels,
+                          const obm_param *params, size_t n_params, uint64_t seed, obm__steps *out, obm_error *err) {
     for (size_t i = 0; i < n_params; i++) OBM_TRY(check_param(m, n, &params[i], err));
-    OBM_TRY(check_required(m, profile, n, params, n_params, err));
+    OBM_TRY(check_required(m, profile, n, labels, params, n_params, err));
 
 #define GLOBAL(name, absent) global_value(m, params, n_params, name, absent)
     bool paper = profile == OBM_PROFILE_PAPER;
     double scope = GLOBAL("scope", -1);
-    obm__steps s = {.method = m, .deltas = m->deltas, .mask = m->mask, .consensus = m->consensus, .seed = seed, .n = n};
+    obm__steps s = {.method = m,
+                    .deltas = m->deltas,
+                    .mask = m->mask,
+                    .consensus = m->consensus,
+                    .seed = seed,
+                    .n = n,
+                    .labels = labels};
     s.round_deltas = !paper && !m->f32_deltas;
     s.weighted_election = !paper;
     s.majority_zero = paper;

@@ -3,6 +3,8 @@
 
 /* Columns that one worker sums at a time; a multiple of a cache line of every dtype. */
 #define COLUMNS 256
+/* Rows of them between two looks at whether to stop: far below a millisecond. */
+#define ROWS_PER_LOOK 256
 
 void obm__rows_read(const obm_kernels *k, const obm__rows *r, size_t input, uint64_t begin, size_t n, float *out,
                     float *scratch) {
@@ -31,6 +33,8 @@ void obm__rows_read(const obm_kernels *k, const obm__rows *r, size_t input, uint
 typedef struct filling {
     const obm_kernels *k;
     obm__rows *rows;
+    obm_context *ctx;
+    _Atomic int stop;
 } filling;
 
 /* mean of what the inputs have at this row of their maps */
@@ -53,7 +57,7 @@ static void mean_of_inputs(const filling *f, uint64_t row, uint64_t col, size_t 
 static void mean_of_rows(const filling *f, size_t input, uint64_t col, size_t n, float *out, float *x, float *scratch) {
     obm__rows *r = f->rows;
     double sum[COLUMNS] = {0};
-    for (uint64_t row = 0; row < r->filled; row++) {
+    for (uint64_t row = 0; row < r->filled && !(row % ROWS_PER_LOOK == 0 && f->stop); row++) {
         obm__rows_read(f->k, r, input, row * r->cols + col, n, x, scratch);
         for (size_t c = 0; c < n; c++) sum[c] += x[c];
     }
@@ -68,7 +72,7 @@ static void fill_columns(void *arg, size_t first, size_t last, int worker) {
     for (size_t b = first; b < last; b++) {
         uint64_t col = (uint64_t)b * COLUMNS;
         size_t n = r->cols - col < COLUMNS ? (size_t)(r->cols - col) : COLUMNS;
-        for (size_t m = 0; m < r->n_means; m++)
+        for (size_t m = 0; m < r->n_means && !f->stop; m++)
             mean_of_inputs(f, r->means[m], col, n, r->made + m * r->cols + col, x, scratch);
         for (size_t i = 0; r->rows > r->filled && i < r->n; i++)
             mean_of_rows(f, i, col, n, r->made + (r->n_means + i) * r->cols + col, x, scratch);
@@ -77,13 +81,24 @@ static void fill_columns(void *arg, size_t first, size_t last, int worker) {
 
 uint64_t obm__rows_made(const obm__rows *r) { return r->n_means + (r->rows > r->filled ? r->n : 0); }
 
-obm_status obm__rows_fill(obm_context *ctx, obm__rows *r, obm_error *err) {
+static void fill_all(void *arg) {
+    filling *f = arg;
+    obm__parallel(f->ctx, (size_t)((f->rows->cols + COLUMNS - 1) / COLUMNS), 1, fill_columns, f);
+}
+
+obm_status obm__rows_fill(const obm__run *run, obm__rows *r, obm_error *err) {
     uint64_t made = obm__rows_made(r);
     if (r->made || made == 0) return OBM_OK;
     r->made = obm__alloc((size_t)made, (size_t)r->cols * sizeof *r->made);
     if (!r->made) return obm__fail_nomem(err, made * r->cols * sizeof *r->made);
-    obm__parallel(ctx, (size_t)((r->cols + COLUMNS - 1) / COLUMNS), 1, fill_columns, &(filling){ctx->k, r});
-    return OBM_OK;
+    filling f = {.k = run->ctx->k, .rows = r, .ctx = run->ctx};
+    obm__pulse pulse = obm__pulse_new(run->ctx, run->progress, run->user, run->what, run->total);
+    pulse.done = run->done;
+    obm_status status = obm__watched(fill_all, &f, &f.stop, &pulse, err);
+    if (status == OBM_OK) return OBM_OK;
+    obm_free(r->made);
+    r->made = NULL;
+    return status;
 }
 
 void obm__rows_free(obm__rows *r) {

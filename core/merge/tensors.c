@@ -1,7 +1,6 @@
 /* obm_merge_tensors: one tensor across models in memory, by the name of a method. */
 #include "merge.h"
 
-#include <stdio.h>
 #include <string.h>
 
 static obm_status check_tensor(const obm_tensor *t, const obm_tensor *first, const char *what, obm_error *err) {
@@ -27,9 +26,8 @@ static obm_status check_inputs(const obm__method *m, const obm_tensor *base, con
     const obm_tensor *first = base ? base : models;
     OBM_TRY(check_tensor(first, first, base ? "base" : "model 0", err));
     for (size_t i = 0; i < n; i++) {
-        char what[32];
-        snprintf(what, sizeof what, "model %zu", i);
-        OBM_TRY(check_tensor(&models[i], first, what, err));
+        obm__model_name what;
+        OBM_TRY(check_tensor(&models[i], first, obm__model_label(NULL, i, what), err));
     }
     return OBM_OK;
 }
@@ -52,8 +50,8 @@ static obm_status merge_by(obm_context *ctx, const obm__method *m, obm_profile p
                            float *out, obm_error *err) {
     obm__steps steps;
     OBM_TRY(check_inputs(m, base, models, n, err));
-    OBM_TRY(obm__steps_new(m, profile == OBM_PROFILE_PAPER ? profile : OBM_PROFILE_MERGEKIT, n, params, n_params, seed,
-                           &steps, err));
+    OBM_TRY(obm__steps_new(m, profile == OBM_PROFILE_PAPER ? profile : OBM_PROFILE_MERGEKIT, n, NULL, params, n_params,
+                           seed, &steps, err));
     obm__group g = {.name = "",
                     .base = base,
                     .models = models,

@@ -29,9 +29,10 @@ static obm_status choose_kernels(obm_context *ctx, obm_error *err) {
     return OBM_OK;
 }
 
-obm_status obm__threads_check(int wanted, obm_error *err) {
+obm_status obm__threads_check(int64_t wanted, obm_error *err) {
     if (wanted >= 0 && wanted <= MAX_THREADS) return OBM_OK;
-    return obm__fail(err, OBM_E_ARG, "threads: expected 0 (one per core) to %d, found %d", MAX_THREADS, wanted);
+    return obm__fail(err, OBM_E_ARG, "threads: expected 0 (one per core) to %d, found %lld", MAX_THREADS,
+                     (long long)wanted);
 }
 
 obm_status obm__numa_check(obm_numa wanted, obm_error *err) {
@@ -39,7 +40,7 @@ obm_status obm__numa_check(obm_numa wanted, obm_error *err) {
     return obm__fail(err, OBM_E_ARG, "numa: expected 0 (auto) to %d (off), found %d", OBM_NUMA_OFF, (int)wanted);
 }
 
-static obm_status choose_threads(int wanted, int *threads, obm_error *err) {
+static obm_status choose_threads(int64_t wanted, int *threads, obm_error *err) {
     OBM_TRY(obm__threads_check(wanted, err));
     const char *text = getenv("ONEBITMERGE_THREADS");
     if (!wanted && text && *text) {
@@ -49,9 +50,9 @@ static obm_status choose_threads(int wanted, int *threads, obm_error *err) {
         if (errno || *end || value < 1 || value > MAX_THREADS)
             return obm__fail(err, OBM_E_ARG, "ONEBITMERGE_THREADS: expected 1 to %d, found \"%.64s\"", MAX_THREADS,
                              text);
-        wanted = (int)value;
+        wanted = value;
     }
-    *threads = wanted;
+    *threads = (int)wanted;
     return OBM_OK;
 }
 
@@ -67,8 +68,9 @@ static obm_status choose_numa(obm_numa wanted, obm_numa *out, obm_error *err) {
                      text);
 }
 
-static obm_status choose_workers(obm_context *ctx, int threads, obm_numa wanted, obm_error *err) {
-    OBM_TRY(choose_threads(threads, &threads, err));
+static obm_status choose_workers(obm_context *ctx, int64_t wanted_threads, obm_numa wanted, obm_error *err) {
+    int threads = 0;
+    OBM_TRY(choose_threads(wanted_threads, &threads, err));
     OBM_TRY(choose_numa(wanted, &ctx->numa, err));
     OBM_TRY(obm__workers_new(obm__topology_machine(ctx->topology), ctx->numa, threads, &ctx->workers, err));
     ctx->threads = ctx->workers.n;

@@ -124,7 +124,7 @@ struct obm_context {
     obm_context_info info;
     char blas[128], topology_text[256], available[64];
 };
-obm_status obm__threads_check(int wanted, obm_error *err);
+obm_status obm__threads_check(int64_t wanted, obm_error *err);
 obm_status obm__numa_check(obm_numa wanted, obm_error *err);
 void obm__warn(const obm_context *ctx, const char *format, ...) __attribute__((format(printf, 2, 3)));
 

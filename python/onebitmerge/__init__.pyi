@@ -111,6 +111,19 @@ class Plan(TypedDict):
     peak_memory: int
     seconds: float
 
+class PlannedFile(TypedDict):
+    file: str
+    bytes: int
+
+class MergeDocument(Plan):
+    name: str | None
+    output: str | None   # None: not UTF-8
+    kept: bool   # False: taken back once the result is there
+    files: list[PlannedFile]   # of the weights
+
+class MergePlan(Plan):
+    documents: list[MergeDocument]
+
 class ExportReport(Plan):
     changed: int
     lost: int
@@ -234,9 +247,14 @@ class Model:
 
 def compress(base: _Path | Checkpoint, experts: Mapping[str, _ExpertLike], out: _Path, *, profile: _Profile = None, overwrite: bool = False,
              dry_run: bool = False, progress: _Progress = None) -> Any: ...
+@overload
 def merge(recipe: Mapping[str, Any] | _Path, out: _Path, *, directory: _Path | None = None, profile: _Profile = None, seed: int | None = None,
-          shard_bytes: int = 0, memory: int = 0, overwrite: bool = False, dry_run: bool = False, progress: _Progress = None,
+          shard_bytes: int = 0, memory: int = 0, overwrite: bool = False, dry_run: Literal[False] = False, progress: _Progress = None,
           resume: bool = False, method: str | Callable[[Tile], Any] | None = None) -> Plan: ...
+@overload
+def merge(recipe: Mapping[str, Any] | _Path, out: _Path, *, directory: _Path | None = None, profile: _Profile = None, seed: int | None = None,
+          shard_bytes: int = 0, memory: int = 0, overwrite: bool = False, dry_run: Literal[True], progress: _Progress = None,
+          resume: bool = False, method: str | Callable[[Tile], Any] | None = None) -> MergePlan: ...
 class Tile:
     tensor: str
     shape: tuple[int, ...]

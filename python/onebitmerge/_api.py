@@ -29,7 +29,7 @@ def compress(base, experts, out, *, profile=None, overwrite=False, dry_run=False
 
 def merge(recipe, out, *, directory=None, profile=None, seed=None, shard_bytes=0, memory=0, overwrite=False, dry_run=False,
           progress=None, resume=False, method=None):
-    """Merge by a recipe into the Hugging Face folder `out`; returns the plan as a dict.
+    """Merge by a recipe into the Hugging Face folder `out`; returns the plan as a dict, for a dry run with `documents` and their files.
 
     recipe: a dict with mergekit's keys, or the path of a YAML or JSON file; relative paths in a file start at its folder.  Models are
     folders, MODEL+ADAPTER, or experts of packs, PACK:task.

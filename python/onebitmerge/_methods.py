@@ -44,14 +44,16 @@ def _array(values):
 
 
 def merge_tile(function, method, buffer, tensor, *rest):
-    """Calls a method for one tile; what it returns goes into the tile's `out`, None says that it is there already."""
+    """Calls a method for one tile; what it returns goes into the tile's `out`, unless it is that."""
     import numpy as np
     tile = Tile(buffer, tensor, *rest)
     result = function(tile)
-    if result is None or result is tile.out:
+    if result is tile.out:
         return
-    result = np.asarray(result)
     where = f"{tensor or 'the tensor'}: the method {method} gave"
+    if result is None:   # a return that was forgotten would leave the base as it is, without a word
+        raise _core.DtypeError(f"{where} nothing, expected a tensor of F32 and shape ({len(tile)})")
+    result = np.asarray(result)
     if result.dtype != np.float32:
         raise _core.DtypeError(f"{where} {result.dtype}, expected float32")
     if result.shape != tile.out.shape:
@@ -103,8 +105,8 @@ def method_entry(function):
 def register_method(name, function, parameters=None, *, scope="element", base=True, doc=None, min_models=1, max_models=0):
     """Make a merge method of a callable: `merge_method: name` in recipes, `merge(method=name)`, `merge_tensors(name, ...)`.
 
-    function(tile) gets a Tile and returns the merged task vector (n,) as float32, or writes it into tile.out and returns None; the
-    base is added to it.  parameters: {name: default}, or {name: {"default", "min", "max", "scope": "global" | "model", "required",
+    function(tile) gets a Tile and returns the merged task vector (n,) as float32, which may be tile.out; the base is added
+    to it.  parameters: {name: default}, or {name: {"default", "min", "max", "scope": "global" | "model", "required",
     "type": "number" | "bool", "doc"}}.  scope: "element" (tiles of any size, on which the result must not depend) or "tensor" (a
     tensor at once).  base=False: it merges the weights themselves.  function None forgets the method.
 

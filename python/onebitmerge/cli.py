@@ -619,11 +619,24 @@ def tokenize(args):
 
 def merge(args):
     given = {"profile": args.profile, "seed": args.random_seed, "memory": args.memory}
+    given["shard_bytes"] = args.out_shard_size
     if args.dry_run:
-        return print_plan(args, obm.merge(args.recipe, args.output, dry_run=True, **given), "merge")
-    plan = obm.merge(args.recipe, folder_of(args), shard_bytes=args.out_shard_size, overwrite=args.force, resume=args.resume,
+        plan = obm.merge(args.recipe, args.output, dry_run=True, **given)
+        print_plan(args, plan, "merge")
+        return None if args.json else print_documents(plan["documents"])
+    plan = obm.merge(args.recipe, folder_of(args), overwrite=args.force, resume=args.resume,
                      progress=progress_of(args), **given)
     emit({"output": args.output, **plan}) if args.json else print(f"{args.output}: {plan['tensors']} tensors, {_results.size(plan['bytes_written'])}")
+
+
+def print_documents(documents):
+    if len(documents) > 1:
+        print(_results.table(["document", "tensors", "reads", "writes", "peak memory", "seconds"],
+                             [[d["name"] or "the result", d["tensors"], _results.size(d["bytes_read"]), _results.size(d["bytes_written"]),
+                               _results.size(d["peak_memory"]), f"{d['seconds']:.1f}"] for d in documents]))
+    for d in documents:
+        for f in d["files"]:
+            print(f"{os.path.join(d['output'] or '', f['file'])}: {_results.size(f['bytes'])}{'' if d['kept'] else ', until the result is there'}")
 
 
 def extract_lora(args):

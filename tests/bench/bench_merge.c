@@ -126,7 +126,7 @@ static double compute_seconds(bench *b, const recipe *r, const obm_tensor *base,
     obm_param params[2];
     obm__steps steps;
     check(obm__method_find(r->method, &m, &err), &err);
-    check(obm__steps_new(m, r->profile, EXPERTS, params, list_params(r, params), 0, &steps, &err), &err);
+    check(obm__steps_new(m, r->profile, EXPERTS, NULL, params, list_params(r, params), 0, &steps, &err), &err);
     obm__run run = {.ctx = b->ctx, .what = "merge"};
     obm__group g = {.name = "w", .base = r->base ? base : NULL, .models = models, .steps = &steps, .work = OBM_BF16};
     g.count = (uint64_t)ROWS * COLS;

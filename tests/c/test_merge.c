@@ -148,8 +148,8 @@ static void test_vector_coverage(void **state) {
 
 /* ---- mergekit's own outputs ---- */
 
-/* mergekit computes in f32 and sums in torch's order; the values are of size 1 to 4, so 2e-6 is four to 16 ulp (an angle's
- * cosine in f32 costs most). */
+/* mergekit computes in f32 and sums in torch's order; the values are of size 1 to 4, so 2e-6 is four to 16 ulp (an
+ * angle's cosine in f32 costs most). */
 #define GOLDEN_TOLERANCE 2e-6
 
 static void read_numbers(const obm_json *array, float *out, size_t n) {
@@ -245,8 +245,8 @@ static void test_golden(void **state) {
         assert_non_null(inputs);
         parse_inputs(&in, inputs, &b, m);
         read_numbers(obm__json_value(it), want, 24);
-        if (obm_merge_tensors(ctx, method, OBM_PROFILE_DEFAULT, in.has_base ? &in.base : NULL, in.models, in.n, params, n,
-                              0, got, &err) != OBM_OK)
+        if (obm_merge_tensors(ctx, method, OBM_PROFILE_DEFAULT, in.has_base ? &in.base : NULL, in.models, in.n, params,
+                              n, 0, got, &err) != OBM_OK)
             fail_msg("%s: %s", obm__json_key(it), err.message);
         for (size_t i = 0; i < 24; i++)
             if (!(fabs((double)want[i] - got[i]) <= GOLDEN_TOLERANCE))
@@ -330,7 +330,8 @@ static void check_model_scope(obm_context *ctx, int levels) {
     const obm_param params[] = {
         {"weight", 0, weight[0]}, {"weight", 1, weight[1]}, {"density", 0, density[0]}, {"density", 1, density[1]}};
     obm__steps steps;
-    assert_int_equal(obm__steps_new(&obm__method_ties, OBM_PROFILE_PAPER, MODELS, params, 4, 0, &steps, NULL), OBM_OK);
+    assert_int_equal(obm__steps_new(&obm__method_ties, OBM_PROFILE_PAPER, MODELS, NULL, params, 4, 0, &steps, NULL),
+                     OBM_OK);
     obm_tensor b[N_GROUPS], m[N_GROUPS][MODELS];
     obm__group groups[N_GROUPS];
     size_t at = 0;
@@ -378,7 +379,8 @@ static void test_spans(void **state) {
     for (size_t j = 0; j < N; j++) x[j] = (float)(int)(uniform() * 40) / 8;
     const obm_param params[] = {{"weight", 0, 1}, {"density", 0, 0.45}, {"scope", -1, 1}};
     obm__steps steps;
-    assert_int_equal(obm__steps_new(&obm__method_ties, OBM_PROFILE_MERGEKIT, 1, params, 3, 0, &steps, NULL), OBM_OK);
+    assert_int_equal(obm__steps_new(&obm__method_ties, OBM_PROFILE_MERGEKIT, 1, NULL, params, 3, 0, &steps, NULL),
+                     OBM_OK);
     const size_t at[] = {0, 0, CUT}, count[] = {N, CUT, N - CUT};
     obm_tensor b[3], m[3];
     obm__group g[3];
@@ -428,7 +430,8 @@ static void merge_big(obm_context *ctx, const char *method, obm_profile profile,
     obm_param params[5];
     size_t n_params = 0, n = 3;
     assert_int_equal(obm__method_find(method, &row, &err), OBM_OK);
-    const obm_param known[] = {{"weight", -1, 0.5}, {"density", -1, 0.4}, {"t", -1, 0.3}, {"select_topk", -1, 0.5}, {"metric", -1, 0.5}};
+    const obm_param known[] = {
+        {"weight", -1, 0.5}, {"density", -1, 0.4}, {"t", -1, 0.3}, {"select_topk", -1, 0.5}, {"metric", -1, 0.5}};
     for (size_t i = 0; i < 5; i++)
         if (obm__method_param(row, known[i].name)) params[n_params++] = known[i];
     if (row->info.max_models && n > (size_t)row->info.max_models) n = (size_t)row->info.max_models;
@@ -551,7 +554,8 @@ static void test_errors(void **state) {
     EXPECT(merge_with(ctx, "ties", &b, &bad, 1, &weight, 1, &err), OBM_E_VALUE, "NaN or Inf in model 0 at index 4");
     EXPECT(merge_with(ctx, "ties", &bad, &b, 1, &weight, 1, &err), OBM_E_VALUE, "NaN or Inf in the base at index 4");
     const obm_param dense[] = {weight, {"density", 0, 1.5}};
-    EXPECT(merge_with(ctx, "ties", &b, &m, 1, dense, 2, &err), OBM_E_ARG, "density: expected a number in [0, 1], found 1.5");
+    EXPECT(merge_with(ctx, "ties", &b, &m, 1, dense, 2, &err), OBM_E_ARG,
+           "density: expected a number in [0, 1], found 1.5");
     const obm_param half[] = {weight, {"normalize", -1, 0.5}};
     EXPECT(merge_with(ctx, "ties", &b, &m, 1, half, 2, &err), OBM_E_ARG, "normalize: expected true or false");
     const obm_param local[] = {weight, {"normalize", 0, 1}};
@@ -569,11 +573,13 @@ static void test_errors(void **state) {
     EXPECT(merge_with(ctx, "slerp", &b, &m, 1, NULL, 0, &err), OBM_E_ARG, "slerp needs the parameter t");
     EXPECT(merge_with(ctx, "slerp", &b, (obm_tensor[]){m, m}, 2, &t, 1, &err), OBM_E_ARG,
            "slerp takes exactly 1 model besides the base, found 2");
-    EXPECT(merge_with(ctx, "nuslerp", NULL, &m, 1, &weight, 1, &err), OBM_E_ARG, "nuslerp takes exactly 2 models, found 1");
+    EXPECT(merge_with(ctx, "nuslerp", NULL, &m, 1, &weight, 1, &err), OBM_E_ARG,
+           "nuslerp takes exactly 2 models, found 1");
     EXPECT(merge_with(ctx, "model_stock", &b, &m, 1, NULL, 0, &err), OBM_E_ARG, "at least 2 models besides the base");
     EXPECT(merge_with(ctx, "karcher", &b, &m, 1, NULL, 0, &err), OBM_E_ARG, "has no base");
     EXPECT(merge_with(ctx, "slerp", &bad, &b, 1, &t, 1, &err), OBM_E_VALUE, "NaN or Inf in the base at index 4");
-    EXPECT(merge_with(ctx, "arcee_fusion", &b, &bad, 1, NULL, 0, &err), OBM_E_VALUE, "NaN or Inf in model 0 at index 4");
+    EXPECT(merge_with(ctx, "arcee_fusion", &b, &bad, 1, NULL, 0, &err), OBM_E_VALUE,
+           "NaN or Inf in model 0 at index 4");
     EXPECT(merge_with(ctx, "model_stock", &b, (obm_tensor[]){bad, b}, 2, &(obm_param){"filter_wise", -1, 1}, 1, &err),
            OBM_E_VALUE, "NaN or Inf in model 0 at index 4");
     const obm_param narrow[] = {weight, {"density", 0, 0.1}};

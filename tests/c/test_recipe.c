@@ -630,7 +630,16 @@ static void test_merge_errors(void **state) {
     expect_merge_error(recipe, "there", OBM_E_EXISTS, "there");
     expect_merge_error(recipe, "one", OBM_E_ARG, "is an input of the merge");
     expect_merge_error("merge_method: ties\nbase_model: base\nmodels: [{model: one}]\n", "x", OBM_E_ARG,
-                       "needs the parameter weight for model 0");
+                       "lm_head.weight: ties needs the parameter weight for one");
+    expect_merge_error("merge_method: della\nbase_model: base\nparameters: {weight: 1}\n"
+                       "models: [{model: one}, {model: two, parameters: {density: 0.1}}]\n",
+                       "x", OBM_E_ARG, "density + epsilon in (0, 1) for two, found -0.05 and 0.25");
+    expect_merge_error("merge_method: mwa\n"
+                       "models: [{model: one, parameters: {metric: 1}}, {model: two, parameters: {metric: 0}}]\n",
+                       "x", OBM_E_ARG, "mwa: metric of two: expected a number above 0, found 0");
+    expect_merge_error("merge_method: linear\n"
+                       "models: [{model: one, parameters: {weight: 1e300}}, {model: two, parameters: {weight: 1}}]\n",
+                       "x", OBM_E_ARG, "linear: the weight of one does not fit f32");
     expect_merge_error("merge_method: ties\nbase_model: base\nmodels: [{model: nowhere}]\n", "x", OBM_E_IO, "nowhere");
 
     one.x[3][17] = NAN;

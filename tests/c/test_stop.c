@@ -10,6 +10,7 @@
 #include <cmocka.h>
 
 #include "io_fixture.h"
+#include "merge/merge.h"
 
 #include <time.h>
 
@@ -265,6 +266,39 @@ static void grouped_scales(void **state) {
     obm_pack_free(p);
 }
 
+/* A vocabulary's padding rows, the means of all others, before a merge reads anything: watched as above. */
+static void filled_rows(void **state) {
+    enum { INPUTS = 4 };
+    obm_tensor sources[INPUTS];
+    const obm__pair *changes[INPUTS] = {NULL};
+    (void)state;
+    obm__row *maps = calloc(INPUTS * (rows + 1), sizeof *maps);
+    assert_non_null(maps);
+    for (size_t i = 0; i < INPUTS * (rows + 1); i++)
+        maps[i] = (obm__row){.row = (uint32_t)(i % (rows + 1)), .input = (uint16_t)(i / (rows + 1))};
+    for (int i = 0; i < INPUTS; i++) assert_int_equal(obm_checkpoint_get(base, NAME, &sources[i], &err), OBM_OK);
+    obm__rows r = {.n = INPUTS, .sources = sources, .changes = changes, .maps = maps};
+    r.rows = rows + 1, r.filled = rows, r.cols = COLS;
+    obm__run run = {.ctx = ctx, .progress = on_progress, .what = "merge"};
+    seen = (struct watch){0};
+    double begin = spent_by_all();
+    assert_int_equal(obm__rows_fill(&run, &r, &err), OBM_OK);
+    double whole = spent_by_all() - begin;
+    assert_non_null(r.made);
+    assert_true(r.made[0] > 1 && r.made[0] < 2);
+    obm_free(r.made);
+    r.made = NULL;
+    seen = (struct watch){.stop_at = 1};
+    begin = spent_by_all();
+    assert_int_equal(obm__rows_fill(&run, &r, &err), OBM_E_USER);
+    double took = spent_by_all() - begin;
+    assert_string_equal(err.message, "merge: stopped by the progress callback");
+    assert_null(r.made);
+    print_message("rows: %.3f s, stopped after %.3f s\n", whole, took);
+    if (took > whole / 2) fail_msg("rows: %.3f s of %.3f s although it was told to stop", took, whole);
+    free(maps);
+}
+
 /* Some megabytes of words, and of one word. */
 static obm_tokenizer *tokenizer;
 static char *text;
@@ -388,6 +422,7 @@ int main(void) {
         cmocka_unit_test(verify),         cmocka_unit_test(export),        cmocka_unit_test(merge),
         cmocka_unit_test(tensor_stats),   cmocka_unit_test(read_values),   cmocka_unit_test(sha256),
         cmocka_unit_test(materialise),    cmocka_unit_test(merge_tensors), cmocka_unit_test(without),
-        cmocka_unit_test(opening_models), cmocka_unit_test(long_texts),    cmocka_unit_test(grouped_scales)};
+        cmocka_unit_test(opening_models), cmocka_unit_test(long_texts),    cmocka_unit_test(grouped_scales),
+        cmocka_unit_test(filled_rows)};
     return cmocka_run_group_tests(tests, setup, teardown);
 }

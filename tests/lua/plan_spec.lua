@@ -50,6 +50,7 @@ describe("modes", function()
       if obm.info().nodes == 1 then assert.same({ numa = "off", bound = false }, found) end
     end
     obm.set_threads(0)
+    assert.error_matches(function() obm.plan(model, { threads = 4097 }) end, "threads: expected 0 %(one per core%) to 4096, found 4097")
     assert.error_matches(function() obm.set_threads(0, "both") end, "numa: expected auto")
   end)
 end)

@@ -397,7 +397,12 @@ def test_merge(lines, fails, models, tmp_path, run):
     recipe.write_text(f"merge_method: task_arithmetic\nbase_model: {models}/base\ndtype: float32\nmodels:\n  - model: {models}/math\n    parameters: {{weight: 1}}\n")
     out = tmp_path / "out"
     assert lines("merge", recipe, "-o", out, "--dry-run")[0]["dry_run"] is True and not out.exists()
+    planned, = lines("merge", recipe, "-o", out, "--dry-run", "--out-shard-size", "1MB")
+    told = run("merge", recipe, "-o", out, "--dry-run", "--out-shard-size", "1MB")[1].splitlines()
     record, = lines("merge", recipe, "-o", out, "--out-shard-size", "1MB", "--memory", "100MB")
+    files = sorted(p.name for p in out.glob("*.safetensors"))
+    assert [f["file"] for f in planned["documents"][0]["files"]] == files
+    assert [line.split(": ")[0] for line in told[1:]] == [str(out / name) for name in files]
     assert record["output"] == str(out) and record["tensors"] == 38
     assert lines("merge", recipe, "-o", out, "--dry-run")[0]["exists"] is True
     assert len(list(out.glob("*.safetensors"))) > 3

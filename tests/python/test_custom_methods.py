@@ -100,6 +100,7 @@ def test_tiles_of_a_tensor():
         seen.append((tile.begin, len(tile)))
         tile.out += tile.vectors[0] * tile.vectors[1]
         tile.vectors[:] = tile.base[:] = np.nan
+        return tile.out
     got = obm.merge_tensors(method, models, base)
     assert np.array_equal(got, base + (models[0] - base) * (models[1] - base))
     assert len(seen) > 1 and sum(n for _, n in seen) == base.size
@@ -199,6 +200,7 @@ def test_control_c_inside(recipe, tmp_path):
 
 @pytest.mark.parametrize("answer, error, message", [
     (lambda tile: tile.vectors[0].astype(np.float64), obm.DtypeError, r"model\.embed_tokens\.weight: the method m gave float64, expected float32"),
+    (lambda tile: None, obm.DtypeError, r"^model\.embed_tokens\.weight: the method m gave nothing, expected a tensor of F32 and shape \(\d+\)$"),
     (lambda tile: tile.vectors, obm.ShapeError, r"gave shape \(3, \d+\), expected \(\d+\)"),
     (lambda tile: "text", obm.DtypeError, "expected float32"),
     (lambda tile: np.full(len(tile), np.inf, np.float32), obm.NonFiniteError, r"model\.embed_tokens\.weight: the method m gave NaN or Inf at index 0"),
@@ -229,7 +231,7 @@ def test_wrong_use(call, error, message):
 def test_parameters(registered):
     """Ranges are checked, booleans are booleans, what is required is asked for."""
     seen = {}
-    registered("m", lambda tile: seen.update(tile.parameters), {**LARGEST, "flag": True, "flags": {"default": False, "scope": "model"},
+    registered("m", lambda tile: seen.update(tile.parameters) or tile.out, {**LARGEST, "flag": True, "flags": {"default": False, "scope": "model"},
                                                                 "needed": {"required": True}})
     x = np.ones(3, np.float32)
     obm.merge_tensors("m", [x, x], x, {"weight": [1, 3], "flags": [True, False], "needed": 7})

@@ -167,7 +167,7 @@ def test_paper_profile_trims_the_model_as_a_whole(models, tmp_path, tensors):
 
 def test_dry_run_writes_nothing(recipe, tmp_path):
     plan = obm.merge(recipe("ties", density=.3), tmp_path / "out", dry_run=True)
-    assert set(plan) == {"tensors", "bytes_read", "bytes_written", "peak_memory", "seconds"}
+    assert set(plan) == {"tensors", "bytes_read", "bytes_written", "peak_memory", "seconds", "documents"}
     assert list(tmp_path.iterdir()) == []
     assert plan["bytes_written"] == 4 * 1427136
 
@@ -348,6 +348,24 @@ def test_slices_and_vocabulary_as_a_dict(models, tensors, tmp_path):
     model = obm.Model(tmp_path / "out")
     assert model.tokenizer.encode("<new>") == [new] and model.generate("What is 17 plus 5?", max_tokens=2) is not None
     assert model.tokenizer.apply_template([{"role": "user", "content": "hi"}]).startswith("<|im_start|>")
+
+
+def test_dry_run_tells_documents_and_shards(models, tmp_path):
+    """Sums over documents, and the files as the merge then writes them."""
+    one = {"merge_method": "passthrough", "models": [{"model": str(models / "base")}]}
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(json.dumps({**one, "models": [{"model": "side"}]}) + "\n---\n" + json.dumps({**one, "name": "side", "dtype": "float32"}))
+    plan = obm.merge(recipe, tmp_path / "out", shard_bytes=1_000_000, dry_run=True)
+    side, last = plan["documents"]
+    assert [side["name"], last["name"]] == ["side", None] and [side["kept"], last["kept"]] == [False, True]
+    assert last["output"] == str(tmp_path / "out") and os.path.basename(side["output"]) == "side"
+    for key in ("tensors", "bytes_read", "bytes_written"):
+        assert plan[key] == side[key] + last[key]
+    assert plan["peak_memory"] == max(side["peak_memory"], last["peak_memory"])
+    assert not (tmp_path / "out").exists()
+    obm.merge(recipe, tmp_path / "out", shard_bytes=1_000_000)
+    written = {p.name: p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")}
+    assert len(written) > 2 and {f["file"]: f["bytes"] for f in last["files"]} == written
 
 
 def test_documents_that_nobody_uses(models, tmp_path):

@@ -130,6 +130,15 @@ except OSError as e:
     assert "numa shard: memory cannot be bound to nodes here" in done.stderr and "threads cannot be bound" in done.stderr
 
 
+@pytest.mark.parametrize("threads", [-1, 4097, 2**40])
+def test_thread_counts(models, threads):
+    message = rf"^threads: expected 0 \(one per core\) to 4096, found {threads}$"
+    with pytest.raises(obm.ArgumentError, match=message):
+        obm.set_threads(threads)
+    with pytest.raises(obm.ArgumentError, match=message):
+        obm.plan(models / "base", threads=threads)
+
+
 def test_verify_on_the_command_line(models, capsys):
     args = ["plan", str(models / "base"), "--verify-placement"]
     assert cli.main([*args, "--json"]) == 0

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 STUB = ast.parse((ROOT / "python" / "onebitmerge" / "__init__.pyi").read_text(encoding="utf-8"))
 # Runtime objects that the package does not export: what they are reached through.
 HIDDEN = {"Request": _core.Request, "Stream": _core.Stream}
-TYPES_ONLY = {"Plan", "PlacementPlan", "ExportReport", "LoraMatrix"}   # TypedDicts: plain dicts at runtime
+TYPES_ONLY = {"PlannedFile", "MergeDocument", "MergePlan", "Plan", "PlacementPlan", "ExportReport", "LoraMatrix"}   # TypedDicts: plain dicts at runtime
 
 
 def public(name):
