@@ -1,0 +1,355 @@
+"""Decoding, prefill and start of onebitmerge and llama.cpp in turn, on the same random bf16 weights.
+
+    python tests/bench/against_llama_cpp.py [--peer llama=PYTHON] [--peer torch=PYTHON] [--sizes 135m 360m 1.1b] [--rounds 5]
+
+PYTHON is an interpreter that has llama-cpp-python (built from source on this machine: pip install --no-binary llama-cpp-python
+llama-cpp-python) or torch and transformers; without a --peer this interpreter is taken for llama.  This one needs numpy, gguf and
+onebitmerge.  Each side is a process of its own that waits while the others work.  Logits are compared first: a figure of another
+model is worth nothing.  Not a test: it prints numbers and judges nothing.
+
+decode   one sequence, greedy, after a prompt of 8 tokens; llama.cpp's loop has no sampling
+batch 8  eight such sequences in one batch, tokens of all of them
+prefill  512 tokens, logits of the last
+start    from the start of the process to the first token after 8, the file in the page cache
+"""
+import argparse
+import json
+import math
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+# vocabulary, hidden, intermediate, layers, heads, KV heads: SmolLM2-135M, SmolLM2-360M and TinyLlama-1.1B
+SIZES = {"tiny": (512, 128, 256, 2, 4, 2), "135m": (49152, 576, 1536, 30, 9, 3), "360m": (49152, 960, 2560, 32, 15, 5),
+         "1.1b": (32000, 2048, 5632, 22, 32, 4)}
+PROMPT, PREFILL, BATCH, CONTEXT = 8, 512, 8, 1024
+GGUF = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down"}
+
+
+# ---- the model, twice ----
+
+
+def tensors(size):
+    """Name in Hugging Face's folder, name in GGUF, shape."""
+    vocab, hidden, wide, layers, heads, kv_heads = SIZES[size]
+    kv = hidden // heads * kv_heads
+    yield "model.embed_tokens.weight", "token_embd.weight", (vocab, hidden)
+    yield "model.norm.weight", "output_norm.weight", (hidden,)
+    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+              "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden),
+              "mlp.down_proj": (hidden, wide), "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+    for layer in range(layers):
+        for name, shape in shapes.items():
+            yield f"model.layers.{layer}.{name}.weight", f"blk.{layer}.{GGUF[name]}.weight", shape
+
+
+def random_bits(random, shape):
+    """bf16 as uint16: norms near 1, matrices of a deviation that keeps activations in range."""
+    import numpy as np
+    scale = 0.1 if len(shape) == 1 else 0.7 / math.sqrt(shape[-1])
+    values = random.standard_normal(shape, dtype=np.float32) * np.float32(scale) + np.float32(len(shape) == 1)
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def pairs_beside(bits, heads):
+    """GGUF has the two rows that RoPE turns together side by side, Hugging Face half a head apart."""
+    rows, columns = bits.shape
+    return bits.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def write_model(folder, size):
+    """folder/model.gguf and folder/config.json with model.safetensors; returns the bytes of the weights."""
+    import gguf
+    import numpy as np
+    vocab, hidden, wide, layers, heads, kv_heads = SIZES[size]
+    random, entries, at = np.random.default_rng(1), {}, 0
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_vocab_size(vocab)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(wide)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(hidden // heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_tokenizer_model("no_vocab")
+    for name, _, shape in tensors(size):
+        n = 2 * math.prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (at, at + n)}
+        at += n
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name, other, shape in tensors(size):
+            bits = random_bits(random, shape)
+            file.write(bits.tobytes())
+            if len(shape) == 1:   # llama.cpp wants norms in f32: the same values
+                writer.add_tensor(other, (bits.astype(np.uint32) << 16).view(np.float32))
+                continue
+            turned = {"attn_q": heads, "attn_k": kv_heads}.get(other.split(".")[-2])
+            bits = pairs_beside(bits, turned) if turned else bits
+            writer.add_tensor(other, np.ascontiguousarray(bits).view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": wide,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True, "torch_dtype": "bfloat16"}))
+    return at
+
+
+def ids_of(vocab, n, seed=1):
+    return [(seed * 7919 + i * 104729) % vocab for i in range(n)]
+
+
+# ---- the sides: each has logits(ids), decode(steps, batch) in seconds, prefill(n) in seconds ----
+
+
+class Ours:
+    def __init__(self, folder, threads, z12=False):
+        import onebitmerge as obm
+        obm.set_threads(threads)
+        self.model = obm.Model(folder, kv="f16", z12=z12)
+        self.vocab = json.loads((pathlib.Path(folder) / "config.json").read_text())["vocab_size"]
+        self.name = f"onebitmerge {obm.__version__} {obm.info()['isa']}"
+
+    def logits(self, ids):
+        return self.model.logits(ids, all=False).reshape(-1)
+
+    def seconds(self, n, batch, tokens):
+        prompts = [{"ids": ids_of(self.vocab, n, 1 + i)} for i in range(batch)]
+        begin = time.perf_counter()
+        self.model.generate(prompts, max_tokens=tokens, ignore_eos=True, batch=batch)
+        return time.perf_counter() - begin
+
+    def decode(self, steps, batch):
+        return self.seconds(PROMPT, batch, steps + 1) - self.seconds(PROMPT, batch, 1)
+
+    def prefill(self, n):
+        return self.seconds(n, 1, 1)
+
+
+class Llama:
+    def __init__(self, folder, threads):
+        import llama_cpp as c
+        self.c = c
+        c.llama_backend_init()
+        params = c.llama_model_default_params()
+        self.model = c.llama_model_load_from_file(str(pathlib.Path(folder) / "model.gguf").encode(), params)
+        options = c.llama_context_default_params()
+        options.n_ctx, options.n_batch, options.n_ubatch, options.n_seq_max = CONTEXT, PREFILL, PREFILL, BATCH
+        options.n_threads = options.n_threads_batch = threads
+        options.kv_unified = True   # or each sequence has an eighth of the context
+        self.context = c.llama_init_from_model(self.model, options)
+        self.batch = c.llama_batch_init(PREFILL, 0, 1)
+        self.vocab = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self.model))
+        self.name = f"llama-cpp-python {c.__version__}, {c.llama_print_system_info().decode().strip(' |')}"
+
+    def feed(self, rows):
+        """rows: (id, position, sequence, wants logits)."""
+        b = self.batch
+        b.n_tokens = len(rows)
+        for i, (token, position, sequence, wants) in enumerate(rows):
+            b.token[i], b.pos[i], b.n_seq_id[i], b.logits[i] = token, position, 1, wants
+            b.seq_id[i][0] = sequence
+        if self.c.llama_decode(self.context, b):
+            sys.exit("llama_decode failed")
+
+    def forget(self):
+        self.c.llama_memory_clear(self.c.llama_get_memory(self.context), True)
+
+    def last(self, ids, sequence=0):
+        self.feed([(token, i, sequence, i + 1 == len(ids)) for i, token in enumerate(ids)])
+
+    def logits(self, ids):
+        import numpy as np
+        self.forget()
+        self.last(ids)
+        return np.ctypeslib.as_array(self.c.llama_get_logits_ith(self.context, -1), (self.vocab,)).copy()
+
+    def decode(self, steps, batch):
+        self.forget()
+        for i in range(batch):
+            self.last(ids_of(self.vocab, PROMPT, 1 + i), i)
+        begin = time.perf_counter()
+        for step in range(steps):
+            self.feed([(ids_of(self.vocab, 1, step + i)[0], PROMPT + step, i, True) for i in range(batch)])
+            self.c.llama_get_logits_ith(self.context, -1)   # waits for the work to be done
+        return time.perf_counter() - begin
+
+    def prefill(self, n):
+        self.forget()
+        begin = time.perf_counter()
+        self.last(ids_of(self.vocab, n))
+        self.c.llama_get_logits_ith(self.context, -1)
+        return time.perf_counter() - begin
+
+
+class Torch:
+    def __init__(self, folder, threads):
+        import torch
+        import transformers
+        torch.set_num_threads(threads)
+        transformers.utils.logging.disable_progress_bar()
+        self.torch = torch
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager").eval()
+        self.vocab = self.model.config.vocab_size
+        self.name = f"transformers {transformers.__version__} eager, torch {torch.__version__}"
+
+    def step(self, ids, cache=None):
+        with self.torch.inference_mode():
+            return self.model(self.torch.tensor(ids), past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def logits(self, ids):
+        return self.step([ids]).logits[0, -1].float().numpy()
+
+    def decode(self, steps, batch):
+        cache = self.step([ids_of(self.vocab, PROMPT, 1 + i) for i in range(batch)]).past_key_values
+        begin = time.perf_counter()
+        for step in range(steps):
+            cache = self.step([ids_of(self.vocab, 1, step + i) for i in range(batch)], cache).past_key_values
+        return time.perf_counter() - begin
+
+    def prefill(self, n):
+        begin = time.perf_counter()
+        self.step([ids_of(self.vocab, n)])
+        return time.perf_counter() - begin
+
+
+SIDES = {"ours": Ours, "z12": lambda folder, threads: Ours(folder, threads, z12=True), "llama": Llama, "torch": Torch}
+
+
+def serve(what, folder, threads):
+    """Answers a request a line, as JSON, on what was standard output; libraries may write to what is now."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    side = SIDES[what](folder, threads)
+    first = side.logits(ids_of(side.vocab, PROMPT))
+    print(json.dumps(side.name), file=out)
+    for line in sys.stdin:
+        verb, *arguments = json.loads(line)
+        print(json.dumps(first.tolist() if verb == "logits" else getattr(side, verb)(*arguments)), file=out)
+
+
+class Peer:
+    def __init__(self, what, python, folder, threads):
+        begin = time.perf_counter()
+        self.log = tempfile.TemporaryFile()
+        env = {k: v for k, v in os.environ.items() if k not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
+        self.process = subprocess.Popen([python, __file__, "--serve", what, str(folder), str(threads)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.log, text=True, env=env)
+        self.what, self.name = what, self.answer()
+        self.start = time.perf_counter() - begin
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            sys.exit(f"{self.what} failed:\n{self.log.read().decode(errors='replace')[-2000:]}")
+        return json.loads(line)
+
+    def ask(self, *request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.log.close()
+
+
+# ---- the comparison ----
+
+
+def compare_logits(peers):
+    import numpy as np
+    own = np.array(peers[0].ask("logits"))
+    for peer in peers[1:]:
+        theirs = np.array(peer.ask("logits"))
+        far, spread = float(np.abs(own - theirs).max()), float(own.std())
+        print(f"logits    {peer.what}: largest difference {far:.4f} at a deviation of {spread:.3f}; "
+              f"{'the same' if own.argmax() == theirs.argmax() else 'ANOTHER'} greedy token", flush=True)
+        if not far <= 0.25 * spread:
+            sys.exit(f"{peer.what} runs another model")
+
+
+def measure(peers, rounds, steps, verb, *arguments):
+    """Seconds (peers, rounds), interleaved; the first round warms up."""
+    rows = [[peer.ask(verb, *arguments) for peer in peers] for _ in range(rounds + 1)]
+    return [list(column) for column in zip(*rows[1:])]
+
+
+def run_size(size, options, pythons):
+    """Ratios ours/peer of each figure: median over rounds of what was measured in turn."""
+    with tempfile.TemporaryDirectory(prefix="obm-bench-", dir=options.folder) as name:
+        folder = pathlib.Path(name)
+        weights = write_model(folder, size)
+        sides = ["ours", "z12", *pythons]
+        starts = {what: [] for what in sides}
+        for _ in range(options.rounds):
+            for what in sides:
+                peer = Peer(what, pythons.get(what, sys.executable), folder, options.threads)
+                starts[what].append(peer.start)
+                peer.end()
+        peers = [Peer(what, pythons.get(what, sys.executable), folder, options.threads) for what in sides]
+        print(f"\n{size}      {weights / 1e6:.0f} MB of bf16; load {os.getloadavg()[0]:.1f}")
+        if not options.quiet:
+            print("\n".join(f"{peer.what:9} {peer.name}" for peer in peers))
+        compare_logits(peers)
+        steps = min(max(4, int(options.steps * 3e8 / weights)), CONTEXT - PROMPT)
+        figures = {"decode": (steps, ("decode", steps, 1)), "batch 8": (steps * BATCH, ("decode", steps, BATCH)),
+                   "prefill": (PREFILL, ("prefill", PREFILL))}
+        ratios = {}
+        for figure, (tokens, request) in figures.items():
+            seconds = measure(peers, options.rounds, steps, *request)
+            for peer, column in zip(peers, seconds):
+                ratios[figure, peer.what] = statistics.median(own and other / own for own, other in zip(seconds[0], column))
+            print(f"{figure:9} " + "; ".join(
+                f"{peer.what} {tokens / statistics.median(column):.1f} tokens/s" +
+                (f" (ours {ratios[figure, peer.what]:.2f} times as fast)" if peer is not peers[0] else "")
+                for peer, column in zip(peers, seconds)), flush=True)
+        for what in sides:
+            ratios["start", what] = statistics.median(starts[what]) / statistics.median(starts["ours"])
+        print("start     " + "; ".join(f"{what} {statistics.median(starts[what]):.2f} s" for what in sides), flush=True)
+        for peer in peers:
+            peer.end()
+        return ratios
+
+
+def main():
+    if sys.argv[1:2] == ["--serve"]:
+        return serve(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", action="append", default=[], metavar="llama|torch=PYTHON")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["135m", "360m", "1.1b"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=32, help="tokens decoded at a time by a model of 300 MB; more by smaller, fewer by larger ones")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--folder", help="where the models are written, 2 to 9 GB for a time")
+    parser.add_argument("--quiet", action="store_true", help="do not print what the sides are")
+    options = parser.parse_args()
+    pythons = dict(peer.split("=", 1) for peer in options.peer) or {"llama": sys.executable}
+    print(f"threads   {options.threads}, load {os.getloadavg()[0]:.1f}")
+    rows = [run_size(size, options, pythons) for size in options.sizes]
+    print()
+    for figure, what in rows[0]:
+        if what != "ours":
+            print(f"{figure:9} {what} / ours in seconds, geometric mean over sizes: "
+                  f"{math.prod(row[figure, what] for row in rows) ** (1 / len(rows)):.2f}")
+
+
+if __name__ == "__main__":
+    main()
