@@ -244,8 +244,10 @@ static const char *message_field(lua_State *L, int keep, const char *key) {
 }
 
 static void prompt_messages(lua_State *L, int keep, int at, obm_prompt *out) {
-    luaL_checktype(L, at, LUA_TTABLE);
-    size_t n = (size_t)luaL_len(L, at);
+    size_t n = lua_type(L, at) == LUA_TTABLE ? (size_t)luaL_len(L, at) : 0;
+    if (!n)
+        luaL_error(L, "messages: expected a list of {role, content}, found %s",
+                   lua_type(L, at) == LUA_TTABLE ? "an empty table" : luaL_typename(L, at));
     obm_message *messages = obm_lua_alloc(L, keep, n, sizeof *messages);
     for (size_t i = 0; i < n; i++) {
         lua_geti(L, at, (lua_Integer)i + 1);

@@ -417,7 +417,11 @@ static const char *message_field(obm_py_prompts *p, PyObject *message, const cha
         PyErr_Format(PyExc_TypeError, "a message is a dict with \"role\" and \"content\" (missing: %s)", key);
         return NULL;
     }
-    const char *s = keep_text(p, value);
+    const char *s = NULL;
+    if (PyUnicode_Check(value))
+        s = keep_text(p, value);
+    else
+        PyErr_Format(PyExc_TypeError, "\"%s\" of a message: expected a str, found %R", key, (PyObject *)Py_TYPE(value));
     Py_DECREF(value);
     return s;
 }
@@ -436,8 +440,13 @@ static int prompt_ids(obm_py_prompts *p, PyObject *o, obm_prompt *out) {
 }
 
 static int prompt_messages(obm_py_prompts *p, PyObject *o, obm_prompt *out, PyObject **source) {
-    Py_ssize_t n = PySequence_Size(o);
+    bool list = PySequence_Check(o) && !PyUnicode_Check(o) && !PyBytes_Check(o) && !PyDict_Check(o);
+    Py_ssize_t n = list ? PySequence_Size(o) : 0;
     if (n < 0) return -1;
+    if (!n)
+        return PyErr_Format(PyExc_TypeError, "messages: expected a list of {\"role\", \"content\"}, found %s%R",
+                            list ? "an empty " : "", (PyObject *)Py_TYPE(o)),
+               -1;
     obm_message *messages = prompts_block(p, (size_t)n * sizeof *messages);
     if (!messages) return -1;
     for (Py_ssize_t i = 0; i < n; i++) {

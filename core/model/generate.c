@@ -39,9 +39,14 @@ static obm_status collect(batch *b, obm_error *err) {
 }
 
 /* The next prompt, if its route fits; it waits in its slot, encoded and routed, until it does. */
-static obm_status admit_next(batch *b, bool *admitted, obm_error *err) {
+static obm_status admit_waiting(batch *b, bool *admitted, obm_error *err) {
     if (!b->waiting) OBM_TRY(obm__generation_new(b->m, &b->settings, &b->prompts[b->next], b->next, &b->waiting, err));
-    OBM_TRY(obm__generation_admit(b->m, b->waiting, admitted, err));
+    return obm__generation_admit(b->m, b->waiting, admitted, err);
+}
+
+static obm_status admit_next(batch *b, bool *admitted, obm_error *err) {
+    obm_status status = admit_waiting(b, admitted, err);
+    if (status != OBM_OK) return b->n > 1 ? obm__fail_at("prompt", b->next, status, err) : status;
     b->refused_at = *admitted || b->m->building ? SIZE_MAX : b->running;
     if (!*admitted) return OBM_OK;
     b->slots[b->running] = b->waiting;

@@ -307,7 +307,8 @@ obm_status obm__model_check_ids(const obm_model *m, const obm__weights *w, const
     int64_t vocab = obm__weights_vocab(w);
     if (!n) return obm__fail(err, OBM_E_ARG, "expected at least one token id, found none");
     if (n > (uint64_t)m->config.max_positions)
-        return obm__fail(err, OBM_E_ARG, "%zu tokens are more than the %lld positions of the model", n,
+        return obm__fail(err, OBM_E_ARG,
+                         "%zu tokens are more than the %lld positions of the model (max_position_embeddings)", n,
                          (long long)m->config.max_positions);
     for (size_t i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= vocab)

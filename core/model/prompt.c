@@ -55,7 +55,13 @@ obm_status obm__prompt_ids(const obm__prompter *how, const obm_prompt *p, bool c
     bool special;
     OBM_TRY(obm__prompt_text(how, p, chat, &text, &special, err));
     if (!text) return copy_ids(p, ids, n, err);
-    obm_status status = obm_tokenizer_encode(how->tokenizer, text, strlen(text), special, ids, n, err);
+    size_t length = strlen(text);
+    obm_status status = obm_tokenizer_encode(how->tokenizer, text, length, special, ids, n, err);
     obm_free(text);
-    return status;
+    if (status != OBM_OK || *n) return status;
+    obm_free(*ids);
+    *ids = NULL;
+    return obm__fail(err, OBM_E_ARG,
+                     "the prompt is %s: expected at least one token, and the tokenizer puts none (no BOS) in front",
+                     length ? "no token long" : "empty");
 }

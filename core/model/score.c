@@ -187,13 +187,6 @@ done:
     return status;
 }
 
-static obm_status name_item(size_t i, obm_status status, obm_error *err) {
-    if (status != OBM_E_ARG || !err) return status;
-    char message[OBM_ERROR_MESSAGE];
-    memcpy(message, err->message, sizeof message);
-    return obm__fail(err, status, "item %zu: %s", i, message);
-}
-
 obm_status obm_model_score(obm_model *m, const obm_score_item *items, size_t n, const obm_score_options *options,
                            obm_score *out, obm_error *err) {
     obm__pulse pulse = obm__pulse_new(m->ctx, OBM_OPT(options, obm_score_options, progress, NULL),
@@ -204,7 +197,7 @@ obm_status obm_model_score(obm_model *m, const obm_score_item *items, size_t n, 
     obm_status status = obm__model_enter(m, &pulse, err);
     if (status == OBM_OK) {
         for (size_t i = 0; i < n && status == OBM_OK; i++) {
-            status = name_item(i, score_item(m, &items[i], i, options, &scores[i], err), err);
+            status = obm__fail_at("item", i, score_item(m, &items[i], i, options, &scores[i], err), err);
             if (status == OBM_OK) status = obm__pulse_done(&pulse, i + 1, err);
         }
         obm__model_leave(m);

@@ -73,3 +73,10 @@ obm_status obm__fail_errno(obm_error *err, const char *format, ...) {
 obm_status obm__fail_nomem(obm_error *err, uint64_t bytes) {
     return obm__fail(err, OBM_E_NOMEM, "out of memory (%llu bytes asked for)", (unsigned long long)bytes);
 }
+
+obm_status obm__fail_at(const char *what, size_t index, obm_status status, obm_error *err) {
+    if (status != OBM_E_ARG || !err) return status;
+    char message[OBM_ERROR_MESSAGE];
+    memcpy(message, err->message, sizeof message);
+    return obm__fail(err, status, "%s %zu: %s", what, index, message);
+}

@@ -22,6 +22,8 @@ obm_status obm__fail(obm_error *err, obm_status status, const char *format, ...)
 /* OBM_E_IO (NOMEM for ENOMEM) with strerror(errno) appended: "cannot open PATH: No such file or directory". */
 obm_status obm__fail_errno(obm_error *err, const char *format, ...) __attribute__((format(printf, 2, 3)));
 obm_status obm__fail_nomem(obm_error *err, uint64_t bytes);
+/* Puts "item 3: " in front of the message of an ARG failure; returns status.  What a callback raised keeps its words. */
+obm_status obm__fail_at(const char *what, size_t index, obm_status status, obm_error *err);
 
 #define OBM_TRY(expr)                                                                                                  \
     do {                                                                                                               \

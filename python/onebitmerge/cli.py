@@ -20,6 +20,7 @@ import warnings
 import onebitmerge as obm
 from onebitmerge import _results
 from onebitmerge.evaluate import evaluate, prompt_of
+from onebitmerge.items import Item, check_keys, check_route, check_vocabulary, located, need, read_lines, wrong
 
 NUMA = ("auto", "shard", "replicate", "isolate", "interleave", "off")
 POLICIES = ("linear", "attention", "mlp", "paper", "full")
@@ -49,57 +50,6 @@ def clean(value):
 
 def emit(record):
     print(json.dumps(clean(record), ensure_ascii=False, allow_nan=False), flush=True)
-
-
-def name_of(path):
-    return "standard input" if path == "-" else path
-
-
-class Item(dict):
-    """An object of a JSON-lines file; `where` names file and line."""
-    where = ""
-
-
-def read_lines(path):
-    """JSON lines of a file or stdin; messages name the line."""
-    name = name_of(path)
-    # Bytes, so that the encoding is UTF-8 whatever the locale says and a bad line can be named; a BOM is let pass.
-    stream = contextlib.nullcontext(getattr(sys.stdin, "buffer", sys.stdin)) if path == "-" else open(path, "rb")
-    items = []
-    with stream as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line if isinstance(line, str) else line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not text.strip():
-                    continue
-                item = json.loads(text)
-            except UnicodeDecodeError as e:
-                raise Failure(f"{name}, line {number}: not UTF-8 at byte {e.start}") from None
-            except ValueError as e:
-                raise Failure(f"{name}, line {number}: not JSON: {e}") from None
-            if not isinstance(item, dict):
-                raise Failure(f"{name}, line {number}: expected an object, found {type(item).__name__}")
-            items.append(Item(item))
-            items[-1].where = f"{name}, line {number}, "
-    return items
-
-
-def need(item, index, *keys):
-    """The first of the keys that the item has."""
-    for key in keys:
-        if key in item:
-            return item[key]
-    raise Failure(f"{getattr(item, 'where', '')}item {index}: expected one of {', '.join(keys)}; found {', '.join(sorted(item)) or 'nothing'}")
-
-
-def check_keys(item, index, options):
-    """Items may carry what evaluations need besides; what looks like a key that is misspelt, or an option, is an error."""
-    for key in sorted(set(item) - {"ids", "messages", "prompt", "text", "route", "task", "answer", "match"}):
-        if key in options:
-            raise Failure(f"{item.where}item {index}: {key} is given for all items, with --{key.replace('_', '-')}")
-        near = difflib.get_close_matches(key, ("messages", "prompt", "route"), 1, .8)
-        if near and near[0] not in item:
-            raise Failure(f"{item.where}item {index}: unknown key \"{key}\", did you mean \"{near[0]}\"?")
 
 
 def progress_of(args):
@@ -465,6 +415,9 @@ def router_train(args):
     prompts = [need(item, i, "messages", "text", "prompt") for i, item in enumerate(items)]
     labels = [need(item, i, "task") for i, item in enumerate(items)]
     pack = obm.Pack(args.pack, base=args.base)
+    for i, (item, label) in enumerate(zip(items, labels)):
+        if label not in pack.tasks:
+            wrong(item, i, f"task: expected one of {', '.join(pack.tasks)}, found \"{label}\"")
     report = pack.train_router(prompts, labels, layer=args.layer, l2=args.l2, holdout=args.holdout, seed=args.seed,
                                progress=progress_of(args))
     if args.json:
@@ -480,12 +433,14 @@ def user_text(prompt):
 def route(args):
     if bool(args.text) == bool(args.file):
         raise Usage("give either texts or --file")
-    prompts = args.text or [need(item, i, "messages", "text", "prompt") for i, item in enumerate(read_lines(args.file))]
+    items = [Item(text=text) for text in args.text] or read_lines(args.file)
+    prompts = [need(item, i, "messages", "text", "prompt") for i, item in enumerate(items)]
     # a router sees the base alone: no planes to load
     model = obm.Model(args.pack, base=args.base, materialise=True, progress=progress_of(args))
     router = load_router(args.router) if args.router else None
     for index, prompt in enumerate(prompts):
-        weights, probabilities = model.route(prompt, router=router)
+        with located([items[index]], index):
+            weights, probabilities = model.route(prompt, router=router)
         task = max(weights, key=weights.get) if weights else "base"
         record = {"index": index, "text": user_text(prompt), "task": task, "weights": probabilities if probabilities is not None else weights}
         if args.json:
@@ -518,12 +473,13 @@ def generate(args):
             raise Usage("--route-every asks the router again, and --route leaves it nothing to decide")
         options["route_every"] = args.route_every
     items = [Item(prompt=args.prompt)] if args.file is None else read_lines(args.file)
-    for i, item in enumerate(items):
+    for i, item in enumerate(items if args.file is not None else ()):
         check_keys(item, i, {*options, "router", "route_every", "batch"})
-    prompts = [prompt_of(item) for item in items]
+    prompts = [prompt_of(item, i) for i, item in enumerate(items)]
     routes = [item.get("route", args.route) for item in items]
-    if model.pack is None and any(r not in (None, "auto") for r in routes):
-        raise Failure("a route was given, but this is a plain model: only packs have routes")
+    for i, (item, r) in enumerate(zip(items, routes)):
+        check_vocabulary(item, i, model.info["vocab"], "ids")
+        check_route(model, item, i, r)
     given = {} if model.pack is None else {"route": routes}
     if args.file is None and not args.json:
         for piece in model.stream(prompts[0], **({"route": routes[0]} if given else {}), **options):
@@ -533,8 +489,9 @@ def generate(args):
     step = max(1, 8 * (args.batch or 8))
     for begin in range(0, len(prompts), step):
         part = {"route": given["route"][begin:begin + step]} if given else {}
-        for i, c in enumerate(model.generate(prompts[begin:begin + step], batch=args.batch, progress=progress_of(args),
-                                             **part, **seed_for(options, begin))):
+        with located(items[begin:begin + step], begin):
+            answers = model.generate(prompts[begin:begin + step], batch=args.batch, progress=progress_of(args), **part, **seed_for(options, begin))
+        for i, c in enumerate(answers):
             record = {"index": begin + i, "text": str(c), "ids": c.ids, "route": route_text(model, c.route), "finish_reason": c.finish_reason}
             if args.route_every:
                 record["routes"] = [{"token": token, "route": route_text(model, r)} for token, r in c.routes]
@@ -552,21 +509,25 @@ def seed_for(options, begin):
     return options if begin == 0 else {**options, "seed": options["seed"] + begin * 0x9E3779B97F4A7C15 & (2**64 - 1)}
 
 
+def score_row(item, index, route):
+    """(prompt, continuation, route); a whole text has no prompt."""
+    if "text" in item:
+        return "", need(item, index, "text"), route
+    if "continuation_ids" in item:
+        return need(item, index, "ids"), need(item, index, "continuation_ids"), route
+    return need(item, index, "prompt", "messages", "ids"), need(item, index, "continuation"), route
+
+
 def score(args):
     items = read_lines(args.file)
-    rows = []
-    for i, item in enumerate(items):
-        r = item.get("route", args.route)
-        if "text" in item:
-            rows.append(("", item["text"], r))
-        elif "continuation_ids" in item:
-            rows.append((need(item, i, "ids"), item["continuation_ids"], r))
-        else:
-            rows.append((need(item, i, "prompt", "messages", "ids"), need(item, i, "continuation"), r))
+    rows = [score_row(item, i, item.get("route", args.route)) for i, item in enumerate(items)]
     model = open_model(args)
-    if model.pack is None and any(r not in (None, "auto") for _, _, r in rows):
-        raise Failure("a route was given, but this is a plain model: only packs have routes")
-    for index, s in enumerate(model.score_items(rows, progress=progress_of(args))):
+    for i, item in enumerate(items):
+        check_vocabulary(item, i, model.info["vocab"], "ids", "continuation_ids")
+        check_route(model, item, i, rows[i][2])
+    with located(items):
+        scores = model.score_items(rows, progress=progress_of(args))
+    for index, s in enumerate(scores):
         record = {"index": index, "logprob": s.logprob, "token_logprobs": s.token_logprobs, "is_greedy": s.is_greedy,
                   "perplexity": s.perplexity, "route": route_text(model, s.route)}
         if args.json:
@@ -580,9 +541,13 @@ def logits(args):
     import numpy as np
 
     items = read_lines(args.file)
+    ids = [need(item, i, "ids") for i, item in enumerate(items)]
     model = open_model(args)
+    for i, item in enumerate(items):
+        check_vocabulary(item, i, model.info["vocab"], "ids")
+        check_route(model, item, i, item.get("route", args.route))
     if args.dry_run:
-        rows = sum(len(need(item, i, "ids")) if args.all else 1 for i, item in enumerate(items))
+        rows = sum(len(row) if args.all else 1 for row in ids)
         return print_plan(args, {"tensors": len(items), "bytes_read": model.info["bytes"], "bytes_written": 4 * rows * model.info["vocab"],
                                  "peak_memory": model.info["bytes"] + 8 * rows * model.info["vocab"], "seconds": 0.0}, "logits")
     out = output_of(args)
@@ -592,9 +557,10 @@ def logits(args):
     for index, item in enumerate(items):
         r = item.get("route", args.route)
         r = None if r == "auto" and model.pack is None else r
-        if r == "auto" or (r is None and model.pack is not None):
-            r = model.route(need(item, index, "ids"))[0]
-        arrays[f"logits_{index}"] = model.logits(need(item, index, "ids"), all=args.all, route=r, decode=args.decode, kv=args.kv)
+        with located([item], index):
+            if r == "auto" or (r is None and model.pack is not None):
+                r = model.route(ids[index])[0]
+            arrays[f"logits_{index}"] = model.logits(ids[index], all=args.all, route=r, decode=args.decode, kv=args.kv)
     partial = f"{out}.tmp-{os.getpid()}"
     try:
         with open(partial, "wb") as file:
@@ -609,11 +575,12 @@ def logits(args):
 def tokenize(args):
     tokenizer = obm.Model(args.model, materialise=True).tokenizer if is_pack(args.model) else obm.Tokenizer(args.model)
     for index, item in enumerate(read_lines(args.file)):
-        if "ids" in item and "text" not in item:
-            record = {"index": index, "text": tokenizer.decode(item["ids"], skip_special=args.skip_special)}
-        else:
-            ids = tokenizer.encode(need(item, index, "text"), special=args.special)
-            record = {"index": index, "ids": ids, "pieces": [tokenizer.piece(i) for i in ids]}
+        with located([item], index):
+            if "ids" in item and "text" not in item:
+                record = {"index": index, "text": tokenizer.decode(item["ids"] if item["ids"] == [] else need(item, index, "ids"), skip_special=args.skip_special)}
+            else:
+                ids = tokenizer.encode(need(item, index, "text", "ids"), special=args.special)
+                record = {"index": index, "ids": ids, "pieces": [tokenizer.piece(i) for i in ids]}
         emit(record) if args.json else print(record["text"] if "text" in record else " ".join(map(str, record["ids"])))
 
 
@@ -671,8 +638,6 @@ def export(args):
 
 def evaluate_verb(args):
     items = [item for path in args.task for item in read_lines(path)]
-    if not items:
-        raise Failure("no items")
     model = open_model(args)
     rows = evaluate(model, items, args.route or [None], max_tokens=args.max_tokens, chat=args.chat, batch=args.batch, stop=args.stop,
                     template=args.template, progress=progress_of(args))

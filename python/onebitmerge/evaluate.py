@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, Iterable, Sequence
 
+from onebitmerge import items
+
 
 def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson score interval of a share (Wilson 1927); unlike the normal one it stays inside 0..1 and works at 0 and n hits."""
@@ -15,12 +17,9 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + zz / n)), min(1.0, (centre + half) / (1 + zz / n))
 
 
-def prompt_of(item: dict) -> Any:
+def prompt_of(item: dict, index: int = 0) -> Any:
     """What the model is asked: ids, messages, or the text."""
-    for key in ("ids", "messages", "prompt", "text"):
-        if key in item:
-            return item[key]
-    raise ValueError(f"an item needs one of \"prompt\", \"messages\", \"text\", \"ids\"; this one has {sorted(item)}")
+    return items.need(item, index, *items.PROMPT)
 
 
 def is_right(text: str, item: dict) -> bool:
@@ -34,42 +33,57 @@ def is_right(text: str, item: dict) -> bool:
     raise ValueError(f"unknown match \"{match}\" (known: exact, end)")
 
 
-def generation_hits(model, items: Sequence[dict], route, **options) -> list[bool]:
-    given = {} if model.pack is None else {"route": [item.get("route", route) for item in items]}
-    texts = model.generate([prompt_of(item) for item in items], **given, **options)
-    return [is_right(text, item) for text, item in zip(texts, items)]
+def generation_hits(model, members: Sequence[dict], route, **options) -> list[bool]:
+    given = {} if model.pack is None else {"route": [item.get("route", route) for item in members]}
+    with items.located(members):
+        texts = model.generate([prompt_of(item) for item in members], **given, **options)
+    return [is_right(text, item) for text, item in zip(texts, members)]
 
 
-def choice_hits(model, items: Sequence[dict], route, progress=None) -> list[bool]:
+def choice_hits(model, members: Sequence[dict], route, progress=None) -> list[bool]:
     """The choice with the highest log-likelihood counts; every choice of an item runs on the route of its prompt."""
-    rows = []
-    for item in items:
+    rows, sources = [], []
+    for i, item in enumerate(members):
         prompt, r = prompt_of(item), item.get("route", route)
         if model.pack is not None and (r is None or r == "auto"):
-            r = model.route(prompt)[0]
+            with items.located([item], i):
+                r = model.route(prompt)[0]
         rows += [(prompt, choice, r) for choice in item["choices"]]
-    scores = iter(model.score_items(rows, progress=progress))
+        sources += [item] * len(item["choices"])
+    with items.located(sources):
+        scores = iter(model.score_items(rows, progress=progress))
     hits = []
-    for item in items:
+    for item in members:
         logprobs = [next(scores).logprob for _ in item["choices"]]
         hits.append(logprobs.index(max(logprobs)) == item["correct"])
     return hits
 
 
-def evaluate(model, items: Iterable[dict], routes: Sequence[Any] = (None,), *, max_tokens=64, chat=False, batch=0, stop=None,
+def check(model, item: dict, index: int, routes: Sequence[Any]) -> str:
+    """Whether the item has what its kind needs; which kind it is."""
+    prompt_of(item, index)
+    for key in {"task", "match"} & set(item):
+        items.need(item, index, key)
+    items.check_vocabulary(item, index, model.info["vocab"], "ids")
+    for route in [item["route"]] if "route" in item else routes:
+        items.check_route(model, item, index, route)
+    if "choices" not in item and "answer" not in item:
+        items.wrong(item, index, f"expected \"answer\", or \"choices\" and \"correct\"; found {', '.join(sorted(item))}")
+    items.need(item, index, "choices", "answer")
+    return "choice" if "choices" in item else "exact"
+
+
+def evaluate(model, given: Iterable[dict], routes: Sequence[Any] = (None,), *, max_tokens=64, chat=False, batch=0, stop=None,
              template=None, progress=None) -> list[dict]:
     """Rows of task, route, n, metric, value, low, high.  Items: prompt|messages with answer, or with choices and correct.
 
     An item's own "route" wins over `routes`; the label "auto" means the pack's router.
     """
     groups: dict[tuple[str, str], list[dict]] = {}
-    for item in items:
-        kind = "choice" if "choices" in item else "exact"
-        if kind == "choice" and item.get("correct") not in range(len(item["choices"])):
-            raise ValueError(f"\"correct\": expected the index of one of {len(item['choices'])} choices, found {item.get('correct')!r}")
-        if kind == "exact" and "answer" not in item:
-            raise ValueError(f"an item needs \"answer\", or \"choices\" and \"correct\"; this one has {sorted(item)}")
-        groups.setdefault((item.get("task", "all"), kind), []).append(item)
+    for i, item in enumerate(given):
+        groups.setdefault((item.get("task", "all"), check(model, item, i, routes)), []).append(item)
+    if not groups:
+        raise items.ItemError("no items")
     rows = []
     for route in routes:
         for (task, kind), members in groups.items():

@@ -546,6 +546,11 @@ static void wrong_options_are_refused(void **state) {
     obm_prompt wrong[] = {{0}, {.ids = &bad, .n_ids = 1}, {.ids = &bad, .n_ids = 0}};
     for (int i = 0; i < 3; i++)
         assert_int_equal(obm_model_generate_batch(model, &wrong[i], 1, NULL, out, &err), OBM_E_ARG);
+    assert_string_equal(err.message, "expected at least one token id, found none");
+    const int32_t good = 3;
+    obm_prompt two[] = {{.ids = &good, .n_ids = 1}, {.ids = &bad, .n_ids = 1}};
+    assert_int_equal(obm_model_generate_batch(model, two, 2, NULL, out, &err), OBM_E_ARG);
+    assert_non_null(strstr(err.message, "prompt 1: token id 450 at index 0 is outside the vocabulary"));
 }
 
 /* ---- logits that are no numbers ---- */

@@ -13,6 +13,7 @@ import types
 import pytest
 
 import onebitmerge as obm
+from onebitmerge import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TASKS = ("chat", "math", "code")
@@ -87,3 +88,53 @@ def threads():
     """Sets the thread count of what is opened from now on; the default comes back afterwards."""
     yield obm.set_threads
     obm.set_threads(0)
+
+
+# ---- the command line ----
+
+
+@pytest.fixture
+def run(capsys):
+    """main(argv) -> (exit code, stdout, stderr)"""
+    def call(*argv):
+        capsys.readouterr()
+        try:
+            code = cli.main([str(a) for a in argv])
+        except SystemExit as e:
+            code = e.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+    return call
+
+
+@pytest.fixture
+def lines(run):
+    """main(argv + --json), which has to succeed -> the records"""
+    def call(*argv):
+        code, out, err = run(*argv, "--json")
+        assert code == 0, err
+        return [json.loads(line) for line in out.splitlines()]
+    return call
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    def write(*items, name="in.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(item) + "\n" for item in items))
+        return path
+    return write
+
+
+@pytest.fixture
+def fails(run):
+    """One clear line and the exit code"""
+    def call(*argv, code=1, match=""):
+        got, out, err = run(*argv)
+        assert got == code, (got, out, err)
+        assert match in err
+        if code == 1:
+            assert err.count("\n") == 1 and err.startswith("onebitmerge: "), err
+        return err
+    return call
