@@ -35,7 +35,12 @@
 #define LOAD_128(p) _mm_loadu_si128((const __m128i *)(const void *)(p))
 #define LOAD_256(p) _mm256_loadu_si256((const __m256i *)(const void *)(p))
 
-#define LOAD_BF16(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(LOAD_128(p)), 16))
+/* The eight words are loaded to both halves for nothing, so that one shuffle widens them: unpacking and shifting would
+ * be two operations on units that multiplications need. */
+#define LOAD_BF16(p) _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(LOAD_128(p)), WIDEN_BF16))
+#define WIDEN_BF16                                                                                                     \
+    _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, \
+                     13, -1, -1, 14, 15)
 #define WIDE_BF16(p) ((NAME(u))LOAD_BF16(p))
 #define LOAD_F16(p) _mm256_cvtph_ps(LOAD_128(p))
 #define STORE_F16(p, v) _mm_storeu_si128((__m128i *)(void *)(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT))
@@ -67,6 +72,7 @@ FN static inline __m256 signed8(float a, uint32_t bits, int l) {
     return _mm256_xor_ps(_mm256_set1_ps(-a), _mm256_and_ps(flip, _mm256_set1_ps(-0.0f)));
 }
 
+#define KEEP(v) __asm__("" : "+x"(v))
 #define HSUM(v) lanes_sum(v)
 FN static inline float lanes_sum(__m256 v) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

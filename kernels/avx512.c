@@ -60,6 +60,7 @@ FN static inline __m256i narrow_bf16(__m512 v) {
 #define SIGNED(a, bits) _mm512_mask_blend_ps((__mmask16)(bits), _mm512_set1_ps(-(a)), _mm512_set1_ps(a))
 #define SIGNED_AT(a, bits, l) SIGNED(a, (bits) >> (l))
 
+#define KEEP(v) __asm__("" : "+v"(v))
 #define HSUM(v) lanes_sum(v)
 FN static inline float lanes_sum(__m512 v) {
     __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

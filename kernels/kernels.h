@@ -45,7 +45,8 @@ enum {
     OBM__Z12_ROWS = 4,     /* of a group */
     OBM__Z12_COLUMNS = 64, /* of a block */
     OBM__Z12_BYTES = 96,   /* of one row in a block */
-    OBM__Z12_TABLE = 16    /* high bytes of a row */
+    OBM__Z12_TABLE = 16,   /* high bytes of a row */
+    OBM__Z12_UNPACKED = 16 /* rows that batch_z12 unpacks together: few enough for the nearest caches */
 };
 
 typedef struct obm__z12_escape {
@@ -162,6 +163,9 @@ typedef struct obm_kernels {
     /* The bits that rows_bf16 of the same table gives for rows [row, row + rows) of the matrix; row is a multiple of 4.
      */
     void (*rows_z12)(float *y, const obm__z12 *w, size_t row, size_t rows, const float *x);
+    /* And those of batch_bf16.  unpacked: scratch of OBM__Z12_UNPACKED rows of w->cols elements. */
+    void (*batch_z12)(float *y, size_t ldy, const obm__z12 *w, size_t row, size_t rows, const float *x, size_t ldx,
+                      size_t tokens, uint16_t *unpacked);
 
     /* Planes.  n_bytes is a multiple of 8 everywhere. */
 

@@ -458,6 +458,12 @@ static void rows_z12(float *y, const obm__z12 *w, size_t row, size_t rows, const
     }
 }
 
+static void batch_z12(float *y, size_t ldy, const obm__z12 *w, size_t row, size_t rows, const float *x, size_t ldx,
+                      size_t tokens, uint16_t *unpacked) {
+    (void)unpacked;
+    for (size_t t = 0; t < tokens; t++) rows_z12(y + t * ldy, w, row, rows, x + t * ldx);
+}
+
 const obm_kernels obm__kernels_scalar = {
     .isa = "scalar",
     .bf16_to_f32 = obm__scalar_bf16_to_f32,
@@ -490,6 +496,7 @@ const obm_kernels obm__kernels_scalar = {
     .z12_encode = obm__scalar_z12_encode,
     .z12_unpack = z12_unpack,
     .rows_z12 = rows_z12,
+    .batch_z12 = batch_z12,
     .plane_repack = obm__scalar_plane_repack,
     .plane_unpack = obm__scalar_plane_unpack,
     .plane_tables = obm__scalar_plane_tables,

@@ -43,7 +43,7 @@ static obm_status grow_strips(obm_model *m, obm_error *err) {
 }
 
 static obm_status grow_unpacked(obm_model *m, size_t widest, obm_error *err) {
-    size_t count = (size_t)m->ctx->threads * OBM_UNPACKED_ROWS * widest; /* less than the panels, which are there */
+    size_t count = (size_t)m->ctx->threads * OBM__Z12_UNPACKED * widest; /* less than the panels, which are there */
     if (!m->z12) return OBM_OK;
     m->scratch.unpacked = obm__alloc(count, sizeof *m->scratch.unpacked);
     if (!m->scratch.unpacked) return obm__fail_nomem(err, count * sizeof *m->scratch.unpacked);

@@ -44,23 +44,9 @@ static const void *matrix_row(const obm__matrix *w, int64_t row) {
 /* ---- row path: the vectors of one matrix against a block of its rows, then against the planes of the same rows ----
  */
 
-/* One vector straight from the packed weights; more of them share the unpacking. */
-static void multiply_packed(const obm_kernels *k, const obm__z12 *w, size_t row, size_t rows, const float *x,
-                            size_t tokens, float *y, size_t ldy, uint16_t *unpacked) {
-    if (tokens == 1) {
-        k->rows_z12(y, w, row, rows, x);
-        return;
-    }
-    for (size_t r = 0, n; r < rows; r += n) {
-        n = rows - r < OBM_UNPACKED_ROWS ? rows - r : OBM_UNPACKED_ROWS;
-        k->z12_unpack(unpacked, w->cols, w, row + r, n);
-        k->batch_bf16(y + r, ldy, unpacked, w->cols, n, x, w->cols, tokens, w->cols);
-    }
-}
-
 static uint16_t *worker_rows(const linear_job *j, int worker) {
     const obm__scratch *s = &j->m->scratch;
-    return s->unpacked ? s->unpacked + (size_t)worker * OBM_UNPACKED_ROWS * s->widest : NULL;
+    return s->unpacked ? s->unpacked + (size_t)worker * OBM__Z12_UNPACKED * s->widest : NULL;
 }
 
 static void multiply_rows(const obm_kernels *k, const obm__matrix *w, int64_t row, int64_t rows, const float *x,
@@ -68,7 +54,7 @@ static void multiply_rows(const obm_kernels *k, const obm__matrix *w, int64_t ro
     const void *data = matrix_row(w, row);
     size_t cols = (size_t)w->cols, n = (size_t)rows;
     if (w->z12)
-        multiply_packed(k, w->z12, (size_t)row, n, x, tokens, y, ldy, unpacked);
+        k->batch_z12(y, ldy, w->z12, (size_t)row, n, x, cols, tokens, unpacked);
     else if (w->dtype == OBM_BF16)
         k->batch_bf16(y, ldy, data, cols, n, x, cols, tokens, cols);
     else if (w->dtype == OBM_F16)
@@ -180,7 +166,7 @@ static int64_t padded_rows(int64_t rows) { return (rows + PANEL_STEP - 1) / PANE
 static void widen_packed(const obm_kernels *k, const obm__z12 *w, size_t row, size_t rows, float *panel,
                          uint16_t *unpacked) {
     for (size_t r = 0, n; r < rows; r += n) {
-        n = rows - r < OBM_UNPACKED_ROWS ? rows - r : OBM_UNPACKED_ROWS;
+        n = rows - r < OBM__Z12_UNPACKED ? rows - r : OBM__Z12_UNPACKED;
         k->z12_unpack(unpacked, w->cols, w, row + r, n);
         k->bf16_to_f32(panel + r * w->cols, unpacked, n * w->cols);
     }

@@ -378,9 +378,6 @@ typedef struct obm__row {
     int32_t id;
 } obm__row;
 
-/* Rows of a z12 matrix that are unpacked together: few enough for the nearest caches. */
-#define OBM_UNPACKED_ROWS 8
-
 /* Buffers of a forward call, grown as needed and kept. */
 typedef struct obm__scratch {
     size_t rows, positions;     /* room for */
@@ -393,7 +390,7 @@ typedef struct obm__scratch {
     float *panels, *products;   /* per worker: (128, widest) = panel_size, and (64, 128) */
     size_t panel_size, widest;  /* columns of the widest matrix */
     uint8_t *strips;            /* per worker: OBM_STRIP_BYTES; NULL: no planes */
-    uint16_t *unpacked;         /* per worker: (OBM_UNPACKED_ROWS, widest); NULL: no z12 */
+    uint16_t *unpacked;         /* per worker: (OBM__Z12_UNPACKED, widest); NULL: no z12 */
     obm__tables *tables;        /* (table_rows) of the vectors of a decode step */
     size_t table_rows;
     void *table_bytes;          /* what they point into */

@@ -69,6 +69,7 @@ const obm_kernels TABLE = {
     .z12_encode = Z12_ENCODE,
     .z12_unpack = NAME(z12_unpack),
     .rows_z12 = NAME(rows_z12),
+    .batch_z12 = NAME(batch_z12),
     .plane_repack = NAME(plane_repack),
     .plane_unpack = NAME(plane_unpack),
     .plane_tables = NAME(plane_tables),

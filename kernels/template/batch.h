@@ -1,17 +1,28 @@
 /*
- * Dense rows times several vectors, included by rows.h: two rows by three (or two) vectors share the widened weights,
- * 12 accumulators of the 16 registers that AVX2 has.  Columns keep their order here, since splitting x as rows.h does
- * would cost as many shuffles as multiplications.  In either order each column modulo 2 * VL has a chain of sums of its
- * own; splitting the finished chains gives rows.h's lanes, so the results have the same bits.
+ * Dense rows times several vectors, included by rows.h.  Columns keep their order here, since splitting x as rows.h
+ * does would cost as many shuffles as multiplications.  In either order each column modulo 2 * VL has a chain of sums
+ * of its own; splitting the finished chains gives rows.h's lanes, so the results have the same bits.
+ *
+ * Four vectors by two rows: eight chains at a time, as many as hide the latency of a multiplication, so the first half
+ * of every step runs through a stretch of columns and then the second half does.  Fewer vectors run both halves at
+ * once.
  *
  *   BATCH_NAME                       the kernel
  *   BATCH_LOAD(p)                    VL weights, widened, in order
+ *   KEEP(v)                          v stays in a register: gcc would load it for each of its uses
  */
+/* Columns of four vectors that stay in the nearest cache beside the weights: 16 KiB. */
+#define BATCH_STRETCH 1024
+/* Rows that all vectors are multiplied with before the next ones: they stay in the second cache, with those to come. */
+#define BATCH_ROWS OBM__Z12_UNPACKED
 /* Cache lines of weights in a step. */
 #define BATCH_LINES (2 * ROWS_STEP * sizeof(ROWS_TYPE) / 64)
 #define BATCH_TWO ROWS_JOIN(BATCH_NAME, _2)
 #define BATCH_THREE ROWS_JOIN(BATCH_NAME, _3)
 #define BATCH_SUM ROWS_JOIN(BATCH_NAME, _sum)
+#define BATCH_HALF ROWS_JOIN(BATCH_NAME, _half)
+#define BATCH_FOUR ROWS_JOIN(BATCH_NAME, _4)
+#define BATCH_BLOCK ROWS_JOIN(BATCH_NAME, _block)
 
 FN static inline float BATCH_SUM(V a, V b) {
     float chains[2 * VL];
@@ -26,12 +37,14 @@ FN static inline float BATCH_SUM(V a, V b) {
 #define BATCH_A(t)                 \
     {                              \
         V v = LOAD(vs + t * vld);  \
+        KEEP(v);                   \
         a0##t = FMA(u0, v, a0##t); \
         a1##t = FMA(u1, v, a1##t); \
     }
 #define BATCH_B(t)                     \
     {                                  \
         V v = LOAD(vs + t * vld + VL); \
+        KEEP(v);                       \
         b0##t = FMA(u0, v, b0##t);     \
         b1##t = FMA(u1, v, b1##t);     \
     }
@@ -74,29 +87,105 @@ FN static inline float BATCH_SUM(V a, V b) {
 BATCH_TILE(BATCH_TWO, BATCH_EACH_2, 2)
 BATCH_TILE(BATCH_THREE, BATCH_EACH_3, 3)
 
-/* Vectors outside, rows inside: the vectors of a tile stay in the nearest cache.  Four are better cut 2 + 2 than 3 + 1.
- * The last pass has its weights in the second cache and leaves memory idle: it asks for the rows that follow, which is
- * where callers go on; asking for what is not there does no harm. */
-FN static void BATCH_NAME(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t ldx,
-                          size_t tokens, size_t n) {
-    size_t even = rows / 2 * 2;
-    while (tokens > 1) {
-        size_t taken = tokens == 2 || tokens == 4 ? 2 : 3, skip = tokens - taken < 2 ? rows * ld : 0;
-        for (size_t r = 0; r < even; r += 2) {
-            const char *ahead = (const char *)((uintptr_t)w + (skip + r * ld) * sizeof *w);
-            if (taken == 2)
-                BATCH_TWO(y + r, ldy, w + r * ld, ld, x, ldx, n, ahead);
-            else
-                BATCH_THREE(y + r, ldy, w + r * ld, ld, x, ldx, n, ahead);
-        }
-        for (size_t t = 0; t < taken && even < rows; t++) y[t * ldy + even] = ROWS_ONE(w + even * ld, x + t * ldx, n);
-        y += taken * ldy;
-        x += taken * ldx;
-        tokens -= taken;
+/* The chains of one half of the steps, two rows by four vectors: chain[(2 * row + half) * 4 + vector], VL each. */
+#define BATCH_EACH_4(X) X(0) X(1) X(2) X(3)
+#define BATCH_LOAD_CHAINS(t) V a##t = LOAD(chains + t * VL), b##t = LOAD(chains + (8 + t) * VL);
+#define BATCH_STORE_CHAINS(t)     \
+    STORE(chains + t * VL, a##t); \
+    STORE(chains + (8 + t) * VL, b##t);
+#define BATCH_MULTIPLY(t)            \
+    {                                \
+        V v = LOAD(x + t * ldx + j); \
+        KEEP(v);                     \
+        a##t = FMA(u0, v, a##t);     \
+        b##t = FMA(u1, v, b##t);     \
     }
-    if (tokens) ROWS_NAME(y, w, ld, rows, x, n);
+FN static inline void BATCH_HALF(float *chains, const ROWS_TYPE *w, size_t ld, const float *x, size_t ldx, size_t n,
+                                 const char *ahead, size_t per_step) {
+    BATCH_EACH_4(BATCH_LOAD_CHAINS)
+    for (size_t j = 0; j < n; j += ROWS_STEP, ahead += per_step) {
+        V u0 = BATCH_LOAD(w + j), u1 = BATCH_LOAD(w + ld + j);
+        __builtin_prefetch(ahead, 0, 2);
+        BATCH_EACH_4(BATCH_MULTIPLY)
+    }
+    BATCH_EACH_4(BATCH_STORE_CHAINS)
 }
 
+/* An even number of rows, BATCH_ROWS at most, by four vectors, number `pass` of `passes`.  What comes next is asked for
+ * in equal parts by every pass and half: a processor has few places for what it waits for. */
+FN static void BATCH_FOUR(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t ldx,
+                          size_t n, const char *ahead, size_t pass, size_t passes) {
+    float chains[BATCH_ROWS / 2][16 * VL];
+    size_t whole = n / ROWS_STEP * ROWS_STEP, per_step = ROWS_STEP * sizeof *w / passes;
+    size_t per_half = n * sizeof *w / passes, per_pair = 2 * n * sizeof *w;
+    memset(chains, 0, rows / 2 * sizeof *chains);
+    for (size_t first = 0, count; first < whole; first += count) {
+        count = whole - first < BATCH_STRETCH ? whole - first : BATCH_STRETCH;
+        for (size_t r = 0; r < rows; r += 2) {
+            const char *next = (const char *)((uintptr_t)ahead + r / 2 * per_pair + 2 * pass * per_half +
+                                              first / ROWS_STEP * per_step);
+            const ROWS_TYPE *p = w + r * ld + first;
+            BATCH_HALF(chains[r / 2], p, ld, x + first, ldx, count, next, per_step);
+            BATCH_HALF(chains[r / 2] + 4 * VL, p + VL, ld, x + first + VL, ldx, count,
+                       (const char *)((uintptr_t)next + per_half), per_step);
+        }
+    }
+    if (whole < n) {
+        float x_end[4][2 * VL] = {{0}};
+        for (size_t t = 0; t < 4; t++) memcpy(x_end[t], x + t * ldx + whole, (n - whole) * sizeof *x);
+        for (size_t r = 0; r < rows; r += 2) {
+            ROWS_TYPE w_end[2][2 * VL] = {{0}};
+            for (size_t i = 0; i < 2; i++) memcpy(w_end[i], w + (r + i) * ld + whole, (n - whole) * sizeof *w);
+            for (size_t half = 0; half < 2; half++)
+                BATCH_HALF(chains[r / 2] + half * 4 * VL, w_end[0] + half * VL, ROWS_STEP, x_end[0] + half * VL,
+                           ROWS_STEP, ROWS_STEP, (const char *)w, 0);
+        }
+    }
+    for (size_t r = 0; r < rows; r++)
+        for (size_t t = 0; t < 4; t++) {
+            const float *of_row = chains[r / 2] + (r % 2 * 8 + t) * VL;
+            y[t * ldy + r] = BATCH_SUM(LOAD(of_row), LOAD(of_row + 4 * VL));
+        }
+}
+
+/* Rows by all vectors; ahead: the rows behind them. */
+FN static void BATCH_BLOCK(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t ldx,
+                           size_t tokens, size_t n, const char *ahead) {
+    size_t even = rows / 2 * 2, passes = tokens / 4, t = 0;
+    for (; t + 4 <= tokens; t += 4)
+        BATCH_FOUR(y + t * ldy, ldy, w, ld, even, x + t * ldx, ldx, n, ahead, t / 4, passes);
+    for (size_t r = 0; tokens - t > 1 && r < even; r += 2) {
+        const char *next = passes ? (const char *)w : (const char *)((uintptr_t)ahead + r * ld * sizeof *w);
+        if (tokens - t == 2)
+            BATCH_TWO(y + t * ldy + r, ldy, w + r * ld, ld, x + t * ldx, ldx, n, next);
+        else
+            BATCH_THREE(y + t * ldy + r, ldy, w + r * ld, ld, x + t * ldx, ldx, n, next);
+    }
+    if (tokens - t == 1) ROWS_NAME(y + t++ * ldy, w, ld, even, x + (tokens - 1) * ldx, n);
+    for (t = 0; t < tokens && even < rows; t++) y[t * ldy + even] = ROWS_ONE(w + even * ld, x + t * ldx, n);
+}
+
+/* The rows that follow are asked for while others are multiplied, behind the last ones too: that is where callers go
+ * on, and asking for what is not there does no harm. */
+FN static void BATCH_NAME(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t ldx,
+                          size_t tokens, size_t n) {
+    if (tokens == 1) ROWS_NAME(y, w, ld, rows, x, n);
+    for (size_t r = 0, count; tokens > 1 && r < rows; r += count) {
+        count = rows - r < BATCH_ROWS ? rows - r : BATCH_ROWS;
+        BATCH_BLOCK(y + r, ldy, w + r * ld, ld, count, x, ldx, tokens, n,
+                    (const char *)((uintptr_t)w + (r + count) * ld * sizeof *w));
+    }
+}
+
+#undef BATCH_HALF
+#undef BATCH_FOUR
+#undef BATCH_BLOCK
+#undef BATCH_EACH_4
+#undef BATCH_LOAD_CHAINS
+#undef BATCH_STORE_CHAINS
+#undef BATCH_MULTIPLY
+#undef BATCH_STRETCH
+#undef BATCH_ROWS
 #undef BATCH_LINES
 #undef BATCH_TWO
 #undef BATCH_THREE

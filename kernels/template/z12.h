@@ -12,6 +12,8 @@
 #define Z12_GROUP ((size_t)OBM__Z12_ROWS * OBM__Z12_BYTES)
 /* One packed stream is more than the hardware asks for ahead: 1.5 KiB was the best of 0.75 to 4 on Zen 3. */
 #define Z12_AHEAD (4 * Z12_GROUP)
+/* Unpacking alone is faster than memory, and callers multiply in between. */
+#define Z12_UNPACK_AHEAD (16 * Z12_GROUP)
 
 FN static inline void NAME(z12_row)(uint16_t *out, const uint8_t *p, const uint8_t *table) {
     for (int half = 0; half < 2; half++) {
@@ -29,18 +31,28 @@ FN static inline void NAME(z12_block)(uint16_t *out, const uint8_t *p, const uin
     for (; *e < end && (*e)->block == block; ++*e) out[(*e)->row * OBM__Z12_COLUMNS + (*e)->col] = (*e)->value;
 }
 
+/* A block with escapes, or the last columns or rows: through memory. */
+FN static void NAME(z12_unpack_part)(uint16_t *out, size_t ld, const uint8_t *p, const uint8_t *table, size_t block,
+                                     size_t rows, size_t n, const obm__z12_escape **e, const obm__z12_escape *end) {
+    uint16_t part[OBM__Z12_ROWS * OBM__Z12_COLUMNS];
+    NAME(z12_block)(part, p, table, block, e, end);
+    for (size_t i = 0; i < rows; i++) memcpy(out + i * ld, part + i * OBM__Z12_COLUMNS, n * sizeof *out);
+}
+
 FN static void NAME(z12_unpack)(uint16_t *out, size_t ld, const obm__z12 *w, size_t row, size_t rows) {
     for (size_t r = 0; r < rows; r += OBM__Z12_ROWS) {
         size_t group = (row + r) / OBM__Z12_ROWS, n_rows = rows - r < OBM__Z12_ROWS ? rows - r : OBM__Z12_ROWS;
         const uint8_t *p = w->codes + group * w->blocks * Z12_GROUP, *table = w->tables + group * 4 * OBM__Z12_TABLE;
         const obm__z12_escape *e = w->escapes + w->first_escape[group], *end = w->escapes + w->first_escape[group + 1];
         for (size_t block = 0; block < w->blocks; block++, p += Z12_GROUP) {
-            uint16_t part[OBM__Z12_ROWS * OBM__Z12_COLUMNS];
             size_t first = block * OBM__Z12_COLUMNS, left = w->cols - first, n = left < 64 ? left : 64;
-            __builtin_prefetch(p + Z12_AHEAD);
-            NAME(z12_block)(part, p, table, block, &e, end);
-            for (size_t i = 0; i < n_rows; i++)
-                memcpy(out + (r + i) * ld + first, part + i * OBM__Z12_COLUMNS, n * sizeof *out);
+            uint16_t *to = out + r * ld + first;
+            for (size_t line = 0; line < Z12_GROUP; line += 64) __builtin_prefetch(p + Z12_UNPACK_AHEAD + line);
+            if (n < OBM__Z12_COLUMNS || n_rows < OBM__Z12_ROWS || (e < end && e->block == block))
+                NAME(z12_unpack_part)(to, ld, p, table, block, n_rows, n, &e, end);
+            else
+                for (size_t i = 0; i < OBM__Z12_ROWS; i++)
+                    NAME(z12_row)(to + i * ld, p + i * OBM__Z12_BYTES, table + i * OBM__Z12_TABLE);
         }
     }
 }
@@ -105,5 +117,19 @@ FN static void NAME(rows_z12)(float *y, const obm__z12 *w, size_t row, size_t ro
         float four[OBM__Z12_ROWS];
         NAME(z12_four)(four, w, (row + r) / OBM__Z12_ROWS, x);
         memcpy(y + r, four, (rows - r < OBM__Z12_ROWS ? rows - r : OBM__Z12_ROWS) * sizeof *y);
+    }
+}
+
+/* Unpacked, multiplied as bf16, and meanwhile the next codes are asked for: they are fewer than the rows that
+ * batch_block takes to come next, so it reaches a little into those behind them. */
+FN static void NAME(batch_z12)(float *y, size_t ldy, const obm__z12 *w, size_t row, size_t rows, const float *x,
+                               size_t ldx, size_t tokens, uint16_t *unpacked) {
+    if (tokens == 1) NAME(rows_z12)(y, w, row, rows, x);
+    for (size_t r = 0, count; tokens > 1 && r < rows; r += count) {
+        size_t next = (row + r + OBM__Z12_UNPACKED) / OBM__Z12_ROWS * w->blocks * Z12_GROUP;
+        count = rows - r < OBM__Z12_UNPACKED ? rows - r : OBM__Z12_UNPACKED;
+        NAME(z12_unpack)(unpacked, w->cols, w, row + r, count);
+        NAME(batch_bf16_block)
+        (y + r, ldy, unpacked, w->cols, count, x, ldx, tokens, w->cols, (const char *)((uintptr_t)w->codes + next));
     }
 }

@@ -518,7 +518,7 @@ static void call_batch(const obm_kernels *k, int type, float *y, size_t ldy, con
 /* Against rows_* of the same table, bit for bit; whatever lies between the results stays as it was. */
 static void check_batch(const obm_kernels *k, int type, size_t rows, size_t tokens, size_t n, guarded *gw,
                         guarded *gx) {
-    enum { LDY = 7 };
+    enum { LDY = 23 };
     size_t size = type == 2 ? 4 : 2, ld = n + 3, ldx = n + 5;
     size_t elements = rows ? (rows - 1) * ld + n : 0, values = tokens ? (tokens - 1) * ldx + n : 0;
     uint8_t *w = at_end(gw, elements * size);
@@ -553,6 +553,7 @@ static void test_batch(void **unused) {
             for (size_t rows = 0; rows <= 6; rows++)
                 for (size_t tokens = 0; tokens <= 9; tokens++) check_batch(k, type, rows, tokens, 77, &w, &x);
             check_batch(k, type, 6, 8, 2119, &w, &x);
+            check_batch(k, type, 22, 6, 77, &w, &x);
         }
     }
     guarded_free(&w);

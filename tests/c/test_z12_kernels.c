@@ -4,7 +4,7 @@
 #include "kernel_fixture.h"
 
 enum kind { GAUSSIAN, ANY_BITS, EQUAL, ZERO, SPIKES, ONE_BYTE_TOO_MANY, N_KINDS };
-enum { MAX_COLS = 700, MAX_ROWS = 13, MAX_GROUPS = 4, MAX_ESCAPES = MAX_COLS * MAX_ROWS };
+enum { MAX_COLS = 700, MAX_ROWS = 21, MAX_GROUPS = 6, MAX_ESCAPES = MAX_COLS * MAX_ROWS };
 
 static void draw_weights(uint16_t *w, size_t ld, size_t rows, size_t cols, enum kind kind) {
     for (size_t r = 0; r < rows; r++)
@@ -80,6 +80,25 @@ static obm__z12 encode(const obm_kernels *k, buffers *b, const uint16_t *w, size
     return z;
 }
 
+/* Several vectors against the plain kernel. */
+static void check_tokens(const obm_kernels *k, const obm__z12 *z, const uint16_t *w, size_t ld, size_t cols) {
+    enum { TOKENS = 9 };
+    static float x[TOKENS * (MAX_COLS + 1)], plain[TOKENS][MAX_ROWS], packed[TOKENS][MAX_ROWS + 1];
+    static uint16_t unpacked[OBM__Z12_UNPACKED * MAX_COLS];
+    size_t tokens = 1 + cols % TOKENS;
+    fill(x, TOKENS * (cols + 1), PLAIN | ZEROS);
+    for (size_t t = 0; t < tokens; t++) packed[t][z->rows] = 7;
+    k->batch_bf16(plain[0], MAX_ROWS, w, ld, z->rows, x, cols + 1, tokens, cols);
+    k->batch_z12(packed[0], MAX_ROWS + 1, z, 0, z->rows, x, cols + 1, tokens, unpacked);
+    for (size_t t = 0; t < tokens; t++) {
+        assert_true(packed[t][z->rows] == 7);
+        for (size_t r = 0; r < z->rows; r++)
+            if (bits_of(plain[t][r]) != bits_of(packed[t][r]) && !(isnan(plain[t][r]) && isnan(packed[t][r])))
+                fail_msg("%s batch_z12: %zu columns, %zu vectors, row %zu: %a, expected %a", k->isa, cols, tokens, r,
+                         (double)packed[t][r], (double)plain[t][r]);
+    }
+}
+
 static void check(const obm_kernels *k, buffers *b, size_t rows, size_t cols, enum kind kind) {
     size_t ld = cols + 3;
     uint16_t *w = at_end(&b->weights, ((rows - 1) * ld + cols) * 2), *out = at_end(&b->unpacked, rows * cols * 2);
@@ -102,6 +121,7 @@ static void check(const obm_kernels *k, buffers *b, size_t rows, size_t cols, en
         if (bits_of(plain[r]) != bits_of(packed[r]) && !(isnan(plain[r]) && isnan(packed[r])))
             fail_msg("%s rows_z12: kind %d, %zu columns, row %zu: %a, expected %a", k->isa, kind, cols, r,
                      (double)packed[r], (double)plain[r]);
+    check_tokens(k, &z, w, ld, cols);
     if (rows > 4) { /* from a later group on */
         k->rows_z12(packed, &z, 4, rows - 4, x);
         for (size_t r = 4; r < rows; r++) assert_true(bits_of(packed[r - 4]) == bits_of(plain[r]) || isnan(plain[r]));
@@ -120,7 +140,8 @@ static void test_all(void **unused) {
     b.x = guarded_new(MAX_COLS * 4);
     EACH_TABLE(k)
     for (int kind = 0; kind < N_KINDS; kind++) {
-        for (size_t cols = 1; cols <= 300; cols++) check(k, &b, 1 + cols % 9, cols, (enum kind)kind);
+        for (size_t cols = 1; cols <= 300; cols++)
+            check(k, &b, cols % 50 ? 1 + cols % 9 : MAX_ROWS, cols, (enum kind)kind);
         check(k, &b, MAX_ROWS, MAX_COLS, (enum kind)kind);
     }
     guarded *all[] = {&b.codes, &b.tables, &b.weights, &b.unpacked, &b.x};
