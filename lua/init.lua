@@ -278,7 +278,12 @@ local function pack_text(pack)
       end
     end
   end
-  local base, s, own = pack:base_bytes(), pack:settings(), {}
+  local base, s, own, shared = pack:base_bytes(), pack:settings(), {}, pack:shared()
+  if shared then
+    local method = shared.lambda ~= 0 and ("%s, lambda %g"):format(shared.method, shared.lambda) or shared.method
+    own[1] = ("\nshared by the masks of all experts (%s): %d tensors, %s"):format(method, shared.tensors, size(shared.bytes))
+    packed = packed + shared.bytes
+  end
   for _, task in ipairs(pack:tasks()) do
     local factors = 0
     for _, b in pairs(pack:bytes(task)) do factors = factors + b.bytes_adapter end

@@ -125,7 +125,7 @@ function task_vector:tensor_stats(name) end
 function task_vector:compare(other, options) end
 
 ---A path, or a table.  map: { [glob] = mode } is tried in the order of the globs' bytes, { { glob, mode }, ... } in its own; modes are
----"1bit", "full" and "drop", tried before the policy.
+---"1bit", "mask" (with shared), "full" and "drop", tried before the policy.
 ---@class onebitmerge.Expert
 ---@field [1]? string the path
 ---@field path? string
@@ -214,6 +214,10 @@ function pack:base() end
 ---@return integer
 function pack:base_bytes() end
 
+---The vectors that the masks of all experts apply to; nil without.
+---@return { method: string, lambda: number, tensors: integer, bytes: integer }?
+function pack:shared() end
+
 ---By module class.
 ---@param task string|integer
 ---@return table<string, { tensors: integer, params: integer, bytes_expert: integer, bytes_pack: integer, bytes_adapter: integer }>?, string? message, onebitmerge.Code? code
@@ -228,9 +232,9 @@ function pack:policy(task) end
 ---@return string?, string? message, onebitmerge.Code? code
 function pack:text(task) end
 
----Each plane is { signs, scales }: tensors that look into the pack.
+---Each plane is { signs, scales }, a mask the bits: tensors that look into the pack.
 ---@param task string|integer
----@return { name: string, class: string, mode: string, bytes: integer, rows: integer, cols: integer, planes: onebitmerge.tensor[][] }[]?, string? message, onebitmerge.Code? code
+---@return { name: string, class: string, mode: string, bytes: integer, rows: integer, cols: integer, planes: onebitmerge.tensor[][], mask?: onebitmerge.tensor, scaling?: number }[]?, string? message, onebitmerge.Code? code
 function pack:tensors(task) end
 
 ---How each tensor comes about while a model runs, by the settings: "base", "planes" (read by masks of signs) or "overlay"
@@ -478,9 +482,11 @@ function obm.task_vector(base, expert) end
 
 ---Compresses experts of a base into the pack folder `out` (streaming) and opens it.  Experts by name are taken in the order of the
 ---names' bytes; a list of tables with `name` keeps its order.  dry_run: returns the plan and writes nothing.
+---shared: one vector per matrix for all experts, in shared_dtype (the base's), and a bit mask per expert instead of 1-bit planes;
+---tall_lambda (0.4): the threshold of TALL's masks.
 ---@param base string|onebitmerge.checkpoint
 ---@param experts table<string, string|onebitmerge.Expert>|onebitmerge.Expert[]
----@param options { out: string, profile?: onebitmerge.Profile, overwrite?: boolean, dry_run?: boolean, progress?: onebitmerge.Progress }
+---@param options { out: string, profile?: onebitmerge.Profile, overwrite?: boolean, dry_run?: boolean, progress?: onebitmerge.Progress, shared?: "tall"|"emr", tall_lambda?: number, shared_dtype?: "f32"|"bf16"|"f16" }
 ---@return (onebitmerge.pack|onebitmerge.Plan)?, string? message, onebitmerge.Code? code
 function obm.compress(base, experts, options) end
 

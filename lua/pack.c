@@ -39,10 +39,11 @@ void obm_lua_pack_borrow(lua_State *L, const obm_pack *p, int owner) {
 /* ---- experts ---- */
 
 static obm_mode mode_from(lua_State *L, const char *name) {
-    for (int m = OBM_MODE_1BIT; m <= OBM_MODE_DROP; m++) {
-        if (strcmp(name, obm_mode_name((obm_mode)m)) == 0) return (obm_mode)m;
+    static const obm_mode modes[] = {OBM_MODE_1BIT, OBM_MODE_MASK, OBM_MODE_FULL, OBM_MODE_DROP};
+    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++) {
+        if (strcmp(name, obm_mode_name(modes[i])) == 0) return modes[i];
     }
-    return luaL_error(L, "unknown mode \"%s\" (known: 1bit, full, drop)", name);
+    return luaL_error(L, "unknown mode \"%s\" (known: 1bit, mask, full, drop)", name);
 }
 
 static size_t count_keys(lua_State *L, int at) {
@@ -75,7 +76,8 @@ static void expert_map(lua_State *L, int keep, int at, obm_expert *x) {
     if (n) return rules_in_order(L, keep, at, n, rules);
     size_t i = 0;
     for (lua_pushnil(L); lua_next(L, at); lua_pop(L, 1)) {
-        if (lua_type(L, -2) != LUA_TSTRING) luaL_error(L, "map is a table of globs to \"1bit\", \"full\" or \"drop\"");
+        if (lua_type(L, -2) != LUA_TSTRING)
+            luaL_error(L, "map is a table of globs to \"1bit\", \"mask\", \"full\" or \"drop\"");
         rules[i].glob = obm_lua_keep(L, keep, lua_absindex(L, -2));
         rules[i++].mode = mode_from(L, obm_lua_string(L, lua_gettop(L)));
     }
@@ -153,10 +155,11 @@ static const char *path_of_base(lua_State *L) {
     return obm_checkpoint_path(obm_lua_box_check(L, 1, OBM_LUA_CHECKPOINT)->p);
 }
 
-/* compress(base, experts, {out, profile, overwrite, dry_run, progress}) -> pack, or the plan of a dry run */
+/* compress(base, experts, {out, profile, overwrite, dry_run, progress, shared, tall_lambda, shared_dtype}) -> pack, or
+ * the plan of a dry run */
 int obm_lua_compress(lua_State *L) {
     lua_settop(L, 3);
-    obm_lua_options(L, 3, "out profile overwrite dry_run progress");
+    obm_lua_options(L, 3, "out profile overwrite dry_run progress shared tall_lambda shared_dtype");
     lua_newtable(L);
     const int keep = 4, context = 5;
     const char *base = path_of_base(L), *out = obm_lua_field_string(L, 3, keep, "out");
@@ -167,6 +170,9 @@ int obm_lua_compress(lua_State *L) {
     obm_expert *experts = experts_from(L, keep, 2, &n);
     options.profile = obm_lua_field_profile(L, 3, "profile");
     options.overwrite = obm_lua_field_boolean(L, 3, "overwrite", false);
+    options.shared = obm_lua_field_string(L, 3, keep, "shared");
+    options.tall_lambda = obm_lua_field_number(L, 3, "tall_lambda");
+    options.shared_dtype = obm_lua_field_string(L, 3, keep, "shared_dtype");
     options.dry_run = obm_lua_field_boolean(L, 3, "dry_run", false);
     obm_lua_call call;
     obm_lua_call_init(L, &call, 3, false);
@@ -404,7 +410,30 @@ static void push_planes(lua_State *L, const obm_pack_tensor *t) {
     }
 }
 
-/* pack:tensors(task) -> list of {name, class, mode, bytes, rows, cols, rank, planes} */
+/* pack:shared() -> {method, lambda, tensors, bytes} of the vectors that masks apply to, nil without */
+static int pack_shared(lua_State *L) {
+    obm_pack_shared_info s;
+    if (!obm_pack_shared(pack_of(L), &s)) {
+        lua_pushnil(L);
+        return 1;
+    }
+    lua_newtable(L);
+    obm_lua_set_string(L, "method", s.method);
+    obm_lua_set_number(L, "lambda", s.lambda);
+    obm_lua_set_integer(L, "tensors", s.tensors);
+    obm_lua_set_integer(L, "bytes", s.bytes);
+    return 1;
+}
+
+static void set_mask(lua_State *L, const obm_pack_tensor *t) {
+    obm_tensor bits = {.data = t->mask, .dtype = OBM_U8, .ndim = 2, .shape = {t->rows, t->row_bytes}};
+    if (!t->mask) return;
+    obm_lua_tensor_view(L, &bits, 1);
+    lua_setfield(L, -2, "mask");
+    obm_lua_set_number(L, "scaling", t->scaling);
+}
+
+/* pack:tensors(task) -> list of {name, class, mode, bytes, rows, cols, rank, planes, mask, scaling} */
 static int pack_tensors(lua_State *L) {
     const obm_pack *p = pack_of(L);
     size_t task;
@@ -424,6 +453,7 @@ static int pack_tensors(lua_State *L) {
         obm_lua_set_integer(L, "rank", (uint64_t)t.rank);
         push_planes(L, &t);
         lua_setfield(L, -2, "planes");
+        set_mask(L, &t);
         lua_rawseti(L, -2, (lua_Integer)i + 1);
     }
     return 1;
@@ -609,6 +639,7 @@ static const luaL_Reg pack_methods[] = {{"add", pack_add},
                                         {"path", pack_path},
                                         {"base", pack_base},
                                         {"base_bytes", pack_base_bytes},
+                                        {"shared", pack_shared},
                                         {"bytes", pack_bytes},
                                         {"policy", pack_policy},
                                         {"text", pack_text},

@@ -97,17 +97,19 @@ static void experts_clear(expert_args *e) {
 }
 
 static int mode_from(obm_py_state *st, const char *name, obm_mode *out) {
-    for (int m = OBM_MODE_1BIT; m <= OBM_MODE_DROP; m++) {
-        if (strcmp(name, obm_mode_name((obm_mode)m)) == 0) return *out = (obm_mode)m, 0;
+    static const obm_mode modes[] = {OBM_MODE_1BIT, OBM_MODE_MASK, OBM_MODE_FULL, OBM_MODE_DROP};
+    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++) {
+        if (strcmp(name, obm_mode_name(modes[i])) == 0) return *out = modes[i], 0;
     }
-    PyErr_Format(st->errors[-OBM_E_ARG], "unknown mode \"%s\" (known: 1bit, full, drop)", name);
+    PyErr_Format(st->errors[-OBM_E_ARG], "unknown mode \"%s\" (known: 1bit, mask, full, drop)", name);
     return -1;
 }
 
 static int expert_map(obm_py_state *st, expert_args *e, size_t i, PyObject *map) {
     if (map == Py_None) return 0;
     if (!PyDict_Check(map))
-        return PyErr_SetString(PyExc_TypeError, "map is a dict of globs to \"1bit\", \"full\" or \"drop\""), -1;
+        return PyErr_SetString(PyExc_TypeError, "map is a dict of globs to \"1bit\", \"mask\", \"full\" or \"drop\""),
+               -1;
     e->rules[i] = PyMem_Calloc((size_t)PyDict_Size(map) + 1, sizeof **e->rules);
     if (!e->rules[i]) return PyErr_NoMemory(), -1;
     PyObject *key, *value;
@@ -161,16 +163,19 @@ PyObject *obm_py_plan(const obm_plan *p) {
                          "peak_memory", (unsigned long long)p->peak_memory, "seconds", p->seconds);
 }
 
-/* _core.compress(base, experts, out, profile, overwrite, dry_run, progress) -> Pack, or the plan of a dry run */
+/* _core.compress(base, experts, out, profile, overwrite, dry_run, progress, shared, tall_lambda, shared_dtype) -> Pack,
+ * or the plan of a dry run */
 PyObject *obm_py_compress(PyObject *module, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"base", "experts", "out", "profile", "overwrite", "dry_run", "progress", NULL};
+    static char *names[] = {"base",     "experts", "out",         "profile",      "overwrite", "dry_run",
+                            "progress", "shared",  "tall_lambda", "shared_dtype", NULL};
     PyObject *base, *given, *out, *progress = Py_None, *context = NULL, *result = NULL;
     const char *profile = NULL;
     int overwrite = 0, dry_run = 0;
     obm_compress_options options = OBM_INIT(obm_compress_options);
     obm_py_state *st = PyModule_GetState(module);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&OO&|zppO", names, obm_py_path, &base, &given, obm_py_path, &out,
-                                     &profile, &overwrite, &dry_run, &progress))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&OO&|zppOzdz", names, obm_py_path, &base, &given, obm_py_path,
+                                     &out, &profile, &overwrite, &dry_run, &progress, &options.shared,
+                                     &options.tall_lambda, &options.shared_dtype))
         return NULL;
     expert_args experts = {0};
     obm_py_call call;
@@ -316,6 +321,14 @@ static PyObject *pack_base_bytes(PyObject *o, void *unused) {
     return PyLong_FromUnsignedLongLong(obm_pack_base_bytes(obm_py_pack_get(o)));
 }
 
+static PyObject *pack_shared(PyObject *o, void *unused) {
+    (void)unused;
+    obm_pack_shared_info s;
+    if (!obm_pack_shared(obm_py_pack_get(o), &s)) Py_RETURN_NONE;
+    return Py_BuildValue("{ss,sd,sK,sK}", "method", s.method, "lambda", s.lambda, "tensors",
+                         (unsigned long long)s.tensors, "bytes", (unsigned long long)s.bytes);
+}
+
 static int task_index(PyObject *o, PyObject *name, size_t *out) {
     const obm_pack *p = obm_py_pack_get(o);
     double *w = PyMem_Calloc(obm_pack_task_count(p) + 1, sizeof *w);
@@ -380,7 +393,12 @@ static PyObject *plane_arrays(PyObject *o, const obm_pack_tensor *t) {
     return list;
 }
 
-/* tensors(task) -> list of dicts; planes as (signs, scales) views */
+static PyObject *mask_pair(PyObject *o, const obm_pack_tensor *t) {
+    if (!t->mask) Py_RETURN_NONE;
+    return Py_BuildValue("(Nd)", copy_of(o, t->mask, OBM_U8, t->rows, t->row_bytes), t->scaling);
+}
+
+/* tensors(task) -> list of dicts; planes as (signs, scales), a mask as (bits, scaling) */
 static PyObject *pack_tensors(PyObject *o, PyObject *arg) {
     size_t task;
     if (task_index(o, arg, &task) < 0) return NULL;
@@ -389,9 +407,10 @@ static PyObject *pack_tensors(PyObject *o, PyObject *arg) {
     for (size_t i = 0; list && i < obm_pack_tensor_count(p); i++) {
         obm_pack_tensor t;
         obm_pack_tensor_at(p, task, i, &t);
-        PyObject *d = Py_BuildValue("{ss,ss,ss,sK,sL,sL,sL,sN}", "name", t.name, "class", obm_class_name(t.cls), "mode",
-                                    obm_mode_name(t.mode), "bytes", (unsigned long long)t.bytes_pack, "rows",
-                                    (long long)t.rows, "cols", (long long)t.cols, "rank", (long long)t.rank, "planes", plane_arrays(o, &t));
+        PyObject *d = Py_BuildValue("{ss,ss,ss,sK,sL,sL,sL,sN,sN}", "name", t.name, "class", obm_class_name(t.cls),
+                                    "mode", obm_mode_name(t.mode), "bytes", (unsigned long long)t.bytes_pack, "rows",
+                                    (long long)t.rows, "cols", (long long)t.cols, "rank", (long long)t.rank, "planes",
+                                    plane_arrays(o, &t), "mask", mask_pair(o, &t));
         if (!d || PyList_Append(list, d) < 0) Py_CLEAR(list);
         Py_XDECREF(d);
     }
@@ -630,13 +649,15 @@ static PyMethodDef pack_methods[] = {
      "set(lambda_=None, reading=None, profile=None, density=None)\n\nChange the merge settings on disk."},
     {"verify", KW(pack_verify),
      "verify(progress=None)\n\nChecksums of every file and the full hash of the base; raises on the first difference."},
-    {"bytes", pack_bytes, METH_O, "bytes(task) -> dict\n\nBy module class: tensors, params, bytes_expert, bytes_pack, bytes_adapter."},
+    {"bytes", pack_bytes, METH_O,
+     "bytes(task) -> dict\n\nBy module class: tensors, params, bytes_expert, bytes_pack, bytes_adapter."},
     {"policy", pack_policy, METH_O, "policy(task) -> str"},
     {"text", pack_text, METH_O,
      "text(task) -> str\n\nWhich of \"tokenizer, template, eos\" the expert brings itself; \"\": all are the base's."},
     {"tensors", pack_tensors, METH_O,
-     "tensors(task) -> list of dict\n\nname, class, mode, bytes, rows, cols, planes [(signs, scales), ...] as NumPy "
-     "arrays."},
+     "tensors(task) -> list of dict\n\nname, class, mode, bytes, rows, cols, planes [(signs, scales), ...] and mask "
+     "(bits, scaling) or None, as "
+     "NumPy arrays."},
     {"runs", pack_runs, METH_NOARGS,
      "runs() -> list of dict\n\nHow each tensor comes about while a model runs: name, class, planes (of all experts), "
      "hard and soft (\"base\", \"planes\" or \"overlay\": the costliest of the hard routes, and a mixture of all "
@@ -659,6 +680,10 @@ static PyGetSetDef pack_getset[] = {{"tasks", pack_tasks, NULL, "task names in p
                                     {"path", pack_path, NULL, "the folder", NULL},
                                     {"base", pack_base, NULL, "the base Checkpoint", NULL},
                                     {"base_bytes", pack_base_bytes, NULL, "bytes of the base's tensors", NULL},
+                                    {"shared", pack_shared, NULL,
+                                     "method, lambda, tensors, bytes of the vectors that "
+                                     "masks apply to; None without",
+                                     NULL},
                                     {"settings", pack_settings, NULL, "lambda, reading, profile, density", NULL},
                                     {NULL, NULL, NULL, NULL, NULL}};
 static PyType_Slot pack_slots[] = {

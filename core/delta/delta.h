@@ -31,6 +31,18 @@ uint64_t obm__lowrank_bytes(const obm__lowrank *l);   /* of both factors */
 /* SHAPE where factors, rank and the base's matrix do not fit, or one is no float; cols and rows may still be 0. */
 obm_status obm__lowrank_check(const obm__lowrank *l, const char *name, const obm_tensor *base, obm_error *err);
 
+/* A matrix as a mask over a vector that several models share: scaling * shared where the bit is 1, else 0.  Views. */
+typedef struct obm__masked {
+    obm_tensor shared;         /* (rows, cols), float */
+    const uint8_t *bits;       /* (rows, row_bytes): column c of a row is bit c % 8 of byte c / 8 */
+    int64_t rows, cols, row_bytes;
+    float scaling;             /* finite */
+} obm__masked;
+/* d of elements [begin, begin + n), f32: one product each, rounded once. */
+void obm__masked_read(const obm_kernels *k, const obm__masked *m, int64_t begin, int64_t n, float *d);
+/* Hands back the pages that they were read from, whole ones. */
+void obm__masked_release(const obm__masked *m, int64_t begin, int64_t n);
+
 /* ---- PEFT folders out (adapter_writer.c) ---- */
 
 typedef struct obm__adapter_writer obm__adapter_writer;
@@ -53,9 +65,10 @@ typedef struct obm__pair {
     obm_class cls;
     obm_tensor base, expert;   /* data NULL on the side that lacks it (a head that is tied there views the embedding) */
     int64_t extra_rows;        /* rows of the expert beyond the base's (vocabulary) */
-    /* Where the expert has no tensor of its own, `expert` has its shape, and data NULL: d is in factors, in planes, or 0 */
+    /* Where the expert has no tensor of its own, `expert` has its shape, and data NULL: d is in factors, in planes, in a mask, or 0 */
     const obm__lowrank *lora;
     const struct obm__planes *planes;
+    const obm__masked *masked;
     const obm_tensor *extra;   /* then, of a pack: the extra rows by themselves */
 } obm__pair;
 struct obm_task_vector {
@@ -70,6 +83,7 @@ obm_status obm__adapter_pairs(obm_task_vector *v, obm_error *err);
 /* The same of an expert of a pack (io/pack_member.c).  MISMATCH names the first tensor in which the base is not the pack's. */
 obm_status obm__member_pairs(obm_task_vector *v, obm_error *err);
 void obm__member_unload(obm_pack *p);
+obm_status obm__member_check(const obm_pack *p, obm_error *err);   /* obm__map_check of the files behind its pairs */
 /* Checks and completes a pair: class, extra rows.  Errors: SHAPE, DTYPE. */
 obm_status obm__pair_fill(obm__pair *p, const char *name, const obm_tensor *base, const obm_tensor *expert, obm_error *err);
 /* obm__checkpoint_check of both sides. */
@@ -89,6 +103,19 @@ void obm__pair_release(const obm__pair *p, int64_t begin, int64_t n);
 void obm__widen(const obm_kernels *k, const obm_tensor *t, int64_t begin, int64_t n, float *out);
 /* Narrow n f32 to dtype bytes (F32, F16, BF16; round to nearest even). */
 void obm__narrow(const obm_kernels *k, obm_dtype dtype, const float *in, int64_t n, void *out);
+
+/* How a shared vector and its masks come about (masked.c). */
+typedef struct obm__sharing {
+    bool emr;                  /* elected signs and largest magnitudes; else the sum: TALL */
+    double lambda;             /* of TALL's masks */
+} obm__sharing;
+/* Elements [begin, begin + n) of the vector of all pairs, f32, n <= OBM_BLOCK.  False: a task vector is NaN or Inf here, or
+ * the sum is; out has no meaning then. */
+bool obm__shared_read(const obm_kernels *k, const obm__sharing *s, const obm__pair *const *pairs, size_t count, int64_t begin,
+                      int64_t n, float *out);
+/* The mask of n <= OBM_BLOCK elements; d of the model and the shared vector as it is stored.  Whole bytes are written, bits
+ * from n on are 0. */
+void obm__mask_pack(const obm_kernels *k, const obm__sharing *s, const float *d, const float *shared, int64_t n, uint8_t *bits);
 
 /* How scales are laid out over a (rows, cols) matrix. */
 typedef enum { OBM_SCALE_MATRIX = 0, OBM_SCALE_ROW = 1, OBM_SCALE_GROUP = 2 } obm__scale_kind;
@@ -139,18 +166,20 @@ uint64_t obm__onebit_memory(const obm_context *ctx, int64_t rows, int64_t cols);
 
 /* How one expert is to be compressed; resolved from obm_expert. */
 typedef struct obm__policy {
-    unsigned classes;          /* bit per obm_class: 1-bit */
+    unsigned classes;          /* bit per obm_class: compressed */
+    obm_mode compressed;       /* what they become: 1BIT, MASK where the pack has a shared vector */
     obm__scale scale;
     int planes;
     const obm_map_rule *map;   /* borrowed */
     size_t n_map;
 } obm__policy;
-/* *text: "linear, scale row, planes 1, map *.q_proj.weight=full"; owned.  Errors: ARG. */
-obm_status obm__policy_parse(const obm_expert *e, obm_profile profile, obm__policy *out, char **text, obm_error *err);
+/* *text: "linear, scale row, planes 1, map *.q_proj.weight=full"; owned.  masks: matrices become masks of a shared vector.
+ * Errors: ARG. */
+obm_status obm__policy_parse(const obm_expert *e, obm_profile profile, bool masks, obm__policy *out, char **text, obm_error *err);
 bool obm__glob_matches(const char *glob, const char *name);   /* shell patterns; * also matches dots */
 bool obm__pair_is_matrix(const obm__pair *p);   /* of floats: what can be 1bit */
 const obm_map_rule *obm__policy_rule(const obm__policy *p, const char *name);   /* the first that matches, or NULL */
-/* Errors: ARG when a rule asks for 1 bit in a tensor that is not a float matrix. */
+/* Errors: ARG when a rule asks for 1 bit or a mask in a tensor that is not a float matrix. */
 obm_status obm__policy_mode(const obm__policy *p, const obm__pair *pair, obm_mode *out, obm_error *err);
 
 #endif

@@ -19,6 +19,8 @@ static part part_at(const obm__planes *p, int64_t at, int64_t rest) {
 static void read_change(const obm_kernels *k, const obm__pair *p, int64_t begin, int64_t n, float *d) {
     if (p->lora) {
         obm__lowrank_read(k, p->lora, begin, n, d);
+    } else if (p->masked) {
+        obm__masked_read(k, p->masked, begin, n, d);
     } else if (p->planes) {
         for (int64_t at = 0; at < n;) {
             part t = part_at(p->planes, begin + at, n - at);
@@ -54,8 +56,8 @@ static int64_t in_base(const obm__pair *p, int64_t begin, int64_t n) {
 }
 
 static void add_change(const obm_kernels *k, const obm__pair *p, int64_t begin, int64_t n, float *x, float *scratch) {
-    if (p->lora) {
-        obm__lowrank_read(k, p->lora, begin, n, scratch);
+    if (p->lora || p->masked) {
+        read_change(k, p, begin, n, scratch);
         for (int64_t i = 0; i < n; i++) x[i] += scratch[i];
     }
     for (int64_t at = 0; p->planes && at < n;) {
@@ -89,5 +91,6 @@ void obm__pair_release(const obm__pair *p, int64_t begin, int64_t n) {
     int64_t own = in_base(p, begin, n);
     obm__tensor_release(&p->base, begin, own);
     if (p->planes) release_planes(p->planes, begin, own);
+    if (p->masked) obm__masked_release(p->masked, begin, own);
     if (p->extra) obm__tensor_release(p->extra, begin + own - obm_tensor_count(&p->base), n - own);
 }

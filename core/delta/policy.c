@@ -1,5 +1,5 @@
-/* Policies: which tensors of an expert become 1-bit planes.  A rule of the caller's map comes first, then the preset by
- * module class; everything that is no float matrix stays full. */
+/* Policies: which tensors of an expert become 1-bit planes, or masks of a shared vector.  A rule of the caller's map
+ * comes first, then the preset by module class; everything that is no float matrix stays full. */
 #include "delta.h"
 
 #include <fnmatch.h>
@@ -10,7 +10,7 @@
 #define MLP BIT(OBM_CLASS_MLP)
 
 const char *obm_mode_name(obm_mode mode) {
-    static const char *const names[] = {"1bit", "full", "drop", "same"};
+    static const char *const names[] = {"1bit", "full", "drop", "same", "mask"};
     return (unsigned)mode < sizeof names / sizeof *names ? names[mode] : "unknown";
 }
 
@@ -48,9 +48,15 @@ static obm_status check_map(const char *task, const obm__policy *p, obm_error *e
     for (size_t i = 0; i < p->n_map; i++) {
         const obm_map_rule *r = &p->map[i];
         if (!r->glob || !*r->glob) return obm__fail(err, OBM_E_ARG, "expert %s: map rule %zu has no glob", task, i);
-        if (r->mode != OBM_MODE_1BIT && r->mode != OBM_MODE_FULL && r->mode != OBM_MODE_DROP) {
-            return obm__fail(err, OBM_E_ARG, "expert %s: map rule %s: expected the mode 1bit, full or drop, found %s",
-                             task, r->glob, obm_mode_name(r->mode));
+        if (r->mode == OBM_MODE_MASK && p->compressed != OBM_MODE_MASK) {
+            return obm__fail(err, OBM_E_ARG, "expert %s: map rule %s=mask: the pack has no shared vector", task,
+                             r->glob);
+        }
+        if (r->mode != OBM_MODE_1BIT && r->mode != OBM_MODE_FULL && r->mode != OBM_MODE_DROP &&
+            r->mode != OBM_MODE_MASK) {
+            return obm__fail(err, OBM_E_ARG,
+                             "expert %s: map rule %s: expected the mode 1bit, mask, full or drop, found %s", task,
+                             r->glob, obm_mode_name(r->mode));
         }
     }
     return OBM_OK;
@@ -60,7 +66,10 @@ static char *describe(const char *preset, const obm__policy *p) {
     char *scale = obm__scale_text(p->scale);
     if (!scale) return NULL;
     obm__buffer b = {0};
-    obm__buffer_printf(&b, "%s, scale %s, planes %d", preset, scale, p->planes);
+    bool planes = p->compressed == OBM_MODE_1BIT;
+    for (size_t i = 0; i < p->n_map; i++) planes = planes || p->map[i].mode == OBM_MODE_1BIT;
+    obm__buffer_printf(&b, "%s%s", preset, p->compressed == OBM_MODE_MASK ? ", mask" : "");
+    if (planes) obm__buffer_printf(&b, ", scale %s, planes %d", scale, p->planes);
     for (size_t i = 0; i < p->n_map; i++) {
         obm__buffer_printf(&b, "%s%s=%s", i ? " " : ", map ", p->map[i].glob, obm_mode_name(p->map[i].mode));
     }
@@ -69,11 +78,13 @@ static char *describe(const char *preset, const obm__policy *p) {
     return b.data;
 }
 
-obm_status obm__policy_parse(const obm_expert *e, obm_profile profile, obm__policy *out, char **text, obm_error *err) {
+obm_status obm__policy_parse(const obm_expert *e, obm_profile profile, bool masks, obm__policy *out, char **text,
+                             obm_error *err) {
     const char *preset = OBM_OPT(e, obm_expert, policy, NULL), *scale = OBM_OPT(e, obm_expert, scale, NULL);
     if (!preset || !*preset) preset = profile == OBM_PROFILE_PAPER ? "paper" : "linear";
     if (!scale || !*scale) scale = !strcmp(preset, "paper") ? "matrix" : "row";
     obm__policy p = {.planes = OBM_OPT(e, obm_expert, planes, 0)};
+    p.compressed = masks ? OBM_MODE_MASK : OBM_MODE_1BIT;
     p.map = OBM_OPT(e, obm_expert, map, NULL);
     p.n_map = p.map ? OBM_OPT(e, obm_expert, n_map, 0) : 0;
     if (!p.planes) p.planes = 1;
@@ -107,15 +118,15 @@ obm_status obm__policy_mode(const obm__policy *p, const obm__pair *pair, obm_mod
     bool matrix = obm__pair_is_matrix(pair);
     const obm_map_rule *rule = obm__policy_rule(p, pair->name);
     if (rule) {
-        if (rule->mode == OBM_MODE_1BIT && !matrix) {
+        if ((rule->mode == OBM_MODE_1BIT || rule->mode == OBM_MODE_MASK) && !matrix) {
             char shape[160];
-            return obm__fail(err, OBM_E_ARG,
-                             "map rule %s=1bit matches tensor %s of shape %s: only matrices can be 1bit",
-                             rule->glob, pair->name, obm__shape_text(&pair->base, shape, sizeof shape));
+            const char *mode = obm_mode_name(rule->mode);
+            return obm__fail(err, OBM_E_ARG, "map rule %s=%s matches tensor %s of shape %s: only matrices can be %s",
+                             rule->glob, mode, pair->name, obm__shape_text(&pair->base, shape, sizeof shape), mode);
         }
         *out = rule->mode;
         return OBM_OK;
     }
-    *out = matrix && (p->classes & BIT(pair->cls)) ? OBM_MODE_1BIT : OBM_MODE_FULL;
+    *out = matrix && (p->classes & BIT(pair->cls)) ? p->compressed : OBM_MODE_FULL;
     return OBM_OK;
 }

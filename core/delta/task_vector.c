@@ -180,6 +180,7 @@ static obm_status match(obm_task_vector *v, obm_error *err) {
 
 obm_status obm__task_vector_check(const obm_task_vector *v, obm_error *err) {
     OBM_TRY(obm__checkpoint_check(v->base, err));
+    if (v->pack) OBM_TRY(obm__member_check(v->pack, err));
     return obm__checkpoint_check(v->expert, err);
 }
 

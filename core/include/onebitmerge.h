@@ -294,13 +294,14 @@ OBM_API obm_status obm_extract_lora(obm_context *ctx, const char *base_path, con
 
 /* ---- Compression and packs -------------------------------------------------------------------------------------- */
 
-typedef enum obm_mode { OBM_MODE_1BIT = 0, OBM_MODE_FULL = 1, OBM_MODE_DROP = 2, OBM_MODE_SAME = 3 } obm_mode;
-OBM_API const char *obm_mode_name(obm_mode mode);   /* "1bit", "full", "drop", "same" */
+typedef enum obm_mode { OBM_MODE_1BIT = 0, OBM_MODE_FULL = 1, OBM_MODE_DROP = 2, OBM_MODE_SAME = 3, OBM_MODE_MASK = 4 } obm_mode;
+OBM_API const char *obm_mode_name(obm_mode mode);   /* "1bit", "full", "drop", "same", "mask" */
 /* onto_base: theta_base + d~_k + lambda TIES(others).  recomputed: the others are d~_j - d~_k (delta.md, R3). */
 typedef enum obm_reading { OBM_READING_ONTO_BASE = 0, OBM_READING_RECOMPUTED = 1 } obm_reading;
 typedef enum obm_profile { OBM_PROFILE_DEFAULT = 0, OBM_PROFILE_PAPER = 1, OBM_PROFILE_MERGEKIT = 2 } obm_profile;
 
-/* One row of an own policy: the first glob that matches a tensor's name decides its mode. */
+/* One row of an own policy: the first glob that matches a tensor's name decides its mode (MASK with obm_compress_options.shared
+ * only). */
 typedef struct obm_map_rule { const char *glob; obm_mode mode; } obm_map_rule;
 
 typedef struct obm_expert {
@@ -319,8 +320,17 @@ typedef struct obm_compress_options {
     bool overwrite;             /* an existing pack is replaced (atomically) */
     bool dry_run;               /* plan and report only; nothing is read but headers, nothing is written; *out stays NULL */
     obm_profile profile;        /* DEFAULT: lambda 0.3, MERGEKIT trims; PAPER: lambda 1 and the paper's policy and trim */
-    obm_progress_fn progress;   /* bytes of expert tensors */
+    obm_progress_fn progress;   /* bytes of expert tensors; twice those with `shared` */
     void *progress_user;
+    /* NULL: the matrices of a policy become 1-bit planes.  Else one vector per matrix is stored for all experts, and for each
+     * expert a mask of one bit per weight: d~_t = scaling_t * mask_t * shared.  "tall": shared = the sum of the task vectors,
+     * mask_t = |d_t| > tall_lambda |shared - d_t|, scaling 1 (Wang et al., arXiv 2405.07813, equation 3).  "emr": the
+     * elected sign with the largest magnitude of that sign, mask_t where d_t has it, scaling_t = sum |d_t| / sum |mask_t shared|
+     * over all its masked matrices (Huang et al., arXiv 2405.17461, section 3.2).  The pack's lambda is 0 then, as in both papers,
+     * until it is set.  Such matrices run as overlays, and such a pack takes no more experts.  For obm_compress only. */
+    const char *shared;
+    double tall_lambda;         /* 0: 0.4 */
+    const char *shared_dtype;   /* the shared vectors': NULL: the base's, per tensor (F64: F32); "f32", "bf16", "f16" */
 } obm_compress_options;
 
 /* A pack: the compressed experts, the router, the merge settings and the fingerprint of the base.  core/FORMAT.md has the
@@ -371,6 +381,13 @@ typedef struct obm_class_bytes { uint64_t tensors, params, bytes_expert, bytes_p
  * (0 for a full checkpoint).  out[OBM_CLASS_COUNT]. */
 OBM_API void obm_pack_bytes(const obm_pack *p, size_t task, obm_class_bytes *out);
 OBM_API uint64_t obm_pack_base_bytes(const obm_pack *p);
+typedef struct obm_pack_shared_info {
+    const char *method;           /* "tall", "emr"; borrowed */
+    double lambda;                /* of tall's masks, else 0 */
+    uint64_t tensors, bytes;      /* the shared vectors, which obm_pack_bytes counts for no expert */
+} obm_pack_shared_info;
+/* False: the pack has no shared vectors; out is untouched. */
+OBM_API bool obm_pack_shared(const obm_pack *p, obm_pack_shared_info *out);
 OBM_API const char *obm_pack_policy(const obm_pack *p, size_t task);      /* as text, "linear, scale row, planes 1"; borrowed */
 /* Which of "tokenizer, template, eos" the expert brings itself, as text; "": all are the base's.  Static. */
 OBM_API const char *obm_pack_text(const obm_pack *p, size_t task);
@@ -386,6 +403,8 @@ typedef struct obm_pack_tensor {
     int64_t rows, cols, row_bytes;
     uint64_t bytes_pack;
     int64_t rank;                 /* of the LoRA factors that a full tensor is kept as, 0 without */
+    const uint8_t *mask;          /* MASK: (rows, row_bytes), LSB first, bit 1 = shared vector times scaling; borrowed */
+    double scaling;               /* of it */
 } obm_pack_tensor;
 OBM_API void obm_pack_tensor_at(const obm_pack *p, size_t task, size_t i, obm_pack_tensor *out);
 

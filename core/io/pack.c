@@ -18,9 +18,9 @@ static obm_status check_version(const obm_json *manifest, const char *where, obm
                          obm__printable(format, shown, sizeof shown));
     }
     OBM_TRY(obm__field_int(manifest, "version", 1, INT32_MAX, where, &version, err));
-    if (version == OBM_PACK_VERSION) return OBM_OK;
-    return obm__fail(err, OBM_E_UNSUPPORTED, "%s: version %lld of the format; this build reads version %d", where,
-                     (long long)version, OBM_PACK_VERSION);
+    if (version == OBM_PACK_VERSION || version == OBM_PACK_VERSION_SHARED) return OBM_OK;
+    return obm__fail(err, OBM_E_UNSUPPORTED, "%s: version %lld of the format; this build reads versions %d and %d",
+                     where, (long long)version, OBM_PACK_VERSION, OBM_PACK_VERSION_SHARED);
 }
 
 obm_status obm__manifest_read(const char *path, obm_json **out, char xxh3[33], obm_error *err) {
@@ -95,6 +95,15 @@ size_t obm_pack_task_count(const obm_pack *p) { return p->n_experts; }
 const char *obm_pack_task_name(const obm_pack *p, size_t task) { return p->experts[task].name; }
 const char *obm_pack_policy(const obm_pack *p, size_t task) { return p->experts[task].policy; }
 
+bool obm_pack_shared(const obm_pack *p, obm_pack_shared_info *out) {
+    const obm__safetensors *file = p->shared.file;
+    if (!file) return false;
+    obm_pack_shared_info info = {.method = p->shared.method, .lambda = p->shared.lambda, .tensors = file->count};
+    for (size_t i = 0; i < file->count; i++) info.bytes += obm__tensor_bytes(&file->entries[i].t);
+    *out = info;
+    return true;
+}
+
 /* By the bits tokenizer, template, eos. */
 const char *obm_pack_text(const obm_pack *p, size_t task) {
     static const char *const names[] = {"",    "tokenizer",      "template",      "tokenizer, template",
@@ -131,6 +140,11 @@ void obm_pack_tensor_at(const obm_pack *p, size_t task, size_t i, obm_pack_tenso
         t.row_bytes = e->planes.row_bytes;
         t.n_scales = obm__scale_count(e->planes.scale, e->planes.rows, e->planes.cols);
     }
+    if (e->mode == OBM_MODE_MASK) {
+        t.row_bytes = e->masked.row_bytes;
+        t.mask = e->masked.bits;
+        t.scaling = e->masked.scaling;
+    }
     for (int k = 0; k < t.planes; k++) {
         t.scales[k] = e->planes.alphas[k];
         t.signs[k] = e->planes.signs[k];
@@ -140,6 +154,7 @@ void obm_pack_tensor_at(const obm_pack *p, size_t task, size_t i, obm_pack_tenso
 
 obm_status obm__pack_check(const obm_pack *p, obm_error *err) {
     if (p->base) OBM_TRY(obm__checkpoint_check(p->base, err));
+    if (p->shared.file) OBM_TRY(obm__map_check(&p->shared.file->map, p->shared.file->path, err));
     for (size_t k = 0; k < p->n_experts; k++) {
         const obm__safetensors *file = p->experts[k].file;
         if (file) OBM_TRY(obm__map_check(&file->map, file->path, err));
@@ -148,6 +163,7 @@ obm_status obm__pack_check(const obm_pack *p, obm_error *err) {
 }
 
 void obm__pack_release_pages(const obm_pack *p) {
+    if (p->shared.file) obm__pages_release(p->shared.file->map.data, p->shared.file->map.size);
     for (size_t i = 0; i < p->n_experts; i++) {
         const obm__safetensors *file = p->experts[i].file;
         if (file) obm__pages_release(file->map.data, file->map.size);
@@ -216,8 +232,10 @@ static uint64_t text_bytes(const obm_json *record) {
 static obm_status verify(const obm_pack *p, obm_progress_fn progress, void *user, obm_error *err) {
     const obm_json *router = obm__json_get(p->manifest, "router");
     obm__pulse ticker = obm__pulse_new(p->ctx, progress, user, "verify", obm_pack_base_bytes(p));
+    if (p->shared.file) ticker.total += p->shared.file->map.size;
     for (size_t i = 0; i < p->n_experts; i++)
         ticker.total += p->experts[i].file->map.size + text_bytes(p->experts[i].record);
+    if (p->shared.file) OBM_TRY(verify_record(p, p->shared.record, false, &ticker, err));
     for (size_t i = 0; i < p->n_experts; i++) OBM_TRY(verify_expert(p, p->experts[i].record, &ticker, err));
     if (obm__json_kind(router) == OBM_JSON_OBJECT) OBM_TRY(verify_record(p, router, false, &ticker, err));
     return obm__base_check(p->ctx, p->base, obm__json_get(p->manifest, "base"), p->path, true, &ticker, err);

@@ -6,11 +6,12 @@
 
 /* One tensor of one expert. */
 typedef struct obm__pack_entry {
-    obm_mode mode;             /* 1BIT, FULL, DROP, SAME */
+    obm_mode mode;
     obm__planes planes;        /* 1BIT */
+    obm__masked masked;        /* MASK */
     obm_tensor full;           /* FULL: the expert's own tensor, own dtype, extra rows included; data NULL with factors */
     obm__lowrank lora;         /* FULL of an adapter: the task vector's factors; rank 0 without */
-    obm_tensor extra;          /* 1BIT, DROP, SAME with extra vocabulary rows: those rows only; data NULL without */
+    obm_tensor extra;          /* 1BIT, MASK, DROP, SAME with extra vocabulary rows: those rows only; data NULL without */
     uint64_t bytes_pack, bytes_expert;
     uint64_t bytes_adapter;    /* the factors that it came from, 0 for a tensor of the expert's own */
 } obm__pack_entry;
@@ -58,6 +59,14 @@ typedef struct obm__pack_tensor_info {
 
 typedef struct obm__router obm__router;   /* route/router.h */
 
+/* Vectors that the masks of all experts apply to. */
+typedef struct obm__pack_shared {
+    obm__safetensors *file;    /* NULL: the pack has none */
+    const obm_json *record;    /* the member "shared" of pack.json, borrowed */
+    const char *method;        /* borrowed */
+    double lambda;
+} obm__pack_shared;
+
 struct obm_pack {
     obm_context *ctx;
     char *path;
@@ -68,6 +77,7 @@ struct obm_pack {
     size_t n_tensors;
     obm__pack_expert *experts;
     size_t n_experts;
+    obm__pack_shared shared;
     uint64_t revision;         /* how often experts were added, replaced or removed since it was opened */
     obm_pack_settings settings;
     obm__router *router;       /* NULL until trained */

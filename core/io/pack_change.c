@@ -19,8 +19,12 @@ static bool is_named(const obm_json *manifest, const char *file) {
         const char *s = obm__json_string(obm__json_get(expert, "file"));
         if ((s && !strcmp(s, file)) || obm__text_names(obm__json_get(expert, "text"), file)) return true;
     }
-    const char *router = obm__json_string(obm__json_get(obm__json_get(manifest, "router"), "file"));
-    return router && !strcmp(router, file);
+    static const char *const others[] = {"router", "shared"};
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+        const char *s = obm__json_string(obm__json_get(obm__json_get(manifest, others[i]), "file"));
+        if (s && !strcmp(s, file)) return true;
+    }
+    return false;
 }
 
 static bool starts_with(const char *s, const char *prefix) { return !strncmp(s, prefix, strlen(prefix)); }
@@ -284,11 +288,25 @@ static obm_status add_locked(obm_pack *p, const obm__expert_request *r, const ob
     return status;
 }
 
+/* The vectors are made of all experts' changes and the masks against the vectors: one more expert changes them all. */
+static obm_status check_shared(const obm_pack *p, const obm_compress_options *options, obm_error *err) {
+    bool wanted;
+    obm__sharing rule;
+    int dtype;
+    OBM_TRY(obm__shared_options(options, &wanted, &rule, &dtype, err));
+    if (p->shared.file)
+        return obm__fail(err, OBM_E_UNSUPPORTED,
+                         "pack %s shares one vector among its experts: compress it anew with all of them", p->path);
+    if (!wanted) return OBM_OK;
+    return obm__fail(err, OBM_E_ARG, "shared vectors are made of all experts at once: compress a new pack");
+}
+
 obm_status obm_pack_add(obm_pack *p, const obm_expert *given, const obm_compress_options *options, obm_error *err) {
     obm_expert own, *expert = &own;
     OBM_TRY(OBM_CHECK(obm_compress_options, options, err));
     OBM_TRY(obm__experts_read(given, 1, &own, err));
     OBM_TRY(obm__expert_check(expert, err));
+    OBM_TRY(check_shared(p, options, err));
     size_t at = find_task(p, expert->name);
     if (at < p->n_experts && !OBM_OPT(options, obm_compress_options, overwrite, false)) {
         return obm__fail(err, OBM_E_EXISTS, "pack %s has an expert %s already", p->path, expert->name);

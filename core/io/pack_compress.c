@@ -21,6 +21,8 @@ typedef struct compression {
     obm_checkpoint *base;
     obm_checkpoint **checkpoints; /* (n) */
     obm__base_digests *digests;
+    bool shares;
+    obm__shared_job shared;
     obm_json *manifest, *before;  /* before: the pack that is being replaced, NULL without */
     obm_plan plan;
 } compression;
@@ -132,9 +134,24 @@ static obm_status open_all(compression *c, const char *base_path, uint64_t *byte
     return OBM_OK;
 }
 
-static obm_status add_experts(compression *c, obm_json *list, uint64_t bytes, obm_error *err) {
-    obm__pulse ticker = obm__compress_pulse(c->ctx, c->options, "compress", bytes);
-    uint64_t done = 0;
+/* *record: NULL where nothing is shared and in a dry run. */
+static obm_status share(compression *c, obm__pulse *ticker, uint64_t bytes, obm_json **record, obm_error *err) {
+    if (!c->shares) return OBM_OK;
+    obm__shared_job *j = &c->shared;
+    j->ctx = c->ctx;
+    j->base = c->base;
+    j->dir = c->dir;
+    j->dry_run = c->dry_run;
+    j->ticker = ticker;
+    j->plan = &c->plan;
+    OBM_TRY(obm__shared_write(j, c->experts, c->checkpoints, c->n, c->profile, record, err));
+    return c->dry_run ? OBM_OK : obm__tick(ticker, bytes, err);
+}
+
+static obm_status add_experts(compression *c, obm_json *list, uint64_t bytes, obm_json **shared, obm_error *err) {
+    uint64_t done = c->shares ? bytes : 0;
+    obm__pulse ticker = obm__compress_pulse(c->ctx, c->options, "compress", bytes + done);
+    OBM_TRY(share(c, &ticker, bytes, shared, err));
     for (size_t i = 0; i < c->n; i++) {
         obm_json *record = NULL;
         obm__expert_request r = {.ctx = c->ctx,
@@ -145,7 +162,9 @@ static obm_status add_experts(compression *c, obm_json *list, uint64_t bytes, ob
                                  .dry_run = c->dry_run,
                                  .ticker = &ticker,
                                  .digests = c->digests,
-                                 .plan = &c->plan};
+                                 .plan = &c->plan,
+                                 .shared = c->shares ? &c->shared : NULL,
+                                 .v = c->shares ? c->shared.experts[i].v : NULL};
         ticker.done = done;
         OBM_TRY(obm__expert_write(&r, c->checkpoints[i], &record, err));
         if (!c->dry_run && !obm__json_append(list, record)) return obm__fail_nomem(err, 0);
@@ -155,9 +174,10 @@ static obm_status add_experts(compression *c, obm_json *list, uint64_t bytes, ob
     return OBM_OK;
 }
 
-static bool put_head(obm_json *m) {
+static bool put_head(obm_json *m, bool shares) {
+    int version = shares ? OBM_PACK_VERSION_SHARED : OBM_PACK_VERSION;
     bool ok = obm__json_set(m, "format", obm__json_new_string(OBM_PACK_FORMAT));
-    ok = obm__json_set(m, "version", obm__json_new_int(OBM_PACK_VERSION)) && ok;
+    ok = obm__json_set(m, "version", obm__json_new_int(version)) && ok;
     char *generator = obm__format("onebitmerge %s", obm_version());
     ok = generator && obm__json_set(m, "generator", obm__json_new_string(generator)) && ok;
     obm_free(generator);
@@ -166,16 +186,18 @@ static bool put_head(obm_json *m) {
 
 static obm_status make_manifest(compression *c, uint64_t bytes, obm_error *err) {
     obm_pack_settings settings;
-    obm_json *base = NULL, *list = NULL;
+    obm_json *base = NULL, *list = NULL, *shared = NULL;
     obm__pulse ticker = obm__compress_pulse(c->ctx, c->options, "fingerprint", obm__checkpoint_bytes(c->base));
     obm__settings_default(c->profile, &settings);
-    if (!(c->manifest = obm__json_new_object()) || !put_head(c->manifest)) return obm__fail_nomem(err, 0);
+    if (c->shares) settings.lambda = 0; /* what a mask leaves of the shared vector is the expert, in both papers */
+    if (!(c->manifest = obm__json_new_object()) || !put_head(c->manifest, c->shares)) return obm__fail_nomem(err, 0);
     if (!(list = obm__json_new_array())) return obm__fail_nomem(err, 0);
     obm_status status = obm__base_digests_new(c->base, &c->digests, err);
-    if (status == OBM_OK) status = add_experts(c, list, bytes, err);
+    if (status == OBM_OK) status = add_experts(c, list, bytes, &shared, err);
     if (status == OBM_OK) status = obm__base_record(c->ctx, c->base, c->dir, c->digests, &ticker, &base, err);
     bool ok = base && obm__json_set(c->manifest, "base", base);
     ok = ok && obm__json_set(c->manifest, "settings", obm__settings_record(&settings));
+    if (shared) ok = obm__json_set(c->manifest, "shared", shared) && ok;
     ok = obm__json_set(c->manifest, "experts", list) && ok;
     ok = ok && obm__json_set(c->manifest, "router", obm__json_new_null());
     return status != OBM_OK ? status : ok ? OBM_OK : obm__fail_nomem(err, 0);
@@ -217,7 +239,7 @@ static obm_status run(compression *c, const char *base_path, obm_plan *plan, obm
         return obm__fail_nomem(err, c->n * sizeof(*c->checkpoints));
     OBM_TRY(open_all(c, base_path, &bytes, err));
     uint64_t hashing = obm__base_memory(c->ctx, c->base);
-    OBM_TRY(c->dry_run ? add_experts(c, NULL, bytes, err) : write_pack(c, bytes, out, err));
+    OBM_TRY(c->dry_run ? add_experts(c, NULL, bytes, NULL, err) : write_pack(c, bytes, out, err));
     /* A guess for a dry run: a gigabyte a second, a common SSD's reading speed, which is what bounds this. */
     c->plan.seconds = c->dry_run ? (double)(c->plan.bytes_read + c->plan.bytes_written) / 1e9 : now() - begin;
     if (c->plan.peak_memory < hashing) c->plan.peak_memory = hashing;
@@ -234,10 +256,12 @@ obm_status obm_compress(obm_context *ctx, const char *base_path, const obm_exper
     c.profile = OBM_OPT(options, obm_compress_options, profile, OBM_PROFILE_DEFAULT);
     if ((unsigned)c.profile > OBM_PROFILE_MERGEKIT)
         return obm__fail(err, OBM_E_ARG, "unknown profile %d", (int)c.profile);
+    OBM_TRY(obm__shared_options(options, &c.shares, &c.shared.rule, &c.shared.dtype, err));
     if (!out_path || !*out_path) return obm__fail(err, OBM_E_ARG, "no output path");
     obm_status status = read_experts(&c, err);
     if (status == OBM_OK) status = check_output(&c, err);
     if (status == OBM_OK) status = run(&c, base_path, plan, out, err);
+    obm__shared_free(&c.shared);
     for (size_t i = 0; c.checkpoints && i < n; i++) obm_checkpoint_free(c.checkpoints[i]);
     obm_free(c.checkpoints);
     obm_free(c.experts);

@@ -1,11 +1,12 @@
 /*
  * Compresses one expert into one safetensors file, streaming: what one look is enough for by pack_stream.c, several
- * planes of a matrix by stripes of rows.  Which tensors exist must be known before the first byte is written; that a
- * plane's scales are all 0 shows only afterwards.  Such planes are rare, so the file is written on the assumption that
- * there are none, and once more without them when there were.
+ * planes of a matrix and masks by stripes of rows.  Which tensors exist must be known before the first byte is written;
+ * that a plane's scales are all 0 shows only afterwards.  Such planes are rare, so the file is written on the
+ * assumption that there are none, and once more without them when there were.
  */
 #include "pack_parts.h"
 
+#include <math.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -20,10 +21,11 @@ typedef struct item {
     int planes;
     int empty; /* planes found to be all 0 in the last pass, counted from the end */
     int64_t rows, cols, row_bytes, n_scales;
+    obm__mask_sums sums; /* of its mask */
 } item;
 
 /* One thing the file holds, in the order of the file. */
-typedef enum { SLOT_PLANES, SLOT_FULL, SLOT_FACTORS, SLOT_EXTRA } slot_kind;
+typedef enum { SLOT_PLANES, SLOT_MASK, SLOT_FULL, SLOT_FACTORS, SLOT_EXTRA } slot_kind;
 typedef struct slot {
     size_t item;
     slot_kind kind;
@@ -43,6 +45,7 @@ typedef struct job {
     uint64_t ticks; /* bytes of expert tensors that are done */
     obm_json *text; /* the record's "text", NULL: the base's tokenizer, template and eos */
     uint64_t text_bytes;
+    float scaling; /* of all masks */
 } job;
 
 static uint64_t add_u64(uint64_t a, uint64_t b) { return a > UINT64_MAX - b ? UINT64_MAX : a + b; }
@@ -123,11 +126,12 @@ static obm_status fill_item(job *j, item *it, const obm__pair *p, obm_error *err
     *it = (item){.pair = p, .mode = OBM_MODE_FULL};
     OBM_TRY(obm__policy_mode(&j->policy, p, &it->mode, err));
     if (p->expert.data == p->base.data) it->mode = OBM_MODE_SAME; /* an adapter leaves it alone */
-    if (it->mode != OBM_MODE_1BIT) return OBM_OK;
-    it->planes = j->policy.planes;
+    if (it->mode != OBM_MODE_1BIT && it->mode != OBM_MODE_MASK) return OBM_OK;
     it->rows = p->base.shape[0];
     it->cols = p->base.shape[1];
     it->row_bytes = obm__row_bytes(it->cols);
+    if (it->mode == OBM_MODE_MASK) return OBM_OK;
+    it->planes = j->policy.planes;
     it->n_scales = obm__scale_count(j->policy.scale, it->rows, it->cols);
     return OBM_OK;
 }
@@ -197,18 +201,27 @@ static void same_range(void *arg, size_t begin, size_t end, int id) {
 }
 
 /* The rows that the base has, value for value.  Most fine-tunes differ in the first page. */
-static obm_status find_same(job *j, item *it, obm_error *err) {
-    const obm__pair *p = it->pair;
-    if (it->mode == OBM_MODE_SAME || p->lora) return OBM_OK;
-    int64_t total = obm_tensor_count(&p->base), batch = (int64_t)j->r->ctx->threads * 8 * SAME_STEP;
+obm_status obm__pair_is_same(obm_context *ctx, const obm__pair *p, obm__pulse *ticker, bool *same, obm_error *err) {
+    *same = false;
+    if (p->lora) return OBM_OK;
+    int64_t total = obm_tensor_count(&p->base), batch = (int64_t)ctx->threads * 8 * SAME_STEP;
     for (int64_t at = 0; at < total; at += batch) {
-        same_job s = {.k = j->r->ctx->k, .pair = p, .first = at, .n = total - at < batch ? total - at : batch};
-        obm__parallel(j->r->ctx, (size_t)((s.n - 1) / SAME_STEP + 1), 1, same_range, &s);
+        same_job s = {.k = ctx->k, .pair = p, .first = at, .n = total - at < batch ? total - at : batch};
+        obm__parallel(ctx, (size_t)((s.n - 1) / SAME_STEP + 1), 1, same_range, &s);
         if (s.differ) return OBM_OK;
         obm__tensor_release(&p->base, at, s.n);
         obm__tensor_release(&p->expert, at, s.n);
-        OBM_TRY(obm__tick(j->r->ticker, 0, err));
+        OBM_TRY(obm__tick(ticker, 0, err));
     }
+    *same = true;
+    return OBM_OK;
+}
+
+static obm_status find_same(job *j, item *it, obm_error *err) {
+    bool same = it->mode == OBM_MODE_SAME;
+    if (same) return OBM_OK;
+    OBM_TRY(obm__pair_is_same(j->r->ctx, it->pair, j->r->ticker, &same, err));
+    if (!same) return OBM_OK;
     it->mode = OBM_MODE_SAME;
     it->planes = 0;
     return OBM_OK;
@@ -216,11 +229,12 @@ static obm_status find_same(job *j, item *it, obm_error *err) {
 
 /* ---- layout of the file ---- */
 
-/* Planes first, by name: their sizes are multiples of 4, so every scale is aligned.  Then whole tensors by falling
- * element size, which aligns them as far as their base offset allows. */
+/* Planes and masks first, by name: their sizes are multiples of 4, so every scale is aligned.  Then whole tensors by
+ * falling element size, which aligns them as far as their base offset allows. */
 static int compare_slots(const void *x, const void *y) {
     const slot *a = x, *b = y;
-    if ((a->kind == SLOT_PLANES) != (b->kind == SLOT_PLANES)) return a->kind == SLOT_PLANES ? -1 : 1;
+    bool first = a->kind <= SLOT_MASK;
+    if (first != (b->kind <= SLOT_MASK)) return first ? -1 : 1;
     if (a->align != b->align) return a->align > b->align ? -1 : 1;
     if (a->item != b->item) return a->item < b->item ? -1 : 1;
     return (int)a->kind - (int)b->kind;
@@ -237,6 +251,7 @@ static void lay_out(job *j) {
         const item *it = &j->items[i];
         size_t align = obm_dtype_size(it->pair->expert.dtype);
         if (it->mode == OBM_MODE_1BIT && it->planes) j->slots[j->n_slots++] = (slot){i, SLOT_PLANES, 0};
+        if (it->mode == OBM_MODE_MASK) j->slots[j->n_slots++] = (slot){i, SLOT_MASK, 0};
         if (it->mode == OBM_MODE_FULL && it->pair->lora)
             j->slots[j->n_slots++] = (slot){i, SLOT_FACTORS, factor_align(it->pair->lora)};
         else if (it->mode == OBM_MODE_FULL)
@@ -276,6 +291,10 @@ static obm_status declare_slot(job *j, const slot *s, obm_error *err) {
     if (s->kind == SLOT_EXTRA) {
         obm_tensor extra = extra_of(it->pair);
         return declare(j->writer, name, ".extra", -1, &extra, err);
+    }
+    if (s->kind == SLOT_MASK) {
+        obm_tensor bits = {.dtype = OBM_U8, .ndim = 2, .shape = {it->rows, it->row_bytes}};
+        return declare(j->writer, name, ".mask", -1, &bits, err);
     }
     obm_tensor signs = {.dtype = OBM_U8, .ndim = 2, .shape = {it->rows, it->row_bytes}}, scales = scale_shape(j, it);
     for (int p = 0; p < it->planes; p++) {
@@ -333,6 +352,29 @@ static obm_status write_planes(job *j, item *it, obm_error *err) {
     return status;
 }
 
+/* ---- masks ---- */
+
+static obm_status write_mask(job *j, item *it, obm_error *err) {
+    OBM_TRY(obm__mask_write(j->r->shared, it->pair, j->writer, j->r->ticker, j->ticks, &it->sums, err));
+    j->ticks += pair_bytes(it->pair);
+    return OBM_OK;
+}
+
+/* EMR's rescaler: one per expert, over all of its masks (Huang et al., arXiv 2405.17461, equation 4). */
+static obm_status find_scaling(job *j, obm_error *err) {
+    double *own = obm__calloc(j->n, 2 * sizeof *own), *of = own + j->n;
+    if (!own) return obm__fail_nomem(err, j->n * 2 * sizeof *own);
+    for (size_t i = 0; i < j->n; i++) {
+        own[i] = j->items[i].sums.own;
+        of[i] = j->items[i].sums.shared;
+    }
+    double kept = obm__tree_sum(of, j->n);
+    j->scaling = kept > 0 ? (float)(obm__tree_sum(own, j->n) / kept) : 0;
+    obm_free(own);
+    if (isfinite(j->scaling)) return OBM_OK;
+    return obm__fail(err, OBM_E_VALUE, "expert %s: the scaling of its masks is too large for f32", j->r->expert->name);
+}
+
 /* ---- factors ---- */
 
 /* Small beside what they stand for: written as they are, in one piece. */
@@ -361,13 +403,14 @@ static obm_status write_factors(job *j, const obm__pair *p, obm_error *err) {
 
 static obm_status write_slot(job *j, const slot *s, obm_error *err) {
     item *it = &j->items[s->item];
-    return s->kind == SLOT_PLANES ? write_planes(j, it, err) : write_factors(j, it->pair, err);
+    if (s->kind == SLOT_PLANES) return write_planes(j, it, err);
+    return s->kind == SLOT_MASK ? write_mask(j, it, err) : write_factors(j, it->pair, err);
 }
 
 /* Whole tensors, and planes for which one look at base and expert is enough; the others are write_slot's. */
 static bool can_stream(const job *j, const slot *s) {
     const item *it = &j->items[s->item];
-    if (s->kind != SLOT_PLANES) return s->kind != SLOT_FACTORS;
+    if (s->kind != SLOT_PLANES) return s->kind == SLOT_FULL || s->kind == SLOT_EXTRA;
     return it->planes == 1 && !it->pair->lora && obm_tensor_count(&it->pair->base) > 0;
 }
 
@@ -484,6 +527,7 @@ static obm_json *item_record(const job *j, const item *it) {
         ok = ok && scale && obm__json_set(r, "scale", obm__json_new_string(scale));
         obm_free(scale);
     }
+    if (it->mode == OBM_MODE_MASK) ok = ok && obm__json_set(r, "scaling", obm__json_new_real(j->scaling));
     const obm__lowrank *l = it->pair->lora;
     if (l) ok = ok && obm__json_set(r, "adapter_bytes", obm__json_new_int((int64_t)obm__lowrank_bytes(l)));
     if (l && it->mode == OBM_MODE_FULL) ok = ok && obm__json_set(r, "lora", factors_record(l));
@@ -510,10 +554,12 @@ static obm_json *make_record(const job *j, const char *file, uint64_t bytes, con
 static obm_status produce(job *j, obm_json **record, obm_error *err) {
     char xxh3[33], *name = NULL;
     uint64_t bytes = 0;
+    j->scaling = 1;
     OBM_TRY(write_file(j, xxh3, &bytes, &name, err));
-    *record = make_record(j, name, bytes, xxh3);
+    obm_status status = j->r->shared && j->r->shared->rule.emr ? find_scaling(j, err) : OBM_OK;
+    if (status == OBM_OK) *record = make_record(j, name, bytes, xxh3);
     obm_free(name);
-    return *record ? OBM_OK : obm__fail_nomem(err, 0);
+    return status != OBM_OK ? status : *record ? OBM_OK : obm__fail_nomem(err, 0);
 }
 
 /* ---- planning ---- */
@@ -527,7 +573,7 @@ static uint64_t slot_bytes(const job *j, const slot *s) {
     if (s->kind == SLOT_FULL) return pair_bytes(it->pair);
     if (s->kind == SLOT_FACTORS) return obm__lowrank_bytes(it->pair->lora);
     if (s->kind == SLOT_EXTRA) return pair_bytes(it->pair) - (uint64_t)obm_tensor_count(&it->pair->base) * s->align;
-    return plane_bytes(it);
+    return s->kind == SLOT_MASK ? (uint64_t)(it->rows * it->row_bytes) : plane_bytes(it);
 }
 
 static uint64_t read_bytes(const obm__pair *p) {
@@ -542,6 +588,11 @@ static uint64_t item_memory(const job *j, const item *it) {
              sizes = obm_dtype_size(it->pair->base.dtype) + obm_dtype_size(it->pair->expert.dtype);
     uint64_t mapped = threads * OBM_STREAM_WINDOW * sizes, tensor = read_bytes(it->pair);
     uint64_t buffers = it->planes ? obm__onebit_memory(j->r->ctx, it->rows, it->cols) : 0;
+    if (it->mode == OBM_MODE_MASK) {
+        mapped += threads * OBM_STREAM_WINDOW * sizeof(float);
+        tensor += (uint64_t)obm_tensor_count(&it->pair->base) * sizeof(float);
+        buffers = obm__mask_memory(j->r->ctx, it->rows, it->cols);
+    }
     if (it->planes == 1 && !it->pair->lora) buffers += obm__stream_memory(j->r->ctx);
     return buffers + (uint64_t)it->planes * (uint64_t)it->n_scales * sizeof(float) +
            (mapped < tensor ? mapped : tensor);
@@ -577,7 +628,7 @@ static void warn_larger_planes(const job *j) {
 }
 
 static obm_status prepare(job *j, obm_error *err) {
-    OBM_TRY(obm__policy_parse(j->r->expert, j->r->profile, &j->policy, &j->policy_text, err));
+    OBM_TRY(obm__policy_parse(j->r->expert, j->r->profile, j->r->shared != NULL, &j->policy, &j->policy_text, err));
     j->n = j->v->count;
     j->items = obm__calloc(j->n, sizeof *j->items);
     j->slots = obm__calloc(j->n, 2 * sizeof *j->slots); /* planes and extra rows of the same tensor */
@@ -605,15 +656,15 @@ static obm_status compress_items(job *j, obm_json **record, obm_error *err) {
 
 obm_status obm__expert_write(const obm__expert_request *r, const obm_checkpoint *checkpoint, obm_json **record,
                              obm_error *err) {
-    job j = {.r = r};
-    obm_status status = obm_task_vector_new(r->base, checkpoint, &j.v, err);
+    job j = {.r = r, .v = r->v};
+    obm_status status = r->v ? OBM_OK : obm_task_vector_new(r->base, checkpoint, &j.v, err);
     if (status == OBM_OK) status = obm__text_write(r, checkpoint, &j.text, &j.text_bytes, err);
     if (status == OBM_OK) status = compress_items(&j, record, err);
     if (status == OBM_E_VALUE && err) { /* the tensor is named already, as a task vector does */
         obm_error why = *err;
         obm__fail(err, status, "expert %s: %.640s", r->expert->name, why.message);
     }
-    obm_task_vector_free(j.v);
+    if (!r->v) obm_task_vector_free(j.v);
     obm__json_free(j.text);
     obm_free(j.policy_text);
     obm_free(j.items);

@@ -11,6 +11,7 @@
 /* Where one tensor of one expert is being read, for messages. */
 typedef struct place {
     const obm__safetensors *file;
+    const obm__pack_shared *shared;
     const char *manifest; /* path of pack.json */
     const char *task, *name;
     size_t used; /* tensors of the file that are accounted for */
@@ -98,6 +99,38 @@ static obm_status load_planes(place *at, const obm_json *record, const obm_tenso
     return OBM_OK;
 }
 
+/* ---- masks ---- */
+
+static obm_status find_shared(const place *at, const obm_tensor *base, obm_tensor *out, obm_error *err) {
+    char have[160], want[160];
+    if (!at->shared->file) return bad_entry(at, err, "is a mask, and the pack has no shared vectors");
+    const obm__st_entry *e = obm__safetensors_find(at->shared->file, at->name);
+    if (!e) return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s is missing", at->shared->file->path, at->name);
+    if (e->t.ndim != 2 || memcmp(e->t.shape, base->shape, 2 * sizeof *base->shape))
+        return obm__fail(err, OBM_E_FORMAT, "%s: tensor %s has shape %s, the base has %s", at->shared->file->path,
+                         at->name, obm__shape_text(&e->t, have, sizeof have), obm__shape_text(base, want, sizeof want));
+    *out = e->t;
+    return OBM_OK;
+}
+
+static obm_status load_mask(place *at, const obm_json *record, const obm_tensor *base, obm__masked *out,
+                            obm_error *err) {
+    obm__masked m = {.rows = base->shape[0], .cols = base->shape[1], .row_bytes = obm__row_bytes(base->shape[1])};
+    obm_tensor found, bits = {.dtype = OBM_U8, .ndim = 2, .shape = {m.rows, m.row_bytes}};
+    double scaling;
+    if (base->ndim != 2 || obm_tensor_count(base) == 0 || !obm__is_float(base->dtype))
+        return bad_entry(at, err, "cannot be a mask: it is no float matrix");
+    OBM_TRY(obm__field_real(record, "scaling", at->manifest, &scaling, err));
+    m.scaling = (float)scaling;
+    if (!isfinite(m.scaling) || m.scaling < 0)
+        return bad_entry(at, err, "has a scaling of its mask that is no finite number >= 0");
+    OBM_TRY(find_shared(at, base, &m.shared, err));
+    OBM_TRY(find_stored(at, ".mask", &bits, &found, err));
+    m.bits = found.data;
+    *out = m;
+    return OBM_OK;
+}
+
 /* ---- one tensor ---- */
 
 static obm_status check_against_base(const place *at, const obm_tensor *t, const obm__pack_tensor_info *info,
@@ -121,7 +154,7 @@ static obm_status check_against_base(const place *at, const obm_tensor *t, const
 static obm_status parse_mode(const place *at, const obm_json *record, obm_mode *out, obm_error *err) {
     const char *s;
     OBM_TRY(obm__field_string(record, "mode", at->manifest, &s, err));
-    for (int m = OBM_MODE_1BIT; m <= OBM_MODE_SAME; m++) {
+    for (int m = OBM_MODE_1BIT; m <= OBM_MODE_MASK; m++) {
         if (strcmp(s, obm_mode_name((obm_mode)m))) continue;
         *out = (obm_mode)m;
         return OBM_OK;
@@ -212,6 +245,10 @@ static obm_status load_entry(place *at, const obm_json *record, const obm__pack_
     if (e.mode == OBM_MODE_1BIT) {
         OBM_TRY(load_planes(at, record, &info->base, &e.planes, err));
         e.bytes_pack += planes_bytes(&e.planes);
+    }
+    if (e.mode == OBM_MODE_MASK) {
+        OBM_TRY(load_mask(at, record, &info->base, &e.masked, err));
+        e.bytes_pack += (uint64_t)e.masked.rows * (uint64_t)e.masked.row_bytes;
     }
     *out = e;
     return OBM_OK;
@@ -343,7 +380,7 @@ static obm_status load_expert(obm_pack *p, const obm_json *record, const char *w
     x->entries = obm__calloc(p->n_tensors, sizeof *x->entries);
     if (!x->name || !x->policy || !x->entries) return obm__fail_nomem(err, p->n_tensors * sizeof *x->entries);
     OBM_TRY(obm__pack_open_file(p->path, record, where, &x->file, err));
-    place at = {.file = x->file, .manifest = where, .task = x->name};
+    place at = {.file = x->file, .shared = &p->shared, .manifest = where, .task = x->name};
     OBM_TRY(load_entries(p, x, &at, tensors, err));
     return obm__text_load(obm__json_get(record, "text"), p->path, where, x->name, &x->text, err);
 }
@@ -364,6 +401,7 @@ static obm_status load_parts(obm_pack *p, size_t only, const char *where, obm_er
     const obm_json *experts;
     OBM_TRY(obm__field(p->manifest, "experts", OBM_JSON_ARRAY, where, &experts, err));
     size_t n = obm__json_size(experts);
+    OBM_TRY(obm__shared_load(p->manifest, p->path, where, &p->shared, err));
     if (only != ALL) return load_experts(p, experts, (range){only, only + 1}, where, err);
     OBM_TRY(obm__settings_parse(p->manifest, where, &p->settings, err));
     if (n < 1 || n > OBM_PACK_MAX_TASKS) {
@@ -408,6 +446,7 @@ void obm__pack_unload(obm_pack *p) {
         obm__safetensors_free(p->experts[i].file);
         obm__text_clear(&p->experts[i].text);
     }
+    obm__shared_close(&p->shared);
     obm_free(p->experts);
     obm_free(p->tensors);
     obm_free(p->path);

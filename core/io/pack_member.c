@@ -122,13 +122,15 @@ static obm__pair pair_of(const obm__pack_tensor_info *info, const obm__pack_entr
         p.extra_rows = e->full.ndim ? e->full.shape[0] - info->base.shape[0] : 0;
     } else if (e->mode == OBM_MODE_1BIT && e->planes.n) {
         p.planes = &e->planes;
+    } else if (e->mode == OBM_MODE_MASK) {
+        p.masked = &e->masked;
     }
     if (e->extra.data) {
         p.extra = &e->extra;
         p.extra_rows = e->extra.shape[0];
         p.expert.shape[0] += p.extra_rows;
     }
-    if (p.lora || p.planes || p.extra) p.expert.data = NULL;
+    if (p.lora || p.planes || p.masked || p.extra) p.expert.data = NULL;
     return p;
 }
 
@@ -146,3 +148,5 @@ obm_status obm__member_pairs(obm_task_vector *v, obm_error *err) {
 }
 
 void obm__member_unload(obm_pack *p) { obm__pack_unload(p); }
+
+obm_status obm__member_check(const obm_pack *p, obm_error *err) { return obm__pack_check(p, err); }

@@ -8,6 +8,7 @@
 #define OBM_PACK_PARTIAL ".obm-partial"   /* a file whose contents, and so whose name, are not known yet */
 #define OBM_PACK_FORMAT "onebitmerge pack"
 #define OBM_PACK_VERSION 1
+#define OBM_PACK_VERSION_SHARED 2   /* of a pack with shared vectors, and of no other */
 /* Routes, reports and confusion tables are sized for this many tasks. */
 #define OBM_PACK_MAX_TASKS OBM_MAX_REPORT_TASKS
 
@@ -70,7 +71,51 @@ obm_status obm__settings_parse(const obm_json *manifest, const char *where, obm_
 obm_status obm__settings_check(const obm_pack_settings *s, obm_error *err);
 void obm__settings_default(obm_profile profile, obm_pack_settings *out);
 
+/* ---- shared vectors and masks (pack_shared.c) ---- */
+
+/* One expert while the shared vectors are being made. */
+typedef struct obm__shared_expert {
+    const char *name;
+    obm_task_vector *v;        /* owned */
+    obm__policy policy;
+} obm__shared_expert;
+typedef struct obm__shared_job {
+    obm_context *ctx;
+    const obm_checkpoint *base;
+    const char *dir;
+    bool dry_run;
+    obm__pulse *ticker;        /* takes obm__expert_bytes of all experts */
+    obm_plan *plan;            /* added to */
+    obm__sharing rule;
+    int dtype;                 /* obm_dtype; -1: the base's, per tensor */
+    obm__shared_expert *experts; /* (n), owned */
+    size_t n;
+    obm__safetensors *file;    /* what was written; NULL in a dry run */
+} obm__shared_job;
+/* Whether `shared` is asked for, and how.  Errors: ARG. */
+obm_status obm__shared_options(const obm_compress_options *o, bool *wanted, obm__sharing *rule, int *dtype, obm_error *err);
+/* The task vectors of all experts and the file of what they share; *record (owned; untouched in a dry run) is the pack's
+ * "shared".  Free the job also after a failure. */
+obm_status obm__shared_write(obm__shared_job *j, const obm_expert *experts, obm_checkpoint *const *checkpoints, size_t n,
+                             obm_profile profile, obm_json **record, obm_error *err);
+void obm__shared_free(obm__shared_job *j);
+
+/* One matrix of one expert: its bits go to the writer.  sums: of |d| and |mask * shared|, added to with EMR. */
+typedef struct obm__mask_sums { double own, shared; } obm__mask_sums;
+obm_status obm__mask_write(const obm__shared_job *j, const obm__pair *pair, obm__st_writer *w, obm__pulse *ticker, uint64_t ticks,
+                           obm__mask_sums *sums, obm_error *err);
+uint64_t obm__mask_memory(const obm_context *ctx, int64_t rows, int64_t cols);
+
+/* The member "shared" of a pack of version 2, checked against its file; out is cleared with obm__shared_close, also after a
+ * failure.  Nothing without it in version 1. */
+obm_status obm__shared_load(const obm_json *manifest, const char *dir, const char *where, obm__pack_shared *out, obm_error *err);
+void obm__shared_close(obm__pack_shared *s);
+
 /* ---- writing one expert (pack_expert.c) ---- */
+
+/* Whether the expert's rows are the base's, value for value, where it has a tensor of its own.  Errors: those of the ticker
+ * (nullable). */
+obm_status obm__pair_is_same(obm_context *ctx, const obm__pair *p, obm__pulse *ticker, bool *same, obm_error *err);
 
 typedef struct obm__expert_request {
     obm_context *ctx;
@@ -82,6 +127,8 @@ typedef struct obm__expert_request {
     obm__pulse *ticker;       /* total is set by the caller: obm__expert_bytes of all */
     obm__base_digests *digests; /* nullable: takes hashes of what is read of the base */
     obm_plan *plan;            /* added to */
+    const obm__shared_job *shared; /* NULL: no masks */
+    obm_task_vector *v;        /* borrowed; NULL: it is made */
 } obm__expert_request;
 /* The caller's array, whose elements may be of another size, into one of ours: (n).  Strings and maps stay borrowed. */
 obm_status obm__experts_read(const obm_expert *given, size_t n, obm_expert *own, obm_error *err);

@@ -293,7 +293,7 @@ obm_status obm__job_open(obm__job *j, obm_error *err) {
 
 /* ---- tensors of an input ---- */
 
-static bool is_a_change(const obm__pair *p) { return p->lora || p->planes || p->extra; }
+static bool is_a_change(const obm__pair *p) { return p->lora || p->planes || p->masked || p->extra; }
 
 static bool is_changed(const obm__pair *p) { return p && (is_a_change(p) || p->expert.data != p->base.data); }
 

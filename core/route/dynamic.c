@@ -119,10 +119,12 @@ void obm__route_read(const obm__route_plan *r, size_t task, size_t tensor, int64
     bool comes_in = obm__route_involves(&r->rule, task);
     if (comes_in && e->mode == OBM_MODE_1BIT) {
         obm__planes_read_f64(&e->planes, row, col, n, out);
-    } else if (comes_in && e->mode == OBM_MODE_FULL) {
+    } else if (comes_in && obm__entry_is_dense(e)) {
         float d[OBM_ROUTE_CHUNK];
         int64_t at = row * r->tensors[tensor].cols + col;
-        if (e->lora.rank) {
+        if (e->mode == OBM_MODE_MASK) {
+            obm__masked_read(r->pack->ctx->k, &e->masked, at, n, d);
+        } else if (e->lora.rank) {
             obm__lowrank_read(r->pack->ctx->k, &e->lora, at, n, d);
         } else {
             obm__widen(r->pack->ctx->k, &e->full, at, n, d);

@@ -326,7 +326,7 @@ static obm_status add_remainder(const obm__coefficients *c, size_t task, table *
 static bool full_comes_in(const obm__coefficients *c, size_t task) {
     for (size_t j = 0; j < c->n_tasks; j++) {
         bool comes_in = j == task || c->lambda != 0;
-        if (comes_in && obm__route_entry(c->pack, j, c->tensor)->mode == OBM_MODE_FULL) return true;
+        if (comes_in && obm__entry_is_dense(obm__route_entry(c->pack, j, c->tensor))) return true;
     }
     return false;
 }

@@ -40,8 +40,10 @@ const obm__pack_entry *obm__route_entry(const obm_pack *p, size_t task, size_t t
     return &p->experts[task].entries[tensor];
 }
 
+bool obm__entry_is_dense(const obm__pack_entry *e) { return e->mode == OBM_MODE_FULL || e->mode == OBM_MODE_MASK; }
+
 bool obm__entry_present(const obm__pack_entry *e) {
-    return e->mode == OBM_MODE_FULL || (e->mode == OBM_MODE_1BIT && e->planes.n > 0);
+    return obm__entry_is_dense(e) || (e->mode == OBM_MODE_1BIT && e->planes.n > 0);
 }
 
 static bool in_remainder(const obm__merge_rule *rule, size_t task) {
@@ -76,7 +78,7 @@ static void choose_kind(const obm__route_plan *r, size_t tensor, obm__route_tens
         const obm__pack_entry *e = obm__route_entry(r->pack, j, tensor);
         if (!obm__route_involves(&r->rule, j) || !obm__entry_present(e)) continue;
         any = true;
-        full |= e->mode == OBM_MODE_FULL;
+        full |= obm__entry_is_dense(e);
         if (e->mode == OBM_MODE_1BIT) fits &= obm__plane_set_add(&t->planes, j, &e->planes);
     }
     const obm__pack_entry *routed = r->hard != SIZE_MAX ? obm__route_entry(r->pack, r->hard, tensor) : NULL;

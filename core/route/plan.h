@@ -38,8 +38,10 @@ struct obm__route_plan {
 
 /* The entry that gives expert k's task vector in a tensor: its own, or its embedding's where its head is tied. */
 const obm__pack_entry *obm__route_entry(const obm_pack *p, size_t task, size_t tensor);
-/* True if the entry has a task vector at all (a plane, or a full tensor). */
+/* True if the entry has a task vector at all (a plane, a mask, or a full tensor). */
 bool obm__entry_present(const obm__pack_entry *e);
+/* True if that task vector is more than signs and scales (a full tensor, or a mask): trimmed, and never run on planes. */
+bool obm__entry_is_dense(const obm__pack_entry *e);
 /* True if expert j's task vector enters the merge: routed to, or in the remainder of one that is. */
 bool obm__route_involves(const obm__merge_rule *rule, size_t task);
 

@@ -6,8 +6,9 @@
  *     mergekit, default    one threshold per expert and tensor
  *
  * k = max(1, floor(density * n)) in both.  1-bit matrices are never trimmed and are not counted: all their magnitudes
- * are equal, so a threshold would keep or delete a matrix as a whole, or pick elements by their index.  Under
- * `recomputed` what is trimmed is d~_j - d~_k, full where either of the two is.
+ * are equal, so a threshold would keep or delete a matrix as a whole, or pick elements by their index.  A mask of a
+ * shared vector counts as a full tensor.  Under `recomputed` what is trimmed is d~_j - d~_k, full where either of the
+ * two is.
  */
 #include "kth.h"
 #include "plan.h"
@@ -30,7 +31,7 @@ typedef struct vector {
 } vector;
 
 static bool is_full(const obm__route_plan *r, size_t task, size_t tensor) {
-    return task != SIZE_MAX && obm__route_entry(r->pack, task, tensor)->mode == OBM_MODE_FULL;
+    return task != SIZE_MAX && obm__entry_is_dense(obm__route_entry(r->pack, task, tensor));
 }
 
 /* A tied expert's head is its embedding again, which is counted there. */

@@ -17,14 +17,17 @@ for _name, _hook in {"Completion": Completion.make, "Score": Score, "RouterRepor
     _core._register(_name, _hook)
 
 
-def compress(base, experts, out, *, profile=None, overwrite=False, dry_run=False, progress=None):
+def compress(base, experts, out, *, profile=None, overwrite=False, dry_run=False, progress=None, shared=None, tall_lambda=0,
+             shared_dtype=None):
     """Compress experts of a base into the pack folder `out` (streaming) and open it.
 
     base: a path or a Checkpoint.  experts: {name: path | (path, policy) | Expert}.  profile: "paper" takes the paper's policy,
     lambda and trim.  dry_run: return the plan (tensors, bytes, memory, seconds) and write nothing.
+    shared: "tall" or "emr" stores one vector per matrix for all experts, in shared_dtype (the base's; "f32", "bf16", "f16"), and
+    a bit mask per expert instead of 1-bit planes; tall_lambda (0.4) is the threshold of TALL's masks.
     """
     base = base.path if isinstance(base, Checkpoint) else base
-    return _core.compress(base, experts, out, profile, overwrite, dry_run, progress)
+    return _core.compress(base, experts, out, profile, overwrite, dry_run, progress, shared, tall_lambda, shared_dtype)
 
 
 def merge(recipe, out, *, directory=None, profile=None, seed=None, shard_bytes=0, memory=0, overwrite=False, dry_run=False,

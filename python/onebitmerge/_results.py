@@ -75,7 +75,7 @@ class Expert:
     """An expert to compress: path, and how.
 
     policy: "linear" (default), "attention", "mlp", "paper", "full"; scale: "row" (default), "matrix", "group:N";
-    planes: sign planes per matrix; map: {glob: "1bit" | "full" | "drop"}, tried before the policy.
+    planes: sign planes per matrix; map: {glob: "1bit" | "mask" | "full" | "drop"}, tried before the policy.
     """
 
     path: str | os.PathLike
@@ -127,16 +127,25 @@ def pack_rows(pack) -> list[list[str]]:
 
 
 def pack_ratios(pack) -> dict[str, float]:
-    """The two storage ratios; both are bytes over bytes, and neither means anything without its label."""
-    packed = sum(b["bytes_pack"] for t in pack.tasks for b in pack.bytes(t).values())
+    """The two storage ratios; both are bytes over bytes, and neither means anything without its label.  Shared vectors count."""
+    packed = sum(b["bytes_pack"] for t in pack.tasks for b in pack.bytes(t).values()) + (pack.shared or {"bytes": 0})["bytes"]
     full = sum(b["bytes_expert"] for t in pack.tasks for b in pack.bytes(t).values())
     base = pack.base_bytes
     return {"pack / K full experts": packed / full if full else float("nan"),
             "(base + pack) / (base + K full deltas)": (base + packed) / (base + full) if base + full else float("nan")}
 
 
+def shared_lines(pack) -> list[str]:
+    s = pack.shared
+    if not s:
+        return []
+    method = f"{s['method']}, lambda {s['lambda']:g}" if s["lambda"] else s["method"]
+    return [f"shared by the masks of all experts ({method}): {s['tensors']} tensors, {size(s['bytes'])}"]
+
+
 def pack_repr(pack) -> str:
     lines = [f"Pack(\"{pack.path}\")", table(["expert", "class", "tensors", "stored", "expert bytes", "pack bytes"], pack_rows(pack))]
+    lines += shared_lines(pack)
     for task in pack.tasks:
         if factors := sum(b["bytes_adapter"] for b in pack.bytes(task).values()):
             lines.append(f"{task} was made from LoRA factors of {size(factors)}")
@@ -165,7 +174,7 @@ def run_table(pack) -> str:
 
 def pack_html(pack) -> str:
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in pack_rows(pack))
-    ratios = "; ".join([f"{html.escape(label)}: {value:.4f}" for label, value in pack_ratios(pack).items()] +
+    ratios = "; ".join(shared_lines(pack) + [f"{html.escape(label)}: {value:.4f}" for label, value in pack_ratios(pack).items()] +
                        [f"{html.escape(task)} brings its own {pack.text(task)}" for task in pack.tasks if pack.text(task)])
     return ("<table><tr><th>expert</th><th>class</th><th>tensors</th><th>stored</th><th>expert bytes</th><th>pack bytes</th></tr>"
             f"{cells}</table><p>{ratios}</p>")

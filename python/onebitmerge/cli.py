@@ -266,8 +266,8 @@ def parse_map(entries):
     rules = {}
     for entry in entries or []:
         glob, eq, mode = entry.rpartition("=")
-        if not eq or mode not in ("1bit", "full", "drop"):
-            raise Usage(f"--map takes GLOB=1bit|full|drop, found \"{entry}\"")
+        if not eq or mode not in ("1bit", "mask", "full", "drop"):
+            raise Usage(f"--map takes GLOB=1bit|mask|full|drop, found \"{entry}\"")
         rules[glob] = mode
     return rules or None
 
@@ -293,9 +293,10 @@ def compress(args):
         if name in experts:
             raise Usage(f"two experts are called \"{name}\"")
         experts[name] = expert
+    given = {"profile": args.profile, "shared": args.shared, "tall_lambda": args.tall_lambda, "shared_dtype": args.shared_dtype}
     if args.dry_run:
-        return print_plan(args, obm.compress(args.base, experts, args.output, profile=args.profile, dry_run=True), "compress")
-    pack = obm.compress(args.base, experts, folder_of(args), profile=args.profile, overwrite=args.force, progress=progress_of(args))
+        return print_plan(args, obm.compress(args.base, experts, args.output, dry_run=True, **given), "compress")
+    pack = obm.compress(args.base, experts, folder_of(args), overwrite=args.force, progress=progress_of(args), **given)
     show_pack(args, pack)
 
 
@@ -309,20 +310,21 @@ def show_pack(args, pack):
     for task in pack.tasks:
         for cls, b in pack.bytes(task).items():
             emit({"expert": task, "class": cls, **b, "policy": pack.policy(task), "text": pack.text(task)})
-    emit({"base": pack.base.path, "base_bytes": pack.base_bytes, "settings": pack.settings,
+    emit({"base": pack.base.path, "base_bytes": pack.base_bytes, **({"shared": pack.shared} if pack.shared else {}), "settings": pack.settings,
           "runs": {row.pop("class"): row for row in _results.run_rows(pack)}, **{label: value for label, value in _results.pack_ratios(pack).items()}})
 
 
 def add_reasons(pack, runs):
-    """Overlays get `why`: an expert's full tensor (extra vocabulary rows come with one), else too many products of planes."""
-    full = {}
+    """Overlays get `why`: an expert's full tensor (extra vocabulary rows come with one) or mask, else too many products of planes."""
+    full, masks = {}, {}
     for task in pack.tasks:
         for t in pack.tensors(task):
-            if t["mode"] == "full":
-                full.setdefault(t["name"], []).append(task)
+            if t["mode"] in ("full", "mask"):
+                (full if t["mode"] == "full" else masks).setdefault(t["name"], []).append(task)
     for r in runs:
         if "overlay" in (r["hard"], r["soft"]):
-            r["why"] = f"full in {', '.join(full[r['name']])}" if r["name"] in full else "more than 8 masks"
+            found = [f"{what} in {', '.join(of[r['name']])}" for what, of in (("full", full), ("a mask", masks)) if r["name"] in of]
+            r["why"] = "; ".join(found) or "more than 8 masks"
 
 
 def show_runs(args, pack):
@@ -664,7 +666,7 @@ def add_expert_arguments(p):
     p.add_argument("--policy", choices=POLICIES)
     p.add_argument("--scale", help="matrix, row (default) or group:N")
     p.add_argument("--planes", type=whole(1, 8), default=0, help="sign planes per matrix (default 1)")
-    p.add_argument("--map", action="append", metavar="GLOB=MODE", help="1bit, full or drop for matching tensors; may be given again")
+    p.add_argument("--map", action="append", metavar="GLOB=MODE", help="1bit, full or drop (with --shared also mask) for matching tensors; may be given again")
 
 
 def whole(low, high=2**63 - 1):
@@ -737,6 +739,9 @@ def make_parser():
     p.add_argument("base", metavar="BASE")
     p.add_argument("experts", nargs="+", metavar="NAME=EXPERT[:POLICY]")
     p.add_argument("--profile", choices=("default", "paper", "mergekit"))
+    p.add_argument("--shared", choices=("tall", "emr"), help="one vector per matrix for all experts and a bit mask each, instead of 1-bit planes")
+    p.add_argument("--tall-lambda", type=float, default=0, help="of tall's masks (default 0.4)")
+    p.add_argument("--shared-dtype", choices=("f32", "bf16", "f16"), help="of the shared vectors (default: the base's)")
     add_expert_arguments(p)
 
     group = verbs.add_parser("pack", help="show, verify or change a pack").add_subparsers(dest="action", required=True, metavar="ACTION")

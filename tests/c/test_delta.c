@@ -555,7 +555,7 @@ static void check_policy(const char *task, const char *preset, obm_profile profi
     char *text = NULL;
     e.name = task;
     e.policy = preset;
-    OK(obm__policy_parse(&e, profile, &p, &text, err));
+    OK(obm__policy_parse(&e, profile, false, &p, &text, err));
     assert_string_equal(text, want_text);
     for (int i = 0; i < 5; i++) {
         obm_mode mode = mode_of(&p, names[i], i == 4 ? 1 : 2);
@@ -588,7 +588,7 @@ static void test_maps_and_errors(void **unused) {
     e.planes = 2;
     e.map = map;
     e.n_map = 3;
-    OK(obm__policy_parse(&e, OBM_PROFILE_DEFAULT, &p, &text, err));
+    OK(obm__policy_parse(&e, OBM_PROFILE_DEFAULT, false, &p, &text, err));
     assert_string_equal(
         text, "linear, scale group:64, planes 2, map model.layers.0.*_proj.weight=drop *embed*=1bit *norm*=1bit");
     obm_free(text);
@@ -601,18 +601,18 @@ static void test_maps_and_errors(void **unused) {
     obm_map_rule wrong = {"*", OBM_MODE_SAME};
     e.map = &wrong;
     e.n_map = 1;
-    FAILS(obm__policy_parse(&e, OBM_PROFILE_DEFAULT, &p, &text, err), OBM_E_ARG, "1bit, full or drop");
+    FAILS(obm__policy_parse(&e, OBM_PROFILE_DEFAULT, false, &p, &text, err), OBM_E_ARG, "1bit, mask, full or drop");
     e.n_map = 0;
     e.policy = "paper";
-    FAILS(obm__policy_parse(&e, OBM_PROFILE_DEFAULT, &p, &text, err), OBM_E_ARG, "chat, math and code only");
+    FAILS(obm__policy_parse(&e, OBM_PROFILE_DEFAULT, false, &p, &text, err), OBM_E_ARG, "chat, math and code only");
     e.policy = "none";
-    FAILS(obm__policy_parse(&e, OBM_PROFILE_DEFAULT, &p, &text, err), OBM_E_ARG, "unknown policy \"none\"");
+    FAILS(obm__policy_parse(&e, OBM_PROFILE_DEFAULT, false, &p, &text, err), OBM_E_ARG, "unknown policy \"none\"");
     e.policy = NULL;
     e.planes = 9;
-    FAILS(obm__policy_parse(&e, OBM_PROFILE_DEFAULT, &p, &text, err), OBM_E_ARG, "9 planes");
+    FAILS(obm__policy_parse(&e, OBM_PROFILE_DEFAULT, false, &p, &text, err), OBM_E_ARG, "9 planes");
     e.planes = 1;
     e.scale = "half";
-    FAILS(obm__policy_parse(&e, OBM_PROFILE_DEFAULT, &p, &text, err), OBM_E_ARG, "unknown scale");
+    FAILS(obm__policy_parse(&e, OBM_PROFILE_DEFAULT, false, &p, &text, err), OBM_E_ARG, "unknown scale");
 }
 
 int main(void) {

@@ -106,10 +106,11 @@ static const char *in_root(const char *name) {
     return path;
 }
 
-static obm_status compress_to(const char *name, size_t n, obm_pack **out, obm_error *e) {
+static obm_status compress_as(const char *name, size_t n, const char *shared, obm_pack **out, obm_error *e) {
     obm_expert experts[3];
     obm_compress_options o = OBM_INIT(obm_compress_options);
     o.overwrite = true;
+    o.shared = shared;
     for (size_t i = 0; i < n; i++) {
         experts[i] = OBM_INIT(obm_expert);
         experts[i].name = tasks[i];
@@ -117,6 +118,10 @@ static obm_status compress_to(const char *name, size_t n, obm_pack **out, obm_er
         experts[i].planes = i == 1 ? 2 : 1;
     }
     return obm_compress(context, folders[0], experts, n, &o, in_root(name), NULL, out, e);
+}
+
+static obm_status compress_to(const char *name, size_t n, obm_pack **out, obm_error *e) {
+    return compress_as(name, n, NULL, out, e);
 }
 
 static obm_status try_model(obm_error *e) {
@@ -139,6 +144,14 @@ static obm_status try_export(obm_error *e) {
 static obm_status try_compress(obm_error *e) {
     obm_pack *p = NULL;
     obm_status status = compress_to("pack", 3, &p, e);
+    assert_true(status == OBM_OK || !p);
+    obm_pack_free(p);
+    return status;
+}
+
+static obm_status try_shared(obm_error *e) {
+    obm_pack *p = NULL;
+    obm_status status = compress_as("shared", 3, "emr", &p, e);
     assert_true(status == OBM_OK || !p);
     obm_pack_free(p);
     return status;
@@ -437,6 +450,7 @@ static void test_changes(void **state) {
 static void test_compress(void **state) {
     (void)state;
     fail_each(try_compress, 43, true);
+    fail_each(try_shared, 43, true);
 }
 
 static int setup(void **state) {

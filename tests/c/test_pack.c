@@ -1183,7 +1183,9 @@ static void test_hostile_manifests(void **state) {
         const char *from, *to, *part;
         obm_status status;
     } edits[] = {
-        {"\"version\": 1", "\"version\": 2", "version 2", OBM_E_UNSUPPORTED},
+        {"\"version\": 1", "\"version\": 2", "\"shared\": expected an object", OBM_E_FORMAT},
+        {"\"version\": 1", "\"version\": 3", "version 3", OBM_E_UNSUPPORTED},
+        {"\"mode\": \"1bit\"", "\"mode\": \"mask\", \"scaling\": 1", "the pack has no shared vectors", OBM_E_FORMAT},
         {"\"version\": 1", "\"version\": \"1\"", "\"version\": expected an integer", OBM_E_FORMAT},
         {"onebitmerge pack", "something", "\"format\" is \"something\"", OBM_E_FORMAT},
         {"\"lambda\": 0.", "\"lambda\": -0.", "lambda", OBM_E_FORMAT},

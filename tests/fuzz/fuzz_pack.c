@@ -9,7 +9,8 @@
 static char folder[64], pack_path[128], manifest_path[160];
 static obm_context *ctx;
 
-/* ---- the folder: base/, chat.safetensors, math.safetensors, router.safetensors ---- */
+/* ---- the folder: base/, chat.safetensors, math.safetensors, router.safetensors; of a pack with shared vectors
+ * mask-chat.safetensors, mask-math.safetensors, shared.safetensors ---- */
 
 typedef struct tensor {
     const char *name;
@@ -48,10 +49,24 @@ static void clean_up(void) {
 }
 
 /* The experts' files get fixed names, so that the corpus can name them. */
-static void settle(const char *task, const obm_pack *p, size_t i) {
+static void settle(const char *stem, const obm__safetensors *file) {
     char to[192];
-    snprintf(to, sizeof to, "%s/%s.safetensors", pack_path, task);
-    if (rename(p->experts[i].file->path, to)) abort();
+    snprintf(to, sizeof to, "%s/%s.safetensors", pack_path, stem);
+    if (rename(file->path, to)) abort();
+}
+
+/* The manifest of this pack with the names that settle() gives is corpus/pack/shared. */
+static void make_shared(const char *base, const obm_expert *e) {
+    char path[160];
+    obm_pack *p;
+    obm_compress_options o = OBM_INIT(obm_compress_options);
+    o.shared = "emr";
+    snprintf(path, sizeof path, "%s/masks", folder);
+    need(obm_compress(ctx, base, e, 2, &o, path, NULL, &p, NULL));
+    settle("mask-chat", p->experts[0].file);
+    settle("mask-math", p->experts[1].file);
+    settle("shared", p->shared.file);
+    obm_pack_free(p);
 }
 
 static void make_folder(void) {
@@ -77,11 +92,12 @@ static void make_folder(void) {
     e[1].scale = "group:64";
     e[1].planes = 2;
     need(obm_compress(ctx, base, e, 2, NULL, pack_path, NULL, &p, NULL));
-    settle("chat", p, 0);
-    settle("math", p, 1);
+    settle("chat", p->experts[0].file);
+    settle("math", p->experts[1].file);
     obm_pack_free(p);
     snprintf(path, sizeof path, "%s/router.safetensors", pack_path);
     write_tensors(path, router, 4, 3);
+    make_shared(base, e);
 }
 
 /* ---- the target ---- */
@@ -98,6 +114,8 @@ static void look(const obm_pack *p) {
             obm_pack_tensor_at(p, k, i, &t);
             for (int64_t r = 0; e->mode == OBM_MODE_1BIT && r < t.rows; r++)
                 obm__planes_read_row(ctx->k, &e->planes, r, 0, t.cols, row);
+            for (int64_t r = 0; e->mode == OBM_MODE_MASK && r < t.rows; r++)
+                obm__masked_read(ctx->k, &e->masked, r * t.cols, t.cols, row);
             if (e->full.data && obm_tensor_count(&e->full) > 0)
                 obm__widen(ctx->k, &e->full, obm_tensor_count(&e->full) - 1, 1, row);
             if (e->extra.data && obm_tensor_count(&e->extra) > 0)

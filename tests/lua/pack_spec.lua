@@ -191,3 +191,54 @@ describe("routes", function()
     assert.equal("NOTFOUND", select(3, pack:materialise("math", "no.such")))
   end)
 end)
+
+describe("shared vectors", function()
+  local shared = assert(compress { shared = "tall", tall_lambda = 0.3, shared_dtype = "f32" })
+
+  it("are one for all experts, with a mask each", function()
+    local s = shared:shared()
+    assert.same({ "tall", 0.3, 28 }, { s.method, s.lambda, s.tensors })
+    assert.is_nil(pack:shared())
+    local masks, values = 0, 0
+    for _, t in ipairs(shared:tensors("math")) do
+      if t.mode == "mask" then
+        masks, values = masks + 1, values + t.rows * t.cols
+        assert.equal(1, t.scaling)
+        assert.same({ t.rows, t.bytes // t.rows }, t.mask.shape)
+        assert.same({}, t.planes)
+      end
+    end
+    assert.equal(28, masks)
+    assert.equal(4 * values, s.bytes)
+    assert.truthy(tostring(shared):find("shared by the masks of all experts (tall, lambda 0.3): 28 tensors", 1, true))
+  end)
+
+  it("give the sum of the task vectors where the mask is 1", function()
+    local name = "model.layers.1.self_attn.q_proj.weight"
+    local d, base = {}, assert(obm.checkpoint(support.models .. "base"))[name]:totable()
+    for task, path in pairs(experts()) do d[task] = assert(obm.checkpoint(path))[name]:totable() end
+    local have = assert(shared:materialise("math", name)):totable()
+    local kept = 0
+    for i = 1, #base, 37 do
+      local mine = d.math[i] - base[i]
+      local sum = d.chat[i] + d.code[i] + d.math[i] - 3 * base[i]
+      local mask = math.abs(mine) > 0.3 * math.abs(sum - mine)
+      kept = kept + (mask and 1 or 0)
+      assert.near(base[i] + (mask and sum or 0), have[i], 1e-6)
+    end
+    assert.is_true(kept > 100)
+  end)
+
+  it("take no more experts, and let some go", function()
+    local p = assert(compress { shared = "emr" })
+    assert.equal("UNSUPPORTED", select(3, p:add("d", support.models .. "math")))
+    assert.is_true(p:remove("chat") ~= nil)
+    assert.same({ "code", "math" }, p:tasks())
+    assert(p:verify())
+  end)
+
+  it("are refused for what they are not", function()
+    assert.error_matches(function() compress { shared = "sum" } end, "tall or emr")
+    assert.error_matches(function() compress({}, { a = { support.models .. "math", map = { ["*q_proj*"] = "maks" } } }) end, "known: 1bit, mask")
+  end)
+end)
