@@ -42,6 +42,7 @@
     _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, \
                      13, -1, -1, 14, 15)
 #define WIDE_BF16(p) ((NAME(u))LOAD_BF16(p))
+#define ANY(v) _mm256_movemask_epi8((__m256i)(v))
 #define LOAD_F16(p) _mm256_cvtph_ps(LOAD_128(p))
 #define STORE_F16(p, v) _mm_storeu_si128((__m128i *)(void *)(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT))
 #define STORE_BF16(p, v) _mm_storeu_si128((__m128i *)(void *)(p), narrow_bf16(v))

@@ -75,6 +75,21 @@ typedef struct obm__agreement {
     float divisor; /* sum_f32 only */
 } obm__agreement;
 
+/* What merge_bf16 and vote_bf16 make of one stretch of bf16 tensors: delta_bf16, masks, factors and agree_f32 or
+ * sum_f32 in one pass, of which no lane goes to memory. */
+enum { OBM__TILE_MODELS = 8 }; /* at most */
+typedef struct obm__tile {
+    const uint16_t *const *models; /* (count) */
+    const uint16_t *base;          /* nullable: subtracted from the models, and added in the end */
+    size_t count;
+    const uint8_t *const *keep;   /* nullable; (count) bits as sign_pack writes them, or NULL: where it is 0, +0 */
+    const uint32_t *least;        /* (count), of delta_bf16, as is `round` */
+    const float *factors;         /* nullable; (count): of the masked deltas */
+    const float *weights, *votes; /* (count); these as in obm__agreement */
+    float lambda, zero_sign, divisor;
+    int round, agree, normalize; /* agree: as agree_f32, else as sum_f32 */
+} obm__tile;
+
 typedef struct obm_kernels {
     const char *isa; /* "scalar", "avx2", "avx512", "neon" */
 
@@ -137,6 +152,27 @@ typedef struct obm_kernels {
     /* exact.  f32_to_bf16, and the first index whose result is not finite, n if all are; from there on out has any
      * value. */
     size_t (*store_bf16)(uint16_t *out, const float *x, size_t n);
+
+    /* exact.  The same over bf16 tensors as they are.  Each returns the first index with a difference (of merge_bf16
+     * also: a result) that is not finite, rounded if asked for; n if there is none.  If there is one, what was written
+     * or counted has any value. */
+
+    /* counts[k] += number of differences, as delta_bf16 makes them, whose upper 15 bits under the sign are >= from[k],
+     * k < 8, from[k] < 2^15;  n < 2^31. */
+    size_t (*count_bf16)(uint32_t *counts, const uint16_t *from, const uint16_t *a, const uint16_t *b, int round,
+                         size_t n);
+    /* low_histogram of a - b (b NULL: a), not rounded. */
+    size_t (*low_bf16)(uint32_t *histogram /* 65536 */, uint32_t high, const uint16_t *a, const uint16_t *b, size_t n);
+    /* The merged stretch as bf16. */
+    size_t (*merge_bf16)(uint16_t *out, const obm__tile *t, size_t n);
+    /* *votes += number of elements whose sum of votes[t] * d[t] is above 0, less that of those below;  n < 2^31. */
+    size_t (*vote_bf16)(int64_t *votes, const obm__tile *t, size_t n);
+
+    /* exact.  Draws of a counter: z = mix(state + (i + 1) * 0x9e3779b97f4a7c15) modulo 2^64, where mix is the finaliser
+     * of core/merge/random.c.  random_bits: bit i, LSB first, is z >> 11 < limit, limit < 2^53; bits from n up to the
+     * end of the last byte are 0.  random_tops: out[i] = z >> 32. */
+    void (*random_bits)(uint8_t *bits, uint64_t state, uint64_t limit, size_t n);
+    void (*random_tops)(uint32_t *out, uint64_t state, size_t n);
 
     /* row-exact.  y[r] = sum_j w[r * ld + j] * x[j], r < rows, f32 accumulation in any lane order with fma;
      * |error| <= n * 2^-23 * sum |w x| against f64. */

@@ -207,6 +207,93 @@ size_t obm__scalar_store_bf16(uint16_t *out, const float *x, size_t n) {
     return n;
 }
 
+size_t obm__scalar_count_bf16(uint32_t *counts, const uint16_t *from, const uint16_t *a, const uint16_t *b, int round,
+                              size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float d;
+        if (!obm__scalar_delta_bf16(&d, a + i, b ? b + i : b, round, 0, 1)) return i;
+        for (size_t k = 0; k < 8; k++) counts[k] += (bits_of(d) >> 16 & 0x7fff) >= from[k];
+    }
+    return n;
+}
+
+size_t obm__scalar_low_bf16(uint32_t *histogram, uint32_t high, const uint16_t *a, const uint16_t *b, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float d;
+        if (!obm__scalar_delta_bf16(&d, a + i, b ? b + i : b, 0, 0, 1)) return i;
+        obm__scalar_low_histogram(histogram, high, &d, 1);
+    }
+    return n;
+}
+
+obm__tile obm__tile_behind(const obm__tile *t, size_t i, obm__tile_rest *room) {
+    obm__tile rest = *t;
+    for (size_t m = 0; m < t->count; m++) {
+        room->models[m] = t->models[m] + i;
+        if (t->keep) room->keep[m] = t->keep[m] ? t->keep[m] + i / 8 : NULL;
+    }
+    rest.models = room->models;
+    if (t->keep) rest.keep = room->keep;
+    if (t->base) rest.base = t->base + i;
+    return rest;
+}
+
+/* The masked deltas of element i; 0: one of them is not finite. */
+static int tile_deltas(const obm__tile *t, size_t i, float *d) {
+    for (size_t m = 0; m < t->count; m++) {
+        const uint8_t *keep = t->keep ? t->keep[m] : NULL;
+        const uint16_t *base = t->base ? t->base + i : NULL;
+        if (!obm__scalar_delta_bf16(d + m, t->models[m] + i, base, t->round, t->least[m], 1)) return 0;
+        if (keep && !(keep[i / 8] >> i % 8 & 1)) d[m] = 0;
+        if (t->factors) d[m] *= t->factors[m];
+    }
+    return 1;
+}
+
+size_t obm__scalar_merge_bf16(uint16_t *out, const obm__tile *t, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float d[OBM__TILE_MODELS], base, mixed;
+        obm__agreement m = {d,         t->count, 1, t->weights, t->votes, NULL, t->lambda, t->zero_sign, t->normalize,
+                            t->divisor};
+        if (!tile_deltas(t, i, d)) return i;
+        if (t->base) base = widen_bf16(half_at(t->base + i)), m.base = &base;
+        (t->agree ? obm__scalar_agree_f32 : obm__scalar_sum_f32)(&mixed, &m, 1);
+        if (!obm__scalar_store_bf16(out + i, &mixed, 1)) return i;
+    }
+    return n;
+}
+
+size_t obm__scalar_vote_bf16(int64_t *votes, const obm__tile *t, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float d[OBM__TILE_MODELS], sum = 0;
+        if (!tile_deltas(t, i, d)) return i;
+        for (size_t m = 0; m < t->count; m++) {
+            float vote = d[m] * t->votes[m];
+            sum += vote;
+        }
+        *votes += (sum > 0) - (sum < 0);
+    }
+    return n;
+}
+
+static uint64_t mixed_draw(uint64_t z) {
+    z = (z ^ z >> 30) * OBM__MIX_FIRST;
+    z = (z ^ z >> 27) * OBM__MIX_SECOND;
+    return z ^ z >> 31;
+}
+
+void obm__scalar_random_bits(uint8_t *bits, uint64_t state, uint64_t limit, size_t n) {
+    memset(bits, 0, (n + 7) / 8);
+    for (size_t i = 0; i < n; i++) {
+        state += OBM__GOLDEN;
+        bits[i / 8] |= (uint8_t)((mixed_draw(state) >> 11 < limit) << i % 8);
+    }
+}
+
+void obm__scalar_random_tops(uint32_t *out, uint64_t state, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = (uint32_t)(mixed_draw(state += OBM__GOLDEN) >> 32);
+}
+
 static float widen_bf16_at(const uint16_t *p) { return widen_bf16(half_at(p)); }
 static float widen_f16_at(const uint16_t *p) { return widen_f16(half_at(p)); }
 
@@ -487,6 +574,12 @@ const obm_kernels obm__kernels_scalar = {
     .agree_f32 = obm__scalar_agree_f32,
     .sum_f32 = obm__scalar_sum_f32,
     .store_bf16 = obm__scalar_store_bf16,
+    .count_bf16 = obm__scalar_count_bf16,
+    .low_bf16 = obm__scalar_low_bf16,
+    .merge_bf16 = obm__scalar_merge_bf16,
+    .vote_bf16 = obm__scalar_vote_bf16,
+    .random_bits = obm__scalar_random_bits,
+    .random_tops = obm__scalar_random_tops,
     .rows_bf16 = obm__scalar_rows_bf16,
     .rows_f16 = obm__scalar_rows_f16,
     .rows_f32 = obm__scalar_rows_f32,

@@ -34,6 +34,22 @@ void obm__scalar_low_histogram(uint32_t *histogram, uint32_t high, const float *
 void obm__scalar_agree_f32(float *out, const obm__agreement *m, size_t n);
 void obm__scalar_sum_f32(float *out, const obm__agreement *m, size_t n);
 size_t obm__scalar_store_bf16(uint16_t *out, const float *x, size_t n);
+size_t obm__scalar_count_bf16(uint32_t *counts, const uint16_t *from, const uint16_t *a, const uint16_t *b, int round,
+                              size_t n);
+size_t obm__scalar_low_bf16(uint32_t *histogram, uint32_t high, const uint16_t *a, const uint16_t *b, size_t n);
+size_t obm__scalar_merge_bf16(uint16_t *out, const obm__tile *t, size_t n);
+size_t obm__scalar_vote_bf16(int64_t *votes, const obm__tile *t, size_t n);
+/* A tile without its first i elements, a multiple of 8; room: for what its pointers become. */
+typedef struct obm__tile_rest {
+    const uint16_t *models[OBM__TILE_MODELS];
+    const uint8_t *keep[OBM__TILE_MODELS];
+} obm__tile_rest;
+obm__tile obm__tile_behind(const obm__tile *t, size_t i, obm__tile_rest *room);
+void obm__scalar_random_bits(uint8_t *bits, uint64_t state, uint64_t limit, size_t n);
+void obm__scalar_random_tops(uint32_t *out, uint64_t state, size_t n);
+#define OBM__GOLDEN 0x9e3779b97f4a7c15u
+#define OBM__MIX_FIRST 0xbf58476d1ce4e5b9u
+#define OBM__MIX_SECOND 0x94d049bb133111ebu
 void obm__scalar_rows_bf16(float *y, const uint16_t *w, size_t ld, size_t rows, const float *x, size_t n);
 void obm__scalar_rows_f16(float *y, const uint16_t *w, size_t ld, size_t rows, const float *x, size_t n);
 void obm__scalar_rows_f32(float *y, const float *w, size_t ld, size_t rows, const float *x, size_t n);

@@ -65,12 +65,19 @@ bool obm__group_is_plain(const obm__group *g, size_t model) {
            is_plain(g, delta ? g->base : NULL, delta ? g->base_change : NULL);
 }
 
+obm__plain obm__group_plain(const obm__group *g, size_t model, uint64_t begin) {
+    bool delta = g->steps->deltas && g->base;
+    return (obm__plain){(const uint16_t *)tensor_of(g, model)->data + begin,
+                        delta ? (const uint16_t *)g->base->data + begin : NULL,
+                        delta && g->steps->round_deltas && g->work == OBM_BF16};
+}
+
 size_t obm__group_trimmed(const obm_kernels *k, const obm__group *g, size_t model, uint64_t begin, size_t n,
                           const float *base, uint32_t least, float *d, float *scratch) {
-    bool delta = g->steps->deltas && g->base, round = delta && g->steps->round_deltas && g->work == OBM_BF16;
+    bool delta = g->steps->deltas && g->base;
     if (obm__group_is_plain(g, model)) {
-        const uint16_t *a = tensor_of(g, model)->data, *b = delta ? g->base->data : NULL;
-        return k->delta_bf16(d, a + begin, b ? b + begin : NULL, round, least, n);
+        obm__plain p = obm__group_plain(g, model, begin);
+        return k->delta_bf16(d, p.model, p.base, p.round, least, n);
     }
     read_input(k, g, model, begin, n, d, scratch);
     if (delta) {

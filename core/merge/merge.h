@@ -163,6 +163,8 @@ uint64_t obm__random_draw(uint64_t key, uint64_t element);
 uint64_t obm__random_limit(double keep);
 /* Zeroes d[j] unless element begin + j is drawn with probability `keep`. */
 void obm__random_mask(uint64_t key, uint64_t begin, double keep, float *d, size_t n);
+/* The same as bits, LSB first: 1 is kept.  keep < 1. */
+void obm__random_bits(const obm_kernels *k, uint64_t key, uint64_t begin, double keep, uint8_t *bits, size_t n);
 
 /* ---- masks by rank (ranked.c) ---- */
 
@@ -367,6 +369,13 @@ size_t obm__group_delta(const obm_kernels *k, const obm__group *g, size_t model,
                         const float *base, float *d, float *scratch);
 /* Whether obm__group_delta can do without `base`. */
 bool obm__group_is_plain(const obm__group *g, size_t model);
+/* What a plain delta is made of: bf16 of the model and of the base, from element `begin` on, and whether it is rounded.
+ */
+typedef struct obm__plain {
+    const uint16_t *model, *base; /* base: NULL where nothing is subtracted */
+    int round;
+} obm__plain;
+obm__plain obm__group_plain(const obm__group *g, size_t model, uint64_t begin);
 /* The same, and +0 in place of magnitude patterns below `least`. */
 size_t obm__group_trimmed(const obm_kernels *k, const obm__group *g, size_t model, uint64_t begin, size_t n,
                           const float *base, uint32_t least, float *d, float *scratch);

@@ -23,6 +23,7 @@ typedef struct walk {
     uint32_t *least;        /* (workers, n_models) */
     float *ones;            /* (n_models) */
     obm__ranked *ranked;    /* masks by rank of the span; NULL for other masks */
+    bool tiled;             /* blocks that are divisible take one pass over the files' bytes */
     double *before, *after; /* L1 norms: (n_models, blocks) */
     int64_t *votes;         /* elected signs: (workers) */
     obm__sums_fn sums;      /* what to add up, of `arg`: */
@@ -158,13 +159,16 @@ static obm__agreement agreement_of(const walk *w, const obm__block *l) {
                             .divisor = 1};
 }
 
-static void reduce_all(const walk *w, const obm__block *l, size_t n) {
-    const obm__steps *s = w->g->steps;
-    obm__agreement a = agreement_of(w, l);
+static float divisor_of(const obm__steps *s) {
     float divisor = 0;
     for (size_t i = 0; i < s->n; i++) divisor += s->weight[i];
     if (s->deltas && fabsf(divisor) < LEAST_WEIGHT) divisor = 1;
-    if (s->normalize) a.divisor = divisor;
+    return s->normalize ? divisor : 1;
+}
+
+static void reduce_all(const walk *w, const obm__block *l, size_t n) {
+    obm__agreement a = agreement_of(w, l);
+    a.divisor = divisor_of(w->g->steps);
     w->k->sum_f32(l->mixed, &a, n);
 }
 
@@ -179,6 +183,67 @@ size_t obm__store_block(const obm_kernels *k, obm_dtype dtype, float *x, size_t 
     obm__narrow(k, dtype, x, (int64_t)n, out);
     if (dtype == OBM_F16) k->f16_to_f32(x, out, n);
     return k->find_nonfinite(x, n);
+}
+
+/* ---- bf16 in one pass ---- */
+
+/* Every input is bf16 as it lies in the files, and nothing but trims and drawn masks stands between its deltas and
+ * their sum. */
+static bool is_tiled(const obm__group *g) {
+    const obm__steps *s = g->steps;
+    const obm__custom *custom = s->method->custom;
+    if ((custom && custom->merge) || s->n > OBM__TILE_MODELS || s->deltas != (g->base != NULL)) return false;
+    if (s->mask == OBM_MASK_OUTLIERS || s->mask == OBM_MASK_RANKED) return false;
+    for (size_t i = 0; i < s->n; i++)
+        if (!obm__group_is_plain(g, i)) return false;
+    return true;
+}
+
+typedef struct tile_room {
+    const uint16_t *models[OBM__TILE_MODELS];
+    const uint8_t *keep[OBM__TILE_MODELS];
+    uint8_t bits[OBM__TILE_MODELS][OBM_MERGE_BLOCK / 8];
+} tile_room;
+
+static obm__tile tile_of(const walk *w, const obm__block *l, const uint32_t *least, tile_room *room) {
+    const obm__group *g = w->g;
+    const obm__steps *s = g->steps;
+    obm__tile t = {.models = room->models,
+                   .count = s->n,
+                   .least = least,
+                   .weights = s->weight,
+                   .votes = s->weighted_election ? s->weight : w->ones,
+                   .lambda = s->lambda,
+                   .zero_sign = g->zero_sign,
+                   .divisor = divisor_of(s),
+                   .agree = s->consensus == OBM_CONSENSUS_SIGN,
+                   .normalize = s->normalize};
+    if (s->mask == OBM_MASK_RANDOM) t.keep = room->keep;
+    for (size_t i = 0; i < s->n; i++) {
+        obm__plain p = obm__group_plain(g, i, l->begin);
+        room->models[i] = p.model;
+        room->keep[i] = NULL;
+        t.base = p.base;
+        t.round = p.round;
+        if (g->factors[i] != 1.0f) t.factors = g->factors;
+        if (s->mask != OBM_MASK_RANDOM || s->density[i] >= 1) continue;
+        room->keep[i] = room->bits[i];
+        obm__random_bits(w->k, obm__random_key(s->seed, g->name, i), l->begin, s->density[i], room->bits[i], l->n);
+    }
+    return t;
+}
+
+static size_t merge_tile(walk *w, const obm__block *l, const uint32_t *least, int worker) {
+    (void)worker;
+    tile_room room;
+    obm__tile t = tile_of(w, l, least, &room);
+    return w->k->merge_bf16((uint16_t *)(void *)w->out + (l->begin - w->begin), &t, l->n);
+}
+
+static size_t vote_tile(walk *w, const obm__block *l, const uint32_t *least, int worker) {
+    tile_room room;
+    obm__tile t = tile_of(w, l, least, &room);
+    return w->k->vote_bf16(&w->votes[worker], &t, l->n);
 }
 
 /* Merges a block, or a part of one.  Returns the first index that is not finite, n if all are. */
@@ -197,9 +262,10 @@ static size_t merge_part(walk *w, obm__block *l, const uint32_t *least, int work
     return overflow < bad ? overflow : bad;
 }
 
-/* Calls fn for every part of the blocks [first, last) that can be taken alone. */
+/* Calls fn for every part of the blocks [first, last) that can be taken alone; tile for whole blocks where it can. */
 typedef size_t (*part_fn)(walk *w, obm__block *l, const uint32_t *least, int worker);
-static void walk_parts(walk *w, part_fn fn, bool whole, size_t first, size_t last, int worker) {
+typedef size_t (*tile_fn)(walk *w, const obm__block *l, const uint32_t *least, int worker);
+static void walk_parts(walk *w, part_fn fn, tile_fn tile, bool whole, size_t first, size_t last, int worker) {
     obm__block l = obm__block_of(w->block, w->k, w->g, worker);
     uint32_t *least = w->least + (size_t)worker * w->g->steps->n;
     obm__group_populate(w->g, SIZE_MAX, w->at + first * OBM_MERGE_BLOCK, w->at + last * OBM_MERGE_BLOCK);
@@ -207,6 +273,11 @@ static void walk_parts(walk *w, part_fn fn, bool whole, size_t first, size_t las
         set_block(w, b, &l);
         bool divisible = is_divisible(w->g, &l, least) && !whole;
         uint64_t end = l.begin + l.n;
+        if (divisible && w->tiled) {
+            size_t bad = tile(w, &l, least, worker);
+            if (bad < l.n) obm__note_lowest(&w->bad, l.begin + bad);
+            continue;
+        }
         for (size_t step = divisible ? OBM_MERGE_PART : l.n; l.begin < end; l.begin += l.n) {
             l.n = end - l.begin < step ? (size_t)(end - l.begin) : step;
             size_t bad = fn(w, &l, divisible ? least : NULL, worker);
@@ -218,7 +289,7 @@ static void walk_parts(walk *w, part_fn fn, bool whole, size_t first, size_t las
 static void merge_blocks(void *arg, size_t first, size_t last, int worker) {
     walk *w = arg;
     const obm__custom *custom = w->g->steps->method->custom;
-    walk_parts(w, merge_part, custom && custom->merge, first, last, worker);
+    walk_parts(w, merge_part, merge_tile, custom && custom->merge, first, last, worker);
 }
 
 obm_status obm__run_report(const obm__run *run, obm_error *err) {
@@ -231,6 +302,7 @@ obm_status obm__group_run(const obm__run *run, const obm__group *g, uint64_t beg
     const obm__custom *custom = g->steps->method->custom;
     if (custom && custom->run) return custom->run(run, g, begin, n, dtype, out, err);
     walk w = {.g = g, .begin = begin, .end = begin + n, .dtype = dtype, .out = out};
+    w.tiled = dtype == OBM_BF16 && is_tiled(g);
     return walk_blocks(run, &w, merge_blocks, err);
 }
 
@@ -299,7 +371,7 @@ static size_t vote_part(walk *w, obm__block *l, const uint32_t *least, int worke
 }
 
 static void vote_blocks(void *arg, size_t first, size_t last, int worker) {
-    walk_parts(arg, vote_part, false, first, last, worker);
+    walk_parts(arg, vote_part, vote_tile, false, first, last, worker);
 }
 
 /* The sign of the sum of all elected signs (Yadav et al., the authors' code: resolve_zero_signs); a sum
@@ -310,6 +382,7 @@ static obm_status find_majority(const obm__run *run, obm__group *groups, size_t 
     obm_status status = OBM_OK;
     for (size_t i = 0; status == OBM_OK && i < n_groups; i++) {
         walk w = {.g = &groups[i], .end = groups[i].count, .votes = votes};
+        w.tiled = is_tiled(w.g);
         status = walk_blocks(run, &w, vote_blocks, err);
     }
     for (int t = 0; t < run->ctx->threads; t++) sum += votes[t];

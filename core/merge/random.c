@@ -44,3 +44,7 @@ void obm__random_mask(uint64_t key, uint64_t begin, double keep, float *d, size_
         d[j] = obm__keep_if(d[j], draw >> 11 < limit);
     }
 }
+
+void obm__random_bits(const obm_kernels *k, uint64_t key, uint64_t begin, double keep, uint8_t *bits, size_t n) {
+    k->random_bits(bits, key + begin * GOLDEN, obm__random_limit(keep), n);
+}

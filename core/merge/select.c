@@ -26,8 +26,8 @@ typedef struct pass {
     uint32_t high, bits;      /* the decisive upper bits; the threshold */
     uint64_t begin, end;      /* elements, begin at a block boundary */
     float *scratch;           /* (workers) lanes */
-    uint32_t *histogram;      /* (workers, bins) */
-    size_t bins;              /* of the bounds: BOUNDS */
+    uint32_t *histogram;      /* (workers, stride) */
+    size_t bins, stride;      /* bins: that are counted; of the bounds BOUNDS, of equal elements none */
     uint32_t bounds[BOUNDS];  /* patterns, rising */
     uint16_t (*from)[BOUNDS]; /* nullable: (blocks), elements from each bound on */
     uint64_t *equal;          /* (blocks) of the whole group */
@@ -67,42 +67,71 @@ static size_t load_values(const pass *p, obm__block *b, uint64_t begin, size_t n
     return obm__group_delta(p->k, p->g, p->model, begin, n, b->base, b->mixed, b->scratch);
 }
 
+/* Counts of one block into the worker's histogram, or into the records of the block; returns the first index that is
+ * not finite. */
+static size_t count_values(const pass *p, obm__block *block, uint64_t begin, size_t n, uint32_t *here,
+                           uint32_t *histogram) {
+    const float *d = block->mixed;
+    size_t bad = load_values(p, block, begin, n);
+    if (bad < n) return bad;
+    if (p->what == COUNT_BOUNDS)
+        p->k->count_from(here, p->bounds, d, n);
+    else if (p->what == COUNT_LOW)
+        p->k->low_histogram(histogram, p->high, d, n);
+    else
+        p->equal[begin / OBM_MERGE_BLOCK] = count_equal(p->k, p->bits, d, n);
+    return n;
+}
+
+/* The same straight from the files' bytes.  Few elements share an upper half, so those equal to the threshold are what
+ * one bin of the lower ones gains; the bins are still there from the pass before. */
+static size_t count_plain(const pass *p, uint64_t begin, size_t n, uint32_t *here, uint32_t *histogram) {
+    obm__plain t = obm__group_plain(p->g, p->model, begin);
+    uint16_t high[BOUNDS];
+    if (p->what == COUNT_BOUNDS) {
+        for (size_t i = 0; i < BOUNDS; i++) high[i] = (uint16_t)(p->bounds[i] >> 16);
+        return p->k->count_bf16(here, high, t.model, t.base, t.round, n);
+    }
+    uint32_t *bin = histogram + (p->bits & 0xffff), before = *bin;
+    size_t bad = p->k->low_bf16(histogram, p->high, t.model, t.base, n);
+    if (p->what == COUNT_EQUAL) p->equal[begin / OBM_MERGE_BLOCK] = *bin - before;
+    return bad;
+}
+
+static bool counts_plainly(const pass *p) {
+    if (p->model == OBM_BY_SCORE || !obm__group_is_plain(p->g, p->model)) return false;
+    return p->what == COUNT_BOUNDS || !obm__group_plain(p->g, p->model, 0).round;
+}
+
 static void count_blocks(void *arg, size_t first, size_t last, int worker) {
     pass *p = arg;
     obm__block block = obm__block_of(p->scratch, p->k, p->g, worker);
-    float *d = block.mixed;
-    uint32_t *histogram = p->histogram + (size_t)worker * p->bins;
+    uint32_t *histogram = p->histogram + (size_t)worker * p->stride;
+    bool plain = counts_plainly(p);
     obm__group_populate(p->g, p->model, p->begin + first * OBM_MERGE_BLOCK, p->begin + last * OBM_MERGE_BLOCK);
     for (size_t b = first; b < last; b++) {
         uint64_t begin = p->begin + (uint64_t)b * OBM_MERGE_BLOCK;
-        size_t n = p->end - begin < OBM_MERGE_BLOCK ? (size_t)(p->end - begin) : OBM_MERGE_BLOCK;
-        size_t bad = load_values(p, &block, begin, n);
-        if (bad < n) {
-            obm__note_lowest(&p->bad, begin + bad);
-        } else if (p->what == COUNT_BOUNDS) {
-            uint32_t here[BOUNDS] = {0};
-            p->k->count_from(here, p->bounds, d, n);
-            for (size_t i = 0; i < BOUNDS; i++) histogram[i] += here[i];
-            for (size_t i = 0; p->from && i < BOUNDS; i++) p->from[begin / OBM_MERGE_BLOCK][i] = (uint16_t)here[i];
-        } else if (p->what == COUNT_LOW) {
-            p->k->low_histogram(histogram, p->high, d, n);
-        } else {
-            p->equal[begin / OBM_MERGE_BLOCK] = count_equal(p->k, p->bits, d, n);
-        }
+        size_t n = p->end - begin < OBM_MERGE_BLOCK ? (size_t)(p->end - begin) : OBM_MERGE_BLOCK, bad;
+        uint32_t here[BOUNDS] = {0};
+        bad = plain ? count_plain(p, begin, n, here, histogram) : count_values(p, &block, begin, n, here, histogram);
+        if (bad < n) obm__note_lowest(&p->bad, begin + bad);
+        if (p->what != COUNT_BOUNDS) continue;
+        for (size_t i = 0; i < BOUNDS; i++) histogram[i] += here[i];
+        for (size_t i = 0; p->from && i < BOUNDS; i++) p->from[begin / OBM_MERGE_BLOCK][i] = (uint16_t)here[i];
     }
 }
 
 /* The 32-bit histograms of the workers are flushed after every span. */
 static void flush_histograms(const selection *s, const pass *p) {
     for (int w = 0; w < s->run->ctx->threads; w++) {
-        uint32_t *histogram = p->histogram + (size_t)w * p->bins;
+        uint32_t *histogram = p->histogram + (size_t)w * p->stride;
         for (size_t i = 0; i < p->bins; i++) s->total[i] += histogram[i];
         memset(histogram, 0, p->bins * sizeof *histogram);
     }
 }
 
 static obm_status count_group(const selection *s, pass *p, obm_error *err) {
-    if (p->bins) memset(p->histogram, 0, (size_t)s->run->ctx->threads * p->bins * sizeof *p->histogram);
+    if (p->bins) memset(p->histogram, 0, (size_t)s->run->ctx->threads * p->stride * sizeof *p->histogram);
     p->bad = UINT64_MAX;
     for (p->begin = 0; p->begin < p->g->count; p->begin = p->end) {
         p->end = p->g->count - p->begin < OBM_MERGE_SPAN ? p->g->count : p->begin + OBM_MERGE_SPAN;
@@ -127,7 +156,7 @@ static obm_status count_low(const selection *s, uint32_t high, obm_error *err) {
     for (size_t i = 0; i < s->n_groups; i++) {
         pass p = pass_of(s, &s->groups[i], COUNT_LOW);
         p.high = high;
-        p.bins = LOW_BINS;
+        p.bins = p.stride = LOW_BINS;
         OBM_TRY(count_group(s, &p, err));
     }
     return OBM_OK;
@@ -138,7 +167,7 @@ static obm_status count_bounds(const selection *s, const uint32_t *high, obm_err
     memset(s->total, 0, BOUNDS * sizeof *s->total);
     for (size_t i = 0; i < s->n_groups; i++) {
         pass p = pass_of(s, &s->groups[i], COUNT_BOUNDS);
-        p.bins = BOUNDS;
+        p.bins = p.stride = BOUNDS;
         p.from = s->from;
         for (size_t k = 0; k < BOUNDS; k++) p.bounds[k] = high[k] << 16;
         OBM_TRY(count_group(s, &p, err));
@@ -286,6 +315,8 @@ static obm_status share_equal(const selection *s, obm__group *g, uint32_t bits, 
     if (!before) return obm__fail_nomem(err, blocks * sizeof *before);
     pass p = pass_of(s, g, COUNT_EQUAL);
     p.bits = bits;
+    p.high = bits >> 16;
+    p.stride = LOW_BINS;
     p.equal = before;
     obm_status status = OBM_OK;
     for (size_t b = 0; s->from && s->bound < BOUNDS && b < blocks; b++)

@@ -33,6 +33,7 @@
 #include "rows.h"
 
 #include "merge.h"
+#include "merge_bf16.h"
 #include "planes.h"
 #include "z12.h"
 
@@ -60,6 +61,12 @@ const obm_kernels TABLE = {
     .agree_f32 = NAME(agree_f32),
     .sum_f32 = NAME(sum_f32),
     .store_bf16 = NAME(store_bf16),
+    .count_bf16 = NAME(count_bf16),
+    .low_bf16 = NAME(low_bf16),
+    .merge_bf16 = NAME(merge_bf16),
+    .vote_bf16 = NAME(vote_bf16),
+    .random_bits = NAME(random_bits),
+    .random_tops = NAME(random_tops),
     .rows_bf16 = NAME(rows_bf16),
     .rows_f16 = NAME(rows_f16),
     .rows_f32 = NAME(rows_f32),

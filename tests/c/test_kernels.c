@@ -362,6 +362,138 @@ static void check_store(const obm_kernels *k, bench *t, size_t n, int kinds) {
     free(expected);
 }
 
+static void random_bf16(uint16_t *out, size_t n, int kinds) {
+    float *wide = malloc(n * 4 + 1);
+    fill(wide, n, kinds);
+    scalar_table()->f32_to_bf16(out, wide, n);
+    free(wide);
+}
+
+static void check_counts_bf16(const obm_kernels *k, bench *t, size_t n, int kinds) {
+    static uint32_t got[65536], expected[65536];
+    uint16_t *a = at_end(&t->a, n * 2), *b = at_end(&t->b, n * 2);
+    const uint16_t from[8] = {0, 1, 0x3c00, 0x3c80, 0x3c81, 0x3f80, 0x7f80, 0x7fff};
+    random_bf16(a, n, kinds);
+    random_bf16(b, n, kinds);
+    for (int form = 0; form < 3; form++) {
+        const uint16_t *base = form ? b : NULL;
+        uint32_t counts[8] = {5}, wanted[8] = {5}, high = 0;
+        size_t first = reference_delta(t->expected, a, base, form == 2, 0, n);
+        for (size_t i = 0; i < first; i++)
+            for (int c = 0; c < 8; c++) wanted[c] += bits_of(fabsf(t->expected[i])) >> 16 >= from[c];
+        assert_int_equal(k->count_bf16(counts, from, a, base, form == 2, n), first);
+        if (first == n) assert_memory_equal(counts, wanted, sizeof counts);
+        if (form == 2) continue;
+        memset(got, 0, sizeof got);
+        memset(expected, 0, sizeof expected);
+        if (n && first == n) high = bits_of(fabsf(t->expected[n / 2])) >> 16;
+        for (size_t i = 0; i < first; i++) {
+            uint32_t u = bits_of(fabsf(t->expected[i]));
+            if (u >> 16 == high) expected[u & 0xffff]++;
+        }
+        assert_int_equal(k->low_bf16(got, high, a, base, n), first);
+        if (first == n) assert_memory_equal(got, expected, sizeof got);
+    }
+}
+
+#define TILE_MODELS 5
+/* Masked and scaled deltas of a tile by their definition, (count, n).  Returns the first index that is not finite. */
+static size_t reference_deltas(const obm__tile *tile, size_t n, float *d) {
+    size_t first = n;
+    for (size_t m = 0; m < tile->count; m++) {
+        size_t bad = reference_delta(d + m * n, tile->models[m], tile->base, tile->round, tile->least[m], n);
+        if (bad < first) first = bad;
+        for (size_t i = 0; i < bad; i++) {
+            if (tile->keep && tile->keep[m] && !(tile->keep[m][i / 8] >> i % 8 & 1)) d[m * n + i] = 0;
+            if (tile->factors) d[m * n + i] *= tile->factors[m];
+        }
+    }
+    return first;
+}
+
+static void check_tile(const obm_kernels *k, bench *t, size_t n, int kinds) {
+    static const float weights[] = {0.5f, -0.25f, 1.5f, 0.7f, 3}, ones[] = {1, 1, 1, 1, 1};
+    static const float factors[] = {5, 1, 0.3f, 1, 2};
+    const uint32_t least[] = {0, bits_of(0.005f), 1, 0x80000000u, bits_of(0.01f)};
+    uint16_t *all = at_end(&t->a, n * 2 * TILE_MODELS), *base = at_end(&t->b, n * 2), *out = at_end(&t->c, n * 2);
+    float *d = malloc((n * TILE_MODELS + n) * 4 + 1), *mixed = d + n * TILE_MODELS, *wide = malloc(n * 4 + 1);
+    size_t bytes = (n + 7) / 8;
+    uint8_t *masks = malloc(bytes * 2 + 1);
+    const uint16_t *models[TILE_MODELS];
+    const uint8_t *keep[TILE_MODELS] = {masks, NULL, masks + bytes, NULL, masks};
+    uint16_t *expected = malloc(n * 2 + 1);
+    random_bf16(all, n * TILE_MODELS, kinds);
+    random_bf16(base, n, kinds);
+    for (size_t i = 0; i < 2 * bytes; i++) masks[i] = (uint8_t)next_random();
+    for (size_t m = 0; m < TILE_MODELS; m++) models[m] = all + m * n;
+    for (unsigned form = 0; form < 64; form++) {
+        obm__tile tile = {.models = models,
+                          .base = form & 1 ? base : NULL,
+                          .count = form % TILE_MODELS + 1,
+                          .keep = form & 2 ? keep : NULL,
+                          .least = least,
+                          .factors = form & 4 ? factors : NULL,
+                          .weights = weights,
+                          .votes = form & 8 ? weights : ones,
+                          .lambda = 0.3f,
+                          .zero_sign = form & 4 ? -1.0f : 1.0f,
+                          .divisor = form & 2 ? 1.7f : 1,
+                          .round = form >> 4 & 1,
+                          .agree = form >> 5,
+                          .normalize = form >> 1 & 1};
+        size_t first = reference_deltas(&tile, n, d);
+        for (size_t i = 0; base && i < n; i++) wide[i] = (float)small_float(base[i], 8, 7);
+        obm__agreement m = {d,           tile.count,     n,
+                            weights,     tile.votes,     tile.base ? wide : NULL,
+                            tile.lambda, tile.zero_sign, tile.normalize,
+                            tile.divisor};
+        int64_t votes = 7, wanted = 7;
+        for (size_t i = 0; i < first; i++) {
+            float s = 0;
+            for (size_t j = 0; j < tile.count; j++) s += tile.votes[j] * d[j * n + i];
+            wanted += (s > 0) - (s < 0);
+            mixed[i] = reference_merge(&m, i, tile.agree);
+        }
+        assert_int_equal(k->vote_bf16(&votes, &tile, n), first);
+        if (first == n) assert_int_equal(votes, wanted);
+        first = scalar_table()->store_bf16(expected, mixed, first);
+        assert_int_equal(k->merge_bf16(out, &tile, n), first);
+        if (first == n && memcmp(out, expected, n * 2)) fail_msg("%s merge_bf16: n %zu, form %u", k->isa, n, form);
+    }
+    free(d);
+    free(wide);
+    free(masks);
+    free(expected);
+}
+
+/* The generator as core/merge/random.c states it. */
+static uint64_t reference_draw(uint64_t state, uint64_t element) {
+    uint64_t z = state + (element + 1) * 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+}
+
+static void check_draws(const obm_kernels *k, bench *t, size_t n) {
+    size_t bytes = (n + 7) / 8;
+    uint8_t *bits = at_end(&t->a, bytes), *expected = malloc(bytes + 1);
+    uint32_t *tops = at_end(&t->b, n * 4);
+    uint64_t seed = next_random();
+    /* The last one is that of an element in the middle, whose upper half then decides nothing. */
+    const uint64_t limits[] = {0, 1, (uint64_t)1 << 51, ((uint64_t)1 << 53) - 1, reference_draw(seed, n / 2) >> 11};
+    for (int which = 0; which < 6; which++) {
+        uint64_t limit = limits[which < 5 ? which : 4] + (which == 5);
+        memset(expected, 0, bytes);
+        for (size_t i = 0; i < n; i++) expected[i / 8] |= (uint8_t)((reference_draw(seed, i) >> 11 < limit) << i % 8);
+        memset(bits, 0xaa, bytes);
+        k->random_bits(bits, seed, limit, n);
+        if (memcmp(bits, expected, bytes)) fail_msg("%s random_bits: n %zu, limit %d", k->isa, n, which);
+    }
+    k->random_tops(tops, seed, n);
+    for (size_t i = 0; i < n; i++) assert_int_equal(tops[i], reference_draw(seed, i) >> 32);
+    free(expected);
+}
+
 static void test_merging(void **unused) {
     (void)unused;
     bench t = bench_new();
@@ -373,7 +505,12 @@ static void test_merging(void **unused) {
             check_store(k, &t, n, PLAIN | ZEROS | DENORMALS);
             check_store(k, &t, n, PLAIN | INFINITE | NOT_A_NUMBER);
             check_agreement(k, &t, n);
+            check_draws(k, &t, n);
+            check_counts_bf16(k, &t, n, PLAIN | ZEROS | DENORMALS);
+            check_counts_bf16(k, &t, n, PLAIN | INFINITE | NOT_A_NUMBER);
+            check_tile(k, &t, n, PLAIN | ZEROS | DENORMALS);
         }
+        for (size_t n = 0; n < 300; n += 41) check_tile(k, &t, n, PLAIN | INFINITE | NOT_A_NUMBER);
         for (size_t n = 0; n < 600; n += 37) check_counts(k, &t, n);
         check_counts(k, &t, MAX_LENGTH);
     }

@@ -593,6 +593,66 @@ static void test_errors(void **state) {
     obm_context_free(ctx);
 }
 
+/* bf16 from beginning to end takes one pass over the elements; floats for output take several, and round to the same.
+ * Lengths: less than a vector, blocks with a rest, thresholds with many equal elements. */
+static void check_one_pass(obm_context *ctx, const char *method, obm_profile profile, size_t n_models, size_t n) {
+    const obm_kernels *k = obm_kernels_find("scalar");
+    uint16_t *data = malloc(2 * n * (n_models + 1)), *got = malloc(2 * n), *expected = malloc(2 * n);
+    float *wide = malloc(4 * n);
+    obm_tensor t[6];
+    for (size_t m = 0; m <= n_models; m++) {
+        for (size_t i = 0; i < n; i++) {
+            float x = uniform() * (m ? 0.01f : 0.1f), base = 0;
+            if (m) k->bf16_to_f32(&base, data + i, 1), x = rng() % 4 ? base + x : base;
+            k->f32_to_bf16(data + m * n + i, &x, 1);
+        }
+        t[m] = (obm_tensor){.data = data + m * n, .dtype = OBM_BF16, .ndim = 1, .shape = {(int64_t)n}};
+    }
+    const obm__method *method_row;
+    obm_error err;
+    assert_int_equal(obm__method_find(method, &method_row, &err), OBM_OK);
+    obm_param params[] = {{"weight", -1, 0.7}, {"weight", 0, -0.4}, {"density", -1, 0.3}};
+    obm__steps steps;
+    assert_int_equal(obm__steps_new(method_row, profile, n_models, NULL, params,
+                                    obm__method_param(method_row, "density") ? 3 : 2, 9, &steps, &err),
+                     OBM_OK);
+    obm__run run = {.ctx = ctx, .what = "merge"};
+    obm__group g = {.name = "w",
+                    .base = method_row->deltas ? t : NULL,
+                    .models = t + 1,
+                    .steps = &steps,
+                    .work = OBM_BF16,
+                    .count = n};
+    assert_int_equal(obm__statistics(&run, &g, 1, &err), OBM_OK);
+    assert_int_equal(obm__group_run(&run, &g, 0, n, OBM_BF16, got, &err), OBM_OK);
+    assert_int_equal(obm__group_run(&run, &g, 0, n, OBM_F32, wide, &err), OBM_OK);
+    k->f32_to_bf16(expected, wide, n);
+    if (memcmp(got, expected, 2 * n))
+        fail_msg("%s, %zu models, %zu elements: bf16 is not f32 rounded", method, n_models, n);
+    obm__group_clear(&g);
+    obm__steps_free(&steps);
+    free(data);
+    free(got);
+    free(expected);
+    free(wide);
+}
+
+static void test_one_pass(void **state) {
+    (void)state;
+    static const char *const methods[] = {"linear", "task_arithmetic",  "ties",        "dare_ties", "dare_linear",
+                                          "della",  "breadcrumbs_ties", "della_linear"};
+    obm_context *ctx = new_context(2);
+    rng_state = 11;
+    for (size_t i = 0; i < sizeof methods / sizeof *methods; i++)
+        for (size_t n_models = 1; n_models <= 5; n_models++)
+            for (int paper = 0; paper < 2; paper++) {
+                obm_profile profile = paper ? OBM_PROFILE_PAPER : OBM_PROFILE_MERGEKIT;
+                check_one_pass(ctx, methods[i], profile, n_models, 7 + n_models);
+                check_one_pass(ctx, methods[i], profile, n_models, 2 * OBM_MERGE_BLOCK + 77);
+            }
+    obm_context_free(ctx);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_vectors),
@@ -604,6 +664,7 @@ int main(void) {
         cmocka_unit_test(test_dare_mask),
         cmocka_unit_test(test_dare_values),
         cmocka_unit_test(test_half_deltas_are_rounded),
+        cmocka_unit_test(test_one_pass),
         cmocka_unit_test(test_errors),
     };
     return cmocka_run_group_tests_name("merge", tests, NULL, NULL);
