@@ -3,6 +3,7 @@
 #include "io.h"
 
 #include <dirent.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -198,6 +199,23 @@ static bool shard_name(const char *name) {
            strspn(s + 10, "0123456789") == 5 && strncmp(s + 10, "00001", 5) != 0;
 }
 
+/* "config.json, shards/ and 3 more": what there is instead. */
+static void describe_folder(const obm_checkpoint *c, const name_list *l, char *buf, size_t size) {
+    size_t used = 0, shown = 0, more = 0;
+    snprintf(buf, size, "an empty folder");
+    for (size_t i = 0; i < l->count; i++) {
+        char *path = l->names[i][0] == '.' ? NULL : obm__path_join(c->directory, l->names[i]);
+        if (!path) continue;
+        if (shown == 4 || strlen(l->names[i]) + used + 40 > size)
+            more++;
+        else
+            used += (size_t)snprintf(buf + used, size - used, "%s%s%s", shown++ ? ", " : "", l->names[i],
+                                     obm__is_directory(path) ? "/" : "");
+        obm_free(path);
+    }
+    if (more) snprintf(buf + used, size - used, " and %zu more", more);
+}
+
 static obm_status open_listed(obm_checkpoint *c, const name_list *l, obm_error *err) {
     const char *torch = NULL, *gguf = NULL;
     for (size_t i = 0; i < l->count; i++) {
@@ -213,8 +231,11 @@ static obm_status open_listed(obm_checkpoint *c, const name_list *l, obm_error *
     if (c->n_files > 0) return list_all(c, err);
     if (torch) return refuse_torch(c->path, torch, err);
     if (gguf) return refuse_gguf(c->path, gguf, err);
+    char found[240];
+    describe_folder(c, l, found, sizeof found);
     return obm__fail(err, OBM_E_FORMAT,
-                     "%s: no weights here: expected " ONE_FILE ", " INDEX_FILE " or other .safetensors files", c->path);
+                     "%s: no weights here: expected " ONE_FILE ", " INDEX_FILE " or other .safetensors files, found %s",
+                     c->path, found);
 }
 
 static obm_status open_unindexed(obm_checkpoint *c, obm_error *err) {

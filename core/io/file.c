@@ -96,6 +96,15 @@ obm_status obm__file_read(const char *path, char **text, size_t *size, obm_error
     return OBM_OK;
 }
 
+obm_status obm__refuse_pointer(const void *bytes, size_t size, const char *where, obm_error *err) {
+    static const char head[] = "version https://git-lfs";
+    if (size < sizeof head - 1 || memcmp(bytes, head, sizeof head - 1)) return OBM_OK;
+    return obm__fail(err, OBM_E_FORMAT,
+                     "%s: found a Git LFS pointer of %zu bytes in place of the file: fetch it with \"git lfs pull\", or "
+                     "download it again",
+                     where, size);
+}
+
 bool obm__file_exists(const char *path) {
     struct stat st;
     return stat(path, &st) == 0 && S_ISREG(st.st_mode);

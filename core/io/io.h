@@ -24,6 +24,8 @@ obm_status obm__map_check(const obm__map *m, const char *path, obm_error *err);
 void obm__map_close(obm__map *m);
 /* owned, NUL-terminated; size nullable */
 obm_status obm__file_read(const char *path, char **text, size_t *size, obm_error *err);
+/* FORMAT where the bytes are what Git LFS leaves in place of a file that was not fetched; OK for any others. */
+obm_status obm__refuse_pointer(const void *bytes, size_t size, const char *where, obm_error *err);
 bool obm__file_exists(const char *path);
 bool obm__is_directory(const char *path);
 bool obm__same_path(const char *a, const char *b);       /* both are there, and one file or folder */

@@ -81,6 +81,7 @@ obm_status obm__json_parse(const char *text, size_t size, const char *where, obm
         v = json_loadb(widened.data, widened.size, PARSE_FLAGS, &e);
         obm__buffer_free(&widened);
     }
+    if (!v) OBM_TRY(obm__refuse_pointer(text, size, where, err));
     if (!v) return parse_failure(&e, where, size, err);
     *out = v;
     return OBM_OK;

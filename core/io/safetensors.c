@@ -208,6 +208,7 @@ static obm_status header_length(const uint8_t *data, size_t size, const char *wh
 obm_status obm__safetensors_parse(const uint8_t *data, size_t size, const char *where, obm__safetensors *out,
                                   obm_error *err) {
     size_t n = 0;
+    OBM_TRY(obm__refuse_pointer(data, size, where, err));
     OBM_TRY(header_length(data, size, where, &n, err));
     obm_json *header;
     OBM_TRY(obm__json_parse((const char *)data + LENGTH_BYTES, n, where, &header, err));

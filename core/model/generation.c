@@ -159,7 +159,13 @@ static obm_status accept_logits(obm_model *m, obm__generation *g, float *logits,
         OBM_TRY(add_text(g, text, len, err));
         if (g->finished) return OBM_OK;
     }
-    if (step + 1 < g->settings->max_tokens && g->n_ids < (size_t)m->config.max_positions) return OBM_OK;
+    bool full = g->n_ids >= (size_t)m->config.max_positions;
+    if (step + 1 < g->settings->max_tokens && !full) return OBM_OK;
+    if (full && step + 1 < g->settings->max_tokens && !m->warned_of_length++)
+        obm__warn(m->ctx,
+                  "the %lld positions of the model (max_position_embeddings) are used up after a prompt of %zu tokens and "
+                  "%zu new ones: the text ends there",
+                  (long long)m->config.max_positions, g->n_prompt, step + 1);
     end(g, OBM_FINISH_LENGTH);
     return flush_text(g, err);
 }

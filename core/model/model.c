@@ -1,5 +1,6 @@
 /* A model as the caller holds it: opening, describing, logits, hidden states, features.  Generation is in generate.c.
  */
+#include "../text/text.h"
 #include "model.h"
 
 #include <string.h>
@@ -28,7 +29,8 @@ obm_status obm__model_load_config(obm_model *m, obm_error *err) {
     const obm_checkpoint *c = m->base;
     obm_json *generation;
     if (!c->config)
-        return obm__fail(err, OBM_E_FORMAT, "%s: no config.json here, so it cannot be run as a model",
+        return obm__fail(err, OBM_E_FORMAT, "%s: no config.json here, so it cannot be run as a model: expected a Hugging Face folder, with the "
+                         "config.json of the model that the weights belong to",
                          obm_checkpoint_path(c));
     OBM_TRY(load_generation_config(c, &generation, err));
     char *where = obm__path_join(c->directory, "config.json");
@@ -170,6 +172,12 @@ static obm_status open_local(obm_model *m, const char *path, const char *base, o
     if (base) return obm__fail(err, OBM_E_ARG, "%s: a base applies to a pack, and there is no pack.json here", path);
     OBM_TRY(obm_checkpoint_open(m->ctx, path, &m->own_checkpoint, err));
     m->base = m->own_checkpoint;
+    if (m->base->member)
+        return obm__fail(err, OBM_E_ARG,
+                         "%s is an expert of a pack: it runs as a route of it; open %s and give the route %s (generate "
+                         "%s --route %s)",
+                         path, m->base->member->pack, m->base->member->task, m->base->member->pack,
+                         m->base->member->task);
     return obm__checkpoint_is_model(m->base, "a model to run", err);
 }
 
@@ -417,7 +425,9 @@ static obm_status embed_one(obm_model *m, const obm_prompt *prompt, int layer, f
 obm_status obm_model_embed(obm_model *m, const obm_prompt *prompts, size_t n, int layer, obm_progress_fn progress,
                            void *user, float *out, obm_error *err) {
     obm__pulse pulse = obm__pulse_new(m->ctx, progress, user, "embed", n);
-    if (!m->tokenizer) return obm__fail(err, OBM_E_ARG, "%s: no tokenizer.json here", obm_checkpoint_path(m->base));
+    if (!m->tokenizer)
+        return obm__fail(err, OBM_E_ARG, "%s: no tokenizer.json here%s", obm_checkpoint_path(m->base),
+                         obm__tokenizer_hint(m->base->directory));
     OBM_TRY(obm__model_enter(m, &pulse, err));
     obm_status status = OBM_OK;
     for (size_t i = 0; i < n && status == OBM_OK; i++) {

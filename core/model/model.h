@@ -445,6 +445,7 @@ typedef struct obm__model_text {
 struct obm_model {
     obm_context *ctx;
     obm__guard guard;
+    unsigned warned_of_length;          /* a warning is given once */
     const obm_checkpoint *base;         /* of the pack, or our own */
     obm_checkpoint *own_checkpoint;
     const obm_pack *pack;               /* NULL for a plain model */

@@ -1,12 +1,13 @@
 /* From a prompt in any of its forms to the ids that run.  What a router sees of it is core/route's. */
+#include "../text/text.h"
 #include "model.h"
 
 #include <string.h>
 
 static obm_status need_tokenizer(const obm__prompter *how, obm_error *err) {
     if (how->tokenizer) return OBM_OK;
-    return obm__fail(err, OBM_E_ARG, "%s: no tokenizer.json here, so prompts must be token ids",
-                     obm_checkpoint_path(how->m->base));
+    return obm__fail(err, OBM_E_ARG, "%s: no tokenizer.json here, so prompts must be token ids%s",
+                     obm_checkpoint_path(how->m->base), obm__tokenizer_hint(how->m->base->directory));
 }
 
 static obm_status render(const obm__prompter *how, const obm_message *messages, size_t n, char **text, obm_error *err) {

@@ -1,4 +1,5 @@
 /* Log-likelihoods of given continuations.  Arithmetic in f64 over f32 logits. */
+#include "../text/text.h"
 #include "model.h"
 
 #include <math.h>
@@ -55,8 +56,8 @@ static obm_status encode_apart(const obm__prompter *how, const char *text, bool 
     int32_t *ids;
     size_t n;
     if (!how->tokenizer)
-        return obm__fail(err, OBM_E_ARG, "%s: no tokenizer.json here, so continuations must be token ids",
-                         obm_checkpoint_path(how->m->base));
+        return obm__fail(err, OBM_E_ARG, "%s: no tokenizer.json here, so continuations must be token ids%s",
+                         obm_checkpoint_path(how->m->base), obm__tokenizer_hint(how->m->base->directory));
     OBM_TRY(obm_tokenizer_encode(how->tokenizer, text, strlen(text), special, &ids, &n, err));
     obm_status status = append(t, ids, n, err);
     obm_free(ids);

@@ -13,7 +13,8 @@
 static obm_status unknown_task(const obm_pack *p, const char *name, obm_error *err) {
     obm__buffer known = {0};
     for (size_t k = 0; k < p->n_experts; k++) obm__buffer_printf(&known, "%s%s", k ? ", " : "", p->experts[k].name);
-    obm__fail(err, OBM_E_NOTFOUND, "route: no task named %.64s; this pack has %s", name,
+    obm__fail(err, OBM_E_NOTFOUND, "route: no task named %.64s%s; this pack has %s", name,
+              strcmp(name, "auto") ? "" : " (a router answers for a prompt; here is none)",
               known.data ? known.data : "none");
     obm__buffer_free(&known);
     return OBM_E_NOTFOUND;

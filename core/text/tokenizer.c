@@ -151,6 +151,20 @@ static obm_status open_in(const char *directory, const char *file, obm_tokenizer
     return status;
 }
 
+const char *obm__tokenizer_hint(const char *directory) {
+    char *path = obm__path_join(directory, "tokenizer.model");
+    bool there = path && obm__file_exists(path);
+    obm_free(path);
+    return there ? "; there is a tokenizer.model, which is not read: convert it in Python: from transformers import "
+                   "AutoTokenizer; AutoTokenizer.from_pretrained(IN).save_pretrained(OUT)"
+                 : "";
+}
+
+static obm_status refuse_other(const char *directory, const char *file, obm_error *err) {
+    const char *hint = obm__file_exists(file) ? "" : obm__tokenizer_hint(directory);
+    return *hint ? obm__fail(err, OBM_E_UNSUPPORTED, "%s: no tokenizer.json here%s", directory, hint) : OBM_OK;
+}
+
 obm_status obm_tokenizer_open(obm_context *ctx, const char *path, obm_tokenizer **out, obm_error *err) {
     if (!path || !out) return obm__fail(err, OBM_E_ARG, "obm_tokenizer_open: path and out must be given");
     bool folder = obm__is_directory(path);
@@ -159,7 +173,9 @@ obm_status obm_tokenizer_open(obm_context *ctx, const char *path, obm_tokenizer 
     char *directory = folder  ? obm__strdup(path)
                       : slash ? obm__strndup(path, (size_t)(slash - path) + 1)
                               : obm__strdup(".");
-    obm_status status = file && directory ? open_in(directory, file, out, err) : obm__fail_nomem(err, strlen(path));
+    obm_status status = file && directory ? OBM_OK : obm__fail_nomem(err, strlen(path));
+    if (status == OBM_OK && folder) status = refuse_other(directory, file, err);
+    if (status == OBM_OK) status = open_in(directory, file, out, err);
     if (status == OBM_OK) (*out)->ctx = ctx;
     obm_free(file);
     obm_free(directory);

@@ -239,7 +239,7 @@ def inspect(args):
     for a, b, by_class in pairs:
         print(f"\n{a} and {b}")
         print(_results.table(["class", "cosine", "sign agreement"],
-                             [[c, number(p["cosine"]), number(p["sign_agreement"])] for c, p in by_class.items()]))
+                             [[c, number(p["cosine"]), number(p["sign_agreement"] if math.isfinite(p["cosine"]) else math.nan)] for c, p in by_class.items()]))
 
 
 def inspect_tensors(args, ckpt, vectors):
@@ -433,6 +433,7 @@ def user_text(prompt):
 
 
 def route(args):
+    args.text = [*args.text, *args.prompt]
     if bool(args.text) == bool(args.file):
         raise Usage("give either texts or --file")
     items = [Item(text=text) for text in args.text] or read_lines(args.file)
@@ -626,6 +627,9 @@ def extract_lora(args):
 
 
 def export(args):
+    if args.route.strip() in ("auto", ""):
+        raise Usage(f"export writes one route: a task (--route chat) or weights (--route chat=.7,math=.3), found \"{args.route}\"; auto asks the router "
+                    "for each prompt, so it goes with generate")
     pack = obm.Pack(args.pack, base=args.base)
     if args.dry_run:
         return print_plan(args, pack.export(args.route, args.output, dtype=args.dtype, dry_run=True), "export")
@@ -634,8 +638,10 @@ def export(args):
     lost = report["lost"] / report["changed"] if report["changed"] else 0.0
     if args.json:
         return emit({"output": args.output, "route": pack.format_route(args.route), "lost_share": lost, **report})
-    print(f"{args.output}: {report['tensors']} tensors, {_results.size(report['bytes_written'])}, route {pack.format_route(args.route)}; "
-          f"{percent(lost)} of the changed weights were lost to rounding (--dtype f32 keeps them)")
+    kept = "no weight changed" if not report["changed"] else "no changed weight was lost to rounding" if not lost else (
+        f"{percent(lost) if lost >= 5e-5 else 'less than 0.01 %'} of the changed weights were lost to rounding"
+        + (" (--dtype f32 keeps them)" if args.dtype != "f32" else ""))
+    print(f"{args.output}: {report['tensors']} tensors, {_results.size(report['bytes_written'])}, route {pack.format_route(args.route)}; {kept}")
 
 
 def evaluate_verb(args):
@@ -777,6 +783,7 @@ def make_parser():
     p = verb(verbs, "route", route, "task and probabilities of texts", base=True, rest="text")
     p.add_argument("pack", metavar="PACK")
     p.add_argument("text", nargs="*", metavar="TEXT")
+    p.add_argument("-p", "--prompt", metavar="TEXT", action="append", default=[], help="the same as TEXT, as generate has it; may be given again")
     p.add_argument("--file", metavar="FILE", help="JSON lines: text|messages")
     p.add_argument("--router", metavar="FILE.py:FUNC|FILE.lua")
 

@@ -144,6 +144,17 @@ static void test_no_index(void **state) {
     (void)state;
     const char *dir = folder("loose");
     refused(dir, OBM_E_FORMAT, "no weights here");
+    refused(dir, OBM_E_FORMAT, "found an empty folder");
+    folder("loose/a");
+    put(dir, "config.json", "{}");
+    refused(dir, OBM_E_FORMAT, "or other .safetensors files, found a/, config.json");
+    static const char pointer[] = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n";
+    put(dir, "one.safetensors", pointer);
+    refused(dir, OBM_E_FORMAT, "loose/one.safetensors: found a Git LFS pointer of 63 bytes in place of the file");
+    put(dir, "config.json", pointer);
+    put_weights(dir, "one.safetensors", "a", "11");
+    refused(dir, OBM_E_FORMAT, "loose/config.json: found a Git LFS pointer of 63 bytes in place of the file");
+    put(dir, "config.json", "{}");
     put_weights(dir, "one.safetensors", "a", "11");
     put_weights(dir, "two.safetensors", "b", "22");
     put(dir, "optimizer.pt", "x");

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -547,3 +548,71 @@ def test_a_choice_that_is_not_there(models, tmp_path, capsys):
     items.write_text('{"prompt": "a", "choices": ["b", "c"], "correct": 7}\n')
     assert cli.main(["eval", str(models / "base"), "--task", str(items)]) == 1
     assert "index of one of 2 choices" in capsys.readouterr().err
+
+
+# ---- what is not where it should be ----
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 2887904\n"
+
+
+@pytest.fixture
+def folder(models, tmp_path):
+    """A copy of the base without some files and with others."""
+    def make(*without, **put):
+        path = tmp_path / "model"
+        shutil.copytree(models / "base", path)
+        for name in without:
+            (path / name).unlink()
+        for name, text in put.items():
+            (path / name.replace("_", ".")).write_text(text)
+        return path
+    return make
+
+
+@pytest.mark.parametrize("name", ["model_safetensors", "config_json", "tokenizer_json"])
+def test_lfs_pointers(fails, folder, name):
+    path = folder(**{name: LFS})
+    fails("generate", path, "-p", "x", match=f"model/{name.replace('_', '.')}: found a Git LFS pointer of {len(LFS)} bytes in place of the file: fetch it")
+    if name != "tokenizer_json":
+        fails("inspect", path, match="found a Git LFS pointer")
+
+
+def test_other_tokenizers(fails, folder, jsonl):
+    path = folder("tokenizer.json", tokenizer_model="x")
+    for call in (["generate", path, "-p", "x"], ["score", path, "--file", jsonl({"text": "x"})], ["tokenize", path, "--file", jsonl({"text": "x"})]):
+        fails(*call, match="no tokenizer.json here")
+        fails(*call, match="there is a tokenizer.model, which is not read: convert it in Python: from transformers import AutoTokenizer")
+
+
+def test_folders_that_are_no_models(fails, folder, tmp_path):
+    for name in ("up/a", "up/b", "empty"):
+        (tmp_path / name).mkdir(parents=True)
+    fails("generate", tmp_path / "up", "-p", "x", match="up: no weights here: expected model.safetensors, model.safetensors.index.json or other .safetensors files, found a/, b/")
+    fails("inspect", tmp_path / "empty", match="found an empty folder")
+    fails("generate", folder("config.json"), "-p", "x", match="no config.json here, so it cannot be run as a model: expected a Hugging Face folder")
+
+
+def test_an_expert_runs_as_a_route(fails, pack_path):
+    err = fails("generate", f"{pack_path}:math", "-p", "x", match=":math is an expert of a pack: it runs as a route of it")
+    assert f"(generate {pack_path} --route math)" in err
+
+
+def test_export_wants_one_route(fails, pack_path, tmp_path, run):
+    for route in ("auto", ""):
+        fails("export", pack_path, "--route", route, "-o", tmp_path / "x", code=2, match="export writes one route: a task (--route chat) or weights")
+    assert "no changed weight was lost to rounding" in run("export", pack_path, "--route", "math", "--dtype", "f32", "-o", tmp_path / "x")[1]
+    assert "no weight changed" in run("export", pack_path, "--route", "base", "-o", tmp_path / "y")[1]
+    with pytest.raises(obm.NotFoundError, match="no task named auto .a router answers for a prompt; here is none.; this pack has chat, math, code"):
+        obm.Pack(pack_path).export("auto", tmp_path / "z")
+
+
+def test_texts_to_route(lines, pack_path):
+    assert lines("route", pack_path, "-p", PROMPT) == lines("route", pack_path, PROMPT)
+    assert [r["text"] for r in lines("route", pack_path, "a", "-p", "b", "-p", "c")] == ["a", "b", "c"]
+
+
+def test_nothing_to_say(run, fails, models, pack_path, tmp_path):
+    fails("generate", models / "base", "-p", "", match="the prompt is empty: expected at least one token, and the tokenizer puts none (no BOS) in front")
+    shutil.copytree(models / "base", tmp_path / "same")
+    table = run("inspect", models / "base", tmp_path / "same", models / "math")[1].rpartition("sign agreement\n")[2]
+    assert [line.split()[1:] for line in table.splitlines()] == [["-", "-"]] * 4

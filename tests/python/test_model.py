@@ -441,3 +441,15 @@ def test_the_route_budget_is_kept(pack_path, ids):
     for route in ("chat", "math", "code", "chat"):
         assert np.array_equal(m.logits(ids, route=route), roomy.logits(ids, route=route))
     assert m.memory["overlays"] < roomy.memory["overlays"]
+
+
+def test_the_end_of_the_positions_is_told_once(models):
+    """512 positions: generation that would go on ends there, a longer prompt is an error."""
+    m = obm.Model(models / "base")
+    with pytest.warns(RuntimeWarning, match="the 512 positions of the model .max_position_embeddings. are used up after a prompt of 510 tokens and 2 new ones") as seen:
+        assert len(m.generate([5] * 510, max_tokens=8, ignore_eos=True).ids) == 2
+        m.generate([5] * 511, max_tokens=8, ignore_eos=True)
+    assert len(seen) == 1
+    for call in (lambda: m.generate([5] * 513), lambda: m.logits([5] * 513), lambda: m.score({"ids": [5] * 512}, "x")):
+        with pytest.raises(obm.ArgumentError, match="513 tokens are more than the 512 positions of the model .max_position_embeddings"):
+            call()
