@@ -1,5 +1,6 @@
-"""Runs every program of README.md in a folder where models/ is examples/models and route.* are the router's prompts."""
+"""Runs every program of README.md in a folder where models/ is examples/models and route.* are the router's prompts; checks its table of models."""
 
+import fnmatch
 import json
 import os
 import pathlib
@@ -108,3 +109,19 @@ def test_shell(folder, tmp_path):
     out = run(["sh", "-ec", "\n".join(programs)], folder, PATH=path, PYTHONPATH=python_path())
     assert "Answer: 22" in out and "held-out accuracy" in out
     assert (folder / "math-dense" / "model.safetensors").exists() and (folder / "merged" / "config.json").exists()
+
+
+def test_every_architecture_names_its_tests():
+    """Each row of core/model/arch.c is one of the table; what its last column names is there, and is of that model_type."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| `model_type` .*?\n\n", text, flags=re.M | re.S)[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+    known = re.findall(r"\.model_type = \"(\w+)\"", (ROOT / "core/model/arch.c").read_text(encoding="utf-8"))
+    assert [row[0].strip("`") for row in rows] == known
+    folders = {p.parent.name: json.loads(p.read_text())["model_type"] for p in (ROOT / "tests/vectors/models").glob("*/config.json")}
+    cases = re.findall(r"^    \"([\w-]+)\":", (ROOT / "tests/oracles/architectures.py").read_text(encoding="utf-8"), flags=re.M)
+    for row in rows:
+        vectors, oracles = (re.findall(r"`([^`]+)`", part) for part in row[3].split(";"))
+        for pattern in vectors:
+            assert {folders[name] for name in fnmatch.filter(folders, pattern)} == {row[0].strip("`")}, pattern
+        assert vectors and oracles and all(fnmatch.filter(cases, pattern) for pattern in oracles), row
