@@ -49,6 +49,11 @@ enum {
     OBM__Z12_UNPACKED = 16 /* rows that batch_z12 unpacks together: few enough for the nearest caches */
 };
 
+enum {
+    OBM__GEMM_ROWS = 32,  /* of a strip */
+    OBM__GEMM_BLOCK = 256 /* columns: 16 rows of them stay in the nearest cache */
+};
+
 typedef struct obm__z12_escape {
     uint32_t block;   /* ascending inside a group */
     uint8_t row, col; /* in the block */
@@ -188,6 +193,16 @@ typedef struct obm_kernels {
                       size_t tokens, size_t n);
     void (*batch_f32)(float *y, size_t ldy, const float *w, size_t ld, size_t rows, const float *x, size_t ldx,
                       size_t tokens, size_t n);
+
+    /* Prompts: rows in strips of 32, in a strip column by column, so that a run reads one stream. */
+
+    /* exact.  packed (n, 32): packed[j * 32 + r] = rows[r * ld + j]; rows n_rows .. 31 become 0. */
+    void (*gemm_pack)(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n);
+    /* row-exact, and so for vectors: y[t * ldy + r] depends on row r and vector t alone.  r < 32 * strips, t < tokens;
+     * packed (strips, n, 32).  Columns are summed in increasing order, with fma, by blocks of 256 whose sums are added
+     * in order; the bound of rows_f32 holds. */
+    void (*gemm)(float *y, size_t ldy, const float *packed, size_t strips, const float *x, size_t ldx, size_t tokens,
+                 size_t n);
 
     /* exact.  One group: rows 1..4 of w (rows ld apart; missing ones are zeros) to codes (blocks, 4, 96), table (4, 16)
      * and escapes.  Returns how many escapes there are; of more than room the first room are written.  The high bytes

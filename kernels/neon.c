@@ -185,6 +185,7 @@ static inline void z12_half(W *w, const uint8_t *p, const uint8_t *table, int ha
 }
 
 #define Z12_ENCODE obm__scalar_z12_encode
+#define GEMM_PACK obm__scalar_gemm_pack
 
 #include "template/all.h"
 #else

@@ -326,6 +326,32 @@ BATCH(batch_bf16, uint16_t, obm__scalar_rows_bf16)
 BATCH(batch_f16, uint16_t, obm__scalar_rows_f16)
 BATCH(batch_f32, float, obm__scalar_rows_f32)
 
+void obm__scalar_gemm_pack(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n) {
+    for (size_t j = 0; j < n; j++)
+        for (size_t r = 0; r < OBM__GEMM_ROWS; r++)
+            packed[j * OBM__GEMM_ROWS + r] = r < n_rows ? float_at(rows + r * ld + j) : 0;
+}
+
+/* Without fma: in portable C it may be a call for each. */
+static void gemm_block(float *y, const float *packed, const float *x, size_t n, int add) {
+    float sums[OBM__GEMM_ROWS] = {0};
+    for (size_t j = 0; j < n; j++)
+        for (size_t r = 0; r < OBM__GEMM_ROWS; r++) sums[r] += packed[j * OBM__GEMM_ROWS + r] * float_at(x + j);
+    for (size_t r = 0; r < OBM__GEMM_ROWS; r++) y[r] = add ? y[r] + sums[r] : sums[r];
+}
+
+static void gemm(float *y, size_t ldy, const float *packed, size_t strips, const float *x, size_t ldx, size_t tokens,
+                 size_t n) {
+    for (size_t s = 0; s < strips; s++)
+        for (size_t t = 0; t < tokens; t++) {
+            float *to = y + t * ldy + s * OBM__GEMM_ROWS;
+            memset(to, 0, OBM__GEMM_ROWS * sizeof *to);
+            for (size_t j = 0; j < n; j += OBM__GEMM_BLOCK)
+                gemm_block(to, packed + (s * n + j) * OBM__GEMM_ROWS, x + t * ldx + j,
+                           n - j < OBM__GEMM_BLOCK ? n - j : OBM__GEMM_BLOCK, j > 0);
+        }
+}
+
 void obm__scalar_plane_repack(uint8_t *block, const uint8_t *rows, size_t stride, size_t n_rows, size_t n_bytes) {
     for (size_t c = 0; c < n_bytes; c++)
         for (size_t r = 0; r < OBM__PLANE_ROWS; r++)
@@ -586,6 +612,8 @@ const obm_kernels obm__kernels_scalar = {
     .batch_bf16 = batch_bf16,
     .batch_f16 = batch_f16,
     .batch_f32 = batch_f32,
+    .gemm_pack = obm__scalar_gemm_pack,
+    .gemm = gemm,
     .z12_encode = obm__scalar_z12_encode,
     .z12_unpack = z12_unpack,
     .rows_z12 = rows_z12,

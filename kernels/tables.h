@@ -53,6 +53,7 @@ void obm__scalar_random_tops(uint32_t *out, uint64_t state, size_t n);
 void obm__scalar_rows_bf16(float *y, const uint16_t *w, size_t ld, size_t rows, const float *x, size_t n);
 void obm__scalar_rows_f16(float *y, const uint16_t *w, size_t ld, size_t rows, const float *x, size_t n);
 void obm__scalar_rows_f32(float *y, const float *w, size_t ld, size_t rows, const float *x, size_t n);
+void obm__scalar_gemm_pack(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n);
 /* 64 weights of one row to 96 bytes; table: the row's high bytes, code: their inverse, 16 for others.  Not 0: there are
  * escapes among them, whose index becomes 0. */
 typedef int (*obm__z12_block_fn)(uint8_t *out, const uint16_t *w, const uint8_t *table, const uint8_t *code);

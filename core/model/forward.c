@@ -4,19 +4,19 @@
 #include <math.h>
 #include <string.h>
 
-#define PANEL_ROWS 128
+#define PANEL_ROWS OBM__PLANE_ROWS
 
 /* ---- buffers ---- */
 
 void obm__scratch_free(obm__scratch *s) {
     void *all[] = {s->weights, s->x,    s->normed, s->q,        s->mixed,  s->k,       s->v,      s->gate,       s->up,
-                   s->cosine,  s->sine, s->panels, s->products, s->scores, s->widened,    s->strips,
+                   s->cosine,  s->sine, s->panels, s->packed,  s->products, s->scores, s->widened,    s->strips,
                    s->unpacked, s->tables, s->table_bytes};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) obm_free(all[i]);
     *s = (obm__scratch){0};
 }
 
-/* Zeroed: empty rows of a tile are read by GEMM (and their results thrown away). */
+/* Zeroed: what is added to the buffers later on is never uninitialised, empty rows of tiles included. */
 static obm_status resize(obm__scratch *s, float **p, size_t a, size_t b, obm_error *err) {
     size_t count;
     obm_free(*p);
@@ -73,6 +73,7 @@ static obm_status grow_rows(obm_model *m, size_t rows, obm_error *err) {
     s->panel_size = PANEL_ROWS * widest;
     s->widest = widest;
     OBM_TRY(resize(s, &s->panels, threads, s->panel_size, err));
+    OBM_TRY(resize(s, &s->packed, threads, s->panel_size, err));
     OBM_TRY(resize(s, &s->products, threads, OBM_TILE_TOKENS * PANEL_ROWS, err));
     OBM_TRY(grow_strips(m, err));
     OBM_TRY(grow_unpacked(m, widest, err));

@@ -4,8 +4,7 @@
 #include <math.h>
 #include <string.h>
 
-#define PANEL 128 /* weight rows of one GEMM call */
-#define PANEL_STEP 16
+#define PANEL OBM__PLANE_ROWS     /* weight rows of one GEMM call: a block of the planes, and whole strips */
 #define SHARE_FLOPS 1e5           /* least work of a worker: a few us, more than the hand-over costs */
 #define ROW_BLOCK OBM__PLANE_ROWS /* weight rows of one item of the row path: a block of the planes */
 
@@ -155,13 +154,9 @@ static obm_status prepare_tables(linear_job *j, obm_error *err) {
     return OBM_OK;
 }
 
-/* ---- tiled path: GEMM of (64 tokens, 128 weight rows, cols); the last panel of a matrix may have fewer rows ---- */
+/* ---- tiled path: GEMM of (64 tokens, 64 weight rows, cols); the last panel of a matrix may have fewer rows ---- */
 
 static int64_t panel_rows(const obm__matrix *w, int64_t row) { return w->rows - row < PANEL ? w->rows - row : PANEL; }
-
-/* Rows of the call: whole lanes of GEMM's inner kernel.  They depend on the matrix alone, and so does the summation
- * order. */
-static int64_t padded_rows(int64_t rows) { return (rows + PANEL_STEP - 1) / PANEL_STEP * PANEL_STEP; }
 
 static void widen_packed(const obm_kernels *k, const obm__z12 *w, size_t row, size_t rows, float *panel,
                          uint16_t *unpacked) {
@@ -172,66 +167,75 @@ static void widen_packed(const obm_kernels *k, const obm__z12 *w, size_t row, si
     }
 }
 
-/* The panel in f32, (padded_rows, cols), with what the route adds; rows beyond the matrix zero. */
-static const float *load_panel(const obm_kernels *k, const obm__matrix *w, int64_t row, float *panel, uint8_t *strip,
-                               uint16_t *unpacked) {
-    int64_t rows = panel_rows(w, row), padding = padded_rows(rows) - rows;
+/* Rows of the matrix in f32, (rows, cols), with what the route adds: where they are, or in `wide`. */
+static const float *widen_panel(const linear_job *j, const obm__matrix *w, int64_t row, int worker, float *wide) {
+    const obm_kernels *k = j->m->ctx->k;
+    int64_t rows = panel_rows(w, row);
     size_t count = (size_t)(rows * w->cols);
     const void *data = matrix_row(w, row);
-    if (w->dtype == OBM_F32 && !padding && !w->terms) return data;
+    if (w->dtype == OBM_F32 && !w->terms) return data;
     if (w->z12)
-        widen_packed(k, w->z12, (size_t)row, (size_t)rows, panel, unpacked);
+        widen_packed(k, w->z12, (size_t)row, (size_t)rows, wide, worker_rows(j, worker));
     else if (w->dtype == OBM_BF16)
-        k->bf16_to_f32(panel, data, count);
+        k->bf16_to_f32(wide, data, count);
     else if (w->dtype == OBM_F16)
-        k->f16_to_f32(panel, data, count);
+        k->f16_to_f32(wide, data, count);
     else
-        memcpy(panel, data, count * sizeof *panel);
-    memset(panel + count, 0, (size_t)(padding * w->cols) * sizeof *panel);
-    if (w->terms) obm__terms_add(k, w->terms, row, rows, panel, strip);
-    return panel;
+        memcpy(wide, data, count * sizeof *wide);
+    if (w->terms) obm__terms_add(k, w->terms, row, rows, wide, j->m->scratch.strips + (size_t)worker * OBM_STRIP_BYTES);
+    return wide;
 }
 
-static const obm__weights *tile_weights(const linear_job *j, size_t first) {
-    for (size_t i = first; i < first + OBM_TILE_TOKENS; i++)
-        if (j->weights[i]) return j->weights[i];
-    return NULL;
+/* The panel as GEMM takes it: strips of 32 rows, (strips, cols, 32). */
+static const float *load_panel(const linear_job *j, const obm__matrix *w, int64_t row, int worker) {
+    const obm__scratch *s = &j->m->scratch;
+    size_t cols = (size_t)w->cols, rows = (size_t)panel_rows(w, row);
+    float *packed = s->packed + (size_t)worker * s->panel_size;
+    const float *wide = widen_panel(j, w, row, worker, s->panels + (size_t)worker * s->panel_size);
+    for (size_t r = 0; r < rows; r += OBM__GEMM_ROWS)
+        j->m->ctx->k->gemm_pack(packed + r * cols, wide + r * cols, cols,
+                                rows - r < OBM__GEMM_ROWS ? rows - r : OBM__GEMM_ROWS, cols);
+    return packed;
 }
 
-/* product: (64, 128) -> the tile's rows of y, with the bias. */
-static void store_product(const linear_job *j, const obm__linear *l, size_t first, int64_t row, int64_t rows,
+/* The rows of a tile that hold tokens stand together: [*begin, *end); false where there are none. */
+static bool find_tokens(const linear_job *j, size_t first, size_t *begin, size_t *end) {
+    size_t stop = first + OBM_TILE_TOKENS;
+    *begin = first;
+    while (*begin < stop && !j->weights[*begin]) ++*begin;
+    *end = *begin;
+    while (*end < stop && j->weights[*end]) ++*end;
+    return *begin < *end;
+}
+
+/* product: (tokens, 64) -> rows [begin, end) of y, with the bias. */
+static void store_product(const linear_job *j, const obm__linear *l, size_t begin, size_t end, int64_t row, int64_t rows,
                           const float *product) {
-    for (size_t i = 0; i < OBM_TILE_TOKENS; i++) {
-        if (!j->weights[first + i]) continue;
-        float *y = l->y + (int64_t)(first + i) * l->ld + row;
-        const float *bias = find_bias(j, j->weights[first + i], l->role);
-        memcpy(y, product + i * PANEL, (size_t)rows * sizeof *y);
+    const float *bias = find_bias(j, j->weights[begin], l->role);
+    for (size_t i = begin; i < end; i++, product += PANEL) {
+        float *y = l->y + (int64_t)i * l->ld + row;
+        memcpy(y, product, (size_t)rows * sizeof *y);
         for (int64_t r = 0; bias && r < rows; r++) y[r] += bias[row + r];
     }
 }
 
 static void run_panels(void *arg, size_t begin, size_t end, int worker) {
     const linear_job *j = arg;
-    const obm__scratch *s = &j->m->scratch;
+    float *product = j->m->scratch.products + (size_t)worker * OBM_TILE_TOKENS * PANEL;
     for (size_t item = begin; item < end; item++) {
         int64_t row;
         const obm__linear *l = find_item(j, item, PANEL, &row);
         const obm__matrix *loaded = NULL;
         const float *panel = NULL;
-        float *product = s->products + (size_t)worker * OBM_TILE_TOKENS * PANEL;
-        for (size_t first = 0; first < j->n; first += OBM_TILE_TOKENS) {
-            const obm__weights *weights = tile_weights(j, first);
-            if (!weights) continue;
-            const obm__matrix *w = obm__weights_at(weights, j->layer, l->role);
-            if (!loaded || w->data != loaded->data || w->terms != loaded->terms)
-                panel =
-                    load_panel(j->m->ctx->k, w, row, s->panels + (size_t)worker * s->panel_size,
-                               s->strips ? s->strips + (size_t)worker * OBM_STRIP_BYTES : NULL, worker_rows(j, worker));
+        for (size_t first = 0, from, to; first < j->n; first += OBM_TILE_TOKENS) {
+            if (!find_tokens(j, first, &from, &to)) continue;
+            const obm__matrix *w = obm__weights_at(j->weights[from], j->layer, l->role);
+            if (!loaded || w->data != loaded->data || w->terms != loaded->terms) panel = load_panel(j, w, row, worker);
             loaded = w;
             int64_t rows = panel_rows(w, row);
-            obm__sgemm_nt(OBM_TILE_TOKENS, padded_rows(rows), w->cols, 1, j->x + (int64_t)first * w->cols, w->cols,
-                          panel, w->cols, 0, product, PANEL);
-            store_product(j, l, first, row, rows, product);
+            j->m->ctx->k->gemm(product, PANEL, panel, ((size_t)rows + OBM__GEMM_ROWS - 1) / OBM__GEMM_ROWS,
+                               j->x + (int64_t)from * w->cols, (size_t)w->cols, to - from, (size_t)w->cols);
+            store_product(j, l, from, to, row, rows, product);
         }
     }
 }
@@ -282,13 +286,6 @@ obm_status obm__linear_run(obm_model *m, const obm__weights *const *weights, siz
     obm__config_shape(&m->config, layers[0].role, &rows, &j.cols);
     place_items(&j, per_item);
     double item_flops = 2.0 * (double)n * (double)per_item * (double)j.cols;
-    if (!tiled) {
-        OBM_TRY(prepare_tables(&j, err));
-        return run_slices(&j, run_rows, item_flops, err);
-    }
-    OBM_TRY(obm__blas_check(m->ctx->threads, err));
-    obm__blas_enter();
-    obm_status status = run_slices(&j, run_panels, item_flops, err);
-    obm__blas_leave();
-    return status;
+    if (!tiled) OBM_TRY(prepare_tables(&j, err));
+    return run_slices(&j, tiled ? run_panels : run_rows, item_flops, err);
 }

@@ -387,7 +387,7 @@ typedef struct obm__scratch {
     float *k, *v;               /* (rows, kv_heads * head_dim) */
     float *gate, *up;           /* (rows, intermediate) */
     float *cosine, *sine;       /* (ropes, rows, pairs) */
-    float *panels, *products;   /* per worker: (128, widest) = panel_size, and (64, 128) */
+    float *panels, *packed, *products;   /* per worker: (64, widest) = panel_size, as read and as GEMM takes it; (64, 64) */
     size_t panel_size, widest;  /* columns of the widest matrix */
     uint8_t *strips;            /* per worker: OBM_STRIP_BYTES; NULL: no planes */
     uint16_t *unpacked;         /* per worker: (OBM__Z12_UNPACKED, widest); NULL: no z12 */
@@ -407,7 +407,7 @@ obm_status obm__scratch_tables(obm_model *m, size_t n, obm_error *err);
 /* One linear layer, y = x W^T + b; y: (n, ld). */
 typedef struct obm__linear { obm__role role; float *y; int64_t ld; } obm__linear;
 /* `count` <= 3 layers that read the same x, (n, cols), as one parallel region; row i is multiplied with weights[i], rows
- * with NULL are skipped.  tiled: through GEMM on tiles of 64 rows, else row by row. */
+ * with NULL are skipped.  tiled: through GEMM, whose results depend on the row of x and of W alone, else row by row. */
 obm_status obm__linear_run(obm_model *m, const obm__weights *const *weights, size_t n, bool tiled, int64_t layer,
                            const obm__linear *layers, size_t count, const float *x, obm_error *err);
 /* Zhang and Sennrich 2019: x / sqrt(mean(x^2) + eps) * (weight + offset); out may be x. */

@@ -2,7 +2,7 @@
  *
  *   TABLE, ISA                       the table's symbol and name
  *   W, LOAD_W(p)                     2 * VL bf16;   EVEN_W(w) ODD_W(w) the even and the odd ones, widened, in order
- *   Z12_ENCODE                       the table's z12_encode
+ *   Z12_ENCODE GEMM_PACK             the table's z12_encode and gemm_pack
  *   SPLIT_EVEN_ODD(p, a, b)          2 * VL floats in the same order
  */
 #include "elementwise.h"
@@ -32,6 +32,7 @@
 #define BATCH_LOAD LOAD
 #include "rows.h"
 
+#include "gemm.h"
 #include "merge.h"
 #include "merge_bf16.h"
 #include "planes.h"
@@ -73,6 +74,8 @@ const obm_kernels TABLE = {
     .batch_bf16 = NAME(batch_bf16),
     .batch_f16 = NAME(batch_f16),
     .batch_f32 = NAME(batch_f32),
+    .gemm_pack = GEMM_PACK,
+    .gemm = NAME(gemm),
     .z12_encode = Z12_ENCODE,
     .z12_unpack = NAME(z12_unpack),
     .rows_z12 = NAME(rows_z12),

@@ -735,11 +735,63 @@ static void test_unaligned_inputs(void **unused) {
     }
 }
 
+/* Packed strips hold the rows, and zeros behind them; products are within the bound, and have the bits of a call for
+ * one vector and one strip alone; what lies behind the results stays as it was. */
+static void check_gemm(const obm_kernels *k, size_t rows, size_t tokens, size_t n, guarded *gw, guarded *gp,
+                       guarded *gx) {
+    enum { MAX_TOKENS = 15, LDY = 70 };
+    size_t ld = n + 3, ldx = n + 2, strips = (rows + 31) / 32;
+    float *w = at_end(gw, ((rows - 1) * ld + n) * 4), *packed = at_end(gp, strips * 32 * n * 4);
+    float *x = at_end(gx, ((tokens - 1) * ldx + n) * 4), y[MAX_TOKENS * LDY], alone[32];
+    fill(w, (rows - 1) * ld + n, PLAIN | ZEROS);
+    fill(x, (tokens - 1) * ldx + n, PLAIN | ZEROS);
+    for (size_t s = 0; s < strips; s++)
+        k->gemm_pack(packed + s * 32 * n, w + s * 32 * ld, ld, rows - s * 32 < 32 ? rows - s * 32 : 32, n);
+    for (size_t r = 0; r < strips * 32; r++)
+        for (size_t i = 0; i < n; i++)
+            assert_true(bits_of(packed[(r / 32 * n + i) * 32 + r % 32]) == bits_of(r < rows ? w[r * ld + i] : 0));
+    for (size_t i = 0; i < MAX_TOKENS * LDY; i++) y[i] = -77;
+    k->gemm(y, LDY, packed, strips, x, ldx, tokens, n);
+    for (size_t i = 0; i < MAX_TOKENS * LDY; i++) {
+        size_t t = i / LDY, r = i % LDY;
+        double sum = 0, magnitude = 0;
+        if (t >= tokens || r >= strips * 32) {
+            assert_true(y[i] == -77);
+            continue;
+        }
+        if (r % 32 == 0) k->gemm(alone, 32, packed + r * n, 1, x + t * ldx, ldx, 1, n);
+        assert_true(bits_of(alone[r % 32]) == bits_of(y[i]));
+        for (size_t c = 0; r < rows && c < n; c++) {
+            sum += (double)w[r * ld + c] * (double)x[t * ldx + c];
+            magnitude += fabs((double)w[r * ld + c] * (double)x[t * ldx + c]);
+        }
+        if (!(fabs(y[i] - sum) <= (double)n * 0x1p-23 * magnitude))
+            fail_msg("%s gemm: row %zu, vector %zu of %zu, n %zu: %.9g, expected %.9g", k->isa, r, t, tokens, n,
+                     (double)y[i], sum);
+    }
+}
+
+static void test_gemm(void **unused) {
+    (void)unused;
+    guarded w = guarded_new(64 * 700 * 4), packed = guarded_new(64 * 700 * 4), x = guarded_new(15 * 700 * 4);
+    EACH_TABLE(k) {
+        for (size_t n = 0; n <= 40; n++) check_gemm(k, 32, 3, n, &w, &packed, &x);
+        for (size_t tokens = 1; tokens <= 15; tokens++) check_gemm(k, 64 - tokens, tokens, 23, &w, &packed, &x);
+        check_gemm(k, 64, 9, 256, &w, &packed, &x);
+        check_gemm(k, 33, 7, 600, &w, &packed, &x);
+    }
+    guarded_free(&w);
+    guarded_free(&packed);
+    guarded_free(&x);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_tables), cmocka_unit_test(test_widen_all), cmocka_unit_test(test_narrow),
-        cmocka_unit_test(test_exact),  cmocka_unit_test(test_merging),   cmocka_unit_test(test_nonfinite_position),
-        cmocka_unit_test(test_rows),   cmocka_unit_test(test_batch),     cmocka_unit_test(test_unaligned_inputs),
+        cmocka_unit_test(test_tables),  cmocka_unit_test(test_widen_all),
+        cmocka_unit_test(test_narrow),  cmocka_unit_test(test_exact),
+        cmocka_unit_test(test_merging), cmocka_unit_test(test_nonfinite_position),
+        cmocka_unit_test(test_rows),    cmocka_unit_test(test_batch),
+        cmocka_unit_test(test_gemm),    cmocka_unit_test(test_unaligned_inputs),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
