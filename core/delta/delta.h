@@ -113,9 +113,11 @@ typedef struct obm__sharing {
  * the sum is; out has no meaning then. */
 bool obm__shared_read(const obm_kernels *k, const obm__sharing *s, const obm__pair *const *pairs, size_t count, int64_t begin,
                       int64_t n, float *out);
-/* The mask of n <= OBM_BLOCK elements; d of the model and the shared vector as it is stored.  Whole bytes are written, bits
+/* The mask of n elements; d of the model and the shared vector as it is stored.  Whole bytes are written, bits
  * from n on are 0. */
-void obm__mask_pack(const obm_kernels *k, const obm__sharing *s, const float *d, const float *shared, int64_t n, uint8_t *bits);
+void obm__mask_pack(const obm__sharing *s, const float *d, const float *shared, int64_t n, uint8_t *bits);
+/* x[i] = 0 where bit (first + i) is 0. */
+void obm__mask_apply(const uint8_t *bits, int64_t first, float *x, int64_t n);
 
 /* How scales are laid out over a (rows, cols) matrix. */
 typedef enum { OBM_SCALE_MATRIX = 0, OBM_SCALE_ROW = 1, OBM_SCALE_GROUP = 2 } obm__scale_kind;

@@ -371,7 +371,7 @@ typedef struct mask_job {
 } mask_job;
 
 static double masked_sum(const obm_kernels *k, const uint8_t *bits, float *x, int64_t n) {
-    for (int64_t i = 0; i < n; i++) x[i] = bits[i >> 3] >> (i & 7) & 1 ? x[i] : 0;
+    obm__mask_apply(bits, 0, x, n);
     return k->abs_sum(x, (size_t)n);
 }
 
@@ -384,7 +384,7 @@ static void mask_row(mask_job *m, int64_t row, uint8_t *bits, double *own, doubl
         obm__widen(m->k, m->shared, row * m->cols + at, n, x);
         int64_t bad = (int64_t)m->k->find_nonfinite(d, (size_t)n);
         if (bad < n) note_bad(&m->bad, row * m->cols + at + bad);
-        obm__mask_pack(m->k, m->rule, d, x, n, bits + at / 8);
+        obm__mask_pack(m->rule, d, x, n, bits + at / 8);
         own[b] = m->rule->emr ? m->k->abs_sum(d, (size_t)n) : 0;
         of[b] = m->rule->emr ? masked_sum(m->k, bits + at / 8, x, n) : 0;
     }
