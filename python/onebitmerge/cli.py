@@ -381,7 +381,7 @@ def has_router(pack):
 def pack_add(args):
     pack = obm.Pack(args.pack, base=args.base)
     name, expert = parse_expert(args.expert, args)
-    if args.dry_run:
+    if args.dry_run and not pack.shared:   # else `add` refuses
         return print_plan(args, obm.compress(pack.base, {name: expert}, args.pack, dry_run=True), "add")
     routed = has_router(pack)
     pack.add(name, expert, progress=progress_of(args))

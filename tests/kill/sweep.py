@@ -202,6 +202,7 @@ def make_cases(work):
     cases = [
         Case("compress", place, ["compress", base, *two, "-o", place], pack_of),
         Case("compress --force", place, ["compress", base, *two, "--scale", "matrix", "-o", place, "--force"], pack_of, old=pack),
+        Case("compress --shared", place, ["compress", base, *two, "--shared", "emr", "-o", place], pack_of),
         Case("pack add", place, add, pack_of, old=pack, again=lambda complete: settle if complete else add),
         Case("pack remove", place, remove, pack_of, old=pack, again=lambda complete: settle if complete else remove),
         Case("pack set", place, put, pack_of, old=pack, again=lambda complete: put),

@@ -348,3 +348,6 @@ def test_from_the_shell(family, tmp_path, capsys):
     assert last["(base + pack) / (base + K full deltas)"] == pytest.approx((pack.base_bytes + stored) / (pack.base_bytes + full))
     assert "a mask in a, b, c" in run("pack", "show", tmp_path / "p", "--runs")
     assert "tensors" in run(*argv[:-1], tmp_path / "q", "--shared", "emr", "--dry-run")
+    for more in ([], ["--dry-run"]):
+        assert cli.main(["pack", "add", str(tmp_path / "p"), f"d={family / 'a'}", *more]) == 1
+        assert "shares one vector among its experts" in capsys.readouterr().err
