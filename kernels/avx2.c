@@ -21,6 +21,13 @@
 #define MUL(a, b) _mm256_mul_ps(a, b)
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 
+#define DIV(a, b) _mm256_div_ps(a, b)
+/* Of a NaN and a number the instruction gives the second operand. */
+#define AT_LEAST(v, a) _mm256_max_ps(a, v)
+#define AT_MOST(v, a) _mm256_min_ps(a, v)
+#define POWER(n) \
+    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23))
+
 #define D __m256d
 #define DL 4
 #define LOAD_D(p) _mm256_cvtps_pd(_mm_loadu_ps(p))

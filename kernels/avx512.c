@@ -21,6 +21,13 @@
 #define MUL(a, b) _mm512_mul_ps(a, b)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 
+#define DIV(a, b) _mm512_div_ps(a, b)
+/* Of a NaN and a number the instruction gives the second operand. */
+#define AT_LEAST(v, a) _mm512_max_ps(a, v)
+#define AT_MOST(v, a) _mm512_min_ps(a, v)
+#define POWER(n) \
+    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23))
+
 #define D __m512d
 #define DL 8
 #define LOAD_D(p) _mm512_cvtps_pd(_mm256_loadu_ps(p))

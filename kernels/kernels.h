@@ -194,6 +194,16 @@ typedef struct obm_kernels {
     void (*batch_f32)(float *y, size_t ldy, const float *w, size_t ld, size_t rows, const float *x, size_t ldx,
                       size_t tokens, size_t n);
 
+    /* exact.  With e(x), the exponential within 2^-22 of itself (and 2^-149 where it is denormal), 0 for -Inf, Inf from
+     * 88.73 on, NaN for NaN. */
+
+    /* exact.  gate = gate / (1 + e(-gate)) * up. */
+    void (*silu_mul)(float *gate, const float *up, size_t n);
+    /* exact.  x = e(x - max), and their sum, n <= 4096, as abs_sum has it. */
+    double (*exp_sum)(float *x, float max, size_t n);
+    /* exact.  out[i] += w[0] * rows[i], then w[1] * rows[ld + i] and so on; each product rounded, then the sum. */
+    void (*mix_rows)(float *out, const float *w, const float *rows, size_t ld, size_t count, size_t n);
+
     /* Prompts: rows in strips of 32, in a strip column by column, so that a run reads one stream. */
 
     /* exact.  packed (n, 32): packed[j * 32 + r] = rows[r * ld + j]; rows n_rows .. 31 become 0. */

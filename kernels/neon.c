@@ -35,6 +35,19 @@ static inline V fma8(V a, V b, V c) {
     return pair(vfmaq_f32(c.val[0], a.val[0], b.val[0]), vfmaq_f32(c.val[1], a.val[1], b.val[1]));
 }
 
+#define DIV(a, b) div8(a, b)
+#define AT_LEAST(v, a) max8(v, a)
+#define AT_MOST(v, a) min8(v, a)
+#define POWER(n) power8(n)
+
+static inline V div8(V a, V b) { return pair(vdivq_f32(a.val[0], b.val[0]), vdivq_f32(a.val[1], b.val[1])); }
+static inline V max8(V a, V b) { return pair(vmaxq_f32(a.val[0], b.val[0]), vmaxq_f32(a.val[1], b.val[1])); }
+static inline V min8(V a, V b) { return pair(vminq_f32(a.val[0], b.val[0]), vminq_f32(a.val[1], b.val[1])); }
+static inline float32x4_t power4(float32x4_t n) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
+}
+static inline V power8(V n) { return pair(power4(n.val[0]), power4(n.val[1])); }
+
 #define D float64x2_t
 #define DL 2
 #define LOAD_D(p) vcvt_f64_f32(vld1_f32(p))

@@ -326,6 +326,41 @@ BATCH(batch_bf16, uint16_t, obm__scalar_rows_bf16)
 BATCH(batch_f16, uint16_t, obm__scalar_rows_f16)
 BATCH(batch_f32, float, obm__scalar_rows_f32)
 
+/* n: an integer, -126 to 127. */
+static float power_of_two(float n) { return from_bits((uint32_t)((int)n + 127) << 23); }
+
+static float exponential(float x) {
+    if (x != x) return x;
+    x = x < OBM__EXP_LEAST ? OBM__EXP_LEAST : x > OBM__EXP_MOST ? OBM__EXP_MOST : x;
+    float n = fmaf(x, OBM__EXP_LOG2E, OBM__EXP_MAGIC) - OBM__EXP_MAGIC;
+    float half = fmaf(n, 0.5f, OBM__EXP_MAGIC) - OBM__EXP_MAGIC;
+    float r = fmaf(n, -OBM__EXP_LN2_LOW, fmaf(n, -OBM__EXP_LN2, x)), p = fmaf(1.0f / 5040, r, 1.0f / 720);
+    p = fmaf(p, r, 1.0f / 120);
+    p = fmaf(p, r, 1.0f / 24);
+    p = fmaf(p, r, 1.0f / 6);
+    p = fmaf(p, r, 0.5f);
+    p = fmaf(p, r, 1);
+    p = fmaf(p, r, 1);
+    return p * power_of_two(half) * power_of_two(n - half);
+}
+
+void obm__scalar_silu_mul(float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1 + exponential(0 - gate[i])) * up[i];
+}
+
+void obm__scalar_exp_minus(float *x, float max, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = exponential(x[i] - max);
+}
+
+static double exp_sum(float *x, float max, size_t n) {
+    obm__scalar_exp_minus(x, max, n);
+    return obm__scalar_abs_sum(x, n);
+}
+
+static void mix_rows(float *out, const float *w, const float *rows, size_t ld, size_t count, size_t n) {
+    for (size_t p = 0; p < count; p++) obm__scalar_axpy_f32(out, w[p], rows + p * ld, n);
+}
+
 void obm__scalar_gemm_pack(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n) {
     for (size_t j = 0; j < n; j++)
         for (size_t r = 0; r < OBM__GEMM_ROWS; r++)
@@ -612,6 +647,9 @@ const obm_kernels obm__kernels_scalar = {
     .batch_bf16 = batch_bf16,
     .batch_f16 = batch_f16,
     .batch_f32 = batch_f32,
+    .silu_mul = obm__scalar_silu_mul,
+    .exp_sum = exp_sum,
+    .mix_rows = mix_rows,
     .gemm_pack = obm__scalar_gemm_pack,
     .gemm = gemm,
     .z12_encode = obm__scalar_z12_encode,

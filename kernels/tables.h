@@ -53,6 +53,17 @@ void obm__scalar_random_tops(uint32_t *out, uint64_t state, size_t n);
 void obm__scalar_rows_bf16(float *y, const uint16_t *w, size_t ld, size_t rows, const float *x, size_t n);
 void obm__scalar_rows_f16(float *y, const uint16_t *w, size_t ld, size_t rows, const float *x, size_t n);
 void obm__scalar_rows_f32(float *y, const float *w, size_t ld, size_t rows, const float *x, size_t n);
+/* exp(x) = 2^n * exp(r), n = x / ln 2 rounded, r = x - n ln 2, |r| <= 0.35: the series of exp(r) up to r^7 is then
+ * within 0.35^8 / 8! = 2^-27.4 of it.  Adding and taking away 1.5 * 2^23 rounds to an integer.  2^n is multiplied as
+ * two halves, since it may be denormal or 2^128.  ln 2 is two floats, whose products with n an fma does not round. */
+#define OBM__EXP_MAGIC 0x1.8p23f
+#define OBM__EXP_LOG2E 0x1.715476p0f
+#define OBM__EXP_LN2 0x1.62e43p-1f
+#define OBM__EXP_LN2_LOW (-0x1.05c61p-29f)
+#define OBM__EXP_LEAST (-104.0f) /* below: 0 */
+#define OBM__EXP_MOST 89.0f      /* above: Inf */
+void obm__scalar_silu_mul(float *gate, const float *up, size_t n);
+void obm__scalar_exp_minus(float *x, float max, size_t n);
 void obm__scalar_gemm_pack(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n);
 /* 64 weights of one row to 96 bytes; table: the row's high bytes, code: their inverse, 16 for others.  Not 0: there are
  * escapes among them, whose index becomes 0. */

@@ -87,19 +87,14 @@ static void score_keys(const obm_model *m, const obm__sequence *s, int64_t layer
     }
 }
 
-/* In place; the sum in f64 in increasing order, so that a long context costs no accuracy. */
-static void softmax(float *x, int64_t n, float scale, float cap) {
+/* In place; the sum in f64, so that a long context costs no accuracy. */
+static void softmax(const obm_kernels *k, float *x, int64_t n, float scale, float cap) {
     float max = -INFINITY;
     double sum = 0;
-    for (int64_t i = 0; i < n; i++) {
-        x[i] *= scale;
-        if (cap > 0) x[i] = obm__soft_cap(x[i], cap);
-        if (x[i] > max) max = x[i];
-    }
-    for (int64_t i = 0; i < n; i++) {
-        x[i] = expf(x[i] - max);
-        sum += x[i];
-    }
+    for (int64_t i = 0; i < n; i++) x[i] *= scale;
+    for (int64_t i = 0; cap > 0 && i < n; i++) x[i] = obm__soft_cap(x[i], cap);
+    for (int64_t i = 0; i < n; i++) max = x[i] > max ? x[i] : max;
+    for (int64_t i = 0; i < n; i += 4096) sum += k->exp_sum(x + i, max, (size_t)(n - i < 4096 ? n - i : 4096));
     float inverse = (float)(1 / sum);
     for (int64_t i = 0; i < n; i++) x[i] *= inverse;
 }
@@ -117,7 +112,7 @@ static void mix_values(const obm_model *m, const obm__sequence *s, int64_t layer
             m->ctx->k->f16_to_f32(widened, (const uint16_t *)page + slot * dim, (size_t)(n * dim));
             values = widened;
         }
-        for (int64_t i = 0; i < n; i++) m->ctx->k->axpy_f32(out, weights[p - from + i], values + i * dim, (size_t)dim);
+        m->ctx->k->mix_rows(out, weights + (p - from), values, (size_t)dim, (size_t)n, (size_t)dim);
         p += n;
     }
 }
@@ -162,7 +157,7 @@ static void attend(void *arg, size_t begin, size_t end, int worker) {
         int64_t to = row->position + 1, from = window && to > window ? to - window : 0;
         int64_t at = ((int64_t)i * c->heads + head) * c->head_dim; // (rows, heads, head_dim)
         score_keys(j->m, row->sequence, j->layer, kv_head, from, to, s->q + at, scores);
-        softmax(scores, to - from, c->attention_scale, c->attention_cap);
+        softmax(j->m->ctx->k, scores, to - from, c->attention_scale, c->attention_cap);
         mix_values(j->m, row->sequence, j->layer, kv_head, from, to, scores, widened, s->mixed + at);
     }
 }

@@ -196,7 +196,7 @@ static void swiglu_rows(void *arg, size_t begin, size_t end, int worker) {
         if (!s->weights[row]) continue;
         float *gate = s->gate + (int64_t)row * width;
         const float *up = s->up + (int64_t)row * width;
-        for (int64_t i = 0; i < width; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+        m->ctx->k->silu_mul(gate, up, (size_t)width);
     }
 }
 

@@ -32,6 +32,7 @@
 #define BATCH_LOAD LOAD
 #include "rows.h"
 
+#include "exp.h"
 #include "gemm.h"
 #include "merge.h"
 #include "merge_bf16.h"
@@ -74,6 +75,9 @@ const obm_kernels TABLE = {
     .batch_bf16 = NAME(batch_bf16),
     .batch_f16 = NAME(batch_f16),
     .batch_f32 = NAME(batch_f32),
+    .silu_mul = NAME(silu_mul),
+    .exp_sum = NAME(exp_sum),
+    .mix_rows = NAME(mix_rows),
     .gemm_pack = GEMM_PACK,
     .gemm = NAME(gemm),
     .z12_encode = Z12_ENCODE,

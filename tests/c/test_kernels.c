@@ -735,6 +735,85 @@ static void test_unaligned_inputs(void **unused) {
     }
 }
 
+/* Against libm in f64, and against the specification bit for bit. */
+static void check_exp(const obm_kernels *k, const float *x, size_t n, guarded *gx) {
+    float *out = at_end(gx, n * 4), want[64], gate[64], up[64];
+    double sum = 0;
+    memcpy(out, x, n * 4);
+    memcpy(want, x, n * 4);
+    double got = k->exp_sum(out, 0.5f, n), specified = scalar_table()->exp_sum(want, 0.5f, n);
+    for (size_t i = 0; i < n; i++) {
+        double exact = exp((double)(x[i] - 0.5f)), bound = exact * 0x1p-22 + 0x1p-149;
+        sum += exact;
+        if (bits_of(out[i]) != bits_of(want[i]) && !isnan(x[i]))
+            fail_msg("%s exp_sum: exp(%a) is %a, scalar %a", k->isa, (double)x[i], (double)out[i], (double)want[i]);
+        if (isnan(x[i])              ? !isnan(out[i])
+            : exact > 0x1.fffffep127 ? !(out[i] > 0x1.fffffcp127f)
+                                     : !(fabs((double)out[i] - exact) <= bound))
+            fail_msg("%s exp_sum: exp(%a) is %a, expected %a", k->isa, (double)x[i], (double)out[i], exact);
+    }
+    if (isfinite(sum) && sum < 1e38)
+        assert_true(got == specified && fabs(got - sum) <= sum * 0x1p-22 + (double)n * 0x1p-149);
+    float *in_place = at_end(gx, n * 4);
+    for (size_t i = 0; i < n; i++) gate[i] = in_place[i] = x[i], up[i] = 1 + (float)i;
+    k->silu_mul(in_place, up, n);
+    scalar_table()->silu_mul(gate, up, n);
+    for (size_t i = 0; i < n; i++) {
+        double exact = (double)x[i] / (1 + exp(-(double)x[i])) * up[i];
+        if (isnan(x[i]) || isinf(x[i])) continue;
+        if (bits_of(in_place[i]) != bits_of(gate[i]) ||
+            !(fabs((double)gate[i] - exact) <= fabs(exact) * 0x1p-20 + 0x1p-112))
+            fail_msg("%s silu_mul: %a gives %a, scalar %a, expected %a", k->isa, (double)x[i], (double)in_place[i],
+                     (double)gate[i], exact);
+    }
+}
+
+static void test_exp(void **unused) {
+    (void)unused;
+    static const float edges[] = {0,        -0.0f,      1,        -1,        88.7f,   88.72f,  89.3f,
+                                  90,       1000,       -86.9f,   -87.5f,    -103.2f, -104.5f, -1000,
+                                  0x1p-30f, -0x1p-140f, INFINITY, -INFINITY, NAN,     0.5f};
+    guarded x = guarded_new(64 * 4);
+    EACH_TABLE(k) {
+        float values[64];
+        for (size_t n = 0; n <= 64; n++) {
+            for (size_t i = 0; i < n; i++) values[i] = (draw(PLAIN) - draw(PLAIN)) * 3;
+            check_exp(k, values, n, &x);
+        }
+        check_exp(k, edges, sizeof edges / sizeof *edges, &x);
+        for (int i = -104 * 64; i < 88 * 64; i += 64) { /* everywhere, also between the integers that r is taken from */
+            for (int e = 0; e < 64; e++) values[e] = (float)(i + e) * 0x1.00f3p-6f;
+            check_exp(k, values, 64, &x);
+        }
+    }
+    guarded_free(&x);
+}
+
+/* Weighted sums of rows: axpy_f32 row by row. */
+static void check_mix(const obm_kernels *k, size_t count, size_t n, guarded *gw, guarded *gx) {
+    size_t ld = n + 1;
+    float *rows = at_end(gx, count ? ((count - 1) * ld + n) * 4 : 0), *w = at_end(gw, count * 4), out[302], want[301];
+    fill(rows, count ? (count - 1) * ld + n : 0, PLAIN | ZEROS);
+    fill(w, count, PLAIN | ZEROS);
+    for (size_t i = 0; i < n; i++) out[i] = want[i] = (float)i;
+    out[n] = -77;
+    k->mix_rows(out, w, rows, ld, count, n);
+    for (size_t p = 0; p < count; p++) scalar_table()->axpy_f32(want, w[p], rows + p * ld, n);
+    assert_memory_equal(out, want, n * 4);
+    assert_true(out[n] == -77);
+}
+
+static void test_mix_rows(void **unused) {
+    (void)unused;
+    guarded w = guarded_new(9 * 4), x = guarded_new(9 * 302 * 4);
+    EACH_TABLE(k) {
+        for (size_t n = 0; n <= 300; n++) check_mix(k, 5, n, &w, &x);
+        for (size_t count = 0; count <= 9; count++) check_mix(k, count, 64, &w, &x);
+    }
+    guarded_free(&w);
+    guarded_free(&x);
+}
+
 /* Packed strips hold the rows, and zeros behind them; products are within the bound, and have the bits of a call for
  * one vector and one strip alone; what lies behind the results stays as it was. */
 static void check_gemm(const obm_kernels *k, size_t rows, size_t tokens, size_t n, guarded *gw, guarded *gp,
@@ -787,11 +866,10 @@ static void test_gemm(void **unused) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_tables),  cmocka_unit_test(test_widen_all),
-        cmocka_unit_test(test_narrow),  cmocka_unit_test(test_exact),
-        cmocka_unit_test(test_merging), cmocka_unit_test(test_nonfinite_position),
-        cmocka_unit_test(test_rows),    cmocka_unit_test(test_batch),
-        cmocka_unit_test(test_gemm),    cmocka_unit_test(test_unaligned_inputs),
+        cmocka_unit_test(test_tables), cmocka_unit_test(test_widen_all), cmocka_unit_test(test_narrow),
+        cmocka_unit_test(test_exact),  cmocka_unit_test(test_merging),   cmocka_unit_test(test_nonfinite_position),
+        cmocka_unit_test(test_rows),   cmocka_unit_test(test_batch),     cmocka_unit_test(test_gemm),
+        cmocka_unit_test(test_exp),    cmocka_unit_test(test_mix_rows),  cmocka_unit_test(test_unaligned_inputs),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
