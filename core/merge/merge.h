@@ -161,6 +161,8 @@ uint64_t obm__random_key(uint64_t seed, const char *tensor, size_t model);
 /* The draw of one element: kept with probability `keep` if it is below obm__random_limit(keep). */
 uint64_t obm__random_draw(uint64_t key, uint64_t element);
 uint64_t obm__random_limit(double keep);
+/* The state of the kernels' generators for draws from `element` on. */
+uint64_t obm__random_state(uint64_t key, uint64_t element);
 /* Zeroes d[j] unless element begin + j is drawn with probability `keep`. */
 void obm__random_mask(uint64_t key, uint64_t begin, double keep, float *d, size_t n);
 /* The same as bits, LSB first: 1 is kept.  keep < 1. */
@@ -168,14 +170,20 @@ void obm__random_bits(const obm_kernels *k, uint64_t key, uint64_t begin, double
 
 /* ---- masks by rank (ranked.c) ---- */
 
-/* What a mask by rank leaves of each element of a span: 0, 1, or in the paper profile 1 / probability. */
+/* What a mask by rank leaves of each element of a span: 0, 1, or where the rescaling asks for it 1 / probability. */
 typedef struct obm__ranked obm__ranked;
 /* For walks over `count` elements.  Whole rows are ranked, so that memory grows with the length of a row. */
 obm_status obm__ranked_new(const obm__run *run, const obm__group *g, uint64_t count, obm__ranked **out, obm_error *err);
 obm_status obm__ranked_fill(const obm__run *run, obm__ranked *r, const obm__group *g, uint64_t at, uint64_t until,
                             float *lanes, obm_error *err);
-/* Elements [offset, offset + n) of the span. */
-void obm__ranked_apply(const obm__ranked *r, const obm__group *g, size_t model, uint64_t offset, float *d, size_t n);
+/* Elements [element, element + n), which were filled last or are kept. */
+void obm__ranked_apply(const obm__ranked *r, const obm__group *g, size_t model, uint64_t element, float *d, size_t n);
+/* The same as bits, LSB first: 1 is kept.  Not for a density of 1, nor in the paper profile. */
+void obm__ranked_bits(const obm__ranked *r, const obm__group *g, size_t model, uint64_t element, uint8_t *bits,
+                      size_t n);
+/* Whether what a walk over the whole group fills stays for the next one: a byte per element takes no more than the
+ * floats of a span. */
+bool obm__ranked_keeps(const obm__group *g);
 void obm__ranked_free(obm__ranked *r);
 uint64_t obm__ranked_bytes(const obm__group *g, int threads);
 
@@ -243,12 +251,13 @@ struct obm__group {
     uint64_t count; /* elements */
     bool mapped;    /* inputs lie in file mappings: their pages may go once they are read */
     const obm__steps *steps;
-    obm__cut *cuts;  /* (n), from obm__statistics */
-    float *factors;  /* (n), rescale factors */
-    obm__cut *tops;  /* (n), what a mask of outliers takes away again */
-    double *stats;   /* of the method's own `prepare`, owned */
-    float *formed;   /* of the method's own `form`, owned */
-    float zero_sign; /* +1 or -1: what a zero sum elects */
+    obm__cut *cuts;      /* (n), from obm__statistics */
+    float *factors;      /* (n), rescale factors */
+    obm__cut *tops;      /* (n), what a mask of outliers takes away again */
+    double *stats;       /* of the method's own `prepare`, owned */
+    float *formed;       /* of the method's own `form`, owned */
+    obm__ranked *ranked; /* what the statistics found of a mask by rank, nullable, owned */
+    float zero_sign;     /* +1 or -1: what a zero sum elects */
 };
 
 /* Elements [begin, begin + n) of a group in the hands of one worker; n <= OBM_MERGE_BLOCK. */

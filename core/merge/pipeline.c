@@ -18,15 +18,16 @@ typedef struct walk {
     const obm_kernels *k;
     const obm__group *g;
     uint64_t begin, end;
-    uint64_t at, until;     /* the span in work; blocks count from `at` */
-    float *block;           /* (workers) lanes */
-    uint32_t *least;        /* (workers, n_models) */
-    float *ones;            /* (n_models) */
-    obm__ranked *ranked;    /* masks by rank of the span; NULL for other masks */
-    bool tiled;             /* blocks that are divisible take one pass over the files' bytes */
-    double *before, *after; /* L1 norms: (n_models, blocks) */
-    int64_t *votes;         /* elected signs: (workers) */
-    obm__sums_fn sums;      /* what to add up, of `arg`: */
+    uint64_t at, until;        /* the span in work; blocks count from `at` */
+    float *block;              /* (workers) lanes */
+    uint32_t *least;           /* (workers, n_models) */
+    float *ones;               /* (n_models) */
+    obm__ranked *ranked;       /* masks by rank of the span; NULL for other masks */
+    obm__ranked **keep_ranked; /* nullable: where they stay after a walk over the whole group */
+    bool tiled;                /* blocks that are divisible take one pass over the files' bytes */
+    double *before, *after;    /* L1 norms: (n_models, blocks) */
+    int64_t *votes;            /* elected signs: (workers) */
+    obm__sums_fn sums;         /* what to add up, of `arg`: */
     const void *arg;
     size_t n_sums;
     double *partial, *total; /* (OBM_MERGE_SPAN / OBM_MERGE_BLOCK, n_sums) of the span; (n_sums) */
@@ -44,7 +45,8 @@ static obm_status walk_spans(const obm__run *run, walk *w, obm__range_fn fn, obm
     for (w->at = w->begin; w->at < w->end; w->at = w->until) {
         w->until = w->end - w->at < OBM_MERGE_SPAN ? w->end : w->at + OBM_MERGE_SPAN;
         size_t blocks = (size_t)((w->until - w->at + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK);
-        if (w->ranked) OBM_TRY(obm__ranked_fill(run, w->ranked, w->g, w->at, w->until, w->block, err));
+        if (w->ranked && w->ranked != w->g->ranked)
+            OBM_TRY(obm__ranked_fill(run, w->ranked, w->g, w->at, w->until, w->block, err));
         obm__parallel(run->ctx, blocks, 1, fn, w);
         if (w->bad != UINT64_MAX) return obm__group_bad(w->k, w->g, w->bad, err);
         for (size_t i = 0; i < w->n_sums; i++) w->total[i] += obm__tree_sum(w->partial + i * SPAN_BLOCKS, blocks);
@@ -70,10 +72,14 @@ static obm_status walk_blocks(const obm__run *run, walk *w, obm__range_fn fn, ob
     w->ones = obm__alloc(w->g->steps->n, sizeof *w->ones);
     if (!w->block || !w->least || !w->ones) status = obm__fail_nomem(err, (uint64_t)threads * bytes);
     for (size_t i = 0; w->ones && i < w->g->steps->n; i++) w->ones[i] = 1;
-    if (status == OBM_OK && is_ranked(w->g->steps))
+    w->ranked = w->g->ranked;
+    if (status == OBM_OK && is_ranked(w->g->steps) && !w->ranked)
         status = obm__ranked_new(run, w->g, w->end - w->begin, &w->ranked, err);
     if (status == OBM_OK) status = walk_spans(run, w, fn, err);
-    obm__ranked_free(w->ranked);
+    if (status == OBM_OK && w->keep_ranked && obm__ranked_keeps(w->g))
+        *w->keep_ranked = w->ranked;
+    else if (w->ranked != w->g->ranked)
+        obm__ranked_free(w->ranked);
     obm_free(w->block);
     obm_free(w->least);
     obm_free(w->ones);
@@ -94,7 +100,7 @@ static void mask_delta(const walk *w, size_t model, const obm__block *b, float *
     } else if (s->mask == OBM_MASK_RANDOM && s->density[model] < 1) {
         obm__random_mask(obm__random_key(s->seed, g->name, model), b->begin, s->density[model], d, b->n);
     } else if (s->mask == OBM_MASK_RANKED) {
-        obm__ranked_apply(w->ranked, g, model, b->begin - w->at, d, b->n);
+        obm__ranked_apply(w->ranked, g, model, b->begin, d, b->n);
     }
 }
 
@@ -193,7 +199,8 @@ static bool is_tiled(const obm__group *g) {
     const obm__steps *s = g->steps;
     const obm__custom *custom = s->method->custom;
     if ((custom && custom->merge) || s->n > OBM__TILE_MODELS || s->deltas != (g->base != NULL)) return false;
-    if (s->mask == OBM_MASK_OUTLIERS || s->mask == OBM_MASK_RANKED) return false;
+    if (s->mask == OBM_MASK_OUTLIERS || (s->mask == OBM_MASK_RANKED && s->rescale == OBM_RESCALE_INVERSE_DENSITY))
+        return false;
     for (size_t i = 0; i < s->n; i++)
         if (!obm__group_is_plain(g, i)) return false;
     return true;
@@ -218,7 +225,8 @@ static obm__tile tile_of(const walk *w, const obm__block *l, const uint32_t *lea
                    .divisor = divisor_of(s),
                    .agree = s->consensus == OBM_CONSENSUS_SIGN,
                    .normalize = s->normalize};
-    if (s->mask == OBM_MASK_RANDOM) t.keep = room->keep;
+    bool random = s->mask == OBM_MASK_RANDOM, drawn = random || s->mask == OBM_MASK_RANKED;
+    if (drawn) t.keep = room->keep;
     for (size_t i = 0; i < s->n; i++) {
         obm__plain p = obm__group_plain(g, i, l->begin);
         room->models[i] = p.model;
@@ -226,9 +234,12 @@ static obm__tile tile_of(const walk *w, const obm__block *l, const uint32_t *lea
         t.base = p.base;
         t.round = p.round;
         if (g->factors[i] != 1.0f) t.factors = g->factors;
-        if (s->mask != OBM_MASK_RANDOM || s->density[i] >= 1) continue;
+        if (!drawn || s->density[i] >= 1) continue;
         room->keep[i] = room->bits[i];
-        obm__random_bits(w->k, obm__random_key(s->seed, g->name, i), l->begin, s->density[i], room->bits[i], l->n);
+        if (random)
+            obm__random_bits(w->k, obm__random_key(s->seed, g->name, i), l->begin, s->density[i], room->bits[i], l->n);
+        else
+            obm__ranked_bits(w->ranked, g, i, l->begin, room->bits[i], l->n);
     }
     return t;
 }
@@ -328,7 +339,7 @@ static void norm_blocks(void *arg, size_t first, size_t last, int worker) {
 /* Factors that give every masked delta the L1 norm it had. */
 static obm_status norm_factors(const obm__run *run, obm__group *g, obm_error *err) {
     size_t n = g->steps->n, blocks = (size_t)((g->count + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK);
-    walk w = {.g = g, .end = g->count};
+    walk w = {.g = g, .end = g->count, .keep_ranked = &g->ranked};
     w.before = obm__alloc(2 * n * blocks, sizeof *w.before);
     if (!w.before) return obm__fail_nomem(err, 2 * n * blocks * sizeof *w.before);
     w.after = w.before + n * blocks;
@@ -472,6 +483,8 @@ void obm__group_clear(obm__group *g) {
     obm_free(g->factors);
     obm_free(g->stats);
     obm_free(g->formed);
+    obm__ranked_free(g->ranked);
+    g->ranked = NULL;
     g->cuts = g->tops = NULL;
     g->factors = NULL;
     g->stats = NULL;

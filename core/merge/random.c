@@ -45,6 +45,8 @@ void obm__random_mask(uint64_t key, uint64_t begin, double keep, float *d, size_
     }
 }
 
+uint64_t obm__random_state(uint64_t key, uint64_t element) { return key + element * GOLDEN; }
+
 void obm__random_bits(const obm_kernels *k, uint64_t key, uint64_t begin, double keep, uint8_t *bits, size_t n) {
-    k->random_bits(bits, key + begin * GOLDEN, obm__random_limit(keep), n);
+    k->random_bits(bits, obm__random_state(key, begin), obm__random_limit(keep), n);
 }

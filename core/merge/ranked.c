@@ -5,12 +5,24 @@
  *     p = density - epsilon + 2 * epsilon * r / (n - 1)          (n = 1: p = density)
  *
  * (Deep et al., DELLA-Merging, arXiv 2406.11617, section 3.1; a 1-D tensor is one row).  Draws are those of random.c.
+ *
+ * Where only the decisions are wanted nothing is sorted: the upper bits of a magnitude tell about where its rank lies,
+ * which settles all but the few draws between the probabilities of that range; for these the exact rank is counted.
+ * What a 0 is told does not matter, since a dropped 0 and a kept one are the same.
  */
 #include "merge.h"
 
+/* Magnitudes by exponent and 5 bits of mantissa, 32 octaves down from the largest; what is below shares a bin. */
+#define BIN_SHIFT 18
+#define BINS 1024u
+/* Counting ranks may take so many steps per element of the row; from there on sorting is faster. */
+#define STEPS 16
+#define MAX_OPEN 256
+
 struct obm__ranked {
     uint64_t at, until, cols;
-    size_t span;     /* elements that `factors` holds per model */
+    size_t span;     /* elements that `kept` or `factors` hold per model */
+    uint8_t *kept;   /* (n_models, span), 1 or 0; NULL where factors are wanted */
     float *factors;  /* (n_models, span) */
     uint32_t *words; /* (workers, 4, cols): keys and indices, and what sorting moves them to */
     const obm_kernels *k;
@@ -21,19 +33,27 @@ struct obm__ranked {
 
 static uint64_t span_of(uint64_t count) { return count < OBM_MERGE_SPAN ? count : OBM_MERGE_SPAN; }
 
+static bool wants_factors(const obm__group *g) { return g->steps->rescale == OBM_RESCALE_INVERSE_DENSITY; }
+
+bool obm__ranked_keeps(const obm__group *g) { return !wants_factors(g) && g->count / sizeof(float) <= OBM_MERGE_SPAN; }
+
 uint64_t obm__ranked_bytes(const obm__group *g, int threads) {
-    return g->steps->n * span_of(g->count) * sizeof(float) + (uint64_t)threads * 16 * obm__group_cols(g);
+    uint64_t each = wants_factors(g) || !obm__ranked_keeps(g) ? span_of(g->count) * sizeof(float) : g->count;
+    return g->steps->n * each + (uint64_t)threads * 16 * obm__group_cols(g);
 }
 
 obm_status obm__ranked_new(const obm__run *run, const obm__group *g, uint64_t count, obm__ranked **out,
                            obm_error *err) {
     obm__ranked *r = obm__calloc(1, sizeof *r);
     if (!r) return obm__fail_nomem(err, sizeof *r);
-    r->span = (size_t)span_of(count);
+    r->span = (size_t)(obm__ranked_keeps(g) && count == g->count ? count : span_of(count));
     r->cols = obm__group_cols(g);
-    r->factors = obm__alloc(g->steps->n * r->span, sizeof *r->factors);
+    if (wants_factors(g))
+        r->factors = obm__alloc(g->steps->n * r->span, sizeof *r->factors);
+    else
+        r->kept = obm__alloc(g->steps->n, r->span);
     r->words = obm__alloc((size_t)run->ctx->threads * 4 * (size_t)r->cols, sizeof *r->words);
-    if (r->factors && r->words) {
+    if ((r->factors || r->kept) && r->words) {
         *out = r;
         return OBM_OK;
     }
@@ -44,6 +64,7 @@ obm_status obm__ranked_new(const obm__run *run, const obm__group *g, uint64_t co
 void obm__ranked_free(obm__ranked *r) {
     if (!r) return;
     obm_free(r->factors);
+    obm_free(r->kept);
     obm_free(r->words);
     obm_free(r);
 }
@@ -78,27 +99,150 @@ static uint64_t read_row(const obm__ranked *r, obm__block *b, size_t model, uint
         if (!obm__group_is_plain(b->g, model)) obm__group_base(b->k, b->g, b->begin, b->n, b->base, b->scratch);
         size_t bad = obm__group_delta(b->k, b->g, model, b->begin, b->n, b->base, b->mixed, b->scratch);
         if (bad < b->n) return b->begin + bad;
-        for (size_t i = 0; i < b->n; i++) {
-            words[j + i] = obm__bits_of(b->mixed[i]) & 0x7fffffffu;
-            words[cols + j + i] = (uint32_t)(j + i);
-        }
+        for (size_t i = 0; i < b->n; i++) words[j + i] = obm__bits_of(b->mixed[i]) & 0x7fffffffu;
     }
     return UINT64_MAX;
 }
 
-static void draw_row(const obm__ranked *r, size_t model, uint64_t row, const uint32_t *order) {
-    const obm__steps *s = r->g->steps;
-    size_t cols = (size_t)r->cols;
-    uint64_t key = obm__random_key(s->seed, r->g->name, model);
-    double epsilon = obm__steps_value(s, "epsilon", model), least = s->density[model] - epsilon;
-    for (size_t rank = 0; rank < cols; rank++) {
-        uint64_t element = row * cols + order[rank];
-        if (element < r->at || element >= r->until) continue;
-        double keep = cols == 1 ? s->density[model] : least + 2 * epsilon * ((double)rank / (double)(cols - 1));
-        bool stays = obm__random_draw(key, element) < obm__random_limit(keep);
-        float factor = s->rescale == OBM_RESCALE_INVERSE_DENSITY ? (float)(1 / keep) : 1.0f;
-        r->factors[model * r->span + (size_t)(element - r->at)] = stays ? factor : 0.0f;
+/* What the probability of a rank needs. */
+typedef struct chances {
+    size_t n;
+    double density, epsilon;
+    uint64_t key;
+} chances;
+
+static double chance_of(const chances *c, size_t rank) {
+    if (c->n == 1) return c->density;
+    return c->density - c->epsilon + 2 * c->epsilon * ((double)rank / (double)(c->n - 1));
+}
+
+/* Where the span keeps what becomes of element `element`, or SIZE_MAX for one outside. */
+static size_t place_of(const obm__ranked *r, size_t model, uint64_t element) {
+    if (element < r->at || element >= r->until) return SIZE_MAX;
+    return model * r->span + (size_t)(element - (r->span < r->g->count ? r->at : 0));
+}
+
+static void sort_row(const obm__ranked *r, size_t model, uint64_t row, const chances *c, uint32_t *words) {
+    for (size_t j = 0; j < c->n; j++) words[c->n + j] = (uint32_t)j;
+    const uint32_t *order = sort_pairs(words, c->n);
+    for (size_t rank = 0; rank < c->n; rank++) {
+        uint64_t element = row * c->n + order[rank];
+        size_t place = place_of(r, model, element);
+        if (place == SIZE_MAX) continue;
+        double keep = chance_of(c, rank);
+        bool stays = obm__random_draw(c->key, element) < obm__random_limit(keep);
+        if (r->kept)
+            r->kept[place] = stays;
+        else
+            r->factors[place] = stays ? (float)(1 / keep) : 0.0f;
     }
+}
+
+/* ---- decisions without an order ---- */
+
+typedef struct bins {
+    uint32_t first;                 /* upper bits of what bin 0 takes at most */
+    uint32_t start[BINS + 1];       /* rank of the first element of each bin */
+    uint32_t low[BINS], high[BINS]; /* upper halves of draws: below low all of a bin stay, above high none */
+    bool open[BINS];                /* has elements that are not settled */
+} bins;
+
+static inline uint32_t bin_of(const bins *b, uint32_t key) {
+    uint32_t upper = key >> BIN_SHIFT;
+    return upper > b->first ? upper - b->first : 0;
+}
+
+/* The upper 32 of 53 bits. */
+static uint32_t top_of(uint64_t limit) { return limit >> 53 ? UINT32_MAX : (uint32_t)(limit >> 21); }
+
+static void fill_bins(bins *b, const chances *c, const uint32_t *keys) {
+    uint32_t most = 0, *start = b->start;
+    for (size_t j = 0; j < c->n; j++) most = keys[j] > most ? keys[j] : most;
+    b->first = most >> BIN_SHIFT < BINS ? 0 : (most >> BIN_SHIFT) - (BINS - 1);
+    memset(b->start, 0, sizeof b->start);
+    memset(b->open, 0, sizeof b->open);
+    for (size_t j = 0; j < c->n; j++) start[bin_of(b, keys[j]) + 1]++;
+    uint32_t limit = top_of(obm__random_limit(chance_of(c, 0)));
+    for (size_t i = 0; i < BINS; i++) {
+        b->low[i] = limit;
+        /* Chances rise with the rank, so those of the next bin's first bound this one's. */
+        size_t next = start[i] + start[i + 1];
+        if (start[i + 1]) limit = top_of(obm__random_limit(chance_of(c, next < c->n ? next : c->n - 1)));
+        b->high[i] = limit;
+        start[i + 1] = (uint32_t)next;
+    }
+}
+
+/* Of keys: [0] from the lowest of the bin of `key` on, [1] from `key` on, [2] above it. */
+static void count_keys(const obm_kernels *k, const bins *b, uint32_t key, const uint32_t *keys, size_t n,
+                       uint32_t counts[8]) {
+    uint32_t bin = bin_of(b, key), from[8] = {bin ? (b->first + bin) << BIN_SHIFT : 0, key, key + 1};
+    memset(counts, 0, 8 * sizeof *counts);
+    k->count_from(counts, from, (const float *)(const void *)keys, n);
+}
+
+/* The open elements by their exact ranks.  others: the keys of all elements of open bins in the order of these; where:
+ * at which of them each open element is. */
+static void settle_open(const obm_kernels *k, const bins *b, const chances *c, uint64_t begin, const uint32_t *open,
+                        const uint32_t *where, size_t n_open, const uint32_t *others, size_t n_others, uint8_t *kept) {
+    for (size_t i = 0; i < n_open; i++) {
+        size_t at = where[i];
+        uint32_t key = others[at], before[8], behind[8];
+        count_keys(k, b, key, others, at, before);
+        count_keys(k, b, key, others + at + 1, n_others - at - 1, behind);
+        size_t rank = b->start[bin_of(b, key)] + (before[0] - before[2]) + (behind[0] - behind[1]);
+        kept[open[i]] = obm__random_draw(c->key, begin + open[i]) < obm__random_limit(chance_of(c, rank));
+    }
+}
+
+/* False: too many elements are open, and nothing is decided.  words: (4, n), the keys first. */
+static bool decide_row(const obm_kernels *k, const chances *c, uint64_t begin, uint32_t *words, uint8_t *kept) {
+    const uint32_t *keys = words;
+    uint32_t *tops = words + c->n, *open = words + 2 * c->n, *others = words + 3 * c->n;
+    bins b;
+    size_t n_open = 0, n_others = 0;
+    fill_bins(&b, c, keys);
+    k->random_tops(tops, obm__random_state(c->key, begin), c->n);
+    for (size_t j = 0; j < c->n; j++) {
+        uint32_t bin = bin_of(&b, keys[j]);
+        bool stays = tops[j] < b.low[bin];
+        kept[j] = stays;
+        open[n_open] = (uint32_t)j;
+        n_open += !stays & (tops[j] <= b.high[bin]) & (keys[j] != 0);
+    }
+    if (n_open > MAX_OPEN) return false;
+    for (size_t i = 0; i < n_open; i++) {
+        uint32_t bin = bin_of(&b, keys[open[i]]);
+        n_others += b.open[bin] ? 0 : b.start[bin + 1] - b.start[bin];
+        b.open[bin] = true;
+    }
+    if (n_open * n_others > STEPS * c->n) return false;
+    n_others = 0;
+    for (size_t j = 0, i = 0; j < c->n && i < n_open; i++) {
+        for (; j <= open[i]; j++) {
+            others[n_others] = keys[j];
+            n_others += b.open[bin_of(&b, keys[j])];
+        }
+        tops[i] = (uint32_t)n_others - 1;
+    }
+    for (size_t j = n_open ? open[n_open - 1] + 1 : c->n; j < c->n; j++) {
+        others[n_others] = keys[j];
+        n_others += b.open[bin_of(&b, keys[j])];
+    }
+    settle_open(k, &b, c, begin, open, tops, n_open, others, n_others, kept);
+    return true;
+}
+
+static void draw_row(const obm__ranked *r, size_t model, uint64_t row, uint32_t *words) {
+    const obm__steps *s = r->g->steps;
+    chances c = {.n = (size_t)r->cols,
+                 .density = s->density[model],
+                 .epsilon = obm__steps_value(s, "epsilon", model),
+                 .key = obm__random_key(s->seed, r->g->name, model)};
+    uint64_t begin = row * c.n, first = begin > r->at ? begin : r->at;
+    bool whole = first == begin && begin + c.n <= r->until && c.n < UINT32_MAX;
+    if (whole && r->kept && decide_row(r->k, &c, begin, words, r->kept + place_of(r, model, begin))) return;
+    sort_row(r, model, row, &c, words);
 }
 
 static bool has_ranks(const obm__steps *s, size_t model) { return s->density[model] > 0 && s->density[model] < 1; }
@@ -115,7 +259,7 @@ static void rank_rows(void *arg, size_t first, size_t last, int worker) {
             if (bad != UINT64_MAX) {
                 obm__note_lowest(&r->bad, bad);
             } else {
-                draw_row(r, m, row, sort_pairs(words, (size_t)r->cols));
+                draw_row(r, m, row, words);
             }
         }
     }
@@ -133,11 +277,34 @@ obm_status obm__ranked_fill(const obm__run *run, obm__ranked *r, const obm__grou
     return r->bad == UINT64_MAX ? OBM_OK : obm__group_bad(r->k, g, r->bad, err);
 }
 
-void obm__ranked_apply(const obm__ranked *r, const obm__group *g, size_t model, uint64_t offset, float *d, size_t n) {
+static const uint8_t *kept_of(const obm__ranked *r, const obm__group *g, size_t model, uint64_t element) {
+    return r->kept + model * r->span + (size_t)(element - (r->span < g->count ? r->at : 0));
+}
+
+void obm__ranked_bits(const obm__ranked *r, const obm__group *g, size_t model, uint64_t element, uint8_t *bits,
+                      size_t n) {
+    memset(bits, 0, (n + 7) / 8);
+    if (g->steps->density[model] <= 0) return;
+    const uint8_t *kept = kept_of(r, g, model, element);
+    size_t j = 0;
+    for (; j + 8 <= n; j += 8) {
+        uint64_t eight; /* bytes of 0 or 1: each product moves one of them to its bit of the upper byte */
+        memcpy(&eight, kept + j, sizeof eight);
+        bits[j / 8] = (uint8_t)(eight * 0x0102040810204080u >> 56);
+    }
+    for (; j < n; j++) bits[j / 8] |= (uint8_t)(kept[j] << j % 8);
+}
+
+void obm__ranked_apply(const obm__ranked *r, const obm__group *g, size_t model, uint64_t element, float *d, size_t n) {
     if (!has_ranks(g->steps, model)) {
         if (g->steps->density[model] <= 0) memset(d, 0, n * sizeof *d);
         return;
     }
-    const float *factor = r->factors + model * r->span + offset;
+    if (r->kept) {
+        const uint8_t *kept = kept_of(r, g, model, element);
+        for (size_t j = 0; j < n; j++) d[j] = obm__keep_if(d[j], kept[j]);
+        return;
+    }
+    const float *factor = r->factors + model * r->span + (size_t)(element - r->at);
     for (size_t j = 0; j < n; j++) d[j] *= factor[j];
 }

@@ -593,6 +593,69 @@ static void test_errors(void **state) {
     obm_context_free(ctx);
 }
 
+/* ---- masks by rank, from the definition ---- */
+
+static const float *by_magnitude;
+static int compare_ranks(const void *a, const void *b) {
+    uint32_t i = *(const uint32_t *)a, j = *(const uint32_t *)b;
+    float x = fabsf(by_magnitude[i]), y = fabsf(by_magnitude[j]);
+    return x != y ? (x > y) - (x < y) : (i > j) - (i < j);
+}
+
+/* Rows of values that differ, of few values, of one value, of many octaves, and of values with small neighbours. */
+static float ranked_value(size_t row, size_t col) {
+    float x = uniform() + 2, sign = rng() & 1 ? 1.0f : -1.0f;
+    if (row == 1) x = (float)(rng() % 5 + 1);
+    if (row == 2) x = 3;
+    if (row == 3) x = ldexpf(x, -(int)(rng() % 60));
+    if (row == 4) x = 2 + (float)(rng() % 64) * 0x1p-22f;
+    if (row == 5) x = (float)(col + 1);
+    return sign * x;
+}
+
+static void check_ranks(obm_context *ctx, size_t cols) {
+    enum { ROWS = 6 };
+    float *base = calloc(ROWS * cols, sizeof *base), *x = malloc(ROWS * cols * sizeof *x),
+          *got = malloc(ROWS * cols * sizeof *got);
+    uint32_t *order = malloc(cols * sizeof *order);
+    const double density = 0.4, epsilon = 0.3;
+    rng_state = 3;
+    for (size_t i = 0; i < ROWS * cols; i++) x[i] = ranked_value(i / cols, i % cols);
+    obm_tensor b = vector_f32(base, ROWS * cols), m;
+    b.ndim = 2, b.shape[0] = ROWS, b.shape[1] = (int64_t)cols;
+    m = b;
+    m.data = x;
+    obm_param params[] = {{"weight", 0, 1}, {"density", 0, density}, {"epsilon", 0, epsilon}, {"rescale", -1, 0}};
+    obm_error err;
+    if (obm_merge_tensors(ctx, "della", OBM_PROFILE_MERGEKIT, &b, &m, 1, params, 4, 77, got, &err) != OBM_OK)
+        fail_msg("%s", err.message);
+    uint64_t key = obm__random_key(77, "", 0);
+    for (size_t row = 0; row < ROWS; row++) {
+        by_magnitude = x + row * cols;
+        for (size_t j = 0; j < cols; j++) order[j] = (uint32_t)j;
+        qsort(order, cols, sizeof *order, compare_ranks);
+        for (size_t rank = 0; rank < cols; rank++) {
+            size_t i = row * cols + order[rank];
+            double p = cols == 1 ? density : density - epsilon + 2 * epsilon * ((double)rank / (double)(cols - 1));
+            bool stays = (double)obm__random_draw(key, i) * 0x1p-53 < p;
+            if (got[i] != (stays ? x[i] : 0))
+                fail_msg("%zu columns: row %zu, rank %zu: %a", cols, row, rank, (double)got[i]);
+        }
+    }
+    free(base);
+    free(x);
+    free(got);
+    free(order);
+}
+
+static void test_ranks(void **state) {
+    (void)state;
+    static const size_t lengths[] = {1, 2, 3, 64, 257, 4096, 20000};
+    obm_context *ctx = new_context(2);
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) check_ranks(ctx, lengths[i]);
+    obm_context_free(ctx);
+}
+
 /* bf16 from beginning to end takes one pass over the elements; floats for output take several, and round to the same.
  * Lengths: less than a vector, blocks with a rest, thresholds with many equal elements. */
 static void check_one_pass(obm_context *ctx, const char *method, obm_profile profile, size_t n_models, size_t n) {
@@ -664,6 +727,7 @@ int main(void) {
         cmocka_unit_test(test_dare_mask),
         cmocka_unit_test(test_dare_values),
         cmocka_unit_test(test_half_deltas_are_rounded),
+        cmocka_unit_test(test_ranks),
         cmocka_unit_test(test_one_pass),
         cmocka_unit_test(test_errors),
     };
