@@ -188,6 +188,11 @@ function pack:add(name, expert, options) end
 ---@return true?, string? message, onebitmerge.Code? code
 function pack:remove(name) end
 
+---Takes the experts and the settings of another pack of the same base and tasks; the router stays.
+---@param path string
+---@return true?, string? message, onebitmerge.Code? code
+function pack:adopt(path) end
+
 ---Changes the merge settings on disk.
 ---@param settings onebitmerge.Settings
 ---@return true?, string? message, onebitmerge.Code? code

@@ -256,6 +256,16 @@ static int pack_remove(lua_State *L) {
     return 1;
 }
 
+/* pack:adopt(path) */
+static int pack_adopt(lua_State *L) {
+    obm_pack *p = pack_to_change(L);
+    if (!p || has_views(L)) return 3;
+    obm_error err;
+    if (obm_pack_adopt(p, obm_lua_string(L, 2), &err) != OBM_OK) return obm_lua_fail(L, &err);
+    lua_pushboolean(L, 1);
+    return 1;
+}
+
 static const char *const reading_names[] = {"onto_base", "recomputed"};
 static const char *const profile_names[] = {"default", "paper", "mergekit"};
 
@@ -632,6 +642,7 @@ static int pack_router_report(lua_State *L) {
 
 static const luaL_Reg pack_methods[] = {{"add", pack_add},
                                         {"remove", pack_remove},
+                                        {"adopt", pack_adopt},
                                         {"set", pack_set},
                                         {"settings", pack_settings},
                                         {"verify", pack_verify},

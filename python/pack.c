@@ -239,6 +239,18 @@ static PyObject *pack_remove(PyObject *o, PyObject *arg) {
     Py_RETURN_NONE;
 }
 
+static PyObject *pack_adopt(PyObject *o, PyObject *arg) {
+    PyObject *path = NULL;
+    obm_pack *p = pack_mutable(o);
+    if (!p || !obm_py_path(arg, &path)) return NULL;
+    obm_status status;
+    obm_error err;
+    Py_BEGIN_ALLOW_THREADS status = obm_pack_adopt(p, PyBytes_AsString(path), &err);
+    Py_END_ALLOW_THREADS Py_DECREF(path);
+    if (status != OBM_OK) return obm_py_raise(OBM_PY_STATE(o), &err);
+    Py_RETURN_NONE;
+}
+
 static const char *const reading_names[] = {"onto_base", "recomputed"};
 static const char *const profile_names[] = {"default", "paper", "mergekit"};
 
@@ -644,6 +656,8 @@ static PyMethodDef pack_methods[] = {
     {"add", KW(pack_add),
      "add(name, expert, progress=None)\n\nCompress one more expert into the pack (atomic). expert: a path, (path, "
      "policy) or Expert."},
+    {"adopt", pack_adopt, METH_O,
+     "adopt(path)\n\nTake the experts and the settings of another pack of the same base and tasks; the router stays."},
     {"remove", pack_remove, METH_O, "remove(name)\n\nDrop an expert; the router goes too, its tasks changed."},
     {"set", KW(pack_set),
      "set(lambda_=None, reading=None, profile=None, density=None)\n\nChange the merge settings on disk."},

@@ -362,6 +362,9 @@ OBM_API obm_status obm_pack_verify(const obm_pack *p, obm_progress_fn progress, 
  * a call that takes its time over the pack runs, on this thread (a callback) or another: that of a model, say. */
 OBM_API obm_status obm_pack_add(obm_pack *p, const obm_expert *expert, const obm_compress_options *options, obm_error *err);
 OBM_API obm_status obm_pack_remove(obm_pack *p, const char *name, obm_error *err);   /* drops the router too: its tasks changed */
+/* Takes the experts and the settings of another pack, which stays as it is, in one step.  It has to be of the same base, with
+ * the same tasks in the same order (MISMATCH), so the router stays.  Files are linked, or copied where they cannot be. */
+OBM_API obm_status obm_pack_adopt(obm_pack *p, const char *path, obm_error *err);
 
 typedef struct obm_pack_settings {
     size_t struct_size;

@@ -325,3 +325,88 @@ obm_status obm_pack_add(obm_pack *p, const obm_expert *given, const obm_compress
     obm_checkpoint_free(checkpoint);
     return status;
 }
+
+/* ---- another pack's experts ---- */
+
+static obm_status copy_file(const char *from, const char *to, obm_error *err) {
+    obm__map map;
+    OBM_TRY(obm__map_open(from, &map, err));
+    obm_status status = obm__file_write(to, map.data, map.size, err);
+    obm__map_close(&map);
+    return status;
+}
+
+/* A file that is there already has the same contents: its name says so. */
+static obm_status take_file(const obm_pack *p, const obm_pack *from, const char *name, obm_error *err) {
+    char *source = obm__path_join(from->path, name), *target = obm__path_join(p->path, name);
+    obm_status status = source && target ? OBM_OK : obm__fail_nomem(err, strlen(name));
+    if (status == OBM_OK && !obm__file_exists(target) && link(source, target) != 0)
+        status = copy_file(source, target, err); /* another file system, or one without links */
+    obm_free(source);
+    obm_free(target);
+    return status;
+}
+
+static obm_status take_files(const obm_pack *p, const obm_pack *from, obm_error *err) {
+    DIR *d = opendir(from->path);
+    obm_status status = d ? OBM_OK : obm__fail_errno(err, "cannot read folder %s", from->path);
+    for (struct dirent *e; status == OBM_OK && d && (e = readdir(d));)
+        if (digits_of(e->d_name) && is_named(from->manifest, e->d_name)) status = take_file(p, from, e->d_name, err);
+    if (d) closedir(d);
+    return status;
+}
+
+static obm_status check_tasks(const obm_pack *p, const obm_pack *other, obm_error *err) {
+    bool same = p->n_experts == other->n_experts;
+    for (size_t i = 0; same && i < p->n_experts; i++) same = !strcmp(p->experts[i].name, other->experts[i].name);
+    if (same) return OBM_OK;
+    return obm__fail(err, OBM_E_MISMATCH, "pack %s: expected the tasks of pack %s, in the same order", other->path,
+                     p->path);
+}
+
+/* What comes from the other; the rest is the pack's own, also what nobody here knows.  Both are of one base, so that
+ * versions differ by shared vectors only. */
+static bool is_adopted(const char *key) {
+    static const char *const keys[] = {"version", "experts", "shared", "settings"};
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        if (!strcmp(key, keys[i])) return true;
+    return false;
+}
+
+/* In the order that the pack has them; NULL without memory. */
+static obm_json *manifest_with(const obm_pack *p, const obm_pack *other) {
+    obm_json *manifest = obm__json_new_object();
+    const obm_json *shared = obm__json_get(other->manifest, "shared");
+    bool ok = manifest != NULL;
+    for (void *it = obm__json_first(p->manifest); ok && it; it = obm__json_next(p->manifest, it)) {
+        const char *key = obm__json_key(it);
+        const obm_json *value = is_adopted(key) ? obm__json_get(other->manifest, key) : obm__json_value(it);
+        if (value) ok = obm__json_set(manifest, key, obm__json_copy(value));
+    }
+    if (ok && shared) ok = obm__json_set(manifest, "shared", obm__json_copy(shared));
+    if (ok) return manifest;
+    obm__json_free(manifest);
+    return NULL;
+}
+
+static obm_status adopt_locked(obm_pack *p, const obm_pack *other, obm_error *err) {
+    obm_status status = take_files(p, other, err);
+    if (status == OBM_OK) return replace(p, manifest_with(p, other), err);
+    obm__pack_clean(p->path, p->manifest);
+    return status;
+}
+
+obm_status obm_pack_adopt(obm_pack *p, const char *path, obm_error *err) {
+    obm_pack *other;
+    int lock;
+    OBM_TRY(obm__pack_idle(p, err));
+    OBM_TRY(obm_pack_open(p->ctx, path, p->base->path, &other, err));
+    obm_status status = check_tasks(p, other, err);
+    if (status == OBM_OK) status = obm__pack_begin(p, &lock, err);
+    if (status == OBM_OK) {
+        status = adopt_locked(p, other, err);
+        obm__pack_unlock(lock);
+    }
+    obm_pack_free(other);
+    return status;
+}

@@ -10,8 +10,8 @@ a callable (what, done, total) or None, and stops at Ctrl-C.
 
 __all__ = ["ArgumentError", "BusyError", "Checkpoint", "Completion", "DtypeError", "Error", "Expert", "FormatError", "MismatchError",
            "Model", "NonFiniteError", "NotFoundError", "Pack", "RouterReport", "Score", "ShapeError", "TaskVector", "Tensor", "Tile",
-           "Tokenizer", "UnsupportedError", "class_of", "compress", "extract_lora", "info", "merge", "merge_tensors", "methods",
-           "plan", "register_method", "set_threads", "__version__"]
+           "Tokenizer", "Tuning", "UnsupportedError", "class_of", "compress", "extract_lora", "info", "merge", "merge_tensors", "methods",
+           "plan", "register_method", "set_threads", "tune", "__version__"]
 
 
 def __getattr__(name):

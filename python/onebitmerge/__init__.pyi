@@ -1,7 +1,8 @@
 """Types of the package; the docstrings are in the code."""
 
 import os
-from typing import Any, Callable, Iterator, Literal, Mapping, NamedTuple, Sequence, TypedDict, overload
+from fractions import Fraction
+from typing import Any, Callable, Iterable, Iterator, Literal, Mapping, NamedTuple, Sequence, TypedDict, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,6 +145,7 @@ class Pack:
     def settings(self) -> dict[str, Any]: ...
     def add(self, name: str, expert: _ExpertLike, progress: _Progress = None) -> None: ...
     def remove(self, name: str) -> None: ...
+    def adopt(self, path: _Path) -> None: ...
     def set(self, lambda_: float | None = None, reading: Literal["onto_base", "recomputed"] | None = None, profile: _Profile = None,
             density: float | None = None) -> None: ...
     def verify(self, progress: _Progress = None) -> None: ...
@@ -314,6 +316,29 @@ class _PlanMatrix(TypedDict):
     nodes: list[list[int]] | None
     workers: list[list[int]] | None
 
+class Candidate:
+    lambda_: float
+    reading: Literal["onto_base", "recomputed"]
+    policy: str | None   # None: as the experts are in the pack
+    scale: str | None
+    bytes: int
+    rows: list[dict[str, Any]]
+    chosen: bool
+    def exact_mean(self) -> Fraction: ...
+    def keys(self) -> dict[str, Any]: ...
+    def records(self) -> list[dict[str, Any]]: ...
+
+class Tuning:
+    candidates: list[Candidate]
+    choice: Candidate | None   # None: of a dry run
+    @property
+    def rows(self) -> list[dict[str, Any]]: ...
+
+def tune(pack: Pack | _Path, data: Iterable[Mapping[str, Any]], *, lambdas: Sequence[float] = ...,
+         readings: Sequence[Literal["onto_base", "recomputed"]] | None = None, policies: Sequence[str] = (), scales: Sequence[str] = (),
+         experts: Mapping[str, _Path] | None = None, base: _Path | None = None, route: Literal["auto", "task"] = "auto",
+         max_tokens: int = 64, chat: bool = False, batch: int = 0, stop: str | Sequence[str] | None = None, template: str | None = None,
+         materialise: bool = False, z12: bool = False, dry_run: bool = False, progress: _Progress = None) -> Tuning: ...
 class PlacementPlan(TypedDict):
     numa: str
     asked: str

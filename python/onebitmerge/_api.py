@@ -9,6 +9,7 @@ from ._core import (ArgumentError, BusyError, Checkpoint, DtypeError, Error, For
                     extract_lora, info, merge_tensors, methods, plan, set_threads)
 from ._methods import Tile, register_method
 from ._results import Completion, Expert, RouterReport, Score
+from .tuning import Tuning, tune
 
 for _name, _hook in {"Completion": Completion.make, "Score": Score, "RouterReport": RouterReport, "experts": _results.experts,
                      "pack_repr": _results.pack_repr, "pack_html": _results.pack_html, "render_template": _results.render_template,

@@ -657,7 +657,40 @@ def evaluate_verb(args):
                          [[r["task"], r["route"] or "-", r["n"], percent(r["value"]), f"{percent(r['low'])} .. {percent(r['high'])}"] for r in rows]))
 
 
+def tune_verb(args):
+    items = [item for path in args.data for item in read_lines(path)]
+    experts = {}
+    for text in args.expert or []:
+        name, eq, path = text.partition("=")
+        if not eq or not name or not path:
+            raise Usage(f"--expert takes NAME=FOLDER, found \"{text}\"")
+        experts[name] = path
+    found = obm.tune(args.pack, items, base=args.base, lambdas=args.lambdas, readings=args.readings, policies=args.policies or (),
+                     scales=args.scales or (), experts=experts, route=args.route, max_tokens=args.max_tokens, chat=args.chat, batch=args.batch,
+                     stop=args.stop, template=args.template, materialise=args.materialise, z12=args.z12, dry_run=args.dry_run,
+                     progress=progress_of(args))
+    if args.json:
+        for row in found.rows or [{"dry_run": True, **c.keys()} for c in found.candidates]:
+            emit(row)
+        return
+    print(found)
+    if not args.dry_run:
+        c = found.choice
+        how = f", policy {c.policy or 'as it was'}, scale {c.scale or 'as it was'}" if c.policy or c.scale else ""
+        print(f"{args.pack}: lambda {c.lambda_:g}, reading {c.reading}{how}; stored")
+
+
 # ---- arguments ----
+
+
+def listed(kind=str, known=()):
+    """A list with commas."""
+    def parse(text):
+        for word in text.split(","):
+            if not word or (known and word not in known):
+                raise argparse.ArgumentTypeError(f"expected a list like {','.join(known[:2]) or '0,0.3,1'}, found \"{text}\"")
+        return [kind(word) for word in text.split(",")]
+    return parse
 
 
 def add_generation_arguments(p):
@@ -854,6 +887,20 @@ def make_parser():
     p.add_argument("model", metavar="MODEL|PACK")
     p.add_argument("--task", required=True, nargs="+", action="extend", metavar="FILE", help="JSON lines: prompt|messages, answer | choices, correct; task")
     p.add_argument("--route", action="append", help="auto (default), a task, weights; may be given again")
+    add_generation_arguments(p)
+
+    p = verb(verbs, "tune", tune_verb, "lambda, policy and scale on validation data: the whole table printed, the choice stored in the pack",
+             dry=True, base=True, runs=True)
+    p.add_argument("pack", metavar="PACK")
+    p.add_argument("--data", required=True, nargs="+", action="extend", metavar="FILE",
+                   help="JSON lines: prompt|messages, answer | choices, correct; task")
+    p.add_argument("--lambdas", type=listed(real(0, math.inf, low_is_in=True)), default=[0, 0.1, 0.3, 0.5, 1], metavar="LIST",
+                   help="default 0,0.1,0.3,0.5,1; 0, routing alone, is always among them")
+    p.add_argument("--readings", type=listed(known=("onto_base", "recomputed")), metavar="LIST", help="default: both, with more than two experts")
+    p.add_argument("--policies", type=listed(known=POLICIES), metavar="LIST", help="compress the experts anew, like linear,attention")
+    p.add_argument("--scales", type=listed(), metavar="LIST", help="compress the experts anew, like matrix,row,group:64")
+    p.add_argument("--expert", action="append", metavar="NAME=FOLDER", help="where an expert lies that is to be compressed anew; may be given again")
+    p.add_argument("--route", choices=("auto", "task"), default="auto", help="the router's (default), or each item's own task")
     add_generation_arguments(p)
     return parser
 

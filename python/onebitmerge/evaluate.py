@@ -59,18 +59,24 @@ def choice_hits(model, members: Sequence[dict], route, progress=None) -> list[bo
     return hits
 
 
-def check(model, item: dict, index: int, routes: Sequence[Any]) -> str:
-    """Whether the item has what its kind needs; which kind it is."""
+def kind_of(item: dict, index: int) -> str:
+    """Which kind the item is, if it has what that needs."""
     prompt_of(item, index)
     for key in {"task", "match"} & set(item):
         items.need(item, index, key)
-    items.check_vocabulary(item, index, model.info["vocab"], "ids")
-    for route in [item["route"]] if "route" in item else routes:
-        items.check_route(model, item, index, route)
     if "choices" not in item and "answer" not in item:
         items.wrong(item, index, f"expected \"answer\", or \"choices\" and \"correct\"; found {', '.join(sorted(item))}")
     items.need(item, index, "choices", "answer")
     return "choice" if "choices" in item else "exact"
+
+
+def check(model, item: dict, index: int, routes: Sequence[Any]) -> str:
+    """Whether the model can run it too; which kind it is."""
+    kind = kind_of(item, index)
+    items.check_vocabulary(item, index, model.info["vocab"], "ids")
+    for route in [item["route"]] if "route" in item else routes:
+        items.check_route(model, item, index, route)
+    return kind
 
 
 def evaluate(model, given: Iterable[dict], routes: Sequence[Any] = (None,), *, max_tokens=64, chat=False, batch=0, stop=None,

@@ -451,7 +451,8 @@ static void test_planes_that_vanish(void **state) {
         w->values[0][T_UP][i] = 0;
         w->values[1][T_UP][i] = -0.0f;
     }
-    for (size_t i = 0; i < count_of(T_O); i++) w->values[1][T_O][i] = w->values[0][T_O][i] = bf16(w, w->values[0][T_O][i]);
+    for (size_t i = 0; i < count_of(T_O); i++)
+        w->values[1][T_O][i] = w->values[0][T_O][i] = bf16(w, w->values[0][T_O][i]);
     for (int i = 0; i < N_BASE; i++) t[i] = tensor_of(w, 0, i);
     char *base = fixture_model(w->ctx, w->dir, "zero", t, N_BASE);
     for (int i = 0; i < N_BASE; i++) t[i] = tensor_of(w, 1, i);
@@ -806,6 +807,48 @@ static void test_replacing_an_expert(void **state) {
     assert_int_equal(entry(p, 0, Q)->mode, OBM_MODE_FULL);
     assert_int_equal(list(w->pack, files), 3);
     obm_pack_free(p);
+}
+
+static void test_adopting(void **state) {
+    world *w = *state;
+    const float four[] = {1, 2, 3, 4};
+    const obm__named_array arrays[] = {
+        {"mean", four, 1, {2, 0}}, {"scale", four, 1, {2, 0}}, {"weight", four, 2, {2, 2}}, {"bias", four, 1, {2, 0}}};
+    obm_pack *p = compress(w), *other = NULL;
+    obm_pack_settings s = OBM_INIT(obm_pack_settings);
+    obm_expert e[2];
+    char files[16][128], *path = obm__path_join(w->dir, "other.pack"),
+                         *swapped = obm__path_join(w->dir, "swapped.pack");
+    OK(obm__pack_write_router(p, arrays, 4, router_report(), err));
+    two_experts(w, e);
+    e[0].policy = "mlp";
+    OK(obm_compress(w->ctx, w->base, e, 2, NULL, path, NULL, &other, err));
+    obm_pack_get_settings(other, &s);
+    s.lambda = 0.125;
+    OK(obm_pack_set_settings(other, &s, err));
+    OK(obm_pack_adopt(p, path, err));
+    for (int again = 0; again < 2; again++) { /* as it is now, and as it is on disk */
+        assert_string_equal(obm_pack_policy(p, 0), "mlp, scale row, planes 1");
+        assert_int_equal(entry(p, 0, Q)->mode, OBM_MODE_FULL);
+        obm_pack_get_settings(p, &s);
+        assert_true(s.lambda == 0.125);
+        assert_non_null(p->router);
+        assert_int_equal(list(w->pack, files), 4);
+        OK(obm_pack_verify(p, NULL, NULL, err));
+        obm_pack_free(p);
+        OK(obm_pack_open(w->ctx, w->pack, NULL, &p, err));
+    }
+    OK(obm_pack_verify(other, NULL, NULL, err));
+    obm_expert turned[2] = {e[1], e[0]};
+    OK(obm_compress(w->ctx, w->base, turned, 2, NULL, swapped, NULL, NULL, err));
+    FAILS(obm_pack_adopt(p, swapped, err), OBM_E_MISMATCH, "expected the tasks of pack");
+    FAILS(obm_pack_adopt(p, w->dir, err), OBM_E_FORMAT, "has no pack.json");
+    assert_int_equal(list(w->pack, files), 4);
+    OK(obm_pack_verify(p, NULL, NULL, err));
+    obm_pack_free(other);
+    obm_pack_free(p);
+    obm_free(path);
+    obm_free(swapped);
 }
 
 /* ---- several processes ---- */
@@ -1284,6 +1327,7 @@ int main(void) {
         TEST(test_settings),
         TEST(test_add_and_remove),
         TEST(test_replacing_an_expert),
+        TEST(test_adopting),
         FORKING_TEST(test_parallel_adding),
         FORKING_TEST(test_parallel_creation),
         TEST(test_locked),

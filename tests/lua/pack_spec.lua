@@ -135,6 +135,14 @@ describe("pack", function()
     assert.is_true(p:remove("chat"))
     assert.equal("NOTFOUND", select(3, p:remove("chat")))
     assert.is_true(p:verify())
+    local other = assert(obm.compress(support.models .. "base", { math = { support.models .. "math", policy = "mlp" } },
+      { out = support.folder() .. "/other" }))
+    assert.is_true(other:set { lambda = 0.5 })
+    assert.is_true(p:adopt(other:path()))
+    assert.equal("mlp, scale row, planes 1", p:policy("math"))
+    assert.equal(0.5, p:settings().lambda)
+    assert.is_true(p:verify())
+    assert.equal("FORMAT", select(3, p:adopt(support.models .. "math")))
   end)
 
   it("finds damage", function()
@@ -239,6 +247,7 @@ describe("shared vectors", function()
 
   it("are refused for what they are not", function()
     assert.error_matches(function() compress { shared = "sum" } end, "tall or emr")
-    assert.error_matches(function() compress({}, { a = { support.models .. "math", map = { ["*q_proj*"] = "maks" } } }) end, "known: 1bit, mask")
+    local misspelt = { a = { support.models .. "math", map = { ["*q_proj*"] = "maks" } } }
+    assert.error_matches(function() compress({}, misspelt) end, "known: 1bit, mask")
   end)
 end)

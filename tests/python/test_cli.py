@@ -455,7 +455,7 @@ def test_exit_codes(fails, run, tmp_path, models):
     assert run("--version") == (0, f"onebitmerge {obm.__version__}\n", "")
     code, out, _ = run("--help")
     assert code == 0 and all(verb in out for verb in ("doctor", "inspect", "compress", "pack", "router", "route", "generate", "score", "logits",
-                                                      "tokenize", "merge", "export", "eval"))
+                                                      "tokenize", "merge", "export", "eval", "tune"))
     fails(code=2)
     fails("nonsense", code=2)
     fails("inspect", code=2)

@@ -6,12 +6,12 @@ import pathlib
 
 import onebitmerge as obm
 import pytest
-from onebitmerge import _core
+from onebitmerge import _core, tuning
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STUB = ast.parse((ROOT / "python" / "onebitmerge" / "__init__.pyi").read_text(encoding="utf-8"))
 # Runtime objects that the package does not export: what they are reached through.
-HIDDEN = {"Request": _core.Request, "Stream": _core.Stream}
+HIDDEN = {"Request": _core.Request, "Stream": _core.Stream, "Candidate": tuning.Candidate}
 TYPES_ONLY = {"PlannedFile", "MergeDocument", "MergePlan", "Plan", "PlacementPlan", "ExportReport", "LoraMatrix"}   # TypedDicts: plain dicts at runtime
 
 
@@ -60,7 +60,7 @@ def parameters(node):
     return [a.arg for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs] if a.arg != "self"]
 
 
-@pytest.mark.parametrize("name", ["compress", "merge"])
+@pytest.mark.parametrize("name", ["compress", "merge", "tune"])
 def test_python_functions(name):
     assert parameters(FUNCTIONS[name]) == list(inspect.signature(getattr(obm, name)).parameters)
 
@@ -74,7 +74,7 @@ def test_dataclasses(name):
 def methods_of_core():
     for name, node in CLASSES.items():
         cls = HIDDEN.get(name) or getattr(obm, name, None)
-        if cls is None or cls.__module__.startswith("onebitmerge._results") or issubclass(cls, Exception):
+        if cls is None or cls.__module__ in ("onebitmerge._results", "onebitmerge.tuning") or issubclass(cls, Exception):
             continue
         for item in node.body:
             if isinstance(item, ast.FunctionDef) and public(item.name) and not item.decorator_list:
