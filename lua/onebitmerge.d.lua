@@ -294,7 +294,7 @@ function tokenizer:encode(text, options) end
 ---@return string?, string? message, onebitmerge.Code? code
 function tokenizer:decode(ids, options) end
 
----The built-in template that the model's own is, or the one of that name: llama2, mistral, llama3, llama3.1, chatml, gemma, gemma3, phi3, phi4, phi4mini, granite, olmo2.
+---The built-in template that the model's own is, or the one of that name: llama2, mistral, llama3, llama3.1, chatml, qwen3, gemma, gemma3, phi3, phi4, phi4mini, granite, olmo2.
 ---add_generation (default true): open the assistant's turn.
 ---@param messages onebitmerge.Message[]
 ---@param options? { add_generation?: boolean, name?: string }

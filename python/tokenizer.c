@@ -196,7 +196,7 @@ static PyMethodDef tokenizer_methods[] = {
      "the built-in one."},
     {"builtin_template", KW(tokenizer_builtin_template),
      "builtin_template(messages, add_generation=True, name=None) -> str\n\nname: llama2, mistral, llama3, llama3.1, "
-     "chatml, gemma, gemma3, phi3, phi4, phi4mini, granite, olmo2; None: the one that the model's own is."},
+     "chatml, qwen3, gemma, gemma3, phi3, phi4, phi4mini, granite, olmo2; None: the one that the model's own is."},
     {"piece", tokenizer_piece, METH_O, "piece(id) -> str or None\n\nAs in tokenizer.json."},
     {"id", tokenizer_id, METH_O, "id(piece) -> int or None"},
     {NULL, NULL, 0, NULL}};

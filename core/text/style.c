@@ -26,6 +26,8 @@ struct obm__style {
     bool trim[3];    /* the text, with the system's in it */
     bool trim_alone; /* without the system's */
     bool alternate, skip_empty_system;
+    bool
+        thinks; /* an assistant's <think> block goes, but after the last question, where the last turn always has one */
     const char *generation, *otherwise; /* at the end, with add_generation and without */
 };
 
@@ -122,7 +124,7 @@ static const obm__style styles[] = {
      .otherwise = HEADER("assistant")},
     /* Llama 3.1 and 3.3 without tools; the date is what their texts say where the caller gives none */
     {.name = "llama3.1",
-     .hash = {0x3246b9b80acd3e4e},
+     .hash = {0x3246b9b80acd3e4e, 0xc85e1d73261632ac},
      .start = "\1",
      .open = {HEADER("system"), HEADER("user"), HEADER("assistant")},
      .close = {"<|eot_id|>", "<|eot_id|>", "<|eot_id|>"},
@@ -131,6 +133,15 @@ static const obm__style styles[] = {
      .system = ALWAYS,
      .trim = {true, true, true},
      .generation = HEADER("assistant"),
+     .otherwise = ""},
+    /* Qwen3 without tools */
+    {.name = "qwen3",
+     .hash = {0x521dd2c87f60fc75, 0x4033f72a6a5cebc2},
+     .start = "",
+     .open = {"<|im_start|>system\n", "<|im_start|>user\n", "<|im_start|>assistant\n"},
+     .close = {"<|im_end|>\n", "<|im_end|>\n", "<|im_end|>\n"},
+     .thinks = true,
+     .generation = "<|im_start|>assistant\n",
      .otherwise = ""},
     /* Gemma 1 and 2 */
     {.name = "gemma",
@@ -240,7 +251,7 @@ static const obm__style styles[] = {
 
 const char *obm__style_name(const obm__style *s) { return s->name; }
 const char *obm__style_names(void) {
-    return "llama2, mistral, llama3, llama3.1, chatml, gemma, gemma3, phi3, phi4, phi4mini, granite, olmo2";
+    return "llama2, mistral, llama3, llama3.1, chatml, qwen3, gemma, gemma3, phi3, phi4, phi4mini, granite, olmo2";
 }
 
 const obm__style *obm__style_find(const char *name) {
@@ -371,7 +382,8 @@ obm_status obm__style_recognise(const char *jinja, const obm__style **out, obm_e
 typedef struct printer {
     const obm__style *s;
     const char *bos, *eos;
-    const char *system; /* to be put into a user's turn; NULL: none */
+    const char *system;          /* to be put into a user's turn; NULL: none */
+    const obm_message *question; /* the last one */
     obm__buffer *out;
 } printer;
 
@@ -403,6 +415,57 @@ static int role_of(const obm_message *m) {
     return strcmp(m->role, "system") == 0 ? SYSTEM : strcmp(m->role, "user") == 0 ? USER : ASSISTANT;
 }
 
+/* ---- thoughts ---- */
+
+#define THINK "<think>"
+#define THOUGHT "</think>"
+
+static bool wrapped(const char *text, const char *head, const char *tail) {
+    size_t n = strlen(text), h = strlen(head), t = strlen(tail);
+    return n >= h && n >= t && !strncmp(text, head, h) && !strcmp(text + n - t, tail);
+}
+
+/* The last message that asks: a user's that is no answer of a tool.  Without one, the last of all. */
+static size_t last_question(const obm_message *messages, size_t n) {
+    for (size_t i = n; i-- > 0;)
+        if (role_of(&messages[i]) == USER && !wrapped(messages[i].content, "<tool_response>", "</tool_response>"))
+            return i;
+    return n ? n - 1 : 0;
+}
+
+static const char *skip_newlines(const char *s) { return s + strspn(s, "\n"); }
+
+/* What lies between the last THINK before the first THOUGHT and that, without newlines around; NULL: nothing. */
+static const char *find_thought(const char *text, size_t *n) {
+    const char *end = strstr(text, THOUGHT), *begin = text, *at = text;
+    if (!end) return NULL;
+    while (end > text && end[-1] == '\n') end--;
+    for (; (at = strstr(at, THINK)) && at + strlen(THINK) <= end; at += strlen(THINK)) begin = at + strlen(THINK);
+    begin = begin < end ? skip_newlines(begin) : end;
+    *n = begin < end ? (size_t)(end - begin) : 0;
+    return *n ? begin : NULL;
+}
+
+static const char *after_thoughts(const char *text) {
+    const char *at = text, *rest = text;
+    while ((at = strstr(at, THOUGHT))) rest = at += strlen(THOUGHT);
+    return rest == text ? text : skip_newlines(rest);
+}
+
+static void put_answer(const printer *p, const char *text, bool answers, bool last) {
+    size_t n = 0;
+    const char *thought = find_thought(text, &n), *rest = after_thoughts(text);
+    if (answers && (last || thought)) {
+        obm__buffer_text(p->out, THINK "\n");
+        if (thought) obm__buffer_add(p->out, thought, n);
+        obm__buffer_text(p->out, "\n" THOUGHT "\n\n");
+        rest = skip_newlines(rest);
+    }
+    obm__buffer_text(p->out, rest);
+}
+
+/* ---- turns ---- */
+
 static void put_turn(const printer *p, const obm_message *m, bool with_system, bool last) {
     int role = role_of(m);
     const obm__style *s = p->s;
@@ -415,7 +478,10 @@ static void put_turn(const printer *p, const obm_message *m, bool with_system, b
         put(p, s->after_system);
         if (s->trim_alone) begin = p->out->size;
     }
-    obm__buffer_text(p->out, m->content);
+    if (s->thinks && role == ASSISTANT)
+        put_answer(p, m->content, m > p->question, last);
+    else
+        obm__buffer_text(p->out, m->content);
     if (s->trim[role]) trim(p->out, begin);
     put(p, last && role == ASSISTANT && s->last ? s->last : s->close[role]);
 }
@@ -444,7 +510,7 @@ static obm_status check_order(const obm__style *s, const obm_message *messages, 
 
 obm_status obm__style_render(const obm__style *s, const char *bos, const char *eos, const obm_message *messages,
                              size_t n, bool add_generation, obm__buffer *out, obm_error *err) {
-    printer p = {s, bos ? bos : "", eos ? eos : "", NULL, out};
+    printer p = {s, bos ? bos : "", eos ? eos : "", NULL, messages + last_question(messages, n), out};
     bool begins = n && role_of(&messages[0]) == SYSTEM, apart = s->system != OWN_TURN && s->system != REFUSED;
     size_t first = begins && apart;
     if (first) p.system = messages[0].content;

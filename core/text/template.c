@@ -167,6 +167,7 @@ static const char *nearest(const char *source) {
         {"<start_of_turn>", "first_user_prefix", "gemma3"},
         {"<start_of_turn>", "", "gemma"},
         {"<|im_sep|>", "", "phi4"},
+        {"<|im_start|>", "enable_thinking", "qwen3"},
         {"<|im_start|>", "", "chatml"},
         {"<|start_of_role|>", "", "granite"},
         {"<|end|>", "'<|' + message['role'] + '|>'", "phi4mini"},

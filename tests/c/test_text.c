@@ -594,6 +594,28 @@ static void test_template_llama3(void **state) {
     obm_tokenizer_free(t);
 }
 
+/* Thoughts go, but after the last question, where the last turn always has some. */
+static void test_template_qwen3(void **state) {
+    (void)state;
+    obm_tokenizer *t = open_with(NULL, NULL);
+    obm_error err;
+    char *text;
+    const obm_message chat[] = {{"user", "a"},
+                                {"assistant", "<think>\nwhy\n</think>\n\nso"},
+                                {"user", "b"},
+                                {"assistant", "<think>x<think>\n\nhm\n\n</think>c</think>\n\nd"},
+                                {"assistant", "\ne"}};
+    assert_int_equal(obm_tokenizer_builtin_template(t, "qwen3", chat, 3, true, &text, &err), OBM_OK);
+    assert_string_equal(text, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nso<|im_end|>\n"
+                              "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n");
+    obm_free(text);
+    assert_int_equal(obm_tokenizer_builtin_template(t, "qwen3", chat + 2, 3, false, &text, &err), OBM_OK);
+    assert_string_equal(text, "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n<think>\nhm\n</think>\n\nd<|im_end|>\n"
+                              "<|im_start|>assistant\n<think>\n\n</think>\n\ne<|im_end|>\n");
+    obm_free(text);
+    obm_tokenizer_free(t);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_gpt2),
@@ -621,6 +643,7 @@ int main(void) {
         cmocka_unit_test(test_template_branches),
         cmocka_unit_test(test_template_refused),
         cmocka_unit_test(test_template_llama3),
+        cmocka_unit_test(test_template_qwen3),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

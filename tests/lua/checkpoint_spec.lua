@@ -160,7 +160,7 @@ describe("tokenizer", function()
     assert.equal("chatml", tokenizer:template_name())
     assert.equal("<|user|>\n a<|end|>\n<|assistant|>\n", tokenizer:builtin_template(turn, { name = "phi3" }))
     assert.has_error(function() tokenizer:builtin_template(turn, { name = "alpaca" }) end,
-      'no built-in chat template is called "alpaca" (llama2, mistral, llama3, llama3.1, chatml, gemma, gemma3, phi3, phi4, '
+      'no built-in chat template is called "alpaca" (llama2, mistral, llama3, llama3.1, chatml, qwen3, gemma, gemma3, phi3, phi4, '
       .. "phi4mini, granite, olmo2)")
     assert.error_matches(function() tokenizer:decode({ 1.5 }) end, "integers")
     assert.error_matches(function() tokenizer:encode("a", { spezial = true }) end, "unknown option spezial %(known: special%)")

@@ -168,7 +168,7 @@ def test_another_template(models, tmp_path):
 
 
 TEMPLATES = sorted((pathlib.Path(__file__).resolve().parent.parent / "vectors" / "templates").glob("*.jinja"), key=lambda p: p.name)
-NAMES = "llama2, mistral, llama3, llama3.1, chatml, gemma, gemma3, phi3, phi4, phi4mini, granite, olmo2".split(", ")
+NAMES = "llama2, mistral, llama3, llama3.1, chatml, qwen3, gemma, gemma3, phi3, phi4, phi4mini, granite, olmo2".split(", ")
 CHATS = [
     [("user", " \u00a0Hi\x1c \n")],
     [("system", "  be brief\n"), ("user", "\tWhat?  ")],
@@ -181,6 +181,9 @@ CHATS = [
     [("user", "a"), ("assistant", "b"), ("assistant", "c")],
     [("system", "s"), ("assistant", "b")],
     [("system", "s"), ("system", "t"), ("user", "a")],
+    [("user", "a"), ("assistant", "<think>\nwhy\n\n</think>\n\nso"), ("user", "b"), ("assistant", "\n<think>\n\nhm\n</think>\n\nc")],
+    [("user", "a"), ("assistant", "x</think>\ny<think></think>z"), ("user", "<tool_response>1</tool_response>"), ("assistant", "<think>a<think>b</think>c")],
+    [("user", "a"), ("assistant", "</think>\nb"), ("assistant", "<think>\n</think>c"), ("assistant", "\n\nd")],
 ]
 
 
@@ -237,6 +240,7 @@ def test_templates_by_name(tok):
     ("{{ '<|start_header_id|>' }}{{ 'Cutting Knowledge Date: ' + date }}", "llama3.1"), ("{{ '<start_of_turn>' + role }}", "gemma"),
     ("{{ '<start_of_turn>' + first_user_prefix }}", "gemma3"), ("{{ '<|im_start|>' + role + '<|im_sep|>' }}", "phi4"),
     ("{{ '<|im_start|>' + strip('<think>') + '<|im_end|>' }}", "chatml"), ("{{ '<|start_of_role|>' }}", "granite"),
+    ("{{ '<|im_start|>' + strip('<think>') + enable_thinking + '<|im_end|>' }}", "qwen3"),
     ("{{ '<|' + message['role'] + '|>' + x + '<|end|>' }}", "phi4mini"), ("{{ '<|user|>\n' + x + '<|end|>' }}", "phi3"),
     ("{{ '<|assistant|>' + x + eos_token }}", "olmo2"), ("{{ '[INST] <<SYS>>' }}", "llama2"), ("{{ '[INST]' + x }}", "mistral")])
 def test_unknown_templates_name_what_may_fit(models, tmp_path, own, fits):
