@@ -91,7 +91,7 @@ def test_mwa(family):
     for name, x in plain.load(folder / "out").items():
         assert np.abs(x - (w[0] * tensors["a"][name] + w[1] * tensors["b"][name]) / sum(w)).max() < 1e-6, name
     recipe["models"][1]["parameters"]["metric"] = 0
-    with pytest.raises(obm.ArgumentError, match="metric of model 1: expected a number above 0, found 0"):
+    with pytest.raises(obm.ArgumentError, match=f"metric of {folder}/b: expected a number above 0, found 0"):
         obm.merge(recipe, folder / "none")
     del recipe["models"][1]["parameters"]
     with pytest.raises(obm.ArgumentError, match="metric"):
