@@ -63,14 +63,6 @@ obm_status obm__blas_check(int threads, obm_error *err) {
     return OBM_OK;
 }
 
-void obm__sgemm_nt(int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda, const float *b,
-                   int64_t ldb, float beta, float *c, int64_t ldc) {
-    obm__blas_enter();
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b,
-                (blasint)ldb, beta, c, (blasint)ldc);
-    obm__blas_leave();
-}
-
 void obm__dgemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, double alpha, const double *a,
                 int64_t lda, const double *b, int64_t ldb, double beta, double *c, int64_t ldc) {
     obm__blas_enter();

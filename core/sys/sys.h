@@ -190,16 +190,13 @@ obm_status obm__watched(void (*fn)(void *), void *arg, _Atomic int *stop, obm__p
 /* ---- BLAS (blas.c) ---- */
 
 /* Holds the process-wide OpenBLAS thread count at 1 between enter and leave (counted, thread-safe): the first enter saves the
- * count, the last leave restores it unless somebody else changed it meanwhile.  obm__sgemm_nt does it for itself; put a pair
- * around a whole region of calls so that the count does not flip in between.  Every other BLAS or LAPACK call needs it. */
+ * count, the last leave restores it unless somebody else changed it meanwhile.  What is declared below does it for itself; put a
+ * pair around a whole region of calls so that the count does not flip in between. */
 void obm__blas_enter(void);
 void obm__blas_leave(void);
 /* Call it before `threads` threads use the library together: NOMEM where it would wait forever for address space. */
 obm_status obm__blas_check(int threads, obm_error *err);
-/* C (m, n) = alpha * A (m, k) * B (n, k)^T + beta * C; row-major, one thread, called by our own workers on fixed panels. */
-void obm__sgemm_nt(int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda, const float *b, int64_t ldb,
-                   float beta, float *c, int64_t ldc);
-/* The same in f64 with either factor transposed: C = alpha * op(A) * op(B) + beta * C. */
+/* C (m, n) = alpha * op(A) * op(B) + beta * C, op(A) (m, k), either factor transposed or not; row-major, one thread. */
 void obm__dgemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, double alpha, const double *a, int64_t lda,
                 const double *b, int64_t ldb, double beta, double *c, int64_t ldc);
 /* LAPACK on row-major matrices; linalg.c makes room and errors of the answers: 0, or > 0 without convergence. */

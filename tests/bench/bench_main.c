@@ -4,6 +4,8 @@
  * Usage: bench_main [--what compress|decode|prefill|all] [--size tiny|0.1b|0.35b] [--threads N] [--rounds N] */
 #include "synthetic.h"
 
+#include <cblas.h>
+
 #define MAX_ROUNDS 99
 #define PROMPT 512 /* tokens */
 #define STEPS 9    /* tokens of a decode run; the first comes from the prompt */
@@ -130,8 +132,9 @@ typedef struct gemm {
 static void gemm_panels(void *arg, size_t begin, size_t end, int worker) {
     const gemm *g = arg;
     for (size_t i = begin; i < end; i++)
-        obm__sgemm_nt(PROMPT, PANEL, g->cols, 1, g->x, g->cols, g->w + (int64_t)i * PANEL * g->cols, g->cols, 0,
-                      g->y + (size_t)worker * PROMPT * PANEL, PANEL);
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, PROMPT, PANEL, (blasint)g->cols, 1, g->x, (blasint)g->cols,
+                    g->w + (int64_t)i * PANEL * g->cols, (blasint)g->cols, 0, g->y + (size_t)worker * PROMPT * PANEL,
+                    PANEL);
 }
 
 /* One layer's matrices in f32, whole panels; returns seconds for as many operations as the layer has. */

@@ -392,8 +392,8 @@ static void test_blas_threads(void **unused) {
     assert_int_equal(openblas_get_num_threads(), 1);
     obm__blas_leave();
     assert_int_equal(openblas_get_num_threads(), 2);
-    float one = 1, c = 0;
-    obm__sgemm_nt(1, 1, 1, 1, &one, 1, &one, 1, 0, &c, 1);
+    double one = 1, c = 0;
+    obm__dgemm(false, true, 1, 1, 1, 1, &one, 1, &one, 1, 0, &c, 1);
     assert_int_equal(openblas_get_num_threads(), 2);
     obm__blas_enter();
     openblas_set_num_threads(3); /* somebody else's wish survives */
@@ -402,30 +402,29 @@ static void test_blas_threads(void **unused) {
     openblas_set_num_threads(original);
 }
 
-static void fill(float *x, size_t n, uint32_t seed) {
+static void fill(double *x, size_t n, uint32_t seed) {
     for (size_t i = 0; i < n; i++) {
         seed = seed * 1664525 + 1013904223;
-        x[i] = (float)(int32_t)seed * 0x1p-31f;
+        x[i] = (double)(int32_t)seed * 0x1p-31;
     }
 }
 
-static void check_sgemm(int64_t m, int64_t n, int64_t k, float alpha, float beta) {
+static void check_dgemm(int64_t m, int64_t n, int64_t k, double alpha, double beta) {
     int64_t lda = k + 3, ldb = k + 1, ldc = n + 5;
-    float *a = malloc((size_t)(m * lda) * 4), *b = malloc((size_t)(n * ldb) * 4), *c = malloc((size_t)(m * ldc) * 4);
-    float *before = malloc((size_t)(m * ldc) * 4);
+    double *a = malloc((size_t)(m * lda) * 8), *b = malloc((size_t)(n * ldb) * 8), *c = malloc((size_t)(m * ldc) * 8);
+    double *before = malloc((size_t)(m * ldc) * 8);
     fill(a, (size_t)(m * lda), 1);
     fill(b, (size_t)(n * ldb), 2);
     fill(c, (size_t)(m * ldc), 3);
-    memcpy(before, c, (size_t)(m * ldc) * 4);
-    obm__sgemm_nt(m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+    memcpy(before, c, (size_t)(m * ldc) * 8);
+    obm__dgemm(false, true, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
     for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; j < ldc; j++) {
             double sum = 0;
-            for (int64_t l = 0; j < n && l < k; l++) sum += (double)a[i * lda + l] * (double)b[j * ldb + l];
-            double expected =
-                j < n ? (double)alpha * sum + (double)beta * (double)before[i * ldc + j] : (double)before[i * ldc + j];
-            if (fabs((double)c[i * ldc + j] - expected) > (j < n ? 1e-6 * (double)(k + 4) : 0))
-                fail_msg("sgemm %lld %lld", (long long)i, (long long)j);
+            for (int64_t l = 0; j < n && l < k; l++) sum += a[i * lda + l] * b[j * ldb + l];
+            double expected = j < n ? alpha * sum + beta * before[i * ldc + j] : before[i * ldc + j];
+            if (fabs(c[i * ldc + j] - expected) > (j < n ? 1e-15 * (double)(k + 4) : 0))
+                fail_msg("dgemm %lld %lld", (long long)i, (long long)j);
         }
     free(a);
     free(b);
@@ -460,31 +459,31 @@ static void test_blas_check(void **state) {
     assert_int_equal(WEXITSTATUS(status), 0);
 }
 
-static void test_sgemm(void **unused) {
+static void test_dgemm(void **unused) {
     (void)unused;
-    check_sgemm(1, 1, 1, 1, 0);
-    check_sgemm(3, 5, 7, 0.5f, 2);
-    check_sgemm(64, 128, 200, 1, 0);
-    check_sgemm(65, 33, 129, -1, 1);
+    check_dgemm(1, 1, 1, 1, 0);
+    check_dgemm(3, 5, 7, 0.5, 2);
+    check_dgemm(64, 128, 200, 1, 0);
+    check_dgemm(65, 33, 129, -1, 1);
 }
 
 /* Panels of one product by several workers at once: the same bits as one after the other. */
 typedef struct panels {
-    const float *a, *b;
-    float *c;
+    const double *a, *b;
+    double *c;
 } panels;
 enum { PANEL_ROWS = 128, PANELS = 16, TILE = 64, DEPTH = 192 };
 static void panel_range(void *arg, size_t begin, size_t end, int worker) {
     panels *p = arg;
     (void)worker;
     for (size_t i = begin; i < end; i++)
-        obm__sgemm_nt(PANEL_ROWS, TILE, DEPTH, 1, p->a + i * PANEL_ROWS * DEPTH, DEPTH, p->b, DEPTH, 0,
-                      p->c + i * PANEL_ROWS * TILE, TILE);
+        obm__dgemm(false, true, PANEL_ROWS, TILE, DEPTH, 1, p->a + i * PANEL_ROWS * DEPTH, DEPTH, p->b, DEPTH, 0,
+                   p->c + i * PANEL_ROWS * TILE, TILE);
 }
-static void test_sgemm_concurrent(void **unused) {
+static void test_dgemm_concurrent(void **unused) {
     (void)unused;
     size_t na = (size_t)PANELS * PANEL_ROWS * DEPTH, nc = (size_t)PANELS * PANEL_ROWS * TILE;
-    float *a = malloc(na * 4), *b = malloc(TILE * DEPTH * 4), *expected = malloc(nc * 4), *c = malloc(nc * 4);
+    double *a = malloc(na * 8), *b = malloc(TILE * DEPTH * 8), *expected = malloc(nc * 8), *c = malloc(nc * 8);
     fill(a, na, 7);
     fill(b, TILE * DEPTH, 8);
     panels serial = {a, b, expected}, p = {a, b, c};
@@ -492,9 +491,9 @@ static void test_sgemm_concurrent(void **unused) {
     obm_context *ctx = context(4);
     int before = openblas_get_num_threads();
     for (int i = 0; i < 30; i++) {
-        memset(c, 0xff, nc * 4);
+        memset(c, 0xff, nc * 8);
         obm__parallel(ctx, PANELS, 1, panel_range, &p);
-        assert_memory_equal(c, expected, nc * 4);
+        assert_memory_equal(c, expected, nc * 8);
     }
     assert_int_equal(openblas_get_num_threads(), before);
     obm_context_free(ctx);
@@ -648,8 +647,8 @@ int main(void) {
         cmocka_unit_test(test_tree_sum),
         cmocka_unit_test(test_blas_threads),
         cmocka_unit_test(test_blas_check),
-        cmocka_unit_test(test_sgemm),
-        cmocka_unit_test(test_sgemm_concurrent),
+        cmocka_unit_test(test_dgemm),
+        cmocka_unit_test(test_dgemm_concurrent),
         cmocka_unit_test(test_topology),
         cmocka_unit_test(test_dtypes),
         cmocka_unit_test(test_read_f32),
