@@ -209,7 +209,7 @@ typedef struct obm_kernels {
     /* exact.  packed (n, 32): packed[j * 32 + r] = rows[r * ld + j]; rows n_rows .. 31 become 0. */
     void (*gemm_pack)(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n);
     /* row-exact, and so for vectors: y[t * ldy + r] depends on row r and vector t alone.  r < 32 * strips, t < tokens;
-     * packed (strips, n, 32).  Columns are summed in increasing order, with fma, by blocks of 256 whose sums are added
+     * packed (strips, n, 32).  Columns are summed in increasing order, with or without fma, by blocks of 256 whose sums are added
      * in order; the bound of rows_f32 holds. */
     void (*gemm)(float *y, size_t ldy, const float *packed, size_t strips, const float *x, size_t ldx, size_t tokens,
                  size_t n);

@@ -358,6 +358,7 @@ void obm__checkpoint_warn_layers(const obm_checkpoint *c, const char *outcome) {
     int64_t layers;
     size_t more = 0;
     if (!obm__json_int(obm__json_get(obm__checkpoint_text_config(c), "num_hidden_layers"), &layers)) return;
+    if (layers < 1) return; /* which the model refuses */
     for (size_t i = 0; i < c->count; i++) {
         if (layer_of(c, c->tensors[i]->name) < layers) continue;
         more += first != NULL;

@@ -328,20 +328,54 @@ obm_status obm_pack_add(obm_pack *p, const obm_expert *given, const obm_compress
 
 /* ---- another pack's experts ---- */
 
-static obm_status copy_file(const char *from, const char *to, obm_error *err) {
+#define COPY_STEP ((size_t)4 << 20)
+
+/* In steps, between which the call can be stopped. */
+static obm_status copy_bytes(const obm_context *ctx, const obm__map *map, int fd, const char *name, obm_error *err) {
+    obm__pulse pulse = obm__pulse_new(ctx, NULL, NULL, "copy", map->size);
+    for (size_t at = 0, n; at < map->size; at += n) {
+        n = map->size - at < COPY_STEP ? map->size - at : COPY_STEP;
+        OBM_TRY(obm__fd_write(fd, name, map->data + at, n, err));
+        obm__pages_release(map->data + at, n);
+        OBM_TRY(obm__pulse_check(&pulse, err));
+    }
+    return OBM_OK;
+}
+
+/* Under a name that a later change removes, should this one be killed. */
+static obm_status copy_file(const obm_context *ctx, const char *from, const char *to, obm_error *err) {
     obm__map map;
-    OBM_TRY(obm__map_open(from, &map, err));
-    obm_status status = obm__file_write(to, map.data, map.size, err);
-    obm__map_close(&map);
+    char *partial = obm__format("%s" OBM_PACK_PARTIAL, to), *name = NULL;
+    int fd = -1;
+    OBM_TRY(partial ? OBM_OK : obm__fail_nomem(err, strlen(to)));
+    obm_status status = obm__map_open(from, &map, err);
+    if (status == OBM_OK) {
+        status = obm__temp_create(partial, &name, &fd, err);
+        if (status == OBM_OK) status = copy_bytes(ctx, &map, fd, name, err);
+        obm_status sealed = name ? obm__fd_seal(fd, name, status == OBM_OK ? err : NULL) : status;
+        if (status == OBM_OK) status = sealed;
+        if (status == OBM_OK) status = obm__file_publish(name, to, err);
+        if (name && status != OBM_OK) unlink(name);
+        obm__map_close(&map);
+    }
+    obm_free(name);
+    obm_free(partial);
     return status;
 }
 
-/* A file that is there already has the same contents: its name says so. */
+/* The pack's own files are what their names say; what else lies there under such a name has to show it. */
+static bool is_there(const obm_pack *p, const char *path, const char *name) {
+    if (!obm__file_exists(path)) return false;
+    if (is_named(p->manifest, name) || is_proven(path, name)) return true;
+    (void)unlink(path);
+    return false;
+}
+
 static obm_status take_file(const obm_pack *p, const obm_pack *from, const char *name, obm_error *err) {
     char *source = obm__path_join(from->path, name), *target = obm__path_join(p->path, name);
     obm_status status = source && target ? OBM_OK : obm__fail_nomem(err, strlen(name));
-    if (status == OBM_OK && !obm__file_exists(target) && link(source, target) != 0)
-        status = copy_file(source, target, err); /* another file system, or one without links */
+    if (status == OBM_OK && !is_there(p, target, name) && link(source, target) != 0)
+        status = copy_file(p->ctx, source, target, err); /* another file system, or one without links */
     obm_free(source);
     obm_free(target);
     return status;
@@ -399,6 +433,7 @@ static obm_status adopt_locked(obm_pack *p, const obm_pack *other, obm_error *er
 obm_status obm_pack_adopt(obm_pack *p, const char *path, obm_error *err) {
     obm_pack *other;
     int lock;
+    if (!path || !*path) return obm__fail(err, OBM_E_ARG, "no pack to take the experts of");
     OBM_TRY(obm__pack_idle(p, err));
     OBM_TRY(obm_pack_open(p->ctx, path, p->base->path, &other, err));
     obm_status status = check_tasks(p, other, err);

@@ -144,15 +144,43 @@ static bool says_nothing(const obm_json *v) {
     return kind == OBM_JSON_NULL || (text && !strcmp(text, "default"));
 }
 
+/* transformers 4 has it in rope_scaling and beside that, transformers 5 in rope_parameters. */
+static const obm_json *rope_value(const obm_json *config, const char *key) {
+    const char *const places[] = {"rope_scaling", "rope_parameters"};
+    const obm_json *v = NULL;
+    for (int i = 0; i < 2 && says_nothing(v); i++) {
+        v = obm__json_get(obm__json_get(config, places[i]), key);
+        if (says_nothing(v) && !strcmp(key, "rope_type")) v = obm__json_get(obm__json_get(config, places[i]), "type");
+    }
+    return says_nothing(v) ? obm__json_get(config, key) : v;
+}
+
+/* What leaving the key out says too, for any architecture. */
+static bool is_default(const obm_json *config, const char *key, const obm_json *v) {
+    const char *text = obm__json_string(v);
+    double x, hidden, heads;
+    bool flag;
+    if (says_nothing(v)) return true;
+    if (obm__json_bool(v, &flag)) return !flag;
+    if (text) return !strcmp(text, "linear") && obm__json_real(rope_value(config, "factor"), &x) && x == 1;
+    if (!obm__json_real(v, &x)) return false;
+    if (!strcmp(key, "head_dim") && obm__json_real(obm__json_get(config, "hidden_size"), &hidden) &&
+        obm__json_real(obm__json_get(config, "num_attention_heads"), &heads))
+        return x * heads == hidden;
+    return !strcmp(key, "factor") && x == 1;
+}
+
 /* 10000 and 10000.0 are one value. */
-static bool same_setting(const obm_json *a, const obm_json *b) {
+static bool same_setting(const pair *p, const char *key, const obm_json *a, const obm_json *b) {
     double x, y;
-    if (says_nothing(a) || says_nothing(b)) return says_nothing(a) && says_nothing(b);
+    if (says_nothing(a) || says_nothing(b))
+        return is_default(obm__checkpoint_text_config(p->base), key, a) &&
+               is_default(obm__checkpoint_text_config(p->other), key, b);
     return obm__json_real(a, &x) && obm__json_real(b, &y) ? x == y : obm__json_equal(a, b);
 }
 
 static obm_status compare_values(const pair *p, const char *key, const obm_json *a, const obm_json *b, obm_error *err) {
-    if (same_setting(a, b)) return OBM_OK;
+    if (same_setting(p, key, a, b)) return OBM_OK;
     char *expected = says_nothing(a) ? obm__strdup("none") : obm__json_text(a, 0);
     char *found = says_nothing(b) ? obm__strdup("none") : obm__json_text(b, 0);
     obm_status status = expected && found ? OBM_OK : obm__fail_nomem(err, 1);
@@ -165,17 +193,6 @@ static obm_status compare_values(const pair *p, const char *key, const obm_json 
     obm_free(expected);
     obm_free(found);
     return status;
-}
-
-/* transformers 4 has it in rope_scaling and beside that, transformers 5 in rope_parameters. */
-static const obm_json *rope_value(const obm_json *config, const char *key) {
-    const char *const places[] = {"rope_scaling", "rope_parameters"};
-    const obm_json *v = NULL;
-    for (int i = 0; i < 2 && says_nothing(v); i++) {
-        v = obm__json_get(obm__json_get(config, places[i]), key);
-        if (says_nothing(v) && !strcmp(key, "rope_type")) v = obm__json_get(obm__json_get(config, places[i]), "type");
-    }
-    return says_nothing(v) ? obm__json_get(config, key) : v;
 }
 
 static obm_status compare_keys(const pair *p, const obm_json *a, const obm_json *b, obm_error *err) {

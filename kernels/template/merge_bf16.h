@@ -159,6 +159,8 @@ FN static void NAME(tile_open)(NAME(tile) * w, const obm__tile *t) {
 
 INLINE_FN NAME(u) NAME(nearest)(const NAME(tile) * w, NAME(u) x) { return x + ((x >> 16 & w->last) + w->half); }
 
+INLINE_FN NAME(i) NAME(infinite)(const NAME(tile) * w, NAME(u) x) { return (NAME(i))(x & w->magnitude) > w->largest; }
+
 INLINE_FN NAME(u) NAME(trim)(const NAME(tile) * w, NAME(u) x, size_t m, NAME(i) * bad) {
     NAME(i) size = (NAME(i))(x & w->magnitude);
     *bad |= size > w->largest;
@@ -182,20 +184,23 @@ INLINE_FN NAME(pair)
         NAME(pair) kept = NAME(kept)(t->keep[m] + i / 8);
         x = (NAME(pair)){x.even & kept.even, x.odd & kept.odd};
     }
-    if (t->factors)
+    if (t->factors) {
         x = (NAME(pair)){(NAME(u))((NAME(f))x.even * w->factors[m]), (NAME(u))((NAME(f))x.odd * w->factors[m])};
+        *bad |= NAME(infinite)(w, x.even) | NAME(infinite)(w, x.odd);
+    }
     return x;
 }
 
 /* As in agree_f32.  Sums that begin with +0 are never -0, so a bit more is all that a sum of 0 needs; under the sign of
- * the sum what agrees is positive. */
-INLINE_FN NAME(f) NAME(agreed)(const NAME(tile) * w, NAME(form) is, const NAME(f) * d) {
+ * the sum what agrees is positive.  No vote is NaN where the sum is finite; elsewhere the scalar kernel decides. */
+INLINE_FN NAME(f) NAME(agreed)(const NAME(tile) * w, NAME(form) is, const NAME(f) * d, NAME(i) * bad) {
     const NAME(f) zero = {0};
     NAME(f) sum = zero, mixed = zero, divisor = zero;
 #define X(m) \
     if (m < is.count) sum += d[m] * w->votes[m];
     EACH_MODEL(X)
 #undef X
+    *bad |= NAME(infinite)(w, (NAME(u))sum);
     NAME(u) sign = ((NAME(u))sum | ((NAME(u))(sum == zero) & w->zero_sign)) & w->sign;
 #define X(m)                                                                                              \
     if (m < is.count) {                                                                                   \
@@ -210,10 +215,10 @@ INLINE_FN NAME(f) NAME(agreed)(const NAME(tile) * w, NAME(form) is, const NAME(f
     return mixed;
 }
 
-INLINE_FN NAME(u) NAME(merged)(const NAME(tile) * w, NAME(form) is, const NAME(f) * d, NAME(u) base) {
+INLINE_FN NAME(u) NAME(merged)(const NAME(tile) * w, NAME(form) is, const NAME(f) * d, NAME(u) base, NAME(i) * bad) {
     NAME(f) mixed = {0};
     if (is.agree) {
-        mixed = NAME(agreed)(w, is, d);
+        mixed = NAME(agreed)(w, is, d, bad);
     } else {
 #define X(m) \
     if (m < is.count) mixed += d[m] * w->weights[m];
@@ -243,7 +248,7 @@ INLINE_FN size_t NAME(merge_steps)(uint16_t *out, const NAME(tile) * w, NAME(for
     }
         EACH_MODEL(X)
 #undef X
-        NAME(pair) x = {NAME(merged)(w, is, even, base.even), NAME(merged)(w, is, odd, base.odd)};
+        NAME(pair) x = {NAME(merged)(w, is, even, base.even, &bad), NAME(merged)(w, is, odd, base.odd, &bad)};
         NAME(s) halves = (NAME(s))((x.odd & w->upper) | x.even >> 16);
         overflow |= (halves & 0x7fff) > limit;
         memcpy(out + i, &halves, sizeof halves);

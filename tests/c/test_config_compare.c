@@ -136,6 +136,8 @@ static void test_what_is_not_understood(void **state) {
     compare("strange", true, "\"rope_theta\":1e4",
             "\"rope_theta\":10000,\"rope_scaling\":{\"type\":\"linear\",\"factor\":2}",
             "rope_type: expected none, found \"linear\"; factor: expected none, found 2");
+    compare("strange", true, "\"use_sliding_window\":false",
+            "\"head_dim\":16,\"rope_scaling\":{\"type\":\"linear\",\"factor\":1.0}", "");
     compare("strange", true, "\"rope_theta\":1e4,\"sliding_window\":8", "\"rope_parameters\":{\"rope_theta\":1e5}",
             "sliding_window: expected 8, found none; rope_theta: expected 10000.0, found 100000.0");
 }

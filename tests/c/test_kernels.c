@@ -466,6 +466,28 @@ static void check_tile(const obm_kernels *k, bench *t, size_t n, int kinds) {
     free(expected);
 }
 
+/* A factor makes a delta infinite, and a weight of 0 that NaN: it has no sign to elect, and must not be passed over. */
+static void check_overflowing_tile(const obm_kernels *k, size_t n, size_t at) {
+    static const float weights[] = {0.5f, 0}, factors[] = {1, 5};
+    static const uint32_t least[] = {0, 0};
+    uint16_t a[96], b[96], out[96];
+    const uint16_t *models[] = {a, b};
+    obm__tile tile = {.models = models,
+                      .count = 2,
+                      .least = least,
+                      .factors = factors,
+                      .weights = weights,
+                      .votes = weights,
+                      .lambda = 1,
+                      .zero_sign = 1,
+                      .divisor = 1,
+                      .agree = 1,
+                      .normalize = 1};
+    for (size_t i = 0; i < n; i++) a[i] = b[i] = 0x3f80;
+    b[at] = 0x7f16; /* 2e38 */
+    assert_int_equal(k->merge_bf16(out, &tile, n), at);
+}
+
 /* The generator as core/merge/random.c states it. */
 static uint64_t reference_draw(uint64_t state, uint64_t element) {
     uint64_t z = state + (element + 1) * 0x9e3779b97f4a7c15u;
@@ -511,6 +533,7 @@ static void test_merging(void **unused) {
             check_tile(k, &t, n, PLAIN | ZEROS | DENORMALS);
         }
         for (size_t n = 0; n < 300; n += 41) check_tile(k, &t, n, PLAIN | INFINITE | NOT_A_NUMBER);
+        for (size_t n = 1; n <= 96; n += 19) check_overflowing_tile(k, n, n / 2);
         for (size_t n = 0; n < 600; n += 37) check_counts(k, &t, n);
         check_counts(k, &t, MAX_LENGTH);
     }

@@ -826,6 +826,18 @@ static void test_adopting(void **state) {
     obm_pack_get_settings(other, &s);
     s.lambda = 0.125;
     OK(obm_pack_set_settings(other, &s, err));
+    FAILS(obm_pack_adopt(p, NULL, err), OBM_E_ARG, "no pack to take the experts of");
+    /* Somebody else's file under the name and of the length of one that is to come: it is not taken for that. */
+    const char *coming =
+        obm__json_string(obm__json_get(obm__json_at(obm__json_get(other->manifest, "experts"), 0), "file"));
+    char *from = obm__path_join(path, coming), *to = obm__path_join(w->pack, coming), *text;
+    size_t size;
+    OK(obm__file_read(from, &text, &size, err));
+    text[size - 1] = (char)~text[size - 1];
+    OK(obm__file_write(to, text, size, err));
+    obm_free(text);
+    obm_free(from);
+    obm_free(to);
     OK(obm_pack_adopt(p, path, err));
     for (int again = 0; again < 2; again++) { /* as it is now, and as it is on disk */
         assert_string_equal(obm_pack_policy(p, 0), "mlp, scale row, planes 1");
