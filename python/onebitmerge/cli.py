@@ -20,7 +20,7 @@ import warnings
 import onebitmerge as obm
 from onebitmerge import _results
 from onebitmerge.evaluate import evaluate, prompt_of
-from onebitmerge.items import Item, check_keys, check_route, check_vocabulary, located, need, read_lines, wrong
+from onebitmerge.items import Item, check_keys, check_options, check_route, check_vocabulary, located, need, read_lines, wrong
 
 NUMA = ("auto", "shard", "replicate", "isolate", "interleave", "off")
 POLICIES = ("linear", "attention", "mlp", "paper", "full")
@@ -488,6 +488,7 @@ def generate(args):
         for piece in model.stream(prompts[0], **({"route": routes[0]} if given else {}), **options):
             print(piece, end="", flush=True)
         return print()
+    check_options(model, batch=args.batch, **options)
     # Slices keep the first answers from waiting for the last; results do not depend on them.
     step = max(1, 8 * (args.batch or 8))
     for begin in range(0, len(prompts), step):

@@ -43,10 +43,10 @@ def generation_hits(model, members: Sequence[dict], route, **options) -> list[bo
 def choice_hits(model, members: Sequence[dict], route, progress=None) -> list[bool]:
     """The choice with the highest log-likelihood counts; every choice of an item runs on the route of its prompt."""
     rows, sources = [], []
-    for i, item in enumerate(members):
+    for item in members:
         prompt, r = prompt_of(item), item.get("route", route)
         if model.pack is not None and (r is None or r == "auto"):
-            with items.located([item], i):
+            with items.located([item]):
                 r = model.route(prompt)[0]
         rows += [(prompt, choice, r) for choice in item["choices"]]
         sources += [item] * len(item["choices"])
@@ -87,17 +87,19 @@ def evaluate(model, given: Iterable[dict], routes: Sequence[Any] = (None,), *, m
     """
     groups: dict[tuple[str, str], list[dict]] = {}
     for i, item in enumerate(given):
-        groups.setdefault((item.get("task", "all"), check(model, item, i, routes)), []).append(item)
+        groups.setdefault((item.get("task", "all"), check(model, item, i, routes)), []).append(items.numbered(item, i))
     if not groups:
         raise items.ItemError("no items")
+    options = {"max_tokens": max_tokens, "chat": chat, "batch": batch, "stop": stop, "template": template}
+    if any(kind == "exact" for _, kind in groups):
+        items.check_options(model, **options)
     rows = []
     for route in routes:
         for (task, kind), members in groups.items():
             if kind == "choice":
                 hits = choice_hits(model, members, route, progress)
             else:
-                hits = generation_hits(model, members, route, max_tokens=max_tokens, chat=chat, batch=batch, stop=stop, template=template,
-                                       progress=progress)
+                hits = generation_hits(model, members, route, **options, progress=progress)
             low, high = wilson(sum(hits), len(hits))
             label = None if model.pack is None else route if isinstance(route, str) else "auto" if route is None else model.pack.format_route(route)
             rows.append({"task": task, "route": label, "n": len(hits), "metric": "accuracy", "value": sum(hits) / len(hits), "low": low, "high": high})

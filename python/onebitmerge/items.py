@@ -41,6 +41,14 @@ def place(item, index):
     return f"{getattr(item, 'where', '')}item {index if own is None else own}: "
 
 
+def numbered(item, index):
+    """The item with its place among all; one of a file, or of the shell, knows it already."""
+    if not isinstance(item, Item):
+        item = Item(item)
+        item.index = index
+    return item
+
+
 def wrong(item, index, what):
     raise ItemError(place(item, index) + what)
 
@@ -201,16 +209,22 @@ def check_route(model, item, index, route):
             wrong(item, None if "route" not in item else index, f"{e}")
 
 
+def check_options(model, **options):
+    """What is wrong with the options of generate is no item's mistake: it shows before there are any."""
+    model.generate([], **options)
+
+
 @contextlib.contextmanager
 def located(items, begin=0):
-    """What the library says of "prompt 3" or "item 3" of a call, or of its only one, is said of that item of the file."""
-    from onebitmerge import Error   # when it is needed: evaluations of other libraries' answers do without the core
+    """What the library says of "prompt 3" or "item 3" of a call is said of that item of the file; so is what it finds wrong with
+    the only one's arguments, which check_options has left to the prompt."""
+    from onebitmerge import ArgumentError, Error   # when it is needed: evaluations of other libraries' answers do without the core
 
     try:
         yield
     except (Error, ValueError) as e:
         found = re.match(r"(?:prompt|item) (\d+): ", str(e))
-        if isinstance(e, ItemError) or not (found or len(items) == 1):
+        if isinstance(e, ItemError) or not (found or (len(items) == 1 and isinstance(e, (ArgumentError, ValueError)))):
             raise
         i = int(found[1]) if found else 0
         raise ItemError(place(items[i], begin + i) + str(e)[found.end() if found else 0:]) from e

@@ -13,11 +13,12 @@ import itertools
 import json
 import math
 import os
+import re
 from typing import TYPE_CHECKING, Any, Iterable, Mapping, Sequence
 
 from . import _results   # what is slow to import waits for tune(): the command line starts without it
 from . import items as lines
-from ._core import ArgumentError, Model, NotFoundError, Pack, UnsupportedError
+from ._core import ArgumentError, MismatchError, Model, NotFoundError, Pack, UnsupportedError
 from .evaluate import evaluate, kind_of
 
 if TYPE_CHECKING:
@@ -105,13 +106,39 @@ def grid(pack, lambdas, readings):
 
 def policy_parts(text):
     """"linear, scale row, planes 1, map GLOB=MODE ..." as the arguments of an Expert."""
-    head, _, rules = text.partition(", map ")
-    try:
-        policy, scale, planes = head.split(", ")
-    except ValueError:
-        raise UnsupportedError(f"its policy reads \"{text}\", which does not say how to compress it anew") from None
-    return {"policy": policy, "scale": scale.removeprefix("scale "), "planes": int(planes.removeprefix("planes ")),
-            "map": dict(rule.rpartition("=")[::2] for rule in rules.split(" ")) if rules else None}
+    found = re.fullmatch(r"([^,]+), scale ([^,]+), planes (\d+)(?:, map (.+))?", text, re.DOTALL)
+    if found:
+        policy, scale, planes, rules = found.groups()
+        # A glob may hold spaces and equals signs: a rule ends where a mode does.
+        rules = re.findall(r"(.+?)=(1bit|full|drop|mask)(?: |\Z)", rules or "", re.DOTALL)
+        again = f"{policy}, scale {scale}, planes {planes}" + (", map " if rules else "") + " ".join(f"{glob}={mode}" for glob, mode in rules)
+        if again == text and len(dict(rules)) == len(rules):
+            return {"policy": policy, "scale": scale, "planes": int(planes), "map": dict(rules) or None}
+    raise UnsupportedError(f"its policy reads \"{text}\", which does not say how to compress it anew")
+
+
+def records(folder):
+    """{task: its record} of a pack's manifest."""
+    with open(os.path.join(folder, "pack.json"), encoding="utf-8") as file:
+        return {record["name"]: record for record in json.load(file)["experts"]}
+
+
+HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[^@]+)?", re.ASCII)
+
+
+def whereabouts(path):
+    """Nothing if the checkpoint is there, or else why it is not; a name of the hub is there once it is in the cache."""
+    from . import _hub
+    if not path:
+        return "the pack does not say where it is"
+    if os.path.exists(path):
+        return None
+    if HUB_NAME.fullmatch(path):
+        try:
+            return None if _hub.resolve(path) else f"{path} is not there"
+        except FileNotFoundError as e:
+            return f"{path} is not there ({e})"
+    return f"{path} is not there"
 
 
 def sources(pack, given):
@@ -120,15 +147,34 @@ def sources(pack, given):
     for name in given:
         if name not in pack.tasks:
             raise NotFoundError(f"pack {pack.path} has no expert {name} (it has {', '.join(pack.tasks)})")
-    with open(os.path.join(pack.path, "pack.json"), encoding="utf-8") as file:
-        recorded = {e["name"]: e.get("source") for e in json.load(file)["experts"]}
-    found = {}
+    recorded, found = records(pack.path), {}
     for task in pack.tasks:
-        found[task] = given.get(task) or recorded.get(task)
-        if task not in given and not (found[task] and os.path.exists(found[task])):
-            raise FileNotFoundError(f"expert {task}: to compress it anew its checkpoint is needed, and "
-                                    f"{found[task] or 'the pack does not say where it'} is not there; name it (--expert {task}=FOLDER)")
+        found[task] = given.get(task) or recorded[task].get("source")
+        missing = whereabouts(found[task])
+        if missing:
+            raise FileNotFoundError(f"expert {task}: to compress it anew its checkpoint is needed, and {missing}; name it (--expert {task}=FOLDER)")
     return found
+
+
+def essence(record):
+    """What an expert's record says of its content: all but what is for people."""
+    tensors = {name: {key: value for key, value in tensor.items() if key != "adapter_bytes"} for name, tensor in record["tensors"].items()}
+    return {**{key: value for key, value in record.items() if key != "source"}, "tensors": tensors}
+
+
+def check_sources(pack, folders, room, progress):
+    """A path is only what somebody once typed, seen from another folder perhaps, and what lies there may have changed since: compressed
+    as the pack has it, it has to come out as the pack has it, to the bit."""
+    import shutil
+    from ._api import compress
+    again = os.path.join(room, "as-it-is")
+    compress(pack.base, experts_of(pack, folders, *AS_IT_IS), again, progress=progress)
+    expected, found = records(pack.path), records(again)
+    shutil.rmtree(again)
+    for task in pack.tasks:
+        if essence(found[task]) != essence(expected[task]):
+            raise MismatchError(f"expert {task}: {folders[task]} is not the checkpoint that pack {pack.path} was made of (compressed with the same "
+                                f"settings, {pack.policy(task)}, it comes out otherwise); name the right one (--expert {task}=FOLDER)")
 
 
 def experts_of(pack, folders, policy, scale):
@@ -260,7 +306,8 @@ def tune(pack: Any, data: Iterable[Mapping[str, Any]], *, lambdas: Sequence[floa
     pack: a Pack, or its path (base then says where the base lies).  data: items as evaluate takes them (prompt|messages, answer or
     choices, correct; task).  Candidates are lambdas (0, routing alone, always among them) times readings (default: both with
     more than two experts), on the pack as it is and, with policies or scales, on the experts compressed anew in each combination, from
-    the checkpoints that the pack names or that experts, {name: folder}, does.  route: "auto" (the router) or "task" (each item's own).
+    the checkpoints that the pack names or that experts, {name: folder}, does; one that does not give what the pack has, compressed
+    as the pack has it, is refused (MismatchError; a dry run does not look).  route: "auto" (the router) or "task" (each item's own).
     The best mean over tasks is chosen; of equals the smaller lambda, then the smaller pack.  The router stays.  dry_run: candidates
     and bytes, nothing runs.  An interrupted call leaves the pack as it was.
     """
@@ -288,6 +335,8 @@ def tune(pack: Any, data: Iterable[Mapping[str, Any]], *, lambdas: Sequence[floa
     path = os.path.abspath(pack.path)
     room = tempfile.mkdtemp(prefix=f"{os.path.basename(path)}.tune-", dir=os.path.dirname(path))
     try:
+        if len(variants) > 1:
+            check_sources(pack, folders, room, progress)
         choice, folder = try_all(pack, variants, candidates, folders, room, items, route, options, {"materialise": materialise, "z12": z12})
         store(pack, choice, folder)
         choice.chosen = True

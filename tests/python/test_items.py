@@ -133,3 +133,31 @@ def test_evaluate(model):
         with pytest.raises(ValueError, match=said):
             evaluate(model, items, ["base"], max_tokens=1)
     json.dumps(evaluate(model, ({"prompt": p, "answer": "y"} for p in "ab"), ["base"], max_tokens=1))
+
+
+def test_evaluate_counts_all_items(model):
+    """Not those of a task or of a kind, nor choices."""
+    from onebitmerge.evaluate import evaluate
+
+    good, choice = {"prompt": "x", "answer": "y"}, {"prompt": "x", "choices": ["a", "b"], "correct": 0}
+    bad, bad_choice = {**good, "prompt": "", "task": "b"}, {**choice, "choices": ["a", "b", ""]}
+    for items, at in [([good, choice, {**good, "task": "b"}, choice, bad], 4), ([good, choice, choice, bad_choice], 3),
+                      ([choice, good, {**choice, "prompt": ""}], 2), ([good, bad], 1)]:
+        before = [dict(item) for item in items]
+        with pytest.raises(ValueError, match=f"^item {at}: the (prompt|continuation) "):
+            evaluate(model, items, ["base"], max_tokens=1)
+        assert items == before
+
+
+def test_options_are_no_items_mistake(fails, model, pack_path, jsonl):
+    """Whether there is one item or two."""
+    from onebitmerge.evaluate import evaluate
+
+    item = {"prompt": "x", "answer": "y", "route": "base"}
+    for items in ([item], [item, item]):
+        for verb in (["eval", pack_path, "--task", jsonl(*items)], ["generate", pack_path, "--file", jsonl(*items)]):
+            assert fails(*verb, "--chat", "--template", "foo").startswith('onebitmerge: no built-in chat template is called "foo"')
+        for options, said in [({"batch": -1}, "max_tokens, top_k, batch and"), ({"max_tokens": -1}, "max_tokens, "), ({"template": "foo"}, "no built-in")]:
+            with pytest.raises((ValueError, OverflowError, obm.Error), match=f"^{said}") as raised:
+                evaluate(model, items, **options)
+            assert type(raised.value).__name__ != "ItemError"

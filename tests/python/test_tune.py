@@ -166,6 +166,61 @@ def test_refusals(own_pack, models, items, tmp_path):
         obm.tune(own_pack.path, items)
 
 
+def with_source(pack, task, source):
+    """The pack with another path in its manifest."""
+    manifest = os.path.join(pack.path, "pack.json")
+    with open(manifest, encoding="utf-8") as file:
+        changed = json.load(file)
+    next(e for e in changed["experts"] if e["name"] == task)["source"] = source
+    with open(manifest, "w", encoding="utf-8") as file:
+        json.dump(changed, file)
+    return obm.Pack(pack.path)
+
+
+def test_other_checkpoints_are_refused(own_pack, models, items, judged, tmp_path, monkeypatch):
+    """What lies at a path may be another than the one that was compressed."""
+    judged(lambda pack: (5, 5 + pack.policy("math").startswith("mlp")))
+    shutil.copytree(models / "code", tmp_path / "math")
+    monkeypatch.chdir(tmp_path)
+    pack = with_source(own_pack, "math", "math")   # as seen from another folder
+    before, around = contents(pack.path), beside(pack)
+    for given, folder in [({}, "math"), ({"experts": {"math": models / "chat"}}, str(models / "chat"))]:
+        with pytest.raises(obm.MismatchError, match=f"^expert math: {folder} is not the checkpoint .*--expert math=FOLDER"):
+            obm.tune(pack, items, policies=["mlp"], route="task", **given)
+        assert contents(pack.path) == before and beside(pack) == around
+    obm.tune(pack, items, policies=["mlp"], route="task", lambdas=[], experts={"math": models / "math"})
+    assert pack.policy("math") == "mlp, scale row, planes 1"
+
+
+def test_other_scaling_of_an_adapter_is_refused(models, items, judged, tmp_path):
+    """Its file is the same, its record is not."""
+    obm.extract_lora(models / "base", models / "math", tmp_path / "lora", rank=4)
+    judged(lambda pack: (5, 5 + pack.policy("math").startswith("attention")))
+    pack = obm.compress(models / "base", {"math": obm.Expert(tmp_path / "lora", policy="full")}, tmp_path / "pack")
+    config = tmp_path / "lora" / "adapter_config.json"
+    text, changed = config.read_text(), json.loads(config.read_text())
+    changed["lora_alpha"] *= 2
+    config.write_text(json.dumps(changed))
+    with pytest.raises(obm.MismatchError, match="expert math: .*lora is not the checkpoint"):
+        obm.tune(pack, items[1:2], policies=["attention"], route="task")
+    config.write_text(text)
+    obm.tune(pack, items[1:2], policies=["attention"], route="task")
+    assert pack.policy("math") == "attention, scale row, planes 1"
+
+
+def test_policy_texts():
+    """Parsed as they were written, or not at all."""
+    head = "linear, scale group:64, planes 2"
+    parts = {"policy": "linear", "scale": "group:64", "planes": 2}
+    for rules in (None, {"*.q_proj.*": "full"}, {"a b": "drop", "c=d *": "1bit", "x, map y": "full", "*=full": "drop"}):
+        text = head + (", map " + " ".join(f"{glob}={mode}" for glob, mode in rules.items()) if rules else "")
+        assert tuning.policy_parts(text) == {**parts, "map": rules}
+    for text in ("", "linear", "linear, mask", "linear, scale row, planes x", head + ", map ", head + ", map a=most", head + ", map a=full ",
+                 head + ", map a=full b", head + ", map a=full a=drop", head + ", more"):
+        with pytest.raises(obm.UnsupportedError, match="does not say how to compress it anew"):
+            tuning.policy_parts(text)
+
+
 def test_command_line(own_pack, items, models, tmp_path, capsys):
     path = tmp_path / "validation.jsonl"
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
