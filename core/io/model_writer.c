@@ -134,6 +134,33 @@ static bool copy_options(obm__model_writer *w, const char *path, const obm__mode
     return ok;
 }
 
+/* Owned; *none: the new model has no such file.  NULL otherwise: out of memory. */
+static char *source_of(const obm__model_writer *w, const char *name, bool *none) {
+    *none = false;
+    for (size_t i = 0; i < w->n_instead; i++) {
+        if (strcmp(w->instead[i][0], name) != 0) continue;
+        *none = !w->instead[i][1];
+        return *none ? NULL : obm__strdup(w->instead[i][1]);
+    }
+    return obm__path_join(w->copy_from, name);
+}
+
+/* Before hours of merging. */
+static obm_status check_carried(const obm__model_writer *w, const char *name, obm_error *err) {
+    bool none;
+    char *source = source_of(w, name, &none), *text;
+    size_t size;
+    if (none) return OBM_OK;
+    if (!source) return obm__fail_nomem(err, strlen(w->copy_from));
+    obm_status status = OBM_OK;
+    if (obm__file_exists(source) && (status = obm__file_read(source, &text, &size, err)) == OBM_OK) {
+        status = obm__refuse_pointer(text, size, source, err);
+        obm_free(text);
+    }
+    obm_free(source);
+    return status;
+}
+
 obm_status obm__model_writer_new(const char *path, const obm__model_writer_options *o, obm__model_writer **out,
                                  obm_error *err) {
     obm__model_writer *w = obm__calloc(1, sizeof *w);
@@ -143,8 +170,14 @@ obm_status obm__model_writer_new(const char *path, const obm__model_writer_optio
         obm__model_writer_free(w);
         return obm__fail_nomem(err, 0);
     }
-    *out = w;
-    return OBM_OK;
+    obm_status status = OBM_OK;
+    for (size_t i = 1; w->copy_from && i < N_CARRIED && status == OBM_OK; i++)
+        status = check_carried(w, carried[i], err);
+    if (status == OBM_OK)
+        *out = w;
+    else
+        obm__model_writer_free(w);
+    return status;
 }
 
 obm_status obm__model_writer_declare(obm__model_writer *w, const char *name, obm_dtype dtype, int32_t ndim,
@@ -528,17 +561,6 @@ static obm_status mark_stale(obm__model_writer *w, const char *name, obm_error *
     OBM_TRY(exists_in(w->path, name, &found, err));
     if (found) w->small[w->n_small++] = (small_file){name, NULL, true};
     return OBM_OK;
-}
-
-/* Owned; *none: the new model has no such file.  NULL otherwise: out of memory. */
-static char *source_of(const obm__model_writer *w, const char *name, bool *none) {
-    *none = false;
-    for (size_t i = 0; i < w->n_instead; i++) {
-        if (strcmp(w->instead[i][0], name) != 0) continue;
-        *none = !w->instead[i][1];
-        return *none ? NULL : obm__strdup(w->instead[i][1]);
-    }
-    return obm__path_join(w->copy_from, name);
 }
 
 static obm_status stage_carried(obm__model_writer *w, const char *name, obm_error *err) {

@@ -23,7 +23,7 @@ typedef struct compression {
     obm__base_digests *digests;
     bool shares;
     obm__shared_job shared;
-    obm_json *manifest, *before;  /* before: the pack that is being replaced, NULL without */
+    obm_json *manifest, *before; /* before: the pack that is being replaced, NULL without */
     obm_plan plan;
 } compression;
 
@@ -126,6 +126,9 @@ static obm_status take_output(compression *c, obm_error *err) {
 static obm_status open_all(compression *c, const char *base_path, uint64_t *bytes, obm_error *err) {
     OBM_TRY(obm_checkpoint_open(c->ctx, base_path, &c->base, err));
     OBM_TRY(obm__checkpoint_is_model(c->base, "a base", err));
+    if (!c->base->config && obm__is_directory(c->base->path))
+        obm__warn(c->ctx, "%s has no config.json: the pack cannot be run, nor can what is exported of it",
+                  c->base->path);
     obm__checkpoint_warn_layers(c->base, "the pack keeps their differences, but no model of it runs them");
     for (size_t i = 0; i < c->n; i++) {
         OBM_TRY(obm__expert_open(c->ctx, &c->experts[i], &c->checkpoints[i], err));

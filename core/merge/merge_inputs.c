@@ -266,6 +266,10 @@ static const char *model_type(const obm_checkpoint *c) {
 static obm_status check_architectures(const obm__job *j, obm_error *err) {
     const obm__input *donor = &j->inputs[j->donor];
     const char *first = model_type(donor->model);
+    if (!donor->model->config && obm__is_directory(donor->model->path))
+        obm__warn(j->ctx, "%s has no config.json, nor will the result: it is tensors, not a model that can be run",
+                  donor->ref);
+    if (!j->recipe->sliced) obm__checkpoint_warn_layers(donor->model, "they are merged, but no model runs them");
     for (size_t i = 0; i < j->n_inputs; i++) {
         const char *type = model_type(j->inputs[i].model);
         if (first && type && strcmp(first, type))

@@ -582,6 +582,25 @@ def test_lfs_pointers(fails, folder, name):
         fails("inspect", path, match="found a Git LFS pointer")
 
 
+def write_recipe(path, base, model):
+    path.write_text(f"merge_method: task_arithmetic\nbase_model: {base}\nmodels:\n- model: {model}\n  parameters: {{weight: 1}}\n")
+    return path
+
+
+def test_pointers_are_not_carried_into_merges(fails, folder, models, tmp_path):
+    recipe, out = write_recipe(tmp_path / "r.yml", folder(tokenizer_json=LFS), models / "math"), tmp_path / "out"
+    fails("merge", recipe, "-o", out, match="model/tokenizer.json: found a Git LFS pointer")
+    assert not list(out.glob("*.safetensors"))
+
+
+def test_results_without_config(run, folder, models, tmp_path):
+    base = folder("config.json")
+    code, _, err = run("merge", write_recipe(tmp_path / "r.yml", base, models / "math"), "-o", tmp_path / "out")
+    assert code == 0 and "model has no config.json, nor will the result: it is tensors, not a model that can be run" in err
+    code, _, err = run("compress", base, f"math={models / 'math'}", "-o", tmp_path / "p")
+    assert code == 0 and "model has no config.json: the pack cannot be run, nor can what is exported of it" in err
+
+
 def test_other_tokenizers(fails, folder, jsonl):
     path = folder("tokenizer.json", tokenizer_model="x")
     for call in (["generate", path, "-p", "x"], ["score", path, "--file", jsonl({"text": "x"})], ["tokenize", path, "--file", jsonl({"text": "x"})]):
