@@ -260,7 +260,10 @@ static void generation_clear(generation *g) {
 static int stop_strings(generation *g, PyObject *stop) {
     if (!stop || stop == Py_None) return 0;
     PyObject *list = PyUnicode_Check(stop) ? Py_BuildValue("[O]", stop) : PySequence_List(stop);
-    if (!list) return -1;
+    if (!list) {
+        if (PyErr_ExceptionMatches(PyExc_TypeError)) PyErr_SetString(PyExc_TypeError, "stop is a str or a list of str");
+        return -1;
+    }
     g->keep = list;
     size_t n = (size_t)PyList_Size(list);
     g->stop = PyMem_Calloc(n + 1, sizeof *g->stop);

@@ -59,10 +59,12 @@ static void tokenizer_dealloc(PyObject *o) {
 
 static PyObject *tokenizer_encode(PyObject *o, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"text", "special", NULL};
-    const char *text;
+    PyObject *string;
     Py_ssize_t len;
     int special = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s#|p", names, &text, &len, &special)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "U|p:encode", names, &string, &special)) return NULL;
+    const char *text = PyUnicode_AsUTF8AndSize(string, &len);
+    if (!text) return NULL;
     int32_t *ids;
     size_t n;
     obm_error err;

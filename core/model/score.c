@@ -159,6 +159,12 @@ static obm_status check_item(const obm_model *m, const obm_score_item *item, obm
     return OBM_OK;
 }
 
+static obm_status nothing_to_score(const obm_score_item *item, const tokens *t, obm_error *err) {
+    if (t->n && !has_prompt(&item->prompt))
+        return obm__fail(err, OBM_E_ARG, "the prompt is empty, and so nothing comes before the only token there is to score");
+    return obm__fail(err, OBM_E_ARG, "the continuation has no tokens to score");
+}
+
 /* The route comes first: it decides what the item's ids are. */
 static obm_status score_item(obm_model *m, const obm_score_item *item, size_t index, const obm_score_options *o,
                              obm_score *out, obm_error *err) {
@@ -173,7 +179,7 @@ static obm_status score_item(obm_model *m, const obm_score_item *item, size_t in
     if (m->pack) OBM_GO(choose_route(m, item, r.route, err));
     how.tokenizer = obm_model_tokenizer_for(m, r.route);
     OBM_GO(encode_item(&how, item, &t, err));
-    if (t.n <= t.first) OBM_GO(obm__fail(err, OBM_E_ARG, "the continuation has no tokens to score"));
+    if (t.n <= t.first) OBM_GO(nothing_to_score(item, &t, err));
     r.n = t.n - t.first;
     r.token_logprobs = obm__calloc(r.n, sizeof *r.token_logprobs);
     if (!r.token_logprobs) OBM_GO(obm__fail_nomem(err, r.n * sizeof *r.token_logprobs));

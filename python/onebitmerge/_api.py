@@ -2,6 +2,7 @@
 
 import json as _json
 import os as _os
+from collections.abc import Mapping as _Mapping
 
 from . import _core, _hub, _methods, _results
 from ._core import (ArgumentError, BusyError, Checkpoint, DtypeError, Error, FormatError, MismatchError, Model, NonFiniteError,
@@ -45,6 +46,9 @@ def merge(recipe, out, *, directory=None, profile=None, seed=None, shard_bytes=0
         with open(recipe, encoding="utf-8") as file:
             text = file.read()
         directory = directory if directory is not None else _os.path.dirname(_os.path.abspath(recipe))
+    elif not isinstance(recipe, _Mapping):
+        several = " (several documents come from a file)" if isinstance(recipe, (list, tuple)) else ""
+        raise TypeError(f"recipe: expected a path or a mapping, found {type(recipe).__name__}{several}")
     else:
         if callable(recipe.get("merge_method")):
             recipe, method = dict(recipe), recipe["merge_method"] if method is None else method

@@ -293,6 +293,8 @@ def compress(args):
         if name in experts:
             raise Usage(f"two experts are called \"{name}\"")
         experts[name] = expert
+    if args.shared and (args.scale or args.planes) and "1bit" not in (parse_map(args.map) or {}).values():
+        raise Usage(f"--{'scale' if args.scale else 'planes'} is of 1-bit planes, and with --shared matrices have masks (but where --map GLOB=1bit says otherwise)")
     given = {"profile": args.profile, "shared": args.shared, "tall_lambda": args.tall_lambda, "shared_dtype": args.shared_dtype}
     if args.dry_run:
         return print_plan(args, obm.compress(args.base, experts, args.output, dry_run=True, **given), "compress")
@@ -339,31 +341,41 @@ def show_runs(args, pack):
                            r["soft_masks"], r.get("why", "")] for r in runs]))
 
 
+def show_scales(args, pack):
+    planes, masks = [], []
+    for task in pack.tasks:
+        for tensor in pack.tensors(task):
+            of = {"expert": task, "name": tensor["name"]}
+            for plane, (_, scales) in enumerate(tensor["planes"]):
+                alpha = [float(a) for a in scales]
+                planes.append({**of, "plane": plane, "alpha": alpha[0] if len(alpha) == 1 else alpha})
+            if tensor["mask"]:
+                masks.append({**of, "scaling": tensor["mask"][1]})
+    if args.json:
+        for row in planes + masks:
+            emit(row)
+        return
+    if planes or not masks:
+        print(_results.table(["name", "expert", "plane", "scales", "least alpha", "greatest alpha"],
+                             [[r["name"], r["expert"], r["plane"], len(a), f"{min(a):.6g}", f"{max(a):.6g}"]
+                              for r in planes for a in [r["alpha"] if isinstance(r["alpha"], list) else [r["alpha"]]]]))
+    if masks:
+        print(_results.table(["name", "expert", "scaling"], [[r["name"], r["expert"], f"{r['scaling']:.6g}"] for r in masks]))
+
+
 def pack_show(args):
     pack = obm.Pack(args.pack, base=args.base)
     if args.runs:
         show_runs(args, pack)
         return
-    if not args.scales:
-        show_pack(args, pack)
-        with contextlib.suppress(obm.NotFoundError):
-            report = pack.router_report()
-            if not args.json:
-                print(report)
+    if args.scales:
+        show_scales(args, pack)
         return
-    rows = []
-    for task in pack.tasks:
-        for tensor in pack.tensors(task):
-            for plane, (_, scales) in enumerate(tensor["planes"]):
-                alpha = [float(a) for a in scales]
-                rows.append({"expert": task, "name": tensor["name"], "plane": plane, "alpha": alpha[0] if len(alpha) == 1 else alpha})
-    if args.json:
-        for row in rows:
-            emit(row)
-        return
-    print(_results.table(["name", "expert", "plane", "scales", "least alpha", "greatest alpha"],
-                         [[r["name"], r["expert"], r["plane"], len(a), f"{min(a):.6g}", f"{max(a):.6g}"]
-                          for r in rows for a in [r["alpha"] if isinstance(r["alpha"], list) else [r["alpha"]]]]))
+    show_pack(args, pack)
+    with contextlib.suppress(obm.NotFoundError):
+        report = pack.router_report()
+        if not args.json:
+            print(report)
 
 
 def pack_verify(args):
@@ -694,6 +706,14 @@ def listed(kind=str, known=()):
     return parse
 
 
+def scale(text):
+    kind, colon, columns = text.partition(":")
+    if text not in ("matrix", "row") and not (kind == "group" and colon and columns.isascii() and columns.isdigit()
+                                              and int(columns) > 0 and int(columns) % 64 == 0):
+        raise argparse.ArgumentTypeError(f"expected matrix, row or group:N with N a multiple of 64 columns, found \"{text}\"")
+    return text
+
+
 def add_generation_arguments(p):
     p.add_argument("--max-tokens", type=whole(1), default=0, help="default 256")
     p.add_argument("--stop", action="append", metavar="TEXT", help="stop string; may be given again")
@@ -704,7 +724,7 @@ def add_generation_arguments(p):
 
 def add_expert_arguments(p):
     p.add_argument("--policy", choices=POLICIES)
-    p.add_argument("--scale", help="matrix, row (default) or group:N")
+    p.add_argument("--scale", type=scale, help="matrix, row (default) or group:N")
     p.add_argument("--planes", type=whole(1, 8), default=0, help="sign planes per matrix (default 1)")
     p.add_argument("--map", action="append", metavar="GLOB=MODE", help="1bit, full or drop (with --shared also mask) for matching tensors; may be given again")
 
@@ -721,14 +741,15 @@ def whole(low, high=2**63 - 1):
     return parse
 
 
-def real(low, high, *, low_is_in):
+def real(low, high=sys.float_info.max, *, low_is_in):
     def parse(text):
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"\"{text}\" is not a number") from None
         if not (low <= value <= high) or (value == low and not low_is_in):
-            raise argparse.ArgumentTypeError(f"expected a number in {'[' if low_is_in else '('}{low:g}, {high:g}], found {text}")
+            bounds = f"in {'[' if low_is_in else '('}{low:g}, {high:g}]" if high < sys.float_info.max else f"of {low:g} or more"
+            raise argparse.ArgumentTypeError(f"expected a number {bounds}, found {text}")
         return value
     return parse
 
@@ -780,14 +801,14 @@ def make_parser():
     p.add_argument("experts", nargs="+", metavar="NAME=EXPERT[:POLICY]")
     p.add_argument("--profile", choices=("default", "paper", "mergekit"))
     p.add_argument("--shared", choices=("tall", "emr"), help="one vector per matrix for all experts and a bit mask each, instead of 1-bit planes")
-    p.add_argument("--tall-lambda", type=float, default=0, help="of tall's masks (default 0.4)")
+    p.add_argument("--tall-lambda", type=real(0, low_is_in=True), default=0, help="of tall's masks (default 0.4)")
     p.add_argument("--shared-dtype", choices=("f32", "bf16", "f16"), help="of the shared vectors (default: the base's)")
     add_expert_arguments(p)
 
     group = verbs.add_parser("pack", help="show, verify or change a pack").add_subparsers(dest="action", required=True, metavar="ACTION")
     p = verb(group, "show", pack_show, "bytes per expert and class", base=True)
     p.add_argument("pack", metavar="PACK")
-    p.add_argument("--scales", action="store_true", help="alpha of every matrix")
+    p.add_argument("--scales", action="store_true", help="alpha of every plane, and the scaling of every mask")
     p.add_argument("--runs", action="store_true", help="per tensor: on how many masks of planes it runs, or as an overlay")
     p = verb(group, "verify", pack_verify, "checksums of every file and the base's full hash", base=True)
     p.add_argument("pack", metavar="PACK")
@@ -800,10 +821,10 @@ def make_parser():
     p.add_argument("name", metavar="NAME")
     p = verb(group, "set", pack_set, "merge settings", dry=True, base=True)
     p.add_argument("pack", metavar="PACK")
-    p.add_argument("--lambda", dest="lambda_", type=float)
+    p.add_argument("--lambda", dest="lambda_", type=real(0, low_is_in=True))
     p.add_argument("--reading", choices=("onto_base", "recomputed"))
     p.add_argument("--profile", choices=("default", "paper", "mergekit"))
-    p.add_argument("--density", type=float, help="of the trim of full tensors")
+    p.add_argument("--density", type=real(0, 1, low_is_in=False), help="of the trim of full tensors")
 
     group = verbs.add_parser("router", help="train the router of a pack").add_subparsers(dest="action", required=True, metavar="ACTION")
     p = verb(group, "train", router_train, "held-out accuracy, confusion, calibration; stored in the pack", base=True)
@@ -895,11 +916,11 @@ def make_parser():
     p.add_argument("pack", metavar="PACK")
     p.add_argument("--data", required=True, nargs="+", action="extend", metavar="FILE",
                    help="JSON lines: prompt|messages, answer | choices, correct; task")
-    p.add_argument("--lambdas", type=listed(real(0, math.inf, low_is_in=True)), default=[0, 0.1, 0.3, 0.5, 1], metavar="LIST",
+    p.add_argument("--lambdas", type=listed(real(0, low_is_in=True)), default=[0, 0.1, 0.3, 0.5, 1], metavar="LIST",
                    help="default 0,0.1,0.3,0.5,1; 0, routing alone, is always among them")
     p.add_argument("--readings", type=listed(known=("onto_base", "recomputed")), metavar="LIST", help="default: both, with more than two experts")
     p.add_argument("--policies", type=listed(known=POLICIES), metavar="LIST", help="compress the experts anew, like linear,attention")
-    p.add_argument("--scales", type=listed(), metavar="LIST", help="compress the experts anew, like matrix,row,group:64")
+    p.add_argument("--scales", type=listed(scale), metavar="LIST", help="compress the experts anew, like matrix,row,group:64")
     p.add_argument("--expert", action="append", metavar="NAME=FOLDER", help="where an expert lies that is to be compressed anew; may be given again")
     p.add_argument("--route", choices=("auto", "task"), default="auto", help="the router's (default), or each item's own task")
     add_generation_arguments(p)
@@ -908,6 +929,11 @@ def make_parser():
 
 def show_warning(message, category, filename, lineno, file=None, line=None):
     print(f"onebitmerge: warning: {message}", file=sys.stderr)
+
+
+def hint(args, e):
+    """How the command line says what the library's message asks for."""
+    return " (--template NAME)" if hasattr(args, "template") and isinstance(e, obm.UnsupportedError) and "chat template" in str(e) else ""
 
 
 def fail(message, code):
@@ -953,6 +979,6 @@ def main(argv=None):
     except MemoryError as e:
         return fail(e if str(e) else "out of memory", 1)
     except (obm.Error, Failure, ValueError) as e:
-        return fail(e, 1)
+        return fail(f"{e}{hint(args, e)}", 1)
     except Exception as e:  # a user's router may raise anything; people get the line, not the traceback
         return fail(f"{type(e).__name__}: {e}", 1)

@@ -87,7 +87,10 @@ def test_compress(lines, run, models, tmp_path, fails):
     assert {t["mode"] for t in pack.tensors("chat") if "o_proj" in t["name"]} == {"drop"}
 
 
-@pytest.mark.parametrize("argv", [["chat"], ["=x"], ["chat=a", "chat=b"], ["chat=a", "--map", "x=2bit"], ["chat=a", "--policy", "x"], ["chat=a", "--threads", "-1"]])
+@pytest.mark.parametrize("argv", [["chat"], ["=x"], ["chat=a", "chat=b"], ["chat=a", "--map", "x=2bit"], ["chat=a", "--policy", "x"], ["chat=a", "--threads", "-1"],
+                                  ["chat=a", "--scale", "foo"], ["chat=a", "--scale", "group:65"], ["chat=a", "--scale", "group:"],
+                                  ["chat=a", "--shared", "emr", "--scale", "row"], ["chat=a", "--shared", "tall", "--planes", "2"],
+                                  ["chat=a", "--shared", "tall", "--tall-lambda", "-1"]])
 def test_compress_wrong_use(fails, models, tmp_path, argv):
     fails("compress", models / "base", *argv, "-o", tmp_path / "p", code=2)
     assert list(tmp_path.iterdir()) == []
@@ -162,7 +165,8 @@ def test_pack_changes(run, lines, own_pack, models, fails):
     lines("pack", "add", path, f"code={models / 'code'}:mlp")
     assert obm.Pack(path).policy("code").startswith("mlp")
     fails("pack", "remove", path, "poetry", match="poetry")
-    fails("pack", "set", path, "--lambda", "-1", match="lambda")
+    for wrong in (["--lambda", "-1"], ["--lambda", "nan"], ["--lambda", "inf"], ["--density", "0"], ["--density", "1.5"]):
+        fails("pack", "set", path, *wrong, code=2, match=f"argument {wrong[0]}: expected a number")
 
 
 # ---- routers ----
@@ -227,7 +231,7 @@ end""")
 
 # ---- running ----
 
-def test_generate(run, lines, pack_path, model, jsonl, fails, models):
+def test_generate(run, lines, pack_path, model, jsonl, fails, models, tmp_path):
     row, = lines("generate", pack_path, "--chat", "-p", PROMPT, "--max-tokens", 40)
     want = model.generate(PROMPT, chat=True, max_tokens=40)
     assert row == {"index": 0, "text": str(want), "ids": want.ids, "route": "math", "finish_reason": "stop"}
@@ -236,6 +240,9 @@ def test_generate(run, lines, pack_path, model, jsonl, fails, models):
     assert code == 1 and not out and 'no built-in chat template is called "alpaca" (llama2, mistral' in err
     code, out, err = run("generate", pack_path, "--chat", "-p", PROMPT, "--max-tokens", 40)
     assert (code, out) == (0, want + "\n")
+    shutil.copytree(models / "base", tmp_path / "untold")
+    (tmp_path / "untold" / "tokenizer_config.json").write_text("{}")
+    assert fails("generate", tmp_path / "untold", "--chat", "-p", PROMPT, match="no chat template").endswith(" (--template NAME)\n")
     file = jsonl({"messages": [{"role": "user", "content": PROMPT}]}, {"prompt": "hello", "route": "chat=.7,math=.3"},
                  {"ids": model.tokenizer.encode("hello"), "route": "code"}, {"prompt": "hello"})
     rows = lines("generate", pack_path, "--file", file, "--max-tokens", 8, "--batch", 2, "--route", "chat")

@@ -112,6 +112,12 @@ models:
     assert a == b == c
 
 
+def test_what_is_no_recipe(models, tmp_path):
+    for given, found in [([{"merge_method": "linear"}], r"list \(several documents come from a file\)"), (3, "int$"), (None, "NoneType$")]:
+        with pytest.raises(TypeError, match=f"^recipe: expected a path or a mapping, found {found}"):
+            obm.merge(given, tmp_path / "out")
+
+
 def test_relative_paths_start_at_the_recipe(models, tmp_path, monkeypatch):
     (tmp_path / "models").symlink_to(models)
     recipe = {"merge_method": "linear", "models": [{"model": f"models/{m}", "parameters": {"weight": 1}} for m in ("chat", "math")], "dtype": "float32"}

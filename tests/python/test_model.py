@@ -334,7 +334,7 @@ def test_stop_strings(math_model):
         assert cut == whole[:whole.index(" Answer")] and cut.finish_reason == "stop"
         assert "".join(math_model.stream(PROMPT, chat=True, max_tokens=40, stop=stop)) == cut
     for wrong in (3, [3]):
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match="^stop is a str or a list of str$"):
             math_model.generate(PROMPT, stop=wrong)
 
 

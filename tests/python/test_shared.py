@@ -348,6 +348,13 @@ def test_from_the_shell(family, tmp_path, capsys):
     assert last["(base + pack) / (base + K full deltas)"] == pytest.approx((pack.base_bytes + stored) / (pack.base_bytes + full))
     assert "a mask in a, b, c" in run("pack", "show", tmp_path / "p", "--runs")
     assert "tensors" in run(*argv[:-1], tmp_path / "q", "--shared", "emr", "--dry-run")
+    assert "tensors" in run(*argv[:-1], tmp_path / "q", "--shared", "emr", "--scale", "row", "--map", "*up_proj*=1bit", "--dry-run")
+    run(*argv[:-1], tmp_path / "emr", "--shared", "emr")
+    rows = [json.loads(line) for line in run("pack", "show", tmp_path / "emr", "--scales", "--json").splitlines()]
+    masks = {(t, m["name"]): m["mask"][1] for t in TASKS for m in obm.Pack(tmp_path / "emr").tensors(t) if m["mask"]}
+    assert masks and {(r["expert"], r["name"]): r["scaling"] for r in rows} == masks and set(rows[0]) == {"expert", "name", "scaling"}
+    shown = run("pack", "show", tmp_path / "emr", "--scales")
+    assert len(shown.splitlines()) == 1 + len(masks) and f"{rows[0]['scaling']:.6g}" in shown
     for more in ([], ["--dry-run"]):
         assert cli.main(["pack", "add", str(tmp_path / "p"), f"d={family / 'a'}", *more]) == 1
         assert "shares one vector among its experts" in capsys.readouterr().err

@@ -93,6 +93,12 @@ def test_vocabulary(tok, file):
     assert repr(tok) == "Tokenizer(768 ids)"
 
 
+def test_only_text_is_encoded(tok):
+    for wrong in (3, b"x", None):
+        with pytest.raises(TypeError, match="must be str, not"):
+            tok.encode(wrong)
+
+
 def test_special_tokens(tok, models):
     assert (tok.bos, tok.eos) == ("<|endoftext|>", "<|im_end|>")
     ids = tok.encode("a<|im_end|>b")
