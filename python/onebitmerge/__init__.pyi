@@ -334,8 +334,10 @@ class Tuning:
     @property
     def rows(self) -> list[dict[str, Any]]: ...
 
-def tune(pack: Pack | _Path, data: Iterable[Mapping[str, Any]], *, lambdas: Sequence[float] = ...,
-         readings: Sequence[Literal["onto_base", "recomputed"]] | None = None, policies: Sequence[str] = (), scales: Sequence[str] = (),
+_Reading = Literal["onto_base", "recomputed"]
+
+def tune(pack: Pack | _Path, data: Iterable[Mapping[str, Any]] | _Path, *, lambdas: float | Sequence[float] = ...,
+         readings: _Reading | Sequence[_Reading] | None = None, policies: str | Sequence[str] = (), scales: str | Sequence[str] = (),
          experts: Mapping[str, _Path] | None = None, base: _Path | None = None, route: Literal["auto", "task"] = "auto",
          max_tokens: int = 64, chat: bool = False, batch: int = 0, stop: str | Sequence[str] | None = None, template: str | None = None,
          materialise: bool = False, z12: bool = False, dry_run: bool = False, progress: _Progress = None) -> Tuning: ...

@@ -531,7 +531,8 @@ def score_row(item, index, route):
         return "", need(item, index, "text"), route
     if "continuation_ids" in item:
         return need(item, index, "ids"), need(item, index, "continuation_ids"), route
-    return need(item, index, "prompt", "messages", "ids"), need(item, index, "continuation"), route
+    continuation = ("continuation", "continuation_ids") if "ids" in item else ("continuation",)
+    return need(item, index, "prompt", "messages", "ids"), need(item, index, *continuation), route
 
 
 def score(args):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 from onebitmerge import items
 
@@ -61,6 +61,8 @@ def choice_hits(model, members: Sequence[dict], route, progress=None) -> list[bo
 
 def kind_of(item: dict, index: int) -> str:
     """Which kind the item is, if it has what that needs."""
+    if not isinstance(item, Mapping):
+        items.wrong(item, index, f"expected an object, found {items.kind(item)}")
     prompt_of(item, index)
     for key in {"task", "match"} & set(item):
         items.need(item, index, key)
@@ -87,7 +89,8 @@ def evaluate(model, given: Iterable[dict], routes: Sequence[Any] = (None,), *, m
     """
     groups: dict[tuple[str, str], list[dict]] = {}
     for i, item in enumerate(given):
-        groups.setdefault((item.get("task", "all"), check(model, item, i, routes)), []).append(items.numbered(item, i))
+        kind = check(model, item, i, routes)
+        groups.setdefault((item.get("task", "all"), kind), []).append(items.numbered(item, i))
     if not groups:
         raise items.ItemError("no items")
     options = {"max_tokens": max_tokens, "chat": chat, "batch": batch, "stop": stop, "template": template}

@@ -8,11 +8,14 @@ import json
 import re
 import sys
 
+from ._core import ArgumentError, Error
+
 ROLES = "{\"role\", \"content\"}"
 PROMPT = ("ids", "messages", "prompt", "text")
+RIVALS = ("prompt", "messages", "ids")   # where one stands, no other can
 
 
-class ItemError(ValueError):
+class ItemError(ArgumentError):
     """One clear line."""
 
 
@@ -35,7 +38,7 @@ def kind(value):
 
 def place(item, index):
     """Where an item is, for messages; nothing for one that was typed in the shell."""
-    own = getattr(item, "index", None)
+    own = item.index if isinstance(item, Item) else None   # a str has an index too
     if index is None or (isinstance(item, Item) and own is None):
         return ""
     return f"{getattr(item, 'where', '')}item {index if own is None else own}: "
@@ -152,7 +155,9 @@ def check_choices(item, index, key, value):
     if not isinstance(value, list) or not value:
         wrong(item, index, f"{key}: expected a list of strings, found {'an empty list' if value == [] else kind(value)}")
     check_answer(item, index, key, value)
-    correct = item.get("correct")
+    if "correct" not in item:
+        wrong(item, index, f"correct is missing: expected the index of one of {len(value)} choices")
+    correct = item["correct"]
     if isinstance(correct, bool) or correct not in range(len(value)):
         wrong(item, index, f"correct: expected the index of one of {len(value)} choices, found {json.dumps(correct)}")
 
@@ -168,6 +173,9 @@ CHECKS = {"ids": check_ids, "continuation_ids": check_ids, "messages": check_mes
 
 def need(item, index, *keys):
     """The first of the keys that the item has, checked."""
+    rivals = [key for key in RIVALS if key in keys and key in item]
+    if len(rivals) > 1:
+        wrong(item, index, f"expected one of {', '.join(key for key in keys if key in RIVALS)}; found {' and '.join(rivals)}")
     for key in keys:
         if key in item:
             CHECKS[key](item, index, key, item[key])
@@ -195,8 +203,6 @@ def check_keys(item, index, options):
 
 def check_route(model, item, index, route):
     """A route that the model's pack does not have is the item's mistake."""
-    from onebitmerge import Error
-
     if model.pack is None:
         if route not in (None, "auto"):
             wrong(item, None if "route" not in item else index, "a route was given, but this is a plain model: only packs have routes")
@@ -218,8 +224,6 @@ def check_options(model, **options):
 def located(items, begin=0):
     """What the library says of "prompt 3" or "item 3" of a call is said of that item of the file; so is what it finds wrong with
     the only one's arguments, which check_options has left to the prompt."""
-    from onebitmerge import ArgumentError, Error   # when it is needed: evaluations of other libraries' answers do without the core
-
     try:
         yield
     except (Error, ValueError) as e:

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from typing import TYPE_CHECKING, Any, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
 from . import _results   # what is slow to import waits for tune(): the command line starts without it
 from . import items as lines
@@ -87,6 +87,11 @@ def table(candidates):
 
 
 # ---- what is tried ----
+
+
+def several(given):
+    """One value will do for a list of one."""
+    return [given] if isinstance(given, (str, int, float)) else given
 
 
 def grid(pack, lambdas, readings):
@@ -297,14 +302,14 @@ def estimate(pack, candidates, folders):
         c.bytes = sizes[variant]
 
 
-def tune(pack: Any, data: Iterable[Mapping[str, Any]], *, lambdas: Sequence[float] = LAMBDAS, readings: Sequence[str] | None = None,
-         policies: Sequence[str] = (), scales: Sequence[str] = (), experts: Mapping[str, Any] | None = None, base: Any = None,
+def tune(pack: Any, data: Any, *, lambdas: float | Sequence[float] = LAMBDAS, readings: str | Sequence[str] | None = None,
+         policies: str | Sequence[str] = (), scales: str | Sequence[str] = (), experts: Mapping[str, Any] | None = None, base: Any = None,
          route: str = "auto", max_tokens: int = 64, chat: bool = False, batch: int = 0, stop: Any = None, template: str | None = None,
          materialise: bool = False, z12: bool = False, dry_run: bool = False, progress: Any = None) -> Tuning:
     """Choose lambda, reading, policy and scale on validation data, and store the choice in the pack.
 
     pack: a Pack, or its path (base then says where the base lies).  data: items as evaluate takes them (prompt|messages, answer or
-    choices, correct; task).  Candidates are lambdas (0, routing alone, always among them) times readings (default: both with
+    choices, correct; task), or the path of JSON lines of them.  Candidates are lambdas (0, routing alone, always among them) times readings (default: both with
     more than two experts), on the pack as it is and, with policies or scales, on the experts compressed anew in each combination, from
     the checkpoints that the pack names or that experts, {name: folder}, does; one that does not give what the pack has, compressed
     as the pack has it, is refused (MismatchError; a dry run does not look).  route: "auto" (the router) or "task" (each item's own).
@@ -313,7 +318,8 @@ def tune(pack: Any, data: Iterable[Mapping[str, Any]], *, lambdas: Sequence[floa
     """
     import shutil
     import tempfile
-    items = list(data)
+    items = lines.read_lines(os.fspath(data)) if isinstance(data, (str, os.PathLike)) else list(data)
+    lambdas, readings, policies, scales = map(several, (lambdas, readings, policies, scales))
     for i, item in enumerate(items):
         kind_of(item, i)
     if not items:

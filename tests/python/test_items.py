@@ -50,6 +50,11 @@ def test_prompts(fails, pack_path, jsonl, item, said):
 
 @pytest.mark.parametrize("verb, item, said", [
     ("score", {"prompt": "x"}, 'expected "continuation"; found prompt'),
+    ("score", {"ids": [5]}, "expected one of continuation, continuation_ids; found ids"),
+    ("score", {"ids": [5], "prompt": "x", "continuation": "y"}, "expected one of prompt, messages, ids; found prompt and ids"),
+    ("generate", {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "expected one of ids, messages, prompt; found prompt and messages"),
+    ("router", {"prompt": "x", "messages": [], "task": "math"}, "expected one of messages, prompt; found prompt and messages"),
+    ("eval", {"prompt": "x", "choices": ["a", "b"]}, "correct is missing: expected the index of one of 2 choices"),
     ("score", {"prompt": "x", "continuation": 5}, "continuation: expected a string, found a number"),
     ("score", {"ids": [5], "continuation_ids": []}, "continuation_ids: expected a list of token ids, found an empty list"),
     ("score", {"ids": [5], "continuation_ids": [768]}, "continuation_ids[0]: expected a token id below 768, found 768"),
@@ -76,11 +81,11 @@ def test_prompts(fails, pack_path, jsonl, item, said):
     ("eval", {"prompt": "x", "choices": ["a", ""], "correct": 0}, "the continuation has no tokens to score"),
 ])
 def test_other_verbs(fails, pack_path, jsonl, tmp_path, verb, item, said):
-    command = {"score": ["score", pack_path, "--file"], "logits": ["logits", pack_path, "-o", tmp_path / "x.npz", "--file"],
+    command = {"score": ["score", pack_path, "--file"], "generate": ["generate", pack_path, "--file"], "logits": ["logits", pack_path, "-o", tmp_path / "x.npz", "--file"],
                "route": ["route", pack_path, "--file"], "tokenize": ["tokenize", pack_path, "--file"],
                "router": ["router", "train", pack_path, "--data"], "eval": ["eval", pack_path, "--max-tokens", 1, "--task"]}[verb]
     item = {**item, "route": "base"} if verb in ("score", "logits", "eval") else item
-    assert said.split("; found")[0] in fails(*command, jsonl(item), match="in.jsonl, line 1, item 0: ")
+    assert (said if " and " in said else said.split("; found")[0]) in fails(*command, jsonl(item), match="in.jsonl, line 1, item 0: ")
 
 
 @pytest.mark.parametrize("command", [["generate", "--file"], ["score", "--file"], ["logits", "-o", "x.npz", "--file"], ["route", "--file"],
@@ -129,9 +134,11 @@ def test_calls(model):
 def test_evaluate(model):
     from onebitmerge.evaluate import evaluate
 
-    for items, said in [([], "no items"), ([{"prompt": "x", "answer": "y"}, {"messages": "x", "answer": "y"}], "^item 1: messages: expected a list"),
+    for items, said in [([], "no items"), ([3], "^item 0: expected an object, found a number"), ("abc", "^item 0: expected an object, found a string"),
+                        ([{"prompt": "x", "answer": "y", "task": ["z"]}], "^item 0: task: expected a string, found a list"),
+                        ([{"prompt": "x", "answer": "y"}, {"messages": "x", "answer": "y"}], "^item 1: messages: expected a list"),
                         ([{"prompt": "x", "answer": "y"}, {"prompt": "", "answer": "y"}], "^item 1: the prompt is empty")]:
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(obm.ArgumentError, match=said):
             evaluate(model, items, ["base"], max_tokens=1)
     json.dumps(evaluate(model, ({"prompt": p, "answer": "y"} for p in "ab"), ["base"], max_tokens=1))
 

@@ -144,6 +144,8 @@ def test_refusals(own_pack, models, items, tmp_path):
             obm.tune(own_pack, items, **given)
     with pytest.raises(obm.ArgumentError, match="no items"):
         obm.tune(own_pack, [])
+    with pytest.raises(obm.ArgumentError, match="^item 0: expected an object, found a number"):
+        obm.tune(own_pack, [3])
     with pytest.raises(ValueError, match="expected \"answer\", or"):
         obm.tune(own_pack, [{"prompt": "x"}])
     with pytest.raises(ValueError, match="item 0: task: expected one of chat, math, code to be its route, found \"law\""):
@@ -221,6 +223,21 @@ def test_policy_texts():
             tuning.policy_parts(text)
 
 
+def test_one_value_and_a_path_will_do(own_pack, items, tmp_path):
+    path = tmp_path / "tune.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    lists = obm.tune(own_pack, items, lambdas=[.5], readings=["recomputed"], policies=["mlp"], scales=["matrix"], dry_run=True)
+    for data in (path, str(path)):
+        one = obm.tune(own_pack, data, lambdas=.5, readings="recomputed", policies="mlp", scales="matrix", dry_run=True)
+        assert [c.keys() for c in one.candidates] == [c.keys() for c in lists.candidates]
+    assert [c.lambda_ for c in obm.tune(own_pack, path, lambdas=0, dry_run=True).candidates] == [0]
+    path.write_text('{"prompt": "x"}\n')
+    with pytest.raises(obm.Error, match="tune.jsonl, line 1, item 0: expected \"answer\", or"):
+        obm.tune(own_pack, path)
+    with pytest.raises(FileNotFoundError):
+        obm.tune(own_pack, tmp_path / "gone")
+
+
 def test_command_line(own_pack, items, models, tmp_path, capsys):
     path = tmp_path / "validation.jsonl"
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
@@ -230,6 +247,9 @@ def test_command_line(own_pack, items, models, tmp_path, capsys):
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(r["dry_run"], r["lambda"], r["policy"]) for r in rows] == [(True, x, p) for p in (None, "attention", "mlp") for x in (0, .3)]
     assert cli.main([*args, "--dry-run", "--scales", "matrix"]) == 0
+    for wrong in ("foo", "row,group:65", ""):
+        with pytest.raises(SystemExit, match="^2$"):
+            cli.main([*args, "--scales", wrong])
     assert "at most" in capsys.readouterr().out and contents(own_pack.path) == before
     assert cli.main([*args, "--json", "--max-tokens", "4"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
