@@ -161,7 +161,7 @@ static obm_status check_item(const obm_model *m, const obm_score_item *item, obm
 
 static obm_status nothing_to_score(const obm_score_item *item, const tokens *t, obm_error *err) {
     if (t->n && !has_prompt(&item->prompt))
-        return obm__fail(err, OBM_E_ARG, "the prompt is empty, and so nothing comes before the only token there is to score");
+        return obm__fail(err, OBM_E_ARG, "the prompt is empty: nothing comes before the only token to score");
     return obm__fail(err, OBM_E_ARG, "the continuation has no tokens to score");
 }
 

@@ -59,7 +59,7 @@ def test_prompts(fails, pack_path, jsonl, item, said):
     ("score", {"ids": [5], "continuation_ids": []}, "continuation_ids: expected a list of token ids, found an empty list"),
     ("score", {"ids": [5], "continuation_ids": [768]}, "continuation_ids[0]: expected a token id below 768, found 768"),
     ("score", {"prompt": "x", "continuation": ""}, "the continuation has no tokens to score"),
-    ("score", {"prompt": "", "continuation": "a"}, "the prompt is empty, and so nothing comes before the only token there is to score"),
+    ("score", {"prompt": "", "continuation": "a"}, "the prompt is empty: nothing comes before the only token to score"),
     ("score", {"text": ["x"]}, "text: expected a string, found a list"),
     ("score", {"messages": "x", "continuation": "y"}, f"messages: expected a list of {ROLES}, found a string"),
     ("logits", {"prompt": "x"}, 'expected "ids"; found prompt'),
