@@ -24,10 +24,8 @@ def blocks(language):
 def folder(tmp_path, data, models):
     (tmp_path / "models").symlink_to(models)
     (tmp_path / "route.jsonl").write_text("".join(json.dumps(item) + "\n" for item in data.router))
-    with open(tmp_path / "route.tsv", "w", encoding="utf-8") as file:
-        for item in data.router:
-            text = item["messages"][0]["content"].replace("\n", " ").replace("\t", " ")
-            file.write(f"{item['task']}\t{text}\n")
+    program, = (b for b in blocks("sh") if "route.tsv" in b)
+    run(["sh", "-ec", program], tmp_path)
     (tmp_path / "recipe.yml").write_text("merge_method: task_arithmetic\nbase_model: models/base\nmodels:\n"
                                          "  - {model: models/chat, parameters: {weight: 0.5}}\n  - {model: models/math, parameters: {weight: 0.5}}\n")
     return tmp_path
