@@ -368,11 +368,11 @@ void obm__scalar_gemm_pack(float *packed, const float *rows, size_t ld, size_t n
 }
 
 /* Without fma: in portable C it may be a call for each. */
-static void gemm_block(float *y, const float *packed, const float *x, size_t n, int add) {
+static void gemm_block(float *y, const float *packed, const float *x, size_t n) {
     float sums[OBM__GEMM_ROWS] = {0};
     for (size_t j = 0; j < n; j++)
         for (size_t r = 0; r < OBM__GEMM_ROWS; r++) sums[r] += packed[j * OBM__GEMM_ROWS + r] * float_at(x + j);
-    for (size_t r = 0; r < OBM__GEMM_ROWS; r++) y[r] = add ? y[r] + sums[r] : sums[r];
+    for (size_t r = 0; r < OBM__GEMM_ROWS; r++) y[r] += sums[r];
 }
 
 static void gemm(float *y, size_t ldy, const float *packed, size_t strips, const float *x, size_t ldx, size_t tokens,
@@ -383,7 +383,7 @@ static void gemm(float *y, size_t ldy, const float *packed, size_t strips, const
             memset(to, 0, OBM__GEMM_ROWS * sizeof *to);
             for (size_t j = 0; j < n; j += OBM__GEMM_BLOCK)
                 gemm_block(to, packed + (s * n + j) * OBM__GEMM_ROWS, x + t * ldx + j,
-                           n - j < OBM__GEMM_BLOCK ? n - j : OBM__GEMM_BLOCK, j > 0);
+                           n - j < OBM__GEMM_BLOCK ? n - j : OBM__GEMM_BLOCK);
         }
 }
 

@@ -4,12 +4,21 @@
 
 #include "../io/io.h"
 
+#include <stdatomic.h>
+
 #define OBM_MAX_PLANES 8
 /* Elements per tile of every streaming pass; a multiple of 4096 so that reductions cut at the same places. */
 #define OBM_TILE (1 << 16)
 /* Every f64 reduction over a row (or a group of columns) is cut into blocks of this many elements, summed in the kernels'
  * 16-lane order; blocks of a row are joined by obm__tree_sum, and so are the rows of a matrix. */
 #define OBM_BLOCK 4096
+
+/* The lowest index that threads find something wrong at. */
+static inline void obm__note_bad(_Atomic int64_t *lowest, int64_t index) {
+    int64_t seen = atomic_load(lowest);
+    while (index < seen && !atomic_compare_exchange_weak(lowest, &seen, index)) {
+    }
+}
 
 bool obm__is_float(obm_dtype dtype);            /* F32, F16, BF16, F64 */
 size_t obm__tensor_bytes(const obm_tensor *t);

@@ -75,9 +75,8 @@ static void read_range(void *arg, size_t first, size_t last, int worker) {
     for (size_t i = first; i < last; i++) {
         int64_t begin = (int64_t)i * READ, n = r->count - begin < READ ? r->count - begin : READ;
         obm__pair_read(r->k, r->p, begin, n, d, scratch);
-        int64_t bad = (int64_t)r->k->find_nonfinite(d, (size_t)n), seen = r->bad;
-        while (bad < n && begin + bad < seen && !atomic_compare_exchange_weak(&r->bad, &seen, begin + bad)) {
-        }
+        int64_t bad = (int64_t)r->k->find_nonfinite(d, (size_t)n);
+        if (bad < n) obm__note_bad(&r->bad, begin + bad);
         bool any = false;
         for (int64_t j = 0; j < n; j++) any |= d[j] != 0;
         if (any) r->any = true;

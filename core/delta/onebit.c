@@ -87,12 +87,6 @@ typedef struct plane_job {
     _Atomic int64_t bad; /* lowest index of a NaN or Inf, INT64_MAX for none */
 } plane_job;
 
-static void note_bad(plane_job *job, int64_t index) {
-    int64_t seen = atomic_load(&job->bad);
-    while (index < seen && !atomic_compare_exchange_weak(&job->bad, &seen, index)) {
-    }
-}
-
 /* Subtracts the planes before this one; their signs are computed again, which is cheaper than keeping them. */
 static void peel(const plane_job *job, int64_t scale_index, worker *w, int64_t n) {
     for (int q = 0; q < job->plane; q++) {
@@ -112,7 +106,8 @@ static double do_block(plane_job *job, int64_t row, int64_t begin, int64_t n, in
     job->k->sign_pack(bits + begin / 8, w->d, (size_t)n);
     double sum = job->k->abs_sum(w->d, (size_t)n);
     /* So few f32 cannot overflow an f64 sum, and peeling keeps NaN and Inf: only then is one among them. */
-    if (!isfinite(sum)) note_bad(job, row * job->cols + begin + (int64_t)job->k->find_nonfinite(w->d, (size_t)n));
+    if (!isfinite(sum))
+        obm__note_bad(&job->bad, row * job->cols + begin + (int64_t)job->k->find_nonfinite(w->d, (size_t)n));
     return sum;
 }
 

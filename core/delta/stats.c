@@ -28,15 +28,9 @@ typedef struct scan {
     _Atomic int64_t bad;
 } scan;
 
-static void note_bad(scan *s, int64_t index) {
-    int64_t seen = atomic_load(&s->bad);
-    while (index < seen && !atomic_compare_exchange_weak(&s->bad, &seen, index)) {
-    }
-}
-
 static void check(scan *s, const float *x, int64_t begin, size_t n) {
     size_t bad = s->k->find_nonfinite(x, n);
-    if (bad < n) note_bad(s, begin + (int64_t)bad);
+    if (bad < n) obm__note_bad(&s->bad, begin + (int64_t)bad);
 }
 
 /* A: theta^2, B: d^2, C: |d|; count: zeros. */

@@ -363,7 +363,8 @@ OBM_API obm_status obm_pack_verify(const obm_pack *p, obm_progress_fn progress, 
 OBM_API obm_status obm_pack_add(obm_pack *p, const obm_expert *expert, const obm_compress_options *options, obm_error *err);
 OBM_API obm_status obm_pack_remove(obm_pack *p, const char *name, obm_error *err);   /* drops the router too: its tasks changed */
 /* Takes the experts and the settings of another pack, which stays as it is, in one step.  It has to be of the same base, with
- * the same tasks in the same order (MISMATCH), so the router stays.  Files are linked, or copied where they cannot be. */
+ * the same tasks in the same order (MISMATCH), so the router stays.  Files are linked, or copied where they cannot be.  Errors: those of
+ * opening a pack, MISMATCH, ARG, IO, NOMEM, BUSY; USER by the context's interrupt. */
 OBM_API obm_status obm_pack_adopt(obm_pack *p, const char *path, obm_error *err);
 
 typedef struct obm_pack_settings {
@@ -407,7 +408,7 @@ typedef struct obm_pack_tensor {
     uint64_t bytes_pack;
     int64_t rank;                 /* of the LoRA factors that a full tensor is kept as, 0 without */
     const uint8_t *mask;          /* MASK: (rows, row_bytes), LSB first, bit 1 = shared vector times scaling; borrowed */
-    double scaling;               /* of it */
+    double scaling;               /* MASK: what the shared vector is multiplied by where a bit is 1; else 0 */
 } obm_pack_tensor;
 OBM_API void obm_pack_tensor_at(const obm_pack *p, size_t task, size_t i, obm_pack_tensor *out);
 

@@ -345,9 +345,9 @@ const obm_json *obm__checkpoint_text_config(const obm_checkpoint *c) {
 
 /* Behind "model.layers." in the file's own layout, -1 for any other name. */
 static int64_t layer_of(const obm_checkpoint *c, const char *name) {
-    const char *embedding = obm__layout_embedding(c->layout), layers[] = "layers.";
-    size_t n = strlen(embedding) - strlen("embed_tokens.weight"), digits;
-    if (strncmp(name, embedding, n) || strncmp(name + n, layers, strlen(layers))) return -1;
+    const char *body = obm__layout_body(c->layout), layers[] = "layers.";
+    size_t n = strlen(body), digits;
+    if (strncmp(name, body, n) || strncmp(name + n, layers, strlen(layers))) return -1;
     name += n + strlen(layers);
     digits = strspn(name, "0123456789");
     return digits && digits < 10 && name[digits] == '.' ? strtol(name, NULL, 10) : -1;

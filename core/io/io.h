@@ -204,6 +204,7 @@ obm_status obm__member_refuse(const char *directory, obm_error *err);
 #define OBM_EMBEDDING_NAME "model.embed_tokens.weight"
 #define OBM_HEAD_NAME "lm_head.weight"
 const char *obm__layout_embedding(int layout);
+const char *obm__layout_body(int layout); /* what the names of the text model's tensors begin with, but the head's */
 const char *obm__layout_head(int layout);
 bool obm__is_head(const char *name);                /* in any layout */
 bool obm__same_place(const char *a, const char *b); /* one tensor or module, but for the layout */

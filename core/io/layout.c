@@ -24,6 +24,8 @@ static const struct {
 };
 
 const char *obm__layout_embedding(int layout) { return layouts[layout].embedding; }
+
+const char *obm__layout_body(int layout) { return layouts[layout].prefix[BODY]; }
 const char *obm__layout_head(int layout) { return layouts[layout].head; }
 
 /* Which part of a model a name belongs to, -1: none.  Backwards, because "model." is the beginning of others. */

@@ -148,14 +148,14 @@ static char *source_of(const obm__model_writer *w, const char *name, bool *none)
 /* Before hours of merging. */
 static obm_status check_carried(const obm__model_writer *w, const char *name, obm_error *err) {
     bool none;
-    char *source = source_of(w, name, &none), *text;
-    size_t size;
+    char *source = source_of(w, name, &none);
     if (none) return OBM_OK;
     if (!source) return obm__fail_nomem(err, strlen(w->copy_from));
     obm_status status = OBM_OK;
-    if (obm__file_exists(source) && (status = obm__file_read(source, &text, &size, err)) == OBM_OK) {
-        status = obm__refuse_pointer(text, size, source, err);
-        obm_free(text);
+    obm__map map;
+    if (obm__file_exists(source) && (status = obm__map_open(source, &map, err)) == OBM_OK) {
+        status = obm__refuse_pointer(map.data, map.size, source, err);
+        obm__map_close(&map);
     }
     obm_free(source);
     return status;

@@ -319,9 +319,9 @@ static obm_status take_signs(void *user, const void *bytes, size_t n, int64_t ro
     const item *it = s->it;
     OBM_TRY(obm__st_writer_write(s->j->writer, bytes, n, err));
     if (!it->pair->lora) {
-        int64_t first = s->released * it->cols, n = rows_done * it->cols - first;
-        obm__tensor_release(&it->pair->base, first, n);
-        obm__tensor_release(&it->pair->expert, first, n);
+        int64_t first = s->released * it->cols, count = rows_done * it->cols - first;
+        obm__tensor_release(&it->pair->base, first, count);
+        obm__tensor_release(&it->pair->expert, first, count);
     }
     s->released = rows_done;
     double share = ((double)s->plane + (double)rows_done / (double)it->rows) / it->planes;
@@ -355,15 +355,16 @@ static obm_status write_planes(job *j, item *it, obm_error *err) {
 /* ---- masks ---- */
 
 static obm_status write_mask(job *j, item *it, obm_error *err) {
-    OBM_TRY(obm__mask_write(j->r->shared, it->pair, j->writer, j->r->ticker, j->ticks, &it->sums, err));
+    OBM_TRY(obm__mask_write(j->r->shared, it->pair, j->writer, j->ticks, &it->sums, err));
     j->ticks += pair_bytes(it->pair);
     return OBM_OK;
 }
 
 /* EMR's rescaler: one per expert, over all of its masks (Huang et al., arXiv 2405.17461, equation 4). */
 static obm_status find_scaling(job *j, obm_error *err) {
-    double *own = obm__calloc(j->n, 2 * sizeof *own), *of = own + j->n;
+    double *own = obm__calloc(j->n, 2 * sizeof *own), *of;
     if (!own) return obm__fail_nomem(err, j->n * 2 * sizeof *own);
+    of = own + j->n;
     for (size_t i = 0; i < j->n; i++) {
         own[i] = j->items[i].sums.own;
         of[i] = j->items[i].sums.shared;

@@ -100,9 +100,9 @@ obm_status obm__shared_write(obm__shared_job *j, const obm_expert *experts, obm_
                              obm_profile profile, obm_json **record, obm_error *err);
 void obm__shared_free(obm__shared_job *j);
 
-/* One matrix of one expert: its bits go to the writer.  sums: of |d| and |mask * shared|, added to with EMR. */
+/* One matrix of one expert: its bits go to the writer.  sums: of |d| and |mask * shared|, set; 0 without EMR. */
 typedef struct obm__mask_sums { double own, shared; } obm__mask_sums;
-obm_status obm__mask_write(const obm__shared_job *j, const obm__pair *pair, obm__st_writer *w, obm__pulse *ticker, uint64_t ticks,
+obm_status obm__mask_write(const obm__shared_job *j, const obm__pair *pair, obm__st_writer *w, uint64_t ticks,
                            obm__mask_sums *sums, obm_error *err);
 uint64_t obm__mask_memory(const obm_context *ctx, int64_t rows, int64_t cols);
 

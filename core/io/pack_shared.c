@@ -15,8 +15,8 @@
 
 /* Wang et al. choose lambda from 0.2, 0.3, 0.4, 0.5 and 0.6 by validation: the middle. */
 #define TALL_LAMBDA 0.4
-/* Elements of a window per thread, as the planes' stripes have them. */
-#define WINDOW ((int64_t)16 * OBM_TILE)
+/* Elements of a window per thread. */
+#define WINDOW OBM_STREAM_WINDOW
 
 static const char *const methods[] = {"tall", "emr"};
 
@@ -112,7 +112,7 @@ static obm_status collect(const obm__shared_job *j, names *s, const char *name, 
     return OBM_OK;
 }
 
-/* All such tensors, by name: counted (out NULL), or into out, whose arrays are owned. */
+/* All such tensors, by name; the items' arrays are owned. */
 typedef struct unified_list {
     unified *items;
     size_t n;
@@ -164,12 +164,6 @@ typedef struct window {
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static void note_bad(_Atomic int64_t *bad, int64_t index) {
-    int64_t seen = atomic_load(bad);
-    while (index < seen && !atomic_compare_exchange_weak(bad, &seen, index)) {
-    }
-}
-
 /* False: the vector is not finite here. */
 static bool unify_block(const window *w, int64_t begin, int64_t n, void *out) {
     const obm_kernels *k = w->j->ctx->k;
@@ -187,7 +181,7 @@ static void unify_blocks(void *arg, size_t begin, size_t end, int worker) {
     size_t size = obm_dtype_size(w->u->dtype);
     for (size_t b = begin; b < end; b++) {
         int64_t at = (int64_t)b * OBM_BLOCK, n = least(w->n - at, OBM_BLOCK);
-        if (!unify_block(w, w->first + at, n, w->out + (size_t)at * size)) note_bad(&w->bad, w->first + at);
+        if (!unify_block(w, w->first + at, n, w->out + (size_t)at * size)) obm__note_bad(&w->bad, w->first + at);
     }
 }
 
@@ -257,7 +251,7 @@ static obm_tensor shape_of(const unified *u) {
 
 static obm_status write_all(const obm__shared_job *j, const unified_list *l, obm__st_writer *w, obm_error *err) {
     size_t bytes = (size_t)window_size(j->ctx) * sizeof(float);
-    uint64_t done = j->ticker ? j->ticker->done : 0;
+    uint64_t done = j->ticker->done;
     OBM_TRY(obm__st_writer_metadata(w, "format", OBM_PACK_FORMAT, err));
     for (size_t i = 0; i < l->n; i++) {
         obm_tensor t = shape_of(&l->items[i]);
@@ -337,7 +331,7 @@ obm_status obm__shared_write(obm__shared_job *j, const obm_expert *experts, obm_
     if (status == OBM_OK) status = list_new(j, &l, err);
     if (status == OBM_OK && !l.n)
         status = obm__fail(err, OBM_E_ARG, "shared vectors: no expert's policy makes a matrix that differs a mask");
-    if (status == OBM_OK && j->plan) add_to_plan(j, &l);
+    if (status == OBM_OK) add_to_plan(j, &l);
     if (status == OBM_OK && !j->dry_run) status = write_file(j, &l, &r, err);
     if (r && !put_rule(j, &l, r)) {
         obm__json_free(r);
@@ -383,7 +377,7 @@ static void mask_row(mask_job *m, int64_t row, uint8_t *bits, double *own, doubl
         obm__pair_read(m->k, m->pair, row * m->cols + at, n, d, x);
         obm__widen(m->k, m->shared, row * m->cols + at, n, x);
         int64_t bad = (int64_t)m->k->find_nonfinite(d, (size_t)n);
-        if (bad < n) note_bad(&m->bad, row * m->cols + at + bad);
+        if (bad < n) obm__note_bad(&m->bad, row * m->cols + at + bad);
         obm__mask_pack(m->rule, d, x, n, bits + at / 8);
         own[b] = m->rule->emr ? m->k->abs_sum(d, (size_t)n) : 0;
         of[b] = m->rule->emr ? masked_sum(m->k, bits + at / 8, x, n) : 0;
@@ -414,8 +408,8 @@ uint64_t obm__mask_memory(const obm_context *ctx, int64_t rows, int64_t cols) {
            2 * sizeof(double) * ((uint64_t)rows + (uint64_t)ctx->threads * blocks_of(cols));
 }
 
-static obm_status mask_stripes(mask_job *m, const obm__shared_job *j, obm__st_writer *w, obm__pulse *ticker,
-                               uint64_t ticks, obm_error *err) {
+static obm_status mask_stripes(mask_job *m, const obm__shared_job *j, obm__st_writer *w, uint64_t ticks,
+                               obm_error *err) {
     int64_t stripe = stripe_rows(j->ctx, m->rows, m->cols);
     size_t grain = (size_t)(OBM_TILE / 4 / m->cols) + 1, size = obm_dtype_size(m->pair->expert.dtype);
     for (m->first = 0; m->first < m->rows; m->first += stripe) {
@@ -426,7 +420,7 @@ static obm_status mask_stripes(mask_job *m, const obm__shared_job *j, obm__st_wr
         obm__tensor_release(&m->pair->base, begin, n * m->cols);
         if (m->pair->expert.data) obm__tensor_release(&m->pair->expert, begin, n * m->cols);
         obm__tensor_release(m->shared, begin, n * m->cols);
-        OBM_TRY(obm__tick(ticker, ticks + (uint64_t)((begin + n * m->cols)) * size, err));
+        OBM_TRY(obm__tick(j->ticker, ticks + (uint64_t)((begin + n * m->cols)) * size, err));
     }
     return OBM_OK;
 }
@@ -440,8 +434,8 @@ static obm_status find_shared(const obm__shared_job *j, const obm__pair *p, cons
     return OBM_OK;
 }
 
-obm_status obm__mask_write(const obm__shared_job *j, const obm__pair *pair, obm__st_writer *w, obm__pulse *ticker,
-                           uint64_t ticks, obm__mask_sums *sums, obm_error *err) {
+obm_status obm__mask_write(const obm__shared_job *j, const obm__pair *pair, obm__st_writer *w, uint64_t ticks,
+                           obm__mask_sums *sums, obm_error *err) {
     mask_job m = {.k = j->ctx->k, .rule = &j->rule, .pair = pair, .bad = INT64_MAX};
     OBM_TRY(find_shared(j, pair, &m.shared, err));
     m.rows = pair->base.shape[0];
@@ -453,8 +447,8 @@ obm_status obm__mask_write(const obm__shared_job *j, const obm__pair *pair, obm_
     m.of = obm__calloc((size_t)m.rows, sizeof *m.of);
     m.partial = obm__calloc((size_t)j->ctx->threads * 2 * m.blocks, sizeof *m.partial);
     bool room = m.bits && m.own && m.of && m.partial;
-    obm_status status = room ? mask_stripes(&m, j, w, ticker, ticks, err)
-                             : obm__fail_nomem(err, obm__mask_memory(j->ctx, m.rows, m.cols));
+    obm_status status =
+        room ? mask_stripes(&m, j, w, ticks, err) : obm__fail_nomem(err, obm__mask_memory(j->ctx, m.rows, m.cols));
     if (status == OBM_OK)
         *sums = (obm__mask_sums){obm__tree_sum(m.own, (size_t)m.rows), obm__tree_sum(m.of, (size_t)m.rows)};
     obm_free(m.bits);

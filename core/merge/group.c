@@ -144,7 +144,7 @@ obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t in
         if (!own && obm__group_delta(k, g, i, index, 1, &base, &d, &scratch) == 1) continue;
         const char *what = own ? "NaN or Inf" : "a difference to the base that overflows";
         return obm__fail(err, OBM_E_VALUE, "%s: %s in %.300s at index %llu", name, what,
-                         obm__model_label(g->labels, i, buf), at);
+                         obm__model_label(g->steps->labels, i, buf), at);
     }
     return obm__fail(err, OBM_E_VALUE, "%s: the merged value at index %llu overflows the output's dtype", name, at);
 }

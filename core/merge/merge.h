@@ -178,7 +178,7 @@ obm_status obm__ranked_fill(const obm__run *run, obm__ranked *r, const obm__grou
                             float *lanes, obm_error *err);
 /* Elements [element, element + n), which were filled last or are kept. */
 void obm__ranked_apply(const obm__ranked *r, const obm__group *g, size_t model, uint64_t element, float *d, size_t n);
-/* The same as bits, LSB first: 1 is kept.  Not for a density of 1, nor in the paper profile. */
+/* The same as bits, LSB first: 1 is kept.  Not for a density of 1, nor where factors are wanted. */
 void obm__ranked_bits(const obm__ranked *r, const obm__group *g, size_t model, uint64_t element, uint8_t *bits,
                       size_t n);
 /* Whether what a walk over the whole group fills stays for the next one: a byte per element takes no more than the
@@ -246,7 +246,7 @@ struct obm__group {
     const obm__pair *base_change,
         *const *changes;   /* what base and models are read from instead; NULL, or (steps->n) of them or NULL */
     const obm__rows *rows; /* nullable: what base and models are read through, then they have no data of their own */
-    const char *base_label, *const *labels; /* for messages, nullable */
+    const char *base_label; /* for messages, nullable */
     obm_dtype work; /* what inputs, and in the mergekit profile deltas, are rounded to; F32: nothing is */
     uint64_t count; /* elements */
     bool mapped;    /* inputs lie in file mappings: their pages may go once they are read */

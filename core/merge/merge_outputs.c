@@ -292,7 +292,6 @@ static obm_status plan_output(obm__job *j, obm__output *o, obm_error *err) {
                             .changes = o->changes + p->has_base,
                             .rows = o->rows,
                             .base_label = p->refs[0],
-                            .labels = p->refs + p->has_base,
                             .work = working_dtype(j, o),
                             .count = (uint64_t)obm_tensor_count(&o->tensors[0]),
                             .mapped = true,

@@ -21,6 +21,7 @@
 
 struct obm__ranked {
     uint64_t at, until, cols;
+    uint64_t origin; /* the element that place 0 is of */
     size_t span;     /* elements that `kept` or `factors` hold per model */
     uint8_t *kept;   /* (n_models, span), 1 or 0; NULL where factors are wanted */
     float *factors;  /* (n_models, span) */
@@ -38,7 +39,7 @@ static bool wants_factors(const obm__group *g) { return g->steps->rescale == OBM
 bool obm__ranked_keeps(const obm__group *g) { return !wants_factors(g) && g->count / sizeof(float) <= OBM_MERGE_SPAN; }
 
 uint64_t obm__ranked_bytes(const obm__group *g, int threads) {
-    uint64_t each = wants_factors(g) || !obm__ranked_keeps(g) ? span_of(g->count) * sizeof(float) : g->count;
+    uint64_t each = obm__ranked_keeps(g) ? g->count : span_of(g->count) * sizeof(float);
     return g->steps->n * each + (uint64_t)threads * 16 * obm__group_cols(g);
 }
 
@@ -119,7 +120,7 @@ static double chance_of(const chances *c, size_t rank) {
 /* Where the span keeps what becomes of element `element`, or SIZE_MAX for one outside. */
 static size_t place_of(const obm__ranked *r, size_t model, uint64_t element) {
     if (element < r->at || element >= r->until) return SIZE_MAX;
-    return model * r->span + (size_t)(element - (r->span < r->g->count ? r->at : 0));
+    return model * r->span + (size_t)(element - r->origin);
 }
 
 static void sort_row(const obm__ranked *r, size_t model, uint64_t row, const chances *c, uint32_t *words) {
@@ -269,6 +270,7 @@ obm_status obm__ranked_fill(const obm__run *run, obm__ranked *r, const obm__grou
                             float *lanes, obm_error *err) {
     r->at = at;
     r->until = until;
+    r->origin = r->span < g->count ? at : 0;
     r->k = run->ctx->k;
     r->g = g;
     r->lanes = lanes;
@@ -277,15 +279,15 @@ obm_status obm__ranked_fill(const obm__run *run, obm__ranked *r, const obm__grou
     return r->bad == UINT64_MAX ? OBM_OK : obm__group_bad(r->k, g, r->bad, err);
 }
 
-static const uint8_t *kept_of(const obm__ranked *r, const obm__group *g, size_t model, uint64_t element) {
-    return r->kept + model * r->span + (size_t)(element - (r->span < g->count ? r->at : 0));
+static const uint8_t *kept_of(const obm__ranked *r, size_t model, uint64_t element) {
+    return r->kept + model * r->span + (size_t)(element - r->origin);
 }
 
 void obm__ranked_bits(const obm__ranked *r, const obm__group *g, size_t model, uint64_t element, uint8_t *bits,
                       size_t n) {
     memset(bits, 0, (n + 7) / 8);
     if (g->steps->density[model] <= 0) return;
-    const uint8_t *kept = kept_of(r, g, model, element);
+    const uint8_t *kept = kept_of(r, model, element);
     size_t j = 0;
     for (; j + 8 <= n; j += 8) {
         uint64_t eight; /* bytes of 0 or 1: each product moves one of them to its bit of the upper byte */
@@ -301,7 +303,7 @@ void obm__ranked_apply(const obm__ranked *r, const obm__group *g, size_t model, 
         return;
     }
     if (r->kept) {
-        const uint8_t *kept = kept_of(r, g, model, element);
+        const uint8_t *kept = kept_of(r, model, element);
         for (size_t j = 0; j < n; j++) d[j] = obm__keep_if(d[j], kept[j]);
         return;
     }

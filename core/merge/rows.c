@@ -3,8 +3,6 @@
 
 /* Columns that one worker sums at a time; a multiple of a cache line of every dtype. */
 #define COLUMNS 256
-/* Rows of them between two looks at whether to stop: far below a millisecond. */
-#define ROWS_PER_LOOK 256
 
 void obm__rows_read(const obm_kernels *k, const obm__rows *r, size_t input, uint64_t begin, size_t n, float *out,
                     float *scratch) {
@@ -57,7 +55,7 @@ static void mean_of_inputs(const filling *f, uint64_t row, uint64_t col, size_t 
 static void mean_of_rows(const filling *f, size_t input, uint64_t col, size_t n, float *out, float *x, float *scratch) {
     obm__rows *r = f->rows;
     double sum[COLUMNS] = {0};
-    for (uint64_t row = 0; row < r->filled && !(row % ROWS_PER_LOOK == 0 && f->stop); row++) {
+    for (uint64_t row = 0; row < r->filled && !f->stop; row++) {
         obm__rows_read(f->k, r, input, row * r->cols + col, n, x, scratch);
         for (size_t c = 0; c < n; c++) sum[c] += x[c];
     }

@@ -84,7 +84,7 @@ static size_t count_values(const pass *p, obm__block *block, uint64_t begin, siz
 }
 
 /* The same straight from the files' bytes.  Few elements share an upper half, so those equal to the threshold are what
- * one bin of the lower ones gains; the bins are still there from the pass before. */
+ * one bin of the lower ones gains, whatever it held before. */
 static size_t count_plain(const pass *p, uint64_t begin, size_t n, uint32_t *here, uint32_t *histogram) {
     obm__plain t = obm__group_plain(p->g, p->model, begin);
     uint16_t high[BOUNDS];

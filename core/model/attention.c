@@ -173,7 +173,7 @@ obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int6
     int64_t window = c->layer[layer].window;
     if (window && seen > window) seen = window;
     size_t items = n * (size_t)c->heads, threads = (size_t)m->ctx->threads;
-    /* Attention runs at about a tenth of the arithmetic rate of GEMM: counted tenfold. */
+    /* Counted tenfold: scores and mixing stream the cache, with less arithmetic per byte than GEMM. */
     double per_item = 40.0 * (double)seen * (double)c->head_dim, slice = OBM_SLICE_FLOPS / per_item;
     size_t step = slice < (double)threads ? threads : slice < (double)items ? (size_t)slice : items;
     obm__lanes whole;

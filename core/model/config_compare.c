@@ -247,7 +247,8 @@ static obm_status compare(const pair *p, obm__config *a, obm__config *b, obm_err
     obm_status of_base = parse(p->base, a, err), of_other = OBM_OK;
     if (of_base == OBM_E_NOMEM) return of_base;
     if (of_base == OBM_OK) of_other = parse(p->other, b, &refused);
-    if (of_other == OBM_E_NOMEM) return err ? *err = refused, of_other : of_other;
+    if (of_other == OBM_E_NOMEM && err) *err = refused;
+    if (of_other == OBM_E_NOMEM) return of_other;
     if (of_base != OBM_OK)
         return compare_keys(p, obm__checkpoint_text_config(p->base), obm__checkpoint_text_config(p->other), err);
     if (of_other == OBM_OK)

@@ -4,8 +4,6 @@
 #include <math.h>
 #include <string.h>
 
-#define PANEL_ROWS OBM__PLANE_ROWS
-
 /* ---- buffers ---- */
 
 void obm__scratch_free(obm__scratch *s) {
@@ -16,7 +14,7 @@ void obm__scratch_free(obm__scratch *s) {
     *s = (obm__scratch){0};
 }
 
-/* Zeroed: what is added to the buffers later on is never uninitialised, empty rows of tiles included. */
+/* Zeroed: the pages are then there, on the caller's node, before workers share them. */
 static obm_status resize(obm__scratch *s, float **p, size_t a, size_t b, obm_error *err) {
     size_t count;
     obm_free(*p);
@@ -70,11 +68,11 @@ static obm_status grow_rows(obm_model *m, size_t rows, obm_error *err) {
     OBM_TRY(resize(s, &s->up, rows, wide, err));
     OBM_TRY(resize(s, &s->cosine, rows * (size_t)c->n_ropes, (size_t)m->pairs, err));
     OBM_TRY(resize(s, &s->sine, rows * (size_t)c->n_ropes, (size_t)m->pairs, err));
-    s->panel_size = PANEL_ROWS * widest;
+    s->panel_size = OBM_BLOCK_ROWS * widest;
     s->widest = widest;
     OBM_TRY(resize(s, &s->panels, threads, s->panel_size, err));
     OBM_TRY(resize(s, &s->packed, threads, s->panel_size, err));
-    OBM_TRY(resize(s, &s->products, threads, OBM_TILE_TOKENS * PANEL_ROWS, err));
+    OBM_TRY(resize(s, &s->products, threads, OBM_TILE_TOKENS * OBM_BLOCK_ROWS, err));
     OBM_TRY(grow_strips(m, err));
     OBM_TRY(grow_unpacked(m, widest, err));
     OBM_TRY(resize(s, &s->widened, threads, OBM_TILE_TOKENS * (size_t)c->head_dim, err));
@@ -237,11 +235,7 @@ static obm_status start_rows(obm_model *m, const obm__row *rows, size_t n, obm_e
     int64_t hidden = m->config.hidden;
     for (size_t i = 0; i < n; i++) {
         s->weights[i] = rows[i].sequence ? rows[i].sequence->weights : NULL;
-        if (!rows[i].sequence) {
-            memset(s->x + (int64_t)i * hidden, 0, (size_t)hidden * sizeof *s->x);
-            memset(s->normed + (int64_t)i * hidden, 0, (size_t)hidden * sizeof *s->x);
-            continue;
-        }
+        if (!rows[i].sequence) continue;
         float *x = s->x + (int64_t)i * hidden;
         OBM_TRY(obm__weights_embed(m, s->weights[i], rows[i].id, x, err));
         for (int64_t h = 0; h < hidden && m->embedding_scale != 1; h++) x[h] *= m->embedding_scale;

@@ -4,9 +4,7 @@
 #include <math.h>
 #include <string.h>
 
-#define PANEL OBM__PLANE_ROWS     /* weight rows of one GEMM call: a block of the planes, and whole strips */
-#define SHARE_FLOPS 1e5           /* least work of a worker: a few us, more than the hand-over costs */
-#define ROW_BLOCK OBM__PLANE_ROWS /* weight rows of one item of the row path: a block of the planes */
+#define SHARE_FLOPS 1e5 /* least work of a worker: a few us, more than the hand-over costs */
 
 typedef struct linear_job {
     obm_model *m;
@@ -22,13 +20,13 @@ typedef struct linear_job {
     int64_t cols;
 } linear_job;
 
-static const obm__linear *find_item(const linear_job *j, size_t item, int64_t per_item, int64_t *row) {
+static const obm__linear *find_item(const linear_job *j, size_t item, int64_t *row) {
     int node = 0;
     size_t l = 0;
     while (item >= j->items.end[node]) node++;
     const size_t *first = j->first_item + node * 4;
     while (item >= first[l + 1]) l++;
-    *row = (int64_t)(item - first[l] + j->first_block[node * 4 + (int)l]) * per_item;
+    *row = (int64_t)(item - first[l] + j->first_block[node * 4 + (int)l]) * OBM_BLOCK_ROWS;
     return &j->layers[l];
 }
 
@@ -76,7 +74,7 @@ static size_t same_matrix(const linear_job *j, size_t i, obm__role role) {
 
 /* The next rows of the base, which the planes ask for while they compute: memory must not rest. */
 static size_t rows_ahead(const obm__matrix *w, int64_t row, const void **ahead) {
-    int64_t next = row + ROW_BLOCK, left = w->rows - next < ROW_BLOCK ? w->rows - next : ROW_BLOCK;
+    int64_t next = row + OBM_BLOCK_ROWS, left = w->rows - next < OBM_BLOCK_ROWS ? w->rows - next : OBM_BLOCK_ROWS;
     if (left <= 0) return 0;
     if (w->z12) {
         size_t block = w->z12->blocks * OBM__Z12_BYTES; /* of one row */
@@ -101,7 +99,7 @@ static void finish_rows(const linear_job *j, const obm__linear *l, size_t i, int
 
 static void row_block(const linear_job *j, const obm__linear *l, size_t i, size_t tokens, int64_t row, int worker) {
     const obm__matrix *w = obm__weights_at(j->weights[i], j->layer, l->role);
-    int64_t rows = l->ld - row < ROW_BLOCK ? l->ld - row : ROW_BLOCK;
+    int64_t rows = l->ld - row < OBM_BLOCK_ROWS ? l->ld - row : OBM_BLOCK_ROWS;
     int64_t there = w->rows - row < 0 ? 0 : w->rows - row < rows ? w->rows - row : rows;
     multiply_rows(j->m->ctx->k, w, row, there, j->x + (int64_t)i * w->cols, tokens, l->y + (int64_t)i * l->ld + row,
                   (size_t)l->ld, worker_rows(j, worker));
@@ -112,7 +110,7 @@ static void run_rows(void *arg, size_t begin, size_t end, int worker) {
     const linear_job *j = arg;
     for (size_t item = begin; item < end; item++) {
         int64_t row;
-        const obm__linear *l = find_item(j, item, ROW_BLOCK, &row);
+        const obm__linear *l = find_item(j, item, &row);
         for (size_t i = 0, tokens; i < j->n; i += tokens) {
             tokens = j->weights[i] ? same_matrix(j, i, l->role) : 1;
             if (j->weights[i]) row_block(j, l, i, tokens, row, worker);
@@ -156,7 +154,9 @@ static obm_status prepare_tables(linear_job *j, obm_error *err) {
 
 /* ---- tiled path: GEMM of (64 tokens, 64 weight rows, cols); the last panel of a matrix may have fewer rows ---- */
 
-static int64_t panel_rows(const obm__matrix *w, int64_t row) { return w->rows - row < PANEL ? w->rows - row : PANEL; }
+static int64_t panel_rows(const obm__matrix *w, int64_t row) {
+    return w->rows - row < OBM_BLOCK_ROWS ? w->rows - row : OBM_BLOCK_ROWS;
+}
 
 static void widen_packed(const obm_kernels *k, const obm__z12 *w, size_t row, size_t rows, float *panel,
                          uint16_t *unpacked) {
@@ -209,10 +209,10 @@ static bool find_tokens(const linear_job *j, size_t first, size_t *begin, size_t
 }
 
 /* product: (tokens, 64) -> rows [begin, end) of y, with the bias. */
-static void store_product(const linear_job *j, const obm__linear *l, size_t begin, size_t end, int64_t row, int64_t rows,
-                          const float *product) {
+static void store_product(const linear_job *j, const obm__linear *l, size_t begin, size_t end, int64_t row,
+                          int64_t rows, const float *product) {
     const float *bias = find_bias(j, j->weights[begin], l->role);
-    for (size_t i = begin; i < end; i++, product += PANEL) {
+    for (size_t i = begin; i < end; i++, product += OBM_BLOCK_ROWS) {
         float *y = l->y + (int64_t)i * l->ld + row;
         memcpy(y, product, (size_t)rows * sizeof *y);
         for (int64_t r = 0; bias && r < rows; r++) y[r] += bias[row + r];
@@ -221,10 +221,10 @@ static void store_product(const linear_job *j, const obm__linear *l, size_t begi
 
 static void run_panels(void *arg, size_t begin, size_t end, int worker) {
     const linear_job *j = arg;
-    float *product = j->m->scratch.products + (size_t)worker * OBM_TILE_TOKENS * PANEL;
+    float *product = j->m->scratch.products + (size_t)worker * OBM_TILE_TOKENS * OBM_BLOCK_ROWS;
     for (size_t item = begin; item < end; item++) {
         int64_t row;
-        const obm__linear *l = find_item(j, item, PANEL, &row);
+        const obm__linear *l = find_item(j, item, &row);
         const obm__matrix *loaded = NULL;
         const float *panel = NULL;
         for (size_t first = 0, from, to; first < j->n; first += OBM_TILE_TOKENS) {
@@ -233,7 +233,7 @@ static void run_panels(void *arg, size_t begin, size_t end, int worker) {
             if (!loaded || w->data != loaded->data || w->terms != loaded->terms) panel = load_panel(j, w, row, worker);
             loaded = w;
             int64_t rows = panel_rows(w, row);
-            j->m->ctx->k->gemm(product, PANEL, panel, ((size_t)rows + OBM__GEMM_ROWS - 1) / OBM__GEMM_ROWS,
+            j->m->ctx->k->gemm(product, OBM_BLOCK_ROWS, panel, ((size_t)rows + OBM__GEMM_ROWS - 1) / OBM__GEMM_ROWS,
                                j->x + (int64_t)from * w->cols, (size_t)w->cols, to - from, (size_t)w->cols);
             store_product(j, l, from, to, row, rows, product);
         }
@@ -243,12 +243,12 @@ static void run_panels(void *arg, size_t begin, size_t end, int worker) {
 /* ---- both ---- */
 
 /* Where the items of each layer begin. */
-static void place_items(linear_job *j, int64_t per_item) {
+static void place_items(linear_job *j) {
     obm__lanes of[3];
     size_t items = 0;
     for (size_t l = 0; l < j->count; l++)
-        obm__place_split(j->m, obm__role_kind(j->layers[l].role), per_item,
-                         (size_t)((j->layers[l].ld + per_item - 1) / per_item), &of[l]);
+        obm__place_split(j->m, obm__role_kind(j->layers[l].role), OBM_BLOCK_ROWS,
+                         (size_t)((j->layers[l].ld + OBM_BLOCK_ROWS - 1) / OBM_BLOCK_ROWS), &of[l]);
     j->items.n = of[0].n;
     for (int node = 0; node < j->items.n; node++) {
         j->items.begin[node] = items;
@@ -282,10 +282,10 @@ obm_status obm__linear_run(obm_model *m, const obm__weights *const *weights, siz
                     .x = x,
                     .first_item = first_item,
                     .first_block = first_block};
-    int64_t per_item = tiled ? PANEL : ROW_BLOCK, rows;
+    int64_t rows;
     obm__config_shape(&m->config, layers[0].role, &rows, &j.cols);
-    place_items(&j, per_item);
-    double item_flops = 2.0 * (double)n * (double)per_item * (double)j.cols;
+    place_items(&j);
+    double item_flops = 2.0 * (double)n * OBM_BLOCK_ROWS * (double)j.cols;
     if (!tiled) OBM_TRY(prepare_tables(&j, err));
     return run_slices(&j, tiled ? run_panels : run_rows, item_flops, err);
 }

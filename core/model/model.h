@@ -336,6 +336,7 @@ void obm__weights_free(obm_model *m, obm__weights *w);
 /* ---- KV cache and sequences (kv.c) ---- */
 
 #define OBM_TILE_TOKENS 64
+#define OBM_BLOCK_ROWS OBM__PLANE_ROWS   /* weight rows of one item of work: a block of the planes, whole strips of gemm */
 /* Keys and values of 64 positions in all layers: (layers, 2, kv_heads, 64, head_dim), where heads lie on several nodes one
  * such block for the heads of each.  Pages never move, so growing copies nothing. */
 typedef struct obm__sequence {

@@ -26,8 +26,8 @@ struct obm__style {
     bool trim[3];    /* the text, with the system's in it */
     bool trim_alone; /* without the system's */
     bool alternate, skip_empty_system;
-    bool
-        thinks; /* an assistant's <think> block goes, but after the last question, where the last turn always has one */
+    /* An assistant's <think> block goes, but after the last question, where the last turn always has one. */
+    bool thinks;
     const char *generation, *otherwise; /* at the end, with add_generation and without */
 };
 

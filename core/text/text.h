@@ -296,9 +296,9 @@ struct obm_tokenizer {
 /* tokenizer.json at `path`, the chat part from the places. */
 obm_status obm__tokenizer_load(const char *path, const obm__chat_files *places, size_t n, obm_tokenizer **out,
                                obm_error *err);
-/* From memory, without a chat template. */
 /* What to do about a folder without tokenizer.json, to end a message with: "" if it has no other tokenizer. */
 const char *obm__tokenizer_hint(const char *directory);
+/* From memory, without a chat template. */
 obm_status obm__tokenizer_parse(const char *json, size_t size, const char *where, obm_tokenizer **out, obm_error *err);
 bool obm__tokenizer_is_special(const obm_tokenizer *t, int32_t id);   /* false for ids out of range */
 /* Gives the piece to the decoder.  Errors: ARG (id out of range). */

@@ -161,7 +161,7 @@ FN static void BATCH_BLOCK(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, 
         else
             BATCH_THREE(y + t * ldy + r, ldy, w + r * ld, ld, x + t * ldx, ldx, n, next);
     }
-    if (tokens - t == 1) ROWS_NAME(y + t++ * ldy, w, ld, even, x + (tokens - 1) * ldx, n);
+    if (tokens - t == 1) ROWS_NAME(y + t * ldy, w, ld, even, x + t * ldx, n);
     for (t = 0; t < tokens && even < rows; t++) y[t * ldy + even] = ROWS_ONE(w + even * ld, x + t * ldx, n);
 }
 

@@ -30,8 +30,6 @@ INLINE_FN NAME(pair) NAME(wide_pair)(const uint16_t *p) {
 }
 
 INLINE_FN NAME(u) NAME(minus)(NAME(u) a, NAME(u) b) { return (NAME(u))((NAME(f))a - (NAME(f))b); }
-/* ROUND_BF16 with any lower half. */
-INLINE_FN NAME(u) NAME(round_up)(NAME(u) u) { return u + ((u >> 16 & 1u) + 0x7fffu); }
 
 /* A difference of two bf16 is never a NaN that rounding could carry out of the pattern: its lower half is 0. */
 INLINE_FN NAME(pair) NAME(difference)(const uint16_t *a, const uint16_t *b, int round) {
@@ -39,7 +37,7 @@ INLINE_FN NAME(pair) NAME(difference)(const uint16_t *a, const uint16_t *b, int 
     if (!b) return x;
     NAME(pair) y = NAME(wide_pair)(b);
     x = (NAME(pair)){NAME(minus)(x.even, y.even), NAME(minus)(x.odd, y.odd)};
-    if (round) x = (NAME(pair)){NAME(round_up)(x.even) & UPPER, NAME(round_up)(x.odd) & UPPER};
+    if (round) x = (NAME(pair)){ROUND_BF16(x.even), ROUND_BF16(x.odd)};
     return x;
 }
 

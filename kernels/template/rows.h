@@ -4,8 +4,7 @@
  * zero-padded copies, so that nothing past n is read.
  *
  * The four are a quarter of the rows apart: memory sees four streams that go on from row to row, which its prefetchers
- * follow.  Four neighbours are four streams that end with each row, and reach half of the read bandwidth where rows are
- * short (768 columns of bf16, Zen 3; 0.75 of it with 2048).
+ * follow.  Four neighbours are four streams that end with each row, the sooner the shorter rows are.
  *
  *   FN, V, VL, SET1, ADD as in elementwise.h;   FMA(a, b, c) = a * b + c rounded once;   HSUM(v) in a fixed order
  *   ROWS_NAME, ROWS_TYPE             the kernel, the element type of w

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import html
 import json
+import math
 import os
 import threading
 from typing import Any, Mapping, NamedTuple, Sequence
@@ -104,6 +105,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     cells = [[str(c) for c in row] for row in [head, *rows]]
     width = [max(len(row[i]) for row in cells) for i in range(len(head))]
     return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width))).rstrip() for row in cells)
+
+
+def percent(value):
+    return "-" if value is None or not math.isfinite(value) else f"{100 * value:.2f} %"
 
 
 def size(n: float) -> str:

@@ -19,8 +19,10 @@ import warnings
 
 import onebitmerge as obm
 from onebitmerge import _results
+from onebitmerge._results import percent
 from onebitmerge.evaluate import evaluate, prompt_of
 from onebitmerge.items import Item, check_keys, check_options, check_route, check_vocabulary, located, need, read_lines, wrong
+from onebitmerge.tuning import LAMBDAS, READINGS
 
 NUMA = ("auto", "shard", "replicate", "isolate", "interleave", "off")
 POLICIES = ("linear", "attention", "mlp", "paper", "full")
@@ -54,10 +56,6 @@ def emit(record):
 
 def progress_of(args):
     return True if sys.stderr.isatty() and not args.quiet else None
-
-
-def percent(value):
-    return "-" if value is None or not math.isfinite(value) else f"{100 * value:.2f} %"
 
 
 def number(value, digits=4):
@@ -823,7 +821,7 @@ def make_parser():
     p = verb(group, "set", pack_set, "merge settings", dry=True, base=True)
     p.add_argument("pack", metavar="PACK")
     p.add_argument("--lambda", dest="lambda_", type=real(0, low_is_in=True))
-    p.add_argument("--reading", choices=("onto_base", "recomputed"))
+    p.add_argument("--reading", choices=READINGS)
     p.add_argument("--profile", choices=("default", "paper", "mergekit"))
     p.add_argument("--density", type=real(0, 1, low_is_in=False), help="of the trim of full tensors")
 
@@ -917,9 +915,9 @@ def make_parser():
     p.add_argument("pack", metavar="PACK")
     p.add_argument("--data", required=True, nargs="+", action="extend", metavar="FILE",
                    help="JSON lines: prompt|messages, answer | choices, correct; task")
-    p.add_argument("--lambdas", type=listed(real(0, low_is_in=True)), default=[0, 0.1, 0.3, 0.5, 1], metavar="LIST",
+    p.add_argument("--lambdas", type=listed(real(0, low_is_in=True)), default=LAMBDAS, metavar="LIST",
                    help="default 0,0.1,0.3,0.5,1; 0, routing alone, is always among them")
-    p.add_argument("--readings", type=listed(known=("onto_base", "recomputed")), metavar="LIST", help="default: both, with more than two experts")
+    p.add_argument("--readings", type=listed(known=READINGS), metavar="LIST", help="default: both, with more than two experts")
     p.add_argument("--policies", type=listed(known=POLICIES), metavar="LIST", help="compress the experts anew, like linear,attention")
     p.add_argument("--scales", type=listed(scale), metavar="LIST", help="compress the experts anew, like matrix,row,group:64")
     p.add_argument("--expert", action="append", metavar="NAME=FOLDER", help="where an expert lies that is to be compressed anew; may be given again")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
 from . import _results   # what is slow to import waits for tune(): the command line starts without it
 from . import items as lines
-from ._core import ArgumentError, MismatchError, Model, NotFoundError, Pack, UnsupportedError
+from ._core import ArgumentError, Checkpoint, MismatchError, Model, NotFoundError, Pack, UnsupportedError
 from .evaluate import evaluate, kind_of
 
 if TYPE_CHECKING:
@@ -71,19 +71,15 @@ RULE = ("* the best mean over tasks (of equals the smaller lambda, then the smal
         "was chosen on. lambda 0 is routing alone.")
 
 
-def percent(value):
-    return f"{100 * value:.2f} %"
-
-
 def table(candidates):
     """One line per candidate; tasks as columns once they are measured."""
     tasks = [f"{r['task']} (n {r['n']}), 95 % interval" for r in candidates[0].rows]
-    lines = []
+    rows = []
     for c in candidates:
-        cells = [f"{percent(r['value'])}  {percent(r['low'])} .. {percent(r['high'])}" for r in c.rows]
-        lines.append(["*" if c.chosen else "", f"{c.lambda_:g}", c.reading, c.policy or "as it is", c.scale or "as it is",
-                      f"{'' if c.rows or (c.policy, c.scale) == AS_IT_IS else 'at most '}{_results.size(c.bytes)}", *cells, *([percent(float(c.exact_mean()))] if c.rows else [])])
-    return _results.table(["", "lambda", "reading", "policy", "scale", "experts", *tasks, *(["mean"] if tasks else [])], lines)
+        cells = [f"{_results.percent(r['value'])}  {_results.percent(r['low'])} .. {_results.percent(r['high'])}" for r in c.rows]
+        rows.append(["*" if c.chosen else "", f"{c.lambda_:g}", c.reading, c.policy or "as it is", c.scale or "as it is",
+                      f"{'' if c.rows or (c.policy, c.scale) == AS_IT_IS else 'at most '}{_results.size(c.bytes)}", *cells, *([_results.percent(float(c.exact_mean()))] if c.rows else [])])
+    return _results.table(["", "lambda", "reading", "policy", "scale", "experts", *tasks, *(["mean"] if tasks else [])], rows)
 
 
 # ---- what is tried ----
@@ -128,22 +124,15 @@ def records(folder):
         return {record["name"]: record for record in json.load(file)["experts"]}
 
 
-HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[^@]+)?", re.ASCII)
-
-
-def whereabouts(path):
-    """Nothing if the checkpoint is there, or else why it is not; a name of the hub is there once it is in the cache."""
-    from . import _hub
+def check_there(task, path):
+    """A name of the hub is there once it is in the cache."""
+    anew = f"expert {task}: to compress it anew its checkpoint is needed, and"
     if not path:
-        return "the pack does not say where it is"
-    if os.path.exists(path):
-        return None
-    if HUB_NAME.fullmatch(path):
-        try:
-            return None if _hub.resolve(path) else f"{path} is not there"
-        except FileNotFoundError as e:
-            return f"{path} is not there ({e})"
-    return f"{path} is not there"
+        raise FileNotFoundError(f"{anew} the pack does not say where it is; name it (--expert {task}=FOLDER)")
+    try:
+        Checkpoint(path)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{anew} {path} is not there; name it (--expert {task}=FOLDER): {e}") from None
 
 
 def sources(pack, given):
@@ -155,9 +144,7 @@ def sources(pack, given):
     recorded, found = records(pack.path), {}
     for task in pack.tasks:
         found[task] = given.get(task) or recorded[task].get("source")
-        missing = whereabouts(found[task])
-        if missing:
-            raise FileNotFoundError(f"expert {task}: to compress it anew its checkpoint is needed, and {missing}; name it (--expert {task}=FOLDER)")
+        check_there(task, found[task])
     return found
 
 

@@ -109,8 +109,8 @@ static void test_differences_are_told(void **state) {
 /* Only what the whole of a model says; a slice has as many layers as it likes. */
 static void test_layers(void **state) {
     (void)state;
-    const char *short_windows = "\"no_rope_layer_interval\":2";
-    compare("smollm3", false, "", short_windows, "layer 1: expected RoPE, found no RoPE");
+    const char *every_second = "\"no_rope_layer_interval\":2";
+    compare("smollm3", false, "", every_second, "layer 1: expected RoPE, found no RoPE");
     obm_context *ctx = new_context();
     obm_checkpoint a = {.ctx = ctx, .directory = "base"}, b = {.ctx = ctx, .directory = "other"};
     const char *text = "{" SIZES "\"model_type\":\"llama\"}";

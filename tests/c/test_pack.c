@@ -4,6 +4,7 @@
 #include "io/pack.h"
 
 #include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/file.h>
@@ -809,6 +810,14 @@ static void test_replacing_an_expert(void **state) {
     obm_pack_free(p);
 }
 
+/* Stands before the system's: what cannot be linked is copied. */
+static bool no_links;
+int link(const char *from, const char *to) {
+    if (!no_links) return linkat(AT_FDCWD, from, AT_FDCWD, to, 0);
+    errno = EXDEV;
+    return -1;
+}
+
 static void test_adopting(void **state) {
     world *w = *state;
     const float four[] = {1, 2, 3, 4};
@@ -861,6 +870,12 @@ static void test_adopting(void **state) {
     obm_pack_free(p);
     obm_free(path);
     obm_free(swapped);
+}
+
+static void test_adopting_copies(void **state) {
+    no_links = true;
+    test_adopting(state);
+    no_links = false;
 }
 
 /* ---- several processes ---- */
@@ -1340,6 +1355,7 @@ int main(void) {
         TEST(test_add_and_remove),
         TEST(test_replacing_an_expert),
         TEST(test_adopting),
+        TEST(test_adopting_copies),
         FORKING_TEST(test_parallel_adding),
         FORKING_TEST(test_parallel_creation),
         TEST(test_locked),
