@@ -36,13 +36,11 @@ enum {
  * 4-bit index into the row's table of its 16 most frequent ones.  Weights with another high byte are escapes, listed
  * aside.
  *
- * Four rows are interleaved, 64 columns at a time, so that a run reads one stream.  A row's 96 bytes of 64 columns: 32
- * low bytes of columns 0..31, 32 of columns 32..63, and 32 bytes of indices, low nibble for the first half, high nibble
- * for the second.  Inside a half the columns lie as 0-7, 16-23, 8-15, 24-31: unpacking inside 128-bit lanes then gives
- * them in order.
+ * A row's 96 bytes of 64 columns: 32 low bytes of columns 0..31, 32 of columns 32..63, and 32 bytes of indices, low
+ * nibble for the first half, high nibble for the second.  Inside a half the columns lie as 0-7, 16-23, 8-15, 24-31:
+ * unpacking inside 128-bit lanes then gives them in order.
  */
 enum {
-    OBM__Z12_ROWS = 4,     /* of a group */
     OBM__Z12_COLUMNS = 64, /* of a block */
     OBM__Z12_BYTES = 96,   /* of one row in a block */
     OBM__Z12_TABLE = 16,   /* high bytes of a row */
@@ -55,17 +53,17 @@ enum {
 };
 
 typedef struct obm__z12_escape {
-    uint32_t block;   /* ascending inside a group */
-    uint8_t row, col; /* in the block */
+    uint32_t block; /* ascending inside a row */
+    uint8_t col;    /* in the block */
     uint16_t value;
 } obm__z12_escape;
 
 typedef struct obm__z12 {
-    uint8_t *codes;            /* (groups, blocks, 4, 96) */
-    uint8_t *tables;           /* (groups, 4, 16) */
-    obm__z12_escape *escapes;  /* of all groups, in order */
-    uint32_t *first_escape;    /* (groups + 1) */
-    size_t rows, cols, blocks; /* blocks of a group: ceil(cols / 64); columns behind cols have any value */
+    uint8_t *codes;            /* (rows, blocks, 96) */
+    uint8_t *tables;           /* (rows, 16) */
+    obm__z12_escape *escapes;  /* of all rows, in order */
+    uint32_t *first_escape;    /* (rows + 1) */
+    size_t rows, cols, blocks; /* blocks of a row: ceil(cols / 64); columns behind cols have any value */
 } obm__z12;
 
 /* What agree_f32 and sum_f32 make of the task vectors of one stretch of elements. */
@@ -214,15 +212,13 @@ typedef struct obm_kernels {
     void (*gemm)(float *y, size_t ldy, const float *packed, size_t strips, const float *x, size_t ldx, size_t tokens,
                  size_t n);
 
-    /* exact.  One group: rows 1..4 of w (rows ld apart; missing ones are zeros) to codes (blocks, 4, 96), table (4, 16)
-     * and escapes.  Returns how many escapes there are; of more than room the first room are written.  The high bytes
-     * of a table stand by falling frequency, equal ones by value. */
+    /* exact.  One row w to codes (blocks, 96), table (16) and escapes.  Returns how many escapes there are; of more than
+     * room the first room are written.  The high bytes of a table stand by falling frequency, equal ones by value. */
     size_t (*z12_encode)(uint8_t *codes, uint8_t *table, obm__z12_escape *escapes, size_t room, const uint16_t *w,
-                         size_t ld, size_t rows, size_t cols);
-    /* exact.  And back: rows [row, row + rows) to out, ld apart; row is a multiple of 4. */
+                         size_t cols);
+    /* exact.  And back: rows [row, row + rows) to out, ld apart. */
     void (*z12_unpack)(uint16_t *out, size_t ld, const obm__z12 *w, size_t row, size_t rows);
-    /* The bits that rows_bf16 of the same table gives for rows [row, row + rows) of the matrix; row is a multiple of 4.
-     */
+    /* The bits that rows_bf16 of the same table gives for rows [row, row + rows) of the matrix. */
     void (*rows_z12)(float *y, const obm__z12 *w, size_t row, size_t rows, const float *x);
     /* And those of batch_bf16.  unpacked: scratch of OBM__Z12_UNPACKED rows of w->cols elements. */
     void (*batch_z12)(float *y, size_t ldy, const obm__z12 *w, size_t row, size_t rows, const float *x, size_t ldx,

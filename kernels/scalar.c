@@ -486,7 +486,7 @@ static void rank_bytes(uint8_t *table, uint8_t *code, const uint32_t *count) {
         code[table[i]] = i;
         memmove(present + best, present + best + 1, --n - best); /* ascending, so that equal counts go by value */
     }
-    code[table[0]] = 0; /* also of a row that is not there: what is padded has this byte */
+    code[table[0]] = 0; /* also of a row without columns */
 }
 
 /* Four tables: neighbours mostly have the same byte, and increments of one counter wait for each other. */
@@ -504,11 +504,11 @@ typedef struct z12_sink {
     size_t n, room;
 } z12_sink;
 
-static void list_escapes(z12_sink *s, const uint16_t *w, const uint8_t *code, size_t block, size_t row) {
+static void list_escapes(z12_sink *s, const uint16_t *w, const uint8_t *code, size_t block) {
     for (size_t col = 0; col < OBM__Z12_COLUMNS; col++) {
         uint16_t value = half_at(w + col);
         if (code[value >> 8] < 16) continue;
-        if (s->n < s->room) s->out[s->n] = (obm__z12_escape){(uint32_t)block, (uint8_t)row, (uint8_t)col, value};
+        if (s->n < s->room) s->out[s->n] = (obm__z12_escape){(uint32_t)block, (uint8_t)col, value};
         s->n++;
     }
 }
@@ -527,35 +527,30 @@ int obm__scalar_z12_block(uint8_t *out, const uint16_t *w, const uint8_t *table,
     return seen >= 16;
 }
 
+/* What is behind the last column has the table's first byte. */
 size_t obm__z12_encode_by(obm__z12_block_fn encode_block, uint8_t *codes, uint8_t *table, obm__z12_escape *escapes,
-                          size_t room, const uint16_t *w, size_t ld, size_t rows, size_t cols) {
-    uint8_t code[OBM__Z12_ROWS][256];
+                          size_t room, const uint16_t *w, size_t cols) {
+    uint8_t code[256];
+    uint32_t count[256];
     z12_sink sink = {escapes, 0, room};
-    for (size_t r = 0; r < OBM__Z12_ROWS; r++) {
-        uint32_t count[256] = {0};
-        if (r < rows) count_high_bytes(count, w + r * ld, cols);
-        rank_bytes(table + r * OBM__Z12_TABLE, code[r], count);
-    }
-    for (size_t block = 0; block * OBM__Z12_COLUMNS < cols; block++) {
-        size_t first = block * OBM__Z12_COLUMNS, left = cols - first;
-        for (size_t r = 0; r < OBM__Z12_ROWS; r++, codes += OBM__Z12_BYTES) {
-            const uint16_t *from = w + (r < rows ? r : 0) * ld + first;
-            uint16_t end[OBM__Z12_COLUMNS];
-            if (r >= rows || left < OBM__Z12_COLUMNS) {
-                for (size_t j = 0; j < OBM__Z12_COLUMNS; j++)
-                    end[j] = r < rows && j < left ? half_at(from + j) : (uint16_t)(table[r * OBM__Z12_TABLE] << 8);
-                from = end;
-            }
-            if (encode_block(codes, from, table + r * OBM__Z12_TABLE, code[r]))
-                list_escapes(&sink, from, code[r], block, r);
+    count_high_bytes(count, w, cols);
+    rank_bytes(table, code, count);
+    for (size_t first = 0; first < cols; first += OBM__Z12_COLUMNS, codes += OBM__Z12_BYTES) {
+        const uint16_t *from = w + first;
+        uint16_t end[OBM__Z12_COLUMNS];
+        if (cols - first < OBM__Z12_COLUMNS) {
+            for (size_t j = 0; j < OBM__Z12_COLUMNS; j++)
+                end[j] = first + j < cols ? half_at(from + j) : (uint16_t)(table[0] << 8);
+            from = end;
         }
+        if (encode_block(codes, from, table, code)) list_escapes(&sink, from, code, first / OBM__Z12_COLUMNS);
     }
     return sink.n;
 }
 
 size_t obm__scalar_z12_encode(uint8_t *codes, uint8_t *table, obm__z12_escape *escapes, size_t room, const uint16_t *w,
-                              size_t ld, size_t rows, size_t cols) {
-    return obm__z12_encode_by(obm__scalar_z12_block, codes, table, escapes, room, w, ld, rows, cols);
+                              size_t cols) {
+    return obm__z12_encode_by(obm__scalar_z12_block, codes, table, escapes, room, w, cols);
 }
 
 /* 64 columns of one row, escapes not yet in place. */
@@ -568,20 +563,16 @@ static void decode_block(uint16_t *out, const uint8_t *p, const uint8_t *table) 
     }
 }
 
-/* One row of a group, 64 columns, with its escapes; *next moves over those of the group that lie before. */
+/* 64 columns of a row with their escapes, of which *next is the first. */
 static void decode_row_block(uint16_t *out, const obm__z12 *w, size_t row, size_t block, uint32_t *next) {
-    size_t group = row / OBM__Z12_ROWS, r = row % OBM__Z12_ROWS;
-    const uint8_t *p = w->codes + ((group * w->blocks + block) * OBM__Z12_ROWS + r) * OBM__Z12_BYTES;
-    decode_block(out, p, w->tables + row * OBM__Z12_TABLE);
-    for (; *next < w->first_escape[group + 1] && w->escapes[*next].block <= block; ++*next) {
-        const obm__z12_escape *e = &w->escapes[*next];
-        if (e->block == block && e->row == r) out[e->col] = e->value;
-    }
+    decode_block(out, w->codes + (row * w->blocks + block) * OBM__Z12_BYTES, w->tables + row * OBM__Z12_TABLE);
+    for (; *next < w->first_escape[row + 1] && w->escapes[*next].block == block; ++*next)
+        out[w->escapes[*next].col] = w->escapes[*next].value;
 }
 
 static void z12_unpack(uint16_t *out, size_t ld, const obm__z12 *w, size_t row, size_t rows) {
     for (size_t r = 0; r < rows; r++) {
-        uint32_t next = w->first_escape[(row + r) / OBM__Z12_ROWS];
+        uint32_t next = w->first_escape[row + r];
         for (size_t block = 0; block < w->blocks; block++) {
             uint16_t part[OBM__Z12_COLUMNS];
             size_t first = block * OBM__Z12_COLUMNS, n = w->cols - first;
@@ -593,7 +584,7 @@ static void z12_unpack(uint16_t *out, size_t ld, const obm__z12 *w, size_t row, 
 
 static void rows_z12(float *y, const obm__z12 *w, size_t row, size_t rows, const float *x) {
     for (size_t r = 0; r < rows; r++) {
-        uint32_t next = w->first_escape[(row + r) / OBM__Z12_ROWS];
+        uint32_t next = w->first_escape[row + r];
         float lane[8] = {0};
         for (size_t block = 0; block < w->blocks; block++) {
             uint16_t part[OBM__Z12_COLUMNS];

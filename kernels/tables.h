@@ -70,9 +70,9 @@ void obm__scalar_gemm_pack(float *packed, const float *rows, size_t ld, size_t n
 typedef int (*obm__z12_block_fn)(uint8_t *out, const uint16_t *w, const uint8_t *table, const uint8_t *code);
 int obm__scalar_z12_block(uint8_t *out, const uint16_t *w, const uint8_t *table, const uint8_t *code);
 size_t obm__z12_encode_by(obm__z12_block_fn encode_block, uint8_t *codes, uint8_t *table, obm__z12_escape *escapes,
-                          size_t room, const uint16_t *w, size_t ld, size_t rows, size_t cols);
+                          size_t room, const uint16_t *w, size_t cols);
 size_t obm__scalar_z12_encode(uint8_t *codes, uint8_t *table, obm__z12_escape *escapes, size_t room, const uint16_t *w,
-                              size_t ld, size_t rows, size_t cols);
+                              size_t cols);
 void obm__scalar_plane_repack(uint8_t *block, const uint8_t *rows, size_t stride, size_t n_rows, size_t n_bytes);
 void obm__scalar_plane_unpack(uint8_t *rows, size_t stride, const uint8_t *block, size_t n_bytes);
 void obm__scalar_plane_tables(uint8_t *tables, float *scales, int32_t *abs_sums, const float *x, size_t cols);

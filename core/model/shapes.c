@@ -8,9 +8,9 @@ static const char *name_pattern(const obm_model *m, obm__role role) {
     return c->arch->names[role == OBM_HEAD && !obm__config_has(c, role) ? OBM_EMBEDDING : role];
 }
 
-/* z12: 96 bytes for 64 columns, 16 of a table, a quarter of an index of escapes (kernels.h). */
+/* z12: 96 bytes for 64 columns, 16 of a table, 4 of an index of escapes (kernels.h). */
 static uint64_t row_bytes(const obm_tensor *t, int64_t cols, bool z12) {
-    if (z12 && t->dtype == OBM_BF16) return (uint64_t)((cols + 63) / 64) * 96 + 16 + 1;
+    if (z12 && t->dtype == OBM_BF16) return (uint64_t)((cols + 63) / 64) * 96 + 16 + 4;
     return (uint64_t)cols * obm_dtype_size(t->dtype);
 }
 

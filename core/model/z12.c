@@ -26,20 +26,17 @@ typedef struct pack_job {
     _Atomic int failed, crowded; /* out of memory; too many escapes */
 } pack_job;
 
-static size_t group_bytes(const obm__z12 *z) { return z->blocks * OBM__Z12_ROWS * OBM__Z12_BYTES; }
-static size_t groups_of(size_t rows) { return (rows + OBM__Z12_ROWS - 1) / OBM__Z12_ROWS; }
+static size_t row_bytes(const obm__z12 *z) { return z->blocks * OBM__Z12_BYTES; }
 
-/* first_escape of a group holds its count until all chunks are done. */
+/* first_escape of a row holds its count until all chunks are done. */
 static bool pack_rows(const pack_job *j, size_t first, size_t rows, obm__z12_escape *escapes, size_t room, size_t *n) {
     const obm__z12 *z = j->z;
     *n = 0;
-    for (size_t row = first; row < first + rows; row += OBM__Z12_ROWS) {
-        size_t group = row / OBM__Z12_ROWS, left = first + rows - row;
-        size_t found = j->k->z12_encode(z->codes + group * group_bytes(z), z->tables + group * 4 * OBM__Z12_TABLE,
-                                        escapes + *n, room - *n, (const uint16_t *)j->w->data + row * z->cols, z->cols,
-                                        left < OBM__Z12_ROWS ? left : OBM__Z12_ROWS, z->cols);
+    for (size_t row = first; row < first + rows; row++) {
+        size_t found = j->k->z12_encode(z->codes + row * row_bytes(z), z->tables + row * OBM__Z12_TABLE, escapes + *n,
+                                        room - *n, (const uint16_t *)j->w->data + row * z->cols, z->cols);
         if (found > room - *n) return false;
-        z->first_escape[group] = (uint32_t)found;
+        z->first_escape[row] = (uint32_t)found;
         *n += found;
     }
     return true;
@@ -73,9 +70,9 @@ static void clear(obm_model *m, obm__z12 *z) {
 /* Counts become places. */
 static void place_escapes(obm__z12 *z) {
     uint32_t at = 0;
-    for (size_t g = 0; g <= groups_of(z->rows); g++) {
-        uint32_t n = g < groups_of(z->rows) ? z->first_escape[g] : 0;
-        z->first_escape[g] = at;
+    for (size_t row = 0; row <= z->rows; row++) {
+        uint32_t n = row < z->rows ? z->first_escape[row] : 0;
+        z->first_escape[row] = at;
         at += n;
     }
 }
@@ -98,14 +95,13 @@ static bool join_escapes(pack_job *j, size_t chunks, uint64_t *bytes) {
     return true;
 }
 
-/* Codes and tables lie with their rows; an index of a byte per row, and the few escapes, do not. */
+/* Codes and tables lie with their rows; an index of four bytes per row, and the few escapes, do not. */
 static bool alloc(obm_model *m, int kind, const obm__matrix *w, obm__z12 *z, uint64_t *bytes) {
     *z = (obm__z12){.rows = (size_t)w->rows, .cols = (size_t)w->cols, .blocks = ((size_t)w->cols + 63) / 64};
-    size_t groups = groups_of(z->rows), per_group = group_bytes(z);
-    z->codes = obm__place_alloc(m, OBM_PLACED_WEIGHTS, kind, OBM__Z12_ROWS, groups, per_group);
-    z->tables = obm__place_alloc(m, OBM_PLACED_WEIGHTS, kind, OBM__Z12_ROWS, groups, OBM__Z12_ROWS * OBM__Z12_TABLE);
-    z->first_escape = obm__calloc(groups + 1, sizeof *z->first_escape);
-    *bytes = groups * (per_group + OBM__Z12_ROWS * OBM__Z12_TABLE + sizeof *z->first_escape);
+    z->codes = obm__place_alloc(m, OBM_PLACED_WEIGHTS, kind, 1, z->rows, row_bytes(z));
+    z->tables = obm__place_alloc(m, OBM_PLACED_WEIGHTS, kind, 1, z->rows, OBM__Z12_TABLE);
+    z->first_escape = obm__calloc(z->rows + 1, sizeof *z->first_escape);
+    *bytes = z->rows * (row_bytes(z) + OBM__Z12_TABLE + sizeof *z->first_escape);
     return z->codes && z->tables && z->first_escape;
 }
 

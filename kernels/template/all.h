@@ -12,6 +12,7 @@
 #define ROWS_TYPE uint16_t
 #define SPLIT_W(p, a, b) (a = EVEN_W(LOAD_W(p)), b = ODD_W(LOAD_W(p)))
 #define SPLIT_X SPLIT_EVEN_ODD
+#define ROWS_SPLITS 1
 #define BATCH_NAME NAME(batch_bf16)
 #define BATCH_LOAD LOAD_BF16
 #include "rows.h"
@@ -20,6 +21,7 @@
 #define ROWS_TYPE uint16_t
 #define SPLIT_W(p, a, b) (a = LOAD_F16(p), b = LOAD_F16((p) + VL))
 #define SPLIT_X(p, a, b) (a = LOAD(p), b = LOAD((p) + VL))
+#define ROWS_SPLITS 0
 #define BATCH_NAME NAME(batch_f16)
 #define BATCH_LOAD LOAD_F16
 #include "rows.h"
@@ -28,6 +30,7 @@
 #define ROWS_TYPE float
 #define SPLIT_W(p, a, b) (a = LOAD(p), b = LOAD((p) + VL))
 #define SPLIT_X SPLIT_W
+#define ROWS_SPLITS 0
 #define BATCH_NAME NAME(batch_f32)
 #define BATCH_LOAD LOAD
 #include "rows.h"

@@ -8,14 +8,21 @@
  *
  *   FN, V, VL, SET1, ADD as in elementwise.h;   FMA(a, b, c) = a * b + c rounded once;   HSUM(v) in a fixed order
  *   ROWS_NAME, ROWS_TYPE             the kernel, the element type of w
+ *   ROWS_SPLITS                      1: SPLIT_X moves lanes, which is worth doing once for many rows
  *   SPLIT_W(p, a, b)                 2 * VL weights as two vectors;   SPLIT_X(p, a, b) x in the same order of columns
  *   BATCH_NAME, BATCH_LOAD(p)        for batch.h
  */
 #define ROWS_STEP ((size_t)2 * VL)
+/* Columns whose order is made once for all rows, 64 KiB on the stack, and rows from which on that pays. */
+#define ROWS_ORDERED 16384
+#define ROWS_WORTH_ORDER 8
 #define ROWS_JOIN_(a, b) a##b
 #define ROWS_JOIN(a, b) ROWS_JOIN_(a, b)
 #define ROWS_ONE ROWS_JOIN(ROWS_NAME, _1)
 #define ROWS_FOUR ROWS_JOIN(ROWS_NAME, _4)
+#define ROWS_ALL ROWS_JOIN(ROWS_NAME, _all)
+#define ROWS_ORDER ROWS_JOIN(ROWS_NAME, _order)
+#define ROWS_IN_ORDER ROWS_JOIN(ROWS_NAME, _in_order)
 
 #define ROWS_ADD(r, p)            \
     do {                          \
@@ -43,12 +50,19 @@ FN static float ROWS_ONE(const ROWS_TYPE *w, const float *x, size_t n) {
     return HSUM(ADD(a0, b0));
 }
 
-/* y[0], y[apart], ...: four rows, ld apart. */
-FN static void ROWS_FOUR(float *y, size_t apart, const ROWS_TYPE *w, size_t ld, const float *x, size_t n) {
+#define ROWS_X(p)                          \
+    if (ordered)                           \
+        x0 = LOAD(p), x1 = LOAD((p) + VL); \
+    else                                   \
+        SPLIT_X(p, x0, x1);
+
+/* y[0], y[apart], ...: four rows, ld apart.  ordered: x is what ROWS_ORDER made of it. */
+FN static inline __attribute__((always_inline)) void ROWS_FOUR(float *y, size_t apart, const ROWS_TYPE *w, size_t ld,
+                                                               const float *x, size_t n, const int ordered) {
     V a0 = SET1(0), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0, x0, x1;
     size_t j = 0;
     for (; j + ROWS_STEP <= n; j += ROWS_STEP) {
-        SPLIT_X(x + j, x0, x1);
+        ROWS_X(x + j)
         ROWS_ADD(0, w + j);
         ROWS_ADD(1, w + ld + j);
         ROWS_ADD(2, w + 2 * ld + j);
@@ -58,8 +72,8 @@ FN static void ROWS_FOUR(float *y, size_t apart, const ROWS_TYPE *w, size_t ld, 
         ROWS_TYPE w_end[4][2 * VL] = {{0}};
         float x_end[2 * VL] = {0};
         for (size_t r = 0; r < 4; r++) memcpy(w_end[r], w + r * ld + j, (n - j) * sizeof *w);
-        memcpy(x_end, x + j, (n - j) * sizeof *x);
-        SPLIT_X(x_end, x0, x1);
+        memcpy(x_end, x + j, (ordered ? ROWS_STEP : n - j) * sizeof *x);
+        ROWS_X(x_end)
         ROWS_ADD(0, w_end[0]);
         ROWS_ADD(1, w_end[1]);
         ROWS_ADD(2, w_end[2]);
@@ -71,10 +85,42 @@ FN static void ROWS_FOUR(float *y, size_t apart, const ROWS_TYPE *w, size_t ld, 
     y[3 * apart] = HSUM(ADD(a3, b3));
 }
 
-FN static void ROWS_NAME(float *y, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t n) {
+FN static inline __attribute__((always_inline)) void ROWS_ALL(float *y, const ROWS_TYPE *w, size_t ld, size_t rows,
+                                                              const float *x, size_t n, const float *ordered) {
     size_t quarter = rows / 4;
-    for (size_t r = 0; r < quarter; r++) ROWS_FOUR(y + r, quarter, w + r * ld, quarter * ld, x, n);
+    for (size_t r = 0; r < quarter; r++)
+        ROWS_FOUR(y + r, quarter, w + r * ld, quarter * ld, ordered ? ordered : x, n, ordered != NULL);
     for (size_t r = 4 * quarter; r < rows; r++) y[r] = ROWS_ONE(w + r * ld, x, n);
+}
+
+#if ROWS_SPLITS
+/* x as SPLIT_X gives it, step by step; the last one is filled with zeros. */
+FN static void ROWS_ORDER(float *out, const float *x, size_t n) {
+    V a, b;
+    float end[2 * VL] = {0};
+    for (size_t j = 0; j < n; j += ROWS_STEP) {
+        const float *from = n - j < ROWS_STEP ? memcpy(end, x + j, (n - j) * sizeof *x) : x + j;
+        SPLIT_X(from, a, b);
+        STORE(out + j, a);
+        STORE(out + j + VL, b);
+    }
+}
+
+FN static void ROWS_IN_ORDER(float *y, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t n) {
+    _Alignas(64) float ordered[ROWS_ORDERED];
+    ROWS_ORDER(ordered, x, n);
+    ROWS_ALL(y, w, ld, rows, x, n, ordered);
+}
+#endif
+
+FN static void ROWS_NAME(float *y, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t n) {
+#if ROWS_SPLITS
+    if (rows >= ROWS_WORTH_ORDER && n <= ROWS_ORDERED) {
+        ROWS_IN_ORDER(y, w, ld, rows, x, n);
+        return;
+    }
+#endif
+    ROWS_ALL(y, w, ld, rows, x, n, NULL);
 }
 
 #include "batch.h"
@@ -84,6 +130,11 @@ FN static void ROWS_NAME(float *y, const ROWS_TYPE *w, size_t ld, size_t rows, c
 #undef ROWS_JOIN
 #undef ROWS_ONE
 #undef ROWS_FOUR
+#undef ROWS_ALL
+#undef ROWS_ORDER
+#undef ROWS_IN_ORDER
+#undef ROWS_X
+#undef ROWS_SPLITS
 #undef ROWS_ADD
 #undef ROWS_NAME
 #undef ROWS_TYPE

@@ -25,6 +25,6 @@ FN static int NAME(z12_encode_block)(uint8_t *out, const uint16_t *w, const uint
 }
 
 FN static size_t NAME(z12_encode)(uint8_t *codes, uint8_t *table, obm__z12_escape *escapes, size_t room,
-                                  const uint16_t *w, size_t ld, size_t rows, size_t cols) {
-    return obm__z12_encode_by(NAME(z12_encode_block), codes, table, escapes, room, w, ld, rows, cols);
+                                  const uint16_t *w, size_t cols) {
+    return obm__z12_encode_by(NAME(z12_encode_block), codes, table, escapes, room, w, cols);
 }
