@@ -40,6 +40,8 @@ obm_status obm__make_directory(const char *path, obm_error *err); /* with parent
 obm_status obm__temp_create(const char *path, char **name, int *fd, obm_error *err);
 obm_status obm__fd_write(int fd, const char *path, const void *bytes, size_t n, obm_error *err); /* all n bytes */
 obm_status obm__fd_write_at(int fd, const char *path, const void *bytes, size_t n, uint64_t offset, obm_error *err);
+/* The disk begins to write the range now instead of in the sync at the end. */
+void obm__fd_start_sync(int fd, uint64_t offset, uint64_t n);
 obm_status obm__fd_seal(int fd, const char *path, obm_error *err); /* fsync and close, also on failure */
 /* written and synced */
 obm_status obm__file_stage(const char *path, const void *bytes, size_t size, char **temp, obm_error *err);

@@ -14,6 +14,8 @@
 
 /* Elements that a thread compares between two looks at the others: a quarter of a MB. */
 #define SAME_STEP ((int64_t)65536)
+/* Elements that are compared before the others are asked: half a page at least. */
+#define SAME_FIRST ((int64_t)1024)
 
 typedef struct item {
     const obm__pair *pair;
@@ -189,22 +191,25 @@ static bool same_values(const obm_kernels *k, const obm__pair *p, int64_t at, in
     return true;
 }
 
+static bool same_elements(const obm_kernels *k, const obm__pair *p, int64_t at, int64_t n) {
+    return p->base.dtype == p->expert.dtype ? same_bytes(p, at, n) : same_values(k, p, at, n);
+}
+
 static void same_range(void *arg, size_t begin, size_t end, int id) {
     (void)id;
     same_job *s = arg;
     for (size_t i = begin; i < end && !atomic_load_explicit(&s->differ, memory_order_relaxed); i++) {
         int64_t at = (int64_t)i * SAME_STEP, n = s->n - at < SAME_STEP ? s->n - at : SAME_STEP;
-        bool same = s->pair->base.dtype == s->pair->expert.dtype ? same_bytes(s->pair, s->first + at, n)
-                                                                 : same_values(s->k, s->pair, s->first + at, n);
-        if (!same) atomic_store(&s->differ, 1);
+        if (!same_elements(s->k, s->pair, s->first + at, n)) atomic_store(&s->differ, 1);
     }
 }
 
-/* The rows that the base has, value for value.  Most fine-tunes differ in the first page. */
+/* The rows that the base has, value for value.  Most fine-tunes differ in the first page, for which nobody wakes up. */
 obm_status obm__pair_is_same(obm_context *ctx, const obm__pair *p, obm__pulse *ticker, bool *same, obm_error *err) {
     *same = false;
     if (p->lora) return OBM_OK;
     int64_t total = obm_tensor_count(&p->base), batch = (int64_t)ctx->threads * 8 * SAME_STEP;
+    if (!same_elements(ctx->k, p, 0, total < SAME_FIRST ? total : SAME_FIRST)) return OBM_OK;
     for (int64_t at = 0; at < total; at += batch) {
         same_job s = {.k = ctx->k, .pair = p, .first = at, .n = total - at < batch ? total - at : batch};
         obm__parallel(ctx, (size_t)((s.n - 1) / SAME_STEP + 1), 1, same_range, &s);

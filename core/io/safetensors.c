@@ -418,8 +418,13 @@ obm_status obm__st_writer_write(obm__st_writer *w, const void *bytes, size_t n, 
     return OBM_OK;
 }
 
+/* Bytes worth a request to the disk of their own; less waits for the sync. */
+#define START_SYNC ((size_t)64 << 10)
+
 obm_status obm__st_writer_put(const obm__st_writer *w, uint64_t offset, const void *bytes, size_t n, obm_error *err) {
-    return obm__fd_write_at(w->fd, w->temp, bytes, n, w->header_bytes + offset, err);
+    OBM_TRY(obm__fd_write_at(w->fd, w->temp, bytes, n, w->header_bytes + offset, err));
+    if (n >= START_SYNC) obm__fd_start_sync(w->fd, w->header_bytes + offset, n);
+    return OBM_OK;
 }
 
 void obm__st_writer_pass(obm__st_writer *w, const void *bytes, size_t n) {

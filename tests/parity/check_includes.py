@@ -26,6 +26,7 @@ EVERYWHERE = ("",)
 ONE_PLACE = {
     "jansson.h": (["core/io/json.c"], CORE),
     "xxhash.h": (["core/io/hash.c"], CORE),
+    "xxh_x86dispatch.h": (["core/io/hash.c"], CORE),
     "hwloc.h": (["core/sys/topology.c"], CORE),
     "cblas.h": (["core/sys/blas.c"], CORE),
     "lapacke.h": (["core/sys/blas.c"], CORE),
