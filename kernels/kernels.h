@@ -129,6 +129,8 @@ typedef struct obm_kernels {
     /* exact.  Bit i % 8 (LSB first) of byte i / 8 is 1 iff d[i] >= 0 (-0.0 counts as >= 0).  Bits from n up to the end
      * of the last byte are 0.  Writes ceil(n / 8) bytes. */
     void (*sign_pack)(uint8_t *bits, const float *d, size_t n);
+    /* exact.  The signs of d = a - b as sub_bf16 has it, as sign_pack has them; back: abs_sum of d. */
+    double (*sign_sum_bf16)(uint8_t *bits, const uint16_t *a, const uint16_t *b, size_t n);
     /* exact.  y[i] += bit i ? alpha : -alpha. */
     void (*sign_axpy)(float *y, const uint8_t *bits, float alpha, size_t n);
 

@@ -131,6 +131,18 @@ void obm__scalar_sign_pack(uint8_t *bits, const float *d, size_t n) {
     }
 }
 
+double obm__scalar_sign_sum_bf16(uint8_t *bits, const uint16_t *a, const uint16_t *b, size_t n) {
+    float d[16];
+    double lane[16] = {0};
+    for (size_t i = 0; i < n; i += 16) {
+        size_t m = n - i < 16 ? n - i : 16;
+        obm__scalar_sub_bf16(d, a + i, b + i, m);
+        obm__scalar_sign_pack(bits + i / 8, d, m);
+        for (size_t j = 0; j < m; j++) lane[j] += fabs((double)d[j]);
+    }
+    return obm__lane_sum(lane);
+}
+
 void obm__scalar_sign_axpy(float *y, const uint8_t *bits, float alpha, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] += bits[i / 8] >> i % 8 & 1 ? alpha : -alpha;
 }
@@ -615,6 +627,7 @@ const obm_kernels obm__kernels_scalar = {
     .mix_f32 = obm__scalar_mix_f32,
     .find_nonfinite = obm__scalar_find_nonfinite,
     .abs_sum = obm__scalar_abs_sum,
+    .sign_sum_bf16 = obm__scalar_sign_sum_bf16,
     .dot = obm__scalar_dot,
     .count_zero = obm__scalar_count_zero,
     .sign_pack = obm__scalar_sign_pack,

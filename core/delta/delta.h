@@ -101,6 +101,8 @@ obm_status obm__task_vector_check(const obm_task_vector *v, obm_error *err);
 const obm__pair *obm__task_vector_find(const obm_task_vector *v, const char *name, obm_error *err);
 /* OBM_E_VALUE: names the tensor and element `index`, which is NaN or Inf. */
 obm_status obm__fail_nonfinite(obm_error *err, const obm__pair *p, int64_t index);
+/* Whether both sides are bf16 arrays that kernels can read where they lie. */
+bool obm__pair_is_bf16(const obm__pair *p);
 /* d of elements [begin, begin + n), f32; scratch: n floats, left with no meaning. */
 void obm__pair_read(const obm_kernels *k, const obm__pair *p, int64_t begin, int64_t n, float *d, float *scratch);
 /* The expert's own values at elements [begin, begin + n) of its shape, f32: its tensor, f32(base + d) where it has none;

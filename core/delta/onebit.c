@@ -99,15 +99,24 @@ static int64_t scale_index(const plane_job *job, int64_t row, int64_t segment) {
     return job->scale.kind == OBM_SCALE_MATRIX ? 0 : row * job->segments + segment;
 }
 
-/* Columns [begin, begin + n) of a row, at most one block: signs out, sum |r| back. */
-static double do_block(plane_job *job, int64_t row, int64_t begin, int64_t n, int64_t index, uint8_t *bits, worker *w) {
-    obm__pair_read(job->k, job->pair, row * job->cols + begin, n, w->d, w->base);
+/* Elements [at, at + n), at most one block: signs out, sum |r| back. */
+static double read_block(plane_job *job, int64_t at, int64_t n, int64_t index, uint8_t *bits, worker *w) {
+    if (job->plane == 0 && obm__pair_is_bf16(job->pair))
+        return job->k->sign_sum_bf16(bits, (const uint16_t *)job->pair->expert.data + at,
+                                     (const uint16_t *)job->pair->base.data + at, (size_t)n);
+    obm__pair_read(job->k, job->pair, at, n, w->d, w->base);
     peel(job, index, w, n);
-    job->k->sign_pack(bits + begin / 8, w->d, (size_t)n);
-    double sum = job->k->abs_sum(w->d, (size_t)n);
-    /* So few f32 cannot overflow an f64 sum, and peeling keeps NaN and Inf: only then is one among them. */
-    if (!isfinite(sum))
-        obm__note_bad(&job->bad, row * job->cols + begin + (int64_t)job->k->find_nonfinite(w->d, (size_t)n));
+    job->k->sign_pack(bits, w->d, (size_t)n);
+    return job->k->abs_sum(w->d, (size_t)n);
+}
+
+static double do_block(plane_job *job, int64_t at, int64_t n, int64_t index, uint8_t *bits, worker *w) {
+    double sum = read_block(job, at, n, index, bits, w);
+    /* So few f32 cannot overflow an f64 sum, and peeling keeps NaN and Inf: only then is one among the differences. */
+    if (!isfinite(sum)) {
+        obm__pair_read(job->k, job->pair, at, n, w->d, w->base);
+        obm__note_bad(&job->bad, at + (int64_t)job->k->find_nonfinite(w->d, (size_t)n));
+    }
     return sum;
 }
 
@@ -117,7 +126,7 @@ static double do_segment(plane_job *job, int64_t row, int64_t segment, uint8_t *
     size_t blocks = 0;
     for (int64_t at = begin; at < end; at += OBM_BLOCK) {
         int64_t n = end - at < OBM_BLOCK ? end - at : OBM_BLOCK;
-        w->partial[blocks++] = do_block(job, row, at, n, index, bits, w);
+        w->partial[blocks++] = do_block(job, row * job->cols + at, n, index, bits + at / 8, w);
     }
     double sum = obm__tree_sum(w->partial, blocks);
     if (job->scale.kind != OBM_SCALE_MATRIX) job->alphas[job->plane][index] = (float)(sum / (double)(end - begin));

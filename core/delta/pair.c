@@ -32,13 +32,17 @@ static void read_change(const obm_kernels *k, const obm__pair *p, int64_t begin,
     }
 }
 
+bool obm__pair_is_bf16(const obm__pair *p) {
+    bool even = ((uintptr_t)p->base.data | (uintptr_t)p->expert.data) % 2 == 0;
+    return p->expert.data && p->base.dtype == OBM_BF16 && p->expert.dtype == OBM_BF16 && even;
+}
+
 void obm__pair_read(const obm_kernels *k, const obm__pair *p, int64_t begin, int64_t n, float *d, float *scratch) {
     if (!p->expert.data) {
         read_change(k, p, begin, n, d);
         return;
     }
-    bool even = ((uintptr_t)p->base.data | (uintptr_t)p->expert.data) % 2 == 0;
-    if (p->base.dtype == OBM_BF16 && p->expert.dtype == OBM_BF16 && even) {
+    if (obm__pair_is_bf16(p)) {
         k->sub_bf16(d, (const uint16_t *)p->expert.data + begin, (const uint16_t *)p->base.data + begin, (size_t)n);
         return;
     }

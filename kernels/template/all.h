@@ -55,6 +55,7 @@ const obm_kernels TABLE = {
     .mix_f32 = NAME(mix_f32),
     .find_nonfinite = NAME(find_nonfinite),
     .abs_sum = NAME(abs_sum),
+    .sign_sum_bf16 = NAME(sign_sum_bf16),
     .dot = NAME(dot),
     .count_zero = NAME(count_zero),
     .sign_pack = NAME(sign_pack),

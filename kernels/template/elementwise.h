@@ -138,6 +138,34 @@ FN static double NAME(abs_sum)(const float *x, size_t n) {
     return obm__lane_sum(lane);
 }
 
+/* The differences pass through d, which never leaves the first cache. */
+FN static double NAME(sign_sum_bf16)(uint8_t *bits, const uint16_t *a, const uint16_t *b, size_t n) {
+    size_t i = 0;
+    float d[16];
+    double lane[16];
+#define X(k) D sum##k = SET1_D(0);
+    EACH_D(X)
+#undef X
+    for (; i + 16 <= n; i += 16) {
+        for (size_t j = 0; j < 16; j += VL) {
+            V difference = SUB(LOAD_BF16(a + i + j), LOAD_BF16(b + i + j));
+            unsigned lanes = GE_ZERO(difference);
+            STORE(d + j, difference);
+            memcpy(bits + (i + j) / 8, &lanes, VL / 8);
+        }
+#define X(k) sum##k = ADD_D(sum##k, ABS_D(LOAD_D(d + k * DL)));
+        EACH_D(X)
+#undef X
+    }
+#define X(k) STORE_D(lane + k * DL, sum##k);
+    EACH_D(X)
+#undef X
+    obm__scalar_sub_bf16(d, a + i, b + i, n - i);
+    obm__scalar_sign_pack(bits + i / 8, d, n - i);
+    for (size_t j = 0; i + j < n; j++) lane[j] += fabs((double)d[j]);
+    return obm__lane_sum(lane);
+}
+
 FN static double NAME(dot)(const float *x, const float *y, size_t n) {
     size_t i = 0;
     double lane[16];

@@ -167,6 +167,33 @@ static void check_sub_bf16(const obm_kernels *k, bench *t, size_t n) {
     free(wide);
 }
 
+/* The order that kernels.h states, written out. */
+static double reference_lanes(const float *x, const float *y, size_t n) {
+    double lane[16] = {0};
+    for (size_t i = 0; i < n; i++) lane[i % 16] += y ? (double)x[i] * (double)y[i] : fabs((double)x[i]);
+    for (int j = 0; j < 8; j++) lane[j] += lane[j + 8];
+    for (int j = 0; j < 4; j++) lane[j] += lane[j + 4];
+    for (int j = 0; j < 2; j++) lane[j] += lane[j + 2];
+    return lane[0] + lane[1];
+}
+
+/* kinds of a; NaN has no sign. */
+static void check_sign_sum(const obm_kernels *k, bench *t, size_t n, int kinds) {
+    uint16_t *a = at_end(&t->a, n * 2), *b = at_end(&t->b, n * 2);
+    uint8_t *bits = at_end(&t->d, (n + 7) / 8);
+    fill(t->expected, n, kinds);
+    scalar_table()->f32_to_bf16(a, t->expected, n);
+    fill(t->expected, n, PLAIN | ZEROS | DENORMALS);
+    scalar_table()->f32_to_bf16(b, t->expected, n);
+    for (size_t i = 0; i < n; i++) t->expected[i] = small_float(a[i], 8, 7) - small_float(b[i], 8, 7);
+    double expected = reference_lanes(t->expected, NULL, n), got = k->sign_sum_bf16(bits, a, b, n);
+    if (isfinite(expected) ? got != expected : isfinite(got))
+        fail_msg("%s sign_sum_bf16: n %zu: %a, expected %a", k->isa, n, got, expected);
+    for (size_t i = 0; i < (n + 7) / 8 * 8; i++)
+        if ((bits[i / 8] >> i % 8 & 1) != (i < n && t->expected[i] >= 0))
+            fail_msg("%s sign_sum_bf16: n %zu, bit %zu", k->isa, n, i);
+}
+
 static void check_arithmetic(const obm_kernels *k, bench *t, size_t n, int kinds) {
     const obm_kernels *s = scalar_table();
     float *a = at_end(&t->a, n * 4), *b = at_end(&t->b, n * 4), *y = at_end(&t->c, n * 4), alpha = draw(PLAIN);
@@ -181,6 +208,7 @@ static void check_arithmetic(const obm_kernels *k, bench *t, size_t n, int kinds
     k->sub_f32(y, y, b, n); /* d may be a */
     assert_same(y, t->expected, n, k->isa, "sub_f32 in place");
     check_sub_bf16(k, t, n);
+    check_sign_sum(k, t, n, kinds);
     memcpy(y, b, n * 4);
     memcpy(t->expected, b, n * 4);
     s->axpy_f32(t->expected, alpha, a, n);
@@ -218,16 +246,6 @@ static void check_scans(const obm_kernels *k, bench *t, size_t n, int kinds) {
     assert_int_equal(k->count_zero(a, n), zeros);
     assert_int_equal(k->find_nonfinite(a, n), first);
     assert_int_equal(k->find_nonfinite(b, n), n);
-}
-
-/* The order that kernels.h states, written out. */
-static double reference_lanes(const float *x, const float *y, size_t n) {
-    double lane[16] = {0};
-    for (size_t i = 0; i < n; i++) lane[i % 16] += y ? (double)x[i] * (double)y[i] : fabs((double)x[i]);
-    for (int j = 0; j < 8; j++) lane[j] += lane[j + 8];
-    for (int j = 0; j < 4; j++) lane[j] += lane[j + 4];
-    for (int j = 0; j < 2; j++) lane[j] += lane[j + 2];
-    return lane[0] + lane[1];
 }
 
 static void check_reductions(const obm_kernels *k, bench *t, size_t n) {
@@ -744,6 +762,8 @@ static void test_unaligned_inputs(void **unused) {
         k->f32_to_f16(narrow, off_x, N);
         k->sub_f32(y, off_x, off_x, N);
         k->sub_bf16(y, off_h, off_h, N);
+        uint8_t bits[(N + 7) / 8];
+        assert_true(k->sign_sum_bf16(bits, off_h, off_h, N) == 0);
         assert_int_equal(k->count_zero(y, N), N);
         assert_int_equal(k->find_nonfinite(off_x, N), N);
         assert_true(k->abs_sum(off_x, N) == k->abs_sum(x, N) && k->dot(off_x, off_x, N) == k->dot(x, x, N));
