@@ -156,6 +156,7 @@ void obm_lua_set_boolean(lua_State *L, const char *key, bool value) {
 void obm_lua_push_plan(lua_State *L, const obm_plan *p) {
     lua_newtable(L);
     obm_lua_set_integer(L, "tensors", p->tensors);
+    obm_lua_set_integer(L, "tiles", p->tiles);
     obm_lua_set_integer(L, "bytes_read", p->bytes_read);
     obm_lua_set_integer(L, "bytes_written", p->bytes_written);
     obm_lua_set_integer(L, "peak_memory", p->peak_memory);

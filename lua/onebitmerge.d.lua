@@ -137,6 +137,7 @@ function task_vector:compare(other, options) end
 
 ---@class onebitmerge.Plan
 ---@field tensors integer
+---@field tiles integer the pieces that are worked out one after the other
 ---@field bytes_read integer
 ---@field bytes_written integer
 ---@field peak_memory integer

@@ -158,9 +158,10 @@ static int experts_from(obm_py_state *st, PyObject *given, expert_args *e) {
 }
 
 PyObject *obm_py_plan(const obm_plan *p) {
-    return Py_BuildValue("{sK,sK,sK,sK,sd}", "tensors", (unsigned long long)p->tensors, "bytes_read",
-                         (unsigned long long)p->bytes_read, "bytes_written", (unsigned long long)p->bytes_written,
-                         "peak_memory", (unsigned long long)p->peak_memory, "seconds", p->seconds);
+    return Py_BuildValue("{sK,sK,sK,sK,sK,sd}", "tensors", (unsigned long long)p->tensors, "tiles",
+                         (unsigned long long)p->tiles, "bytes_read", (unsigned long long)p->bytes_read, "bytes_written",
+                         (unsigned long long)p->bytes_written, "peak_memory", (unsigned long long)p->peak_memory,
+                         "seconds", p->seconds);
 }
 
 /* _core.compress(base, experts, out, profile, overwrite, dry_run, progress, shared, tall_lambda, shared_dtype) -> Pack,
@@ -432,8 +433,7 @@ static PyObject *pack_tensors(PyObject *o, PyObject *arg) {
 static PyObject *run_dict(const obm_tensor_run *r) {
     return Py_BuildValue("{ss,ss,sn,ss,ss,si,si,sn}", "name", r->name, "class", obm_class_name(r->cls), "planes",
                          (Py_ssize_t)r->planes, "hard", obm_run_name(r->hard), "soft", obm_run_name(r->soft),
-                         "hard_masks", r->hard_masks, "soft_masks", r->soft_masks, "overlays",
-                         (Py_ssize_t)r->overlays);
+                         "hard_masks", r->hard_masks, "soft_masks", r->soft_masks, "overlays", (Py_ssize_t)r->overlays);
 }
 
 /* runs() -> list of dicts, one per tensor of the pack */

@@ -209,6 +209,7 @@ static obm_plan plan_of(const work *w) {
         uint64_t r = w->rank && (uint64_t)w->rank < k ? (uint64_t)w->rank : k, size = obm_dtype_size(w->dtype);
         uint64_t memory = obm__svd_bytes(m, n) + r * (m + n) * (sizeof(float) + size);
         plan.tensors += 2;
+        plan.tiles++;
         plan.bytes_written += r * (m + n) * size;
         plan.seconds += SVD_FLOPS * (double)m * (double)n * (double)k / FLOPS_PER_SECOND;
         if (memory > plan.peak_memory) plan.peak_memory = memory;

@@ -261,7 +261,8 @@ typedef struct obm_delta_pair {
 OBM_API obm_status obm_task_vector_compare(obm_context *ctx, const obm_task_vector *a, const obm_task_vector *b,
                                            obm_progress_fn progress, void *user, obm_delta_pair *out, obm_error *err);
 
-typedef struct obm_plan { uint64_t tensors, bytes_read, bytes_written, peak_memory; double seconds; } obm_plan;  /* estimates of a dry run */
+/* Estimates of a dry run.  tiles: the pieces that are worked out one after the other. */
+typedef struct obm_plan { uint64_t tensors, tiles, bytes_read, bytes_written, peak_memory; double seconds; } obm_plan;
 
 /* ---- LoRA adapters out of task vectors ---------------------------------------------------------------------------- */
 
@@ -838,10 +839,10 @@ typedef struct obm_merge_options {
 OBM_API obm_status obm_merge(obm_context *ctx, const char *recipe, const obm_merge_options *options, const char *out_path,
                              obm_plan *plan, obm_error *err);
 /* What a dry run of obm_merge has to tell, whatever options say of one.  *json: owned text of one object,
- *   tensors, bytes_read, bytes_written, peak_memory, seconds (as obm_plan has them: sums over the documents, of the memory
+ *   tensors, tiles, bytes_read, bytes_written, peak_memory, seconds (as obm_plan has them: sums over the documents, of the memory
  *     the most)
  *   documents: [{name (null without), output (its folder, null if it is not UTF-8), kept (false: taken back once the result is there), the same
- *     five keys, files: [{file, bytes}]}] in the order in which they run; files are those of the weights, which get other
+ *     six keys, files: [{file, bytes}]}] in the order in which they run; files are those of the weights, which get other
  *     names where they replace some of the same.
  * Errors: those of obm_merge while planning. */
 OBM_API obm_status obm_merge_plan(obm_context *ctx, const char *recipe, const obm_merge_options *options,

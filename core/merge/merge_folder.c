@@ -61,7 +61,9 @@ static obm_plan sizes(const obm__job *j) {
     for (size_t i = 0; i < j->n_outputs; i++) {
         const obm__output *o = &j->outputs[i];
         for (size_t t = 0; t < o->slice->n; t++) p.bytes_read += obm__tensor_bytes(&o->tensors[t]);
-        p.bytes_written += (uint64_t)obm_tensor_count(&o->tensors[0]) * obm_dtype_size(o->dtype);
+        uint64_t count = (uint64_t)obm_tensor_count(&o->tensors[0]);
+        p.bytes_written += count * obm_dtype_size(o->dtype);
+        p.tiles += o->copy || count == 0 ? 1 : (count - 1) / j->tile + 1;
         if (!o->copy) passes += (double)o->group.count * (double)o->steps.n * pass_count(&o->steps);
     }
     if (obm__job_whole_model(j)) p.bytes_read *= 3; /* the statistics read everything before the merge does */
@@ -458,6 +460,7 @@ static obm_status plan_part(const obm__job *j, obm__stage *part, obm_error *err)
 
 static void add_plan(obm_plan *sum, const obm_plan *p) {
     sum->tensors += p->tensors;
+    sum->tiles += p->tiles;
     sum->bytes_read += p->bytes_read;
     sum->bytes_written += p->bytes_written;
     sum->seconds += p->seconds;
@@ -466,6 +469,7 @@ static void add_plan(obm_plan *sum, const obm_plan *p) {
 
 static bool put_plan(const obm_plan *p, obm_json *out) {
     bool ok = obm__json_set(out, "tensors", obm__json_new_int((int64_t)p->tensors));
+    ok = obm__json_set(out, "tiles", obm__json_new_int((int64_t)p->tiles)) && ok;
     ok = obm__json_set(out, "bytes_read", obm__json_new_int((int64_t)p->bytes_read)) && ok;
     ok = obm__json_set(out, "bytes_written", obm__json_new_int((int64_t)p->bytes_written)) && ok;
     ok = obm__json_set(out, "peak_memory", obm__json_new_int((int64_t)p->peak_memory)) && ok;

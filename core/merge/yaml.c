@@ -1,5 +1,5 @@
 /* YAML 1.1 into a JSON tree, over libyaml (the only file that includes it).  Plain data: anchors and
- * aliases within a budget, no merge keys, no custom tags, no duplicate keys. */
+ * aliases within a budget, merge keys (<<), no custom tags, no duplicate keys. */
 #include "recipe.h"
 
 #include <ctype.h>
@@ -123,21 +123,62 @@ static obm_status read_sequence(reader *r, yaml_node_t *node, int depth, obm_jso
     return OBM_OK;
 }
 
+static obm_status read_key(reader *r, yaml_node_t *mapping, yaml_node_t *key) {
+    if (!key || key->type != YAML_SCALAR_NODE)
+        return fail_at(r, mapping, OBM_E_FORMAT, "a key that is not a scalar", "");
+    r->nodes += key->data.scalar.length / 64;
+    if (strlen((const char *)key->data.scalar.value) != key->data.scalar.length)
+        return fail_at(r, key, OBM_E_FORMAT, "a NUL character in a key", "");
+    return OBM_OK;
+}
+
+/* YAML 1.1's merge key, which PyYAML follows: <<: *defaults, or <<: [*a, *b] of which the first counts. */
+static bool is_merge_key(const yaml_node_t *key) {
+    return key->data.scalar.style == YAML_PLAIN_SCALAR_STYLE && !strcmp((const char *)key->data.scalar.value, "<<");
+}
+
+/* What a mapping does not have itself comes from `other`. */
+static obm_status add_missing(reader *r, const yaml_node_t *key, const obm_json *other, obm_json *object) {
+    if (obm__json_kind(other) != OBM_JSON_OBJECT)
+        return fail_at(r, key, OBM_E_FORMAT, "a merge key (<<): expected a mapping or a list of mappings", "");
+    for (void *it = obm__json_first(other); it; it = obm__json_next(other, it)) {
+        const char *name = obm__json_key(it);
+        if (!obm__json_get(object, name) && !obm__json_set(object, name, obm__json_copy(obm__json_value(it))))
+            return obm__fail_nomem(r->err, 0);
+    }
+    return OBM_OK;
+}
+
+static obm_status merge_mappings(reader *r, const yaml_node_pair_t *p, int depth, obm_json *object) {
+    const yaml_node_t *key = yaml_document_get_node(r->document, p->key);
+    obm_json *value = NULL;
+    OBM_TRY(read_node(r, yaml_document_get_node(r->document, p->value), depth + 1, &value));
+    bool list = obm__json_kind(value) == OBM_JSON_ARRAY;
+    obm_status status = list ? OBM_OK : add_missing(r, key, value, object);
+    for (size_t i = 0; status == OBM_OK && list && i < obm__json_size(value); i++)
+        status = add_missing(r, key, obm__json_at(value, i), object);
+    obm__json_free(value);
+    return status;
+}
+
 static obm_status read_mapping(reader *r, yaml_node_t *node, int depth, obm_json *object) {
+    const yaml_node_pair_t *merged = NULL;
     for (yaml_node_pair_t *p = node->data.mapping.pairs.start; p < node->data.mapping.pairs.top; p++) {
         yaml_node_t *key = yaml_document_get_node(r->document, p->key);
-        if (!key || key->type != YAML_SCALAR_NODE)
-            return fail_at(r, node, OBM_E_FORMAT, "a key that is not a scalar", "");
+        OBM_TRY(read_key(r, node, key));
         const char *name = (const char *)key->data.scalar.value;
-        r->nodes += key->data.scalar.length / 64;
-        if (strlen(name) != key->data.scalar.length)
-            return fail_at(r, key, OBM_E_FORMAT, "a NUL character in a key", "");
-        if (obm__json_get(object, name)) return fail_at(r, key, OBM_E_FORMAT, "duplicate key ", name);
+        bool merge = is_merge_key(key);
+        if (merge ? merged != NULL : obm__json_get(object, name) != NULL)
+            return fail_at(r, key, OBM_E_FORMAT, "duplicate key ", name);
+        if (merge) {
+            merged = p;
+            continue;
+        }
         obm_json *value = NULL;
         OBM_TRY(read_node(r, yaml_document_get_node(r->document, p->value), depth + 1, &value));
         if (!obm__json_set(object, name, value)) return obm__fail_nomem(r->err, 0);
     }
-    return OBM_OK;
+    return merged ? merge_mappings(r, merged, depth, object) : OBM_OK;
 }
 
 static obm_status read_node(reader *r, yaml_node_t *node, int depth, obm_json **out) {

@@ -78,7 +78,9 @@ static void count_bytes(export_job *j) {
         plan->tensors++;
         plan->bytes_read += obm__tensor_bytes(&j->pack->tensors[t].base);
         plan->bytes_written += obm__tensor_bytes(&shape);
-        elements += is_copied(j, t) ? 0 : (uint64_t)obm_tensor_count(&shape);
+        uint64_t count = (uint64_t)obm_tensor_count(&shape);
+        elements += is_copied(j, t) ? 0 : count;
+        plan->tiles += is_copied(j, t) || count == 0 ? 1 : (count - 1) / (uint64_t)EXPORT_TILE + 1;
         for (size_t k = 0; k < j->pack->n_experts && obm__route_changes(j->plan, t); k++)
             plan->bytes_read += j->pack->experts[k].entries[t].bytes_pack;
     }

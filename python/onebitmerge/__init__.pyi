@@ -107,6 +107,7 @@ class RouterReport:
 
 class Plan(TypedDict):
     tensors: int
+    tiles: int
     bytes_read: int
     bytes_written: int
     peak_memory: int

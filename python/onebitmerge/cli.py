@@ -67,7 +67,8 @@ def print_plan(args, plan, what):
     exists = bool(output) and os.path.lexists(output)
     if args.json:
         return emit({"dry_run": True, **plan, **({"exists": exists} if output else {})})
-    print(f"{what}: {plan['tensors']} tensors, reads {_results.size(plan['bytes_read'])}, writes {_results.size(plan['bytes_written'])}, "
+    tiles = f" in {plan['tiles']} tiles" if "tiles" in plan else ""
+    print(f"{what}: {plan['tensors']} tensors{tiles}, reads {_results.size(plan['bytes_read'])}, writes {_results.size(plan['bytes_written'])}, "
           f"peak memory about {_results.size(plan['peak_memory'])}, about {plan['seconds']:.1f} s; nothing was written{f', {output} exists already' if exists else ''}")
 
 
@@ -613,8 +614,8 @@ def merge(args):
 
 def print_documents(documents):
     if len(documents) > 1:
-        print(_results.table(["document", "tensors", "reads", "writes", "peak memory", "seconds"],
-                             [[d["name"] or "the result", d["tensors"], _results.size(d["bytes_read"]), _results.size(d["bytes_written"]),
+        print(_results.table(["document", "tensors", "tiles", "reads", "writes", "peak memory", "seconds"],
+                             [[d["name"] or "the result", d["tensors"], d["tiles"], _results.size(d["bytes_read"]), _results.size(d["bytes_written"]),
                                _results.size(d["peak_memory"]), f"{d['seconds']:.1f}"] for d in documents]))
     for d in documents:
         for f in d["files"]:

@@ -130,6 +130,19 @@ static void test_aliases(void **state) {
     obm__recipe_free(r);
 }
 
+/* As PyYAML has it: a mapping's own keys come first, whatever their place, then the mappings of the list in order. */
+static void test_merge_keys(void **state) {
+    (void)state;
+    obm__recipe *r = parse("merge_method: ties\nbase_model: b\nmodels:\n"
+                           "- {model: x, parameters: &p {weight: 0.5, density: 0.25}}\n"
+                           "- {model: y, parameters: {<<: *p, weight: 2}}\n"
+                           "- {model: z, parameters: &q {density: 0.75}}\n"
+                           "- {model: u, parameters: {weight: 3, <<: [*q, *p]}}\n");
+    assert_true(value(r, "w", 1, "weight", 1) == 2 && value(r, "w", 1, "density", 1) == 0.25);
+    assert_true(value(r, "w", 1, "weight", 3) == 3 && value(r, "w", 1, "density", 3) == 0.75);
+    obm__recipe_free(r);
+}
+
 #define TIES "merge_method: ties\nbase_model: b\n"
 #define MODELS "models: [{model: x, parameters: {weight: 1}}]\n"
 
@@ -140,6 +153,10 @@ static void test_recipe_errors(void **state) {
     expect_parse_error("a: [1\nb: 2\n", OBM_E_FORMAT, "line 2");
     expect_parse_error("merge_method: ties\nmerge_method: linear\n", OBM_E_FORMAT,
                        "line 2: duplicate key merge_method");
+    expect_parse_error("<<: 3\nmerge_method: ties\n", OBM_E_FORMAT,
+                       "line 1: a merge key (<<): expected a mapping or a list of mappings");
+    expect_parse_error("<<: {}\n<<: {}\n", OBM_E_FORMAT, "line 2: duplicate key <<");
+    expect_parse_error("'<<': {}\n" TIES MODELS, OBM_E_NOTFOUND, "unknown key \"<<\"");
     expect_parse_error("{\"merge_method\": \"ties\", \"merge_method\": 1}", OBM_E_FORMAT, "duplicate key");
     expect_parse_error(TIES MODELS "---\n" TIES MODELS, OBM_E_UNSUPPORTED, "more than one document");
     expect_parse_error(TIES "models: [{model: x, parameters: {weight: .inf}}]\n", OBM_E_FORMAT,
@@ -692,6 +709,7 @@ int main(void) {
         cmocka_unit_test(test_json_text),
         cmocka_unit_test(test_base_of_linear),
         cmocka_unit_test(test_aliases),
+        cmocka_unit_test(test_merge_keys),
         cmocka_unit_test(test_recipe_errors),
         cmocka_unit_test(test_ignored_parameters_warn),
         cmocka_unit_test(test_ignored_keys_warn),

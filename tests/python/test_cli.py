@@ -70,7 +70,7 @@ def compress_args(models, out):
 def test_compress(lines, run, models, tmp_path, fails):
     out = tmp_path / "p"
     plan, = lines(*compress_args(models, out), "--dry-run")
-    assert plan["dry_run"] is True and {"tensors", "bytes_read", "bytes_written", "peak_memory", "seconds"} <= set(plan)
+    assert plan["dry_run"] is True and {"tensors", "tiles", "bytes_read", "bytes_written", "peak_memory", "seconds"} <= set(plan)
     assert list(tmp_path.iterdir()) == []
     rows = lines(*compress_args(models, out))
     assert {r["expert"] for r in rows[:-1]} == {"chat", "math"}

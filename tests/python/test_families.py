@@ -205,10 +205,47 @@ def test_twin_at_full_rank_is_the_model_asked_for():
     assert np.abs(shared - want).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("method", ["wudi", "optmerge", "tsvm", "iso_c", "iso_cts", "twin"])
-def test_the_order_of_the_models_does_not_matter(method):
-    base, models = task_vectors((18, 25))
-    assert np.abs(obm.merge_tensors(method, models, base) - obm.merge_tensors(method, models[::-1], base)).max() < TOLERANCE
+@pytest.mark.parametrize("shape", [(30, 17), (41,)])
+def test_sce_that_selects_and_erases_nothing_is_varm(shape):
+    """All task vectors have the same sign at each element, so that none is in the minority."""
+    rng = np.random.default_rng(11)
+    base, sign = rng.normal(size=shape).astype(np.float32), np.sign(rng.normal(size=shape))
+    models = [(base + (.1 + t) * sign * np.abs(rng.normal(size=shape))).astype(np.float32) for t in range(3)]
+    varm = obm.merge_tensors("varm", models, base)
+    assert np.abs(obm.merge_tensors("sce", models, base, {"select_topk": 1}) - varm).max() < TOLERANCE * 2
+    models[1] = 2 * base - models[1]   # in the minority where the largest of the three is not
+    assert np.abs(obm.merge_tensors("sce", models, base, {"select_topk": 1}) - obm.merge_tensors("varm", models, base)).max() > .1
+
+
+@pytest.mark.parametrize("shape", [(21, 9), (9, 21)])
+def test_sub_moe_without_truncation_is_the_weighted_mean(shape):
+    """[W_1 ... W_n] = U S [V_1 ... V_n]; U S (sum f_t V_t) / sum f_t (Sub-MoE, section 3.3) is what linear gives."""
+    _, models = task_vectors(shape)
+    f = np.array([.7, .2, .4])
+    u, s, vt = svd(np.hstack([m.astype(np.float64) for m in models]))
+    want = (u * s) @ sum(x * v for x, v in zip(f, np.split(vt, 3, axis=1))) / f.sum()
+    assert np.abs(obm.merge_tensors("linear", models, None, {"weight": list(f)}) - want).max() < TOLERANCE
+
+
+# Every method of several models but these: opcm takes them in order, and random masks are drawn for a place in the list.
+IN_ORDER = {"opcm", "dare_linear", "dare_ties", "della", "della_linear"}
+SYMMETRIC = [m for m in obm.methods() if m["max_models"] != 1 and m["name"] not in IN_ORDER]
+
+
+@pytest.mark.parametrize("shape", [(18, 25), (25, 18), (33,)])
+@pytest.mark.parametrize("method", SYMMETRIC, ids=lambda m: m["name"])
+def test_the_order_of_the_models_does_not_matter(method, shape):
+    """What is the model's own (weights, densities) moves with it."""
+    n = method["max_models"] or 3
+    base, models = task_vectors(shape, n)
+    own = [p["name"] for p in method["params"] if p["scope"] == "model"]
+    values = {name: (.3 + .2 * np.arange(n)).tolist() for name in own}
+    start = base if method["needs_base"] else None
+    want = obm.merge_tensors(method["name"], models, start, values)
+    assert np.abs(want - base).max() > .01
+    for order in ([1, 2, 0], [2, 1, 0]) if n == 3 else ([1, 0],):
+        got = obm.merge_tensors(method["name"], [models[i] for i in order], start, {k: [v[i] for i in order] for k, v in values.items()})
+        assert np.abs(got - want).max() < TOLERANCE
 
 
 def test_a_rank_of_nothing_keeps_the_start():

@@ -1,6 +1,7 @@
 """Recipes to folders, and tensors to tensors, against NumPy formulas (float32 tensors, float64 sums)."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -173,9 +174,16 @@ def test_paper_profile_trims_the_model_as_a_whole(models, tmp_path, tensors):
 
 def test_dry_run_writes_nothing(recipe, tmp_path):
     plan = obm.merge(recipe("ties", density=.3), tmp_path / "out", dry_run=True)
-    assert set(plan) == {"tensors", "bytes_read", "bytes_written", "peak_memory", "seconds", "documents"}
+    assert set(plan) == {"tensors", "tiles", "bytes_read", "bytes_written", "peak_memory", "seconds", "documents"}
     assert list(tmp_path.iterdir()) == []
     assert plan["bytes_written"] == 4 * 1427136
+    with pytest.raises(obm.Error, match=r"memory: this merge needs at least \d+ bytes, found 1") as error:
+        obm.merge(recipe("ties", density=.3), tmp_path / "out", dry_run=True, memory=1)
+    least = int(str(error.value).split("at least ")[1].split()[0])   # tiles of one block of 4096 elements
+    plan = obm.merge(recipe("ties", density=.3), tmp_path / "out", dry_run=True, memory=least)
+    base = obm.Checkpoint(recipe("ties")["base_model"])
+    shapes = [base[name].shape for name in base]
+    assert plan["peak_memory"] == least and plan["tiles"] == sum(-(-math.prod(s) // 4096) for s in shapes) > plan["tensors"]
 
 
 def test_shards_and_overwrite(recipe, tmp_path):
@@ -365,7 +373,7 @@ def test_dry_run_tells_documents_and_shards(models, tmp_path):
     side, last = plan["documents"]
     assert [side["name"], last["name"]] == ["side", None] and [side["kept"], last["kept"]] == [False, True]
     assert last["output"] == str(tmp_path / "out") and os.path.basename(side["output"]) == "side"
-    for key in ("tensors", "bytes_read", "bytes_written"):
+    for key in ("tensors", "tiles", "bytes_read", "bytes_written"):
         assert plan[key] == side[key] + last[key]
     assert plan["peak_memory"] == max(side["peak_memory"], last["peak_memory"])
     assert not (tmp_path / "out").exists()

@@ -169,7 +169,7 @@ def test_configs_that_compute_something_else_are_named(models, tmp_path):
 
 def test_dry_run_writes_nothing(models, experts, tmp_path):
     plan = obm.compress(models / "base", experts, tmp_path / "p", dry_run=True)
-    assert set(plan) == {"tensors", "bytes_read", "bytes_written", "peak_memory", "seconds"}
+    assert set(plan) == {"tensors", "tiles", "bytes_read", "bytes_written", "peak_memory", "seconds"}
     assert list(tmp_path.iterdir()) == []
     # Nothing but headers was read, so tensors that turn out equal to the base's count as stored.
     shapes = [(name, shape) for name, (_, shape, _) in plain.read_safetensors(models / "base" / "model.safetensors").items()]

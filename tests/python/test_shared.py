@@ -167,6 +167,28 @@ def test_the_others_are_merged_in(pack, family, tmp_path, reading, density):
     assert {r["hard"] for r in own.runs() if r["name"] in (Q, UP)} == {"overlay"}
 
 
+@pytest.mark.parametrize("method", ["linear", "ties", "model_stock", "iso_c"])
+def test_experts_are_inputs_of_merges(pack, family, tmp_path, method):
+    """PACK:task against a dense folder of what FORMAT.md says, with an adapter beside them; b's extra rows would need a tokenizer."""
+    base = plain.load(family / "base")
+    records = {e["name"]: e["tensors"] for e in json.loads((pathlib.Path(pack.path) / "pack.json").read_text())["experts"]}
+    parameters = {"linear": {"weight": 0.25}, "ties": {"weight": 1, "density": 0.5}}.get(method, {})
+    folders = {}
+    for task in "ac":
+        d, own = rebuild(pack, task), plain.load(family / "a") if task == "a" else {}
+        assert all(r["mode"] == "same" or n in d or (n in own and r["mode"] == "full") for n, r in records[task].items())
+        folders[task] = plain.write_folder(tmp_path / task, {n: x + d[n] if n in d else own.get(n, x) for n, x in base.items()}, config=config())
+    results = []
+    for form in ("dense", "pack"):
+        refs = [str(folders[t]) if form == "dense" else f"{pack.path}:{t}" for t in "ac"] + [str(family / "c")]
+        obm.merge({"merge_method": method, "base_model": str(family / "base"), "parameters": parameters, "dtype": "float32",
+                   "models": [{"model": ref} for ref in refs]}, tmp_path / form)
+        results.append(plain.load(tmp_path / form))
+    assert results[0].keys() == results[1].keys() == SHAPES.keys()
+    for name in SHAPES:
+        assert np.array_equal(results[0][name], results[1][name]), name
+
+
 def test_other_modes_beside_masks(family, deltas, tmp_path):
     """What an expert does not give as a mask is in no sum; 1-bit planes stay as they were."""
     experts = {"a": family / "a", "b": obm.Expert(family / "b", policy="mlp", scale="matrix", map={Q: "1bit", EMBEDDING: "mask"}),
