@@ -50,6 +50,8 @@
                      13, -1, -1, 14, 15)
 #define WIDE_BF16(p) ((NAME(u))LOAD_BF16(p))
 #define ANY(v) _mm256_movemask_epi8((__m256i)(v))
+#define AVERAGE(a, b) _mm256_avg_epu16((__m256i)(a), (__m256i)(b))
+#define HALVES(even, odd) _mm256_blend_epi16((__m256i)(even), (__m256i)(odd), 0xaa)
 #define LOAD_F16(p) _mm256_cvtph_ps(LOAD_128(p))
 #define STORE_F16(p, v) _mm_storeu_si128((__m128i *)(void *)(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT))
 #define STORE_BF16(p, v) _mm_storeu_si128((__m128i *)(void *)(p), narrow_bf16(v))

@@ -244,12 +244,12 @@ struct obm__group {
     const obm_tensor *base;   /* NULL for methods without one */
     const obm_tensor *models; /* (steps->n) */
     const obm__pair *base_change,
-        *const *changes;   /* what base and models are read from instead; NULL, or (steps->n) of them or NULL */
-    const obm__rows *rows; /* nullable: what base and models are read through, then they have no data of their own */
+        *const *changes;    /* what base and models are read from instead; NULL, or (steps->n) of them or NULL */
+    const obm__rows *rows;  /* nullable: what base and models are read through, then they have no data of their own */
     const char *base_label; /* for messages, nullable */
-    obm_dtype work; /* what inputs, and in the mergekit profile deltas, are rounded to; F32: nothing is */
-    uint64_t count; /* elements */
-    bool mapped;    /* inputs lie in file mappings: their pages may go once they are read */
+    obm_dtype work;         /* what inputs, and in the mergekit profile deltas, are rounded to; F32: nothing is */
+    uint64_t count;         /* elements */
+    bool mapped;            /* inputs lie in file mappings: their pages may go once they are read */
     const obm__steps *steps;
     obm__cut *cuts;      /* (n), from obm__statistics */
     float *factors;      /* (n), rescale factors */
@@ -422,6 +422,14 @@ obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t in
  * groups[i].cuts[model], or cuts[0] for the method's own score (OBM_BY_SCORE). */
 obm_status obm__select(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, uint64_t n_keep,
                        obm_error *err);
+/* The same of several models in passes that they share, n_picks <= OBM__PICKS. */
+typedef struct obm__pick {
+    size_t model;
+    uint64_t n; /* that stay */
+} obm__pick;
+enum { OBM__PICKS = 8 };
+obm_status obm__select_each(const obm__run *run, obm__group *groups, size_t n_groups, const obm__pick *picks,
+                            size_t n_picks, obm_error *err);
 /* The n-th largest (from 1) of the same values. */
 obm_status obm__select_value(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, uint64_t n,
                              float *out, obm_error *err);

@@ -405,16 +405,22 @@ static obm_status find_majority(const obm__run *run, obm__group *groups, size_t 
 /* max(1, int(density * n)) elements stay, as the double product truncates. */
 static obm_status find_cuts(const obm__run *run, obm__group *groups, size_t n_groups, uint64_t count, obm_error *err) {
     const obm__steps *s = groups[0].steps;
+    obm__pick picks[OBM__PICKS];
+    size_t n = 0;
     for (size_t m = 0; m < s->n; m++) {
         double density = s->density[m];
         if (density > 0 && density < 1 && count > 0) {
             uint64_t keep = (uint64_t)(density * (double)count);
-            OBM_TRY(obm__select(run, groups, n_groups, m, keep ? keep : 1, err));
+            picks[n++] = (obm__pick){m, keep ? keep : 1};
+            if (n == OBM__PICKS) {
+                OBM_TRY(obm__select_each(run, groups, n_groups, picks, n, err));
+                n = 0;
+            }
             continue;
         }
         for (size_t i = 0; i < n_groups; i++) groups[i].cuts[m] = (obm__cut){.all = density >= 1, .none = density <= 0};
     }
-    return OBM_OK;
+    return n ? obm__select_each(run, groups, n_groups, picks, n, err) : OBM_OK;
 }
 
 /* int(density * n) elements stay: those behind the int(gamma * n) largest, or behind fewer where that many are not

@@ -2,9 +2,9 @@
  * Exact selection of the k largest magnitudes by counting, never by sorting.  First the upper 15 bits of |x| of the
  * k-th largest: a sample tells about where they lie, and one pass counts the elements from each of 8 bounds around
  * there; if they lie elsewhere, or between two bounds with more than one such pattern, another pass with other bounds
- * follows.  Then a histogram over the lower 16 bits of what shares these upper bits, unless all of these are 0, and
- * where elements equal to the threshold are only partly kept a count of them per block, so that the lowest indices
- * stay.
+ * follows.  Several models take these passes together, so that their base is read once.  Then a histogram over the
+ * lower 16 bits of what shares these upper bits, unless all of these are 0, and where elements equal to the threshold
+ * are only partly kept a count of them per block, so that the lowest indices stay.
  */
 #include "merge.h"
 
@@ -12,38 +12,61 @@
 #define BOUNDS 8
 /* Upper halves of finite magnitudes are below this one. */
 #define HIGH_END 0x7f80u
+/* Runs of a sample: an element in 16, but no fewer than half of the 64 thousand that a small tensor has, and no more
+ * than tell the 8 bounds apart: of normal values with a fifth above the threshold 0.23 % share its upper half, which
+ * among 2^17 is the standard deviation of the rank twice over. */
 #define SAMPLE_RUN 128
-#define SAMPLE_RUNS 256
+#define SAMPLE_LEAST 256
+#define SAMPLE_MOST 1024
 
 typedef enum { COUNT_BOUNDS, COUNT_LOW, COUNT_EQUAL } count_what;
+
+/* The range that is known to hold the upper half: at least as many elements as are wanted are from `low` on, fewer from
+ * `end` on. */
+typedef struct range {
+    uint32_t low, end;
+    uint64_t from_low, from_end;
+} range;
+
+/* What is looked for: the upper half of the magnitude that the rest-th largest has. */
+typedef struct target {
+    size_t model;
+    uint64_t rest;  /* how many are wanted; once the upper half is known, of those that have it */
+    uint64_t equal; /* how many have it */
+    range known;
+    uint32_t low, end;        /* where it very likely is: in [low, end) */
+    uint32_t bounds[BOUNDS];  /* of the last pass: rising upper halves, and */
+    uint64_t total[BOUNDS];   /* the elements from each of them on */
+    uint16_t (*from)[BOUNDS]; /* nullable: the same of each block of the only group */
+    size_t bound; /* of the bounds the one that is the upper half, where the next one ends it; else BOUNDS */
+} target;
 
 /* One pass over one group. */
 typedef struct pass {
     const obm_kernels *k;
     const obm__group *g;
-    size_t model;
+    size_t model; /* of passes for one model */
     count_what what;
-    uint32_t high, bits;      /* the decisive upper bits; the threshold */
-    uint64_t begin, end;      /* elements, begin at a block boundary */
-    float *scratch;           /* (workers) lanes */
-    uint32_t *histogram;      /* (workers, stride) */
-    size_t bins, stride;      /* bins: that are counted; of the bounds BOUNDS, of equal elements none */
-    uint32_t bounds[BOUNDS];  /* patterns, rising */
-    uint16_t (*from)[BOUNDS]; /* nullable: (blocks), elements from each bound on */
-    uint64_t *equal;          /* (blocks) of the whole group */
-    _Atomic uint64_t bad;     /* lowest index that is not finite */
+    target *const *targets; /* (n_targets), of passes over bounds */
+    size_t n_targets;
+    uint32_t high, bits;  /* the decisive upper bits; the threshold */
+    uint64_t begin, end;  /* elements, begin at a block boundary */
+    float *scratch;       /* (workers) lanes */
+    uint32_t *histogram;  /* (workers, stride); of bounds (workers, n_targets, BOUNDS) at the front of each */
+    size_t bins, stride;  /* bins: that are counted; of equal elements none */
+    uint64_t *equal;      /* (blocks) of the whole group */
+    _Atomic uint64_t bad; /* lowest index that is not finite */
 } pass;
 
 typedef struct selection {
     const obm__run *run;
     obm__group *groups;
-    size_t n_groups, model;
+    size_t n_groups;
     float *scratch;
     uint32_t *histogram;
-    uint64_t *total;          /* (LOW_BINS) */
-    uint64_t equal;           /* elements at the threshold */
-    uint16_t (*from)[BOUNDS]; /* of one group: what the last pass over the bounds counted, or NULL */
-    size_t bound;             /* of these the threshold, when its upper half is all of it; else BOUNDS */
+    uint64_t *total; /* (LOW_BINS) */
+    target targets[OBM__PICKS];
+    size_t n_targets;
 } selection;
 
 static inline uint32_t magnitude_bits(float x) { return obm__bits_of(x) & 0x7fffffffu; }
@@ -55,69 +78,87 @@ static uint64_t count_equal(const obm_kernels *k, uint32_t bits, const float *d,
 }
 
 /* What is ranked, into b->mixed; returns the first index that is not finite. */
-static size_t load_values(const pass *p, obm__block *b, uint64_t begin, size_t n) {
+static size_t load_values(const obm__group *g, size_t model, obm__block *b, uint64_t begin, size_t n) {
     b->begin = begin;
     b->n = n;
-    if (p->model == OBM_BY_SCORE) {
+    if (model == OBM_BY_SCORE) {
         size_t bad = obm__block_load(b);
-        if (bad == n) p->g->steps->method->custom->score(b, b->mixed);
+        if (bad == n) g->steps->method->custom->score(b, b->mixed);
         return bad;
     }
-    if (!obm__group_is_plain(p->g, p->model)) obm__group_base(p->k, p->g, begin, n, b->base, b->scratch);
-    return obm__group_delta(p->k, p->g, p->model, begin, n, b->base, b->mixed, b->scratch);
+    if (!obm__group_is_plain(g, model)) obm__group_base(b->k, g, begin, n, b->base, b->scratch);
+    return obm__group_delta(b->k, g, model, begin, n, b->base, b->mixed, b->scratch);
 }
 
-/* Counts of one block into the worker's histogram, or into the records of the block; returns the first index that is
- * not finite. */
-static size_t count_values(const pass *p, obm__block *block, uint64_t begin, size_t n, uint32_t *here,
-                           uint32_t *histogram) {
-    const float *d = block->mixed;
-    size_t bad = load_values(p, block, begin, n);
+/* The counts of one block from each bound of a target on; returns the first index that is not finite. */
+static size_t count_from_bounds(const pass *p, const target *t, bool plain, obm__block *block, uint64_t begin, size_t n,
+                                uint32_t *here) {
+    uint16_t high[BOUNDS];
+    uint32_t bounds[BOUNDS];
+    for (size_t i = 0; i < BOUNDS; i++) high[i] = (uint16_t)t->bounds[i], bounds[i] = t->bounds[i] << 16;
+    if (plain) {
+        obm__plain d = obm__group_plain(p->g, t->model, begin);
+        return p->k->count_bf16(here, high, d.model, d.base, d.round, n);
+    }
+    size_t bad = load_values(p->g, t->model, block, begin, n);
+    if (bad == n) p->k->count_from(here, bounds, block->mixed, n);
+    return bad;
+}
+
+/* Lower halves of one block into the worker's histogram, or the elements equal to the threshold into the record of the
+ * block; returns the first index that is not finite. */
+static size_t count_values(const pass *p, obm__block *block, uint64_t begin, size_t n, uint32_t *histogram) {
+    size_t bad = load_values(p->g, p->model, block, begin, n);
     if (bad < n) return bad;
-    if (p->what == COUNT_BOUNDS)
-        p->k->count_from(here, p->bounds, d, n);
-    else if (p->what == COUNT_LOW)
-        p->k->low_histogram(histogram, p->high, d, n);
+    if (p->what == COUNT_LOW)
+        p->k->low_histogram(histogram, p->high, block->mixed, n);
     else
-        p->equal[begin / OBM_MERGE_BLOCK] = count_equal(p->k, p->bits, d, n);
+        p->equal[begin / OBM_MERGE_BLOCK] = count_equal(p->k, p->bits, block->mixed, n);
     return n;
 }
 
 /* The same straight from the files' bytes.  Few elements share an upper half, so those equal to the threshold are what
  * one bin of the lower ones gains, whatever it held before. */
-static size_t count_plain(const pass *p, uint64_t begin, size_t n, uint32_t *here, uint32_t *histogram) {
+static size_t count_plain(const pass *p, uint64_t begin, size_t n, uint32_t *histogram) {
     obm__plain t = obm__group_plain(p->g, p->model, begin);
-    uint16_t high[BOUNDS];
-    if (p->what == COUNT_BOUNDS) {
-        for (size_t i = 0; i < BOUNDS; i++) high[i] = (uint16_t)(p->bounds[i] >> 16);
-        return p->k->count_bf16(here, high, t.model, t.base, t.round, n);
-    }
     uint32_t *bin = histogram + (p->bits & 0xffff), before = *bin;
     size_t bad = p->k->low_bf16(histogram, p->high, t.model, t.base, n);
     if (p->what == COUNT_EQUAL) p->equal[begin / OBM_MERGE_BLOCK] = *bin - before;
     return bad;
 }
 
-static bool counts_plainly(const pass *p) {
-    if (p->model == OBM_BY_SCORE || !obm__group_is_plain(p->g, p->model)) return false;
-    return p->what == COUNT_BOUNDS || !obm__group_plain(p->g, p->model, 0).round;
-}
+static bool is_plain(const pass *p, size_t model) { return model != OBM_BY_SCORE && obm__group_is_plain(p->g, model); }
 
 static void count_blocks(void *arg, size_t first, size_t last, int worker) {
     pass *p = arg;
     obm__block block = obm__block_of(p->scratch, p->k, p->g, worker);
     uint32_t *histogram = p->histogram + (size_t)worker * p->stride;
-    bool plain = counts_plainly(p);
+    bool plain = is_plain(p, p->model) && !obm__group_plain(p->g, p->model, 0).round;
     obm__group_populate(p->g, p->model, p->begin + first * OBM_MERGE_BLOCK, p->begin + last * OBM_MERGE_BLOCK);
     for (size_t b = first; b < last; b++) {
         uint64_t begin = p->begin + (uint64_t)b * OBM_MERGE_BLOCK;
-        size_t n = p->end - begin < OBM_MERGE_BLOCK ? (size_t)(p->end - begin) : OBM_MERGE_BLOCK, bad;
-        uint32_t here[BOUNDS] = {0};
-        bad = plain ? count_plain(p, begin, n, here, histogram) : count_values(p, &block, begin, n, here, histogram);
+        size_t n = p->end - begin < OBM_MERGE_BLOCK ? (size_t)(p->end - begin) : OBM_MERGE_BLOCK;
+        size_t bad = plain ? count_plain(p, begin, n, histogram) : count_values(p, &block, begin, n, histogram);
         if (bad < n) obm__note_lowest(&p->bad, begin + bad);
-        if (p->what != COUNT_BOUNDS) continue;
-        for (size_t i = 0; i < BOUNDS; i++) histogram[i] += here[i];
-        for (size_t i = 0; p->from && i < BOUNDS; i++) p->from[begin / OBM_MERGE_BLOCK][i] = (uint16_t)here[i];
+    }
+}
+
+static void bound_blocks(void *arg, size_t first, size_t last, int worker) {
+    pass *p = arg;
+    obm__block block = obm__block_of(p->scratch, p->k, p->g, worker);
+    obm__group_populate(p->g, p->n_targets == 1 ? p->targets[0]->model : SIZE_MAX, p->begin + first * OBM_MERGE_BLOCK,
+                        p->begin + last * OBM_MERGE_BLOCK);
+    for (size_t b = first; b < last; b++) {
+        uint64_t begin = p->begin + (uint64_t)b * OBM_MERGE_BLOCK;
+        size_t n = p->end - begin < OBM_MERGE_BLOCK ? (size_t)(p->end - begin) : OBM_MERGE_BLOCK;
+        for (size_t i = 0; i < p->n_targets; i++) {
+            const target *t = p->targets[i];
+            uint32_t here[BOUNDS] = {0}, *counts = p->histogram + (size_t)worker * p->stride + i * BOUNDS;
+            size_t bad = count_from_bounds(p, t, is_plain(p, t->model), &block, begin, n, here);
+            if (bad < n) obm__note_lowest(&p->bad, begin + bad);
+            for (size_t k = 0; k < BOUNDS; k++) counts[k] += here[k];
+            for (size_t k = 0; t->from && k < BOUNDS; k++) t->from[begin / OBM_MERGE_BLOCK][k] = (uint16_t)here[k];
+        }
     }
 }
 
@@ -136,7 +177,7 @@ static obm_status count_group(const selection *s, pass *p, obm_error *err) {
     for (p->begin = 0; p->begin < p->g->count; p->begin = p->end) {
         p->end = p->g->count - p->begin < OBM_MERGE_SPAN ? p->g->count : p->begin + OBM_MERGE_SPAN;
         obm__parallel(s->run->ctx, (size_t)((p->end - p->begin + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK), 1,
-                      count_blocks, p);
+                      p->what == COUNT_BOUNDS ? bound_blocks : count_blocks, p);
         if (p->bad != UINT64_MAX) return obm__group_bad(p->k, p->g, p->bad, err);
         flush_histograms(s, p);
         /* Of a small tensor the next pass finds the pages there, and the last one lets them go. */
@@ -147,31 +188,37 @@ static obm_status count_group(const selection *s, pass *p, obm_error *err) {
 }
 
 static pass pass_of(const selection *s, obm__group *g, count_what what) {
-    return (pass){
-        .k = s->run->ctx->k, .g = g, .model = s->model, .what = what, .scratch = s->scratch, .histogram = s->histogram};
+    return (pass){.k = s->run->ctx->k,
+                  .g = g,
+                  .what = what,
+                  .scratch = s->scratch,
+                  .histogram = s->histogram,
+                  .stride = LOW_BINS};
 }
 
-static obm_status count_low(const selection *s, uint32_t high, obm_error *err) {
+static obm_status count_low(const selection *s, size_t model, uint32_t high, obm_error *err) {
     memset(s->total, 0, LOW_BINS * sizeof *s->total);
     for (size_t i = 0; i < s->n_groups; i++) {
         pass p = pass_of(s, &s->groups[i], COUNT_LOW);
+        p.model = model;
         p.high = high;
-        p.bins = p.stride = LOW_BINS;
+        p.bins = LOW_BINS;
         OBM_TRY(count_group(s, &p, err));
     }
     return OBM_OK;
 }
 
-/* high: (BOUNDS) rising upper halves; s->total gets how many elements are from each of them on. */
-static obm_status count_bounds(const selection *s, const uint32_t *high, obm_error *err) {
-    memset(s->total, 0, BOUNDS * sizeof *s->total);
+/* How many elements are from each bound of the targets on. */
+static obm_status count_bounds(const selection *s, target *const *targets, size_t n, obm_error *err) {
+    memset(s->total, 0, n * BOUNDS * sizeof *s->total);
     for (size_t i = 0; i < s->n_groups; i++) {
         pass p = pass_of(s, &s->groups[i], COUNT_BOUNDS);
-        p.bins = p.stride = BOUNDS;
-        p.from = s->from;
-        for (size_t k = 0; k < BOUNDS; k++) p.bounds[k] = high[k] << 16;
+        p.targets = targets;
+        p.n_targets = n;
+        p.bins = n * BOUNDS;
         OBM_TRY(count_group(s, &p, err));
     }
+    for (size_t i = 0; i < n; i++) memcpy(targets[i]->total, s->total + i * BOUNDS, sizeof targets[i]->total);
     return OBM_OK;
 }
 
@@ -180,7 +227,8 @@ static obm_status count_bounds(const selection *s, const uint32_t *high, obm_err
 typedef struct sample {
     const selection *s;
     uint64_t count; /* elements of all groups */
-    uint32_t *high; /* (SAMPLE_RUNS, SAMPLE_RUN) upper halves, HIGH_END where there is none */
+    size_t runs;
+    uint16_t *high; /* (n_targets, runs, SAMPLE_RUN) upper halves, HIGH_END where there is none */
 } sample;
 
 /* Runs of neighbours at even distances: pages are what reading costs. */
@@ -188,105 +236,128 @@ static void sample_runs(void *arg, size_t first, size_t last, int worker) {
     const sample *t = arg;
     const selection *s = t->s;
     for (size_t r = first; r < last; r++) {
-        uint32_t *high = t->high + r * SAMPLE_RUN;
-        uint64_t at = t->count / SAMPLE_RUNS * r;
+        uint64_t at = t->count / t->runs * r;
         size_t g = 0;
         while (g + 1 < s->n_groups && at >= s->groups[g].count) at -= s->groups[g++].count;
-        pass p = pass_of(s, &s->groups[g], COUNT_BOUNDS);
-        obm__block block = obm__block_of(p.scratch, p.k, p.g, worker);
-        size_t n = p.g->count - at < SAMPLE_RUN ? (size_t)(p.g->count - at) : SAMPLE_RUN;
-        size_t bad = load_values(&p, &block, at, n); /* the error is the counting pass's */
-        for (size_t i = 0; i < SAMPLE_RUN; i++)
-            high[i] = i < n && bad == n ? magnitude_bits(block.mixed[i]) >> 16 : HIGH_END;
+        const obm__group *group = &s->groups[g];
+        obm__block block = obm__block_of(s->scratch, s->run->ctx->k, group, worker);
+        size_t n = group->count - at < SAMPLE_RUN ? (size_t)(group->count - at) : SAMPLE_RUN;
+        for (size_t m = 0; m < s->n_targets; m++) {
+            uint16_t *high = t->high + (m * t->runs + r) * SAMPLE_RUN;
+            size_t bad = load_values(group, s->targets[m].model, &block, at, n); /* the error is the counting pass's */
+            for (size_t i = 0; i < n; i++) high[i] = (uint16_t)(magnitude_bits(block.mixed[i]) >> 16);
+            for (size_t i = bad == n ? n : 0; i < SAMPLE_RUN; i++) high[i] = HIGH_END;
+        }
     }
 }
 
-/* The range [*low, *end) of upper halves in which the n-th largest of `count` lies very likely: 4 standard deviations
- * of its rank in the sample around where it should be, and 3 more patterns for neighbours that are not independent. */
-static obm_status guess_range(const selection *s, uint64_t count, uint64_t n, uint32_t *low, uint32_t *end,
-                              obm_error *err) {
-    sample t = {s, count, obm__alloc((size_t)SAMPLE_RUNS * SAMPLE_RUN, sizeof *t.high)};
-    if (!t.high) return obm__fail_nomem(err, SAMPLE_RUNS * SAMPLE_RUN * sizeof *t.high);
-    obm__parallel(s->run->ctx, SAMPLE_RUNS, 1, sample_runs, &t);
-    uint32_t size = 0;
+/* The range [low, end) of upper halves in which the rest-th largest of `count` lies very likely: 4 standard deviations
+ * of its rank in the sample around where it should be. */
+static void guess_range(const selection *s, const uint16_t *high, size_t n, uint64_t count, target *t) {
+    size_t size = 0;
     memset(s->histogram, 0, (HIGH_END + 1) * sizeof *s->histogram);
-    for (size_t i = 0; i < (size_t)SAMPLE_RUNS * SAMPLE_RUN; i++)
-        s->histogram[t.high[i]]++, size += t.high[i] < HIGH_END;
-    double share = (double)n / (double)count, spread = 4 * sqrt(share * (1 - share) * (double)size) + 1;
+    for (size_t i = 0; i < n; i++) s->histogram[high[i]]++, size += high[i] < HIGH_END;
+    double share = (double)t->rest / (double)count, spread = 4 * sqrt(share * (1 - share) * (double)size) + 1;
     double rank = share * (double)size, above = 0;
-    *end = HIGH_END;
-    *low = 0;
     for (uint32_t bin = HIGH_END; bin-- > 0;) {
         above += s->histogram[bin];
-        if (above < rank - spread) *end = bin;
+        if (above < rank - spread) t->end = bin;
         if (above < rank + spread) continue;
-        *low = bin;
+        t->low = bin;
         break;
     }
+}
+
+static obm_status guess_ranges(selection *s, uint64_t count, obm_error *err) {
+    uint64_t runs = count / (16 * SAMPLE_RUN), most = count / (2 * SAMPLE_RUN);
+    runs = runs < SAMPLE_LEAST ? SAMPLE_LEAST : runs > SAMPLE_MOST ? SAMPLE_MOST : runs;
+    sample t = {.s = s, .count = count, .runs = (size_t)(runs < most ? runs : most)};
+    if (t.runs == 0) return OBM_OK;
+    size_t each = t.runs * SAMPLE_RUN, bytes = s->n_targets * each * sizeof *t.high;
+    t.high = obm__alloc(s->n_targets, each * sizeof *t.high);
+    if (!t.high) return obm__fail_nomem(err, bytes);
+    obm__parallel(s->run->ctx, t.runs, 1, sample_runs, &t);
+    for (size_t m = 0; m < s->n_targets; m++)
+        if (s->targets[m].rest < count) guess_range(s, t.high + m * each, each, count, &s->targets[m]);
     obm_free(t.high);
     return OBM_OK;
 }
 
 /* ---- the upper half ---- */
 
-/* The range that is known to hold the upper half: at least n elements are from `low` on, fewer from `end` on. */
-typedef struct range {
-    uint32_t low, end;
-    uint64_t from_low, from_end;
-} range;
+/* The range that is likely, or the known one where it turned out to be elsewhere. */
+static void narrow_guess(target *t) {
+    if (t->low < t->known.low) t->low = t->known.low;
+    if (t->end > t->known.end) t->end = t->known.end;
+    if (t->low < t->end) return;
+    t->low = t->known.low;
+    t->end = t->known.end;
+}
 
-/* BOUNDS rising bounds inside (low, end], even apart, all of them where there are few. */
-static void choose_bounds(uint32_t low, uint32_t end, uint32_t *high) {
-    uint32_t width = end - low;
+/* Rising bounds: all from low to end, so that both are known to hold; of somewhat more the middle ones, since it is
+ * likely there, and far fewer of many. */
+static void choose_bounds(target *t) {
+    narrow_guess(t);
+    uint32_t n = t->end - t->low + 1;
     for (uint32_t k = 0; k < BOUNDS; k++) {
-        uint32_t step = width <= BOUNDS ? k + 1 : (uint32_t)((uint64_t)width * (k + 1) / (BOUNDS + 1));
-        high[k] = low + (step < width ? step : width);
+        uint32_t step = n <= BOUNDS       ? (k < n ? k : n - 1)
+                        : n <= 2 * BOUNDS ? (n - BOUNDS) / 2 + k
+                                          : (uint32_t)((uint64_t)n * (k + 1) / (BOUNDS + 1));
+        t->bounds[k] = t->low + step;
     }
 }
 
-static void narrow_range(const selection *s, const uint32_t *high, uint64_t n, range *r) {
+static bool narrow_range(target *t) {
+    range *r = &t->known;
     for (size_t k = 0; k < BOUNDS; k++) {
-        if (high[k] <= r->low || high[k] >= r->end) continue;
-        if (s->total[k] >= n) {
-            r->low = high[k];
-            r->from_low = s->total[k];
+        if (t->bounds[k] <= r->low || t->bounds[k] >= r->end) continue;
+        if (t->total[k] >= t->rest) {
+            r->low = t->bounds[k];
+            r->from_low = t->total[k];
         } else {
-            r->end = high[k];
-            r->from_end = s->total[k];
+            r->end = t->bounds[k];
+            r->from_end = t->total[k];
         }
     }
+    return r->end - r->low == 1;
 }
 
-static size_t bound_of(const uint32_t *high, uint32_t bound) {
+/* Per block there is what lies from one bound on less what lies from the next. */
+static size_t bound_of(const target *t) {
     size_t k = 0;
-    while (k < BOUNDS && high[k] != bound) k++;
-    return k;
+    while (k < BOUNDS && t->bounds[k] != t->known.low) k++;
+    return k + 1 < BOUNDS && t->bounds[k + 1] == t->known.end ? k : BOUNDS;
 }
 
-/* The upper half of the *rest-th largest; *rest becomes how many with this half are wanted, s->equal how many there
- * are. */
-static obm_status find_high(selection *s, uint64_t *rest, uint32_t *out, obm_error *err) {
-    range r = {.low = 0, .end = HIGH_END};
-    for (size_t i = 0; i < s->n_groups; i++) r.from_low += s->groups[i].count;
-    uint32_t low = 0, end = HIGH_END, high[BOUNDS];
-    if (*rest < r.from_low && r.from_low > 2 * SAMPLE_RUNS * SAMPLE_RUN)
-        OBM_TRY(guess_range(s, r.from_low, *rest, &low, &end, err));
-    /* A bound below the range and one above it, so that both are known to hold. */
-    low -= low > 0;
-    do {
-        choose_bounds(low, end, high);
-        if (low > r.low) memmove(high + 1, high, (BOUNDS - 1) * sizeof *high), high[0] = low;
-        OBM_TRY(count_bounds(s, high, err));
-        narrow_range(s, high, *rest, &r);
-        low = r.low;
-        end = r.end;
-    } while (r.end - r.low > 1);
-    /* Per block there is what lies from one bound on less what lies from the next. */
-    s->bound = bound_of(high, r.low);
-    if (s->bound + 1 >= BOUNDS || high[s->bound + 1] != r.end) s->bound = BOUNDS;
-    s->equal = r.from_low - r.from_end;
-    *rest -= *rest < r.from_end ? *rest : r.from_end;
-    *out = r.low;
+/* The upper half of every target, as known.low. */
+static obm_status find_highs(selection *s, obm_error *err) {
+    target *open[OBM__PICKS];
+    uint64_t count = 0;
+    size_t n_open = s->n_targets;
+    for (size_t i = 0; i < s->n_groups; i++) count += s->groups[i].count;
+    for (size_t i = 0; i < n_open; i++) {
+        open[i] = &s->targets[i];
+        open[i]->known = (range){.end = HIGH_END, .from_low = count};
+        open[i]->end = HIGH_END;
+    }
+    OBM_TRY(guess_ranges(s, count, err));
+    while (n_open) {
+        size_t left = 0;
+        for (size_t i = 0; i < n_open; i++) choose_bounds(open[i]);
+        OBM_TRY(count_bounds(s, open, n_open, err));
+        for (size_t i = 0; i < n_open; i++) {
+            target *t = open[i];
+            const range *r = &t->known;
+            if (!narrow_range(t)) {
+                open[left++] = t;
+                continue;
+            }
+            t->bound = bound_of(t);
+            t->equal = r->from_low - r->from_end;
+            t->rest -= t->rest < r->from_end ? t->rest : r->from_end;
+        }
+        n_open = left;
+    }
     return OBM_OK;
 }
 
@@ -298,30 +369,32 @@ static uint32_t decisive_bin(const uint64_t *total, size_t bins, uint64_t *rest)
 }
 
 /* bf16 values have no bits below the upper 15, so the first histogram tells all. */
-static bool high_bits_suffice(const selection *s) {
-    if (s->model == OBM_BY_SCORE) return false;
+static bool high_bits_suffice(const selection *s, size_t model) {
+    if (model == OBM_BY_SCORE) return false;
     for (size_t i = 0; i < s->n_groups; i++)
         if (s->groups[i].work != OBM_BF16 || !s->groups[i].steps->round_deltas) return false;
     return true;
 }
 
-/* Cuts of one group when `*rest` more equal elements may stay; counts them only if it has to. */
-static obm_status share_equal(const selection *s, obm__group *g, uint32_t bits, uint64_t *rest, obm_error *err) {
-    obm__cut *cut = &g->cuts[s->model == OBM_BY_SCORE ? 0 : s->model];
+static obm__cut *cut_of(const obm__group *g, size_t model) { return &g->cuts[model == OBM_BY_SCORE ? 0 : model]; }
+
+/* Cuts of one group when t->rest more equal elements may stay; counts them only if it has to. */
+static obm_status share_equal(const selection *s, obm__group *g, uint32_t bits, target *t, obm_error *err) {
+    obm__cut *cut = cut_of(g, t->model);
     size_t blocks = (size_t)((g->count + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK);
     *cut = (obm__cut){.bits = bits};
-    if (*rest == 0 || blocks == 0) return OBM_OK;
+    if (t->rest == 0 || blocks == 0) return OBM_OK;
     uint64_t *before = obm__alloc(blocks + 1, sizeof *before);
     if (!before) return obm__fail_nomem(err, blocks * sizeof *before);
     pass p = pass_of(s, g, COUNT_EQUAL);
+    p.model = t->model;
     p.bits = bits;
     p.high = bits >> 16;
-    p.stride = LOW_BINS;
     p.equal = before;
     obm_status status = OBM_OK;
-    for (size_t b = 0; s->from && s->bound < BOUNDS && b < blocks; b++)
-        before[b] = (uint64_t)s->from[b][s->bound] - s->from[b][s->bound + 1];
-    if (!s->from || s->bound == BOUNDS) status = count_group(s, &p, err);
+    bool known = t->from && t->bound < BOUNDS;
+    for (size_t b = 0; known && b < blocks; b++) before[b] = (uint64_t)t->from[b][t->bound] - t->from[b][t->bound + 1];
+    if (!known) status = count_group(s, &p, err);
     uint64_t total = 0;
     for (size_t b = 0; status == OBM_OK && b < blocks; b++) {
         uint64_t here = before[b];
@@ -329,53 +402,53 @@ static obm_status share_equal(const selection *s, obm__group *g, uint32_t bits, 
         total += here;
     }
     before[blocks] = total;
-    bool partial = status == OBM_OK && total > *rest;
-    cut->equal = partial ? *rest : UINT64_MAX;
+    bool partial = status == OBM_OK && total > t->rest;
+    cut->equal = partial ? t->rest : UINT64_MAX;
     cut->before = partial ? before : NULL;
     if (!partial) obm_free(before);
-    *rest -= total < *rest ? total : *rest;
+    t->rest -= total < t->rest ? total : t->rest;
     return status;
 }
 
-/* The pattern of the *rest-th largest; *rest becomes how many of that pattern are wanted. */
-static obm_status find_threshold(selection *s, uint64_t *rest, uint32_t *bits, obm_error *err) {
-    uint32_t high;
-    OBM_TRY(find_high(s, rest, &high, err));
-    *bits = high << 16;
-    if (high_bits_suffice(s) || s->equal == 0) return OBM_OK;
-    s->bound = BOUNDS;
-    OBM_TRY(count_low(s, high, err));
-    uint32_t low = decisive_bin(s->total, LOW_BINS, rest);
+/* The pattern that a target's upper half begins; its `rest` and `equal` then are of that pattern. */
+static obm_status find_threshold(const selection *s, target *t, uint32_t *bits, obm_error *err) {
+    *bits = t->known.low << 16;
+    if (high_bits_suffice(s, t->model) || t->equal == 0) return OBM_OK;
+    t->bound = BOUNDS;
+    OBM_TRY(count_low(s, t->model, t->known.low, err));
+    uint32_t low = decisive_bin(s->total, LOW_BINS, &t->rest);
     *bits |= low;
-    s->equal = s->total[low];
+    t->equal = s->total[low];
     return OBM_OK;
 }
 
-static obm_status select_run(selection *s, uint64_t n_keep, obm_error *err) {
-    uint64_t rest = n_keep;
+static obm_status find_cut(const selection *s, target *t, obm_error *err) {
     uint32_t bits;
-    OBM_TRY(find_threshold(s, &rest, &bits, err));
+    OBM_TRY(find_threshold(s, t, &bits, err));
+    bool all = t->rest == t->equal;
     for (size_t i = 0; i < s->n_groups; i++) {
-        obm__cut *cut = &s->groups[i].cuts[s->model == OBM_BY_SCORE ? 0 : s->model];
-        if (rest == s->equal) {
-            *cut = (obm__cut){.bits = bits, .equal = UINT64_MAX};
-        } else {
-            OBM_TRY(share_equal(s, &s->groups[i], bits, &rest, err));
-        }
+        if (all)
+            *cut_of(&s->groups[i], t->model) = (obm__cut){.bits = bits, .equal = UINT64_MAX};
+        else
+            OBM_TRY(share_equal(s, &s->groups[i], bits, t, err));
     }
     return OBM_OK;
 }
 
-static obm_status selection_new(selection *s, obm_error *err) {
+static obm_status selection_new(selection *s, const obm__pick *picks, obm_error *err) {
     size_t threads = (size_t)s->run->ctx->threads, scratch = obm__group_scratch(s->groups[0].steps->n);
     s->scratch = obm__alloc(threads, scratch);
     s->histogram = obm__alloc(threads * LOW_BINS, sizeof *s->histogram);
     s->total = obm__alloc(LOW_BINS, sizeof *s->total);
-    s->bound = BOUNDS;
-    /* With several groups these records would add up. */
+    bool all = s->scratch && s->histogram && s->total;
+    /* With several groups the records of blocks would add up. */
     size_t blocks = s->n_groups == 1 ? (size_t)((s->groups[0].count + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK) : 0;
-    if (blocks) s->from = obm__alloc(blocks, sizeof *s->from);
-    bool all = s->scratch && s->histogram && s->total && (s->from || !blocks);
+    for (size_t i = 0; i < s->n_targets; i++) {
+        target *t = &s->targets[i];
+        *t = (target){.model = picks[i].model, .rest = picks[i].n, .bound = BOUNDS};
+        if (blocks) t->from = obm__alloc(blocks, sizeof *t->from);
+        all = all && (t->from || !blocks);
+    }
     return all ? OBM_OK : obm__fail_nomem(err, threads * (scratch + LOW_BINS * 4));
 }
 
@@ -383,24 +456,31 @@ static void selection_clear(selection *s) {
     obm_free(s->scratch);
     obm_free(s->histogram);
     obm_free(s->total);
-    obm_free(s->from);
+    for (size_t i = 0; i < s->n_targets; i++) obm_free(s->targets[i].from);
 }
 
-obm_status obm__select(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, uint64_t n_keep,
-                       obm_error *err) {
-    selection s = {.run = run, .groups = groups, .n_groups = n_groups, .model = model};
-    obm_status status = selection_new(&s, err);
-    if (status == OBM_OK) status = select_run(&s, n_keep, err);
+obm_status obm__select_each(const obm__run *run, obm__group *groups, size_t n_groups, const obm__pick *picks,
+                            size_t n_picks, obm_error *err) {
+    selection s = {.run = run, .groups = groups, .n_groups = n_groups, .n_targets = n_picks};
+    obm_status status = selection_new(&s, picks, err);
+    if (status == OBM_OK) status = find_highs(&s, err);
+    for (size_t i = 0; status == OBM_OK && i < n_picks; i++) status = find_cut(&s, &s.targets[i], err);
     selection_clear(&s);
     return status;
 }
 
+obm_status obm__select(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, uint64_t n_keep,
+                       obm_error *err) {
+    return obm__select_each(run, groups, n_groups, &(obm__pick){model, n_keep}, 1, err);
+}
+
 obm_status obm__select_value(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, uint64_t n,
                              float *out, obm_error *err) {
-    selection s = {.run = run, .groups = groups, .n_groups = n_groups, .model = model};
+    selection s = {.run = run, .groups = groups, .n_groups = n_groups, .n_targets = 1};
     uint32_t bits = 0;
-    obm_status status = selection_new(&s, err);
-    if (status == OBM_OK) status = find_threshold(&s, &n, &bits, err);
+    obm_status status = selection_new(&s, &(obm__pick){model, n}, err);
+    if (status == OBM_OK) status = find_highs(&s, err);
+    if (status == OBM_OK) status = find_threshold(&s, &s.targets[0], &bits, err);
     if (status == OBM_OK) memcpy(out, &bits, sizeof *out);
     selection_clear(&s);
     return status;

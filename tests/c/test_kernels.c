@@ -430,7 +430,8 @@ static size_t reference_deltas(const obm__tile *tile, size_t n, float *d) {
 }
 
 static void check_tile(const obm_kernels *k, bench *t, size_t n, int kinds) {
-    static const float weights[] = {0.5f, -0.25f, 1.5f, 0.7f, 3}, ones[] = {1, 1, 1, 1, 1};
+    static const float signed_weights[] = {0.5f, -0.25f, 1.5f, 0.7f, 3}, ones[] = {1, 1, 1, 1, 1};
+    static const float positive_weights[] = {0.5f, 0.3f, 0.4f, 0x1p-60f, 1e-30f};
     static const float factors[] = {5, 1, 0.3f, 1, 2};
     const uint32_t least[] = {0, bits_of(0.005f), 1, 0x80000000u, bits_of(0.01f)};
     uint16_t *all = at_end(&t->a, n * 2 * TILE_MODELS), *base = at_end(&t->b, n * 2), *out = at_end(&t->c, n * 2);
@@ -444,7 +445,8 @@ static void check_tile(const obm_kernels *k, bench *t, size_t n, int kinds) {
     random_bf16(base, n, kinds);
     for (size_t i = 0; i < 2 * bytes; i++) masks[i] = (uint8_t)next_random();
     for (size_t m = 0; m < TILE_MODELS; m++) models[m] = all + m * n;
-    for (unsigned form = 0; form < 64; form++) {
+    for (unsigned form = 0; form < 128; form++) {
+        const float *weights = form >> 6 ? positive_weights : signed_weights;
         obm__tile tile = {.models = models,
                           .base = form & 1 ? base : NULL,
                           .count = form % TILE_MODELS + 1,
@@ -457,7 +459,7 @@ static void check_tile(const obm_kernels *k, bench *t, size_t n, int kinds) {
                           .zero_sign = form & 4 ? -1.0f : 1.0f,
                           .divisor = form & 2 ? 1.7f : 1,
                           .round = form >> 4 & 1,
-                          .agree = form >> 5,
+                          .agree = form >> 5 & 1,
                           .normalize = form >> 1 & 1};
         size_t first = reference_deltas(&tile, n, d);
         for (size_t i = 0; base && i < n; i++) wide[i] = (float)small_float(base[i], 8, 7);
