@@ -90,6 +90,19 @@ FN static inline float lanes_sum(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
+/* The same sums of four vectors, halves and quarters of two at a time. */
+#define HSUM_4(p, a, b, c, d) _mm_storeu_ps(p, lanes_sum_4(a, b, c, d))
+FN static inline __m128 lanes_sum_4(__m256 a, __m256 b, __m256 c, __m256 d) {
+    __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    __m256 cd = _mm256_add_ps(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));
+    __m256 two =
+        _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee)); /* a a c c | b b d d */
+    __m128 ac = _mm256_castps256_ps128(two), bd = _mm256_extractf128_ps(two, 1);
+    __m128 even = _mm_shuffle_ps(ac, bd, 0x88), odd = _mm_shuffle_ps(ac, bd, 0xdd); /* a c b d */
+    __m128 sums = _mm_add_ps(even, odd);
+    return _mm_shuffle_ps(sums, sums, 0xd8);
+}
+
 #define W __m256i
 #define LOAD_W(p) LOAD_256(p)
 #define STORE_W(p, w) _mm256_storeu_si256((__m256i *)(void *)(p), w)
@@ -103,6 +116,13 @@ FN static inline float lanes_sum(__m256 v) {
         a = IN_ORDER(_mm256_shuffle_ps(low, high, 0x88)); \
         b = IN_ORDER(_mm256_shuffle_ps(low, high, 0xdd)); \
     } while (0)
+
+/* Pairs are added in the order of IN_ORDER's input. */
+#define ADD_PAIRS(a, b) add_pairs(a, b)
+FN static inline __m256 add_pairs(__m256 a, __m256 b) {
+    __m256 sums = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+    return IN_ORDER(sums);
+}
 
 #define B __m256i
 #define BL 32

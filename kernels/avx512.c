@@ -79,20 +79,26 @@ FN static inline float lanes_sum(__m512 v) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
+#define HSUM_4(p, a, b, c, d) ((p)[0] = HSUM(a), (p)[1] = HSUM(b), (p)[2] = HSUM(c), (p)[3] = HSUM(d))
+
 #define W __m512i
 #define LOAD_W(p) LOAD_512(p)
 #define STORE_W(p, w) _mm512_storeu_si512((void *)(p), w)
 #define EVEN_W(w) _mm512_castsi512_ps(_mm512_slli_epi32(w, 16))
 #define ODD_W(w) _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000)))
 /* Indices 16 and up of the two-source permute select from the second vector. */
-#define SPLIT_EVEN_ODD(p, a, b)                                                                            \
-    do {                                                                                                   \
-        __m512 low = LOAD(p), high = LOAD((p) + 16);                                                       \
-        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30); \
-        const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);  \
-        a = _mm512_permutex2var_ps(low, even, high);                                                       \
-        b = _mm512_permutex2var_ps(low, odd, high);                                                        \
+#define EVEN_OF(a, b) \
+    _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), b)
+#define ODD_OF(a, b) \
+    _mm512_permutex2var_ps(a, _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31), b)
+#define SPLIT_EVEN_ODD(p, a, b)                      \
+    do {                                             \
+        __m512 low = LOAD(p), high = LOAD((p) + 16); \
+        a = EVEN_OF(low, high);                      \
+        b = ODD_OF(low, high);                       \
     } while (0)
+#define ADD_PAIRS(a, b) add_pairs(a, b)
+FN static inline __m512 add_pairs(__m512 a, __m512 b) { return _mm512_add_ps(EVEN_OF(a, b), ODD_OF(a, b)); }
 
 #define B __m512i
 #define BL 64

@@ -115,6 +115,8 @@ static inline float lanes_sum(V v) {
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
 }
 
+#define HSUM_4(p, a, b, c, d) ((p)[0] = HSUM(a), (p)[1] = HSUM(b), (p)[2] = HSUM(c), (p)[3] = HSUM(d))
+
 #define W uint16x8x2_t
 #define LOAD_W(p) ((W){{vld1q_u16(p), vld1q_u16((p) + 8)}})
 #define STORE_W(p, w) (vst1q_u16(p, (w).val[0]), vst1q_u16((p) + 8, (w).val[1]))
@@ -135,6 +137,8 @@ static inline V odd_bf16(uint16x8_t a, uint16x8_t b) {
         a = pair(low.val[0], high.val[0]);                           \
         b = pair(low.val[1], high.val[1]);                           \
     } while (0)
+#define ADD_PAIRS(a, b) add_pairs(a, b)
+static inline V add_pairs(V a, V b) { return pair(vpaddq_f32(a.val[0], a.val[1]), vpaddq_f32(b.val[0], b.val[1])); }
 
 #define B uint8x16_t
 #define BL 16

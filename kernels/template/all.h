@@ -4,6 +4,7 @@
  *   W, LOAD_W(p)                     2 * VL bf16;   EVEN_W(w) ODD_W(w) the even and the odd ones, widened, in order
  *   Z12_ENCODE GEMM_PACK             the table's z12_encode and gemm_pack
  *   SPLIT_EVEN_ODD(p, a, b)          2 * VL floats in the same order
+ *   ADD_PAIRS(a, b)                  the even lanes of a, then those of b, and to each its odd neighbour added
  */
 #include "elementwise.h"
 
@@ -15,6 +16,7 @@
 #define ROWS_SPLITS 1
 #define BATCH_NAME NAME(batch_bf16)
 #define BATCH_LOAD LOAD_BF16
+#define BATCH_JOIN ADD_PAIRS
 #include "rows.h"
 
 #define ROWS_NAME NAME(rows_f16)
@@ -24,6 +26,7 @@
 #define ROWS_SPLITS 0
 #define BATCH_NAME NAME(batch_f16)
 #define BATCH_LOAD LOAD_F16
+#define BATCH_JOIN ADD
 #include "rows.h"
 
 #define ROWS_NAME NAME(rows_f32)
@@ -33,6 +36,7 @@
 #define ROWS_SPLITS 0
 #define BATCH_NAME NAME(batch_f32)
 #define BATCH_LOAD LOAD
+#define BATCH_JOIN ADD
 #include "rows.h"
 
 #include "exp.h"

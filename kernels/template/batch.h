@@ -1,7 +1,7 @@
 /*
  * Dense rows times several vectors, included by rows.h.  Columns keep their order here, since splitting x as rows.h
  * does would cost as many shuffles as multiplications.  In either order each column modulo 2 * VL has a chain of sums
- * of its own; splitting the finished chains gives rows.h's lanes, so the results have the same bits.
+ * of its own; joining the finished chains gives rows.h's lanes, so the results have the same bits.
  *
  * Four vectors by two rows: eight chains at a time, as many as hide the latency of a multiplication, so the first half
  * of every step runs through a stretch of columns and then the second half does.  Fewer vectors run both halves at
@@ -9,6 +9,8 @@
  *
  *   BATCH_NAME                       the kernel
  *   BATCH_LOAD(p)                    VL weights, widened, in order
+ *   BATCH_JOIN(a, b)                 the chains of both halves as rows.h adds its two
+ *   HSUM_4(p, a, b, c, d)            four HSUMs at p
  *   KEEP(v)                          v stays in a register: gcc would load it for each of its uses
  */
 /* Columns of four vectors that stay in the nearest cache beside the weights: 16 KiB. */
@@ -24,13 +26,7 @@
 #define BATCH_FOUR ROWS_JOIN(BATCH_NAME, _4)
 #define BATCH_BLOCK ROWS_JOIN(BATCH_NAME, _block)
 
-FN static inline float BATCH_SUM(V a, V b) {
-    float chains[2 * VL];
-    STORE(chains, a);
-    STORE(chains + VL, b);
-    SPLIT_X(chains, a, b);
-    return HSUM(ADD(a, b));
-}
+FN static inline float BATCH_SUM(V a, V b) { return HSUM(BATCH_JOIN(a, b)); }
 
 /* For vector t: chains a (first half of the step) and b (second half) of rows 0 and 1. */
 #define BATCH_ZERO(t) V a0##t = SET1(0), a1##t = a0##t, b0##t = a0##t, b1##t = a0##t;
@@ -101,12 +97,15 @@ BATCH_TILE(BATCH_THREE, BATCH_EACH_3, 3)
         b##t = FMA(u1, v, b##t);     \
     }
 FN static inline void BATCH_HALF(float *chains, const ROWS_TYPE *w, size_t ld, const float *x, size_t ldx, size_t n,
-                                 const char *ahead, size_t per_step) {
+                                 const char *ahead, size_t line) {
     BATCH_EACH_4(BATCH_LOAD_CHAINS)
-    for (size_t j = 0; j < n; j += ROWS_STEP, ahead += per_step) {
-        V u0 = BATCH_LOAD(w + j), u1 = BATCH_LOAD(w + ld + j);
+    for (size_t j = 0; j < n; ahead += 64) {
+        const size_t stop = n - j < line ? n : j + line;
         __builtin_prefetch(ahead, 0, 2);
-        BATCH_EACH_4(BATCH_MULTIPLY)
+        for (; j < stop; j += ROWS_STEP) {
+            V u0 = BATCH_LOAD(w + j), u1 = BATCH_LOAD(w + ld + j);
+            BATCH_EACH_4(BATCH_MULTIPLY)
+        }
     }
     BATCH_EACH_4(BATCH_STORE_CHAINS)
 }
@@ -117,6 +116,7 @@ FN static void BATCH_FOUR(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, s
                           size_t n, const char *ahead, size_t pass, size_t passes) {
     float chains[BATCH_ROWS / 2][16 * VL];
     size_t whole = n / ROWS_STEP * ROWS_STEP, per_step = ROWS_STEP * sizeof *w / passes;
+    size_t line = per_step > 0 && per_step < 64 ? 64 / per_step * ROWS_STEP : ROWS_STEP;
     size_t per_half = n * sizeof *w / passes, per_pair = 2 * n * sizeof *w;
     memset(chains, 0, rows / 2 * sizeof *chains);
     for (size_t first = 0, count; first < whole; first += count) {
@@ -125,9 +125,9 @@ FN static void BATCH_FOUR(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, s
             const char *next = (const char *)((uintptr_t)ahead + r / 2 * per_pair + 2 * pass * per_half +
                                               first / ROWS_STEP * per_step);
             const ROWS_TYPE *p = w + r * ld + first;
-            BATCH_HALF(chains[r / 2], p, ld, x + first, ldx, count, next, per_step);
+            BATCH_HALF(chains[r / 2], p, ld, x + first, ldx, count, next, line);
             BATCH_HALF(chains[r / 2] + 4 * VL, p + VL, ld, x + first + VL, ldx, count,
-                       (const char *)((uintptr_t)next + per_half), per_step);
+                       (const char *)((uintptr_t)next + per_half), line);
         }
     }
     if (whole < n) {
@@ -138,14 +138,16 @@ FN static void BATCH_FOUR(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, s
             for (size_t i = 0; i < 2; i++) memcpy(w_end[i], w + (r + i) * ld + whole, (n - whole) * sizeof *w);
             for (size_t half = 0; half < 2; half++)
                 BATCH_HALF(chains[r / 2] + half * 4 * VL, w_end[0] + half * VL, ROWS_STEP, x_end[0] + half * VL,
-                           ROWS_STEP, ROWS_STEP, (const char *)w, 0);
+                           ROWS_STEP, ROWS_STEP, (const char *)w, ROWS_STEP);
         }
     }
-    for (size_t r = 0; r < rows; r++)
-        for (size_t t = 0; t < 4; t++) {
-            const float *of_row = chains[r / 2] + (r % 2 * 8 + t) * VL;
-            y[t * ldy + r] = BATCH_SUM(LOAD(of_row), LOAD(of_row + 4 * VL));
-        }
+    for (size_t r = 0; r < rows; r++) {
+        const float *a = chains[r / 2] + r % 2 * 8 * VL, *b = a + 4 * VL;
+        float sums[4];
+        HSUM_4(sums, BATCH_JOIN(LOAD(a), LOAD(b)), BATCH_JOIN(LOAD(a + VL), LOAD(b + VL)),
+               BATCH_JOIN(LOAD(a + 2 * VL), LOAD(b + 2 * VL)), BATCH_JOIN(LOAD(a + 3 * VL), LOAD(b + 3 * VL)));
+        for (size_t t = 0; t < 4; t++) y[t * ldy + r] = sums[t];
+    }
 }
 
 /* Rows by all vectors; ahead: the rows behind them. */
@@ -200,3 +202,4 @@ FN static void BATCH_NAME(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, s
 #undef BATCH_EACH_3
 #undef BATCH_NAME
 #undef BATCH_LOAD
+#undef BATCH_JOIN
