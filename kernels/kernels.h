@@ -168,6 +168,9 @@ typedef struct obm_kernels {
                          size_t n);
     /* low_histogram of a - b (b NULL: a), not rounded. */
     size_t (*low_bf16)(uint32_t *histogram /* 65536 */, uint32_t high, const uint16_t *a, const uint16_t *b, size_t n);
+    /* out[i] = the upper 15 bits under the sign of difference i, as delta_bf16 makes it; *most: the largest of them, 0
+     * where n is 0. */
+    size_t (*sizes_bf16)(uint16_t *out, uint16_t *most, const uint16_t *a, const uint16_t *b, int round, size_t n);
     /* The merged stretch as bf16. */
     size_t (*merge_bf16)(uint16_t *out, const obm__tile *t, size_t n);
     /* *votes += number of elements whose sum of votes[t] * d[t] is above 0, less that of those below;  n < 2^31. */

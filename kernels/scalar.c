@@ -238,6 +238,18 @@ size_t obm__scalar_low_bf16(uint32_t *histogram, uint32_t high, const uint16_t *
     return n;
 }
 
+size_t obm__scalar_sizes_bf16(uint16_t *out, uint16_t *most, const uint16_t *a, const uint16_t *b, int round,
+                              size_t n) {
+    *most = 0;
+    for (size_t i = 0; i < n; i++) {
+        float d;
+        if (!obm__scalar_delta_bf16(&d, a + i, b ? b + i : b, round, 0, 1)) return i;
+        out[i] = bits_of(d) >> 16 & 0x7fff;
+        if (out[i] > *most) *most = out[i];
+    }
+    return n;
+}
+
 obm__tile obm__tile_behind(const obm__tile *t, size_t i, obm__tile_rest *room) {
     obm__tile rest = *t;
     for (size_t m = 0; m < t->count; m++) {
@@ -641,6 +653,7 @@ const obm_kernels obm__kernels_scalar = {
     .store_bf16 = obm__scalar_store_bf16,
     .count_bf16 = obm__scalar_count_bf16,
     .low_bf16 = obm__scalar_low_bf16,
+    .sizes_bf16 = obm__scalar_sizes_bf16,
     .merge_bf16 = obm__scalar_merge_bf16,
     .vote_bf16 = obm__scalar_vote_bf16,
     .random_bits = obm__scalar_random_bits,

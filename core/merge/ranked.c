@@ -23,7 +23,7 @@ struct obm__ranked {
     uint64_t at, until, cols;
     uint64_t origin; /* the element that place 0 is of */
     size_t span;     /* elements that `kept` or `factors` hold per model */
-    uint8_t *kept;   /* (n_models, span), 1 or 0; NULL where factors are wanted */
+    uint8_t *kept;   /* (n_models / 8 rounded up, span), a bit per model; NULL where factors are wanted */
     float *factors;  /* (n_models, span) */
     uint32_t *words; /* (workers, 4, cols): keys and indices, and what sorting moves them to */
     const obm_kernels *k;
@@ -34,13 +34,16 @@ struct obm__ranked {
 
 static uint64_t span_of(uint64_t count) { return count < OBM_MERGE_SPAN ? count : OBM_MERGE_SPAN; }
 
+static size_t planes_of(const obm__group *g) { return (g->steps->n + 7) / 8; }
+
 static bool wants_factors(const obm__group *g) { return g->steps->rescale == OBM_RESCALE_INVERSE_DENSITY; }
 
 bool obm__ranked_keeps(const obm__group *g) { return !wants_factors(g) && g->count / sizeof(float) <= OBM_MERGE_SPAN; }
 
 uint64_t obm__ranked_bytes(const obm__group *g, int threads) {
-    uint64_t each = obm__ranked_keeps(g) ? g->count : span_of(g->count) * sizeof(float);
-    return g->steps->n * each + (uint64_t)threads * 16 * obm__group_cols(g);
+    uint64_t kept = planes_of(g) * (obm__ranked_keeps(g) ? g->count : span_of(g->count)),
+             all = wants_factors(g) ? g->steps->n * span_of(g->count) * sizeof(float) : kept;
+    return all + (uint64_t)threads * 16 * obm__group_cols(g);
 }
 
 obm_status obm__ranked_new(const obm__run *run, const obm__group *g, uint64_t count, obm__ranked **out,
@@ -52,7 +55,7 @@ obm_status obm__ranked_new(const obm__run *run, const obm__group *g, uint64_t co
     if (wants_factors(g))
         r->factors = obm__alloc(g->steps->n * r->span, sizeof *r->factors);
     else
-        r->kept = obm__alloc(g->steps->n, r->span);
+        r->kept = obm__alloc(planes_of(g), r->span);
     r->words = obm__alloc((size_t)run->ctx->threads * 4 * (size_t)r->cols, sizeof *r->words);
     if ((r->factors || r->kept) && r->words) {
         *out = r;
@@ -117,10 +120,20 @@ static double chance_of(const chances *c, size_t rank) {
     return c->density - c->epsilon + 2 * c->epsilon * ((double)rank / (double)(c->n - 1));
 }
 
-/* Where the span keeps what becomes of element `element`, or SIZE_MAX for one outside. */
+static bool has_element(const obm__ranked *r, uint64_t element) { return element >= r->at && element < r->until; }
+
+/* Where the span keeps what becomes of an element of it. */
 static size_t place_of(const obm__ranked *r, size_t model, uint64_t element) {
-    if (element < r->at || element >= r->until) return SIZE_MAX;
     return model * r->span + (size_t)(element - r->origin);
+}
+
+/* The decisions about a model from an element on: its bit in bytes. */
+typedef struct decisions {
+    uint8_t *at;
+    unsigned bit;
+} decisions;
+static decisions decisions_of(const obm__ranked *r, size_t model, uint64_t element) {
+    return (decisions){r->kept + place_of(r, model / 8, element), (unsigned)(model % 8)};
 }
 
 static void sort_row(const obm__ranked *r, size_t model, uint64_t row, const chances *c, uint32_t *words) {
@@ -128,14 +141,15 @@ static void sort_row(const obm__ranked *r, size_t model, uint64_t row, const cha
     const uint32_t *order = sort_pairs(words, c->n);
     for (size_t rank = 0; rank < c->n; rank++) {
         uint64_t element = row * c->n + order[rank];
-        size_t place = place_of(r, model, element);
-        if (place == SIZE_MAX) continue;
+        if (!has_element(r, element)) continue;
         double keep = chance_of(c, rank);
         bool stays = obm__random_draw(c->key, element) < obm__random_limit(keep);
-        if (r->kept)
-            r->kept[place] = stays;
-        else
-            r->factors[place] = stays ? (float)(1 / keep) : 0.0f;
+        if (r->kept) {
+            decisions kept = decisions_of(r, model, element);
+            *kept.at |= (uint8_t)(stays << kept.bit);
+        } else {
+            r->factors[place_of(r, model, element)] = stays ? (float)(1 / keep) : 0.0f;
+        }
     }
 }
 
@@ -185,19 +199,20 @@ static void count_keys(const obm_kernels *k, const bins *b, uint32_t key, const 
 /* The open elements by their exact ranks.  others: the keys of all elements of open bins in the order of these; where:
  * at which of them each open element is. */
 static void settle_open(const obm_kernels *k, const bins *b, const chances *c, uint64_t begin, const uint32_t *open,
-                        const uint32_t *where, size_t n_open, const uint32_t *others, size_t n_others, uint8_t *kept) {
+                        const uint32_t *where, size_t n_open, const uint32_t *others, size_t n_others, decisions kept) {
     for (size_t i = 0; i < n_open; i++) {
         size_t at = where[i];
         uint32_t key = others[at], before[8], behind[8];
         count_keys(k, b, key, others, at, before);
         count_keys(k, b, key, others + at + 1, n_others - at - 1, behind);
         size_t rank = b->start[bin_of(b, key)] + (before[0] - before[2]) + (behind[0] - behind[1]);
-        kept[open[i]] = obm__random_draw(c->key, begin + open[i]) < obm__random_limit(chance_of(c, rank));
+        bool stays = obm__random_draw(c->key, begin + open[i]) < obm__random_limit(chance_of(c, rank));
+        kept.at[open[i]] |= (uint8_t)(stays << kept.bit);
     }
 }
 
 /* False: too many elements are open, and nothing is decided.  words: (4, n), the keys first. */
-static bool decide_row(const obm_kernels *k, const chances *c, uint64_t begin, uint32_t *words, uint8_t *kept) {
+static bool decide_row(const obm_kernels *k, const chances *c, uint64_t begin, uint32_t *words, decisions kept) {
     const uint32_t *keys = words;
     uint32_t *tops = words + c->n, *open = words + 2 * c->n, *others = words + 3 * c->n;
     bins b;
@@ -207,7 +222,7 @@ static bool decide_row(const obm_kernels *k, const chances *c, uint64_t begin, u
     for (size_t j = 0; j < c->n; j++) {
         uint32_t bin = bin_of(&b, keys[j]);
         bool stays = tops[j] < b.low[bin];
-        kept[j] = stays;
+        kept.at[j] |= (uint8_t)(stays << kept.bit);
         open[n_open] = (uint32_t)j;
         n_open += !stays & (tops[j] <= b.high[bin]) & (keys[j] != 0);
     }
@@ -234,19 +249,129 @@ static bool decide_row(const obm_kernels *k, const chances *c, uint64_t begin, u
     return true;
 }
 
-static void draw_row(const obm__ranked *r, size_t model, uint64_t row, uint32_t *words) {
+/* ---- the same for magnitudes that are bf16 ---- */
+
+/* Each of the largest has a bin of its own, in which ranks follow the indices; what is below shares the first one. */
+#define SIZE_BINS 1024u
+/* Open elements whose ranks one count over the row finds. */
+#define TOGETHER 4
+
+typedef struct size_bins {
+    uint32_t first;                /* the size that bin 0 takes at most */
+    uint32_t start[SIZE_BINS + 1]; /* rank of the first element of each bin */
+    uint32_t sure[SIZE_BINS][2];   /* as low and high of bins, but a little apart: rounding is not followed */
+} size_bins;
+
+static inline uint32_t size_bin(const size_bins *b, uint32_t size) {
+    return (size > b->first ? size : b->first) - b->first;
+}
+
+static void fill_size_bins(size_bins *b, const chances *c, const uint16_t *sizes, uint16_t most) {
+    double least = chance_of(c, 0) * 0x1p32, step = c->n == 1 ? 0 : 2 * c->epsilon / (double)(c->n - 1) * 0x1p32;
+    uint32_t *start = b->start;
+    b->first = most < SIZE_BINS ? 0 : most - (SIZE_BINS - 1);
+    memset(start, 0, sizeof b->start);
+    for (size_t j = 0; j < c->n; j++) start[size_bin(b, sizes[j]) + 1]++;
+    double limit = least;
+    for (size_t i = 0; i < SIZE_BINS; i++) {
+        start[i + 1] += start[i];
+        b->sure[i][0] = limit < 2 ? 0 : (uint32_t)(limit - 2);
+        limit = least + step * (double)start[i + 1];
+        b->sure[i][1] = limit > 0x1p32 - 4 ? UINT32_MAX : (uint32_t)(limit + 2);
+    }
+}
+
+/* Up to TOGETHER open elements in rising order by their exact ranks. */
+static void settle_sizes(const obm_kernels *k, const size_bins *b, const chances *c, uint64_t begin,
+                         const uint16_t *sizes, const uint32_t *open, size_t n_open, decisions kept) {
+    uint16_t from[2 * TOGETHER] = {0};
+    uint32_t counts[2 * TOGETHER] = {0}, equal[TOGETHER];
+    size_t at = 0;
+    bool shared = false;
+    for (size_t i = 0; i < n_open; i++) {
+        from[2 * i] = sizes[open[i]];
+        from[2 * i + 1] = (uint16_t)(from[2 * i] + 1);
+        shared |= from[2 * i] <= b->first;
+    }
+    for (size_t i = 0; i < n_open; at = open[i++]) {
+        k->count_bf16(counts, from, sizes + at, NULL, 0, open[i] - at);
+        equal[i] = counts[2 * i] - counts[2 * i + 1];
+    }
+    if (shared) k->count_bf16(counts, from, sizes + at, NULL, 0, c->n - at);
+    for (size_t i = 0; i < n_open; i++) {
+        uint32_t bin = size_bin(b, from[2 * i]);
+        size_t rank = equal[i] + (bin ? b->start[bin] : c->n - counts[2 * i]);
+        bool stays = obm__random_draw(c->key, begin + open[i]) < obm__random_limit(chance_of(c, rank));
+        kept.at[open[i]] |= (uint8_t)(stays << kept.bit);
+    }
+}
+
+/* As decide_row.  sizes: (n); words: (2, n). */
+static bool decide_sizes(const obm_kernels *k, const chances *c, uint64_t begin, const uint16_t *sizes, uint16_t most,
+                         uint32_t *words, decisions kept) {
+    uint32_t *tops = words, *open = words + c->n;
+    size_bins b;
+    size_t n = c->n, n_open = 0;
+    fill_size_bins(&b, c, sizes, most);
+    k->random_tops(tops, obm__random_state(c->key, begin), c->n);
+    /* What the loop reads is named: bytes that it writes may be anything else. */
+    const uint32_t below = b.first;
+    const unsigned bit = kept.bit;
+    uint8_t *at = kept.at;
+    for (size_t j = 0; j < n; j++) {
+        uint32_t size = sizes[j], top = tops[j];
+        const uint32_t *sure = b.sure[(size > below ? size : below) - below];
+        uint32_t stays = top < sure[0];
+        at[j] |= (uint8_t)(stays << bit);
+        open[n_open] = (uint32_t)j;
+        n_open += (stays ^ 1) & (top <= sure[1]) & (size != 0);
+    }
+    if (n_open > MAX_OPEN) return false;
+    for (size_t i = 0; i < n_open; i += TOGETHER)
+        settle_sizes(k, &b, c, begin, sizes, open + i, n_open - i < TOGETHER ? n_open - i : TOGETHER, kept);
+    return true;
+}
+
+/* ---- rows ---- */
+
+static bool has_sizes(const obm__group *g, size_t model) {
+    if (!obm__group_is_plain(g, model)) return false;
+    obm__plain p = obm__group_plain(g, model, 0);
+    return p.round || !p.base;
+}
+
+/* Returns the first index that is not finite, UINT64_MAX if all are. */
+static uint64_t rank_row(const obm__ranked *r, obm__block *b, size_t model, uint64_t row, uint32_t *words) {
     const obm__steps *s = r->g->steps;
     chances c = {.n = (size_t)r->cols,
                  .density = s->density[model],
                  .epsilon = obm__steps_value(s, "epsilon", model),
                  .key = obm__random_key(s->seed, r->g->name, model)};
-    uint64_t begin = row * c.n, first = begin > r->at ? begin : r->at;
-    bool whole = first == begin && begin + c.n <= r->until && c.n < UINT32_MAX;
-    if (whole && r->kept && decide_row(r->k, &c, begin, words, r->kept + place_of(r, model, begin))) return;
-    sort_row(r, model, row, &c, words);
+    uint64_t begin = row * c.n;
+    bool whole = r->kept && begin >= r->at && begin + c.n <= r->until && c.n < UINT32_MAX;
+    decisions kept = {0};
+    if (whole) kept = decisions_of(r, model, begin);
+    if (whole && has_sizes(r->g, model)) {
+        obm__plain p = obm__group_plain(r->g, model, begin);
+        uint16_t *sizes = (uint16_t *)(void *)words, most;
+        size_t bad = r->k->sizes_bf16(sizes, &most, p.model, p.base, p.round, c.n);
+        if (bad < c.n) return begin + bad;
+        if (decide_sizes(r->k, &c, begin, sizes, most, words + c.n, kept)) return UINT64_MAX;
+    }
+    uint64_t bad = read_row(r, b, model, row, words);
+    if (bad != UINT64_MAX) return bad;
+    if (!whole || !decide_row(r->k, &c, begin, words, kept)) sort_row(r, model, row, &c, words);
+    return UINT64_MAX;
 }
 
 static bool has_ranks(const obm__steps *s, size_t model) { return s->density[model] > 0 && s->density[model] < 1; }
+
+/* Decisions begin as 0, of what the span has of a row. */
+static void clear_row(const obm__ranked *r, uint64_t row) {
+    uint64_t begin = row * r->cols > r->at ? row * r->cols : r->at,
+             end = (row + 1) * r->cols < r->until ? (row + 1) * r->cols : r->until;
+    for (size_t p = 0; r->kept && p < planes_of(r->g); p++) memset(r->kept + place_of(r, p, begin), 0, end - begin);
+}
 
 static void rank_rows(void *arg, size_t first, size_t last, int worker) {
     obm__ranked *r = arg;
@@ -254,14 +379,10 @@ static void rank_rows(void *arg, size_t first, size_t last, int worker) {
     uint32_t *words = r->words + (size_t)worker * 4 * (size_t)r->cols;
     for (size_t i = first; i < last; i++) {
         uint64_t row = r->at / r->cols + i;
+        clear_row(r, row);
         for (size_t m = 0; m < r->g->steps->n; m++) {
-            if (!has_ranks(r->g->steps, m)) continue;
-            uint64_t bad = read_row(r, &b, m, row, words);
-            if (bad != UINT64_MAX) {
-                obm__note_lowest(&r->bad, bad);
-            } else {
-                draw_row(r, m, row, words);
-            }
+            uint64_t bad = has_ranks(r->g->steps, m) ? rank_row(r, &b, m, row, words) : UINT64_MAX;
+            if (bad != UINT64_MAX) obm__note_lowest(&r->bad, bad);
         }
     }
 }
@@ -279,22 +400,18 @@ obm_status obm__ranked_fill(const obm__run *run, obm__ranked *r, const obm__grou
     return r->bad == UINT64_MAX ? OBM_OK : obm__group_bad(r->k, g, r->bad, err);
 }
 
-static const uint8_t *kept_of(const obm__ranked *r, size_t model, uint64_t element) {
-    return r->kept + model * r->span + (size_t)(element - r->origin);
-}
-
 void obm__ranked_bits(const obm__ranked *r, const obm__group *g, size_t model, uint64_t element, uint8_t *bits,
                       size_t n) {
     memset(bits, 0, (n + 7) / 8);
     if (g->steps->density[model] <= 0) return;
-    const uint8_t *kept = kept_of(r, model, element);
+    const decisions kept = decisions_of(r, model, element);
     size_t j = 0;
     for (; j + 8 <= n; j += 8) {
         uint64_t eight; /* bytes of 0 or 1: each product moves one of them to its bit of the upper byte */
-        memcpy(&eight, kept + j, sizeof eight);
-        bits[j / 8] = (uint8_t)(eight * 0x0102040810204080u >> 56);
+        memcpy(&eight, kept.at + j, sizeof eight);
+        bits[j / 8] = (uint8_t)((eight >> kept.bit & 0x0101010101010101u) * 0x0102040810204080u >> 56);
     }
-    for (; j < n; j++) bits[j / 8] |= (uint8_t)(kept[j] << j % 8);
+    for (; j < n; j++) bits[j / 8] |= (uint8_t)((kept.at[j] >> kept.bit & 1) << j % 8);
 }
 
 void obm__ranked_apply(const obm__ranked *r, const obm__group *g, size_t model, uint64_t element, float *d, size_t n) {
@@ -303,8 +420,8 @@ void obm__ranked_apply(const obm__ranked *r, const obm__group *g, size_t model, 
         return;
     }
     if (r->kept) {
-        const uint8_t *kept = kept_of(r, model, element);
-        for (size_t j = 0; j < n; j++) d[j] = obm__keep_if(d[j], kept[j]);
+        const decisions kept = decisions_of(r, model, element);
+        for (size_t j = 0; j < n; j++) d[j] = obm__keep_if(d[j], kept.at[j] >> kept.bit & 1);
         return;
     }
     const float *factor = r->factors + model * r->span + (size_t)(element - r->at);

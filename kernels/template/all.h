@@ -73,6 +73,7 @@ const obm_kernels TABLE = {
     .store_bf16 = NAME(store_bf16),
     .count_bf16 = NAME(count_bf16),
     .low_bf16 = NAME(low_bf16),
+    .sizes_bf16 = NAME(sizes_bf16),
     .merge_bf16 = NAME(merge_bf16),
     .vote_bf16 = NAME(vote_bf16),
     .random_bits = NAME(random_bits),

@@ -131,6 +131,32 @@ FN static size_t NAME(low_bf16)(uint32_t *histogram, uint32_t high, const uint16
     return i + obm__scalar_low_bf16(histogram, high, a + i, b ? b + i : b, n - i);
 }
 
+INLINE_FN size_t NAME(size_steps)(uint16_t *out, const uint16_t *a, const uint16_t *b, int round, size_t n,
+                                  NAME(s) * all_most) {
+    NAME(s) most = {0};
+    size_t i = 0;
+    for (; i + STEP <= n; i += STEP) {
+        NAME(s) size = NAME(sizes)(NAME(difference)(a + i, b ? b + i : b), round);
+        NAME(s) more = size > most;
+        most = (size & more) | (most & ~more);
+        memcpy(out + i, &size, sizeof size);
+    }
+    *all_most = most;
+    return i;
+}
+
+FN static size_t NAME(sizes_bf16)(uint16_t *out, uint16_t *most, const uint16_t *a, const uint16_t *b, int round,
+                                  size_t n) {
+    NAME(s) each;
+    size_t i = !b      ? NAME(size_steps)(out, a, NULL, 0, n, &each)
+               : round ? NAME(size_steps)(out, a, b, 1, n, &each)
+                       : NAME(size_steps)(out, a, b, 0, n, &each);
+    size_t rest = obm__scalar_sizes_bf16(out + i, most, a + i, b ? b + i : b, round, n - i);
+    for (size_t l = 0; l < STEP; l++)
+        if (each[l] > *most) *most = (uint16_t)each[l];
+    return *most < 0x7f80 ? i + rest : obm__scalar_sizes_bf16(out, most, a, b, round, n);
+}
+
 /* ---- merging ---- */
 
 /* Lanes whose element has its bit. */

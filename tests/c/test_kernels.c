@@ -401,6 +401,14 @@ static void check_counts_bf16(const obm_kernels *k, bench *t, size_t n, int kind
             for (int c = 0; c < 8; c++) wanted[c] += bits_of(fabsf(t->expected[i])) >> 16 >= from[c];
         assert_int_equal(k->count_bf16(counts, from, a, base, form == 2, n), first);
         if (first == n) assert_memory_equal(counts, wanted, sizeof counts);
+        uint16_t *sizes = at_end(&t->c, n * 2), most, largest = 0;
+        assert_int_equal(k->sizes_bf16(sizes, &most, a, base, form == 2, n), first);
+        for (size_t i = 0; first == n && i < n; i++) {
+            uint16_t size = (uint16_t)(bits_of(fabsf(t->expected[i])) >> 16);
+            assert_int_equal(sizes[i], size);
+            if (size > largest) largest = size;
+        }
+        if (first == n) assert_int_equal(most, largest);
         if (form == 2) continue;
         memset(got, 0, sizeof got);
         memset(expected, 0, sizeof expected);

@@ -613,23 +613,37 @@ static float ranked_value(size_t row, size_t col) {
     return sign * x;
 }
 
-static void check_ranks(obm_context *ctx, size_t cols) {
-    enum { ROWS = 6 };
-    float *base = calloc(ROWS * cols, sizeof *base), *x = malloc(ROWS * cols * sizeof *x),
-          *got = malloc(ROWS * cols * sizeof *got);
+/* The last of several models is all that weighs; narrow: all is bf16. */
+static void check_ranks(obm_context *ctx, size_t cols, size_t n_models, bool narrow) {
+    enum { ROWS = 6, MODELS = 10 };
+    const obm_kernels *k = obm_kernels_find("scalar");
+    const size_t n = ROWS * cols;
+    float *base = calloc(n, sizeof *base), *x = malloc(n * sizeof *x), *got = malloc(n * sizeof *got);
+    uint16_t *half = malloc(n * sizeof *half);
     uint32_t *order = malloc(cols * sizeof *order);
     const double density = 0.4, epsilon = 0.3;
     rng_state = 3;
-    for (size_t i = 0; i < ROWS * cols; i++) x[i] = ranked_value(i / cols, i % cols);
-    obm_tensor b = vector_f32(base, ROWS * cols), m;
+    for (size_t i = 0; i < n; i++) x[i] = ranked_value(i / cols, i % cols);
+    if (narrow) {
+        k->f32_to_bf16(half, x, n);
+        k->bf16_to_f32(x, half, n);
+    }
+    obm_tensor b = vector_f32(base, n), m[MODELS];
     b.ndim = 2, b.shape[0] = ROWS, b.shape[1] = (int64_t)cols;
-    m = b;
-    m.data = x;
-    obm_param params[] = {{"weight", 0, 1}, {"density", 0, density}, {"epsilon", 0, epsilon}, {"rescale", -1, 0}};
+    if (narrow) b.dtype = OBM_BF16;
+    for (size_t i = 0; i < n_models; i++) {
+        m[i] = b;
+        m[i].data = narrow ? (void *)half : (void *)x;
+    }
+    obm_param params[] = {{"weight", -1, 0},
+                          {"weight", (int)n_models - 1, 1},
+                          {"density", -1, density},
+                          {"epsilon", -1, epsilon},
+                          {"rescale", -1, 0}};
     obm_error err;
-    if (obm_merge_tensors(ctx, "della", OBM_PROFILE_MERGEKIT, &b, &m, 1, params, 4, 77, got, &err) != OBM_OK)
+    if (obm_merge_tensors(ctx, "della", OBM_PROFILE_MERGEKIT, &b, m, n_models, params, 5, 77, got, &err) != OBM_OK)
         fail_msg("%s", err.message);
-    uint64_t key = obm__random_key(77, "", 0);
+    uint64_t key = obm__random_key(77, "", n_models - 1);
     for (size_t row = 0; row < ROWS; row++) {
         by_magnitude = x + row * cols;
         for (size_t j = 0; j < cols; j++) order[j] = (uint32_t)j;
@@ -645,6 +659,7 @@ static void check_ranks(obm_context *ctx, size_t cols) {
     free(base);
     free(x);
     free(got);
+    free(half);
     free(order);
 }
 
@@ -652,7 +667,11 @@ static void test_ranks(void **state) {
     (void)state;
     static const size_t lengths[] = {1, 2, 3, 64, 257, 4096, 20000};
     obm_context *ctx = new_context(2);
-    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) check_ranks(ctx, lengths[i]);
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+        check_ranks(ctx, lengths[i], 1, false);
+        check_ranks(ctx, lengths[i], 2, true);
+        if (lengths[i] < 300) check_ranks(ctx, lengths[i], 10, true);
+    }
     obm_context_free(ctx);
 }
 
