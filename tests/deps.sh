@@ -1,6 +1,7 @@
 # Sourced by examples/quickstart.sh and tests/run.sh: installs what is missing on Debian or Ubuntu.
 #   need_packages PACKAGE...   Debian packages
 #   need_python VENV           a virtual environment with CPython >= 3.11
+#   debian_kernel DIR          prints the path of Debian's cloud kernel, unpacked in DIR
 
 BUILD_PACKAGES="build-essential cmake pkg-config libopenblas-dev libhwloc-dev libjansson-dev libpcre2-dev libutf8proc-dev libyaml-dev libxxhash-dev
 python3-dev python3-venv"
@@ -8,6 +9,7 @@ LUA_PACKAGES="lua5.4 liblua5.4-dev"
 TEST_PACKAGES="libcmocka-dev lua-busted luarocks lua-check"
 FUZZ_PACKAGES="clang libclang-rt-14-dev"
 NUMA_PACKAGES="qemu-system-x86 cpio"
+BOCHS_PACKAGES="bochs bochs-term bochsbios vgabios genisoimage isolinux syslinux-common cpio"
 CROSS_PACKAGES="gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"
 
 need_packages() {
@@ -36,4 +38,19 @@ need_python() {
         python3 -m venv "$1"
     fi
     PYTHON="$1/bin/python"
+}
+
+newest_kernel() { apt-cache pkgnames linux-image- | { grep -E '^linux-image-[0-9].*-cloud-amd64-unsigned$' || true; } | sort -V | tail -1; }
+debian_kernel() {
+    local image name
+    mkdir -p "$1"
+    image=$(find "$1" -name 'vmlinuz-*')
+    if [ -z "$image" ]; then
+        name=$(newest_kernel)
+        [ -n "$name" ] || { apt-get update -qq && name=$(newest_kernel); }
+        [ -n "$name" ] || { echo "no linux-image-*-cloud-amd64-unsigned among the packages" >&2; return 1; }
+        (cd "$1" && apt-get -qq -o APT::Sandbox::User=root download "$name" && dpkg-deb -x ./*.deb . && rm -rf ./*.deb lib usr)
+        image=$(find "$1" -name 'vmlinuz-*')
+    fi
+    echo "$image"
 }

@@ -113,7 +113,7 @@ typedef int (*obm_interrupt_fn)(void *user);
 typedef enum obm_numa {
     OBM_NUMA_AUTO = 0,      /* shard where that is worth it, else isolate */
     OBM_NUMA_SHARD = 1,     /* each node holds and multiplies its own rows */
-    OBM_NUMA_REPLICATE = 2, /* each node holds all rows */
+    OBM_NUMA_REPLICATE = 2, /* each node with workers holds all rows: that many times the memory */
     OBM_NUMA_ISOLATE = 3,   /* one node's memory and cores */
     OBM_NUMA_INTERLEAVE = 4,/* pages in turn over all nodes */
     OBM_NUMA_OFF = 5        /* the system decides */
@@ -130,8 +130,8 @@ typedef struct obm_context_options {
     void *resolve_user;
     obm_interrupt_fn interrupt;   /* NULL: such calls run to their end */
     void *interrupt_user;
-    obm_numa numa;          /* REPLICATE is UNSUPPORTED where there are several nodes.  With workers on several nodes the thread
-                             * that calls a model is one of them: it is bound to a core while the call lasts */
+    obm_numa numa;          /* with workers on several nodes the thread that calls a model is one of them: it is bound to a core
+                             * while the call lasts */
 } obm_context_options;
 
 /* Reads the environment once: ONEBITMERGE_ISA lowers the instruction set ("scalar", "avx2", "avx512", "neon"; an unknown

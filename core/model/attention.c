@@ -165,7 +165,7 @@ static void attend(void *arg, size_t begin, size_t end, int worker) {
 obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int64_t layer, obm_error *err) {
     const obm__config *c = &m->config;
     attention_job j = {.m = m, .rows = rows, .layer = layer, .n = n};
-    j.placed = m->placement && obm__placement_cuts(m->placement);
+    j.placed = m->placement && obm__placement_local(m->placement);
     obm__place_rows(m, n, 8, rotate_and_store, &j);
     int64_t seen = 1;
     for (size_t i = 0; i < n; i++)

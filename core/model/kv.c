@@ -10,7 +10,7 @@ static bool heads_at(const obm_model *m, int64_t kv_head, int64_t *first, int64_
     const obm__placement *p = m->placement;
     *first = 0;
     *end = m->config.kv_heads;
-    if (!p || !obm__placement_cuts(p)) return false;
+    if (!p || !obm__placement_local(p)) return false;
     for (int i = 0; i < p->nodes; i++) {
         *first = p->heads[i];
         *end = p->heads[i + 1];
@@ -111,7 +111,7 @@ size_t obm__kv_page_bytes(const obm_model *m, obm_dtype kv) {
 void obm__kv_bounds(const obm_model *m, obm_dtype kv, size_t *at) {
     const obm__placement *p = m->placement;
     for (int i = 0; i <= p->nodes; i++)
-        at[i] = obm__placement_cuts(p) ? parts_bytes(m, p->heads[i], obm_dtype_size(kv)) : 0;
+        at[i] = obm__placement_local(p) ? parts_bytes(m, p->heads[i], obm_dtype_size(kv)) : 0;
 }
 
 static void *new_page(obm_model *m, obm_dtype kv, size_t bytes) {

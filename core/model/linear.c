@@ -41,6 +41,38 @@ static const void *matrix_row(const obm__matrix *w, int64_t row) {
 /* ---- row path: the vectors of one matrix against a block of its rows, then against the planes of the same rows ----
  */
 
+/* ---- the copy of a matrix that is near a worker, where there are several ---- */
+
+typedef struct near_copy {
+    obm__matrix matrix;
+    obm__z12 z12;
+    obm__terms terms;
+    obm__signs signs;
+} near_copy;
+
+static const obm__matrix *find_near(const linear_job *j, const obm__matrix *w, int worker, near_copy *c) {
+    const obm_model *m = j->m;
+    if (!obm__place_near(m, 1, worker)) return w;
+    c->matrix = *w;
+    if (w->z12) {
+        c->z12 = *w->z12;
+        c->z12.codes += obm__place_near(m, w->z12->rows * w->z12->blocks * OBM__Z12_BYTES, worker);
+        c->z12.tables += obm__place_near(m, w->z12->rows * OBM__Z12_TABLE, worker);
+        c->matrix.z12 = &c->z12;
+    } else if (w->origin) {
+        size_t bytes = (size_t)(w->rows * w->cols) * obm_dtype_size(w->dtype);
+        c->matrix.data = (const char *)w->data + obm__place_near(m, bytes, worker);
+    }
+    if (w->terms) {
+        c->terms = *w->terms;
+        c->signs = *w->terms->signs;
+        c->signs.blocks += obm__place_near(m, obm__signs_bytes(&c->signs), worker);
+        c->terms.signs = &c->signs;
+        c->matrix.terms = &c->terms;
+    }
+    return &c->matrix;
+}
+
 static uint16_t *worker_rows(const linear_job *j, int worker) {
     const obm__scratch *s = &j->m->scratch;
     return s->unpacked ? s->unpacked + (size_t)worker * OBM__Z12_UNPACKED * s->widest : NULL;
@@ -85,9 +117,11 @@ static size_t rows_ahead(const obm__matrix *w, int64_t row, const void **ahead) 
     return (size_t)(left * w->cols) * obm_dtype_size(w->dtype);
 }
 
-static void finish_rows(const linear_job *j, const obm__linear *l, size_t i, int64_t row, int64_t there, int64_t rows) {
+static void finish_rows(const linear_job *j, const obm__linear *l, size_t i, int64_t row, int64_t there, int64_t rows,
+                        int worker) {
     float *y = l->y + (int64_t)i * l->ld;
-    const obm__matrix *w = obm__weights_at(j->weights[i], j->layer, l->role);
+    near_copy copy;
+    const obm__matrix *w = find_near(j, obm__weights_at(j->weights[i], j->layer, l->role), worker, &copy);
     const void *ahead = NULL;
     size_t ahead_bytes = rows_ahead(w, row, &ahead);
     if (w->terms && there > 0)
@@ -98,12 +132,13 @@ static void finish_rows(const linear_job *j, const obm__linear *l, size_t i, int
 }
 
 static void row_block(const linear_job *j, const obm__linear *l, size_t i, size_t tokens, int64_t row, int worker) {
-    const obm__matrix *w = obm__weights_at(j->weights[i], j->layer, l->role);
+    near_copy copy;
+    const obm__matrix *w = find_near(j, obm__weights_at(j->weights[i], j->layer, l->role), worker, &copy);
     int64_t rows = l->ld - row < OBM_BLOCK_ROWS ? l->ld - row : OBM_BLOCK_ROWS;
     int64_t there = w->rows - row < 0 ? 0 : w->rows - row < rows ? w->rows - row : rows;
     multiply_rows(j->m->ctx->k, w, row, there, j->x + (int64_t)i * w->cols, tokens, l->y + (int64_t)i * l->ld + row,
                   (size_t)l->ld, worker_rows(j, worker));
-    for (size_t t = i; t < i + tokens; t++) finish_rows(j, l, t, row, there, rows);
+    for (size_t t = i; t < i + tokens; t++) finish_rows(j, l, t, row, there, rows, worker);
 }
 
 static void run_rows(void *arg, size_t begin, size_t end, int worker) {
@@ -230,7 +265,10 @@ static void run_panels(void *arg, size_t begin, size_t end, int worker) {
         for (size_t first = 0, from, to; first < j->n; first += OBM_TILE_TOKENS) {
             if (!find_tokens(j, first, &from, &to)) continue;
             const obm__matrix *w = obm__weights_at(j->weights[from], j->layer, l->role);
-            if (!loaded || w->data != loaded->data || w->terms != loaded->terms) panel = load_panel(j, w, row, worker);
+            if (!loaded || w->data != loaded->data || w->terms != loaded->terms) {
+                near_copy copy;
+                panel = load_panel(j, find_near(j, w, worker, &copy), row, worker);
+            }
             loaded = w;
             int64_t rows = panel_rows(w, row);
             j->m->ctx->k->gemm(product, OBM_BLOCK_ROWS, panel, ((size_t)rows + OBM__GEMM_ROWS - 1) / OBM__GEMM_ROWS,

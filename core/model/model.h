@@ -143,6 +143,7 @@ typedef struct obm__signs {
 /* Repacks the signs of all matrices of the pack (once per model). */
 obm_status obm__signs_load(obm_model *m, obm_error *err);
 void obm__signs_free_all(obm_model *m);
+size_t obm__signs_bytes(const obm__signs *s);   /* of its blocks */
 /* Those of a matrix, or of a tied head; NULL without. */
 const obm__signs *obm__signs_of(const obm_model *m, int64_t layer, obm__role role);
 
@@ -198,6 +199,7 @@ typedef struct obm__region obm__region;
 struct obm__region {
     void *data;
     size_t bytes, at[OBM_NODES + 1];
+    int copies;                 /* > 1: of all bytes, the first one at home */
     obm__placed_part part;
     obm__region *next;
 };
@@ -209,6 +211,11 @@ obm_status obm__place_weights(obm_model *m, obm_error *err);
 void *obm__place_alloc(obm_model *m, obm__placed_part part, int kind, int64_t per_item, size_t items, size_t item_bytes);
 void obm__place_free(obm_model *m, void *data);
 void obm__place_free_all(obm_model *m);
+/* Where rows are replicated, a block of `bytes` is there once for each node: the copy that is near a worker lies
+ * obm__place_near bytes behind the first.  Its filler fills the first, and has the nodes copy it. */
+size_t obm__place_near(const obm_model *m, size_t bytes, int worker);
+size_t obm__place_near_node(const obm_model *m, size_t bytes, int node);
+obm_status obm__place_spread(obm_model *m, void *data, obm_error *err);
 /* The same without a record: whole pages, bound as `at` says. */
 void *obm__place_map(obm_model *m, size_t bytes, const size_t *at);
 void obm__place_unmap(void *data, size_t bytes);

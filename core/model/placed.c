@@ -13,6 +13,7 @@ static size_t page_size(void) { return (size_t)sysconf(_SC_PAGESIZE); }
 static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
 static bool cuts(const obm_model *m) { return m->placement && obm__placement_cuts(m->placement); }
+static bool replicates(const obm_model *m) { return m->placement && m->placement->numa == OBM_NUMA_REPLICATE; }
 
 obm_status obm__place_model(obm_model *m, bool z12, obm_error *err) {
     obm__placed_shapes shapes;
@@ -39,8 +40,9 @@ static void warn_refused(obm_model *m) {
 /* A page belongs to the node of its first byte. */
 static void bind(obm_model *m, char *data, size_t bytes, const size_t *at) {
     int failed = 0;
-    if (!cuts(m)) failed = obm__topology_place(m->ctx->topology, data, round_up(bytes, page_size()), -1);
-    for (int i = 0; cuts(m) && i < m->placement->nodes && !failed; i++) {
+    bool placed = obm__placement_local(m->placement);
+    if (!placed) failed = obm__topology_place(m->ctx->topology, data, round_up(bytes, page_size()), -1);
+    for (int i = 0; placed && i < m->placement->nodes && !failed; i++) {
         size_t from = round_up(at[i], page_size()), to = round_up(at[i + 1], page_size());
         if (from < to) failed = obm__topology_place(m->ctx->topology, data + from, to - from, i);
     }
@@ -96,6 +98,10 @@ obm_status obm__place_slices(obm_model *m, int kind, int64_t per_item, size_t it
                              void *arg, obm_error *err) {
     obm__lanes whole;
     obm__place_split(m, kind, per_item, items, &whole);
+    if (replicates(m)) {
+        whole = (obm__lanes){.n = m->placement->nodes};
+        whole.end[m->placement->home] = items; /* the first copy is home's */
+    }
     return obm__parallel_parts(m->ctx, &whole, (items + size - 1) / size, 1, fn, arg, m->pulse, err);
 }
 
@@ -107,6 +113,69 @@ void obm__place_rows(const obm_model *m, size_t n, size_t grain, obm__range_fn f
     obm__lanes s = {.n = m->placement->nodes};
     s.end[m->placement->home] = n;
     obm__parallel_lanes(m->ctx, &s, grain, fn, arg);
+}
+
+/* ---- copies ---- */
+
+/* From copy to copy: each begins where a mapping of its own would. */
+static size_t stride_of(size_t bytes) {
+    return round_up(bytes ? bytes : 1, bytes < HUGE_PAGE ? page_size() : HUGE_PAGE);
+}
+
+static int copy_of(const obm_model *m, int node) {
+    return (node - m->placement->home + m->placement->nodes) % m->placement->nodes;
+}
+
+size_t obm__place_near_node(const obm_model *m, size_t bytes, int node) {
+    return replicates(m) ? (size_t)copy_of(m, node) * stride_of(bytes) : 0;
+}
+
+size_t obm__place_near(const obm_model *m, size_t bytes, int worker) {
+    return obm__place_near_node(m, bytes, m->ctx->workers.at[worker].node);
+}
+
+/* One mapping; the copies of nodes without workers are never touched, and so take no memory. */
+static char *map_copies(obm_model *m, size_t bytes) {
+    size_t stride = stride_of(bytes), all, at[OBM_NODES + 1];
+    char *data = obm__mul(stride, (size_t)m->placement->nodes, &all) ? map_aligned(all) : NULL;
+    for (int i = 0; data && i < m->placement->nodes; i++) {
+        for (int k = 0; k <= m->placement->nodes; k++) at[k] = k > i ? stride : 0;
+        bind(m, data + obm__place_near_node(m, bytes, i), stride, at);
+    }
+    return data;
+}
+
+typedef struct spread_job {
+    const obm_model *m;
+    char *data;
+    size_t bytes, pieces; /* of a copy */
+} spread_job;
+
+#define SPREAD_BYTES ((size_t)1 << 20)
+
+/* Item: a piece of a copy, node after node. */
+static void copy_pieces(void *arg, size_t begin, size_t end, int worker) {
+    const spread_job *j = arg;
+    (void)worker;
+    for (size_t item = begin; item < end; item++) {
+        size_t at = item % j->pieces * SPREAD_BYTES, n = j->bytes - at < SPREAD_BYTES ? j->bytes - at : SPREAD_BYTES;
+        char *copy = j->data + obm__place_near_node(j->m, j->bytes, (int)(item / j->pieces));
+        memcpy(copy + at, j->data + at, n);
+    }
+}
+
+obm_status obm__place_spread(obm_model *m, void *data, obm_error *err) {
+    const obm__region *r = m->regions;
+    while (r && r->data != data) r = r->next;
+    if (!r || r->copies == 1 || !r->bytes) return OBM_OK;
+    spread_job j = {.m = m, .data = data, .bytes = r->bytes, .pieces = (r->bytes + SPREAD_BYTES - 1) / SPREAD_BYTES};
+    obm__lanes whole = {.n = m->placement->nodes};
+    for (int i = 0; i < whole.n; i++) {
+        bool reads = i != m->placement->home && obm__workers_count(&m->ctx->workers, i) > 0;
+        whole.begin[i] = (size_t)i * j.pieces;
+        whole.end[i] = whole.begin[i] + (reads ? j.pieces : 0);
+    }
+    return obm__parallel_parts(m->ctx, &whole, j.pieces / 32 + 1, 1, copy_pieces, &j, m->pulse, err);
 }
 
 /* ---- blocks of rows ---- */
@@ -122,7 +191,8 @@ void *obm__place_alloc(obm_model *m, obm__placed_part part, int kind, int64_t pe
     for (int i = 0; i <= m->placement->nodes; i++) r->at[i] = at[i] * item_bytes;
     r->part = part;
     r->bytes = bytes;
-    r->data = obm__place_map(m, bytes ? bytes : 1, r->at);
+    r->copies = replicates(m) ? m->placement->nodes : 1;
+    r->data = replicates(m) ? map_copies(m, bytes) : obm__place_map(m, bytes ? bytes : 1, r->at);
     if (!r->data) {
         obm_free(r);
         return NULL;
@@ -141,7 +211,7 @@ void obm__place_free(obm_model *m, void *data) {
         return;
     }
     *at = r->next;
-    obm__place_unmap(r->data, r->bytes ? r->bytes : 1);
+    obm__place_unmap(r->data, r->copies > 1 ? (size_t)r->copies * stride_of(r->bytes) : r->bytes ? r->bytes : 1);
     obm_free(r);
 }
 
@@ -178,7 +248,7 @@ static obm_status place_matrix(obm_model *m, int kind, obm__matrix *w, obm_error
         obm__place_slices(m, kind, OBM_SLAB_ROWS, slabs, COPY_BYTES / (OBM_SLAB_ROWS * row) + 1, copy_slabs, &j, err));
     w->origin = w->data;
     w->data = j.to;
-    return OBM_OK;
+    return obm__place_spread(m, j.to, err);
 }
 
 /* What is packed is placed already.  A tied embedding is read where the head is. */

@@ -245,11 +245,12 @@ static void count_all(const obm__machine *m, const obm__workers *w, const obm__p
     for (int i = 0; i < m->n_nodes; i++)
         here[i] = p->numa == OBM_NUMA_REPLICATE ? 1 : p->numa == OBM_NUMA_INTERLEAVE ? 1.0 / m->n_nodes : i == p->home;
     if (!obm__placement_cuts(p)) {
-        bool replicate = p->numa == OBM_NUMA_REPLICATE;
-        double each = replicate ? 1 : 1.0 / m->n_nodes, kv_each = 1.0 / m->n_nodes;
         for (int i = 0; i < p->nodes; i++) {
-            bool off = p->numa == OBM_NUMA_OFF;
-            count_part(s, p, i, off ? i == p->home : each, off ? i == p->home : kv_each);
+            double part = 1.0 / m->n_nodes;
+            if (p->numa == OBM_NUMA_OFF) part = i == p->home;
+            if (p->numa == OBM_NUMA_REPLICATE) part = obm__workers_count(w, i) > 0;
+            count_part(s, p, i, part, part);
+            if (p->numa == OBM_NUMA_REPLICATE) p->kv_bytes[i] = kv_bytes(s, p->heads[i + 1] - p->heads[i]);
         }
         count_anywhere(w, s, p, here);
         return;
@@ -269,7 +270,8 @@ void obm__placement_plan(const obm__machine *m, const obm__workers *w, obm_numa 
     if (p->numa == OBM_NUMA_ISOLATE)
         share_home(w, m->n_nodes, p->share);
     else
-        share_rows(m, w, obm__placement_bytes(s), p->share);
+        share_rows(m, w, p->numa == OBM_NUMA_REPLICATE ? 0 : obm__placement_bytes(s), p->share);
     if (obm__placement_cuts(p)) cut_rows(s, p);
+    if (p->numa == OBM_NUMA_REPLICATE) obm__placement_cut(s->kv_heads, p->share, p->nodes, p->heads);
     count_all(m, w, s, p);
 }

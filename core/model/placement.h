@@ -26,7 +26,8 @@ typedef struct obm__placement {
     const char *reason;
     int nodes, home;         /* nodes: of the machine */
     double share[OBM_NODES]; /* of the rows; SHARD and ISOLATE */
-    /* [rows[k][i], rows[k][i + 1]) of kind k belong to node i, the same of KV heads; SHARD and ISOLATE. */
+    /* [rows[k][i], rows[k][i + 1]) of kind k belong to node i, the same of KV heads; SHARD and ISOLATE, heads also
+     * REPLICATE. */
     int64_t rows[OBM_KINDS][OBM_NODES + 1];
     int64_t heads[OBM_NODES + 1];
     uint64_t weight_bytes[OBM_NODES], plane_bytes[OBM_NODES], kv_bytes[OBM_NODES]; /* held; the last per position */
@@ -37,6 +38,10 @@ void obm__placement_plan(const obm__machine *m, const obm__workers *w, obm_numa 
 /* True where rows have a fixed node. */
 static inline bool obm__placement_cuts(const obm__placement *p) {
     return p->numa == OBM_NUMA_SHARD || p->numa == OBM_NUMA_ISOLATE;
+}
+/* True where KV heads have one, and rows have one or a copy at each reader. */
+static inline bool obm__placement_local(const obm__placement *p) {
+    return obm__placement_cuts(p) || p->numa == OBM_NUMA_REPLICATE;
 }
 /* The rows of a kind that worker w has if all workers of its node are equally quick for their speed. */
 void obm__placement_rows(const obm__placement *p, const obm__workers *w, int worker, int kind, int64_t *first,

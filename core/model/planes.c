@@ -96,6 +96,7 @@ static obm_status fill_signs(obm_model *m, obm__role role, const plane_list *pla
     size_t slice = (size_t)m->ctx->threads * REPACK_BYTES / (bytes / blocks) + 1;
     OBM_TRY(obm__place_slices(m, kind, OBM__PLANE_ROWS, blocks, slice, repack_blocks,
                               &(repack_job){m->ctx->k, planes, s}, err));
+    OBM_TRY(obm__place_spread(m, s->blocks, err));
     m->signs_bytes += bytes;
     for (size_t p = 0; p < s->n; p++) /* runs do not look at the file's pages again */
         obm__pages_release(plane_signs(&planes->at[p]) + s->first * s->row_bytes, (size_t)(s->rows * s->row_bytes));
@@ -126,6 +127,11 @@ obm_status obm__signs_load(obm_model *m, obm_error *err) {
     }
     obm__pack_release_pages(m->pack);
     return OBM_OK;
+}
+
+size_t obm__signs_bytes(const obm__signs *s) {
+    size_t blocks = ((size_t)s->rows + OBM__PLANE_ROWS - 1) / OBM__PLANE_ROWS;
+    return blocks * OBM__PLANE_ROWS * (size_t)s->row_bytes * s->n;
 }
 
 void obm__signs_free_all(obm_model *m) {

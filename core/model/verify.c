@@ -24,7 +24,7 @@ static void count_page(const obm__placement *p, tally *t, const size_t *at, size
         t->other += to - from;
     else
         t->at[node] += to - from;
-    if (node == -2 || !obm__placement_cuts(p)) return;
+    if (node == -2 || !obm__placement_local(p)) return;
     for (int i = 0; i < p->nodes; i++) {
         size_t a = at[i] > from ? at[i] : from, b = at[i + 1] < to ? at[i + 1] : to;
         if (a < b && i != node) t->remote += b - a;
@@ -49,6 +49,21 @@ static obm_status count_block(census *c, obm__placed_part part, const char *data
     return OBM_OK;
 }
 
+/* Each copy is read by the workers of its node. */
+static obm_status count_region(census *c, const obm__region *r, obm_error *err) {
+    const obm__workers *w = &c->m->ctx->workers;
+    size_t at[OBM_NODES + 1];
+    if (r->copies == 1) return count_block(c, r->part, r->data, r->bytes, r->at, err);
+    for (int i = 0; i < w->n; i++) {
+        int node = w->at[i].node;
+        if (i && w->at[i - 1].node == node) continue; /* workers stand node by node */
+        for (int k = 0; k <= c->m->placement->nodes; k++) at[k] = k > node ? r->bytes : 0;
+        OBM_TRY(
+            count_block(c, r->part, (char *)r->data + obm__place_near_node(c->m, r->bytes, node), r->bytes, at, err));
+    }
+    return OBM_OK;
+}
+
 static obm_status count_kv(census *c, const obm__sequence *s, obm_error *err) {
     size_t at[OBM_NODES + 1];
     obm__kv_bounds(c->m, s->kv, at);
@@ -68,8 +83,7 @@ static obm_status fill_cache(obm_model *m, obm__sequence *s, obm_error *err) {
 
 static obm_status count_all(census *c, obm_error *err) {
     obm__sequence *s = NULL;
-    for (const obm__region *r = c->m->regions; r; r = r->next)
-        OBM_TRY(count_block(c, r->part, r->data, r->bytes, r->at, err));
+    for (const obm__region *r = c->m->regions; r; r = r->next) OBM_TRY(count_region(c, r, err));
     OBM_TRY(obm__sequence_new(c->m, NULL, c->m->kv, &s, err));
     obm_status status = fill_cache(c->m, s, err);
     if (status == OBM_OK) status = count_kv(c, s, err);
@@ -84,7 +98,7 @@ static void add_tally(obm__buffer *b, const obm__placement *p, const char *name,
     for (int i = 0; i < p->nodes; i++) obm__buffer_printf(b, "%s%llu", i ? ", " : "", (unsigned long long)t->at[i]);
     obm__buffer_printf(b, "], \"other\": %llu, \"absent\": %llu, \"remote_bytes\": ", (unsigned long long)t->other,
                        (unsigned long long)t->absent);
-    if (obm__placement_cuts(p))
+    if (obm__placement_local(p))
         obm__buffer_printf(b, "%llu}", (unsigned long long)t->remote);
     else
         obm__buffer_text(b, "null}");
@@ -102,7 +116,7 @@ static obm_status write_json(const census *c, char **json, obm_error *err) {
         obm__buffer_text(&b, ", ");
         remote += c->part[i].remote;
     }
-    if (p && obm__placement_cuts(p))
+    if (p && obm__placement_local(p))
         obm__buffer_printf(&b, "\"remote_bytes\": %llu}", (unsigned long long)remote);
     else
         obm__buffer_text(&b, "\"remote_bytes\": null}");

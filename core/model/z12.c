@@ -118,7 +118,9 @@ static obm_status pack_matrix(obm_model *m, int kind, obm__matrix *w, obm__z12 *
     if (there && status == OBM_OK && !j.failed) packed = join_escapes(&j, chunks, &bytes);
     for (size_t i = 0; j.chunks && i < chunks; i++) obm_free(j.chunks[i].escapes);
     obm_free(j.chunks);
-    if (packed) {
+    if (packed) status = obm__place_spread(m, z->codes, err);
+    if (packed && status == OBM_OK) status = obm__place_spread(m, z->tables, err);
+    if (packed && status == OBM_OK) {
         w->z12 = z;
         m->z12_bytes += bytes;
         m->z12_saved += plain;

@@ -74,10 +74,7 @@ static obm_status choose_workers(obm_context *ctx, int64_t wanted_threads, obm_n
     OBM_TRY(choose_numa(wanted, &ctx->numa, err));
     OBM_TRY(obm__workers_new(obm__topology_machine(ctx->topology), ctx->numa, threads, &ctx->workers, err));
     ctx->threads = ctx->workers.n;
-    if (ctx->workers.numa != OBM_NUMA_REPLICATE) return OBM_OK;
-    return obm__fail(
-        err, OBM_E_UNSUPPORTED,
-        "numa: this version plans replicas but does not make them (it does auto, shard, isolate, interleave and off)");
+    return OBM_OK;
 }
 
 #if defined(__clang__)

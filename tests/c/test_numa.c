@@ -107,6 +107,8 @@ static void same_logits(void **state) {
     compare(machines[1], OBM_NUMA_SHARD, 1, false, OBM_F32); /* no worker on the other node: no rows there */
     compare(machines[2], OBM_NUMA_SHARD, 7, false, OBM_F32);
     compare(machines[2], OBM_NUMA_SHARD, 0, true, OBM_F32);
+    compare(machines[1], OBM_NUMA_REPLICATE, 0, false, OBM_F32);
+    compare(machines[3], OBM_NUMA_REPLICATE, 7, true, OBM_F32);
 }
 
 static void half_cache(void **state) {
@@ -131,17 +133,49 @@ static void modes(void **state) {
     assert_int_equal(obm_context_new(NULL, &ctx, &err), OBM_E_ARG);
     assert_non_null(strstr(err.message, "ONEBITMERGE_NUMA: expected auto, shard"));
     unsetenv("ONEBITMERGE_NUMA");
-    obm_context_options o = OBM_INIT(obm_context_options);
-    o.numa = OBM_NUMA_REPLICATE;
-    setenv("HWLOC_SYNTHETIC", "numa:2 core:2 pu:1", 1);
-    assert_int_equal(obm_context_new(&o, &ctx, &err), OBM_E_UNSUPPORTED);
-    setenv("HWLOC_SYNTHETIC", "numa:1 core:2 pu:1", 1);
-    assert_int_equal(obm_context_new(&o, &ctx, &err), OBM_OK);
-    unsetenv("HWLOC_SYNTHETIC");
+    ctx = open_context("numa:2 core:2 pu:1", OBM_NUMA_REPLICATE, 0);
+    assert_int_equal(ctx->workers.numa, OBM_NUMA_REPLICATE);
+    obm_context_free(ctx);
+    ctx = open_context("numa:1 core:2 pu:1", OBM_NUMA_REPLICATE, 0);
     assert_int_equal(ctx->workers.numa, OBM_NUMA_OFF);
     obm_context_free(ctx);
+    obm_context_options o = OBM_INIT(obm_context_options);
     o.numa = (obm_numa)17;
     assert_int_equal(obm_context_new(&o, &ctx, &err), OBM_E_ARG);
+}
+
+/* ---- copies ---- */
+
+/* Who reads which copy cannot be seen in logits; that runs read only a node's own can: the others' are overwritten. */
+static void copies(void **state) {
+    (void)state;
+    obm_context *ctx = open_context("numa:3 core:1 pu:1", OBM_NUMA_REPLICATE, 1); /* the caller, at home */
+    obm_model *m;
+    obm_model_options o = OBM_INIT(obm_model_options);
+    obm_run_options r = OBM_INIT(obm_run_options);
+    const double route[] = {0.7, 0.3};
+    float *got = malloc(size_of(2));
+    reference(true, OBM_F32);
+    o.z12 = true;
+    r.kv = OBM_F32, r.all = true, r.route = route;
+    assert_int_equal(obm_model_open(ctx, w.pack_dir, &o, &m, &err), OBM_OK);
+    int found = 0;
+    for (obm__region *at = m->regions; at; at = at->next, found++) {
+        assert_int_equal(at->copies, 3);
+        for (int i = 0; i < 3; i++)
+            if (i != m->placement->home)
+                memset((char *)at->data + obm__place_near_node(m, at->bytes, i), 0xa5, at->bytes);
+    }
+    assert_true(found > 20);
+    assert_int_equal(obm_model_logits(m, w.ids, N, &r, got, &err), OBM_OK);
+    assert_memory_equal(got, expected[2], size_of(2));
+    /* and the other way round: the caller is moved to another node */
+    ctx->workers.at[0].node = (m->placement->home + 1) % 3;
+    assert_int_equal(obm_model_logits(m, w.ids, N, &r, got, &err), OBM_OK);
+    assert_true(memcmp(got, expected[2], size_of(2)));
+    obm_model_free(m);
+    obm_context_free(ctx);
+    free(got);
 }
 
 /* ---- the pool ---- */
@@ -202,6 +236,7 @@ static void verify(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(same_logits), cmocka_unit_test(half_cache),
-                                       cmocka_unit_test(modes), cmocka_unit_test(lanes), cmocka_unit_test(verify)};
+                                       cmocka_unit_test(modes),       cmocka_unit_test(copies),
+                                       cmocka_unit_test(lanes),       cmocka_unit_test(verify)};
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -12,21 +12,6 @@ mkdir -p "$WORK"
 # shellcheck disable=SC2086
 APT_OPTIONS=--no-install-recommends need_packages $NUMA_PACKAGES
 
-newest() { apt-cache pkgnames linux-image- | { grep -E '^linux-image-[0-9].*-cloud-amd64-unsigned$' || true; } | sort -V | tail -1; }
-kernel() {   # prints the path of an unpacked kernel
-    local image name
-    mkdir -p "$WORK/kernel"
-    image=$(find "$WORK/kernel" -name 'vmlinuz-*')
-    if [ -z "$image" ]; then
-        name=$(newest)
-        [ -n "$name" ] || { apt-get update -qq && name=$(newest); }
-        [ -n "$name" ] || { echo "no linux-image-*-cloud-amd64-unsigned among the packages" >&2; return 1; }
-        (cd "$WORK/kernel" && apt-get -qq -o APT::Sandbox::User=root download "$name" && dpkg-deb -x ./*.deb . && rm -rf ./*.deb lib usr)
-        image=$(find "$WORK/kernel" -name 'vmlinuz-*')
-    fi
-    echo "$image"
-}
-
 initramfs() {   # the program as /init, with the libraries that it loads
     local root=$WORK/root file
     rm -rf "$root"
@@ -51,7 +36,7 @@ boot() {   # boot NODES: four processors and 1 GiB, shared out evenly; one threa
     grep -q "^numa: PASSED" "$WORK/log$nodes" || { tail -20 "$WORK/log$nodes"; echo "numa: $nodes nodes: did not pass"; return 1; }
 }
 
-IMAGE=$(kernel)
+IMAGE=$(debian_kernel "$WORK/kernel")
 initramfs
 # Each on one core of this machine, as many at a time as there are.
 export -f boot
