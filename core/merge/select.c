@@ -231,6 +231,18 @@ typedef struct sample {
     uint16_t *high; /* (n_targets, runs, SAMPLE_RUN) upper halves, HIGH_END where there is none */
 } sample;
 
+/* Upper halves of n elements; false: one of them is not finite, which is the counting pass's to say. */
+static bool load_highs(const obm__group *g, size_t model, obm__block *b, uint64_t begin, size_t n, uint16_t *high) {
+    if (model != OBM_BY_SCORE && obm__group_is_plain(g, model)) {
+        uint16_t most;
+        obm__plain t = obm__group_plain(g, model, begin);
+        return b->k->sizes_bf16(high, &most, t.model, t.base, t.round, n) == n;
+    }
+    if (load_values(g, model, b, begin, n) < n) return false;
+    for (size_t i = 0; i < n; i++) high[i] = (uint16_t)(magnitude_bits(b->mixed[i]) >> 16);
+    return true;
+}
+
 /* Runs of neighbours at even distances: pages are what reading costs. */
 static void sample_runs(void *arg, size_t first, size_t last, int worker) {
     const sample *t = arg;
@@ -244,25 +256,25 @@ static void sample_runs(void *arg, size_t first, size_t last, int worker) {
         size_t n = group->count - at < SAMPLE_RUN ? (size_t)(group->count - at) : SAMPLE_RUN;
         for (size_t m = 0; m < s->n_targets; m++) {
             uint16_t *high = t->high + (m * t->runs + r) * SAMPLE_RUN;
-            size_t bad = load_values(group, s->targets[m].model, &block, at, n); /* the error is the counting pass's */
-            for (size_t i = 0; i < n; i++) high[i] = (uint16_t)(magnitude_bits(block.mixed[i]) >> 16);
-            for (size_t i = bad == n ? n : 0; i < SAMPLE_RUN; i++) high[i] = HIGH_END;
+            bool finite = load_highs(group, s->targets[m].model, &block, at, n, high);
+            for (size_t i = finite ? n : 0; i < SAMPLE_RUN; i++) high[i] = HIGH_END;
         }
     }
 }
 
 /* The range [low, end) of upper halves in which the rest-th largest of `count` lies very likely: 4 standard deviations
  * of its rank in the sample around where it should be. */
-static void guess_range(const selection *s, const uint16_t *high, size_t n, uint64_t count, target *t) {
-    size_t size = 0;
-    memset(s->histogram, 0, (HIGH_END + 1) * sizeof *s->histogram);
-    for (size_t i = 0; i < n; i++) s->histogram[high[i]]++, size += high[i] < HIGH_END;
-    double share = (double)t->rest / (double)count, spread = 4 * sqrt(share * (1 - share) * (double)size) + 1;
-    double rank = share * (double)size, above = 0;
+static void guess_range(uint32_t *histogram, const uint16_t *high, size_t n, uint64_t count, target *t) {
+    memset(histogram, 0, (HIGH_END + 1) * sizeof *histogram);
+    for (size_t i = 0; i < n; i++) histogram[high[i]]++;
+    double size = (double)(n - histogram[HIGH_END]), share = (double)t->rest / (double)count, rank = share * size;
+    double spread = 4 * sqrt(share * (1 - share) * size) + 1;
+    uint64_t above = 0, from_end = rank < spread ? 0 : (uint64_t)ceil(rank - spread),
+             from_low = (uint64_t)ceil(rank + spread);
     for (uint32_t bin = HIGH_END; bin-- > 0;) {
-        above += s->histogram[bin];
-        if (above < rank - spread) t->end = bin;
-        if (above < rank + spread) continue;
+        above += histogram[bin];
+        if (above < from_end) t->end = bin;
+        if (above < from_low) continue;
         t->low = bin;
         break;
     }
@@ -278,7 +290,7 @@ static obm_status guess_ranges(selection *s, uint64_t count, obm_error *err) {
     if (!t.high) return obm__fail_nomem(err, bytes);
     obm__parallel(s->run->ctx, t.runs, 1, sample_runs, &t);
     for (size_t m = 0; m < s->n_targets; m++)
-        if (s->targets[m].rest < count) guess_range(s, t.high + m * each, each, count, &s->targets[m]);
+        if (s->targets[m].rest < count) guess_range(s->histogram, t.high + m * each, each, count, &s->targets[m]);
     obm_free(t.high);
     return OBM_OK;
 }

@@ -6,8 +6,9 @@
  *   FN, NAME(op), VL, V, GE_ZERO(v)  as in elementwise.h
  *   ANY(v)                           nonzero iff a lane of v is all ones or a NaN, 0 if all are 0
  *   AVERAGE(a, b)                    (a + b + 1) / 2 of unsigned 16-bit lanes
- *   HALVES(even, odd)                16-bit lanes: the lower halves of `even` and the upper ones of `odd`; these three
- *                                    where the compiler finds no better
+ *   HALVES(even, odd)                16-bit lanes: the lower halves of `even` and the upper ones of `odd`
+ *   LANES(v)                         bit i is that of the i-th 16-bit lane of 0 or all ones; these four where the
+ * compiler finds no better
  */
 typedef int16_t NAME(s) __attribute__((vector_size(4 * VL)));
 typedef uint64_t NAME(q) __attribute__((vector_size(4 * VL)));
@@ -118,14 +119,30 @@ FN static size_t NAME(count_bf16)(uint32_t *counts, const uint16_t *from, const 
     return i + obm__scalar_count_bf16(counts, from, a + i, b ? b + i : b, round, n - i);
 }
 
+/* Few steps have a hit, and most of these have one. */
+FN static void NAME(count_lower)(uint32_t *histogram, NAME(s) hit, NAME(pair) x) {
+    NAME(w) lanes = (NAME(w))HALVES(x.even, x.odd << 16);
+    uint16_t lower[STEP];
+    memcpy(lower, &lanes, sizeof lower);
+#ifdef LANES
+    for (uint32_t lane = LANES(hit); lane; lane &= lane - 1) histogram[lower[__builtin_ctz(lane)]]++;
+#else
+    uint16_t hits[STEP];
+    memcpy(hits, &hit, sizeof hits);
+    for (size_t l = 0; l < STEP; l++)
+        if (hits[l]) histogram[lower[l]]++;
+#endif
+}
+
 FN static size_t NAME(low_bf16)(uint32_t *histogram, uint32_t high, const uint16_t *a, const uint16_t *b, size_t n) {
     const NAME(s) zero = {0}, limit = zero + 0x7f7f, wanted = zero + (int16_t)high;
     NAME(s) bad = zero;
     size_t i = 0;
     for (; i + STEP <= n; i += STEP) {
-        NAME(s) size = NAME(sizes)(NAME(difference)(a + i, b ? b + i : b), 0), hit = size == wanted;
+        NAME(pair) x = NAME(difference)(a + i, b ? b + i : b);
+        NAME(s) size = NAME(sizes)(x, 0), hit = size == wanted;
         bad |= size > limit;
-        if (ANY(hit)) obm__scalar_low_bf16(histogram, high, a + i, b ? b + i : b, STEP);
+        if (ANY(hit)) NAME(count_lower)(histogram, hit, x);
     }
     if (ANY(bad)) return obm__scalar_low_bf16(histogram, high, a, b, n);
     return i + obm__scalar_low_bf16(histogram, high, a + i, b ? b + i : b, n - i);
