@@ -49,6 +49,7 @@ enum {
 
 enum {
     OBM__GEMM_ROWS = 32,  /* of a strip */
+    OBM__GEMM_HALF = 16,  /* whose columns fill cache lines: AVX-512 takes both halves at a time, the others one */
     OBM__GEMM_BLOCK = 256 /* columns: 16 rows of them stay in the nearest cache */
 };
 
@@ -207,12 +208,13 @@ typedef struct obm_kernels {
     /* exact.  out[i] += w[0] * rows[i], then w[1] * rows[ld + i] and so on; each product rounded, then the sum. */
     void (*mix_rows)(float *out, const float *w, const float *rows, size_t ld, size_t count, size_t n);
 
-    /* Prompts: rows in strips of 32, in a strip column by column, so that a run reads one stream. */
+    /* Prompts: rows in strips of 32, in each half of a strip column by column, so that a run reads one stream. */
 
-    /* exact.  packed (n, 32): packed[j * 32 + r] = rows[r * ld + j]; rows n_rows .. 31 become 0. */
+    /* exact.  packed (2, n, 16): packed[(r / 16 * n + j) * 16 + r % 16] = rows[r * ld + j]; rows n_rows .. 31 become 0.
+     */
     void (*gemm_pack)(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n);
     /* row-exact, and so for vectors: y[t * ldy + r] depends on row r and vector t alone.  r < 32 * strips, t < tokens;
-     * packed (strips, n, 32).  Columns are summed in increasing order, with or without fma, by blocks of 256 whose sums are added
+     * packed (strips, 2, n, 16).  Columns are summed in increasing order, with or without fma, by blocks of 256 whose sums are added
      * in order; the bound of rows_f32 holds. */
     void (*gemm)(float *y, size_t ldy, const float *packed, size_t strips, const float *x, size_t ldx, size_t tokens,
                  size_t n);

@@ -385,28 +385,34 @@ static void mix_rows(float *out, const float *w, const float *rows, size_t ld, s
     for (size_t p = 0; p < count; p++) obm__scalar_axpy_f32(out, w[p], rows + p * ld, n);
 }
 
-void obm__scalar_gemm_pack(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n) {
+void obm__scalar_gemm_pack_half(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n) {
     for (size_t j = 0; j < n; j++)
-        for (size_t r = 0; r < OBM__GEMM_ROWS; r++)
-            packed[j * OBM__GEMM_ROWS + r] = r < n_rows ? float_at(rows + r * ld + j) : 0;
+        for (size_t r = 0; r < OBM__GEMM_HALF; r++)
+            packed[j * OBM__GEMM_HALF + r] = r < n_rows ? float_at(rows + r * ld + j) : 0;
+}
+
+void obm__scalar_gemm_pack(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n) {
+    size_t above = n_rows > OBM__GEMM_HALF ? n_rows - OBM__GEMM_HALF : 0;
+    obm__scalar_gemm_pack_half(packed, rows, ld, n_rows, n);
+    obm__scalar_gemm_pack_half(packed + OBM__GEMM_HALF * n, above ? rows + OBM__GEMM_HALF * ld : rows, ld, above, n);
 }
 
 /* Without fma: in portable C it may be a call for each. */
 static void gemm_block(float *y, const float *packed, const float *x, size_t n) {
-    float sums[OBM__GEMM_ROWS] = {0};
+    float sums[OBM__GEMM_HALF] = {0};
     for (size_t j = 0; j < n; j++)
-        for (size_t r = 0; r < OBM__GEMM_ROWS; r++) sums[r] += packed[j * OBM__GEMM_ROWS + r] * float_at(x + j);
-    for (size_t r = 0; r < OBM__GEMM_ROWS; r++) y[r] += sums[r];
+        for (size_t r = 0; r < OBM__GEMM_HALF; r++) sums[r] += packed[j * OBM__GEMM_HALF + r] * float_at(x + j);
+    for (size_t r = 0; r < OBM__GEMM_HALF; r++) y[r] += sums[r];
 }
 
 static void gemm(float *y, size_t ldy, const float *packed, size_t strips, const float *x, size_t ldx, size_t tokens,
                  size_t n) {
-    for (size_t s = 0; s < strips; s++)
+    for (size_t s = 0; s < strips * 2; s++)
         for (size_t t = 0; t < tokens; t++) {
-            float *to = y + t * ldy + s * OBM__GEMM_ROWS;
-            memset(to, 0, OBM__GEMM_ROWS * sizeof *to);
+            float *to = y + t * ldy + s * OBM__GEMM_HALF;
+            memset(to, 0, OBM__GEMM_HALF * sizeof *to);
             for (size_t j = 0; j < n; j += OBM__GEMM_BLOCK)
-                gemm_block(to, packed + (s * n + j) * OBM__GEMM_ROWS, x + t * ldx + j,
+                gemm_block(to, packed + (s * n + j) * OBM__GEMM_HALF, x + t * ldx + j,
                            n - j < OBM__GEMM_BLOCK ? n - j : OBM__GEMM_BLOCK);
         }
 }

@@ -66,6 +66,7 @@ void obm__scalar_rows_f32(float *y, const float *w, size_t ld, size_t rows, cons
 #define OBM__EXP_MOST 89.0f      /* above: Inf */
 void obm__scalar_silu_mul(float *gate, const float *up, size_t n);
 void obm__scalar_exp_minus(float *x, float max, size_t n);
+void obm__scalar_gemm_pack_half(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n);
 void obm__scalar_gemm_pack(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n);
 /* 64 weights of one row to 96 bytes; table: the row's high bytes, code: their inverse, 16 for others.  Not 0: there are
  * escapes among them, whose index becomes 0. */

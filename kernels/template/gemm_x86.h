@@ -12,15 +12,18 @@ FN static inline void NAME(transpose8)(float *out, const float *in, size_t ld) {
             r[i + 2 * k + 1] = _mm256_shuffle_ps(s[i + k], s[i + 2 + k], 0xee);
         }
     for (size_t i = 0; i < 4; i++) { /* r[i]: columns i and i + 4 of rows 0..3, r[i + 4]: of rows 4..7 */
-        _mm256_storeu_ps(out + i * OBM__GEMM_ROWS, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-        _mm256_storeu_ps(out + (i + 4) * OBM__GEMM_ROWS, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+        _mm256_storeu_ps(out + i * OBM__GEMM_HALF, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(out + (i + 4) * OBM__GEMM_HALF, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
     }
 }
 
 FN static void NAME(gemm_pack)(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n) {
-    size_t j = 0;
-    for (; n_rows == OBM__GEMM_ROWS && j + 8 <= n; j += 8)
-        for (size_t r = 0; r < OBM__GEMM_ROWS; r += 8)
-            NAME(transpose8)(packed + j * OBM__GEMM_ROWS + r, rows + r * ld + j, ld);
-    obm__scalar_gemm_pack(packed + j * OBM__GEMM_ROWS, rows + j, ld, n_rows, n - j);
+    const size_t half = OBM__GEMM_HALF;
+    for (size_t first = 0; first < OBM__GEMM_ROWS; first += half, packed += half * n) {
+        size_t j = 0, there = n_rows < first ? 0 : n_rows - first;
+        const float *from = rows + (there ? first : 0) * ld;
+        for (; there >= half && j + 8 <= n; j += 8)
+            for (size_t r = 0; r < half; r += 8) NAME(transpose8)(packed + j * half + r, from + r * ld + j, ld);
+        obm__scalar_gemm_pack_half(packed + j * half, from + j, ld, there, n - j);
+    }
 }

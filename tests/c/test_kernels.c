@@ -881,7 +881,7 @@ static void check_gemm(const obm_kernels *k, size_t rows, size_t tokens, size_t 
         k->gemm_pack(packed + s * 32 * n, w + s * 32 * ld, ld, rows - s * 32 < 32 ? rows - s * 32 : 32, n);
     for (size_t r = 0; r < strips * 32; r++)
         for (size_t i = 0; i < n; i++)
-            assert_true(bits_of(packed[(r / 32 * n + i) * 32 + r % 32]) == bits_of(r < rows ? w[r * ld + i] : 0));
+            assert_true(bits_of(packed[(r / 16 * n + i) * 16 + r % 16]) == bits_of(r < rows ? w[r * ld + i] : 0));
     for (size_t i = 0; i < MAX_TOKENS * LDY; i++) y[i] = -77;
     k->gemm(y, LDY, packed, strips, x, ldx, tokens, n);
     for (size_t i = 0; i < MAX_TOKENS * LDY; i++) {
