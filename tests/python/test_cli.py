@@ -493,8 +493,8 @@ def test_interrupt_is_130(models, tmp_path):
     begun = time.monotonic()
     process.send_signal(signal.SIGINT)
     process.stdout.read()
-    assert process.wait(20) == 130
-    assert time.monotonic() - begun < 5
+    assert process.wait(60) == 130
+    assert time.monotonic() - begun < 15
     assert process.stderr.read() == "onebitmerge: interrupted\n"
 
 

@@ -191,11 +191,11 @@ def test_what_is_raised_comes_back(recipe, tmp_path):
 def test_control_c_inside(recipe, tmp_path):
     def method(tile):
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(10)
+        time.sleep(60)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         obm.merge(recipe, tmp_path / "out", method=method)
-    assert time.monotonic() - start < 5 and not (tmp_path / "out").exists()
+    assert time.monotonic() - start < 15 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("answer, error, message", [

@@ -197,7 +197,7 @@ def interrupted():
             with pytest.raises(KeyboardInterrupt):
                 while True:
                     call()
-            assert time.monotonic() - sent[0] < 2
+            assert time.monotonic() - sent[0] < 15
         finally:
             timer.cancel()
             timer.join()
