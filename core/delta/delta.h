@@ -165,7 +165,7 @@ typedef obm_status (*obm__sink_fn)(void *user, const void *bytes, size_t n, int6
  * Errors: VALUE (NaN or Inf), NOMEM, those of the sink. */
 obm_status obm__onebit_plane(obm_context *ctx, const obm__pair *pair, obm__scale scale, int plane, float *const *alphas,
                              obm__sink_fn sink, void *user, bool *zero, obm_error *err);
-/* The same of the first plane, for rows [first, last) on one thread: their signs, their scales into alphas, and for a scale per
+/* The same of the first plane, for rows [first, last) on one thread; the pair's data begin with row `first`.  Out: their signs, their scales into alphas, and for a scale per
  * matrix the sums of rows, of which obm__onebit_alpha makes the scale in the end.  scratch: obm__onebit_scratch(cols) bytes, a
  * multiple of 64, aligned.  Returns the lowest index of a NaN or Inf, INT64_MAX for none. */
 size_t obm__onebit_scratch(int64_t cols);

@@ -81,6 +81,7 @@ typedef struct plane_job {
     int64_t rows, cols, row_bytes;
     int64_t segment, segments; /* columns of a segment, segments of a row */
     int64_t stripe;            /* first row of the stripe in work */
+    int64_t begin;             /* element of the matrix that the pair's data begin with */
     double *row_sums;          /* (rows), scale per matrix only */
     uint8_t *signs;            /* (rows of the stripe, row_bytes) */
     worker *workers;
@@ -99,7 +100,7 @@ static int64_t scale_index(const plane_job *job, int64_t row, int64_t segment) {
     return job->scale.kind == OBM_SCALE_MATRIX ? 0 : row * job->segments + segment;
 }
 
-/* Elements [at, at + n), at most one block: signs out, sum |r| back. */
+/* Elements [at, at + n) of the pair's, at most one block: signs out, sum |r| back. */
 static double read_block(plane_job *job, int64_t at, int64_t n, int64_t index, uint8_t *bits, worker *w) {
     if (job->plane == 0 && obm__pair_is_bf16(job->pair))
         return job->k->sign_sum_bf16(bits, (const uint16_t *)job->pair->expert.data + at,
@@ -110,11 +111,12 @@ static double read_block(plane_job *job, int64_t at, int64_t n, int64_t index, u
     return job->k->abs_sum(w->d, (size_t)n);
 }
 
+/* The same of elements of the matrix. */
 static double do_block(plane_job *job, int64_t at, int64_t n, int64_t index, uint8_t *bits, worker *w) {
-    double sum = read_block(job, at, n, index, bits, w);
+    double sum = read_block(job, at - job->begin, n, index, bits, w);
     /* So few f32 cannot overflow an f64 sum, and peeling keeps NaN and Inf: only then is one among the differences. */
     if (!isfinite(sum)) {
-        obm__pair_read(job->k, job->pair, at, n, w->d, w->base);
+        obm__pair_read(job->k, job->pair, at - job->begin, n, w->d, w->base);
         obm__note_bad(&job->bad, at + (int64_t)job->k->find_nonfinite(w->d, (size_t)n));
     }
     return sum;
@@ -170,6 +172,7 @@ int64_t obm__onebit_rows(const obm_kernels *k, const obm__pair *pair, obm__scale
     job.signs = signs;
     job.bad = INT64_MAX;
     set_shape(&job);
+    job.begin = first * job.cols;
     if (last > first) do_rows(&job, 0, (size_t)(last - first), 0);
     return job.bad;
 }

@@ -189,6 +189,21 @@ obm_status obm__fd_write_at(int fd, const char *path, const void *bytes, size_t 
     return OBM_OK;
 }
 
+obm_status obm__fd_read_at(int fd, const char *path, void *bytes, size_t n, uint64_t offset, size_t *got,
+                           obm_error *err) {
+    size_t at = 0;
+    while (at < n) {
+        size_t piece = n - at < (1u << 30) ? n - at : (1u << 30);
+        ssize_t done = pread(fd, (char *)bytes + at, piece, (off_t)(offset + at));
+        if (done < 0 && errno == EINTR) continue;
+        if (done < 0) return obm__fail_errno(err, "cannot read %s", path);
+        if (done == 0) break;
+        at += (size_t)done;
+    }
+    *got = at;
+    return OBM_OK;
+}
+
 /* Linux; elsewhere the sync in the end writes it all. */
 void obm__fd_start_sync(int fd, uint64_t offset, uint64_t n) {
 #ifdef __linux__

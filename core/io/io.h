@@ -40,6 +40,9 @@ obm_status obm__make_directory(const char *path, obm_error *err); /* with parent
 obm_status obm__temp_create(const char *path, char **name, int *fd, obm_error *err);
 obm_status obm__fd_write(int fd, const char *path, const void *bytes, size_t n, obm_error *err); /* all n bytes */
 obm_status obm__fd_write_at(int fd, const char *path, const void *bytes, size_t n, uint64_t offset, obm_error *err);
+/* *got < n: the file ends there. */
+obm_status obm__fd_read_at(int fd, const char *path, void *bytes, size_t n, uint64_t offset, size_t *got,
+                           obm_error *err);
 /* The disk begins to write the range now instead of in the sync at the end. */
 void obm__fd_start_sync(int fd, uint64_t offset, uint64_t n);
 obm_status obm__fd_seal(int fd, const char *path, obm_error *err); /* fsync and close, also on failure */
@@ -256,6 +259,15 @@ bool obm__config_untie(obm_json *config);
  * (pack_base.c).  tick nullable. */
 obm_status obm__checkpoint_fingerprint(obm_context *ctx, const obm_checkpoint *c, obm__tick_fn tick, void *user,
                                        char out[33], obm_error *err);
+
+/* ---- copies of what checkpoints map (reader.c) ---- */
+
+typedef struct obm__reader obm__reader;
+/* The checkpoints' files are opened again, where they still are under their names. */
+obm_status obm__reader_new(const obm_checkpoint *const *checkpoints, size_t n, obm__reader **out, obm_error *err);
+void obm__reader_free(obm__reader *r);
+/* n bytes at `data`, in a mapping of one of them; any thread.  IO also for a file that has become shorter. */
+obm_status obm__reader_get(const obm__reader *r, const void *data, size_t n, void *to, obm_error *err);
 
 /* ---- model folders out (model_writer.c) ---- */
 

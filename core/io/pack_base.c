@@ -284,12 +284,61 @@ size_t obm__base_digests_take(obm__base_digests *d, const char *tensor) {
     return d->first[i];
 }
 
-void obm__base_digests_put(obm__base_digests *d, size_t chunk_number, obm__xxh3 *h) {
-    size_t i = d->owner[chunk_number];
-    const obm_tensor *t = &d->base->tensors[i]->t;
-    /* Without memory the sample stays "", which obm__base_record sees. */
-    if (chunks_of(t) == 1) (void)sample_pages(t, d->samples[i]);
-    obm__xxh3_end(h, d->parts[chunk_number]);
+struct obm__base_chunk {
+    obm__base_digests *digests;
+    size_t number;
+    obm__xxh3 *hash, *sample; /* sample: NULL unless the chunk is a large enough tensor */
+    size_t size, at, block;   /* of the tensor, what was added, the block of the sample that is next */
+};
+
+obm_status obm__base_chunk_new(obm__base_digests *d, size_t number, obm__base_chunk **out, obm_error *err) {
+    const obm_tensor *t = &d->base->tensors[d->owner[number]]->t;
+    obm__base_chunk *c = obm__calloc(1, sizeof *c);
+    if (!c) return obm__fail_nomem(err, sizeof *c);
+    *c = (obm__base_chunk){.digests = d, .number = number, .hash = obm__xxh3_new(), .size = obm__tensor_bytes(t)};
+    bool sampled = chunks_of(t) == 1 && c->size > (size_t)SAMPLES * SAMPLE_BYTES;
+    if (sampled) c->sample = obm__xxh3_new();
+    if (!c->hash || (sampled && !c->sample)) {
+        obm__base_chunk_free(c);
+        return obm__fail_nomem(err, 0);
+    }
+    *out = c;
+    return OBM_OK;
+}
+
+/* Blocks of a sample do not overlap and come in order, so their parts are added as they come by. */
+static void add_to_sample(obm__base_chunk *c, const uint8_t *bytes, size_t n) {
+    for (size_t end = c->at + n; c->block < SAMPLES; c->block++) {
+        size_t first = sample_offset(c->size - SAMPLE_BYTES, c->block), last = first + SAMPLE_BYTES;
+        size_t from = first > c->at ? first : c->at, to = last < end ? last : end;
+        if (from < to) obm__xxh3_add(c->sample, bytes + (from - c->at), to - from);
+        if (last > end) return;
+    }
+}
+
+void obm__base_chunk_add(obm__base_chunk *c, const void *bytes, size_t n) {
+    obm__xxh3_add(c->hash, bytes, n);
+    if (c->sample) add_to_sample(c, bytes, n);
+    c->at += n;
+}
+
+/* Smaller tensors are their own sample. */
+void obm__base_chunk_end(obm__base_chunk *c) {
+    obm__base_digests *d = c->digests;
+    size_t tensor = d->owner[c->number];
+    obm__xxh3_end(c->hash, d->parts[c->number]);
+    c->hash = NULL;
+    if (c->sample) obm__xxh3_end(c->sample, d->samples[tensor]);
+    c->sample = NULL;
+    if (c->size <= (size_t)SAMPLES * SAMPLE_BYTES) memcpy(d->samples[tensor], d->parts[c->number], sizeof(digest));
+    obm__base_chunk_free(c);
+}
+
+void obm__base_chunk_free(obm__base_chunk *c) {
+    if (!c) return;
+    if (c->hash) obm__xxh3_end(c->hash, NULL);
+    if (c->sample) obm__xxh3_end(c->sample, NULL);
+    obm_free(c);
 }
 
 /* ---- record ---- */

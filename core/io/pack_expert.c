@@ -209,7 +209,11 @@ obm_status obm__pair_is_same(obm_context *ctx, const obm__pair *p, obm__pulse *t
     *same = false;
     if (p->lora) return OBM_OK;
     int64_t total = obm_tensor_count(&p->base), batch = (int64_t)ctx->threads * 8 * SAME_STEP;
-    if (!same_elements(ctx->k, p, 0, total < SAME_FIRST ? total : SAME_FIRST)) return OBM_OK;
+    int64_t first = total < SAME_FIRST ? total : SAME_FIRST;
+    bool differ = !same_elements(ctx->k, p, 0, first);
+    obm__tensor_release(&p->base, 0, total); /* a fault maps neighbours along */
+    obm__tensor_release(&p->expert, 0, total);
+    if (differ) return OBM_OK;
     for (int64_t at = 0; at < total; at += batch) {
         same_job s = {.k = ctx->k, .pair = p, .first = at, .n = total - at < batch ? total - at : batch};
         obm__parallel(ctx, (size_t)((s.n - 1) / SAME_STEP + 1), 1, same_range, &s);
@@ -310,6 +314,11 @@ static obm_status declare_slot(job *j, const slot *s, obm_error *err) {
 }
 
 /* ---- planes ---- */
+
+/* One look at base and expert is enough, and rows are short enough to have some in memory. */
+static bool streams_rows(const item *it) {
+    return it->planes == 1 && !it->pair->lora && it->cols <= OBM_STREAM_WINDOW && obm_tensor_count(&it->pair->base) > 0;
+}
 
 typedef struct plane_sink {
     job *j;
@@ -417,7 +426,7 @@ static obm_status write_slot(job *j, const slot *s, obm_error *err) {
 static bool can_stream(const job *j, const slot *s) {
     const item *it = &j->items[s->item];
     if (s->kind != SLOT_PLANES) return s->kind == SLOT_FULL || s->kind == SLOT_EXTRA;
-    return it->planes == 1 && !it->pair->lora && obm_tensor_count(&it->pair->base) > 0;
+    return streams_rows(it);
 }
 
 /* The slots from `first` on that can go together; *end is behind them. */
@@ -599,7 +608,8 @@ static uint64_t item_memory(const job *j, const item *it) {
         tensor += (uint64_t)obm_tensor_count(&it->pair->base) * sizeof(float);
         buffers = obm__mask_memory(j->r->ctx, it->rows, it->cols);
     }
-    if (it->planes == 1 && !it->pair->lora) buffers += obm__stream_memory(j->r->ctx);
+    bool rows = streams_rows(it);
+    if (!it->pair->lora) buffers += obm__stream_memory(j->r->ctx, rows ? it->cols : 1, rows ? it->cols * sizes : 0);
     return buffers + (uint64_t)it->planes * (uint64_t)it->n_scales * sizeof(float) +
            (mapped < tensor ? mapped : tensor);
 }

@@ -33,8 +33,13 @@ obm_status obm__base_digests_new(const obm_checkpoint *base, obm__base_digests *
 void obm__base_digests_free(obm__base_digests *d);
 /* The number of a tensor's first chunk, for the caller to hash all of them; SIZE_MAX where that has been left to somebody. */
 size_t obm__base_digests_take(obm__base_digests *d, const char *tensor);
-/* The chunk's bytes are all in h, which is freed, and its pages are there: a tensor of one chunk is sampled too.  Any thread. */
-void obm__base_digests_put(obm__base_digests *d, size_t chunk, obm__xxh3 *h);
+/* The hash of one of these chunks, and the sample of a tensor that is one chunk, from its bytes as they come by in order.  Any
+ * thread; end: these were all bytes, frees. */
+typedef struct obm__base_chunk obm__base_chunk;
+obm_status obm__base_chunk_new(obm__base_digests *d, size_t chunk, obm__base_chunk **out, obm_error *err);
+void obm__base_chunk_add(obm__base_chunk *c, const void *bytes, size_t n);
+void obm__base_chunk_end(obm__base_chunk *c);
+void obm__base_chunk_free(obm__base_chunk *c);
 uint64_t obm__base_memory(const obm_context *ctx, const obm_checkpoint *base);   /* resident while hashing, about */
 /* path NULL: the record's relative path, then the absolute one.  Does not check the fingerprint. */
 obm_status obm__base_open(obm_context *ctx, const obm_json *record, const char *pack_path, const char *path,
@@ -148,7 +153,7 @@ obm_status obm__pack_publish(obm__st_writer *w, const char *dir, const char *ste
 
 /* ---- several tensors of its file at once (pack_stream.c) ---- */
 
-/* Elements of base and expert whose pages a thread asks for together. */
+/* Elements of base and expert whose pages a thread asks for together; what reads whole rows takes none that is longer. */
 #define OBM_STREAM_WINDOW ((int64_t)1 << 20)
 typedef struct obm__stream_part {
     const obm__pair *pair; /* not in factors */
@@ -168,7 +173,8 @@ typedef struct obm__stream {
 } obm__stream;
 /* Errors: VALUE, NOMEM, IO, those of the ticker. */
 obm_status obm__stream_run(obm_context *ctx, const obm__stream *s, obm_error *err);
-uint64_t obm__stream_memory(const obm_context *ctx); /* buffers, but for scales and sums of rows */
+/* Buffers, but for scales and sums of rows; row: bytes of a row, 0 for whole tensors. */
+uint64_t obm__stream_memory(const obm_context *ctx, int64_t cols, size_t row);
 
 /* ---- the experts' texts (pack_text.c) ---- */
 

@@ -5,7 +5,7 @@
  * that needs a second look at a tensor.
  *
  * Memory: a piece is one chunk of the base, its result at most a 16th of that, and no more than PENDING pieces per
- * thread are begun and not yet in the checksum.
+ * thread are begun and not yet in the checksum; of base and expert a thread has one slice each.
  */
 #include "pack_parts.h"
 
@@ -17,14 +17,15 @@
 #define PENDING 3
 /* Bytes that are done before another thread wakes up. */
 #define ALONE ((uint64_t)1 << 20)
-#define WINDOW OBM_STREAM_WINDOW
-/* Elements of base and expert that fit the second-level cache, where hashing leaves them for the arithmetic. */
+/* Elements of base and expert that fit the second-level cache, where reading leaves them for hash and arithmetic. */
 #define SLICE ((int64_t)1 << 16)
+/* Bytes of a slice of a whole tensor: the longer a write is, the larger the page cache's units are. */
+#define COPIED ((size_t)512 << 10)
 
 typedef struct part {
     const obm__stream_part *p;
     int64_t cols, row_bytes, elements; /* a row of a whole tensor is one element */
-    int64_t chunk;                     /* elements of a piece */
+    int64_t chunk, slice;              /* elements of a piece, and of what is read at a time: whole rows */
     size_t pieces;
     uint64_t offset; /* in the file's data */
     size_t digest;   /* of the base's first chunk; SIZE_MAX: not to be hashed here */
@@ -40,15 +41,22 @@ typedef struct piece {
     _Atomic int done;
 } piece;
 
+/* What a worker has to itself. */
+typedef struct desk {
+    uint8_t *base, *expert; /* (slice_bytes) each */
+    void *scratch;          /* of obm__onebit_rows */
+} desk;
+
 typedef struct stream {
     obm_context *ctx;
     const obm__stream *given;
+    obm__reader *reader;
     part *parts;
     piece *ring; /* (window) */
     size_t window, total;
-    uint64_t bytes;   /* of the expert, in all parts */
-    uint8_t *scratch; /* (threads, scratch_bytes) */
-    size_t scratch_bytes;
+    uint64_t bytes; /* of the expert, in all parts */
+    uint8_t *desks; /* (threads, desk_bytes); pages come where their worker is, which touches them first */
+    size_t slice_bytes, desk_bytes;
     atomic_flag lock; /* of what follows, up to the empty line */
     size_t next, part_next, index_next;
     obm_status status;
@@ -137,42 +145,30 @@ static bool take(stream *s, size_t *number) {
 
 /* ---- work on one piece ---- */
 
-/* The hash of one chunk of the base, as far as it is read. */
-typedef struct hashing {
-    obm__xxh3 *h;
-    const uint8_t *at, *end;
-} hashing;
-
-static void hash_to(hashing *h, const uint8_t *to) {
-    if (!h->h || to <= h->at) return;
-    if (to > h->end) to = h->end;
-    obm__xxh3_add(h->h, h->at, (size_t)(to - h->at));
-    h->at = to;
+static desk desk_of(const stream *s, int worker) {
+    uint8_t *at = s->desks + (size_t)worker * s->desk_bytes;
+    return (desk){at, at + s->slice_bytes, at + 2 * s->slice_bytes};
 }
 
-/* Elements [begin, end) of whole tensors: the first that is not finite, INT64_MAX if all are. */
-static int64_t find_bad(const obm_kernels *k, const obm__pair *p, int64_t begin, int64_t end) {
+static obm_status read_elements(const stream *s, const obm_tensor *t, int64_t begin, int64_t n, void *to,
+                                obm_error *err) {
+    return n <= 0 ? OBM_OK
+                  : obm__reader_get(s->reader, element(t, begin), (size_t)n * obm_dtype_size(t->dtype), to, err);
+}
+
+/* n elements of a whole tensor, the first `paired` of which the base has too: the first that is not finite, INT64_MAX
+ * if all are. */
+static int64_t find_bad(const obm_kernels *k, const obm__pair *p, int64_t paired, int64_t n) {
     float d[OBM_BLOCK], scratch[OBM_BLOCK];
-    int64_t in_base = obm_tensor_count(&p->base);
-    for (int64_t at = begin, n; at < end; at += n) {
-        n = least(end - at, OBM_BLOCK);
-        int64_t paired = in_base < at ? 0 : least(in_base - at, n);
-        obm__pair_read(k, p, at, paired, d, scratch);
-        obm__widen(k, &p->expert, at + paired, n - paired, d + paired);
-        int64_t bad = (int64_t)k->find_nonfinite(d, (size_t)n);
-        if (bad < n) return at + bad;
+    for (int64_t at = 0, m; at < n; at += m) {
+        m = least(n - at, OBM_BLOCK);
+        int64_t both = paired < at ? 0 : least(paired - at, m);
+        obm__pair_read(k, p, at, both, d, scratch);
+        obm__widen(k, &p->expert, at + both, m - both, d + both);
+        int64_t bad = (int64_t)k->find_nonfinite(d, (size_t)m);
+        if (bad < m) return at + bad;
     }
     return INT64_MAX;
-}
-
-/* Rows of signs or whole elements of one slice. */
-static int64_t work_slice(const stream *s, const part *p, piece *q, int64_t begin, int64_t end, int worker) {
-    const obm_kernels *k = s->ctx->k;
-    if (!p->p->planes) return find_bad(k, p->p->pair, p->p->begin + begin, p->p->begin + end);
-    int64_t first = (begin + p->cols - 1) / p->cols, last = (end + p->cols - 1) / p->cols;
-    int64_t from = (q->begin + p->cols - 1) / p->cols;
-    return obm__onebit_rows(k, p->p->pair, p->p->scale, p->alphas, p->row_sums, first, last,
-                            q->signs + (first - from) * p->row_bytes, s->scratch + (size_t)worker * s->scratch_bytes);
 }
 
 /* The callback is the caller's thread's, which is worker 0. */
@@ -183,98 +179,116 @@ static obm_status look(const stream *s, obm_error *err) {
     return obm__pulse_check(t, err);
 }
 
-/* Elements of a whole tensor into the checksum, which is this piece's turn. */
-static void pass_elements(const stream *s, const part *p, piece *q, int64_t end) {
-    const obm_tensor *t = &p->p->pair->expert;
-    for (int64_t to; q->passed < end; q->passed = to) {
-        int64_t from = p->p->begin;
-        to = least(q->passed + WINDOW, end);
-        obm__tensor_populate(t, from + q->passed, to - q->passed);
-        obm__st_writer_pass(s->given->writer, element(t, from + q->passed),
-                            (size_t)(to - q->passed) * obm_dtype_size(t->dtype));
-        obm__tensor_release(t, from + q->passed, to - q->passed);
-    }
-}
-
-/* While earlier pieces are missing the pages go, and are read once more when the turn comes: less often than not. */
-static obm_status write_elements(const stream *s, size_t number, const part *p, piece *q, int64_t begin, int64_t end,
-                                 obm_error *err) {
-    const obm_tensor *t = &p->p->pair->expert;
-    size_t size = obm_dtype_size(t->dtype);
-    OBM_TRY(obm__st_writer_put(s->given->writer, p->offset + (uint64_t)begin * size, element(t, p->p->begin + begin),
-                               (size_t)(end - begin) * size, err));
-    if (atomic_load(&s->committed) == number)
-        pass_elements(s, p, q, end);
-    else
-        obm__tensor_release(t, p->p->begin + begin, end - begin);
-    return OBM_OK;
-}
-
-static obm_status work_window(stream *s, size_t number, int64_t begin, int64_t end, hashing *h, int worker,
-                              obm_error *err) {
-    piece *q = &s->ring[number % s->window];
-    const part *p = &s->parts[q->part];
-    const obm__pair *pair = p->p->pair;
-    int64_t in_base = least(end, obm_tensor_count(&pair->base) - p->p->begin), from = p->p->begin;
-    obm__tensor_populate(&pair->base, from + begin, in_base - begin);
-    obm__tensor_populate(&pair->expert, from + begin, end - begin);
-    for (int64_t at = begin; at < end; at += SLICE) {
-        int64_t to = least(at + SLICE, end);
-        if (at < in_base) hash_to(h, element(&pair->base, from + least(to, in_base)));
-        int64_t bad = work_slice(s, p, q, at, to, worker);
-        if (bad != INT64_MAX) return obm__fail_nonfinite(err, pair, bad);
-    }
-    if (p->p->planes)
-        obm__tensor_release(&pair->expert, begin, end - begin);
-    else
-        OBM_TRY(write_elements(s, number, p, q, begin, end, err));
-    if (p->pieces > 1) obm__tensor_release(&pair->base, from + begin, in_base - begin);
-    atomic_fetch_add(&s->done, (uint64_t)(end - begin) * obm_dtype_size(pair->expert.dtype));
+static obm_status note_done(stream *s, const part *p, int64_t elements, int worker, obm_error *err) {
+    atomic_fetch_add(&s->done, (uint64_t)elements * obm_dtype_size(p->p->pair->expert.dtype));
     return worker ? OBM_OK : look(s, err);
 }
 
-static obm_status begin_piece(const part *p, piece *q, hashing *h, obm_error *err) {
-    const obm_tensor *base = &p->p->pair->base;
-    *h = (hashing){0};
-    if (p->digest != SIZE_MAX && q->begin <= obm_tensor_count(base)) {
-        h->at = element(base, q->begin);
-        h->end = element(base, least(q->begin + p->chunk, obm_tensor_count(base)));
-        if (h->at < h->end || q->begin == 0) h->h = obm__xxh3_new();
-        if (!h->h && (h->at < h->end || q->begin == 0)) return obm__fail_nomem(err, 0);
+/* Elements of a whole tensor into the checksum, in this piece's turn, read once more; `buffer` holds a slice. */
+static obm_status pass_elements(const stream *s, const part *p, piece *q, int64_t end, uint8_t *buffer,
+                                obm_error *err) {
+    const obm_tensor *t = &p->p->pair->expert;
+    while (q->passed < end) {
+        int64_t n = least(end - q->passed, p->slice);
+        OBM_TRY(read_elements(s, t, p->p->begin + q->passed, n, buffer, err));
+        obm__st_writer_pass(s->given->writer, buffer, (size_t)n * obm_dtype_size(t->dtype));
+        q->passed += n;
     }
-    if (!p->p->planes) return OBM_OK;
-    int64_t rows = (q->end + p->cols - 1) / p->cols - (q->begin + p->cols - 1) / p->cols;
-    q->signs = obm__alloc((size_t)rows, (size_t)p->row_bytes);
-    return q->signs ? OBM_OK : obm__fail_nomem(err, (uint64_t)rows * (uint64_t)p->row_bytes);
+    return OBM_OK;
 }
 
-static obm_status write_signs(const stream *s, const part *p, const piece *q, obm_error *err) {
-    int64_t first = (q->begin + p->cols - 1) / p->cols, last = (q->end + p->cols - 1) / p->cols;
-    return obm__st_writer_put(s->given->writer, p->offset + (uint64_t)(first * p->row_bytes), q->signs,
-                              (size_t)((last - first) * p->row_bytes), err);
+/* While earlier pieces are missing a slice is not kept for its turn: it is read once more then, less often than not. */
+static obm_status write_elements(const stream *s, size_t number, const part *p, piece *q, int64_t begin, int64_t n,
+                                 const desk *d, obm_error *err) {
+    size_t size = obm_dtype_size(p->p->pair->expert.dtype);
+    uint64_t at = p->offset + (uint64_t)begin * size;
+    OBM_TRY(obm__st_writer_put(s->given->writer, at, d->expert, (size_t)n * size, err));
+    if (atomic_load(&s->committed) != number) return OBM_OK;
+    OBM_TRY(pass_elements(s, p, q, begin, d->base, err));
+    obm__st_writer_pass(s->given->writer, d->expert, (size_t)n * size);
+    q->passed = begin + n;
+    return OBM_OK;
+}
+
+/* c: nullable. */
+static obm_status work_elements(stream *s, size_t number, const part *p, obm__base_chunk *c, int worker,
+                                obm_error *err) {
+    piece *q = &s->ring[number % s->window];
+    desk d = desk_of(s, worker);
+    obm__pair slice = *p->p->pair;
+    int64_t from = p->p->begin, in_base = obm_tensor_count(&slice.base);
+    slice.base.data = d.base;
+    slice.expert.data = d.expert;
+    for (int64_t at = q->begin, n; at < q->end && !is_over(s, number); at += n) {
+        n = least(p->slice, q->end - at);
+        int64_t paired = in_base < from + at ? 0 : least(in_base - from - at, n);
+        OBM_TRY(read_elements(s, &p->p->pair->base, from + at, paired, d.base, err));
+        OBM_TRY(read_elements(s, &p->p->pair->expert, from + at, n, d.expert, err));
+        if (c) obm__base_chunk_add(c, d.base, (size_t)paired * obm_dtype_size(slice.base.dtype));
+        int64_t bad = find_bad(s->ctx->k, &slice, paired, n);
+        if (bad != INT64_MAX) return obm__fail_nonfinite(err, p->p->pair, from + at + bad);
+        OBM_TRY(write_elements(s, number, p, q, at, n, &d, err));
+        OBM_TRY(note_done(s, p, n, worker, err));
+    }
+    return OBM_OK;
+}
+
+/* The rows that begin in a piece are its own, wherever they end. */
+static int64_t first_row(const part *p, const piece *q) { return (q->begin + p->cols - 1) / p->cols; }
+static int64_t last_row(const part *p, const piece *q) { return (q->end + p->cols - 1) / p->cols; }
+
+/* Elements of the base into its chunk, which ends where the piece does. */
+static void hash_rows(const part *p, const piece *q, obm__base_chunk *c, const void *bytes, int64_t begin,
+                      int64_t end) {
+    end = least(end, q->end);
+    if (c && begin < end) obm__base_chunk_add(c, bytes, (size_t)(end - begin) * obm_dtype_size(p->p->pair->base.dtype));
+}
+
+static obm_status work_rows(stream *s, size_t number, const part *p, obm__base_chunk *c, int worker, obm_error *err) {
+    const piece *q = &s->ring[number % s->window];
+    desk d = desk_of(s, worker);
+    obm__pair slice = *p->p->pair;
+    int64_t from = first_row(p, q), to = last_row(p, q), head = least(from * p->cols, q->end);
+    slice.base.data = d.base;
+    slice.expert.data = d.expert;
+    if (c) OBM_TRY(read_elements(s, &p->p->pair->base, q->begin, head - q->begin, d.base, err));
+    hash_rows(p, q, c, d.base, q->begin, head);
+    for (int64_t row = from, end; row < to && !is_over(s, number); row = end) {
+        end = least(row + p->slice / p->cols, to);
+        int64_t at = row * p->cols, n = (end - row) * p->cols;
+        OBM_TRY(read_elements(s, &p->p->pair->base, at, n, d.base, err));
+        OBM_TRY(read_elements(s, &p->p->pair->expert, at, n, d.expert, err));
+        hash_rows(p, q, c, d.base, at, at + n);
+        int64_t bad = obm__onebit_rows(s->ctx->k, &slice, p->p->scale, p->alphas, p->row_sums, row, end,
+                                       q->signs + (row - from) * p->row_bytes, d.scratch);
+        if (bad != INT64_MAX) return obm__fail_nonfinite(err, p->p->pair, bad);
+        OBM_TRY(note_done(s, p, n, worker, err));
+    }
+    if (is_over(s, number)) return OBM_OK; /* the signs are not all there */
+    return obm__st_writer_put(s->given->writer, p->offset + (uint64_t)(from * p->row_bytes), q->signs,
+                              (size_t)((to - from) * p->row_bytes), err);
+}
+
+static obm_status begin_piece(const stream *s, const part *p, piece *q, obm__base_chunk **c, obm_error *err) {
+    /* Extra rows of the expert may begin where a chunk would. */
+    bool hashed = p->digest != SIZE_MAX && (q->begin < obm_tensor_count(&p->p->pair->base) || q->begin == 0);
+    if (hashed) OBM_TRY(obm__base_chunk_new(s->given->digests, p->digest + q->index, c, err));
+    if (!p->p->planes) return OBM_OK;
+    int64_t rows = last_row(p, q) - first_row(p, q);
+    q->signs = obm__alloc((size_t)rows, (size_t)p->row_bytes);
+    return q->signs ? OBM_OK : obm__fail_nomem(err, (uint64_t)rows * (uint64_t)p->row_bytes);
 }
 
 static obm_status work(stream *s, size_t number, int worker, obm_error *err) {
     piece *q = &s->ring[number % s->window];
     const part *p = &s->parts[q->part];
-    const obm__pair *pair = p->p->pair;
-    hashing h;
-    obm_status status = begin_piece(p, q, &h, err);
-    for (int64_t at = q->begin; status == OBM_OK && at < q->end && !is_over(s, number); at += WINDOW) {
-        int64_t to = least(at + WINDOW, q->end);
-        status = work_window(s, number, at, to, &h, worker, err);
-    }
-    bool whole = status == OBM_OK && !is_over(s, number); /* else the signs are not all there */
-    if (whole && p->p->planes) status = write_signs(s, p, q, err);
-    if (h.h && whole && status == OBM_OK) {
-        hash_to(&h, h.end);
-        obm__base_digests_put(s->given->digests, p->digest + q->index, h.h);
-        h.h = NULL;
-    }
-    if (h.h) obm__xxh3_end(h.h, NULL);
-    int64_t in_base = obm_tensor_count(&pair->base);
-    int64_t first = p->p->begin + q->begin;
-    obm__tensor_release(&pair->base, first, least(p->p->begin + q->end, in_base) - first);
+    obm__base_chunk *c = NULL;
+    obm_status status = begin_piece(s, p, q, &c, err);
+    if (status == OBM_OK) status = (p->p->planes ? work_rows : work_elements)(s, number, p, c, worker, err);
+    if (c && status == OBM_OK && !is_over(s, number))
+        obm__base_chunk_end(c);
+    else
+        obm__base_chunk_free(c);
     return status;
 }
 
@@ -298,13 +312,10 @@ static obm_status end_plane(const stream *s, part *p, obm_error *err) {
     return OBM_OK;
 }
 
-static obm_status commit_piece(const stream *s, piece *q, obm_error *err) {
+static obm_status commit_piece(const stream *s, piece *q, int worker, obm_error *err) {
     part *p = &s->parts[q->part];
-    if (!p->p->planes) {
-        pass_elements(s, p, q, q->end);
-        return OBM_OK;
-    }
-    int64_t rows = (q->end + p->cols - 1) / p->cols - (q->begin + p->cols - 1) / p->cols;
+    if (!p->p->planes) return pass_elements(s, p, q, q->end, desk_of(s, worker).expert, err);
+    int64_t rows = last_row(p, q) - first_row(p, q);
     obm__st_writer_pass(s->given->writer, q->signs, (size_t)(rows * p->row_bytes));
     obm_free(q->signs);
     q->signs = NULL;
@@ -318,13 +329,13 @@ static bool has_turn(stream *s) {
 }
 
 /* Looked at again after letting go: who finished meanwhile has left its piece to us. */
-static void commit(stream *s) {
+static void commit(stream *s, int worker) {
     while (has_turn(s) && !atomic_exchange(&s->committing, 1)) {
         while (has_turn(s)) {
             size_t at = atomic_load(&s->committed);
             piece *q = &s->ring[at % s->window];
             obm_error err;
-            obm_status status = commit_piece(s, q, &err);
+            obm_status status = commit_piece(s, q, worker, &err);
             if (status != OBM_OK) fail(s, at, status, &err);
             atomic_store(&q->done, 0);
             atomic_store(&s->committed, at + 1);
@@ -336,7 +347,7 @@ static void commit(stream *s) {
 static void run_pieces(void *arg, size_t begin, size_t end, int worker) {
     stream *s = arg;
     (void)begin, (void)end; /* whoever comes works to the end */
-    for (size_t number; take(s, &number); commit(s)) {
+    for (size_t number; take(s, &number); commit(s, worker)) {
         obm_error err;
         obm_status status = work(s, number, worker, &err);
         if (status == OBM_OK && !worker)
@@ -350,6 +361,21 @@ static void run_pieces(void *arg, size_t begin, size_t end, int worker) {
 
 /* ---- the whole ---- */
 
+static size_t widest(const obm__pair *p) {
+    size_t base = obm_dtype_size(p->base.dtype), expert = obm_dtype_size(p->expert.dtype);
+    return base > expert ? base : expert;
+}
+
+static int64_t slice_rows(int64_t cols) { return cols < SLICE ? SLICE / cols : 1; }
+
+/* A slice of rows of so many columns and bytes; at least one of a whole tensor. */
+static size_t slice_bytes(int64_t cols, size_t row) {
+    size_t bytes = (size_t)slice_rows(cols) * row;
+    return bytes < COPIED ? COPIED : (bytes + 63) / 64 * 64;
+}
+
+static size_t desk_bytes(size_t slice, int64_t cols) { return 2 * slice + obm__onebit_scratch(cols); }
+
 static void set_part(const obm__stream *g, const obm__stream_part *p, uint64_t offset, part *out) {
     const obm_tensor *base = &p->pair->base, *t = p->planes ? base : &p->pair->expert;
     *out = (part){.p = p, .offset = offset, .cols = 1, .digest = SIZE_MAX};
@@ -358,6 +384,7 @@ static void set_part(const obm__stream *g, const obm__stream_part *p, uint64_t o
     out->pieces = out->elements > 0 ? (size_t)((out->elements - 1) / out->chunk + 1) : 1;
     if (p->planes) out->cols = t->shape[1];
     if (p->planes) out->row_bytes = obm__row_bytes(out->cols);
+    out->slice = p->planes ? slice_rows(out->cols) * out->cols : (int64_t)(COPIED / widest(p->pair));
     if (g->digests && p->begin == 0) out->digest = obm__base_digests_take(g->digests, p->pair->name);
 }
 
@@ -373,6 +400,7 @@ static obm_status set_up(stream *s, obm_error *err) {
     int64_t cols = 1;
     s->parts = obm__calloc(g->n, sizeof *s->parts);
     s->window = (size_t)s->ctx->threads * PENDING;
+    s->slice_bytes = COPIED;
     s->ring = obm__calloc(s->window, sizeof *s->ring);
     if (!s->parts || !s->ring) return obm__fail_nomem(err, g->n * sizeof *s->parts);
     for (size_t i = 0; i < g->n; i++) {
@@ -381,11 +409,15 @@ static obm_status set_up(stream *s, obm_error *err) {
         offset += part_bytes(p);
         s->bytes += (uint64_t)p->elements * obm_dtype_size(p->p->pair->expert.dtype);
         s->total += p->pieces;
-        if (p->p->planes && p->cols > cols) cols = p->cols;
+        if (!p->p->planes) continue;
+        size_t bytes = slice_bytes(p->cols, (size_t)p->cols * widest(p->p->pair));
+        if (bytes > s->slice_bytes) s->slice_bytes = bytes;
+        if (p->cols > cols) cols = p->cols;
     }
-    s->scratch_bytes = obm__onebit_scratch(cols);
-    s->scratch = obm__alloc((size_t)s->ctx->threads, s->scratch_bytes);
-    return s->scratch ? OBM_OK : obm__fail_nomem(err, (uint64_t)s->ctx->threads * s->scratch_bytes);
+    s->desk_bytes = desk_bytes(s->slice_bytes, cols);
+    s->desks = obm__alloc((size_t)s->ctx->threads, s->desk_bytes);
+    if (!s->desks) return obm__fail_nomem(err, (uint64_t)s->ctx->threads * s->desk_bytes);
+    return obm__reader_new((const obm_checkpoint *const[]){g->v->base, g->v->expert}, 2, &s->reader, err);
 }
 
 static void clear(stream *s) {
@@ -396,7 +428,8 @@ static void clear(stream *s) {
     for (size_t i = 0; s->ring && i < s->window; i++) obm_free(s->ring[i].signs);
     obm_free(s->parts);
     obm_free(s->ring);
-    obm_free(s->scratch);
+    obm_free(s->desks);
+    obm__reader_free(s->reader);
 }
 
 obm_status obm__stream_run(obm_context *ctx, const obm__stream *given, obm_error *err) {
@@ -414,6 +447,6 @@ obm_status obm__stream_run(obm_context *ctx, const obm__stream *given, obm_error
     return status;
 }
 
-uint64_t obm__stream_memory(const obm_context *ctx) {
-    return (uint64_t)ctx->threads * (PENDING * (OBM_BASE_CHUNK / 16) + obm__onebit_scratch(1));
+uint64_t obm__stream_memory(const obm_context *ctx, int64_t cols, size_t row) {
+    return (uint64_t)ctx->threads * (PENDING * (OBM_BASE_CHUNK / 16) + desk_bytes(slice_bytes(cols, row), cols));
 }

@@ -219,12 +219,14 @@ static void test_names(void **state) {
     assert_int_equal(obm_checkpoint_open(with, "org/none", &c, &err), OBM_E_NOTFOUND);
     assert_non_null(strstr(err.message, "nobody has it"));
     assert_int_equal(asked, 2);
-    static const char *const paths[] = {"./org/name", "/org/name", "name", "a/b/c", "a/b@", "@/b", "a//b", ".a/b", "a/..", "a/b@c@d", "a b/c"};
+    static const char *const paths[] = {"./org/name", "/org/name", "name", "a/b/c",   "a/b@", "@/b",
+                                        "a//b",       ".a/b",      "a/..", "a/b@c@d", "a b/c"};
     for (size_t i = 0; i < sizeof paths / sizeof *paths; i++)
         assert_int_equal(obm_checkpoint_open(with, paths[i], &c, &err), OBM_E_IO);
     assert_int_equal(asked, 2);
     obm_context_free(with);
-    refused("org/name", OBM_E_IO, "org/name: a local path is needed here; names of the Hugging Face hub resolve in the Python");
+    refused("org/name", OBM_E_IO,
+            "org/name: a local path is needed here; names of the Hugging Face hub resolve in the Python");
 }
 
 static void test_config(void **state) {
@@ -272,10 +274,44 @@ static void test_message_is_one_line(void **state) {
     refused(dir, OBM_E_FORMAT, "tensor a?b?: unknown dtype");
 }
 
+/* ---- copies of what is mapped ---- */
+
+static obm_status copy_of(const obm_checkpoint *c, char *to, obm_error *err) {
+    obm__reader *r = NULL;
+    assert_int_equal(obm__reader_new(&c, 1, &r, err), OBM_OK);
+    obm_status status = obm__reader_get(r, c->tensors[0]->t.data, 2, to, err);
+    obm__reader_free(r);
+    return status;
+}
+
+static void test_reader(void **state) {
+    (void)state;
+    const char *dir = folder("reader");
+    char path[600], other[600], two[2];
+    obm_error err;
+    put_weights(dir, "model.safetensors", "x", "ab");
+    put_weights(dir, "other.tmp", "x", "cd");
+    snprintf(path, sizeof path, "%s/model.safetensors", dir);
+    snprintf(other, sizeof other, "%s/other.tmp", dir);
+    obm_checkpoint *c = open_ok(dir);
+    assert_int_equal(copy_of(c, two, &err), OBM_OK);
+    assert_memory_equal(two, "ab", 2);
+    assert_int_equal(rename(other, path), 0); /* the name is another file's now: what was mapped counts */
+    assert_int_equal(copy_of(c, two, &err), OBM_OK);
+    assert_memory_equal(two, "ab", 2);
+    obm_checkpoint_free(c);
+    c = open_ok(dir);
+    assert_int_equal(truncate(path, 20), 0);
+    assert_int_equal(copy_of(c, two, &err), OBM_E_IO);
+    assert_non_null(strstr(err.message, "as when it was opened, found 20"));
+    obm_checkpoint_free(c);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_single_file), cmocka_unit_test(test_indexed),  cmocka_unit_test(test_bad_index),
-        cmocka_unit_test(test_precedence),  cmocka_unit_test(test_no_index), cmocka_unit_test(test_refused_kinds), cmocka_unit_test(test_gguf), cmocka_unit_test(test_names),
+        cmocka_unit_test(test_precedence),  cmocka_unit_test(test_no_index), cmocka_unit_test(test_refused_kinds),
+        cmocka_unit_test(test_gguf),        cmocka_unit_test(test_names),    cmocka_unit_test(test_reader),
         cmocka_unit_test(test_config),      cmocka_unit_test(test_tied),     cmocka_unit_test(test_message_is_one_line),
     };
     return cmocka_run_group_tests(tests, fixture_make, fixture_remove);
