@@ -513,8 +513,8 @@ typedef struct obm_model_options {
     obm_progress_fn progress;   /* while it is opened ("open"): matrices made ready to run on planes */
     void *progress_user;
     bool z12;                   /* hold bf16 matrices of the base in 12 bits per weight, without loss: the same bits come out,
-                                 * a step reads 3/4 of the bytes, opening takes the time of packing them (on cores that
-                                 * memory does not keep waiting it gains nothing) */
+                                 * a step reads 3/4 of the bytes, opening takes the time of packing them (where memory is
+                                 * not what a step waits for, as in batches of eight on AVX2, it costs instead of gaining) */
 } obm_model_options;
 OBM_API obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_options *options, obm_model **out, obm_error *err);
 /* From a pack that is open already; borrows it. */

@@ -221,7 +221,7 @@ static const float *widen_panel(const linear_job *j, const obm__matrix *w, int64
     return wide;
 }
 
-/* The panel as GEMM takes it: strips of 32 rows, (strips, cols, 32). */
+/* The panel as GEMM takes it: strips of 32 rows in halves, (strips, 2, cols, 16). */
 static const float *load_panel(const linear_job *j, const obm__matrix *w, int64_t row, int worker) {
     const obm__scratch *s = &j->m->scratch;
     size_t cols = (size_t)w->cols, rows = (size_t)panel_rows(w, row);
