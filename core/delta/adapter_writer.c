@@ -57,6 +57,29 @@ static obm_status check_folder(const char *dir, bool overwrite, obm_error *err) 
     return status;
 }
 
+/* Whether a name is one of our two files under a temporary name. */
+static bool is_remains(const char *name) {
+    size_t stem = obm__temp_stem(name);
+    return (stem == strlen(OBM_ADAPTER_CONFIG) && !strncmp(name, OBM_ADAPTER_CONFIG, stem)) ||
+           (stem == strlen(OBM_ADAPTER_WEIGHTS) && !strncmp(name, OBM_ADAPTER_WEIGHTS, stem));
+}
+
+/* What killed runs left: those at work hold the folder's lock, which is ours now. */
+static obm_status remove_remains(const char *dir, obm_error *err) {
+    obm_status status = OBM_OK;
+    DIR *d = opendir(dir);
+    if (!d) return obm__fail_errno(err, "cannot list %s", dir);
+    for (struct dirent *e; status == OBM_OK && (e = readdir(d));) {
+        if (!is_remains(e->d_name)) continue;
+        char *path = obm__path_join(dir, e->d_name);
+        if (!path) status = obm__fail_nomem(err, strlen(dir));
+        if (path && unlink(path) && errno != ENOENT) status = obm__fail_errno(err, "cannot remove %s", path);
+        obm_free(path);
+    }
+    closedir(d);
+    return status;
+}
+
 obm_status obm__adapter_writer_check(const char *dir, bool overwrite, const char *const *inputs, size_t n,
                                      obm_error *err) {
     OBM_TRY(check_folder(dir, overwrite, err));
@@ -79,6 +102,7 @@ obm_status obm__adapter_writer_new(const char *dir, obm_dtype dtype, obm__adapte
     w->made = !obm__is_directory(dir);
     OBM_GO(obm__make_directory(dir, err));
     OBM_GO(obm__directory_lock(dir, &w->lock, err));
+    OBM_GO(remove_remains(dir, err));
     OBM_GO(obm__temp_create(w->weights, &w->spool, &w->fd, err));
     *out = w;
     return OBM_OK;

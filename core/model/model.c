@@ -415,7 +415,7 @@ static obm_status embed_one(obm_model *m, const obm_prompt *prompt, int layer, f
     int32_t *ids = NULL;
     size_t len, n;
     obm_status status = obm__prompt_user_text(m->tokenizer, prompt, &text, &len, err);
-    if (status == OBM_OK) status = obm__prompt_router_ids(m->tokenizer, text, len, &ids, &n, err);
+    if (status == OBM_OK) status = obm__prompt_router_ids(m, text, len, &ids, &n, err);
     if (status == OBM_OK) status = obm__model_pool(m, ids, n, layer, out, err);
     obm_free(ids);
     obm_free(text);

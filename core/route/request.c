@@ -3,6 +3,7 @@
  * Features are of the base alone, whatever route the model runs otherwise.
  */
 #include "../model/model.h"
+#include "../text/text.h"
 #include "dynamic.h"
 
 #include <math.h>
@@ -60,10 +61,12 @@ static size_t keep_last(int32_t *ids, size_t n) {
     return OBM_ROUTER_TOKENS;
 }
 
-obm_status obm__prompt_router_ids(const obm_tokenizer *t, const char *text, size_t len, int32_t **ids, size_t *n,
+obm_status obm__prompt_router_ids(const obm_model *m, const char *text, size_t len, int32_t **ids, size_t *n,
                                   obm_error *err) {
+    const obm_tokenizer *t = obm_model_tokenizer(m);
     if (!t)
-        return obm__fail(err, OBM_E_NOTFOUND, "routing a text needs the base's tokenizer.json, and the base has none");
+        return obm__fail(err, OBM_E_NOTFOUND, "%s: no tokenizer.json here, which routing a text needs%s",
+                         obm_checkpoint_path(m->base), obm__tokenizer_hint(m->base->directory));
     OBM_TRY(obm_tokenizer_encode(t, text, len, false, ids, n, err));
     *n = keep_last(*ids, *n);
     return OBM_OK;
@@ -82,7 +85,7 @@ static obm_status fill_request(obm_request *r, const obm_prompt *p, obm_error *e
     const obm_tokenizer *t = obm_model_tokenizer(r->model);
     OBM_TRY(obm__prompt_user_text(t, p, &r->text, &r->length, err));
     if (!t && !p->messages && !p->text && p->ids) return take_ids(p, r, err);
-    return obm__prompt_router_ids(t, r->text, r->length, &r->ids, &r->n_ids, err);
+    return obm__prompt_router_ids(r->model, r->text, r->length, &r->ids, &r->n_ids, err);
 }
 
 static void clear_request(obm_request *r) {
@@ -219,8 +222,7 @@ obm_status obm__route_text(obm_model *m, const char *text, size_t len, obm_route
     if (status == OBM_OK) {
         r.text = obm__strndup(text, len);
         r.length = len;
-        status = r.text ? obm__prompt_router_ids(obm_model_tokenizer(m), text, len, &r.ids, &r.n_ids, err)
-                        : obm__fail_nomem(err, len);
+        status = r.text ? obm__prompt_router_ids(m, text, len, &r.ids, &r.n_ids, err) : obm__fail_nomem(err, len);
     }
     if (status == OBM_OK) status = ask(&r, fn, user, weights, NULL, err);
     clear_request(&r);

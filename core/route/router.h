@@ -68,7 +68,7 @@ obm_status obm__prompt_user_text(const obm_tokenizer *t, const obm_prompt *promp
                                  obm_error *err);
 /* The last OBM_ROUTER_TOKENS ids of that text by the base tokenizer, without the post-processor's tokens.  *ids owned.
  */
-obm_status obm__prompt_router_ids(const obm_tokenizer *t, const char *text, size_t len, int32_t **ids, size_t *n,
+obm_status obm__prompt_router_ids(const obm_model *m, const char *text, size_t len, int32_t **ids, size_t *n,
                                   obm_error *err);
 
 #endif

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -196,11 +197,23 @@ def print_found(p, found):
         print("the system refused to bind memory")
 
 
+def warn_layers(args, ckpt):
+    """As compress and merge do of the base: such tensors are in the file, and no model runs them."""
+    config = ckpt.config or {}
+    text = config.get("text_config")
+    layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
+    beyond = [n for n in ckpt if isinstance(layers, int) and (m := re.search(r"(?:^|\.)model\.(?:language_model\.)?layers\.(\d+)\.", n)) and int(m[1]) >= layers > 0]
+    if beyond:
+        warnings.warn(f"{args.model}: tensor {beyond[0]} and {len(beyond) - 1} more lie beyond the {layers} layers (num_hidden_layers) of config.json: "
+                      "they are listed, but no model runs them", stacklevel=2)
+
+
 def inspect(args):
     pack = args.model.rpartition(":")[0]
     if pack and is_pack(pack) and not os.path.exists(args.model):
         raise Failure(f"{args.model} is an expert of a pack: it goes behind its base, as in `inspect BASE {args.model}`; `pack show {pack}` tells what it holds")
     ckpt = obm.Checkpoint(args.model)
+    warn_layers(args, ckpt)
     vectors = {path: obm.TaskVector(ckpt, path) for path in args.experts}
     if args.tensors or args.checksums:
         return inspect_tensors(args, ckpt, vectors)
@@ -529,6 +542,9 @@ def score_row(item, index, route):
     if "text" in item:
         return "", need(item, index, "text"), route
     if "continuation_ids" in item:
+        more = [key for key in ("prompt", "messages", "continuation") if key in item]
+        if "ids" in item and more:
+            wrong(item, index, f"expected ids and continuation_ids; found {' and '.join(more)} besides")
         return need(item, index, "ids"), need(item, index, "continuation_ids"), route
     continuation = ("continuation", "continuation_ids") if "ids" in item else ("continuation",)
     return need(item, index, "prompt", "messages", "ids"), need(item, index, *continuation), route

@@ -5,10 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import weakref
 
 
 class LuaRouterError(RuntimeError):
     """What the Lua function raised, with its own message."""
+
+
+def end(process):
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    try:
+        process.stdin.close()
+    except OSError:   # of what was still to be written
+        pass
 
 
 class LuaRouter:
@@ -20,6 +31,7 @@ class LuaRouter:
             raise LuaRouterError("--router FILE.lua needs the lua5.4 interpreter (apt-get install lua5.4)")
         driver = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lua_router.lua")
         self.process = subprocess.Popen([lua, driver, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        weakref.finalize(self, end, self.process)
         kind, rest = self._read()
         if kind != "ready":
             raise LuaRouterError(rest)

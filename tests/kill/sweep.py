@@ -98,6 +98,14 @@ def pack_of(files):
     return {n: files[n] for n in names | {"pack.json"}}
 
 
+def adapter_of(files):
+    """peft opens a folder by its adapter_config.json."""
+    if "adapter_config.json" not in files:
+        return None
+    assert "adapter_model.safetensors" in files, f"an adapter without weights: {sorted(files)}"
+    return files["adapter_config.json"], files["adapter_model.safetensors"]
+
+
 class Case:
     def __init__(self, name, place, argv, view, old=None, again=None, replaces=False):
         self.name, self.place, self.argv, self.view, self.old = name, place, argv, view, old
@@ -181,6 +189,12 @@ def write_inputs(work):
     (work / "recipe.yml").write_text(json.dumps(recipe))
     other = {**recipe, "merge_method": "task_arithmetic", "parameters": {}, "dtype": "float32"}
     (work / "other.yml").write_text(json.dumps(other))
+    models = [{"model": str(MODELS / m), "parameters": {"weight": 1}} for m in ("chat", "math")]
+    part = {"name": "first", "merge_method": "task_arithmetic", "base_model": str(MODELS / "base"), "models": models}
+    last = {"merge_method": "linear", "models": [{"model": "first"}, {"model": str(MODELS / "code")}], "parameters": {"weight": 1}}
+    (work / "documents.yml").write_text(json.dumps(part) + "\n---\n" + json.dumps(last))
+    sources = [{"sources": [{"model": m["model"], "layer_range": [0, 3]}]} for m in models]
+    (work / "slices.yml").write_text(json.dumps({"merge_method": "passthrough", "slices": sources, "tokenizer": {"source": "union", "pad_to_multiple_of": 16}}))
     items = [{"text": t % i, "task": task} for i in range(12)
              for t, task in (("Hello number %d, how are you?", "chat"), ("What is %d plus 5?", "math"))]
     (work / "route.jsonl").write_text("".join(json.dumps(i) + "\n" for i in items))
@@ -195,6 +209,13 @@ def make_cases(work):
         run = Run(argv)
         assert run.code == 0, run.said
     merge = ["merge", work / "recipe.yml", "-o", place, "--out-shard-size", "500KB"]
+    def merge_of(recipe):
+        return ["merge", work / recipe, "-o", place, "--out-shard-size", "500KB"]
+
+    def resumed(recipe):
+        return lambda complete: [*merge_of(recipe), "--force" if complete else "--resume"]
+
+    lora = ["extract-lora", base, MODELS / "math", "-o", place, "--rank", "4"]
     export = ["export", pack, "--route", "math", "-o", place]
     settle = ["pack", "set", place, "--lambda", "0.3"]   # what it is already: only the next change after a kill
     add, remove = ["pack", "add", place, f"code={MODELS / 'code'}"], ["pack", "remove", place, "math"]
@@ -211,6 +232,9 @@ def make_cases(work):
         Case("merge, anew", place, merge, model_of),
         Case("merge --force, resumed", place, [*merge, "--force"], model_of, old=work / "old.model", replaces=True,
              again=lambda complete: [*merge, "--force", "--resume"]),
+        Case("documents, resumed", place, merge_of("documents.yml"), model_of, again=resumed("documents.yml")),
+        Case("slices and vocabulary, resumed", place, merge_of("slices.yml"), model_of, again=resumed("slices.yml")),
+        Case("extract-lora", place, lora, adapter_of, again=lambda complete: [*lora, "--force"]),   # weights alone may be somebody's
         Case("export", place, export, model_of),
         Case("export --force", place, [*export, "--force"], model_of, old=work / "old.model", replaces=True,
              again=lambda complete: [*export, "--force"]),

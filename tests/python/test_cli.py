@@ -1,5 +1,6 @@
 """The command line: keys of the JSON lines, exit codes, what is refused, and that --dry-run writes nothing."""
 
+import gc
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ import pytest
 import onebitmerge as obm
 import plain
 from onebitmerge import cli
+from onebitmerge.lua_router import LuaRouter
 
 PROMPT = "What is 17 plus 5?"
 
@@ -47,8 +49,16 @@ def test_inspect(run, lines, models):
     assert norm["onebit_error_row"] is None   # no delta, no error: null, not NaN
     pair = next(r for r in rows if r["kind"] == "pair" and r["class"] == "mlp")
     assert len(pair["experts"]) == 2 and {"cosine", "sign_agreement"} <= set(pair)
-    code, out, _ = run("inspect", models / "base", models / "math")
-    assert code == 0 and "attention" in out and "||d||" in out
+    code, out, err = run("inspect", models / "base", models / "math")
+    assert code == 0 and "attention" in out and "||d||" in out and err == ""
+
+
+def test_inspect_names_layers_that_no_model_runs(run, models, tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(models / "base" / "model.safetensors")
+    config = json.loads((models / "base" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    code, _, err = run("inspect", tmp_path)
+    assert code == 0 and err.startswith("onebitmerge: warning: ") and "lie beyond the 3 layers (num_hidden_layers) of config.json" in err
 
 
 def test_inspect_tensors(run, lines, models):
@@ -224,6 +234,11 @@ end""")
     tokens = len(model.tokenizer.encode("features"))
     assert [r["weights"] for r in rows] == [{"code": 1}, {"chat": 1}, model.route("builtin")[0], {"chat": 1, "math": tokens}, {"math": 1}]
     fails("route", pack_path, "--router", file, "bad", match="from my router")
+    router = LuaRouter(str(file))
+    process = router.process
+    del router   # the interpreter and its pipes end with it
+    gc.collect()
+    assert process.returncode is not None and process.stdin.closed and process.stdout.closed
     (tmp_path / "broken.lua").write_text("return 3")
     fails("route", pack_path, "--router", tmp_path / "broken.lua", "x", match="must return a function")
     fails("route", pack_path, "--router", tmp_path / "none.lua", "x", match="none.lua")
@@ -307,6 +322,8 @@ def test_score(lines, run, pack_path, base_model, model, models, jsonl, fails):
     assert [r["route"] for r in rows] == ["math", "chat"]
     assert rows[1]["logprob"] == model.score(PROMPT, " 22", route="chat").logprob
     assert run("score", pack_path, "--file", file, "--route", "math")[1].count("route math") == 1   # an item's own route wins
+    fails("score", pack_path, "--file", jsonl({"prompt": PROMPT, "ids": p, "continuation_ids": c}),
+          match="in.jsonl, line 1, item 0: expected ids and continuation_ids; found prompt besides")
     fails("score", pack_path, "--file", jsonl({"prompt": "x"}), match='in.jsonl, line 1, item 0: expected "continuation"; found prompt')
 
 
@@ -608,11 +625,12 @@ def test_results_without_config(run, folder, models, tmp_path):
     assert code == 0 and "model has no config.json: the pack cannot be run, nor can what is exported of it" in err
 
 
-def test_other_tokenizers(fails, folder, jsonl):
+def test_other_tokenizers(fails, folder, jsonl, pack_path):
     path = folder("tokenizer.json", tokenizer_model="x")
     for call in (["generate", path, "-p", "x"], ["score", path, "--file", jsonl({"text": "x"})], ["tokenize", path, "--file", jsonl({"text": "x"})]):
         fails(*call, match="no tokenizer.json here")
         fails(*call, match="there is a tokenizer.model, which is not read: convert it in Python: from transformers import AutoTokenizer")
+    fails("route", pack_path, "--base", path, "What is 2 + 2?", match="no tokenizer.json here, which routing a text needs; there is a tokenizer.model")
 
 
 def test_folders_that_are_no_models(fails, folder, tmp_path):

@@ -138,8 +138,11 @@ def test_folders_in_the_way(folders, tmp_path):
     extract(folders, tmp_path / "a", rank=1)
     with pytest.raises(FileExistsError, match="holds an adapter"):
         obm.extract_lora(folders[0] / "base", folders[0] / "tuned", tmp_path / "a", rank=2)
+    remains = ["adapter_model.safetensors.tmp-1-0", "adapter_config.json.tmp-1-7"]   # of a killed run
+    for name in (*remains, "notes.tmp-1-0"):
+        (tmp_path / "a" / name).write_bytes(b"x")
     assert extract(folders, tmp_path / "a", rank=2, overwrite=True)[LAYER + "mlp.up_proj.weight"]["rank"] == 2
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "notes.tmp-1-0"]
     with pytest.raises(FileExistsError, match="and no adapter: it will not be replaced"):
         obm.extract_lora(folders[0] / "base", folders[0] / "tuned", folders[0] / "base", rank=2, overwrite=True)
     with pytest.raises(obm.ArgumentError, match="is an input, it cannot be the output"):
