@@ -9,8 +9,8 @@ typedef struct attention_job {
     obm_model *m;
     const obm__row *rows;
     int64_t layer;
-    size_t n;
-    bool placed; /* items are in the order of the nodes' heads */
+    size_t n, span; /* heads of an item, which read the same keys */
+    bool placed;    /* items are in the order of the nodes' heads */
 } attention_job;
 
 /* ---- rotate and store ---- */
@@ -71,18 +71,21 @@ static void rotate_and_store(void *arg, size_t begin, size_t end, int worker) {
 
 /* ---- attend ---- */
 
-/* scores[p - from] = q . k[p] for p in [from, to), page by page. */
+/* scores[h][p - from] = q[h] . k[p] for p in [from, to), page by page: heads of a group share what they read. */
 static void score_keys(const obm_model *m, const obm__sequence *s, int64_t layer, int64_t kv_head, int64_t from,
-                       int64_t to, const float *q, float *scores) {
+                       int64_t to, const float *q, int64_t heads, float *scores, size_t ld) {
     int64_t dim = m->config.head_dim;
     for (int64_t p = from; p < to;) {
         int64_t slot = p % OBM_TILE_TOKENS, n = OBM_TILE_TOKENS - slot < to - p ? OBM_TILE_TOKENS - slot : to - p;
         const void *keys = obm__kv_at(m, s, p / OBM_TILE_TOKENS, layer, 0, kv_head);
         size_t d = (size_t)dim, rows = (size_t)n;
-        if (s->kv == OBM_F16)
-            m->ctx->k->rows_f16(scores + (p - from), (const uint16_t *)keys + slot * dim, d, rows, q, d);
-        else
-            m->ctx->k->rows_f32(scores + (p - from), (const float *)keys + slot * dim, d, rows, q, d);
+        for (int64_t h = 0; h < heads; h++) {
+            float *out = scores + (size_t)h * ld + (p - from);
+            if (s->kv == OBM_F16)
+                m->ctx->k->rows_f16(out, (const uint16_t *)keys + slot * dim, d, rows, q + h * dim, d);
+            else
+                m->ctx->k->rows_f32(out, (const float *)keys + slot * dim, d, rows, q + h * dim, d);
+        }
         p += n;
     }
 }
@@ -99,11 +102,11 @@ static void softmax(const obm_kernels *k, float *x, int64_t n, float scale, floa
     for (int64_t i = 0; i < n; i++) x[i] *= inverse;
 }
 
-/* out = sum_p weights[p - from] * v[p], p increasing. */
+/* out[h] = sum_p weights[h][p - from] * v[p], p increasing. */
 static void mix_values(const obm_model *m, const obm__sequence *s, int64_t layer, int64_t kv_head, int64_t from,
-                       int64_t to, const float *weights, float *widened, float *out) {
+                       int64_t to, const float *weights, size_t ld, int64_t heads, float *widened, float *out) {
     int64_t dim = m->config.head_dim;
-    memset(out, 0, (size_t)dim * sizeof *out);
+    memset(out, 0, (size_t)(heads * dim) * sizeof *out);
     for (int64_t p = from; p < to;) {
         int64_t slot = p % OBM_TILE_TOKENS, n = OBM_TILE_TOKENS - slot < to - p ? OBM_TILE_TOKENS - slot : to - p;
         const void *page = obm__kv_at(m, s, p / OBM_TILE_TOKENS, layer, 1, kv_head);
@@ -112,29 +115,32 @@ static void mix_values(const obm_model *m, const obm__sequence *s, int64_t layer
             m->ctx->k->f16_to_f32(widened, (const uint16_t *)page + slot * dim, (size_t)(n * dim));
             values = widened;
         }
-        m->ctx->k->mix_rows(out, weights + (p - from), values, (size_t)dim, (size_t)n, (size_t)dim);
+        for (int64_t h = 0; h < heads; h++)
+            m->ctx->k->mix_rows(out + h * dim, weights + (size_t)h * ld + (p - from), values, (size_t)dim, (size_t)n,
+                                (size_t)dim);
         p += n;
     }
 }
 
-/* (rows, heads); where heads have nodes (kv_heads, rows, heads of a group): the heads of a node one after the other,
- * and those that read the same keys together. */
+/* (rows, heads / span); where heads have nodes (kv_heads, rows, heads of a group / span): the heads of a node one
+ * after the other, and those that read the same keys together.  *head: the first of `span`. */
 static size_t find_row(const attention_job *j, size_t item, int64_t *head) {
-    size_t heads = (size_t)j->m->config.heads, group = heads / (size_t)j->m->config.kv_heads;
-    if (!j->placed) {
-        *head = (int64_t)(item % heads);
-        return item / heads;
+    size_t heads = (size_t)j->m->config.heads / j->span, group = heads / (size_t)j->m->config.kv_heads;
+    size_t at = item % heads, row = item / heads;
+    if (j->placed) {
+        at = item / (j->n * group) * group + item % group;
+        row = item / group % j->n;
     }
-    *head = (int64_t)(item / (j->n * group) * group + item % group);
-    return item / group % j->n;
+    *head = (int64_t)(at * j->span);
+    return row;
 }
 
 static void split_heads(const attention_job *j, obm__lanes *out) {
     const obm__config *c = &j->m->config;
     const obm__placement *p = j->m->placement;
-    size_t each = j->n * (size_t)(c->heads / c->kv_heads);
+    size_t each = j->n * (size_t)(c->heads / c->kv_heads) / j->span;
     *out = (obm__lanes){.n = j->placed ? p->nodes : 1};
-    if (!j->placed) out->end[0] = j->n * (size_t)c->heads;
+    if (!j->placed) out->end[0] = j->n * (size_t)c->heads / j->span;
     for (int i = 0; j->placed && i < p->nodes; i++) {
         out->begin[i] = (size_t)p->heads[i] * each;
         out->end[i] = (size_t)p->heads[i + 1] * each;
@@ -145,7 +151,7 @@ static void attend(void *arg, size_t begin, size_t end, int worker) {
     const attention_job *j = arg;
     const obm__config *c = &j->m->config;
     const obm__scratch *s = &j->m->scratch;
-    float *scores = s->scores + (size_t)worker * s->positions;
+    float *scores = s->scores + (size_t)worker * s->positions * (size_t)(c->heads / c->kv_heads);
     float *widened = s->widened + (size_t)worker * OBM_TILE_TOKENS * (size_t)c->head_dim;
     int64_t window = c->layer[j->layer].window;
     for (size_t item = begin; item < end; item++) {
@@ -156,15 +162,26 @@ static void attend(void *arg, size_t begin, size_t end, int worker) {
         if (!row->sequence) continue;
         int64_t to = row->position + 1, from = window && to > window ? to - window : 0;
         int64_t at = ((int64_t)i * c->heads + head) * c->head_dim; // (rows, heads, head_dim)
-        score_keys(j->m, row->sequence, j->layer, kv_head, from, to, s->q + at, scores);
-        softmax(j->m->ctx->k, scores, to - from, c->attention_scale, c->attention_cap);
-        mix_values(j->m, row->sequence, j->layer, kv_head, from, to, scores, widened, s->mixed + at);
+        int64_t span = (int64_t)j->span;
+        score_keys(j->m, row->sequence, j->layer, kv_head, from, to, s->q + at, span, scores, s->positions);
+        for (int64_t h = 0; h < span; h++)
+            softmax(j->m->ctx->k, scores + (size_t)h * s->positions, to - from, c->attention_scale, c->attention_cap);
+        mix_values(j->m, row->sequence, j->layer, kv_head, from, to, scores, s->positions, span, widened,
+                   s->mixed + at);
     }
+}
+
+/* As many as leave four items for each worker: results do not depend on it. */
+static size_t choose_span(const obm_model *m, size_t n) {
+    size_t heads = (size_t)m->config.heads, span = heads / (size_t)m->config.kv_heads, group = span;
+    while (span > 1 && (group % span || n * heads / span < 4 * (size_t)m->ctx->threads)) span--;
+    return span;
 }
 
 obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int64_t layer, obm_error *err) {
     const obm__config *c = &m->config;
     attention_job j = {.m = m, .rows = rows, .layer = layer, .n = n};
+    j.span = choose_span(m, n);
     j.placed = m->placement && obm__placement_local(m->placement);
     obm__place_rows(m, n, 8, rotate_and_store, &j);
     int64_t seen = 1;
@@ -172,11 +189,12 @@ obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int6
         if (rows[i].sequence && rows[i].position >= seen) seen = rows[i].position + 1;
     int64_t window = c->layer[layer].window;
     if (window && seen > window) seen = window;
-    size_t items = n * (size_t)c->heads, threads = (size_t)m->ctx->threads;
+    size_t items = n * (size_t)c->heads / j.span, threads = (size_t)m->ctx->threads;
     /* Counted tenfold: scores and mixing stream the cache, with less arithmetic per byte than GEMM. */
-    double per_item = 40.0 * (double)seen * (double)c->head_dim, slice = OBM_SLICE_FLOPS / per_item;
+    double per_item = 40.0 * (double)seen * (double)c->head_dim * (double)j.span, slice = OBM_SLICE_FLOPS / per_item;
     size_t step = slice < (double)threads ? threads : slice < (double)items ? (size_t)slice : items;
     obm__lanes whole;
     split_heads(&j, &whole);
-    return obm__parallel_parts(m->ctx, &whole, (items + step - 1) / step, 4, attend, &j, m->pulse, err);
+    return obm__parallel_parts(m->ctx, &whole, (items + step - 1) / step, j.span < 4 ? 4 / j.span : 1, attend, &j,
+                               m->pulse, err);
 }

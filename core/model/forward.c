@@ -7,9 +7,9 @@
 /* ---- buffers ---- */
 
 void obm__scratch_free(obm__scratch *s) {
-    void *all[] = {s->weights, s->x,    s->normed, s->q,        s->mixed,  s->k,       s->v,      s->gate,       s->up,
-                   s->cosine,  s->sine, s->panels, s->packed,  s->products, s->scores, s->widened,    s->strips,
-                   s->unpacked, s->tables, s->table_bytes};
+    void *all[] = {s->weights, s->x,       s->normed, s->q,        s->mixed,  s->k,          s->v,
+                   s->gate,    s->up,      s->cosine, s->sine,     s->panels, s->packed,     s->products,
+                   s->scores,  s->widened, s->strips, s->unpacked, s->tables, s->table_bytes};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) obm_free(all[i]);
     *s = (obm__scratch){0};
 }
@@ -49,6 +49,11 @@ static obm_status grow_unpacked(obm_model *m, size_t widest, obm_error *err) {
     return OBM_OK;
 }
 
+/* A worker scores all heads that read the same keys together. */
+static size_t score_rows(const obm_model *m) {
+    return (size_t)m->ctx->threads * (size_t)(m->config.heads / m->config.kv_heads);
+}
+
 static obm_status grow_rows(obm_model *m, size_t rows, obm_error *err) {
     const obm__config *c = &m->config;
     obm__scratch *s = &m->scratch;
@@ -76,7 +81,7 @@ static obm_status grow_rows(obm_model *m, size_t rows, obm_error *err) {
     OBM_TRY(grow_strips(m, err));
     OBM_TRY(grow_unpacked(m, widest, err));
     OBM_TRY(resize(s, &s->widened, threads, OBM_TILE_TOKENS * (size_t)c->head_dim, err));
-    OBM_TRY(resize(s, &s->scores, threads, positions, err));
+    OBM_TRY(resize(s, &s->scores, score_rows(m), positions, err));
     s->positions = positions;
     s->rows = rows;
     return OBM_OK;
@@ -119,9 +124,9 @@ static obm_status reserve(obm_model *m, const obm__row *rows, size_t n, obm_erro
     if (n > s->rows) OBM_TRY(grow_rows(m, n, err));
     if ((size_t)positions <= s->positions) return OBM_OK;
     size_t want = ((size_t)positions + 1023) / 1024 * 1024;
-    s->bytes -= s->positions * (size_t)m->ctx->threads * sizeof *s->scores;
+    s->bytes -= s->positions * score_rows(m) * sizeof *s->scores;
     s->positions = 0;
-    OBM_TRY(resize(s, &s->scores, (size_t)m->ctx->threads, want, err));
+    OBM_TRY(resize(s, &s->scores, score_rows(m), want, err));
     s->positions = want;
     return OBM_OK;
 }
@@ -131,11 +136,11 @@ static obm_status reserve(obm_model *m, const obm__row *rows, size_t n, obm_erro
 /* Between two blocks. */
 typedef struct join_job {
     const obm_model *m;
-    int64_t layer;          /* of both norms: the block's own, and the next one's */
-    obm__role after;        /* norm of the output of the block that was run; OBM_ROLES: none was */
+    int64_t layer;   /* of both norms: the block's own, and the next one's */
+    obm__role after; /* norm of the output of the block that was run; OBM_ROLES: none was */
     int64_t next;
-    obm__role before;       /* norm of the next block's input; OBM_ROLES: nothing comes */
-    const size_t *which;    /* NULL: all */
+    obm__role before;    /* norm of the next block's input; OBM_ROLES: nothing comes */
+    const size_t *which; /* NULL: all */
 } join_job;
 
 /* Row-wise work: as many rows as outweigh a hand-over between threads (about 2 us), none split. */
@@ -156,8 +161,10 @@ void obm__rms_norm(const obm_model *m, const float *x, const float *weight, int6
 static void norm_row(const obm_model *m, const obm__weights *w, int64_t layer, obm__role role, const float *x,
                      float *out) {
     const float *weight = obm__weights_at(w, layer, role)->data;
-    if (weight) obm__rms_norm(m, x, weight, m->config.hidden, out);
-    else if (out != x) memcpy(out, x, (size_t)m->config.hidden * sizeof *out);
+    if (weight)
+        obm__rms_norm(m, x, weight, m->config.hidden, out);
+    else if (out != x)
+        memcpy(out, x, (size_t)m->config.hidden * sizeof *out);
 }
 
 /* x += norm(normed), the output of the block before; normed[i] = norm(x[which[i]]), the input of the next. */
@@ -203,7 +210,7 @@ static void geglu_rows(void *arg, size_t begin, size_t end, int worker) {
     const obm_model *m = arg;
     const obm__scratch *s = &m->scratch;
     int64_t width = m->config.intermediate;
-    const float slope = 0.79788456080286535588f;   /* sqrt(2 / pi) */
+    const float slope = 0.79788456080286535588f; /* sqrt(2 / pi) */
     (void)worker;
     for (size_t row = begin; row < end; row++) {
         if (!s->weights[row]) continue;
@@ -218,14 +225,14 @@ static void geglu_rows(void *arg, size_t begin, size_t end, int worker) {
 
 static void gate_rows(obm_model *m, size_t n) {
     obm__place_rows(m, n, row_grain(8 * m->config.intermediate),
-                  m->config.activation == OBM_GELU_TANH ? geglu_rows : swiglu_rows, m);
+                    m->config.activation == OBM_GELU_TANH ? geglu_rows : swiglu_rows, m);
 }
 
 static void start_rotation(obm_model *m, const obm__row *row, size_t i) {
     obm__scratch *s = &m->scratch;
     const float *frequencies = row->sequence->frequencies ? row->sequence->frequencies : m->frequencies;
     for (int r = 0; r < m->config.n_ropes; r++) {
-        size_t at = ((size_t)r * s->rows + i) * (size_t)m->pairs;   // (ropes, rows, pairs)
+        size_t at = ((size_t)r * s->rows + i) * (size_t)m->pairs; // (ropes, rows, pairs)
         obm__rope_table(&m->config.ropes[r], frequencies + r * m->pairs, row->position, s->cosine + at, s->sine + at);
     }
 }
@@ -253,23 +260,23 @@ obm_status obm__forward(obm_model *m, const obm__row *rows, size_t n, bool tiled
     obm__scratch *s = &m->scratch;
     const obm__weights *const *w = s->weights;
 
-    OBM_TRY(start_rows(m, rows, n, err));                                          // x (n, hidden)
+    OBM_TRY(start_rows(m, rows, n, err)); // x (n, hidden)
     join(m, n, (join_job){.after = OBM_ROLES, .before = layers ? OBM_ATTENTION_NORM : OBM_ROLES});
     for (int64_t layer = 0; layer < layers; layer++) {
         bool last = layer + 1 == layers;
         const obm__linear qkv[] = {{OBM_Q, s->q, q}, {OBM_K, s->k, kv}, {OBM_V, s->v, kv}};
         OBM_TRY(obm__linear_run(m, w, n, tiled, layer, qkv, 3, s->normed, err));
-        OBM_TRY(obm__attention_run(m, rows, n, layer, err));                       // mixed (n, heads * head_dim)
+        OBM_TRY(obm__attention_run(m, rows, n, layer, err)); // mixed (n, heads * head_dim)
         const obm__linear o[] = {{OBM_O, s->normed, c->hidden}};
         OBM_TRY(obm__linear_run(m, w, n, tiled, layer, o, 1, s->mixed, err));
-        join(m, n, (join_job){NULL, layer, OBM_ATTENTION_POST_NORM, layer, OBM_MLP_NORM, NULL});   // x += o
+        join(m, n, (join_job){NULL, layer, OBM_ATTENTION_POST_NORM, layer, OBM_MLP_NORM, NULL}); // x += o
         const obm__linear gate_up[] = {{OBM_GATE, s->gate, wide}, {OBM_UP, s->up, wide}};
         OBM_TRY(obm__linear_run(m, w, n, tiled, layer, gate_up, 2, s->normed, err));
-        gate_rows(m, n);                                                           // gate (n, intermediate)
+        gate_rows(m, n); // gate (n, intermediate)
         const obm__linear down[] = {{OBM_DOWN, s->normed, c->hidden}};
         OBM_TRY(obm__linear_run(m, w, n, tiled, layer, down, 1, s->gate, err));
         obm__role next = last ? OBM_ROLES : OBM_ATTENTION_NORM;
-        join(m, n, (join_job){NULL, layer, OBM_MLP_POST_NORM, layer + 1, next, NULL});             // x += down
+        join(m, n, (join_job){NULL, layer, OBM_MLP_POST_NORM, layer + 1, next, NULL}); // x += down
     }
     return OBM_OK;
 }
@@ -296,7 +303,7 @@ obm_status obm__forward_logits(obm_model *m, const obm__row *rows, const size_t 
     const obm__weights **weights = obm__calloc(n, sizeof *weights);
     if (!weights) return obm__fail_nomem(err, n * sizeof *weights);
     for (size_t i = 0; i < n; i++) weights[i] = rows[which[i]].sequence->weights;
-    join(m, n, (join_job){.after = OBM_ROLES, .before = OBM_FINAL_NORM, .which = which});   // normed (n, hidden)
+    join(m, n, (join_job){.after = OBM_ROLES, .before = OBM_FINAL_NORM, .which = which}); // normed (n, hidden)
     const obm__linear head[] = {{OBM_HEAD, out, m->vocab}};
     obm_status status = obm__linear_run(m, weights, n, false, 0, head, 1, m->scratch.normed, err);
     if (status == OBM_OK && (m->config.logit_cap > 0 || m->config.logit_divisor != 1))
@@ -321,8 +328,10 @@ obm_status obm__prefill(obm_model *m, obm__sequence *s, const int32_t *ids, size
     if (layers > 0) OBM_TRY(obm__sequence_reserve(m, s, s->length + (int64_t)n, err));
     for (size_t done = 0; done < n;) {
         size_t take = 1, n_rows = 1;
-        if (decode) rows[0] = (obm__row){s, s->length, ids[done]};
-        else take = obm__fill_tiles(s, ids + done, n - done, rows, OBM_CHUNK_ROWS, &n_rows);
+        if (decode)
+            rows[0] = (obm__row){s, s->length, ids[done]};
+        else
+            take = obm__fill_tiles(s, ids + done, n - done, rows, OBM_CHUNK_ROWS, &n_rows);
         OBM_TRY(obm__forward(m, rows, n_rows, !decode, layers, err));
         if (visit) OBM_TRY(visit(arg, m, rows, n_rows, err));
         s->length += (int64_t)take;

@@ -402,7 +402,7 @@ typedef struct obm__scratch {
     obm__tables *tables;        /* (table_rows) of the vectors of a decode step */
     size_t table_rows;
     void *table_bytes;          /* what they point into */
-    float *scores, *widened;    /* per worker: (positions) and (64, head_dim) */
+    float *scores, *widened;    /* per worker: (heads of a group, positions) and (64, head_dim) */
     uint64_t bytes;
 } obm__scratch;
 void obm__scratch_free(obm__scratch *s);
