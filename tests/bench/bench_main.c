@@ -1,8 +1,11 @@
 /* The main job on synthetic models: compressing, prefill, decode.  Every figure stands next to a bound measured in turn
  * with it in the same run (a plain read of the same bytes, or sgemm of the same shapes), by the same number of threads.
  *
- * Usage: bench_main [--what compress|decode|prefill|all] [--size tiny|0.1b|0.35b] [--threads N] [--rounds N] */
+ * Usage: bench_main [--what compress|decode|attention|prefill|all] [--size tiny|0.1b|0.35b] [--threads N] [--rounds N]
+ */
 #include "synthetic.h"
+
+#include "model/model.h"
 
 #include <cblas.h>
 
@@ -121,6 +124,58 @@ static void bench_z12(bench *b, obm_model *plain, size_t batch) {
     obm_model_free(packed);
 }
 
+/* ---- attention: one token after many, whose keys and values are random ---- */
+
+static obm__sequence *long_sequence(obm_model *m, int64_t length) {
+    obm__sequence *s;
+    obm_error err;
+    uint32_t state = 5;
+    check(obm__sequence_new(m, NULL, OBM_F16, &s, &err), &err);
+    check(obm__sequence_reserve(m, s, length + 1, &err), &err);
+    size_t count = obm__kv_page_bytes(m, OBM_F16) / 2;
+    for (size_t p = 0; p < s->n_pages; p++)
+        for (size_t i = 0; i < count; i++) /* halves between 0.06 and 0.5 */
+            ((uint16_t *)s->pages[p])[i] = (uint16_t)(0x2c00 + (state = state * 1664525 + 1013904223) % 0xc00);
+    return s;
+}
+
+static double token_seconds(obm_model *m, obm__sequence *s, int64_t length) {
+    obm_error err;
+    const int32_t id = 1;
+    s->length = length;
+    double begin = seconds();
+    check(obm__prefill(m, s, &id, 1, true, m->config.layers, NULL, NULL, &err), &err);
+    return seconds() - begin;
+}
+
+static void bench_attention(bench *b, obm_model *m) {
+    static const int64_t lengths[] = {1024, 8192, 32767};
+    mapping w = map_weights(b->base);
+    obm__pulse pulse = {0};
+    obm_error err;
+    check(obm__model_enter(m, &pulse, &err), &err);
+    obm__sequence *s = long_sequence(m, lengths[2]);
+    for (size_t l = 0; l < sizeof lengths / sizeof *lengths; l++) {
+        double took[MAX_ROUNDS], rate[MAX_ROUNDS], share[MAX_ROUNDS];
+        double bytes = (double)obm__kv_page_bytes(m, OBM_F16) / OBM_TILE_TOKENS * (double)lengths[l];
+        for (int r = -1; r < b->rounds; r++) {
+            double read = (double)w.size / read_seconds(b->ctx, &w, 3);
+            double first = token_seconds(m, s, 0), step = token_seconds(m, s, lengths[l]);
+            if (r < 0) continue;
+            took[r] = step * 1e3;
+            rate[r] = bytes / (step - first) * 1e-9;
+            share[r] = bytes / (step - first) / read;
+        }
+        printf("attention position %lld, f16: %.2f ms a token; %.0f MB of keys and values at %.1f GB/s; share of read "
+               "%.3f\n",
+               (long long)lengths[l], median(took, b->rounds), bytes * 1e-6, median(rate, b->rounds),
+               median(share, b->rounds));
+    }
+    obm__sequence_free(m, s);
+    obm__model_leave(m);
+    munmap((void *)w.data, w.size);
+}
+
 /* ---- prefill ---- */
 
 typedef struct gemm {
@@ -203,6 +258,7 @@ static void run(bench *b, const char *what) {
         bench_z12(b, m, 1);
         bench_z12(b, m, 8);
     }
+    if (all || !strcmp(what, "attention")) bench_attention(b, m);
     if (all || !strcmp(what, "prefill")) bench_prefill(b, m);
     obm_model_free(m);
 }
@@ -214,11 +270,12 @@ int main(int argc, char **argv) {
     obm_error err;
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         if (!strcmp(shapes[i].name, size)) b.s = &shapes[i];
-    if (!b.s || b.rounds < 7 || b.rounds > MAX_ROUNDS || !strstr(" compress decode prefill all ", what))
-        return fprintf(stderr,
-                       "usage: %s [--what compress|decode|prefill|all] [--size tiny|0.1b|0.35b] [--threads N] "
-                       "[--rounds 7..%d]\n",
-                       argv[0], MAX_ROUNDS),
+    if (!b.s || b.rounds < 7 || b.rounds > MAX_ROUNDS || !strstr(" compress decode attention prefill all ", what))
+        return fprintf(
+                   stderr,
+                   "usage: %s [--what compress|decode|attention|prefill|all] [--size tiny|0.1b|0.35b] [--threads N] "
+                   "[--rounds 7..%d]\n",
+                   argv[0], MAX_ROUNDS),
                2;
     o.threads = (int)number(argc, argv, "--threads", 0);
     check(obm_context_new(&o, &b.ctx, &err), &err);

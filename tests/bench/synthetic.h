@@ -71,7 +71,7 @@ static inline void write_config(const shape *s, const char *dir) {
         f,
         "{\"model_type\": \"llama\", \"vocab_size\": %lld, \"hidden_size\": %lld, \"intermediate_size\": %lld, "
         "\"num_hidden_layers\": %lld, \"num_attention_heads\": %lld, \"num_key_value_heads\": %lld, "
-        "\"max_position_embeddings\": 2048, \"rms_norm_eps\": 1e-5, \"rope_theta\": 10000.0, \"hidden_act\": \"silu\", "
+        "\"max_position_embeddings\": 65536, \"rms_norm_eps\": 1e-5, \"rope_theta\": 10000.0, \"hidden_act\": \"silu\", "
         "\"tie_word_embeddings\": true, \"torch_dtype\": \"bfloat16\"}\n",
         (long long)s->vocab, (long long)s->hidden, (long long)s->wide, (long long)s->layers, (long long)s->heads,
         (long long)s->heads);
