@@ -53,6 +53,7 @@
 #define LANES(v)                  \
     ((uint32_t)_mm_movemask_epi8( \
         _mm_packs_epi16(_mm256_castsi256_si128((__m256i)(v)), _mm256_extracti128_si256((__m256i)(v), 1))))
+#define PACK(a, b) _mm256_packs_epi16((__m256i)(a), (__m256i)(b))
 #define AVERAGE(a, b) _mm256_avg_epu16((__m256i)(a), (__m256i)(b))
 #define HALVES(even, odd) _mm256_blend_epi16((__m256i)(even), (__m256i)(odd), 0xaa)
 #define LOAD_F16(p) _mm256_cvtph_ps(LOAD_128(p))

@@ -47,6 +47,7 @@
 #define WIDE_BF16(p) ((NAME(u))LOAD_BF16(p))
 #define ANY(v) _mm512_test_epi32_mask((__m512i)(v), (__m512i)(v))
 #define LANES(v) ((uint32_t)_mm512_movepi16_mask((__m512i)(v)))
+#define PACK(a, b) _mm512_packs_epi16((__m512i)(a), (__m512i)(b))
 #define AVERAGE(a, b) _mm512_avg_epu16((__m512i)(a), (__m512i)(b))
 #define HALVES(even, odd) _mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)(even), (__m512i)(odd))
 #define LOAD_F16(p) _mm512_cvtph_ps(LOAD_256(p))

@@ -7,6 +7,7 @@
  *   ANY(v)                           nonzero iff a lane of v is all ones or a NaN, 0 if all are 0
  *   AVERAGE(a, b)                    (a + b + 1) / 2 of unsigned 16-bit lanes
  *   HALVES(even, odd)                16-bit lanes: the lower halves of `even` and the upper ones of `odd`
+ *   PACK(a, b)                       16-bit lanes of both as signed bytes, saturated, in any order; may be left out
  *   LANES(v)                         bit i is that of the i-th 16-bit lane of 0 or all ones; these four where the
  * compiler finds no better
  */
@@ -103,10 +104,73 @@ INLINE_FN size_t NAME(count_steps)(uint32_t *counts, const uint16_t *from, const
     return i;
 }
 
+#ifdef PACK
+typedef int8_t NAME(b) __attribute__((vector_size(4 * VL)));
+
+/* 8-bit counters hold so many of two steps. */
+#define BYTE_STEPS 255
+
+INLINE_FN uint32_t NAME(sum_bytes)(NAME(b) v) {
+    NAME(w) pairs = ((NAME(w))v & 0xff) + ((NAME(w))v >> 8);
+    NAME(u) lanes = ((NAME(u))pairs & 0xffffu) + ((NAME(u))pairs >> 16);
+    uint32_t sum = 0;
+    for (size_t l = 0; l < VL; l++) sum += lanes[l];
+    return sum;
+}
+
+/* Bounds that a byte tells apart: sizes less the one below them all saturate to bytes, and twice as many share a
+ * comparison. */
+INLINE_FN size_t NAME(count_bytes)(uint32_t *counts, const uint16_t *from, int least, const uint16_t *a,
+                                   const uint16_t *b, int round, size_t n, NAME(s) * all_bad) {
+    const NAME(b) zero = {0};
+    const NAME(s) middle = (NAME(s)){0} + (int16_t)(least + 127);
+    NAME(s) bad = *all_bad;
+    size_t i = 0, most = n < BYTE_STEPS * 2 * STEP ? n : BYTE_STEPS * 2 * STEP;
+#define X(k) NAME(b) count##k = zero, below##k = zero + (int8_t)(from[k] - least - 128);
+    EACH_COUNT(X)
+#undef X
+    for (; i + 2 * STEP <= most; i += 2 * STEP) {
+        NAME(s) first = NAME(sizes)(NAME(difference)(a + i, b ? b + i : b), round);
+        NAME(s) second = NAME(sizes)(NAME(difference)(a + i + STEP, b ? b + i + STEP : b), round);
+        bad |= (NAME(s))((NAME(w))first + 0x80) | (NAME(s))((NAME(w))second + 0x80);
+        NAME(b) bytes = (NAME(b))PACK(first - middle, second - middle);
+#define X(k) count##k -= bytes > below##k;
+        EACH_COUNT(X)
+#undef X
+    }
+#define X(k) counts[k] += NAME(sum_bytes)(count##k);
+    EACH_COUNT(X)
+#undef X
+    *all_bad = bad;
+    return i;
+}
+
+FN static size_t NAME(count_near)(uint32_t *counts, const uint16_t *from, const uint16_t *a, const uint16_t *b,
+                                  int round, size_t n, NAME(s) * bad) {
+    int least = from[0], most = from[0];
+    size_t i = 0;
+    for (size_t k = 1; k < 8; k++) {
+        if (from[k] < least) least = from[k];
+        if (from[k] > most) most = from[k];
+    }
+    if (most - least > 254) return 0;
+    for (size_t done = 1; done; i += done) {
+        const uint16_t *base = b ? b + i : b;
+        done = !b      ? NAME(count_bytes)(counts, from, least, a + i, NULL, 0, n - i, bad)
+               : round ? NAME(count_bytes)(counts, from, least, a + i, base, 1, n - i, bad)
+                       : NAME(count_bytes)(counts, from, least, a + i, base, 0, n - i, bad);
+    }
+    return i;
+}
+#endif
+
 FN static size_t NAME(count_bf16)(uint32_t *counts, const uint16_t *from, const uint16_t *a, const uint16_t *b,
                                   int round, size_t n) {
     NAME(s) bad = {0};
     size_t i = 0, most = COUNT_STEPS * STEP;
+#ifdef PACK
+    i = NAME(count_near)(counts, from, a, b, round, n, &bad);
+#endif
     for (size_t done = 1; done;) {
         const uint16_t *base = b ? b + i : b;
         size_t part = n - i < most ? n - i : most;

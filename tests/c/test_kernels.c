@@ -401,6 +401,15 @@ static void check_counts_bf16(const obm_kernels *k, bench *t, size_t n, int kind
             for (int c = 0; c < 8; c++) wanted[c] += bits_of(fabsf(t->expected[i])) >> 16 >= from[c];
         assert_int_equal(k->count_bf16(counts, from, a, base, form == 2, n), first);
         if (first == n) assert_memory_equal(counts, wanted, sizeof counts);
+        /* Bounds that a byte tells apart, around what is there. */
+        uint16_t middle = n && first == n ? (uint16_t)(bits_of(fabsf(t->expected[n / 2])) >> 16) : 0x3c00, near[8];
+        for (int c = 0; c < 8; c++) near[c] = (uint16_t)((middle > 108 ? middle - 108 : 0) + c * 108 % 255);
+        memset(counts, 0, sizeof counts);
+        memset(wanted, 0, sizeof wanted);
+        for (size_t i = 0; i < first; i++)
+            for (int c = 0; c < 8; c++) wanted[c] += bits_of(fabsf(t->expected[i])) >> 16 >= near[c];
+        assert_int_equal(k->count_bf16(counts, near, a, base, form == 2, n), first);
+        if (first == n) assert_memory_equal(counts, wanted, sizeof counts);
         uint16_t *sizes = at_end(&t->c, n * 2), most, largest = 0;
         assert_int_equal(k->sizes_bf16(sizes, &most, a, base, form == 2, n), first);
         for (size_t i = 0; first == n && i < n; i++) {
