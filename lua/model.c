@@ -107,7 +107,9 @@ static int model_info(lua_State *L) {
                  {"max_positions", i.max_positions},
                  {"sliding_window", i.sliding_window},
                  {"params", (int64_t)i.params},
-                 {"bytes", (int64_t)i.bytes}};
+                 {"bytes", (int64_t)i.bytes},
+                 {"z12_bytes", (int64_t)i.z12_bytes},
+                 {"z12_plain", (int64_t)i.z12_plain}};
     lua_newtable(L);
     obm_lua_set_string(L, "architecture", i.architecture);
     obm_lua_set_boolean(L, "tied", i.tied);

@@ -69,6 +69,13 @@ function checkpoint:get(name) end
 ---@return string?, string? message, onebitmerge.Code? code
 function checkpoint:sha256(name) end
 
+---How well 12 bits per weight (`model` with z12) would hold a matrix: how many weights `rows` of it that lie evenly have (16 unless
+---told; 0: all), and how many of them need an escape. Models leave a matrix with more than 1 % as it is. Both 0 where it is no bf16 matrix.
+---@param name string
+---@param rows integer?
+---@return {weights: integer, escapes: integer}?, string? message, onebitmerge.Code? code
+function checkpoint:z12(name, rows) end
+
 ---As given.
 ---@return string
 function checkpoint:path() end

@@ -83,12 +83,13 @@ static PyObject *model_info(PyObject *o, void *unused) {
     (void)unused;
     obm_model_info i;
     obm_model_describe(model_get(o), &i);
-    return Py_BuildValue("{ss,sL,sL,sL,sL,sL,sL,sL,sL,sL,sO,sK,sK}", "architecture", i.architecture, "vocab",
+    return Py_BuildValue("{ss,sL,sL,sL,sL,sL,sL,sL,sL,sL,sO,sK,sK,sK,sK}", "architecture", i.architecture, "vocab",
                          (long long)i.vocab, "hidden", (long long)i.hidden, "intermediate", (long long)i.intermediate,
                          "layers", (long long)i.layers, "heads", (long long)i.heads, "kv_heads", (long long)i.kv_heads,
                          "head_dim", (long long)i.head_dim, "max_positions", (long long)i.max_positions,
                          "sliding_window", (long long)i.sliding_window, "tied", i.tied ? Py_True : Py_False, "params",
-                         (unsigned long long)i.params, "bytes", (unsigned long long)i.bytes);
+                         (unsigned long long)i.params, "bytes", (unsigned long long)i.bytes, "z12_bytes",
+                         (unsigned long long)i.z12_bytes, "z12_plain", (unsigned long long)i.z12_plain);
 }
 
 static PyObject *model_memory(PyObject *o, void *unused) {
@@ -103,10 +104,15 @@ static PyObject *model_memory(PyObject *o, void *unused) {
 static PyObject *model_repr(PyObject *o) {
     obm_model_info i;
     obm_model_describe(model_get(o), &i);
-    return PyUnicode_FromFormat("Model(%s, %lld layers, hidden %lld, vocab %lld, %llu parameters, %zd tasks)",
+    char packed[96] = "";
+    if (i.z12_plain)
+        snprintf(packed, sizeof packed, ", z12: %llu MB of bf16 in %llu MB", (unsigned long long)(i.z12_plain / 1000000),
+                 (unsigned long long)(i.z12_bytes / 1000000));
+    return PyUnicode_FromFormat("Model(%s, %lld layers, hidden %lld, vocab %lld, %llu parameters, %zd tasks%s)",
                                 i.architecture, (long long)i.layers, (long long)i.hidden, (long long)i.vocab,
                                 (unsigned long long)i.params,
-                                model_pack_of(o) ? (Py_ssize_t)obm_pack_task_count(model_pack_of(o)) : (Py_ssize_t)0);
+                                model_pack_of(o) ? (Py_ssize_t)obm_pack_task_count(model_pack_of(o)) : (Py_ssize_t)0,
+                                packed);
 }
 
 /* ---- routes ---- */

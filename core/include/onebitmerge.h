@@ -214,6 +214,11 @@ OBM_API void obm_checkpoint_at(const obm_checkpoint *c, size_t i, const char **n
 OBM_API obm_status obm_checkpoint_get(const obm_checkpoint *c, const char *name, obm_tensor *t, obm_error *err); /* NOTFOUND */
 /* SHA-256 of one tensor's bytes as 64 hex digits + NUL. */
 OBM_API obm_status obm_checkpoint_sha256(const obm_checkpoint *c, const char *name, char out[65], obm_error *err);
+/* How well 12 bits per weight (obm_model_options.z12) would hold a matrix: of rows of it that lie evenly (0: all), how many
+ * weights they have and how many of them need an escape of 8 bytes; models leave a matrix with more than 1 % as it is.
+ * Both 0 where the tensor is no bf16 matrix.  Errors: NOTFOUND, IO, ARG (rows < 0), NOMEM. */
+OBM_API obm_status obm_checkpoint_z12(const obm_checkpoint *c, const char *name, int64_t rows, uint64_t *weights,
+                                      uint64_t *escapes, obm_error *err);
 
 /* ---- Task vectors ----------------------------------------------------------------------------------------------- */
 
@@ -551,6 +556,7 @@ typedef struct obm_model_info {
     int64_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, sliding_window /* 0: none */;
     bool tied;
     uint64_t params, bytes;              /* of the base */
+    uint64_t z12_bytes, z12_plain;       /* of its matrices in 12 bits per weight: now, and as bf16 */
 } obm_model_info;
 OBM_API void obm_model_describe(const obm_model *m, obm_model_info *out);
 OBM_API const obm_pack *obm_model_pack(const obm_model *m);             /* NULL for a plain model; borrowed */

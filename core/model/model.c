@@ -291,7 +291,9 @@ void obm_model_describe(const obm_model *m, obm_model_info *out) {
                             .sliding_window = c->window,
                             .tied = c->tied,
                             .params = m->params,
-                            .bytes = m->base_bytes};
+                            .bytes = m->base_bytes,
+                            .z12_bytes = m->z12_bytes,
+                            .z12_plain = m->z12_saved};
 }
 
 const obm_pack *obm_model_pack(const obm_model *m) { return m->pack; }

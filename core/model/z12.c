@@ -151,3 +151,28 @@ void obm__z12_free_all(obm_model *m) {
     obm_free(m->z12);
     m->z12 = NULL;
 }
+
+/* ---- what packing a checkpoint would give ---- */
+
+obm_status obm_checkpoint_z12(const obm_checkpoint *c, const char *name, int64_t rows, uint64_t *weights,
+                              uint64_t *escapes, obm_error *err) {
+    obm_tensor t;
+    *weights = *escapes = 0;
+    if (rows < 0) return obm__fail(err, OBM_E_ARG, "rows: expected 0 (all) or more, found %lld", (long long)rows);
+    OBM_TRY(obm_checkpoint_get(c, name, &t, err));
+    if (t.ndim != 2 || t.dtype != OBM_BF16 || !t.shape[0] || !t.shape[1]) return OBM_OK;
+    size_t all = (size_t)t.shape[0], cols = (size_t)t.shape[1];
+    size_t taken = !rows || (uint64_t)rows > all ? all : (size_t)rows, blocks = (cols + 63) / 64;
+    uint16_t *row = obm__alloc(cols, sizeof *row); /* files do not always keep tensors aligned */
+    uint8_t *codes = obm__alloc(blocks, OBM__Z12_BYTES), table[OBM__Z12_TABLE];
+    obm__z12_escape none;
+    for (size_t i = 0; row && codes && i < taken; i++) {
+        memcpy(row, (const uint8_t *)t.data + all / taken * i * cols * sizeof *row, cols * sizeof *row);
+        *escapes += c->ctx->k->z12_encode(codes, table, &none, 0, row, cols);
+        *weights += cols;
+    }
+    bool there = row && codes;
+    obm_free(row);
+    obm_free(codes);
+    return there ? OBM_OK : obm__fail_nomem(err, cols * sizeof *row + blocks * OBM__Z12_BYTES);
+}

@@ -138,6 +138,7 @@ def doctor(args):
         return emit({**info, "python": sys.version.split()[0], "lua": lua, "missing": missing})
     rows = [["version", info["version"]], ["compiler", info["compiler"]], ["python", sys.version.split()[0]],
             ["ISA in use", info["isa"]], ["ISA available", info["isa_available"]], ["BLAS", info["blas"]],
+            ["base weights", "bf16, f16 and f32 as they are; bf16 in 12 bits per weight (z12) where --z12 or z12=True asks for it"],
             ["topology", info["topology"]], ["threads", f"{info['threads']} (of {info['cores']} cores, {info['nodes']} NUMA nodes)"],
             ["memory", f"{_results.size(info['memory_free'])} free of {_results.size(info['memory_total'])}"],
             ["lua", lua or "not found: apt-get install lua5.4 (only for --router FILE.lua)"]]
@@ -208,6 +209,15 @@ def warn_layers(args, ckpt):
                       "they are listed, but no model runs them", stacklevel=2)
 
 
+def z12_of(ckpt):
+    """What packing bf16 matrices into 12 bits per weight would give, from rows of each; None without such matrices."""
+    counts = [c for c in map(ckpt.z12, ckpt) if c["weights"]]
+    if not counts:
+        return None
+    return {"matrices": len(counts), "kept_plain": sum(c["escapes"] > .01 * c["weights"] for c in counts),
+            "escape_rate": sum(c["escapes"] for c in counts) / sum(c["weights"] for c in counts)}
+
+
 def inspect(args):
     pack = args.model.rpartition(":")[0]
     if pack and is_pack(pack) and not os.path.exists(args.model):
@@ -227,9 +237,12 @@ def inspect(args):
     stats = {path: v.stats(progress=progress_of(args)) for path, v in vectors.items()}
     pairs = [(a, b, vectors[a].compare(vectors[b], progress=progress_of(args)))
              for i, a in enumerate(args.experts) for b in args.experts[i + 1:]]
+    z12 = z12_of(ckpt)
     if args.json:
         for cls, row in classes.items():
             emit({"kind": "class", "class": cls, **row})
+        if z12:
+            emit({"kind": "z12", **z12})
         for path, by_class in stats.items():
             for cls, s in by_class.items():
                 emit({"kind": "delta", "expert": path, "class": cls, **s})
@@ -243,6 +256,9 @@ def inspect(args):
     print(", ".join(f"{k} {config[k]}" for k in keys if k in config) or f"{args.model}: no config.json")
     print(_results.table(["class", "tensors", "parameters", "bytes"],
                          [[c, r["tensors"], r["params"], _results.size(r["bytes"])] for c, r in classes.items()]))
+    if z12:
+        plain = f", {z12['kept_plain']} of {z12['matrices']} matrices have more than 1 % and would stay bf16" if z12["kept_plain"] else ""
+        print(f"z12: escapes {z12['escape_rate']:.2g} of bf16 weights (of 16 rows of each matrix){plain}")
     for path, by_class in stats.items():
         print(f"\n{path}: task vector d = expert - base (1-bit error is ||d - alpha sign d|| / ||d||)")
         print(_results.table(["class", "parameters", "||d||/||base||", "zeros", "1-bit error, matrix", "row"],

@@ -41,7 +41,7 @@ def test_doctor(run, lines):
 
 def test_inspect(run, lines, models):
     rows = lines("inspect", models / "base", models / "math", models / "code")
-    assert {r["kind"] for r in rows} == {"class", "delta", "pair"}
+    assert {r["kind"] for r in rows} == {"class", "delta", "pair", "z12"}
     assert {r["class"] for r in rows if r["kind"] == "class"} == {"attention", "mlp", "embedding", "norm"}
     mlp = next(r for r in rows if r["kind"] == "delta" and r["class"] == "mlp" and r["expert"].endswith("math"))
     assert 0.02 < mlp["relative_norm"] < 0.04 and {"zero_share", "onebit_error_matrix", "onebit_error_row", "params"} <= set(mlp)
@@ -50,7 +50,7 @@ def test_inspect(run, lines, models):
     pair = next(r for r in rows if r["kind"] == "pair" and r["class"] == "mlp")
     assert len(pair["experts"]) == 2 and {"cosine", "sign_agreement"} <= set(pair)
     code, out, err = run("inspect", models / "base", models / "math")
-    assert code == 0 and "attention" in out and "||d||" in out and err == ""
+    assert code == 0 and "attention" in out and "||d||" in out and "z12: escapes " in out and err == ""
 
 
 def test_inspect_names_layers_that_no_model_runs(run, models, tmp_path):

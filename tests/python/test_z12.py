@@ -91,3 +91,32 @@ def test_f32_is_left_alone(models, tmp_path):
     plain, packed = obm.Model(tmp_path / "m"), obm.Model(tmp_path / "m", z12=True)
     assert packed.memory["base"] == plain.memory["base"]
     assert np.array_equal(plain.logits([5, 9]), packed.logits([5, 9]))
+
+
+def escapes_of(bits):
+    """Weights whose high byte is not among the 16 most frequent of their row."""
+    return sum(row.size - np.sort(np.bincount(row >> 8, minlength=256))[-16:].sum() for row in bits)
+
+
+def test_what_packing_would_give(models, tmp_path):
+    rng = np.random.default_rng(5)
+    bits = rng.integers(0, 0x7f80, (37, 70), dtype=np.uint16)
+    bits[:20] = bits[:20] & 0x00ff | 0x3c00
+    tensors = {"m.weight": (bits.astype(np.uint32) << 16).view(np.float32), "norm.weight": np.ones(70, np.float32)}
+    write_folder(tmp_path / "m", tensors, "BF16")
+    ckpt = obm.Checkpoint(tmp_path / "m")
+    assert ckpt.z12("m.weight", rows=0) == {"weights": 37 * 70, "escapes": escapes_of(bits)}
+    assert ckpt.z12("m.weight", rows=100) == ckpt.z12("m.weight", rows=37) == ckpt.z12("m.weight", rows=0)
+    assert ckpt.z12("m.weight", rows=5) == {"weights": 5 * 70, "escapes": escapes_of(bits[:35:7])}
+    assert ckpt.z12("norm.weight") == {"weights": 0, "escapes": 0}
+    with pytest.raises(obm.ArgumentError, match="rows: expected 0 .all. or more, found -1"):
+        ckpt.z12("m.weight", rows=-1)
+    with pytest.raises(obm.NotFoundError, match="none.weight"):
+        ckpt.z12("none.weight")
+
+
+def test_what_is_used_is_said(both):
+    plain, packed = both
+    assert plain.info["z12_plain"] == plain.info["z12_bytes"] == 0 and "z12" not in repr(plain)
+    assert plain.memory["base"] - packed.memory["base"] == packed.info["z12_plain"] - packed.info["z12_bytes"]
+    assert ", z12: " in repr(packed)
