@@ -57,7 +57,8 @@ static uint64_t divergence(obm__block *b, const obm__part *part, void *arg) {
 }
 
 /* stats: the threshold, then the divergence of each row. */
-static void score(const obm__block *b, float *out) {
+static void score(const obm__block *b, float least, float *out) {
+    (void)least;
     uint64_t cols = obm__group_cols(b->g);
     for (size_t j = 0; j < b->n; j++) {
         float change = obm__block_delta(b, 0)[j] - b->base[j];
@@ -92,7 +93,7 @@ static obm_status prepare(const obm__run *run, obm__group *groups, size_t n_grou
 
 static void merge(const obm__block *b) {
     const float *x = obm__block_delta(b, 0);
-    score(b, b->sum);
+    score(b, 0, b->sum);
     for (size_t j = 0; j < b->n; j++) b->mixed[j] = b->sum[j] >= b->g->stats[0] ? x[j] : b->base[j];
 }
 

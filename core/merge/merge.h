@@ -39,8 +39,8 @@ typedef struct obm__custom {
     obm_status (*check)(const obm__steps *s, obm_error *err);
     /* Statistics over all groups of one scope, into groups[i].stats and cuts. */
     obm_status (*prepare)(const obm__run *run, obm__group *groups, size_t n_groups, obm_error *err);
-    /* A number per element >= 0 that obm__select ranks when its model is OBM_BY_SCORE. */
-    void (*score)(const obm__block *b, float *out);
+    /* A number per element >= 0 that obm__select ranks when its model is OBM_BY_SCORE; 0 will do below `least`. */
+    void (*score)(const obm__block *b, float least, float *out);
     /* Replaces consensus, reduction and adding: the merged values of a block into b->mixed. */
     void (*merge)(const obm__block *b);
     /* What the merge needs of this tensor as a whole: into g->formed, just before its elements are merged. */

@@ -20,7 +20,7 @@ static const obm_param_info params[] = {
 
 /* stats: the model whose scores are ranked, their sign (scores have to be >= 0), then of each model: */
 #define HEAD 2
-enum { LOW, HIGH, THRESHOLD, LARGEST, PER_MODEL };
+enum { LOW, HIGH, THRESHOLD, LARGEST, LEAST, PER_MODEL };
 
 static const double *stats_of(const obm__block *b, size_t model) { return b->g->stats + HEAD + model * PER_MODEL; }
 
@@ -31,31 +31,81 @@ static double setting(const obm__steps *s, const char *name, double first, doubl
     return x >= 0 ? x : is_first(s) ? first : second;
 }
 
-static double clamped(double d, const double *q) { return fmin(fmax(fabs(d), q[LOW]), q[HIGH]); }
+static double clamped(double d, const double *q) {
+    double size = fabs(d), high = size < q[HIGH] ? size : q[HIGH];
+    return size < q[LOW] ? q[LOW] : high;
+}
 
 /* sign(d) times the clamped magnitude, scaled to [0, 1]; 0 where all magnitudes are the same. */
 static double normalised(double d, const double *q) {
-    double size = q[HIGH] > q[LOW] ? (clamped(d, q) - q[LOW]) / (q[HIGH] - q[LOW]) : 0;
-    return d > 0 ? size : d < 0 ? -size : 0;
+    return q[HIGH] > q[LOW] ? copysign((clamped(d, q) - q[LOW]) / (q[HIGH] - q[LOW]), d) : 0;
+}
+
+/* Lambert's continued fraction x / (1 + x^2 / (3 + x^2 / (5 + ...))) cut behind 17: within 2.6e-17 of tanh up to 1,
+ * where all arguments of variant 2 are.  The same bits with every C library. */
+static double hyperbolic_tangent(double x) {
+    double t = x * x;
+    if (t > 1) return tanh(x);
+    return x * (34459425 + t * (4729725 + t * (135135 + t * (990 + t)))) /
+           (34459425 + t * (16216200 + t * (945945 + t * (13860 + t * 45))));
 }
 
 /* Du et al., section 3: b = exp(N * norm^2) * competition.  exp(-N) in front changes no ratio of two of them, and keeps
  * them below 1 however many models there are. */
-static float balance(const obm__block *b, bool first, size_t model, size_t j) {
+static double within(const obm__steps *s, double norm) { return exp((double)s->n * (norm * norm - 1)); }
+
+/* Of `count` elements, by their places in the block. */
+static void balance(const obm__block *b, size_t model, const uint16_t *at, size_t count, float *out) {
     const obm__steps *s = b->g->steps;
-    const double *q = stats_of(b, model);
-    double d = obm__block_delta(b, model)[j], n = normalised(d, q), sum = 0;
-    for (size_t u = 0; u < s->n; u++) {
-        double other = obm__block_delta(b, u)[j];
-        sum += first ? other : tanh(n * normalised(other, stats_of(b, u)));
+    const float *d = obm__block_delta(b, model);
+    bool first = is_first(s);
+    for (size_t j = 0; j < count; j++) {
+        double norm = normalised(d[at[j]], stats_of(b, model)), sum = 0;
+        for (size_t u = 0; u < s->n; u++) {
+            double other = obm__block_delta(b, u)[at[j]];
+            sum += first ? other : hyperbolic_tangent(norm * normalised(other, stats_of(b, u)));
+        }
+        out[j] = (float)(within(s, norm) * (first ? hyperbolic_tangent(d[at[j]] * sum) : sum));
     }
-    return (float)(exp((double)s->n * (n * n - 1)) * (first ? tanh(d * sum) : sum));
 }
 
-static void score(const obm__block *b, float *out) {
+/* A magnitude below which no score of the model is `least` or more: the competition is at most 1, or N * tanh(norm). 30
+ * halvings, and a millionth more than the rounding to f32 gives. */
+static double least_magnitude(const obm__steps *s, const double *q, double least) {
+    double low = 0, high = 1;
+    if (!(least > 0) || (is_first(s) && within(s, 0) >= least)) return 0;
+    for (int i = 0; i < 30; i++) {
+        double norm = (low + high) / 2, most = within(s, norm) * (is_first(s) ? 1 : (double)s->n * tanh(norm));
+        if (most * (1 + 1e-6) < least)
+            low = norm;
+        else
+            high = norm;
+    }
+    return q[LOW] + fmax(low - 1e-6, 0) * (q[HIGH] - q[LOW]);
+}
+
+/* Places of magnitudes from `least` on among n <= OBM_MERGE_BLOCK elements from `begin`. */
+static size_t find_candidates(const float *d, size_t begin, size_t n, double least, uint16_t *at) {
+    size_t count = 0;
+    for (size_t j = begin; j < begin + n; j++) {
+        at[count] = (uint16_t)j;
+        count += fabs((double)d[j]) >= least;
+    }
+    return count;
+}
+
+static void score(const obm__block *b, float least, float *out) {
     size_t model = (size_t)b->g->stats[0];
-    bool first = is_first(b->g->steps);
-    for (size_t j = 0; j < b->n; j++) out[j] = fmaxf((float)b->g->stats[1] * balance(b, first, model, j), 0);
+    float sign = (float)b->g->stats[1], found[OBM_MERGE_PART];
+    double magnitude = least_magnitude(b->g->steps, stats_of(b, model), least);
+    for (size_t begin = 0; begin < b->n; begin += OBM_MERGE_PART) {
+        uint16_t at[OBM_MERGE_PART];
+        size_t n = b->n - begin < OBM_MERGE_PART ? b->n - begin : OBM_MERGE_PART;
+        size_t count = find_candidates(obm__block_delta(b, model), begin, n, magnitude, at);
+        balance(b, model, at, count, found);
+        memset(out + begin, 0, n * sizeof *out);
+        for (size_t j = 0; j < count; j++) out[at[j]] = fmaxf(sign * found[j], 0);
+    }
 }
 
 static obm_status ranked(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, double sign,
@@ -110,6 +160,8 @@ static obm_status find_scores(const obm__run *run, obm__group *groups, size_t n_
     OBM_TRY(find_score(run, groups, n_groups, model, 1, count, &largest, err));
     keep_stat(groups, n_groups, model, THRESHOLD, threshold);
     keep_stat(groups, n_groups, model, LARGEST, largest);
+    const double *q = groups[0].stats + HEAD + model * PER_MODEL;
+    keep_stat(groups, n_groups, model, LEAST, least_magnitude(groups[0].steps, q, threshold));
     return OBM_OK;
 }
 
@@ -127,25 +179,38 @@ static obm_status prepare(const obm__run *run, obm__group *groups, size_t n_grou
 }
 
 /* 0 at and below the threshold, 1 at the largest. */
-static double scale_of(const obm__block *b, bool first, size_t model, size_t j) {
-    const double *q = stats_of(b, model);
-    double x = balance(b, first, model, j);
+static double scale_of(double x, const double *q) {
     return x > q[THRESHOLD] && q[LARGEST] > q[THRESHOLD] ? (x - q[THRESHOLD]) / (q[LARGEST] - q[THRESHOLD]) : 0;
+}
+
+typedef struct part {
+    size_t begin, n;
+    double sum[OBM_MERGE_PART], mass[OBM_MERGE_PART];
+} part;
+
+static void add_model(const obm__block *b, part *p, size_t model, double weight) {
+    const double *q = stats_of(b, model);
+    const float *d = obm__block_delta(b, model);
+    float found[OBM_MERGE_PART];
+    uint16_t at[OBM_MERGE_PART];
+    size_t count = find_candidates(d, p->begin, p->n, q[LEAST], at);
+    balance(b, model, at, count, found);
+    for (size_t j = 0; j < count; j++) {
+        double x = d[at[j]], scale = scale_of(found[j], q);
+        p->sum[at[j] - p->begin] += weight * copysign(clamped(x, q), x) * (x == 0 ? 0 : scale);
+        p->mass[at[j] - p->begin] += scale;
+    }
 }
 
 static void merge(const obm__block *b) {
     const obm__steps *s = b->g->steps;
-    bool first = is_first(s);
     /* s->weight is rounded to f32 */
     const double *weight = s->values + (size_t)(obm__method_param(s->method, "weight") - s->method->info.params) * s->n;
-    for (size_t j = 0; j < b->n; j++) {
-        double sum = 0, mass = 0;
-        for (size_t i = 0; i < s->n; i++) {
-            double d = obm__block_delta(b, i)[j], scale = scale_of(b, first, i, j);
-            sum += weight[i] * copysign(clamped(d, stats_of(b, i)), d) * (d == 0 ? 0 : scale);
-            mass += scale;
-        }
-        b->mixed[j] = (float)(b->base[j] + sum / fmax(mass, 1e-12));
+    for (size_t begin = 0; begin < b->n; begin += OBM_MERGE_PART) {
+        part p = {.begin = begin, .n = b->n - begin < OBM_MERGE_PART ? b->n - begin : OBM_MERGE_PART};
+        for (size_t i = 0; i < s->n; i++) add_model(b, &p, i, weight[i]);
+        for (size_t j = 0; j < p.n; j++)
+            b->mixed[begin + j] = (float)(b->base[begin + j] + p.sum[j] / fmax(p.mass[j], 1e-12));
     }
 }
 

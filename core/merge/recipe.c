@@ -178,9 +178,10 @@ static obm_status unknown_parameter(const obm__method *m, const char *name, cons
     const char *names[32];
     size_t n = m->info.n_params < OBM_COUNT(names) ? m->info.n_params : OBM_COUNT(names);
     for (size_t i = 0; i < n; i++) names[i] = m->info.params[i].name;
-    char hint[128];
-    return obm__fail(err, OBM_E_NOTFOUND, "%s: %s has no parameter \"%.64s\"%s", where, m->info.name, name,
-                     obm__suggest(name, names, n, hint, sizeof hint));
+    char known[256], hint[128];
+    obm__list_names(names, n, known, sizeof known);
+    return obm__fail(err, OBM_E_NOTFOUND, "%s: %s has no parameter \"%.64s\" (known: %s)%s", where, m->info.name, name,
+                     n ? known : "none", obm__suggest(name, names, n, hint, sizeof hint));
 }
 
 /* One `parameters` mapping.  What mergekit ignores without a word (another method's parameter, a setting of the whole

@@ -105,8 +105,8 @@ static obm_status unknown_param(const obm__method *m, const char *name, obm_erro
     for (size_t i = 0; i < n; i++) names[i] = m->info.params[i].name;
     char known[256], hint[128];
     obm__list_names(names, n, known, sizeof known);
-    return obm__fail(err, OBM_E_NOTFOUND, "%s has no parameter \"%.64s\" (known: %s)%s", m->info.name, name, known,
-                     obm__suggest(name, names, n, hint, sizeof hint));
+    return obm__fail(err, OBM_E_NOTFOUND, "%s has no parameter \"%.64s\" (known: %s)%s", m->info.name, name,
+                     n ? known : "none", obm__suggest(name, names, n, hint, sizeof hint));
 }
 
 /* ---- values ---- */

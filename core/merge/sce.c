@@ -15,7 +15,8 @@ static const obm_param_info params[] = {
 #define LEAST 1e-6
 
 /* The variance over the models: sum of the squared differences of all pairs / n^2, which is 0 iff all are equal. */
-static void score(const obm__block *b, float *out) {
+static void score(const obm__block *b, float least, float *out) {
+    (void)least;
     size_t n = b->g->steps->n;
     for (size_t j = 0; j < b->n; j++) {
         double sum = 0;
@@ -33,7 +34,7 @@ static void score(const obm__block *b, float *out) {
 static void selection(const obm__block *b) {
     const obm__cut *cut = &b->g->cuts[0];
     if (!cut->all && !cut->none) {
-        score(b, b->sum);
+        score(b, 0, b->sum);
         obm__cut_apply(cut, b->begin / OBM_MERGE_BLOCK, b->sum, b->n);
     }
     for (size_t j = 0; j < b->n; j++) b->sum[j] = cut->all || (!cut->none && b->sum[j] != 0);
@@ -41,7 +42,7 @@ static void selection(const obm__block *b) {
 
 static void count_varying(const obm__block *b, const void *arg, double *sums) {
     (void)arg;
-    score(b, b->sum);
+    score(b, 0, b->sum);
     for (size_t j = 0; j < b->n; j++) sums[0] += b->sum[j] != 0;
 }
 

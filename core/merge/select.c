@@ -77,13 +77,15 @@ static uint64_t count_equal(const obm_kernels *k, uint32_t bits, const float *d,
     return counts[0] - counts[1];
 }
 
-/* What is ranked, into b->mixed; returns the first index that is not finite. */
-static size_t load_values(const obm__group *g, size_t model, obm__block *b, uint64_t begin, size_t n) {
+/* What is ranked, exactly from the pattern `least` on, into b->mixed; returns the first index that is not finite. */
+static size_t load_values(const obm__group *g, size_t model, uint32_t least, obm__block *b, uint64_t begin, size_t n) {
     b->begin = begin;
     b->n = n;
     if (model == OBM_BY_SCORE) {
         size_t bad = obm__block_load(b);
-        if (bad == n) g->steps->method->custom->score(b, b->mixed);
+        float from;
+        memcpy(&from, &least, sizeof from);
+        if (bad == n) g->steps->method->custom->score(b, from, b->mixed);
         return bad;
     }
     if (!obm__group_is_plain(g, model)) obm__group_base(b->k, g, begin, n, b->base, b->scratch);
@@ -100,7 +102,7 @@ static size_t count_from_bounds(const pass *p, const target *t, bool plain, obm_
         obm__plain d = obm__group_plain(p->g, t->model, begin);
         return p->k->count_bf16(here, high, d.model, d.base, d.round, n);
     }
-    size_t bad = load_values(p->g, t->model, block, begin, n);
+    size_t bad = load_values(p->g, t->model, bounds[0], block, begin, n);
     if (bad == n) p->k->count_from(here, bounds, block->mixed, n);
     return bad;
 }
@@ -108,7 +110,8 @@ static size_t count_from_bounds(const pass *p, const target *t, bool plain, obm_
 /* Lower halves of one block into the worker's histogram, or the elements equal to the threshold into the record of the
  * block; returns the first index that is not finite. */
 static size_t count_values(const pass *p, obm__block *block, uint64_t begin, size_t n, uint32_t *histogram) {
-    size_t bad = load_values(p->g, p->model, block, begin, n);
+    uint32_t least = p->what == COUNT_LOW ? p->high << 16 : p->bits;
+    size_t bad = load_values(p->g, p->model, least, block, begin, n);
     if (bad < n) return bad;
     if (p->what == COUNT_LOW)
         p->k->low_histogram(histogram, p->high, block->mixed, n);
@@ -238,7 +241,7 @@ static bool load_highs(const obm__group *g, size_t model, obm__block *b, uint64_
         obm__plain t = obm__group_plain(g, model, begin);
         return b->k->sizes_bf16(high, &most, t.model, t.base, t.round, n) == n;
     }
-    if (load_values(g, model, b, begin, n) < n) return false;
+    if (load_values(g, model, 0, b, begin, n) < n) return false;
     for (size_t i = 0; i < n; i++) high[i] = (uint16_t)(magnitude_bits(b->mixed[i]) >> 16);
     return true;
 }
@@ -263,7 +266,8 @@ static void sample_runs(void *arg, size_t first, size_t last, int worker) {
 }
 
 /* The range [low, end) of upper halves in which the rest-th largest of `count` lies very likely: 4 standard deviations
- * of its rank in the sample around where it should be. */
+ * of its rank in the sample around where it should be.  What may be above the whole sample is looked for below 1.5
+ * times its largest, which two passes search. */
 static void guess_range(uint32_t *histogram, const uint16_t *high, size_t n, uint64_t count, target *t) {
     memset(histogram, 0, (HIGH_END + 1) * sizeof *histogram);
     for (size_t i = 0; i < n; i++) histogram[high[i]]++;
@@ -272,6 +276,7 @@ static void guess_range(uint32_t *histogram, const uint16_t *high, size_t n, uin
     uint64_t above = 0, from_end = rank < spread ? 0 : (uint64_t)ceil(rank - spread),
              from_low = (uint64_t)ceil(rank + spread);
     for (uint32_t bin = HIGH_END; bin-- > 0;) {
+        if (above == 0 && from_end == 0) t->end = bin + BOUNDS * BOUNDS;
         above += histogram[bin];
         if (above < from_end) t->end = bin;
         if (above < from_low) continue;

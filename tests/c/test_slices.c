@@ -247,7 +247,9 @@ static void test_form_errors(void **state) {
     expect_error("merge_method: ties\n" SLICE("{model: b, layer_range: [0, 2]}"), OBM_E_ARG,
                  "slices[0]: ties needs a \"base_model\"");
     expect_error("merge_method: linear\n" SLICE("{model: a, layer_range: [0, 1], parameters: {wieght: 1}}"),
-                 OBM_E_NOTFOUND, "slices[0].sources[0].parameters: linear has no parameter \"wieght\"");
+                 OBM_E_NOTFOUND,
+                 "slices[0].sources[0].parameters: linear has no parameter \"wieght\" "
+                 "(known: weight, normalize), did you mean");
     expect_error(PASS "models: [{model: a}]\nslices: []\n", OBM_E_ARG, "both \"models\" and \"slices\", expected one");
     expect_error(PASS "modules: {default: {models: [{model: a}], slices: []}}\n", OBM_E_ARG,
                  "modules.default: both \"models\" and \"slices\"");
