@@ -1,6 +1,7 @@
 /* Model, Stream and Request: running, scoring, generating, routing. */
 #include "obm_py.h"
 
+#include <stdio.h>
 #include <string.h>
 
 typedef struct Model {

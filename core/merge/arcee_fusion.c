@@ -104,5 +104,6 @@ static const obm__custom custom = {.prepare = prepare, .score = score, .merge = 
 const obm__method obm__method_arcee_fusion = {
     .info = {"arcee_fusion", "the model's values where their change is important, else the base's", "as in mergekit",
              NULL, 0, true, 1, 1},
+    .cost = 70,
     .custom = &custom,
 };

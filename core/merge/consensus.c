@@ -33,5 +33,6 @@ const obm__method obm__method_consensus = {
              "Wang et al., Localizing Task Information, arXiv 2405.07813, section 4", params, OBM_COUNT(params), true,
              1, 0},
     .deltas = true,
+    .cost = 8,
     .custom = &custom,
 };

@@ -21,5 +21,6 @@ const obm__method obm__method_emr = {
     .info = {"emr", "elected signs with the largest agreeing magnitudes (EMR-Merging's unified task vector)",
              "Huang et al., EMR-Merging, arXiv 2405.17461, section 3.2", params, OBM_COUNT(params), true, 1, 0},
     .deltas = true,
+    .cost = 2,
     .custom = &custom,
 };

@@ -61,6 +61,8 @@ typedef struct obm__method {
     obm__rescale rescale;   /* what the parameter `rescale` asks for */
     bool tensor_statistics; /* scope -1 is the tensor in the paper profile too */
     bool f32_deltas; /* task vectors are never rounded to the working dtype: no profile of mergekit's to follow */
+    /* For a dry run's guess: nanoseconds per element and model of what the custom functions compute, as measured. */
+    double cost;
     const obm__custom *custom;
 } obm__method;
 

@@ -22,5 +22,6 @@ static const obm__custom custom = {.merge = merge};
 const obm__method obm__method_nearswap = {
     .info = {"nearswap", "the model where it is near the base, less of it farther away",
              "huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001", params, OBM_COUNT(params), true, 1, 1},
+    .cost = 10,
     .custom = &custom,
 };

@@ -228,5 +228,6 @@ const obm__method obm__method_pcb = {
              OBM_COUNT(params), true, 1, 0},
     .deltas = true,
     .f32_deltas = true,
+    .cost = 80,
     .custom = &custom,
 };

@@ -38,6 +38,7 @@ const obm__method obm__method_ram = {
     .info = {"ram", "changes of one model whole, shared changes averaged", SOURCE, ram_params, OBM_COUNT(ram_params),
              true, 1, 0},
     .deltas = true,
+    .cost = 3,
     .custom = &ram_custom,
 };
 
@@ -89,5 +90,6 @@ const obm__method obm__method_ramplus_tl = {
     .info = {"ramplus_tl", "ram with unique changes enlarged by the share of shared ones in the tensor", SOURCE,
              ramplus_params, OBM_COUNT(ramplus_params), true, 1, 0},
     .deltas = true,
+    .cost = 8,
     .custom = &ramplus_custom,
 };

@@ -123,5 +123,6 @@ const obm__method obm__method_sce = {
              "Wan et al., FuseChat, arXiv 2408.07990, section 3.3", params, OBM_COUNT(params), true, 1, 0},
     .deltas = true,
     .tensor_statistics = true,
+    .cost = 10,
     .custom = &custom,
 };

@@ -177,6 +177,8 @@ def test_dry_run_writes_nothing(recipe, tmp_path):
     assert set(plan) == {"tensors", "tiles", "bytes_read", "bytes_written", "peak_memory", "seconds", "documents"}
     assert list(tmp_path.iterdir()) == []
     assert plan["bytes_written"] == 4 * 1427136
+    seconds = {m: obm.merge(recipe(m), tmp_path / "out", dry_run=True)["seconds"] for m in ("task_arithmetic", "pcb", "opcm")}
+    assert min(seconds["pcb"], seconds["opcm"]) > 4 * seconds["task_arithmetic"]
     with pytest.raises(obm.Error, match=r"memory: this merge needs at least \d+ bytes, found 1") as error:
         obm.merge(recipe("ties", density=.3), tmp_path / "out", dry_run=True, memory=1)
     least = int(str(error.value).split("at least ")[1].split()[0])   # tiles of one block of 4096 elements
