@@ -543,7 +543,8 @@ typedef struct obm_model_plan_options {
  *     remote_bytes}]
  *   workers: [{cpu (null: not bound to one), node (index in nodes)}]
  *   matrices: [{role, name ("{}": each layer), layers, rows, cols, bytes (weights and planes of all layers),
- *     nodes: [[first, end) rows of each node], workers: [...]}]; null where rows have no fixed place
+ *     nodes: [[first, end) rows of each node], workers: [...]}]; null where rows have no fixed place, empty ranges at
+ *     nodes that hold none
  *   weight_bytes_per_token, remote_weight_bytes_per_token, remote_activation_bytes_per_token, remote_bytes_per_token
  * remote: what workers read from (or write to) another node's memory for one token of one sequence.  Rows of a matrix are
  * cut at multiples of 64.  Inside a node rows are handed out as workers come: a worker's are those it would have if all were
@@ -566,7 +567,7 @@ OBM_API const obm_tokenizer *obm_model_tokenizer(const obm_model *m);   /* the b
 OBM_API const obm_tokenizer *obm_model_tokenizer_for(const obm_model *m, const double *route);
 
 /* What resident memory is made of, bytes: the base's tensors, signs and the coefficients of prepared routes, materialised
- * tensors, KV cache, buffers. */
+ * tensors, KV cache, buffers.  Where rows are replicated, base and planes count the copy of every node that has workers. */
 typedef struct obm_model_memory { uint64_t base, planes, overlays, kv, scratch; } obm_model_memory;
 OBM_API void obm_model_account(const obm_model *m, obm_model_memory *out);
 

@@ -303,8 +303,10 @@ size_t obm__model_tasks(const obm_model *m) { return m->pack ? m->pack->n_expert
 void obm_model_account(const obm_model *m, obm_model_memory *out) {
     uint64_t coefficients = m->hard_routes ? obm__coefficient_cache_bytes(m->hard_routes->cache) : 0;
     if (m->spare) coefficients += obm__planes_route_bytes(m->spare);
-    *out = (obm_model_memory){.base = m->base_bytes - m->z12_saved + m->z12_bytes,
-                              .planes = m->signs_bytes + m->terms_bytes + coefficients,
+    uint64_t base = m->base_bytes - m->z12_saved + m->z12_bytes + obm__place_more(m, OBM_PLACED_WEIGHTS);
+    *out = (obm_model_memory){.base = base,
+                              .planes = m->signs_bytes + m->terms_bytes + coefficients +
+                                        obm__place_more(m, OBM_PLACED_PLANES),
                               .overlays = m->overlay_bytes,
                               .kv = m->kv_bytes,
                               .scratch = m->scratch.bytes};

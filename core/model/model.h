@@ -211,6 +211,7 @@ obm_status obm__place_weights(obm_model *m, obm_error *err);
 void *obm__place_alloc(obm_model *m, obm__placed_part part, int kind, int64_t per_item, size_t items, size_t item_bytes);
 void obm__place_free(obm_model *m, void *data);
 void obm__place_free_all(obm_model *m);
+uint64_t obm__place_more(const obm_model *m, obm__placed_part part);   /* bytes of all copies but the first */
 /* Where rows are replicated, a block of `bytes` is there once for each node: the copy that is near a worker lies
  * obm__place_near bytes behind the first.  Its filler fills the first, and has the nodes copy it. */
 size_t obm__place_near(const obm_model *m, size_t bytes, int worker);

@@ -134,6 +134,19 @@ size_t obm__place_near(const obm_model *m, size_t bytes, int worker) {
     return obm__place_near_node(m, bytes, m->ctx->workers.at[worker].node);
 }
 
+static uint64_t count_readers(const obm_model *m) {
+    uint64_t n = 0;
+    for (int i = 0; i < m->placement->nodes; i++) n += obm__workers_count(&m->ctx->workers, i) > 0;
+    return n;
+}
+
+uint64_t obm__place_more(const obm_model *m, obm__placed_part part) {
+    uint64_t bytes = 0;
+    for (const obm__region *r = m->regions; r; r = r->next)
+        if (r->copies > 1 && r->part == part) bytes += (count_readers(m) - 1) * r->bytes;
+    return bytes;
+}
+
 /* One mapping; the copies of nodes without workers are never touched, and so take no memory. */
 static char *map_copies(obm_model *m, size_t bytes) {
     size_t stride = stride_of(bytes), all, at[OBM_NODES + 1];

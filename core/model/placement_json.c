@@ -29,7 +29,7 @@ static void add_node(obm__buffer *b, const obm__placement *p, const obm__machine
     add_int(b, "plane_bytes", (double)p->plane_bytes[i]);
     add_int(b, "kv_bytes", (double)p->kv_bytes[i]);
     obm__buffer_text(b, ", \"kv_heads\": ");
-    if (obm__placement_cuts(p))
+    if (obm__placement_local(p))
         add_range(b, true, p->heads[i], p->heads[i + 1]);
     else
         obm__buffer_text(b, "null");
@@ -49,16 +49,19 @@ static void add_workers(obm__buffer *b, const obm__placement *p, const obm__work
     }
 }
 
-/* A replica has all rows; without a fixed place there is nothing to tell. */
-static void add_node_rows(obm__buffer *b, const obm__placement *p, int kind, int64_t rows) {
-    bool replicate = p->numa == OBM_NUMA_REPLICATE;
-    if (!replicate && !obm__placement_cuts(p)) {
+/* A replica has all rows, and there is one where somebody reads it; without a fixed place there is nothing to tell. */
+static void add_node_rows(obm__buffer *b, const obm__placement *p, const obm__workers *w, int kind, int64_t rows) {
+    if (!obm__placement_local(p)) {
         obm__buffer_text(b, ", \"nodes\": null");
         return;
     }
     obm__buffer_text(b, ", \"nodes\": [");
-    for (int i = 0; i < p->nodes; i++)
-        add_range(b, !i, replicate ? 0 : p->rows[kind][i], replicate ? rows : p->rows[kind][i + 1]);
+    for (int i = 0; i < p->nodes; i++) {
+        if (obm__placement_cuts(p))
+            add_range(b, !i, p->rows[kind][i], p->rows[kind][i + 1]);
+        else
+            add_range(b, !i, 0, obm__workers_count(w, i) ? rows : 0);
+    }
     obm__buffer_text(b, "]");
 }
 
@@ -87,7 +90,7 @@ static void add_kind(obm__buffer *b, const obm__placement *p, const obm__workers
     add_int(b, "rows", (double)k->rows);
     add_int(b, "cols", (double)k->cols);
     add_int(b, "bytes", (double)k->rows * (double)(k->weight_bytes + k->plane_bytes));
-    add_node_rows(b, p, kind, k->rows);
+    add_node_rows(b, p, w, kind, k->rows);
     add_worker_rows(b, p, w, kind);
     obm__buffer_text(b, "}");
 }

@@ -178,6 +178,27 @@ static void copies(void **state) {
     free(got);
 }
 
+/* Base and planes of machines with one, two and three readers; 2 bytes a weight, a bit a sign of two experts. */
+static void account(void **state) {
+    (void)state;
+    uint64_t layer = (8 + 4 + 4 + 8) * 32 * 256 + 3 * 320 * 256, attention = (8 + 4 + 4 + 8) * 32 * 256;
+    uint64_t weights = 2 * (2 * layer + 450 * 256), signs = 2 * (layer + attention) / 8;
+    obm_model_memory one, m[3];
+    for (int readers = 0; readers <= 3; readers++) {
+        obm_context *ctx =
+            open_context(readers ? "numa:3 core:1 pu:1" : NULL, readers ? OBM_NUMA_REPLICATE : OBM_NUMA_OFF, readers);
+        obm_model *model;
+        assert_int_equal(obm_model_open(ctx, w.pack_dir, NULL, &model, &err), OBM_OK);
+        obm_model_account(model, readers ? &m[readers - 1] : &one);
+        obm_model_free(model);
+        obm_context_free(ctx);
+    }
+    for (uint64_t i = 0; i < 3; i++) {
+        assert_int_equal(m[i].base, one.base + i * weights);
+        assert_int_equal(m[i].planes, one.planes + i * signs);
+    }
+}
+
 /* ---- the pool ---- */
 
 static _Atomic int taken[300];
@@ -235,8 +256,8 @@ static void verify(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(same_logits), cmocka_unit_test(half_cache),
-                                       cmocka_unit_test(modes),       cmocka_unit_test(copies),
-                                       cmocka_unit_test(lanes),       cmocka_unit_test(verify)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(same_logits), cmocka_unit_test(half_cache), cmocka_unit_test(modes), cmocka_unit_test(copies),
+        cmocka_unit_test(account),     cmocka_unit_test(lanes),      cmocka_unit_test(verify)};
     return cmocka_run_group_tests(tests, setup, teardown);
 }

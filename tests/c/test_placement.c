@@ -11,6 +11,7 @@
 #include "model/placement.h"
 
 #include <math.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -61,7 +62,29 @@ static void machines(void **state) {
     check_machine(XML "memoryless.xml", "0=256:8 / 0@0 2@0 4@0 6@0 8@0 10@0 12@0 14@0");
     check_machine(XML "cxl.xml", "0=256:4 1=256:4 2=512:0 / 0@0 2@0 4@0 6@0 8@1 10@1 12@1 14@1");
     check_machine(XML "hbm.xml", "0=256:2 1=64:0 2=256:2 3=64:0 / 0@0 1@0 2@2 3@2");
+    check_machine(XML "cpuset.xml", "0=256:2 1=256:1 / 3@0 6@0 8@1");
+    check_machine(XML "mems.xml", "1=256:8 / 0@0 2@0 4@0 6@0 8@0 10@0 12@0 14@0");
     check_machine(XML "hybrid.xml", "0=32:4 1=32:4 / 0@0 1@0 2@0 3@0 4@1 5@1 6@1 7@1 / 100 100 50 50 50 50 50 50");
+}
+
+/* Of this machine: the affinity that taskset or a batch system gave. */
+static void affinity(void **state) {
+    (void)state;
+    cpu_set_t before, one;
+    assert_int_equal(sched_getaffinity(0, sizeof before, &before), 0);
+    for (int cpu = 0, left = 4; cpu < CPU_SETSIZE && left; cpu++) {
+        if (!CPU_ISSET(cpu, &before)) continue;
+        left--;
+        CPU_ZERO(&one);
+        CPU_SET(cpu, &one);
+        assert_int_equal(sched_setaffinity(0, sizeof one, &one), 0);
+        obm__topology *t = obm__topology_new();
+        assert_int_equal(sched_setaffinity(0, sizeof before, &before), 0);
+        assert_non_null(t);
+        assert_int_equal(obm__topology_cores(t), 1);
+        assert_int_equal(obm__topology_machine(t)->cores[0].cpu, cpu);
+        obm__topology_free(t);
+    }
 }
 
 static void refuse(const char *text, obm_status status, const char *message) {
@@ -118,6 +141,8 @@ static void workers(void **state) {
     check_workers(XML "hybrid.xml", OBM_NUMA_SHARD, 5, "shard: 0@0 1@0 2@0 4@1 5@1");
     check_workers(XML "memoryless.xml", OBM_NUMA_SHARD, 2, "off: 0@0 2@0");
     check_workers(XML "cxl.xml", OBM_NUMA_SHARD, 2, "shard: 0@0 8@1");
+    check_workers(XML "cpuset.xml", OBM_NUMA_SHARD, 0, "shard: 3@0 6@0 8@1");
+    check_workers(XML "mems.xml", OBM_NUMA_AUTO, 3, "off: 0@0 2@0 4@0");
     check_workers("numa:1 core:2 pu:2", OBM_NUMA_ISOLATE, 0, "off: 0@0 2@0");
 }
 
@@ -204,6 +229,7 @@ static void cuts(void **state) {
     check_cut(XML "four-nodes.xml", 4, (const int64_t[][4]){{8, 2, 22, 125}, {16, 4, 44, 250}, {24, 6, 66, 375}});
     check_cut(XML "uneven.xml", 2, (const int64_t[][4]){{21, 5, 59, 333}}); /* 2/3: 21.3, 5.3, 58.7, 333.3 */
     check_cut(XML "hybrid.xml", 2, (const int64_t[][4]){{19, 5, 53, 300}}); /* 3/5: 19.2, 4.8, 52.8, 300 */
+    check_cut(XML "cpuset.xml", 2, (const int64_t[][4]){{21, 5, 59, 333}}); /* 2 and 1 cores are 4 and 2 */
     check_cut(XML "cxl.xml", 3, (const int64_t[][4]){{16, 4, 44, 250}, {32, 8, 88, 500}});
     check_cut(XML "hbm.xml", 4, (const int64_t[][4]){{16, 4, 44, 250}, {16, 4, 44, 250}, {32, 8, 88, 500}});
     check_cut("numa:3 core:1 pu:1", 3,
@@ -296,6 +322,38 @@ static void automatic(void **state) {
     assert_int_equal(p.remote_weights[0] + p.remote_activations[0], 0);
 }
 
+/* On every kind of machine; a core reads 24 GB/s, so that middle() takes 86.2 ms / cores and small 11.2 ms / cores. */
+static void automatic_machines(void **state) {
+    (void)state;
+    obm__placed_shapes small = shapes_of(30, 576, 1536, 9, 3, 49152), s = middle();
+    const struct {
+        const char *machine;
+        const obm__placed_shapes *s;
+        obm_numa numa;
+    } rows[] = {
+        {XML "two-sockets.xml", &s, OBM_NUMA_SHARD},     /* 21.5 ms; 10.8 + 0.5: 1.9 times as fast */
+        {XML "two-sockets.xml", &small, OBM_NUMA_SHARD}, /* 2.80 ms; 1.40 + 0.35: 1.6 */
+        {XML "four-nodes.xml", &s, OBM_NUMA_SHARD},      /* 28.7 ms; 7.2 + 0.5: 3.7 */
+        {XML "uneven.xml", &s, OBM_NUMA_ISOLATE},        /* 21.5 ms; 14.4 + 0.5: 1.45 */
+        {XML "cpuset.xml", &s, OBM_NUMA_ISOLATE},        /* 43.1 ms; 28.7 + 0.5: 1.48 */
+        {XML "hybrid.xml", &s, OBM_NUMA_SHARD},          /* 21.5 ms; 3/5 of it 12.9 + 0.5: 1.6 */
+        {XML "hybrid.xml", &small, OBM_NUMA_ISOLATE},    /* 2.80 ms; 1.68 + 0.35: 1.4 */
+        {XML "cxl.xml", &s, OBM_NUMA_SHARD},             /* as two-sockets, and a node that gets nothing */
+        {XML "hbm.xml", &s, OBM_NUMA_SHARD},
+        {XML "memoryless.xml", &s, OBM_NUMA_OFF},
+        {XML "mems.xml", &s, OBM_NUMA_OFF},
+        {"numa:1 core:4 pu:2", &s, OBM_NUMA_OFF},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        obm__placement p = plan_for(rows[i].machine, OBM_NUMA_AUTO, 0, rows[i].s);
+        if (p.numa != rows[i].numa) fail_msg("%s: %s", rows[i].machine, obm__numa_name(p.numa));
+        for (int node = 0; node < p.nodes; node++) {
+            bool empty = p.numa == OBM_NUMA_SHARD ? p.share[node] == 0 : node != p.home;
+            assert_int_equal(p.weight_bytes[node] == 0, empty);
+        }
+    }
+}
+
 static double sum(const double *x, int n) {
     double all = 0;
     for (int i = 0; i < n; i++) all += x[i];
@@ -333,6 +391,37 @@ static void remote(void **state) {
     assert_true(sum(p.remote_weights, 2) + sum(p.remote_activations, 2) == 0);
 }
 
+/* Two of four nodes have a worker: the others hold nothing. */
+static void replicas(void **state) {
+    (void)state;
+    const char *const names[OBM_KINDS] = {"a", "b", "c", "d", "e", "f", "g", "h"};
+    obm__placed_shapes s = middle();
+    obm__topology *t = read_machine("numa:4 core:1 pu:1");
+    const obm__machine *m = obm__topology_machine(t);
+    obm__workers w;
+    obm__placement p;
+    assert_int_equal(obm__workers_new(m, OBM_NUMA_REPLICATE, 2, &w, &err), OBM_OK);
+    obm__placement_plan(m, &w, OBM_NUMA_REPLICATE, &s, &p);
+    const int64_t heads[] = {0, 4, 8, 8, 8};
+    assert_memory_equal(p.heads, heads, sizeof heads);
+    for (int i = 0; i < 4; i++) {
+        assert_int_equal(p.weight_bytes[i], i < 2 ? (uint64_t)obm__placement_bytes(&s) : 0);
+        assert_int_equal(p.kv_bytes[i], i < 2 ? 22 * 2 * 4 * 64 * 4 : 0);
+    }
+    char *json = obm__placement_json(&p, m, &w, &s, names), expected[64];
+    assert_non_null(json);
+    for (int k = 0; k < OBM_KINDS; k++) {
+        int rows = (int)s.kind[k].rows;
+        snprintf(expected, sizeof expected, "\"nodes\": [[0, %d], [0, %d], [0, 0], [0, 0]], \"w", rows, rows);
+        assert_non_null(strstr(strstr(json, names[k]), expected));
+    }
+    assert_non_null(strstr(json, "\"kv_heads\": [0, 4]"));
+    assert_non_null(strstr(json, "\"kv_heads\": [4, 8]"));
+    obm_free(json);
+    obm_free(w.at);
+    obm__topology_free(t);
+}
+
 static void planes(void **state) {
     (void)state;
     obm__placed_shapes s = middle();
@@ -368,10 +457,20 @@ static void any_shares(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(machines),    cmocka_unit_test(no_machines),   cmocka_unit_test(workers),
-        cmocka_unit_test(home),        cmocka_unit_test(cuts),          cmocka_unit_test(odd_heads),
-        cmocka_unit_test(worker_rows), cmocka_unit_test(little_memory), cmocka_unit_test(automatic),
-        cmocka_unit_test(remote),      cmocka_unit_test(planes),        cmocka_unit_test(any_shares)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(machines),
+                                       cmocka_unit_test(affinity),
+                                       cmocka_unit_test(no_machines),
+                                       cmocka_unit_test(workers),
+                                       cmocka_unit_test(home),
+                                       cmocka_unit_test(cuts),
+                                       cmocka_unit_test(odd_heads),
+                                       cmocka_unit_test(worker_rows),
+                                       cmocka_unit_test(little_memory),
+                                       cmocka_unit_test(automatic),
+                                       cmocka_unit_test(automatic_machines),
+                                       cmocka_unit_test(remote),
+                                       cmocka_unit_test(replicas),
+                                       cmocka_unit_test(planes),
+                                       cmocka_unit_test(any_shares)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

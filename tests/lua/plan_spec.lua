@@ -25,6 +25,8 @@ describe("plans", function()
     local p = assert(obm.plan(model, { topology = "numa:4 core:2 pu:1", numa = "interleave" }))
     assert.is_nil(p.matrices[1].nodes)
     assert.is_true(math.abs(p.remote_weight_bytes_per_token - total * 3 // 4) <= 1)
+    p = assert(obm.plan(model, { topology = "numa:2 core:2 pu:1", numa = "replicate", threads = 1 }))
+    assert.same({ { 0, p.matrices[1].rows }, { 0, 0 } }, p.matrices[1].nodes)
     assert.equal("isolate", assert(obm.plan(model, { topology = "numa:2 core:2 pu:1", threads = 2 })).numa)
   end)
 

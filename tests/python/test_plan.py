@@ -57,6 +57,10 @@ def test_modes(models):
     assert plan(numa="interleave")["matrices"][0]["nodes"] is None
     assert [n["weight_bytes"] for n in plan(numa="replicate")["nodes"]] == [total, total]
     assert plan(numa="replicate")["matrices"][0]["nodes"][1] == [0, plan()["matrices"][0]["rows"]]
+    one = plan(numa="replicate", threads=1)   # nobody reads on the second node
+    assert [n["weight_bytes"] for n in one["nodes"]] == [total, 0]
+    assert all(m["nodes"] == [[0, m["rows"]], [0, 0]] for m in one["matrices"])
+    assert [n["kv_heads"] for n in one["nodes"]] == [[0, 2], [2, 2]]
     off = plan(numa="off")
     assert off["remote_weight_bytes_per_token"] * 2 == total and off["nodes"][0]["weight_bytes"] == total
     assert plan(kv="f16")["nodes"][0]["kv_bytes"] * 2 == plan()["nodes"][0]["kv_bytes"]

@@ -28,6 +28,11 @@ def main():
     write("four-nodes.xml", lstopo(f"package:1 numa:4(memory={64 * GIB}) core:3 pu:1"))
     # A cgroup or taskset that leaves cores 0-5 of 8, both threads each: 4 cores of the first node, 2 of the second.
     write("uneven.xml", lstopo(f"package:2 [numa(memory={256 * GIB})] core:4 pu:2", "--restrict", "0x00000fff"))
+    # Sets of a cgroup as systems report them, on a machine that is there whole: cpuset.cpus leaves the second thread of core 1, both of
+    # core 3 and one of core 4; cpuset.mems leaves the second node to all cores.
+    assert two.count('allowed_cpuset="0x0000ffff"') == two.count('allowed_nodeset="0x00000003"') == 1
+    write("cpuset.xml", two.replace('allowed_cpuset="0x0000ffff"', 'allowed_cpuset="0x000001c8"'))
+    write("mems.xml", two.replace('allowed_nodeset="0x00000003"', 'allowed_nodeset="0x00000002"'))
     second = two.rindex(f'local_memory="{256 * GIB}"')
     write("memoryless.xml", two[:second] + 'local_memory="0"' + two[second + len(f'local_memory="{256 * GIB}"'):])
     # CXL memory: a node of its own that no core belongs to.
