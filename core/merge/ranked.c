@@ -276,7 +276,8 @@ static void fill_size_bins(size_bins *b, const chances *c, const uint16_t *sizes
     for (size_t i = 0; i < SIZE_BINS; i++) {
         start[i + 1] += start[i];
         b->sure[i][0] = limit < 2 ? 0 : (uint32_t)(limit - 2);
-        limit = least + step * (double)start[i + 1];
+        /* Behind the last element bins are empty, and chances may be above 1. */
+        limit = fmin(least + step * (double)start[i + 1], 0x1p32);
         b->sure[i][1] = limit > 0x1p32 - 4 ? UINT32_MAX : (uint32_t)(limit + 2);
     }
 }

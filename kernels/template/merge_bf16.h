@@ -106,11 +106,12 @@ INLINE_FN size_t NAME(count_steps)(uint32_t *counts, const uint16_t *from, const
 
 #ifdef PACK
 typedef int8_t NAME(b) __attribute__((vector_size(4 * VL)));
+typedef uint8_t NAME(c) __attribute__((vector_size(4 * VL)));
 
-/* 8-bit counters hold so many of two steps. */
+/* 8-bit counters, unsigned ones, hold so many of two steps. */
 #define BYTE_STEPS 255
 
-INLINE_FN uint32_t NAME(sum_bytes)(NAME(b) v) {
+INLINE_FN uint32_t NAME(sum_bytes)(NAME(c) v) {
     NAME(w) pairs = ((NAME(w))v & 0xff) + ((NAME(w))v >> 8);
     NAME(u) lanes = ((NAME(u))pairs & 0xffffu) + ((NAME(u))pairs >> 16);
     uint32_t sum = 0;
@@ -126,7 +127,9 @@ INLINE_FN size_t NAME(count_bytes)(uint32_t *counts, const uint16_t *from, int l
     const NAME(s) middle = (NAME(s)){0} + (int16_t)(least + 127);
     NAME(s) bad = *all_bad;
     size_t i = 0, most = n < BYTE_STEPS * 2 * STEP ? n : BYTE_STEPS * 2 * STEP;
-#define X(k) NAME(b) count##k = zero, below##k = zero + (int8_t)(from[k] - least - 128);
+#define X(k)                \
+    NAME(c) count##k = {0}; \
+    const NAME(b) below##k = zero + (int8_t)(from[k] - least - 128);
     EACH_COUNT(X)
 #undef X
     for (; i + 2 * STEP <= most; i += 2 * STEP) {
@@ -134,7 +137,7 @@ INLINE_FN size_t NAME(count_bytes)(uint32_t *counts, const uint16_t *from, int l
         NAME(s) second = NAME(sizes)(NAME(difference)(a + i + STEP, b ? b + i + STEP : b), round);
         bad |= (NAME(s))((NAME(w))first + 0x80) | (NAME(s))((NAME(w))second + 0x80);
         NAME(b) bytes = (NAME(b))PACK(first - middle, second - middle);
-#define X(k) count##k -= bytes > below##k;
+#define X(k) count##k -= (NAME(c))(bytes > below##k);
         EACH_COUNT(X)
 #undef X
     }
@@ -153,7 +156,7 @@ FN static size_t NAME(count_near)(uint32_t *counts, const uint16_t *from, const 
         if (from[k] < least) least = from[k];
         if (from[k] > most) most = from[k];
     }
-    if (most - least > 254) return 0;
+    if (most - least > 254 || least > 0x7f80) return 0; /* what sizes are apart from a higher one takes 17 bits */
     for (size_t done = 1; done; i += done) {
         const uint16_t *base = b ? b + i : b;
         done = !b      ? NAME(count_bytes)(counts, from, least, a + i, NULL, 0, n - i, bad)
@@ -261,12 +264,13 @@ typedef struct NAME(form) {
     int drops;  /* masks may drop what is not finite, so that it has to be looked for before them */
     int scaled; /* there are factors */
     /* Divided by the weights that agree, of which each is so large that adding them to the least float takes no notice
-     * of it: then it may stand where 0 would be divided by. */
+     * of it: then it may stand where 0 would be divided by.  And no difference of bf16, 2^-133 or more, becomes 0 by
+     * it. */
     int large;
     size_t count;
 } NAME(form);
 #define LEAST_FLOAT 0x1p-126f
-#define LARGE_WEIGHT 0x1p-60f
+#define LARGE_WEIGHT 0x1p-16f
 
 /* Its numbers in every lane. */
 typedef struct NAME(tile) {
@@ -373,16 +377,17 @@ INLINE_FN NAME(floats) NAME(agreed)(const NAME(tile) * w, NAME(form) is, const N
     *bad |= (NAME(i))(sum.even - sum.even) | (NAME(i))(sum.odd - sum.odd);
     const NAME(pair)
         sign = {((NAME(u))sum.even - w->below_zero) & w->sign, ((NAME(u))sum.odd - w->below_zero) & w->sign};
-#define X(m)                                                                                         \
-    if (m < is.count) {                                                                              \
-        NAME(floats) x = NAME(times)(d[m], w->weights[m]);                                           \
-        NAME(floats) v = NAME(vote)(w, is, m, d[m]);                                                 \
-        NAME(pair)                                                                                   \
-        agrees = {(NAME(u))((NAME(f))((NAME(u))v.even ^ sign.even) > zero),                          \
-                  (NAME(u))((NAME(f))((NAME(u))v.odd ^ sign.odd) > zero)};                           \
-        NAME(floats) weight = {w->weights[m], w->weights[m]};                                        \
-        mixed = m ? NAME(plus)(mixed, NAME(masked)(x, agrees)) : NAME(masked)(x, agrees);            \
-        if (is.large || w->t.normalize) divisor = NAME(plus)(divisor, NAME(masked)(weight, agrees)); \
+#define X(m)                                                                                                        \
+    if (m < is.count) {                                                                                             \
+        NAME(floats) x = NAME(times)(d[m], w->weights[m]);                                                          \
+        NAME(floats) v = NAME(vote)(w, is, m, d[m]);                                                                \
+        NAME(pair)                                                                                                  \
+        agrees = {(NAME(u))((NAME(f))((NAME(u))v.even ^ sign.even) > zero),                                         \
+                  (NAME(u))((NAME(f))((NAME(u))v.odd ^ sign.odd) > zero)};                                          \
+        NAME(floats) weight = {w->weights[m], w->weights[m]};                                                       \
+        /* Of a product of -0 the sum from +0 on is +0. */                                                          \
+        mixed = m || !is.large || is.scaled ? NAME(plus)(mixed, NAME(masked)(x, agrees)) : NAME(masked)(x, agrees); \
+        if (is.large || w->t.normalize) divisor = NAME(plus)(divisor, NAME(masked)(weight, agrees));                \
     }
     EACH_MODEL(X)
 #undef X

@@ -439,6 +439,22 @@ static void check_counts_bf16(const obm_kernels *k, bench *t, size_t n, int kind
     }
 }
 
+/* More elements than counters of 8 bits hold, most of them above the same bound, and bounds that no size reaches. */
+static void check_long_counts(const obm_kernels *k) {
+    static uint16_t a[20007];
+    const size_t n = sizeof a / sizeof *a;
+    const uint16_t from[][8] = {{0x3c00, 0x3c01, 0x3c02, 0x3c03, 0x3c04, 0x3c05, 0x3c06, 0x3cfe},
+                                {0x7f81, 0x7fa0, 0x7fc0, 0x7fd0, 0x7fe0, 0x7ff0, 0x7ffe, 0x7fff},
+                                {0x7fff, 0x7fff, 0x7fff, 0x7fff, 0x7fff, 0x7fff, 0x7fff, 0x7fff}};
+    for (size_t set = 0; set < 3; set++) {
+        uint32_t counts[8] = {0}, wanted[8] = {0};
+        for (size_t i = 0; i < n; i++) a[i] = (uint16_t)(set ? i % 200 : 0x3c00 + (i % 97 ? 6 : i % 6));
+        for (size_t i = 0; i < n * 8; i++) wanted[i % 8] += a[i / 8] >= from[set][i % 8];
+        assert_int_equal(k->count_bf16(counts, from[set], a, NULL, 0, n), n);
+        assert_memory_equal(counts, wanted, sizeof counts);
+    }
+}
+
 #define TILE_MODELS 5
 /* Masked and scaled deltas of a tile by their definition, (count, n).  Returns the first index that is not finite. */
 static size_t reference_deltas(const obm__tile *tile, size_t n, float *d) {
@@ -456,7 +472,7 @@ static size_t reference_deltas(const obm__tile *tile, size_t n, float *d) {
 
 static void check_tile(const obm_kernels *k, bench *t, size_t n, int kinds) {
     static const float signed_weights[] = {0.5f, -0.25f, 1.5f, 0.7f, 3}, ones[] = {1, 1, 1, 1, 1};
-    static const float positive_weights[] = {0.5f, 0.3f, 0.4f, 0x1p-60f, 1e-30f};
+    static const float positive_weights[] = {0.5f, 0.3f, 0.4f, 0x1p-16f, 1e-30f};
     static const float factors[] = {5, 1, 0.3f, 1, 2};
     const uint32_t least[] = {0, bits_of(0.005f), 1, 0x80000000u, bits_of(0.01f)};
     uint16_t *all = at_end(&t->a, n * 2 * TILE_MODELS), *base = at_end(&t->b, n * 2), *out = at_end(&t->c, n * 2);
@@ -509,6 +525,32 @@ static void check_tile(const obm_kernels *k, bench *t, size_t n, int kinds) {
     free(wide);
     free(masks);
     free(expected);
+}
+
+/* Where all products of those that agree are -0 their sum from +0 on is +0, and so is that of a base of -0 and it. */
+static void check_vanishing_tile(const obm_kernels *k) {
+    static const float weights[] = {0, 1e-10f, 0x1p-17f, 0.25f}, factors[] = {0x1p-16f}, one[] = {1};
+    static const uint32_t least[] = {0};
+    uint16_t a[40], base[40], out[40];
+    const uint16_t *models[] = {a};
+    for (size_t i = 0; i < 40; i++) a[i] = 0x8001, base[i] = 0x8000; /* -2^-133 and -0 */
+    for (size_t form = 0; form < 16; form++) {
+        obm__tile tile = {.models = models,
+                          .base = base,
+                          .count = 1,
+                          .least = least,
+                          .factors = form / 4 == 3 ? factors : NULL,
+                          .weights = &weights[form / 4],
+                          .votes = one,
+                          .lambda = 1,
+                          .zero_sign = 1,
+                          .divisor = 1,
+                          .round = form & 1,
+                          .agree = 1,
+                          .normalize = form >> 1 & 1};
+        assert_int_equal(k->merge_bf16(out, &tile, 40), 40);
+        for (size_t i = 0; i < 40; i++) assert_int_equal(out[i], 0);
+    }
 }
 
 /* A factor makes a delta infinite, and a weight of 0 that NaN: it has no sign to elect, and must not be passed over. */
@@ -579,6 +621,8 @@ static void test_merging(void **unused) {
         }
         for (size_t n = 0; n < 300; n += 41) check_tile(k, &t, n, PLAIN | INFINITE | NOT_A_NUMBER);
         for (size_t n = 1; n <= 96; n += 19) check_overflowing_tile(k, n, n / 2);
+        check_long_counts(k);
+        check_vanishing_tile(k);
         for (size_t n = 0; n < 600; n += 37) check_counts(k, &t, n);
         check_counts(k, &t, MAX_LENGTH);
     }
