@@ -538,7 +538,7 @@ def least_interference(targets, sizes, start, p):
     y = transposed([row for t, size in zip(targets, sizes) if size for row in scaled(1 / size, product(t, transposed(t)))])
     if not x:
         return start
-    n, rank, ridge = len(x[0]), p.get("rank", 1.0), p.get("ridge", 0.0)
+    n, rank, ridge = len(x[0]), p.get("rank", 0.85), p.get("ridge", 0.0)
     mean = frobenius(x) ** 2 / n
     missing = total([y, scaled(-1, product(start, transposed(x)))])
     inverse = from_triples([(s / (s * s + ridge * mean), u, v) for s, u, v in svd(x)[: math.ceil(rank * n)]], len(x), n)
@@ -826,19 +826,21 @@ CASES = [
     case("emr/matrix", "emr", shape=(9, 11), data=70),
     case("emr/vector", "emr", shape=(19,), n=2, data=71, **{"lambda": 0.5}),
     case("emr/equal", "emr", shape=(5, 7), dtype="bf16", steps=1, data=72),
-    case("wudi/tall", "wudi", shape=(7, 5), tolerance=ARC, data=80),
-    case("wudi/wide-rank-deficient", "wudi", shape=(3, 11), n=2, tolerance=ARC, data=81, **{"lambda": 0.7}),
-    case("wudi/ridge", "wudi", shape=(5, 7), ridge=0.3, tolerance=ARC, data=82),
+    case("wudi/tall", "wudi", shape=(7, 5), rank=1.0, tolerance=ARC, data=80),
+    case("wudi/default", "wudi", shape=(7, 5), tolerance=ARC, data=80),
+    case("wudi/wide-rank-deficient", "wudi", shape=(3, 11), n=2, rank=1.0, tolerance=ARC, data=81, **{"lambda": 0.7}),
+    case("wudi/ridge", "wudi", shape=(5, 7), ridge=0.3, rank=1.0, tolerance=ARC, data=82),
     case("wudi/rank-and-ridge", "wudi", shape=(6, 5), ridge=0.1, rank=0.5, tolerance=ARC, data=83),
-    case("wudi/one-model", "wudi", shape=(4, 9), n=1, dtype="bf16", tolerance=ARC, data=84),
+    case("wudi/one-model", "wudi", shape=(4, 9), n=1, dtype="bf16", rank=1.0, tolerance=ARC, data=84),
     case("wudi/vector", "wudi", shape=(13,), tolerance=ARC, data=85),
-    case("wudi/equal", "wudi", shape=(3, 5), steps=0, tolerance=ARC, data=86),
-    case("wudi/ridge-equal", "wudi", shape=(3, 5), ridge=0.5, steps=0, tolerance=ARC, data=86),
-    case("optmerge/tall", "optmerge", shape=(11, 6), tolerance=ARC, data=87),
-    case("optmerge/wide", "optmerge", shape=(5, 9), n=2, tolerance=ARC, data=88),
+    case("wudi/equal", "wudi", shape=(3, 5), steps=0, rank=1.0, tolerance=ARC, data=86),
+    case("wudi/ridge-equal", "wudi", shape=(3, 5), ridge=0.5, steps=0, rank=1.0, tolerance=ARC, data=86),
+    case("optmerge/tall", "optmerge", shape=(11, 6), rank=1.0, tolerance=ARC, data=87),
+    case("optmerge/default", "optmerge", shape=(5, 9), n=2, tolerance=ARC, data=88),
+    case("optmerge/wide", "optmerge", shape=(5, 9), n=2, rank=1.0, tolerance=ARC, data=88),
     case("optmerge/rank", "optmerge", shape=(7, 7), n=2, rank=0.3, tolerance=ARC, data=89, **{"lambda": 1.5}),
-    case("optmerge/ridge", "optmerge", shape=(4, 6), n=4, ridge=0.2, tolerance=ARC, data=90),
-    case("optmerge/more-models-than-rows", "optmerge", shape=(2, 5), n=3, tolerance=ARC, data=91),
+    case("optmerge/ridge", "optmerge", shape=(4, 6), n=4, ridge=0.2, rank=1.0, tolerance=ARC, data=90),
+    case("optmerge/more-models-than-rows", "optmerge", shape=(2, 5), n=3, rank=1.0, tolerance=ARC, data=91),
     case("optmerge/vector", "optmerge", shape=(7,), n=2, tolerance=ARC, data=92),
     case("tsvm/tall", "tsvm", shape=(11, 7), weight=W, tolerance=ARC, data=93),
     case("tsvm/wide", "tsvm", shape=(5, 13), n=2, tolerance=ARC, data=94, **{"lambda": 0.5}),
