@@ -15,7 +15,12 @@ PyObject *obm_py_raise(obm_py_state *st, const obm_error *err) {
     }
     if (err->code == OBM_E_IO || err->code == OBM_E_EXISTS) {
         int code = err->code == OBM_E_EXISTS ? EEXIST : err->os_errno ? err->os_errno : EIO;
-        PyObject *e = PyObject_CallFunction(PyExc_OSError, "is", code, err->message);
+        /* Where the call has it as an argument; the name is this language's. */
+        const char *asked = "overwriting was not asked for", *found = strstr(err->message, asked);
+        const char *hint = found && !found[strlen(asked)] ? "; overwrite=True replaces it" : "";
+        PyObject *text = PyUnicode_FromFormat("%s%s", err->message, hint);
+        PyObject *e = text ? PyObject_CallFunction(PyExc_OSError, "iO", code, text) : NULL;
+        Py_XDECREF(text);
         if (!e) return NULL;
         PyErr_SetObject((PyObject *)Py_TYPE(e), e); /* OSError picks FileNotFoundError and so on by errno */
         Py_DECREF(e);

@@ -118,11 +118,12 @@ static PyMethodDef module_methods[] = {
      "plan(model, topology=None, numa=\"auto\", threads=0, base=None, z12=False, kv=\"f32\") -> dict\n\nWhere a "
      "model's "
      "rows, "
-     "planes and KV heads would lie on a machine with NUMA nodes, and what workers read from other nodes for a token."},
+     "planes and KV heads would lie on a machine with NUMA nodes, and what workers read from other nodes for a token.\n"
+     "numa: auto, shard, replicate, isolate, interleave, off; kv: f32, f16."},
     {"info", module_info, METH_NOARGS, "info() -> dict\n\nVersion, ISA, BLAS, topology, threads, memory."},
     {"set_threads", KW(module_set_threads),
      "set_threads(n, numa=\"auto\")\n\nThreads of objects opened from now on (0: one per core), and where they and a "
-     "model's memory go on a machine with\nseveral NUMA nodes: auto, shard, isolate, interleave, off."},
+     "model's memory go on a machine with\nseveral NUMA nodes: auto, shard, replicate, isolate, interleave, off."},
     {"class_of", module_class_of, METH_VARARGS, "class_of(tensor_name, ndim=2) -> str\n\nThe module class."},
     {"_register", module_register, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL}};

@@ -364,10 +364,11 @@ void obm__checkpoint_warn_layers(const obm_checkpoint *c, const char *outcome) {
         more += first != NULL;
         if (!first) first = c->tensors[i]->name;
     }
+    char others[48] = "lies";
+    if (more) snprintf(others, sizeof others, "and %zu more lie", more);
     if (first)
-        obm__warn(c->ctx,
-                  "%s: tensor %s and %zu more lie beyond the %lld layers (num_hidden_layers) of config.json: %s",
-                  c->path, first, more, (long long)layers, outcome);
+        obm__warn(c->ctx, "%s: tensor %s %s beyond the %lld layers (num_hidden_layers) of config.json: %s", c->path,
+                  first, others, (long long)layers, outcome);
 }
 
 bool obm__text_config_set(obm_json *config, const char *key, obm_json *value) {

@@ -3,6 +3,7 @@
 #include "unfinished.h"
 
 #include <dirent.h>
+#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -90,18 +91,33 @@ void obm__unfinished_clear(obm__unfinished *u) {
 
 /* ---- the job ---- */
 
-/* One line, cut to the size. */
-static const char *value_text(const obm_json *v, char *buf, size_t size) {
-    char *text = v ? obm__json_text(v, 0) : NULL;
-    size_t n = text ? strlen(text) : 0;
-    if (!text)
-        strcpy(buf, "nothing");
-    else if (n < size)
-        memcpy(buf, text, n + 1);
-    else
-        memcpy(buf, text, size - 4), strcpy(buf + size - 4, "...");
-    obm_free(text);
-    return buf;
+#define SHOWN 100  /* bytes of a value */
+#define CONTEXT 20 /* of what two long values begin with alike */
+
+static size_t common_prefix(const char *a, const char *b) {
+    size_t n = 0;
+    while (a[n] && a[n] == b[n]) n++;
+    return n;
+}
+
+/* One line from byte `at` on, cut to the size. */
+static void cut(const char *text, size_t at, char buf[SHOWN]) {
+    size_t n = strlen(text);
+    if (at > n) at = n;
+    snprintf(buf, SHOWN, "%s%.*s%s", at ? "..." : "", SHOWN - 7, text + at, n - at > SHOWN - 7 ? "..." : "");
+}
+
+/* Both values as text.  Long ones that begin alike, as paths do, show where they part. */
+static void value_texts(const obm_json *then, const obm_json *now, char a[SHOWN], char b[SHOWN]) {
+    char *x = then ? obm__json_text(then, 0) : NULL, *y = now ? obm__json_text(now, 0) : NULL;
+    size_t alike = x && y ? common_prefix(x, y) : 0, longest = 0;
+    if (x) longest = strlen(x);
+    if (y && strlen(y) > longest) longest = strlen(y);
+    size_t at = longest > SHOWN - 7 && alike > 2 * CONTEXT ? alike - CONTEXT : 0;
+    cut(x ? x : "nothing", x ? at : 0, a);
+    cut(y ? y : "nothing", y ? at : 0, b);
+    obm_free(x);
+    obm_free(y);
 }
 
 static bool same_value(const obm_json *a, const obm_json *b) {
@@ -112,14 +128,49 @@ static bool same_value(const obm_json *a, const obm_json *b) {
     return same;
 }
 
+static void add_step(char *path, size_t size, const char *key, size_t index) {
+    size_t n = strlen(path);
+    if (key)
+        snprintf(path + n, size - n, ".%.64s", key);
+    else
+        snprintf(path + n, size - n, "[%zu]", index);
+}
+
+static const char *differing_key(const obm_json *a, const obm_json *b) {
+    for (void *it = obm__json_first(a); it; it = obm__json_next(a, it))
+        if (!same_value(obm__json_value(it), obm__json_get(b, obm__json_key(it)))) return obm__json_key(it);
+    return NULL;
+}
+
+/* The first difference inside of two values that differ; path grows by the way there. */
+static void find_difference(const obm_json **then, const obm_json **now, char *path, size_t size) {
+    while (*then && *now && obm__json_kind(*then) == obm__json_kind(*now)) {
+        const char *key = NULL;
+        size_t i = 0;
+        if (obm__json_kind(*then) == OBM_JSON_OBJECT) {
+            if (!(key = differing_key(*now, *then)) && !(key = differing_key(*then, *now))) return;
+            add_step(path, size, key, 0);
+            *then = obm__json_get(*then, key), *now = obm__json_get(*now, key);
+        } else if (obm__json_kind(*then) == OBM_JSON_ARRAY) {
+            while (same_value(obm__json_at(*then, i), obm__json_at(*now, i))) i++;
+            add_step(path, size, NULL, i);
+            *then = obm__json_at(*then, i), *now = obm__json_at(*now, i);
+        } else {
+            return;
+        }
+    }
+}
+
 static obm_status differs(const obm__unfinished *u, const char *key, const obm_json *then, const obm_json *now,
                           obm_error *err) {
-    char a[100], b[100];
+    char path[240], a[SHOWN], b[SHOWN];
+    snprintf(path, sizeof path, "%.100s", key);
+    find_difference(&then, &now, path, sizeof path);
+    value_texts(then, now, a, b);
     return obm__fail(
         err, OBM_E_MISMATCH,
-        "%s: the unfinished merge there is another: %.100s differs, %s then, %s now (overwriting, --force, "
-        "starts anew)",
-        u->dir, key, value_text(then, a, sizeof a), value_text(now, b, sizeof b));
+        "%s: the unfinished merge there is another: %s differs, %s then, %s now (overwriting, --force, starts anew)",
+        u->dir, path, a, b);
 }
 
 obm_status obm__unfinished_same_job(const obm__unfinished *u, const obm_json *job, obm_error *err) {

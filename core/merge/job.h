@@ -74,6 +74,10 @@ typedef struct obm__job {
 obm_status obm__job_open(obm__job *j, obm_error *err);
 /* Names, shapes, dtypes and settings of all output tensors. */
 obm_status obm__job_outputs(obm__job *j, obm_error *err);
+/* Warns of filters in the recipe's settings that are in no tensor's name. */
+void obm__job_warn_filters(const obm__job *j);
+/* Name of an output's tensor in the i-th input of its slice; owned, NULL: out of memory. */
+char *obm__output_source_name(const obm__output *o, size_t i);
 /* Whether the statistics of the method are over all tensors at once. */
 bool obm__job_whole_model(const obm__job *j);
 void obm__job_clear(obm__job *j);

@@ -520,6 +520,7 @@ static obm_status plan_documents(obm_context *ctx, const obm_merge_options *opti
     for (size_t i = 0; i < d->n; i++) {
         jobs[i] = new_job(ctx, options, d, i);
         OBM_TRY(plan_job(&jobs[i], err));
+        obm__job_warn_filters(&jobs[i]);
         obm_plan one = sizes(&jobs[i]);
         add_plan(plan, &one);
         if (report) OBM_TRY(add_report(&jobs[i], options, d, i, &one, report, err));

@@ -176,6 +176,8 @@ static obm_status match_tensors(const obm__job *j, obm__output *o, obm_error *er
 
 /* ---- slices of several models ---- */
 
+char *obm__output_source_name(const obm__output *o, size_t i) { return source_name(o->slice, i, o->name, o->layer); }
+
 /* The donor's tensor that stands for one of a slice: of the same layer, or of its first where it has not as many. */
 static bool donor_tensor(const obm__job *j, const char *name, int64_t layer, obm_tensor *out) {
     const obm__pair *change = NULL;

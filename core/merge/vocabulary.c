@@ -335,6 +335,14 @@ static obm_status map_inputs(const obm__job *j, obm__vocabulary *v, obm_error *e
 
 /* ---- the whole ---- */
 
+/* union and base, mistyped, are read as models. */
+static obm_status no_tokenizer(const char *ref, const obm__texts *texts, obm_error *err) {
+    static const char *const words[] = {"union", "base"};
+    char buf[96];
+    const char *hint = obm__is_directory(texts->directory) ? "" : obm__suggest(ref, words, 2, buf, sizeof buf);
+    return obm__fail(err, OBM_E_NOTFOUND, "recipe: tokenizer: %.200s has no tokenizer.json%s", ref, hint);
+}
+
 static obm_status build(const obm__job *j, obm__vocabulary *v, source *sources, source *other, builder *b,
                         obm_error *err) {
     const obm__recipe_tokenizer *t = &j->recipe->tokenizer;
@@ -349,8 +357,7 @@ static obm_status build(const obm__job *j, obm__vocabulary *v, source *sources, 
         const obm_checkpoint *model = NULL;
         OBM_TRY(obm__job_find_texts(j, t->model, &texts, &elsewhere, &model, err));
         obm_status status = load_source(j, model, &texts, other, err);
-        if (status == OBM_OK && !other->root)
-            status = obm__fail(err, OBM_E_NOTFOUND, "recipe: tokenizer: %.200s has no tokenizer.json", t->model);
+        if (status == OBM_OK && !other->root) status = no_tokenizer(t->model, &texts, err);
         obm__vocab checked = {0};
         if (status == OBM_OK) status = read_source(other, &checked, err);
         obm__vocab_free(&checked);

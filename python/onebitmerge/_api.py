@@ -32,6 +32,23 @@ def compress(base, experts, out, *, profile=None, overwrite=False, dry_run=False
     return _core.compress(base, experts, out, profile, overwrite, dry_run, progress, shared, tall_lambda, shared_dtype)
 
 
+def _plain(value, where=""):
+    """As JSON has it.  NumPy's scalars and arrays know their Python values; what else is a number (Decimal, Fraction) says so."""
+    if isinstance(value, _Mapping):
+        return {key: _plain(v, f"{where}.{key}" if where else f"{key}") for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, _os.PathLike):
+        return _plain(_os.fspath(value), where)
+    for name in ("tolist", "__index__", "__float__"):
+        plain = getattr(value, name)() if hasattr(value, name) else value
+        if type(plain) is not type(value):   # a longdouble's tolist gives itself
+            return _plain(plain, where)
+    raise TypeError(f"recipe: {where}: expected text, a path, a number, true or false, a list or a mapping, found {type(value).__name__}")
+
+
 def merge(recipe, out, *, directory=None, profile=None, seed=None, shard_bytes=0, memory=0, overwrite=False, dry_run=False,
           progress=None, resume=False, method=None):
     """Merge by a recipe into the Hugging Face folder `out`; returns the plan as a dict, for a dry run with `documents` and their files.
@@ -53,5 +70,5 @@ def merge(recipe, out, *, directory=None, profile=None, seed=None, shard_bytes=0
         if callable(recipe.get("merge_method")):
             recipe, method = dict(recipe), recipe["merge_method"] if method is None else method
             del recipe["merge_method"]
-        text = _json.dumps(recipe, default=_os.fspath)
+        text = _json.dumps(_plain(recipe))
     return _core.merge(text, out, profile, directory, seed, shard_bytes, memory, overwrite, dry_run, progress, resume, method)

@@ -139,7 +139,7 @@ def doctor(args):
     rows = [["version", info["version"]], ["compiler", info["compiler"]], ["python", sys.version.split()[0]],
             ["ISA in use", info["isa"]], ["ISA available", info["isa_available"]], ["BLAS", info["blas"]],
             ["base weights", "bf16, f16 and f32 as they are; bf16 in 12 bits per weight (z12) where --z12 or z12=True asks for it"],
-            ["topology", info["topology"]], ["threads", f"{info['threads']} (of {info['cores']} cores, {info['nodes']} NUMA nodes)"],
+            ["topology", info["topology"]], ["threads", f"{info['threads']} (of {info['cores']} cores, {info['nodes']} NUMA node{'s' * (info['nodes'] != 1)})"],
             ["memory", f"{_results.size(info['memory_free'])} free of {_results.size(info['memory_total'])}"],
             ["lua", lua or "not found: apt-get install lua5.4 (only for --router FILE.lua)"]]
     for name, value in rows:
@@ -205,7 +205,7 @@ def warn_layers(args, ckpt):
     layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
     beyond = [n for n in ckpt if isinstance(layers, int) and (m := re.search(r"(?:^|\.)model\.(?:language_model\.)?layers\.(\d+)\.", n)) and int(m[1]) >= layers > 0]
     if beyond:
-        warnings.warn(f"{args.model}: tensor {beyond[0]} and {len(beyond) - 1} more lie beyond the {layers} layers (num_hidden_layers) of config.json: "
+        warnings.warn(f"{args.model}: tensor {beyond[0]} {f'and {len(beyond) - 1} more lie' if beyond[1:] else 'lies'} beyond the {layers} layers (num_hidden_layers) of config.json: "
                       "they are listed, but no model runs them", stacklevel=2)
 
 
@@ -1004,7 +1004,7 @@ def main(argv=None):
         return 0
     except OSError as e:
         if isinstance(e, FileExistsError) and "overwriting was not asked for" in (e.strerror or ""):
-            return fail(f"{e.strerror}; --force replaces it", 1)
+            return fail(e.strerror.replace("; overwrite=True replaces", "; --force replaces"), 1)
         if e.strerror and e.filename:
             return fail(f"{e.filename}: {e.strerror}", 1)
         return fail(e.strerror or e, 1)

@@ -397,6 +397,27 @@ static void test_ties_folder(void **state) {
     obm_checkpoint_free(c);
 }
 
+static void test_filters_of_nothing_warn(void **state) {
+    (void)state;
+    three_models(OBM_F32);
+    OK(merge_to("merge_method: passthrough\nmodels: [{model: one}]\n"
+                "parameters: {scale: [{filter: up_prj, value: 0.5}, {filter: up_proj, value: 1}, {value: 1}]}\n",
+                NULL, NULL, err));
+    assert_string_equal(warnings, "recipe: parameters.scale: filter \"up_prj\" matches no tensor\n");
+    OK(merge_to(
+        "merge_method: linear\nmodels: [{model: one, parameters: {weight: [{filter: '*', value: 1}]}}, {model: two,"
+        " parameters: {weight: [{filter: mpl, value: 1}, {filter: mlp, value: 0.5}, {value: 1}]}}]\n",
+        NULL, NULL, err));
+    assert_string_equal(warnings, "recipe: models[1].parameters.weight: filter \"mpl\" matches no tensor\n");
+    OK(merge_to("merge_method: passthrough\nslices: [{parameters: {scale: {filter: layers.1., value: 1}}, sources: "
+                "[{model: one,"
+                " layer_range: [0, 1], parameters: {scale: [{filter: layers.0., value: 2}, {value: 1}]}}]},"
+                " {sources: [{model: one, layer_range: [0, 2], parameters: {scale: [{filter: layers.1., value: 2}, "
+                "{value: 1}]}}]}]\n",
+                NULL, NULL, err));
+    assert_string_equal(warnings, "recipe: slices[0].parameters.scale: filter \"layers.1.\" matches no tensor\n");
+}
+
 static void test_paper_differs(void **state) {
     (void)state;
     three_models(OBM_F32);
@@ -716,6 +737,7 @@ int main(void) {
         cmocka_unit_test(test_references),
         cmocka_unit_test(test_hostile_yaml),
         cmocka_unit_test(test_ties_folder),
+        cmocka_unit_test(test_filters_of_nothing_warn),
         cmocka_unit_test(test_paper_differs),
         cmocka_unit_test(test_dtypes),
         cmocka_unit_test(test_working_dtype),

@@ -6,6 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import types
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -195,7 +198,7 @@ def test_shards_and_overwrite(recipe, tmp_path):
     assert len(set(index["weight_map"].values())) >= 5
     assert index["metadata"]["total_size"] == 4 * 1427136
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    with pytest.raises(FileExistsError, match="out"):
+    with pytest.raises(FileExistsError, match="out.*; overwrite=True replaces it"):
         obm.merge(recipe("ties"), out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     obm.merge(recipe("ties"), out, overwrite=True)
@@ -249,11 +252,12 @@ def test_without_resume_the_remains_go(recipe, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (lambda r, g: r.update(merge_method="task_arithmetic"), 'recipe merge_method differs, "ties" then, "task_arithmetic" now'),
-    (lambda r, g: r["parameters"].update(density=.4), 'recipe parameters differs, {"density": 0.3} then, {"density": 0.4} now'),
+    (lambda r, g: r["parameters"].update(density=.4), r'recipe parameters\.density differs, 0\.3 then, 0\.4 now'),
     (lambda r, g: g.update(seed=3), 'random seed differs, "0" then, "3" now'),
     (lambda r, g: g.update(shard_bytes=2_000_000), 'shard size differs, "1000000" then, "2000000" now'),
     (lambda r, g: g.update(profile="paper"), 'profile differs, "mergekit" then, "paper" now'),
-    (lambda r, g: r["models"].pop(), "recipe models differs"),
+    (lambda r, g: r["models"][1]["parameters"].update(weight=.75), r"recipe models\[1\]\.parameters\.weight differs, [\d.]+ then, 0\.75 now"),
+    (lambda r, g: r["models"].pop(), r"recipe models\[\d\] differs, {.*} then, nothing now"),
     (None, "input 1 .*chat differs"),
 ])
 def test_resuming_another_merge_is_refused(recipe, models, tmp_path, change, message):
@@ -304,12 +308,26 @@ def test_stopped_with_resume(recipe, tmp_path):
     ({"models": []}, obm.Error, "model"),
     ({"base_model": "nowhere"}, OSError, "nowhere"),
     ({"dtype": "int4"}, obm.Error, "int4"),
+    ({"tokenizer": {"source": "unoin"}}, obm.NotFoundError, 'unoin has no tokenizer.json, did you mean "union"'),
+    ({"parameters": {"density": {1}}}, TypeError, r"^recipe: parameters\.density: expected text, .*, found set$"),
+    ({"models": [{"model": "a", "parameters": {"weight": [1, 1j]}}]}, TypeError,
+     r"^recipe: models\[0\]\.parameters\.weight\[1\]: .*, found complex$"),
 ])
 def test_recipes_that_are_refused(recipe, tmp_path, change, error, message):
     with pytest.raises(error, match=message) as caught:
         obm.merge({**recipe("ties"), **change}, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_other_kinds(recipe, tmp_path):
+    """NumPy's, Decimal, Fraction; a gradient may be an array.  The card has them as plain numbers."""
+    obm.merge(recipe("ties", density=.5, normalize=True, **{"lambda": [1.0, .5]}), tmp_path / "plain")
+    given = recipe("ties", density=np.float32(.5), normalize=np.bool_(True), **{"lambda": np.array([1, .5])})
+    for i, m in enumerate(given["models"]):
+        m["parameters"]["weight"] = (Decimal, Fraction, np.longdouble)[i % 3](m["parameters"]["weight"])
+    obm.merge(types.MappingProxyType({**given, "random_seed": np.int64(0)}), tmp_path / "other")
+    assert (tmp_path / "plain/model.safetensors").read_bytes() == (tmp_path / "other/model.safetensors").read_bytes()
 
 
 def test_broken_yaml_names_the_line(tmp_path):
