@@ -100,11 +100,16 @@ static size_t common_prefix(const char *a, const char *b) {
     return n;
 }
 
-/* One line from byte `at` on, cut to the size. */
+static bool inside_character(char c) { return ((unsigned char)c & 0xC0) == 0x80; } /* of UTF-8 */
+
+/* One line from byte `at` on, cut to the size, both at characters. */
 static void cut(const char *text, size_t at, char buf[SHOWN]) {
-    size_t n = strlen(text);
+    size_t n = strlen(text), shown = SHOWN - 7;
     if (at > n) at = n;
-    snprintf(buf, SHOWN, "%s%.*s%s", at ? "..." : "", SHOWN - 7, text + at, n - at > SHOWN - 7 ? "..." : "");
+    while (at && inside_character(text[at])) at--;
+    bool all = n - at <= shown;
+    while (!all && shown && inside_character(text[at + shown])) shown--;
+    snprintf(buf, SHOWN, "%s%.*s%s", at ? "..." : "", (int)shown, text + at, all ? "" : "...");
 }
 
 /* Both values as text.  Long ones that begin alike, as paths do, show where they part. */

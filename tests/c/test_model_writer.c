@@ -552,17 +552,20 @@ static void test_kept_shards(void **state) {
     assert_int_equal(count_files(dir, "tmp|unfinished"), 0);
 }
 
+#define FAR "/a/place/that/is/long/with/many/folders/on/the/way/and/all/of/them/alike/until/here/comes/"
+
 static void test_another_job(void **state) {
     (void)state;
     const char *dir = in_dir("job"), *copy = in_dir("job-copy");
-    attempt first = {100, 1, false, false, NULL}, other = {100, 1, false, true, "s"};
+    attempt first = {100, 1, false, false, FAR "one"}, other = {100, 1, false, true, FAR "other"};
     obm_error err;
     char command[1400];
     kill_in_third_shard(dir, &first);
     snprintf(command, sizeof command, "cp -r %s %s", dir, copy);
     assert_int_equal(system(command), 0);
     assert_int_equal(try_write(dir, &other, &err), OBM_E_MISMATCH);
-    assert_non_null(strstr(err.message, "recipe differs, \"r\" then, \"s\" now"));
+    assert_non_null(
+        strstr(err.message, "recipe differs, ...e/until/here/comes/one\" then, ...e/until/here/comes/other\" now"));
     same_folders(dir, copy);
     assert_int_equal(write_model(dir, &(obm__model_writer_options){.resume = true}, 'n', &err), OBM_E_MISMATCH);
     same_folders(dir, copy);
