@@ -234,6 +234,9 @@ end""")
     tokens = len(model.tokenizer.encode("features"))
     assert [r["weights"] for r in rows] == [{"code": 1}, {"chat": 1}, model.route("builtin")[0], {"chat": 1, "math": tokens}, {"math": 1}]
     fails("route", pack_path, "--router", file, "bad", match="from my router")
+    forks = subprocess.run([sys.executable, "-c", "import os, sys\nfrom onebitmerge.lua_router import LuaRouter\nrouter = LuaRouter(sys.argv[1])\n"
+                            "if not os.fork(): sys.exit(0)\nassert os.wait()[1] == 0 and router.process.poll() is None", file], timeout=60)
+    assert forks.returncode == 0   # a child's end is not the parent's
     router = LuaRouter(str(file))
     process = router.process
     del router   # the interpreter and its pipes end with it
