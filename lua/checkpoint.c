@@ -107,23 +107,30 @@ static int checkpoint_sha256(lua_State *L) {
     return 1;
 }
 
-/* checkpoint:z12(name, rows) -> {weights, escapes} */
+/* checkpoint:z12(name, rows) -> {weights, escapes, fits} */
 static int checkpoint_z12(lua_State *L) {
-    uint64_t weights, escapes;
+    obm_z12_counts z;
     obm_error err;
     int64_t rows = lua_isnoneornil(L, 3) ? 16 : luaL_checkinteger(L, 3);
-    if (obm_checkpoint_z12(checkpoint_of(L, 1), obm_lua_string(L, 2), rows, &weights, &escapes, &err) != OBM_OK)
+    if (obm_checkpoint_z12(checkpoint_of(L, 1), obm_lua_string(L, 2), rows, &z, &err) != OBM_OK)
         return obm_lua_fail(L, &err);
     lua_newtable(L);
-    obm_lua_set_integer(L, "weights", weights);
-    obm_lua_set_integer(L, "escapes", escapes);
+    obm_lua_set_integer(L, "weights", z.weights);
+    obm_lua_set_integer(L, "escapes", z.escapes);
+    obm_lua_set_boolean(L, "fits", z.fits);
     return 1;
+}
+
+static int checkpoint_check_layers(lua_State *L) {
+    obm_checkpoint_check_layers(checkpoint_of(L, 1));
+    return 0;
 }
 
 static const luaL_Reg checkpoint_methods[] = {{"keys", checkpoint_keys},
                                               {"get", checkpoint_get},
                                               {"sha256", checkpoint_sha256},
                                               {"z12", checkpoint_z12},
+                                              {"check_layers", checkpoint_check_layers},
                                               {"path", checkpoint_path},
                                               {"config", checkpoint_config},
                                               {"tied", checkpoint_tied},

@@ -69,12 +69,16 @@ function checkpoint:get(name) end
 ---@return string?, string? message, onebitmerge.Code? code
 function checkpoint:sha256(name) end
 
----How well 12 bits per weight (`model` with z12) would hold a matrix: how many weights `rows` of it that lie evenly have (16 unless
----told; 0: all), and how many of them need an escape. Models leave a matrix with more than 1 % as it is. Both 0 where it is no bf16 matrix.
+---How well 12 bits per weight (`model` with z12) would hold a matrix, by `rows` rows of it that lie evenly (16 unless told; 0: all): how
+---many weights they have, how many of them need an escape, and whether that is few enough (1 %) for a model to pack it. 0, 0 and false
+---where it is no bf16 matrix.
 ---@param name string
 ---@param rows integer?
----@return {weights: integer, escapes: integer}?, string? message, onebitmerge.Code? code
+---@return {weights: integer, escapes: integer, fits: boolean}?, string? message, onebitmerge.Code? code
 function checkpoint:z12(name, rows) end
+
+---Warns of tensors in layers that config.json does not count, which no model runs.
+function checkpoint:check_layers() end
 
 ---As given.
 ---@return string

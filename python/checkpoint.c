@@ -130,14 +130,21 @@ static PyObject *checkpoint_z12(PyObject *o, PyObject *args, PyObject *kwargs) {
     long long rows = 16;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s|L", names, &name, &rows)) return NULL;
     const obm_checkpoint *c = obm_py_checkpoint_get(o);
-    uint64_t weights, escapes;
+    obm_z12_counts z;
     obm_error err;
     obm_status status;
     Py_BEGIN_ALLOW_THREADS;
-    status = obm_checkpoint_z12(c, name, rows, &weights, &escapes, &err);
+    status = obm_checkpoint_z12(c, name, rows, &z, &err);
     Py_END_ALLOW_THREADS;
     if (status != OBM_OK) return obm_py_raise(OBM_PY_STATE(o), &err);
-    return Py_BuildValue("{sK,sK}", "weights", (unsigned long long)weights, "escapes", (unsigned long long)escapes);
+    return Py_BuildValue("{sK,sK,sO}", "weights", (unsigned long long)z.weights, "escapes",
+                         (unsigned long long)z.escapes, "fits", z.fits ? Py_True : Py_False);
+}
+
+static PyObject *checkpoint_check_layers(PyObject *o, PyObject *unused) {
+    (void)unused;
+    obm_checkpoint_check_layers(obm_py_checkpoint_get(o));
+    Py_RETURN_NONE;
 }
 
 static PyObject *checkpoint_repr(PyObject *o) {
@@ -150,9 +157,11 @@ static PyMethodDef checkpoint_methods[] = {
     {"keys", checkpoint_keys, METH_NOARGS, "keys() -> list of str\n\nTensor names, sorted."},
     {"sha256", checkpoint_sha256, METH_O, "sha256(name) -> str\n\nSHA-256 of one tensor's bytes, hex."},
     {"z12", (PyCFunction)(void (*)(void))checkpoint_z12, METH_VARARGS | METH_KEYWORDS,
-     "z12(name, rows=16) -> {weights, escapes}\n\nHow well 12 bits per weight (Model(z12=True)) would hold a matrix: how many "
-     "weights rows of it that lie evenly have (0: all rows), and how many of them need an escape.  Models leave a matrix with "
-     "more than 1 % as it is.  Both 0 where the tensor is no bf16 matrix."},
+     "z12(name, rows=16) -> {weights, escapes, fits}\n\nHow well 12 bits per weight (Model(z12=True)) would hold a matrix, by rows "
+     "of it that lie evenly (0: all): how many weights they have, how many of them need an escape, and whether that is few "
+     "enough (1 %) for a model to pack it.  0, 0 and False where the tensor is no bf16 matrix."},
+    {"check_layers", checkpoint_check_layers, METH_NOARGS,
+     "check_layers() -> None\n\nWarns of tensors in layers that config.json does not count, which no model runs."},
     {NULL, NULL, 0, NULL}};
 static PyGetSetDef checkpoint_getset[] = {
     {"path", checkpoint_path, NULL, "as given", NULL},

@@ -20,6 +20,9 @@ static inline void obm__note_bad(_Atomic int64_t *lowest, int64_t index) {
     }
 }
 
+/* How many pieces of a size n elements are cut into; nothing is one, too. */
+static inline uint64_t obm__pieces(uint64_t n, uint64_t size) { return n ? (n - 1) / size + 1 : 1; }
+
 bool obm__is_float(obm_dtype dtype);            /* F32, F16, BF16, F64 */
 size_t obm__tensor_bytes(const obm_tensor *t);
 /* Rotary frequencies follow from the config; old checkpoints carry them as a buffer, new ones do not. */
@@ -165,9 +168,9 @@ typedef obm_status (*obm__sink_fn)(void *user, const void *bytes, size_t n, int6
  * Errors: VALUE (NaN or Inf), NOMEM, those of the sink. */
 obm_status obm__onebit_plane(obm_context *ctx, const obm__pair *pair, obm__scale scale, int plane, float *const *alphas,
                              obm__sink_fn sink, void *user, bool *zero, obm_error *err);
-/* The same of the first plane, for rows [first, last) on one thread; the pair's data begin with row `first`.  Out: their signs, their scales into alphas, and for a scale per
- * matrix the sums of rows, of which obm__onebit_alpha makes the scale in the end.  scratch: obm__onebit_scratch(cols) bytes, a
- * multiple of 64, aligned.  Returns the lowest index of a NaN or Inf, INT64_MAX for none. */
+/* The same of the first plane, for rows [first, last) on one thread; the pair's data begin with row `first`.  Out: their
+ * signs, their scales into alphas, and for a scale per matrix the sums of rows, of which obm__onebit_alpha makes the scale in
+ * the end.  scratch: obm__onebit_scratch(cols) bytes, a multiple of 64, aligned.  Returns the lowest index of a NaN or Inf, INT64_MAX for none. */
 size_t obm__onebit_scratch(int64_t cols);
 int64_t obm__onebit_rows(const obm_kernels *k, const obm__pair *pair, obm__scale scale, float *alphas, double *row_sums,
                          int64_t first, int64_t last, uint8_t *signs, void *scratch);

@@ -214,11 +214,14 @@ OBM_API void obm_checkpoint_at(const obm_checkpoint *c, size_t i, const char **n
 OBM_API obm_status obm_checkpoint_get(const obm_checkpoint *c, const char *name, obm_tensor *t, obm_error *err); /* NOTFOUND */
 /* SHA-256 of one tensor's bytes as 64 hex digits + NUL. */
 OBM_API obm_status obm_checkpoint_sha256(const obm_checkpoint *c, const char *name, char out[65], obm_error *err);
-/* How well 12 bits per weight (obm_model_options.z12) would hold a matrix: of rows of it that lie evenly (0: all), how many
- * weights they have and how many of them need an escape of 8 bytes; models leave a matrix with more than 1 % as it is.
- * Both 0 where the tensor is no bf16 matrix.  Errors: NOTFOUND, IO, ARG (rows < 0), NOMEM. */
-OBM_API obm_status obm_checkpoint_z12(const obm_checkpoint *c, const char *name, int64_t rows, uint64_t *weights,
-                                      uint64_t *escapes, obm_error *err);
+/* How well 12 bits per weight (obm_model_options.z12) would hold a matrix, by `rows` rows of it that lie evenly (0: all): how
+ * many weights they have, how many of them need an escape of 8 bytes, and whether that is few enough (1 %) for a model to
+ * pack it.  All 0 where the tensor is no bf16 matrix.  Errors: NOTFOUND, IO, ARG (rows < 0), NOMEM. */
+typedef struct obm_z12_counts { uint64_t weights, escapes; bool fits; } obm_z12_counts;
+OBM_API obm_status obm_checkpoint_z12(const obm_checkpoint *c, const char *name, int64_t rows, obm_z12_counts *out,
+                                      obm_error *err);
+/* Warns of tensors in layers that config.json does not count, which no model runs; silent without a config. */
+OBM_API void obm_checkpoint_check_layers(const obm_checkpoint *c);
 
 /* ---- Task vectors ----------------------------------------------------------------------------------------------- */
 

@@ -371,6 +371,10 @@ void obm__checkpoint_warn_layers(const obm_checkpoint *c, const char *outcome) {
                   first, others, (long long)layers, outcome);
 }
 
+void obm_checkpoint_check_layers(const obm_checkpoint *c) {
+    obm__checkpoint_warn_layers(c, "they are listed, but no model runs them");
+}
+
 bool obm__text_config_set(obm_json *config, const char *key, obm_json *value) {
     const obm_json *inner = obm__json_get(config, TEXT_CONFIG);
     if (!inner || obm__json_kind(inner) != OBM_JSON_OBJECT) return obm__json_set(config, key, value);

@@ -621,7 +621,7 @@ static void add_to_plan(job *j) {
         const item *it = &j->items[i];
         uint64_t memory = item_memory(j, it), n = (uint64_t)obm_tensor_count(&it->pair->base);
         plan->tensors++;
-        plan->tiles += n ? (n - 1) / ((uint64_t)OBM_STREAM_WINDOW * (uint64_t)j->r->ctx->threads) + 1 : 1;
+        plan->tiles += obm__pieces(n, (uint64_t)OBM_STREAM_WINDOW * (uint64_t)j->r->ctx->threads);
         plan->bytes_read += read_bytes(it->pair);
         if (memory > plan->peak_memory) plan->peak_memory = memory;
     }

@@ -153,7 +153,7 @@ obm_status obm__pack_publish(obm__st_writer *w, const char *dir, const char *ste
 
 /* ---- several tensors of its file at once (pack_stream.c) ---- */
 
-/* Elements of base and expert whose pages a thread asks for together; what reads whole rows takes none that is longer. */
+/* Elements that a thread works on between two looks at the others; rows that are longer are not streamed. */
 #define OBM_STREAM_WINDOW ((int64_t)1 << 20)
 typedef struct obm__stream_part {
     const obm__pair *pair; /* not in factors */

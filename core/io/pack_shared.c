@@ -303,7 +303,7 @@ static void add_to_plan(const obm__shared_job *j, const unified_list *l) {
         for (size_t k = 0; k < u->n; k++) read += n * obm_dtype_size(u->pairs[k]->expert.dtype);
         uint64_t part = n > window ? window : n, memory = window * sizeof(float) + (n ? read / n * part : 0);
         j->plan->tensors++;
-        j->plan->tiles += n ? (n - 1) / window + 1 : 1;
+        j->plan->tiles += obm__pieces(n, window);
         j->plan->bytes_read += read;
         j->plan->bytes_written += obm__tensor_bytes(&t);
         if (memory > j->plan->peak_memory) j->plan->peak_memory = memory;

@@ -108,6 +108,8 @@ const obm_param_info *obm__method_param(const obm__method *m, const char *name);
 bool obm__param_is_known(const char *name);
 
 /* "a, b, c" into buf, cut at its size. */
+/* NOTFOUND: the known ones and a suggestion; where: what the message begins with, "" for nothing. */
+obm_status obm__fail_unknown_param(const obm__method *m, const char *name, const char *where, obm_error *err);
 void obm__list_names(const char *const *names, size_t n, char *buf, size_t size);
 /* The nearest of `names` by edit distance as ", did you mean `x`?", or "" if none is near.  buf: 96 bytes or more. */
 const char *obm__suggest(const char *name, const char *const *names, size_t n, char *buf, size_t size);

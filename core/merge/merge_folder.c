@@ -74,7 +74,7 @@ static obm_plan sizes(const obm__job *j) {
         for (size_t t = 0; t < o->slice->n; t++) p.bytes_read += obm__tensor_bytes(&o->tensors[t]);
         uint64_t count = (uint64_t)obm_tensor_count(&o->tensors[0]);
         p.bytes_written += count * obm_dtype_size(o->dtype);
-        p.tiles += o->copy || count == 0 ? 1 : (count - 1) / j->tile + 1;
+        p.tiles += o->copy ? 1 : obm__pieces(count, j->tile);
         if (!o->copy) work += (double)o->group.count * (double)o->steps.n * nanoseconds(&o->group);
     }
     if (obm__job_whole_model(j)) p.bytes_read *= 3; /* the statistics read everything before the merge does */

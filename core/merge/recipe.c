@@ -174,16 +174,6 @@ static obm_status check_setting(const obm_param_info *info, const obm_json *v, c
     return OBM_OK;
 }
 
-static obm_status unknown_parameter(const obm__method *m, const char *name, const char *where, obm_error *err) {
-    const char *names[32];
-    size_t n = m->info.n_params < OBM_COUNT(names) ? m->info.n_params : OBM_COUNT(names);
-    for (size_t i = 0; i < n; i++) names[i] = m->info.params[i].name;
-    char known[256], hint[128];
-    obm__list_names(names, n, known, sizeof known);
-    return obm__fail(err, OBM_E_NOTFOUND, "%s: %s has no parameter \"%.64s\" (known: %s)%s", where, m->info.name, name,
-                     n ? known : "none", obm__suggest(name, names, n, hint, sizeof hint));
-}
-
 /* One `parameters` mapping.  What mergekit ignores without a word (another method's parameter, a setting of the whole
  * merge under one model) is ignored with one; what nobody knows is an error. */
 obm_status obm__recipe_check_parameters(const obm_context *ctx, const obm__method *m, const obm_json *v, bool of_model,
@@ -196,7 +186,10 @@ obm_status obm__recipe_check_parameters(const obm_context *ctx, const obm__metho
         const obm_param_info *info = obm__method_param(m, key);
         char path[256];
         snprintf(path, sizeof path, "%s.%.64s", where, key);
-        if (!info && !obm__param_is_known(key)) return unknown_parameter(m, key, where, err);
+        if (!info && !obm__param_is_known(key)) {
+            snprintf(path, sizeof path, "%.200s: ", where);
+            return obm__fail_unknown_param(m, key, path, err);
+        }
         if (!info) {
             obm__warn(ctx, "%s: %s takes no %s; ignored", where, m->info.name, key);
         } else if (of_model && info->scope == OBM_PARAM_GLOBAL) {

@@ -99,21 +99,21 @@ bool obm__param_is_known(const char *name) {
     return false;
 }
 
-static obm_status unknown_param(const obm__method *m, const char *name, obm_error *err) {
-    const char *names[32];
-    size_t n = m->info.n_params < 32 ? m->info.n_params : 32;
+obm_status obm__fail_unknown_param(const obm__method *m, const char *name, const char *where, obm_error *err) {
+    const char *names[32] = {0};
+    size_t n = m->info.n_params < OBM_COUNT(names) ? m->info.n_params : OBM_COUNT(names);
     for (size_t i = 0; i < n; i++) names[i] = m->info.params[i].name;
     char known[256], hint[128];
     obm__list_names(names, n, known, sizeof known);
-    return obm__fail(err, OBM_E_NOTFOUND, "%s has no parameter \"%.64s\" (known: %s)%s", m->info.name, name,
-                     n ? known : "none", obm__suggest(name, names, n, hint, sizeof hint));
+    return obm__fail(err, OBM_E_NOTFOUND, "%s%s has no parameter \"%.64s\" (known: %s)%s", where, m->info.name,
+                     name, n ? known : "none", obm__suggest(name, names, n, hint, sizeof hint));
 }
 
 /* ---- values ---- */
 
 static obm_status check_param(const obm__method *m, size_t n, const obm_param *p, obm_error *err) {
     const obm_param_info *info = p->name ? obm__method_param(m, p->name) : NULL;
-    if (!info) return unknown_param(m, p->name ? p->name : "", err);
+    if (!info) return obm__fail_unknown_param(m, p->name ? p->name : "", "", err);
     if (p->model < -1 || (p->model >= 0 && (size_t)p->model >= n))
         return obm__fail(err, OBM_E_ARG, "%s: %s is given for model %d, expected -1 or 0..%zu", m->info.name, p->name,
                          p->model, n - 1);

@@ -38,9 +38,6 @@ static const void *matrix_row(const obm__matrix *w, int64_t row) {
     return (const char *)w->data + (size_t)row * (size_t)w->cols * obm_dtype_size(w->dtype);
 }
 
-/* ---- row path: the vectors of one matrix against a block of its rows, then against the planes of the same rows ----
- */
-
 /* ---- the copy of a matrix that is near a worker, where there are several ---- */
 
 typedef struct near_copy {
@@ -72,6 +69,9 @@ static const obm__matrix *find_near(const linear_job *j, const obm__matrix *w, i
     }
     return &c->matrix;
 }
+
+/* ---- row path: the vectors of one matrix against a block of its rows, then against the planes of the same rows ----
+ */
 
 static uint16_t *worker_rows(const linear_job *j, int worker) {
     const obm__scratch *s = &j->m->scratch;

@@ -77,12 +77,16 @@ static void place_escapes(obm__z12 *z) {
     }
 }
 
+static bool is_worth_it(uint64_t escapes, uint64_t weights) {
+    return (double)escapes <= ESCAPES_AT_MOST * (double)weights;
+}
+
 /* False: the matrix stays plain. */
 static bool join_escapes(pack_job *j, size_t chunks, uint64_t *bytes) {
     obm__z12 *z = j->z;
     size_t n = 0, at = 0;
     for (size_t i = 0; i < chunks; i++) n += j->chunks[i].n;
-    if (j->crowded || (double)n > ESCAPES_AT_MOST * (double)(z->rows * z->cols)) return false;
+    if (j->crowded || !is_worth_it(n, z->rows * z->cols)) return false;
     z->escapes = obm__alloc(n + 1, sizeof *z->escapes);
     if (!z->escapes) {
         j->failed = 1;
@@ -154,10 +158,10 @@ void obm__z12_free_all(obm_model *m) {
 
 /* ---- what packing a checkpoint would give ---- */
 
-obm_status obm_checkpoint_z12(const obm_checkpoint *c, const char *name, int64_t rows, uint64_t *weights,
-                              uint64_t *escapes, obm_error *err) {
+obm_status obm_checkpoint_z12(const obm_checkpoint *c, const char *name, int64_t rows, obm_z12_counts *out,
+                              obm_error *err) {
     obm_tensor t;
-    *weights = *escapes = 0;
+    *out = (obm_z12_counts){0};
     if (rows < 0) return obm__fail(err, OBM_E_ARG, "rows: expected 0 (all) or more, found %lld", (long long)rows);
     OBM_TRY(obm_checkpoint_get(c, name, &t, err));
     if (t.ndim != 2 || t.dtype != OBM_BF16 || !t.shape[0] || !t.shape[1]) return OBM_OK;
@@ -168,9 +172,10 @@ obm_status obm_checkpoint_z12(const obm_checkpoint *c, const char *name, int64_t
     obm__z12_escape none;
     for (size_t i = 0; row && codes && i < taken; i++) {
         memcpy(row, (const uint8_t *)t.data + all / taken * i * cols * sizeof *row, cols * sizeof *row);
-        *escapes += c->ctx->k->z12_encode(codes, table, &none, 0, row, cols);
-        *weights += cols;
+        out->escapes += c->ctx->k->z12_encode(codes, table, &none, 0, row, cols);
+        out->weights += cols;
     }
+    out->fits = is_worth_it(out->escapes, out->weights);
     bool there = row && codes;
     obm_free(row);
     obm_free(codes);

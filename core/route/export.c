@@ -80,7 +80,7 @@ static void count_bytes(export_job *j) {
         plan->bytes_written += obm__tensor_bytes(&shape);
         uint64_t count = (uint64_t)obm_tensor_count(&shape);
         elements += is_copied(j, t) ? 0 : count;
-        plan->tiles += is_copied(j, t) || count == 0 ? 1 : (count - 1) / (uint64_t)EXPORT_TILE + 1;
+        plan->tiles += is_copied(j, t) ? 1 : obm__pieces(count, (uint64_t)EXPORT_TILE);
         for (size_t k = 0; k < j->pack->n_experts && obm__route_changes(j->plan, t); k++)
             plan->bytes_read += j->pack->experts[k].entries[t].bytes_pack;
     }

@@ -13,7 +13,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import warnings
@@ -198,23 +197,12 @@ def print_found(p, found):
         print("the system refused to bind memory")
 
 
-def warn_layers(args, ckpt):
-    """As compress and merge do of the base: such tensors are in the file, and no model runs them."""
-    config = ckpt.config or {}
-    text = config.get("text_config")
-    layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
-    beyond = [n for n in ckpt if isinstance(layers, int) and (m := re.search(r"(?:^|\.)model\.(?:language_model\.)?layers\.(\d+)\.", n)) and int(m[1]) >= layers > 0]
-    if beyond:
-        warnings.warn(f"{args.model}: tensor {beyond[0]} {f'and {len(beyond) - 1} more lie' if beyond[1:] else 'lies'} beyond the {layers} layers (num_hidden_layers) of config.json: "
-                      "they are listed, but no model runs them", stacklevel=2)
-
-
 def z12_of(ckpt):
     """What packing bf16 matrices into 12 bits per weight would give, from rows of each; None without such matrices."""
     counts = [c for c in map(ckpt.z12, ckpt) if c["weights"]]
     if not counts:
         return None
-    return {"matrices": len(counts), "kept_plain": sum(c["escapes"] > .01 * c["weights"] for c in counts),
+    return {"matrices": len(counts), "kept_plain": sum(not c["fits"] for c in counts),
             "escape_rate": sum(c["escapes"] for c in counts) / sum(c["weights"] for c in counts)}
 
 
@@ -223,7 +211,7 @@ def inspect(args):
     if pack and is_pack(pack) and not os.path.exists(args.model):
         raise Failure(f"{args.model} is an expert of a pack: it goes behind its base, as in `inspect BASE {args.model}`; `pack show {pack}` tells what it holds")
     ckpt = obm.Checkpoint(args.model)
-    warn_layers(args, ckpt)
+    ckpt.check_layers()
     vectors = {path: obm.TaskVector(ckpt, path) for path in args.experts}
     if args.tensors or args.checksums:
         return inspect_tensors(args, ckpt, vectors)

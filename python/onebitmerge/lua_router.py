@@ -12,10 +12,8 @@ class LuaRouterError(RuntimeError):
     """What the Lua function raised, with its own message."""
 
 
-def end(process, owner):
-    if os.getpid() != owner:   # a child of a fork ends: the process is its parent's
-        return
-    process.kill()
+def end(process):
+    process.kill()   # nothing in the child of a fork, which has no such child
     process.wait()
     process.stdout.close()
     try:
@@ -33,7 +31,7 @@ class LuaRouter:
             raise LuaRouterError("--router FILE.lua needs the lua5.4 interpreter (apt-get install lua5.4)")
         driver = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lua_router.lua")
         self.process = subprocess.Popen([lua, driver, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        weakref.finalize(self, end, self.process, os.getpid())
+        weakref.finalize(self, end, self.process)
         kind, rest = self._read()
         if kind != "ready":
             raise LuaRouterError(rest)

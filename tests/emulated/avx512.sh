@@ -11,14 +11,14 @@ SECONDS_MOST=2000
 # shellcheck disable=SC2086
 APT_OPTIONS=--no-install-recommends need_packages $BOCHS_PACKAGES
 
-rm -rf "$WORK/root" "$WORK/disc"
-mkdir -p "$WORK/root" "$WORK/disc/isolinux"
+rm -rf "$WORK/programs" "$WORK/disc"
+mkdir -p "$WORK/programs" "$WORK/disc/isolinux"
 for test in tests/c/test_*kernels.c; do
     gcc -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -ffp-contract=off -static -s -DOBM_TEST_BOCHS -Ikernels -Itests/cross \
-        "$test" kernels/*.c -lm -o "$WORK/root/$(basename "$test" .c)"
+        "$test" kernels/*.c -lm -o "$WORK/programs/$(basename "$test" .c)"
 done
-gcc -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -static -s tests/emulated/init.c -o "$WORK/root/init"
-(cd "$WORK/root" && find . | cpio --quiet -o -H newc) >"$WORK/disc/initramfs"
+gcc -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -static -s tests/emulated/init.c -o "$WORK/programs/init"
+(cd "$WORK/programs" && find . | cpio --quiet -o -H newc) >"$WORK/disc/initramfs"
 cp "$(debian_kernel "$WORK/kernel")" "$WORK/disc/vmlinuz"
 cp /usr/lib/ISOLINUX/isolinux.bin /usr/lib/syslinux/modules/bios/ldlinux.c32 "$WORK/disc/isolinux/"
 

@@ -105,10 +105,10 @@ def test_what_packing_would_give(models, tmp_path):
     tensors = {"m.weight": (bits.astype(np.uint32) << 16).view(np.float32), "norm.weight": np.ones(70, np.float32)}
     write_folder(tmp_path / "m", tensors, "BF16")
     ckpt = obm.Checkpoint(tmp_path / "m")
-    assert ckpt.z12("m.weight", rows=0) == {"weights": 37 * 70, "escapes": escapes_of(bits)}
+    assert ckpt.z12("m.weight", rows=0) == {"weights": 37 * 70, "escapes": escapes_of(bits), "fits": False}
     assert ckpt.z12("m.weight", rows=100) == ckpt.z12("m.weight", rows=37) == ckpt.z12("m.weight", rows=0)
-    assert ckpt.z12("m.weight", rows=5) == {"weights": 5 * 70, "escapes": escapes_of(bits[:35:7])}
-    assert ckpt.z12("norm.weight") == {"weights": 0, "escapes": 0}
+    assert ckpt.z12("m.weight", rows=5) == {"weights": 5 * 70, "escapes": escapes_of(bits[:35:7]), "fits": False}
+    assert ckpt.z12("norm.weight") == {"weights": 0, "escapes": 0, "fits": False}
     with pytest.raises(obm.ArgumentError, match="rows: expected 0 .all. or more, found -1"):
         ckpt.z12("m.weight", rows=-1)
     with pytest.raises(obm.NotFoundError, match="none.weight"):
