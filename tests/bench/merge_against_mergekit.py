@@ -101,7 +101,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mergekit", default="mergekit-yaml")
     parser.add_argument("--ours", default=f"{shlex.quote(sys.executable)} -m onebitmerge merge",
-                        help="command that takes a recipe and an output folder")
+                        help="command that takes a recipe and -o FOLDER")
     parser.add_argument("--size", choices=SHAPES, default="0.1b")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", choices=RECIPES, action="append")
@@ -115,7 +115,7 @@ def main():
             theirs, own = write_recipe(folder, name)
             out = folder / "out"
             rows = [(run([options.mergekit, str(theirs), str(out)], out),
-                     run([*shlex.split(options.ours), str(own), str(out)], out)) for _ in range(options.rounds)]
+                     run([*shlex.split(options.ours), str(own), "-o", str(out)], out)) for _ in range(options.rounds)]
             a, b = (min(row[side] for row in rows) for side in (0, 1))
             print(f"{name:16} mergekit {a[0]:7.2f} s ({a[0] / count * 1e9:6.1f} ns a parameter), {a[1]:6.1f} s of processor, "
                   f"{a[2] / 1e6:5.0f} MB; ours {b[0]:6.2f} s ({b[0] / count * 1e9:5.1f} ns), {b[1]:5.2f} s, {b[2] / 1e6:4.0f} MB; "
