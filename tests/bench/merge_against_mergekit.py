@@ -3,8 +3,10 @@
     python tests/bench/merge_against_mergekit.py [--mergekit .../bin/mergekit-yaml] [--size 0.1b] [--rounds 1]
 
 Wall clock of the whole command (start-up included), its processor time, peak anonymous memory of its process, and ratios.
-Inputs are in the page cache.  Not a test: it prints numbers and judges nothing.  It needs mergekit==0.1.5, torch and
-safetensors somewhere, and onebitmerge importable (--ours names another command).
+Inputs are in the page cache, except in the last column, for which they are dropped from it.  Ours syncs what it wrote to
+the disk, mergekit does not: "no sync" is ours with a library in front that makes the syncs do nothing.  Not a test: it
+prints numbers and judges nothing.  It needs mergekit==0.1.5, torch and safetensors somewhere, a C compiler, and onebitmerge
+importable (--ours names another command).
 """
 import argparse
 import json
@@ -82,10 +84,33 @@ def anonymous(pid):
     return 0
 
 
-def run(command, out):
+def build_no_sync(folder):
+    """A library to preload: what syncs to the disk returns at once."""
+    source, library = folder / "no_sync.c", folder / "no_sync.so"
+    source.write_text("int fsync(int f) { return f < 0; } int fdatasync(int f) { return f < 0; }\n"
+                      "int sync_file_range(int f, long o, long n, unsigned g) { return f < 0 && o && n && g; }\n")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    return library
+
+
+def drop(folder):
+    """Takes the models out of the page cache."""
+    for path in folder.glob("*/*.safetensors"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def warm(folder):
+    for path in folder.glob("*/*.safetensors"):
+        path.read_bytes()
+
+
+def run(command, out, preload=None):
     """Wall seconds, processor seconds and peak anonymous bytes of one command; its output folder is removed."""
+    environment = os.environ | ({"LD_PRELOAD": str(preload)} if preload else {})
     before, begin, peak = os.times(), time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     while process.poll() is None:
         peak = max(peak, anonymous(process.pid))
         time.sleep(0.002)
@@ -111,16 +136,25 @@ def main():
         count = write_models(folder, options.size)
         print(f"{count / 1e6:.0f} million parameters, 3 experts, bf16; {options.rounds} rounds, load {os.getloadavg()[0]:.1f}",
               flush=True)
+        no_sync = build_no_sync(folder)
         for name in options.only or RECIPES:
             theirs, own = write_recipe(folder, name)
             out = folder / "out"
-            rows = [(run([options.mergekit, str(theirs), str(out)], out),
-                     run([*shlex.split(options.ours), str(own), "-o", str(out)], out)) for _ in range(options.rounds)]
-            a, b = (min(row[side] for row in rows) for side in (0, 1))
+            command = [*shlex.split(options.ours), str(own), "-o", str(out)]
+            rows = []
+            for _ in range(options.rounds):
+                peer = run([options.mergekit, str(theirs), str(out)], out)
+                warm(folder)
+                rows.append((peer, run(command, out), run(command, out, no_sync)))
+            a, b, c = (min(row[side] for row in rows) for side in (0, 1, 2))
+            drop(folder)
+            cold = run(command, out)
+            warm(folder)
             print(f"{name:16} mergekit {a[0]:7.2f} s ({a[0] / count * 1e9:6.1f} ns a parameter), {a[1]:6.1f} s of processor, "
                   f"{a[2] / 1e6:5.0f} MB; ours {b[0]:6.2f} s ({b[0] / count * 1e9:5.1f} ns), {b[1]:5.2f} s, {b[2] / 1e6:4.0f} MB; "
-                  f"{a[0] / b[0]:6.1f} times faster, {a[1] / b[1]:6.1f} times less processor, "
-                  f"{a[2] / max(b[2], 1):5.1f} times less memory", flush=True)
+                  f"{a[0] / b[0]:6.1f} times faster, no sync {c[0]:5.2f} s: {a[0] / c[0]:6.1f} times; "
+                  f"{a[1] / b[1]:6.1f} times less processor, {a[2] / max(b[2], 1):5.1f} times less memory; "
+                  f"cold {cold[0]:5.2f} s", flush=True)
 
 
 if __name__ == "__main__":
