@@ -128,7 +128,7 @@ void obm_lua_type(lua_State *L, const char *type, const luaL_Reg *methods, const
 int obm_lua_fail(lua_State *L, const obm_error *err) {
     if (err->code == OBM_E_ARG) return luaL_error(L, "%s", err->message);
     lua_pushnil(L);
-    lua_pushstring(L, err->message);
+    lua_pushfstring(L, "%s%s", err->message, err->code == OBM_E_EXISTS ? "; overwrite = true replaces it" : "");
     lua_pushstring(L, obm_status_name(err->code));
     return 3;
 }

@@ -2,7 +2,7 @@
 -- Annotations of the Lua module for LuaLS.  Expected failures (files, formats, unknown tasks, a busy model) return
 -- nil, message, code, with code one of onebitmerge.Code; wrong use raises; what a callback raises comes back unchanged.
 
----@alias onebitmerge.Code "NOMEM"|"SHAPE"|"DTYPE"|"IO"|"FORMAT"|"NOTFOUND"|"UNSUPPORTED"|"BUSY"|"EXISTS"|"MISMATCH"|"VALUE"
+---@alias onebitmerge.Code "NOMEM"|"SHAPE"|"DTYPE"|"IO"|"FORMAT"|"NOTFOUND"|"UNSUPPORTED"|"BUSY"|"EXISTS"|"OCCUPIED"|"MISMATCH"|"VALUE"
 ---@alias onebitmerge.Profile "default"|"paper"|"mergekit"
 ---@alias onebitmerge.Progress boolean|fun(what: string, done: integer, total: integer)  true: a line on stderr
 ---A task name ("chat", "chat=.7,math=.3", "base"), a task's index from 1, weights by task name, or one weight per task.
@@ -191,7 +191,7 @@ local pack = {}
 ---Compresses one more expert into the pack (atomic).
 ---@param name string
 ---@param expert string|onebitmerge.Expert
----@param options? { progress?: onebitmerge.Progress }
+---@param options? { overwrite?: boolean, progress?: onebitmerge.Progress }
 ---@return true?, string? message, onebitmerge.Code? code
 function pack:add(name, expert, options) end
 

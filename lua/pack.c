@@ -227,17 +227,18 @@ static int done(lua_State *L, obm_lua_call *call, obm_status status, const obm_e
     return 1;
 }
 
-/* pack:add(name, expert, {progress}) */
+/* pack:add(name, expert, {overwrite, progress}) */
 static int pack_add(lua_State *L) {
     lua_settop(L, 4);
     obm_pack *p = pack_to_change(L);
     if (!p || has_views(L)) return 3;
-    obm_lua_options(L, 4, "progress");
+    obm_lua_options(L, 4, "overwrite progress");
     lua_newtable(L);
     obm_expert expert = {.name = obm_lua_string(L, 2)};
     expert_from(L, 5, 3, &expert);
     expert.name = obm_lua_string(L, 2);
     obm_compress_options options = OBM_INIT(obm_compress_options);
+    options.overwrite = obm_lua_field_boolean(L, 4, "overwrite", false);
     obm_lua_call call;
     obm_lua_call_init(L, &call, 4, false);
     options.progress = obm_lua_progress;

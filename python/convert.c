@@ -7,25 +7,32 @@
 
 /* ---- errors ---- */
 
+/* What asks for overwriting: in Python the argument; the command line registers its own. */
+static PyObject *os_message(obm_py_state *st, const obm_error *err) {
+    if (err->code != OBM_E_EXISTS) return PyUnicode_FromString(err->message);
+    PyObject *ask = PyDict_GetItemString(st->hooks, "overwrite");
+    if (!ask || ask == Py_None) return PyUnicode_FromFormat("%s; overwrite=True replaces it", err->message);
+    return PyUnicode_FromFormat("%s; %S replaces it", err->message, ask);
+}
+
+static PyObject *raise_os(obm_py_state *st, const obm_error *err) {
+    int code = err->code != OBM_E_IO ? EEXIST : err->os_errno ? err->os_errno : EIO;
+    PyObject *text = os_message(st, err);
+    PyObject *e = text ? PyObject_CallFunction(PyExc_OSError, "iO", code, text) : NULL;
+    Py_XDECREF(text);
+    if (!e) return NULL;
+    PyErr_SetObject((PyObject *)Py_TYPE(e), e); /* OSError picks FileNotFoundError and so on by errno */
+    Py_DECREF(e);
+    return NULL;
+}
+
 PyObject *obm_py_raise(obm_py_state *st, const obm_error *err) {
     if (err->code == OBM_E_USER && PyErr_Occurred()) return NULL; /* what `interrupted` met */
     if (err->code == OBM_E_NOMEM) {
         PyErr_SetString(PyExc_MemoryError, err->message);
         return NULL;
     }
-    if (err->code == OBM_E_IO || err->code == OBM_E_EXISTS) {
-        int code = err->code == OBM_E_EXISTS ? EEXIST : err->os_errno ? err->os_errno : EIO;
-        /* Where the call has it as an argument; the name is this language's. */
-        const char *asked = "overwriting was not asked for", *found = strstr(err->message, asked);
-        const char *hint = found && !found[strlen(asked)] ? "; overwrite=True replaces it" : "";
-        PyObject *text = PyUnicode_FromFormat("%s%s", err->message, hint);
-        PyObject *e = text ? PyObject_CallFunction(PyExc_OSError, "iO", code, text) : NULL;
-        Py_XDECREF(text);
-        if (!e) return NULL;
-        PyErr_SetObject((PyObject *)Py_TYPE(e), e); /* OSError picks FileNotFoundError and so on by errno */
-        Py_DECREF(e);
-        return NULL;
-    }
+    if (err->code == OBM_E_IO || err->code == OBM_E_EXISTS || err->code == OBM_E_OCCUPIED) return raise_os(st, err);
     int i = -(int)err->code;
     PyObject *type = i >= 0 && i < 16 && st->errors[i] ? st->errors[i] : st->error;
     PyErr_SetString(type, err->message);

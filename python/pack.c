@@ -209,10 +209,12 @@ PyObject *obm_py_compress(PyObject *module, PyObject *args, PyObject *kwargs) {
 /* ---- changes ---- */
 
 static PyObject *pack_add(PyObject *o, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"name", "expert", "progress", NULL};
+    static char *names[] = {"name", "expert", "progress", "overwrite", NULL};
     PyObject *name, *expert, *progress = Py_None;
+    int overwrite = 0;
     obm_pack *p = pack_mutable(o);
-    if (!p || !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O", names, &name, &expert, &progress)) return NULL;
+    if (!p || !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|Op", names, &name, &expert, &progress, &overwrite))
+        return NULL;
     obm_py_state *st = OBM_PY_STATE(o);
     obm_py_call call;
     expert_args e = {0};
@@ -223,6 +225,7 @@ static PyObject *pack_add(PyObject *o, PyObject *args, PyObject *kwargs) {
     obm_compress_options options = OBM_INIT(obm_compress_options);
     options.progress = obm_py_progress;
     options.progress_user = &call;
+    options.overwrite = overwrite;
     obm_error err;
     obm_py_begin(&call);
     obm_status status = obm_pack_add(p, e.items, &options, &err);
@@ -654,8 +657,8 @@ static PyObject *pack_html(PyObject *o, PyObject *unused) {
 #define KW(f) (PyCFunction)(void (*)(void)) f, METH_VARARGS | METH_KEYWORDS
 static PyMethodDef pack_methods[] = {
     {"add", KW(pack_add),
-     "add(name, expert, progress=None)\n\nCompress one more expert into the pack (atomic). expert: a path, (path, "
-     "policy) or Expert."},
+     "add(name, expert, progress=None, overwrite=False)\n\nCompress one more expert into the pack (atomic). expert: a "
+     "path, (path, policy) or Expert."},
     {"adopt", pack_adopt, METH_O,
      "adopt(path)\n\nTake the experts and the settings of another pack of the same base and tasks; the router stays."},
     {"remove", pack_remove, METH_O, "remove(name)\n\nDrop an expert; the router goes too, its tasks changed."},

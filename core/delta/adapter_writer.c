@@ -47,10 +47,10 @@ static obm_status check_folder(const char *dir, bool overwrite, obm_error *err) 
     bool adapter = false;
     char *found = NULL;
     if (!obm__file_exists(dir) && !obm__is_directory(dir)) return OBM_OK;
-    if (!obm__is_directory(dir)) return obm__fail(err, OBM_E_EXISTS, "%s is a file, expected a folder or nothing", dir);
+    if (!obm__is_directory(dir)) return obm__fail(err, OBM_E_OCCUPIED, "%s is a file, expected a folder or nothing", dir);
     obm_status status = look_inside(dir, &adapter, &found, err);
     if (status == OBM_OK && !adapter && found)
-        status = obm__fail(err, OBM_E_EXISTS, "%s holds %s and no adapter: it will not be replaced", dir, found);
+        status = obm__fail(err, OBM_E_OCCUPIED, "%s holds %s and no adapter: it will not be replaced", dir, found);
     else if (status == OBM_OK && adapter && !overwrite)
         status = obm__fail(err, OBM_E_EXISTS, "%s holds an adapter, and overwriting was not asked for", dir);
     obm_free(found);

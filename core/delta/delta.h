@@ -58,8 +58,8 @@ void obm__masked_release(const obm__masked *m, int64_t begin, int64_t n);
 /* ---- PEFT folders out (adapter_writer.c) ---- */
 
 typedef struct obm__adapter_writer obm__adapter_writer;
-/* Whether a folder may take an adapter: EXISTS for one that holds an adapter (without `overwrite`) or anything else; ARG for
- * one of the inputs. */
+/* Whether a folder may take an adapter: EXISTS for one that holds an adapter (without `overwrite`), OCCUPIED for one that
+ * holds anything else; ARG for one of the inputs. */
 obm_status obm__adapter_writer_check(const char *dir, bool overwrite, const char *const *inputs, size_t n, obm_error *err);
 /* Locks the folder (BUSY); free before finish leaves it as it was. */
 obm_status obm__adapter_writer_new(const char *dir, obm_dtype dtype, obm__adapter_writer **out, obm_error *err);

@@ -73,10 +73,11 @@ typedef enum obm_status {
     OBM_E_UNSUPPORTED = -8, /* understood, but this build or version cannot do it */
     OBM_E_BUSY = -9,        /* an object that serves one call at a time is in use, or another process changes a folder */
     OBM_E_USER = -10,       /* a callback asked to stop; whatever it raised is the caller's to re-raise */
-    OBM_E_EXISTS = -11,     /* the output exists and overwriting was not asked for */
+    OBM_E_EXISTS = -11,     /* the output exists and overwriting was not asked for: with it the call would go on */
     OBM_E_MISMATCH = -12,   /* a pack meets another base than the one it was made from, an expert's token ids contradict the
                              * base's, other remains than `resume` expects */
-    OBM_E_VALUE = -13       /* NaN or Inf where a number is needed */
+    OBM_E_VALUE = -13,      /* NaN or Inf where a number is needed */
+    OBM_E_OCCUPIED = -14    /* what is there is not replaced, whether or not overwriting was asked for */
 } obm_status;
 
 #define OBM_ERROR_MESSAGE 768
@@ -295,7 +296,7 @@ typedef struct obm_lora_matrix { const char *name; int64_t rows, cols, rank; dou
  * 14 times its bytes as f32 with the room of LAPACK.  expert_path may be a LoRA folder (to lower its rank).  matrices
  * (nullable) gets *n rows in the order of names: owned, one obm_free, their names in the same block.  plan nullable,
  * filled in a dry run too.
- * Errors: those of opening checkpoints and task vectors, ARG, EXISTS, BUSY, VALUE (NaN or Inf; nothing to extract; a
+ * Errors: those of opening checkpoints and task vectors, ARG, EXISTS, OCCUPIED, BUSY, VALUE (NaN or Inf; nothing to extract; a
  * decomposition that does not converge: names the tensor), UNSUPPORTED (beyond LAPACK's sizes), IO, USER. */
 OBM_API obm_status obm_extract_lora(obm_context *ctx, const char *base_path, const char *expert_path,
                                     const obm_lora_options *options, const char *out_path, obm_plan *plan,
@@ -352,8 +353,8 @@ typedef struct obm_pack obm_pack;
  *
  * Compresses n experts of the base at base_path into the folder `out_path`, streaming: resident memory is bounded by tiles,
  * not by the model.  plan (nullable) is filled in a dry run.  *out (nullable) gets the opened pack, owned.
- * Overwriting replaces a pack; a folder that holds anything else is EXISTS.  BUSY: another process is writing there.
- * Errors: those of opening checkpoints and task vectors, EXISTS, BUSY, ARG, IO, USER. */
+ * Overwriting replaces a pack; a folder that holds anything else is OCCUPIED.  BUSY: another process is writing there.
+ * Errors: those of opening checkpoints and task vectors, EXISTS, OCCUPIED, BUSY, ARG, IO, USER. */
 OBM_API obm_status obm_compress(obm_context *ctx, const char *base_path, const obm_expert *experts, size_t n,
                                 const obm_compress_options *options, const char *out_path, obm_plan *plan, obm_pack **out,
                                 obm_error *err);

@@ -438,7 +438,7 @@ obm_status obm__model_writer_check(const char *path, bool overwrite, obm_error *
     obm__unfinished u;
     if (access(path, F_OK) != 0) return OBM_OK;
     if (!obm__is_directory(path))
-        return obm__fail(err, OBM_E_EXISTS, "%s is a file, expected a folder or nothing", path);
+        return obm__fail(err, OBM_E_OCCUPIED, "%s is a file, expected a folder or nothing", path);
     if (overwrite) return OBM_OK;
     OBM_TRY(obm__unfinished_read(path, &u, err));
     obm_status status = u.journal ? OBM_OK : refuse_existing(path, NULL, &u, err);

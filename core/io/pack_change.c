@@ -309,7 +309,8 @@ obm_status obm_pack_add(obm_pack *p, const obm_expert *given, const obm_compress
     OBM_TRY(check_shared(p, options, err));
     size_t at = find_task(p, expert->name);
     if (at < p->n_experts && !OBM_OPT(options, obm_compress_options, overwrite, false)) {
-        return obm__fail(err, OBM_E_EXISTS, "pack %s has an expert %s already", p->path, expert->name);
+        return obm__fail(err, OBM_E_EXISTS, "pack %s has an expert %s already, and overwriting was not asked for",
+                         p->path, expert->name);
     }
     if (at == OBM_PACK_MAX_TASKS)
         return obm__fail(err, OBM_E_UNSUPPORTED, "a pack holds at most %d experts", OBM_PACK_MAX_TASKS);

@@ -58,20 +58,21 @@ static bool holds_other_files(const char *dir) {
 }
 
 static obm_status no_pack(const compression *c, obm_error *err) {
-    return obm__fail(err, OBM_E_EXISTS, "%s exists and is not a pack: it will not be replaced", c->dir);
+    return obm__fail(err, OBM_E_OCCUPIED, "%s exists and is not a pack: it will not be replaced", c->dir);
 }
 
 static obm_status check_output(const compression *c, obm_error *err) {
     bool overwrite = OBM_OPT(c->options, obm_compress_options, overwrite, false);
     if (access(c->dir, F_OK)) return OBM_OK;
-    if (!obm__is_directory(c->dir)) return obm__fail(err, OBM_E_EXISTS, "%s exists and is no folder", c->dir);
+    if (!obm__is_directory(c->dir)) return obm__fail(err, OBM_E_OCCUPIED, "%s exists and is no folder", c->dir);
     if (c->dry_run || !holds_other_files(c->dir)) return OBM_OK;
-    if (!overwrite) return obm__fail(err, OBM_E_EXISTS, "%s exists already, and overwriting was not asked for", c->dir);
     char *manifest = obm__path_join(c->dir, OBM_PACK_MANIFEST);
     if (!manifest) return obm__fail_nomem(err, strlen(c->dir));
     bool pack = obm__file_exists(manifest);
     obm_free(manifest);
-    return pack ? OBM_OK : no_pack(c, err);
+    if (!pack) return no_pack(c, err);
+    if (overwrite) return OBM_OK;
+    return obm__fail(err, OBM_E_EXISTS, "%s exists already, and overwriting was not asked for", c->dir);
 }
 
 /* A pack beside the weights it is made from would pass for a pack above. */
@@ -80,7 +81,7 @@ static obm_status refuse_input_folder(const compression *c, const obm_checkpoint
     struct stat ours, theirs;
     if (stat(c->dir, &ours) || stat(input->directory, &theirs)) return OBM_OK;
     if (ours.st_dev != theirs.st_dev || ours.st_ino != theirs.st_ino) return OBM_OK;
-    return obm__fail(err, OBM_E_EXISTS, "%s is the folder of %s itself: it will not be replaced", c->dir, what);
+    return obm__fail(err, OBM_E_OCCUPIED, "%s is the folder of %s itself: it will not be replaced", c->dir, what);
 }
 
 static obm_status refuse_inputs(const compression *c, obm_error *err) {

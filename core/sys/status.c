@@ -14,8 +14,9 @@ const char *obm_version(void) {
 int obm_abi_version(void) { return OBM_ABI_VERSION; }
 
 const char *obm_status_name(obm_status status) {
-    static const char *const names[] = {"OK",   "NOMEM",  "ARG",      "SHAPE",       "DTYPE", "IO",   "FORMAT",
-                                        "NOTFOUND", "UNSUPPORTED", "BUSY",  "USER", "EXISTS", "MISMATCH", "VALUE"};
+    static const char *const names[] = {"OK",   "NOMEM",  "ARG",      "SHAPE",       "DTYPE",
+                                        "IO",   "FORMAT", "NOTFOUND", "UNSUPPORTED", "BUSY",
+                                        "USER", "EXISTS", "MISMATCH", "VALUE",       "OCCUPIED"};
     int i = -(int)status;
     return i >= 0 && i < (int)(sizeof names / sizeof *names) ? names[i] : "UNKNOWN";
 }

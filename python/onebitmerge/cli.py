@@ -18,7 +18,7 @@ import sys
 import warnings
 
 import onebitmerge as obm
-from onebitmerge import _results
+from onebitmerge import _core, _results
 from onebitmerge._results import percent
 from onebitmerge.evaluate import evaluate, prompt_of
 from onebitmerge.items import Item, check_keys, check_options, check_route, check_vocabulary, located, need, read_lines, wrong
@@ -76,11 +76,6 @@ def output_of(args):
     if os.path.lexists(args.output) and not args.force:
         raise Failure(f"{args.output} exists; --force replaces it")
     return args.output
-
-
-def folder_of(args):
-    """A folder's contents are the library's to judge: what a killed run left there does not hinder, a model or a pack does."""
-    return args.output if os.path.isdir(args.output) else output_of(args)
 
 
 def is_pack(path):
@@ -314,7 +309,7 @@ def compress(args):
     given = {"profile": args.profile, "shared": args.shared, "tall_lambda": args.tall_lambda, "shared_dtype": args.shared_dtype}
     if args.dry_run:
         return print_plan(args, obm.compress(args.base, experts, args.output, dry_run=True, **given), "compress")
-    pack = obm.compress(args.base, experts, folder_of(args), overwrite=args.force, progress=progress_of(args), **given)
+    pack = obm.compress(args.base, experts, args.output, overwrite=args.force, progress=progress_of(args), **given)
     show_pack(args, pack)
 
 
@@ -412,7 +407,7 @@ def pack_add(args):
     if args.dry_run and not pack.shared:   # else `add` refuses
         return print_plan(args, obm.compress(pack.base, {name: expert}, args.pack, dry_run=True), "add")
     routed = has_router(pack)
-    pack.add(name, expert, progress=progress_of(args))
+    pack.add(name, expert, progress=progress_of(args), overwrite=args.force)
     if routed:
         print("onebitmerge: the router was dropped: its tasks changed (router train makes a new one)", file=sys.stderr)
     show_pack(args, pack)
@@ -627,7 +622,7 @@ def merge(args):
         plan = obm.merge(args.recipe, args.output, dry_run=True, **given)
         print_plan(args, plan, "merge")
         return None if args.json else print_documents(plan["documents"])
-    plan = obm.merge(args.recipe, folder_of(args), overwrite=args.force, resume=args.resume,
+    plan = obm.merge(args.recipe, args.output, overwrite=args.force, resume=args.resume,
                      progress=progress_of(args), **given)
     emit({"output": args.output, **plan}) if args.json else print(f"{args.output}: {plan['tensors']} tensors, {_results.size(plan['bytes_written'])}")
 
@@ -649,7 +644,7 @@ def extract_lora(args):
     args.output = args.output or args.out
     if args.dry_run:
         return print_plan(args, obm.extract_lora(args.base, args.expert, args.output, dry_run=True, **given), "extract-lora")
-    matrices = obm.extract_lora(args.base, args.expert, folder_of(args), overwrite=args.force, progress=progress_of(args), **given)
+    matrices = obm.extract_lora(args.base, args.expert, args.output, overwrite=args.force, progress=progress_of(args), **given)
     if args.json:
         for m in matrices:
             emit(m)
@@ -666,7 +661,7 @@ def export(args):
     pack = obm.Pack(args.pack, base=args.base)
     if args.dry_run:
         return print_plan(args, pack.export(args.route, args.output, dtype=args.dtype, dry_run=True), "export")
-    report = pack.export(args.route, folder_of(args), dtype=args.dtype, shard_bytes=args.out_shard_size, overwrite=args.force,
+    report = pack.export(args.route, args.output, dtype=args.dtype, shard_bytes=args.out_shard_size, overwrite=args.force,
                          progress=progress_of(args))
     lost = report["lost"] / report["changed"] if report["changed"] else 0.0
     if args.json:
@@ -835,6 +830,7 @@ def make_parser():
     p = verb(group, "add", pack_add, "compress one more expert into the pack (the router goes: its tasks changed)", dry=True, base=True)
     p.add_argument("pack", metavar="PACK")
     p.add_argument("expert", metavar="NAME=EXPERT[:POLICY]")
+    p.add_argument("--force", action="store_true", help="replace an expert of that name")
     add_expert_arguments(p)
     p = verb(group, "remove", pack_remove, "drop an expert (and the router: its tasks changed)", dry=True, base=True)
     p.add_argument("pack", metavar="PACK")
@@ -976,6 +972,14 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     warnings.showwarning = show_warning
+    _core._register("overwrite", "--force")   # what messages tell people to add
+    try:
+        return run(args)
+    finally:
+        _core._register("overwrite", None)
+
+
+def run(args):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8")   # JSON lines and model text are UTF-8 whatever the locale says
     try:
@@ -991,8 +995,6 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as e:
-        if isinstance(e, FileExistsError) and "overwriting was not asked for" in (e.strerror or ""):
-            return fail(e.strerror.replace("; overwrite=True replaces", "; --force replaces"), 1)
         if e.strerror and e.filename:
             return fail(f"{e.filename}: {e.strerror}", 1)
         return fail(e.strerror or e, 1)

@@ -256,7 +256,7 @@ static void test_exists(void **state) {
     assert_int_equal(model_state(dir, &tag), 'y');
     put_text(in_dir("plain"), "a file");
     assert_int_equal(write_model(in_dir("plain"), &(obm__model_writer_options){.overwrite = true}, 'y', &err),
-                     OBM_E_EXISTS);
+                     OBM_E_OCCUPIED);
     assert_int_equal(mkdir(in_dir("notes"), 0777), 0);
     put_text(in_dir("notes/notes.txt"), "mine");
     write_ok(in_dir("notes"), NULL, 'x');

@@ -323,7 +323,7 @@ static void test_exists_and_overwrite(void **state) {
     assert_int_equal(obm_pack_task_count(p), 1);
     assert_int_equal(list(w->pack, files), 2);
     obm_pack_free(p);
-    FAILS(obm_compress(w->ctx, w->base, e, 1, NULL, w->base, NULL, NULL, err), OBM_E_EXISTS, "base exists");
+    FAILS(obm_compress(w->ctx, w->base, e, 1, NULL, w->base, NULL, NULL, err), OBM_E_OCCUPIED, "base exists");
 }
 
 static void keeps(const world *w, const char *out, const char *file, const char *part) {
@@ -333,7 +333,7 @@ static void keeps(const world *w, const char *out, const char *file, const char 
     two_experts(w, e);
     o.overwrite = true;
     size_t n = list(out, before);
-    FAILS(obm_compress(w->ctx, w->base, e, 2, &o, out, NULL, NULL, err), OBM_E_EXISTS, part);
+    FAILS(obm_compress(w->ctx, w->base, e, 2, &o, out, NULL, NULL, err), OBM_E_OCCUPIED, part);
     assert_int_equal(list(out, after), n);
     for (size_t i = 0; i < n; i++) assert_string_equal(after[i], before[i]);
     char *path = obm__path_join(out, file);
@@ -775,6 +775,10 @@ static void test_add_and_remove(void **state) {
     }
     check_contents(w, p);
     FAILS(obm_pack_add(p, &e[1], NULL, err), OBM_E_EXISTS, "math already");
+    obm_compress_options again = OBM_INIT(obm_compress_options);
+    again.overwrite = true;
+    OK(obm_pack_add(p, &e[1], &again, err));
+    check_contents(w, p);
     e[0].name = "law";
     e[0].path = "/nowhere";
     FAILS(obm_pack_add(p, &e[0], NULL, err), OBM_E_IO, "/nowhere");

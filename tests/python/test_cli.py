@@ -89,7 +89,12 @@ def test_compress(lines, run, models, tmp_path, fails):
     pack = obm.Pack(out)
     assert pack.tasks == ["chat", "math"] and pack.policy("math").startswith("attention")
     before = sorted((p.name, p.stat().st_mtime_ns) for p in out.iterdir())
-    assert "--force" in fails(*compress_args(models, out), match="exists")
+    assert fails(*compress_args(models, out), match="exists").rstrip().endswith("; --force replaces it")
+    assert fails("pack", "add", out, f"chat={models / 'chat'}", match="has an expert chat").rstrip().endswith("; --force replaces it")
+    (tmp_path / "file").write_text("mine")
+    assert "--force" not in fails(*compress_args(models, tmp_path / "file"), match="is no folder")
+    with pytest.raises(FileExistsError, match="; overwrite=True replaces it"):   # what the command line says is its own
+        obm.Pack(out).add("chat", models / "chat")
     assert sorted((p.name, p.stat().st_mtime_ns) for p in out.iterdir()) == before
     assert run(*compress_args(models, out), "--force", "--scale", "matrix", "--planes", 2, "--map", "*.o_proj.weight=drop")[0] == 0
     pack = obm.Pack(out)

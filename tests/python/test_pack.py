@@ -183,9 +183,18 @@ def test_an_existing_output_is_kept(models, experts, tmp_path):
     out = tmp_path / "p"
     obm.compress(models / "base", experts, out)
     before = contents(out)
-    with pytest.raises(FileExistsError, match="p.*exists"):
+    with pytest.raises(FileExistsError, match="p exists already.*; overwrite=True replaces it"):
         obm.compress(models / "base", {"chat": experts["chat"]}, out)
+    with pytest.raises(FileExistsError, match="expert chat already.*; overwrite=True replaces it"):
+        obm.Pack(out).add("chat", experts["chat"])
     assert contents(out) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for overwrite in (False, True):   # no hint where it would not help
+        with pytest.raises(FileExistsError, match="mine exists and is not a pack: it will not be replaced$"):
+            obm.compress(models / "base", {"chat": experts["chat"]}, tmp_path / "mine", overwrite=overwrite)
+    obm.Pack(out).add("chat", (experts["chat"], "mlp"), overwrite=True)
+    assert contents(out) != before
     assert obm.compress(models / "base", {"chat": experts["chat"]}, out, overwrite=True).tasks == ["chat"]
 
 
