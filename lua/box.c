@@ -126,7 +126,10 @@ void obm_lua_type(lua_State *L, const char *type, const luaL_Reg *methods, const
 /* ---- errors ---- */
 
 int obm_lua_fail(lua_State *L, const obm_error *err) {
-    if (err->code == OBM_E_ARG) return luaL_error(L, "%s", err->message);
+    return err->code == OBM_E_ARG ? luaL_error(L, "%s", err->message) : obm_lua_answer(L, err);
+}
+
+int obm_lua_answer(lua_State *L, const obm_error *err) {
     lua_pushnil(L);
     lua_pushfstring(L, "%s%s", err->message, err->code == OBM_E_EXISTS ? "; overwrite = true replaces it" : "");
     lua_pushstring(L, obm_status_name(err->code));

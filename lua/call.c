@@ -49,7 +49,7 @@ int obm_lua_end(obm_lua_call *c, obm_status status, const obm_error *err) {
         lua_pushvalue(L, c->raised);
         return lua_error(L);
     }
-    if (status != OBM_OK) return obm_lua_fail(L, err);
+    if (status != OBM_OK) return c->answers ? obm_lua_answer(L, err) : obm_lua_fail(L, err);
     return closed ? luaL_error(L, "a callback closed the object that was at work") : 0;
 }
 

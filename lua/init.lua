@@ -104,7 +104,7 @@ local function encode_array(t)
   local parts = {}
   for key in pairs(t) do
     if math.type(key) ~= "integer" or key < 1 or key > #t then
-      error(("recipe: a list has the key %s as well"):format(tostring(key)), 0)
+      error { recipe = ("recipe: a list has the key %s as well"):format(tostring(key)) }
     end
   end
   for i, value in ipairs(t) do parts[i] = encode(value) end
@@ -114,7 +114,7 @@ end
 local function encode_object(t)
   local keys, parts = {}, {}
   for key in pairs(t) do
-    if type(key) ~= "string" then error(("recipe: the key %s is not a string"):format(tostring(key)), 0) end
+    if type(key) ~= "string" then error { recipe = ("recipe: the key %s is not a string"):format(tostring(key)) } end
     keys[#keys + 1] = key
   end
   table.sort(keys)
@@ -131,7 +131,14 @@ function encode(value)
   if math.type(value) == "integer" then return ("%d"):format(value) end
   if kind == "number" and value == value and math.abs(value) < math.huge then return ("%.17g"):format(value) end
   if getmetatable(value) == core._metatable("checkpoint") then return encode_string(value:path()) end
-  error(("recipe: %s cannot be written"):format(tostring(value)), 0)
+  error { recipe = ("recipe: %s cannot be written"):format(tostring(value)) }
+end
+
+local function recipe_text(recipe)
+  local ok, text = pcall(encode, recipe)
+  if ok then return text end
+  if type(text) ~= "table" then error(text, 0) end
+  return nil, text.recipe, "ARG"
 end
 
 ---- merge ----
@@ -149,7 +156,16 @@ end
 -- Relative paths in a file start at its folder.  With `resume` the finished shards of a killed merge of the same recipe,
 -- options and inputs are kept.
 -- options.method, a name or a function (tile), takes the place of merge_method, which in a table may be a function too.
+-- A recipe is data: whatever is wrong with what it says, in a table or a file, while planning or at work, is returned as
+-- nil, message, code.  Arguments of wrong types and unknown options raise.
 function M.merge(recipe, out, options)
+  local kind = type(recipe)
+  if kind ~= "table" and kind ~= "string" then
+    error(("bad argument #1 to 'merge' (table or path expected, got %s)"):format(kind), 2)
+  end
+  if options ~= nil and type(options) ~= "table" then
+    error(("bad argument #3 to 'merge' (table expected, got %s)"):format(type(options)), 2)
+  end
   if type(recipe) == "table" then
     local copy, more = {}, {}
     for key, value in pairs(recipe) do copy[key] = value end
@@ -158,7 +174,9 @@ function M.merge(recipe, out, options)
       more.method = more.method or copy.merge_method
       copy.merge_method = nil
     end
-    return core.merge(encode(copy), out, more)
+    local text, message, code = recipe_text(copy)
+    if not text then return nil, message, code end
+    return core.merge(text, out, more)
   end
   local text, message, code = read_recipe(recipe)
   if not text then return nil, message, code end

@@ -23,6 +23,7 @@ int obm_lua_merge(lua_State *L) {
     bool dry_run = obm_lua_field_boolean(L, 3, "dry_run", false);
     obm_lua_call call;
     obm_lua_call_init(L, &call, 3, false);
+    call.answers = true; /* a recipe is data */
     options.progress = obm_lua_progress;
     options.progress_user = &call;
     obm_lua_methods methods;

@@ -60,6 +60,7 @@ obm_context *obm_lua_context(lua_State *L);
 
 /* nil, message, code name; wrong use (OBM_E_ARG) raises. */
 int obm_lua_fail(lua_State *L, const obm_error *err);
+int obm_lua_answer(lua_State *L, const obm_error *err); /* never raises */
 
 /* ---- memory ---- */
 
@@ -118,7 +119,8 @@ typedef struct obm_lua_call {
     const obm_pack *pack;         /* names of the router's answers */
     obm_lua_box *held;            /* kept alive against a callback that closes it */
     bool failed;
-    double last; /* seconds, when the progress callback ran last */
+    bool answers; /* ARG is returned as other failures are: what is wrong stands in data, not in the program */
+    double last;  /* seconds, when the progress callback ran last */
 } obm_lua_call;
 
 /* Pushes the callbacks of the options at `at` (0: none) and a place for an error. */

@@ -1,8 +1,9 @@
 ---@meta onebitmerge
 -- Annotations of the Lua module for LuaLS.  Expected failures (files, formats, unknown tasks, a busy model) return
--- nil, message, code, with code one of onebitmerge.Code; wrong use raises; what a callback raises comes back unchanged.
+-- nil, message, code, with code one of onebitmerge.Code; wrong use raises; what a callback raises comes back unchanged.  What a
+-- recipe says is no use but data: merge returns all that is wrong with it, code "ARG" too, which other functions raise.
 
----@alias onebitmerge.Code "NOMEM"|"SHAPE"|"DTYPE"|"IO"|"FORMAT"|"NOTFOUND"|"UNSUPPORTED"|"BUSY"|"EXISTS"|"OCCUPIED"|"MISMATCH"|"VALUE"
+---@alias onebitmerge.Code "ARG"|"NOMEM"|"SHAPE"|"DTYPE"|"IO"|"FORMAT"|"NOTFOUND"|"UNSUPPORTED"|"BUSY"|"EXISTS"|"OCCUPIED"|"MISMATCH"|"VALUE"
 ---@alias onebitmerge.Profile "default"|"paper"|"mergekit"
 ---@alias onebitmerge.Progress boolean|fun(what: string, done: integer, total: integer)  true: a line on stderr
 ---A task name ("chat", "chat=.7,math=.3", "base"), a task's index from 1, weights by task name, or one weight per task.
@@ -523,7 +524,8 @@ function obm.tokenizer(path) end
 
 ---Merges by a recipe (a table with mergekit's keys, or the path of a YAML or JSON file) into a Hugging Face folder.  In a table
 ---one with an element 1 is a list, every other one, the empty one too, a mapping.  Models are folders, MODEL+ADAPTER, or experts of
----packs, PACK:task.
+---packs, PACK:task.  Whatever is wrong with a recipe, its text, its plan or its run, is returned; wrong types of arguments and
+---unknown options raise.
 ---@param recipe table|string
 ---@param out string
 ---@param options? { directory?: string, profile?: onebitmerge.Profile, seed?: integer, shard_bytes?: integer, memory?: integer, overwrite?: boolean, resume?: boolean, dry_run?: boolean, method?: string|onebitmerge.Method, progress?: onebitmerge.Progress }

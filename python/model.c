@@ -571,9 +571,17 @@ static PyObject *model_score_items(PyObject *o, PyObject *args, PyObject *kwargs
     bool ok = in && prompts && out && routes && ids;
     if (!ok) PyErr_NoMemory();
     for (size_t i = 0; ok && i < n; i++) {
-        PyObject *prompt, *continuation, *route;
+        PyObject *item = PyList_GetItem(items, (Py_ssize_t)i), *prompt, *continuation = Py_None, *route = Py_None;
         bool failed;
-        ok = PyArg_ParseTuple(PyList_GetItem(items, (Py_ssize_t)i), "OOO", &prompt, &continuation, &route) &&
+        if (!PyTuple_Check(item) || PyTuple_Size(item) < 1 || PyTuple_Size(item) > 3) {
+            ok = (PyErr_Format(PyExc_TypeError,
+                               "score item %zd: expected (prompt, continuation) or (prompt, continuation, route), "
+                               "None where there is none, found %R",
+                               (Py_ssize_t)i, item),
+                  false);
+            break;
+        }
+        ok = PyArg_ParseTuple(item, "O|OO", &prompt, &continuation, &route) &&
              obm_py_prompts_from(prompt, &prompts[i]) == 0;
         if (ok && !prompts[i].single) ok = (PyErr_SetString(PyExc_TypeError, "a score item has one prompt"), false);
         if (!ok) break;
@@ -622,6 +630,10 @@ static PyObject *model_score(PyObject *o, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"prompt", "continuation", "route", NULL};
     PyObject *prompt, *continuation = Py_None, *route = Py_None;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OO", names, &prompt, &continuation, &route)) return NULL;
+    if (PyList_Check(prompt) && PyList_Size(prompt) > 0 && PyTuple_Check(PyList_GetItem(prompt, 0)))
+        return PyErr_SetString(PyExc_TypeError, "score takes one prompt and its continuation; a list of (prompt, "
+                                                "continuation) or (prompt, continuation, route) goes to score_items"),
+               NULL;
     /* One argument is a whole text: scored from its second token on. */
     PyObject *item = continuation == Py_None ? Py_BuildValue("([(sOO)])", "", prompt, route)
                                              : Py_BuildValue("([(OOO)])", prompt, continuation, route);
@@ -710,7 +722,8 @@ static PyMethodDef model_methods[] = {
     {"score", KW(model_score),
      "score(prompt, continuation=None, route=None) -> Score\n\nWithout continuation the prompt is a whole text."},
     {"score_items", KW(model_score_items),
-     "score_items(items, progress=None) -> list of Score\n\nitems: (prompt, continuation or None, route or None)."},
+     "score_items(items, progress=None) -> list of Score\n\nitems: (prompt, continuation or None, route or None), the "
+     "last ones may be left out."},
     {"route", KW(model_route), "route(prompt, router=None) -> (weights, probabilities)"},
     {"tokenizer_for", model_tokenizer_for, METH_O,
      "tokenizer_for(route) -> Tokenizer or None\n\nWhat prompts are encoded and rendered with under a route: the "

@@ -23,6 +23,7 @@ typedef struct {
     const char *where;
     const uint8_t *data;
     size_t size;
+    size_t header; /* bytes */
 } source;
 
 static obm_status parse_dtype(const source *s, const char *name, const obm_json *v, obm_dtype *out, obm_error *err) {
@@ -164,11 +165,34 @@ static void free_entries(obm__st_entry *entries, size_t n) {
     obm_free(entries);
 }
 
+/* Whatever is cut off was written once: the copy is at fault, not what wrote the file. */
+static obm_status fail_truncated(const char *where, uint64_t expected, uint64_t found, const char *what,
+                                 obm_error *err) {
+    return obm__fail(err, OBM_E_FORMAT,
+                     "%s: truncated, the download or copy may be incomplete: expected %llu bytes%s, found %llu", where,
+                     (unsigned long long)expected, what, (unsigned long long)found);
+}
+
+/* The end of the last tensor.  A file that ends before it is looked at first: each of its tensors that lies behind the
+ * end would tell a part of it.  Offsets that are no offsets are left to parse_offsets. */
+static obm_status check_length(const source *s, const obm_json *header, obm_error *err) {
+    int64_t last = 0, end;
+    for (void *it = obm__json_first(header); it; it = obm__json_next(header, it)) {
+        const obm_json *offsets = obm__json_get(obm__json_value(it), "data_offsets");
+        if (!strcmp(obm__json_key(it), METADATA_KEY) || !offsets || obm__json_kind(offsets) != OBM_JSON_ARRAY) continue;
+        if (obm__json_size(offsets) == 2 && non_negative(obm__json_at(offsets, 1), &end) && end > last) last = end;
+    }
+    uint64_t before = (uint64_t)LENGTH_BYTES + s->header;
+    if ((uint64_t)last <= s->size) return OBM_OK;
+    return fail_truncated(s->where, before + (uint64_t)last, before + s->size, "", err);
+}
+
 /* Fills count, entries and metadata of *out step by step, so that the caller can free what is there on failure. */
 static obm_status parse_header(const source *s, const obm_json *header, obm__safetensors *out, obm_error *err) {
     if (obm__json_kind(header) != OBM_JSON_OBJECT)
         return obm__fail(err, OBM_E_FORMAT, "%s: header: expected an object, found %s", s->where,
                          obm__json_kind_name(header));
+    OBM_TRY(check_length(s, header, err));
     out->entries = obm__calloc(obm__json_size(header), sizeof *out->entries);
     if (!out->entries) return obm__fail_nomem(err, obm__json_size(header) * sizeof *out->entries);
     for (void *it = obm__json_first(header); it; it = obm__json_next(header, it)) {
@@ -196,9 +220,7 @@ static obm_status header_length(const uint8_t *data, size_t size, const char *wh
         return obm__fail(err, OBM_E_FORMAT,
                          "%s: not a safetensors file: a header of %llu bytes is announced, at most %u are allowed",
                          where, (unsigned long long)n, MAX_HEADER);
-    if (n > size - LENGTH_BYTES)
-        return obm__fail(err, OBM_E_FORMAT, "%s: truncated: the header needs %llu bytes, the file has %zu", where,
-                         (unsigned long long)n, size - LENGTH_BYTES);
+    if (n > size - LENGTH_BYTES) return fail_truncated(where, n + LENGTH_BYTES, size, " for its header", err);
     if (n == 0 || data[LENGTH_BYTES] != '{')
         return obm__fail(err, OBM_E_FORMAT, "%s: byte 8: the header does not begin with '{'", where);
     *out = (size_t)n;
@@ -212,7 +234,7 @@ obm_status obm__safetensors_parse(const uint8_t *data, size_t size, const char *
     OBM_TRY(header_length(data, size, where, &n, err));
     obm_json *header;
     OBM_TRY(obm__json_parse((const char *)data + LENGTH_BYTES, n, where, &header, err));
-    source s = {where, data + LENGTH_BYTES + n, size - LENGTH_BYTES - n};
+    source s = {where, data + LENGTH_BYTES + n, size - LENGTH_BYTES - n, n};
     obm__safetensors parsed = {0};
     obm_status status = parse_header(&s, header, &parsed, err);
     obm__json_free(header);

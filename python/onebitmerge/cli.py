@@ -62,13 +62,14 @@ def number(value, digits=4):
     return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
-def print_plan(args, plan, what):
+def print_plan(args, plan, what, at_most=""):
+    """at_most: tensors that turn out equal to the base's take no bytes, and a dry run does not read them."""
     output = getattr(args, "output", None)
     exists = bool(output) and os.path.lexists(output)
     if args.json:
         return emit({"dry_run": True, **plan, **({"exists": exists} if output else {})})
     tiles = f" in {plan['tiles']} tiles" if "tiles" in plan else ""
-    print(f"{what}: {plan['tensors']} tensors{tiles}, reads {_results.size(plan['bytes_read'])}, writes {_results.size(plan['bytes_written'])}, "
+    print(f"{what}: {plan['tensors']} tensors{tiles}, reads {_results.size(plan['bytes_read'])}, writes {at_most}{_results.size(plan['bytes_written'])}, "
           f"peak memory about {_results.size(plan['peak_memory'])}, about {plan['seconds']:.1f} s; nothing was written{f', {output} exists already' if exists else ''}")
 
 
@@ -308,7 +309,7 @@ def compress(args):
         raise Usage(f"--{'scale' if args.scale else 'planes'} is of 1-bit planes, and with --shared matrices have masks (but where --map GLOB=1bit says otherwise)")
     given = {"profile": args.profile, "shared": args.shared, "tall_lambda": args.tall_lambda, "shared_dtype": args.shared_dtype}
     if args.dry_run:
-        return print_plan(args, obm.compress(args.base, experts, args.output, dry_run=True, **given), "compress")
+        return print_plan(args, obm.compress(args.base, experts, args.output, dry_run=True, **given), "compress", "at most ")
     pack = obm.compress(args.base, experts, args.output, overwrite=args.force, progress=progress_of(args), **given)
     show_pack(args, pack)
 
@@ -405,7 +406,7 @@ def pack_add(args):
     pack = obm.Pack(args.pack, base=args.base)
     name, expert = parse_expert(args.expert, args)
     if args.dry_run and not pack.shared:   # else `add` refuses
-        return print_plan(args, obm.compress(pack.base, {name: expert}, args.pack, dry_run=True), "add")
+        return print_plan(args, obm.compress(pack.base, {name: expert}, args.pack, dry_run=True), "add", "at most ")
     routed = has_router(pack)
     pack.add(name, expert, progress=progress_of(args), overwrite=args.force)
     if routed:
@@ -485,6 +486,16 @@ def route_text(model, route):
     return None if route is None or model.pack is None else model.pack.format_route(route)
 
 
+def read_prompt(text):
+    """"-": standard input as it is, but for the newline that ends its last line."""
+    if text != "-":
+        return text
+    try:
+        return getattr(sys.stdin, "buffer", sys.stdin).read().decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as e:
+        raise Failure(f"standard input: not UTF-8 at byte {e.start}") from None
+
+
 def generate(args):
     if (args.prompt is None) == (args.file is None):
         raise Usage("give either -p or --file")
@@ -498,7 +509,7 @@ def generate(args):
         if args.route not in (None, "auto"):
             raise Usage("--route-every asks the router again, and --route leaves it nothing to decide")
         options["route_every"] = args.route_every
-    items = [Item(prompt=args.prompt)] if args.file is None else read_lines(args.file)
+    items = [Item(prompt=read_prompt(args.prompt))] if args.file is None else read_lines(args.file)
     for i, item in enumerate(items if args.file is not None else ()):
         check_keys(item, i, {*options, "router", "route_every", "batch"})
     prompts = [prompt_of(item, i) for i, item in enumerate(items)]
@@ -860,7 +871,7 @@ def make_parser():
 
     p = verb(verbs, "generate", generate, "text, streamed", base=True, runs=True)
     p.add_argument("model", metavar="MODEL|PACK")
-    p.add_argument("-p", "--prompt", metavar="TEXT")
+    p.add_argument("-p", "--prompt", metavar="TEXT", help="-: standard input")
     p.add_argument("--file", metavar="FILE", help="JSON lines: prompt|messages|ids, route")
     p.add_argument("--route", help="auto (default), a task, or chat=.7,math=.3")
     p.add_argument("--router", metavar="FILE.py:FUNC|FILE.lua")

@@ -77,9 +77,11 @@ describe("merge", function()
     assert.equal(0.5 * norm[1], last[1])
     assert.equal(0, a:get("model.embed_tokens.weight").shape[1] % 64)
     assert.truthy(obm.model(folder .. "/a"):generate("What is 17 plus 5?", { max_tokens = 2 }))
-    assert.error_matches(function()
-      obm.merge({ merge_method = "passthrough", slices = { { sources = { { model = base, layer_range = { 0, 200 } } } } } }, folder .. "/b")
-    end, "slices%[0%]%.sources%[0%]: layer_range")
+    local none, reason, code = obm.merge({ merge_method = "passthrough",
+      slices = { { sources = { { model = base, layer_range = { 0, 200 } } } } } }, folder .. "/b")
+    assert.is_nil(none)
+    assert.equal("ARG", code)
+    assert.matches("slices%[0%]%.sources%[0%]: layer_range", reason)
   end)
 
   it("resumes what was stopped", function()
@@ -122,11 +124,59 @@ describe("merge", function()
     assert.is_nil(missing)
     assert.equal("IO", code)
     assert.truthy(text:find("/no/such.yml", 1, true))
-    assert.error_matches(function() obm.merge({ models = { "a", x = 1 } }, "out") end, "a list has the key x as well")
-    assert.error_matches(function() obm.merge({ [2] = 1 }, "out") end, "key 2 is not a string")
-    assert.error_matches(function() obm.merge({ a = print }, "out") end, "cannot be written")
-    assert.error_matches(function() obm.merge({ a = 0 / 0 }, "out") end, "cannot be written")
+  end)
+
+  it("returns what is wrong with a recipe and raises what is wrong with a call", function()
+    local folder = support.folder()
+    local out = folder .. "/out"
+    local function changed(key, value)
+      local r = recipe()
+      r[key] = value
+      return r
+    end
+    local function file(text) return support.write(("%s/%d.yml"):format(folder, #text), text) end
+    local light = recipe()
+    light.models[1].parameters.weight = "heavy"
+    local idle = { merge_method = "linear", models = { { model = support.models .. "chat", parameters = { weight = 0 } } } }
+    local unlike = recipe()
+    unlike.models[2].parameters.density = 2
+    for i, case in ipairs {
+      { { models = { "a", x = 1 } }, "ARG", "a list has the key x as well" },   -- the text
+      { { [2] = 1 }, "ARG", "key 2 is not a string" },
+      { { a = print }, "ARG", "cannot be written" },
+      { { a = 0 / 0 }, "ARG", "cannot be written" },
+      { file "merge_method: [ties", "FORMAT", "line" },
+      { file "[1, 2]", "FORMAT", "expected a mapping" },
+      { file "models: []", "ARG", '"merge_method" is missing' },
+      { light, "ARG", "expected a number" },                                    -- the plan
+      { unlike, "ARG", "density: expected a number in" },
+      { changed("dtype", "float31"), "ARG", 'no dtype "float31"' },
+      { changed("merge_method", "tise"), "NOTFOUND", 'did you mean "ties"' },
+      { changed("base_model", folder .. "/gone"), "IO", "gone" },
+      { idle, "ARG", "weights sum to 0" },
+    } do
+      local none, reason, code = obm.merge(case[1], out)
+      assert.is_nil(none)
+      assert.equal(case[2], code, i .. ": " .. reason)
+      assert.truthy(reason:find(case[3], 1, true), reason)
+    end
+    local none, reason, code = obm.merge(recipe(), out, { memory = 1 })
+    assert.is_nil(none)
+    assert.equal("ARG", code)
+    assert.matches("memory: this merge needs at least", reason)
+    local nan = folder .. "/nan.safetensors"                                    -- the run
+    support.safetensors(nan, { { "w", "F32", { 2 }, support.f32 { 0 / 0, 1 } } })
+    none, reason, code = obm.merge({ merge_method = "linear", models = { { model = nan, parameters = { weight = 1 } } } }, out)
+    assert.is_nil(none)
+    assert.equal("VALUE", code, reason)
+    for i, arguments in ipairs { { 7, out }, { nil, out }, { print, out }, { recipe(), {} }, { recipe(), nil }, { recipe(), out, 7 },
+      { recipe(), out, { sed = 1 } }, { recipe(), out, { seed = "x" } }, { recipe(), out, { overwrite = 1 } },
+      { recipe(), out, { progress = 5 } } } do
+      assert.is_false(pcall(obm.merge, table.unpack(arguments, 1, 3)), i)
+    end
+    assert.error_matches(function() obm.merge(7, out) end, "bad argument #1 to 'merge' %(table or path expected, got number%)")
     assert.error_matches(function() obm.merge(recipe(), "out", { sed = 1 }) end, "unknown option sed")
+    assert.is_false(support.exists(out .. "/config.json"))
   end)
 end)
 
