@@ -107,13 +107,12 @@ static PyObject *model_repr(PyObject *o) {
     obm_model_describe(model_get(o), &i);
     char packed[96] = "";
     if (i.z12_plain)
-        snprintf(packed, sizeof packed, ", z12: %llu MB of bf16 in %llu MB", (unsigned long long)(i.z12_plain / 1000000),
-                 (unsigned long long)(i.z12_bytes / 1000000));
-    return PyUnicode_FromFormat("Model(%s, %lld layers, hidden %lld, vocab %lld, %llu parameters, %zd tasks%s)",
-                                i.architecture, (long long)i.layers, (long long)i.hidden, (long long)i.vocab,
-                                (unsigned long long)i.params,
-                                model_pack_of(o) ? (Py_ssize_t)obm_pack_task_count(model_pack_of(o)) : (Py_ssize_t)0,
-                                packed);
+        snprintf(packed, sizeof packed, ", z12: %llu MB of bf16 in %llu MB",
+                 (unsigned long long)(i.z12_plain / 1000000), (unsigned long long)(i.z12_bytes / 1000000));
+    return PyUnicode_FromFormat(
+        "Model(%s, %lld layers, hidden %lld, vocab %lld, %llu parameters, %zd tasks%s)", i.architecture,
+        (long long)i.layers, (long long)i.hidden, (long long)i.vocab, (unsigned long long)i.params,
+        model_pack_of(o) ? (Py_ssize_t)obm_pack_task_count(model_pack_of(o)) : (Py_ssize_t)0, packed);
 }
 
 /* ---- routes ---- */
@@ -318,9 +317,9 @@ static int routes_from(PyObject *o, generation *g, PyObject *route, const obm_py
 /* Everything after the prompts; names match the keys of surface.md in all languages. */
 static int generation_from(PyObject *o, PyObject *args, PyObject *kwargs, generation *g, PyObject **prompts_out,
                            obm_py_prompts *prompts) {
-    static char *names[] = {"prompts",     "route", "router", "max_tokens",         "temperature",
-                            "top_k",       "top_p", "min_p",  "repetition_penalty", "seed",
-                            "stop",        "chat",  "batch",  "ignore_eos",         "progress",
+    static char *names[] = {"prompts",     "route",    "router", "max_tokens",         "temperature",
+                            "top_k",       "top_p",    "min_p",  "repetition_penalty", "seed",
+                            "stop",        "chat",     "batch",  "ignore_eos",         "progress",
                             "route_every", "template", NULL};
     PyObject *given, *route = Py_None, *router = Py_None, *stop = Py_None, *progress = Py_None;
     Py_ssize_t max_tokens = 0, top_k = 0, batch = 0, route_every = 0;
@@ -714,7 +713,8 @@ static PyMethodDef model_methods[] = {
     {"hidden", KW(model_hidden),
      "hidden(ids, layer, route=None) -> ndarray\n\n(T, hidden) float32 after `layer`; 0 = embeddings."},
     {"verify_placement", model_verify_placement, METH_NOARGS,
-     "verify_placement() -> dict\n\nWhere the pages of weights, planes and KV cache are, by NUMA node, and how many bytes "
+     "verify_placement() -> dict\n\nWhere the pages of weights, planes and KV cache are, by NUMA node, and how many "
+     "bytes "
      "are read from another node."},
     {"embed", KW(model_embed),
      "embed(texts, layer=0, progress=None) -> ndarray\n\n(n, hidden): mean-pooled hidden states of the base, what the "
@@ -735,20 +735,20 @@ static PyGetSetDef model_getset[] = {
     {"info", model_info, NULL, "dict of sizes", NULL},
     {"memory", model_memory, NULL, "resident bytes: base, planes, overlays, kv, scratch", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
-static PyType_Slot model_slots[] = {{Py_tp_new, model_new},
-                                    {Py_tp_dealloc, model_dealloc},
-                                    {Py_tp_repr, model_repr},
-                                    {Py_tp_methods, model_methods},
-                                    {Py_tp_getset, model_getset},
-                                    {Py_tp_doc,
-                                     "Model(path, base=None, kv=\"f32\", route_budget=0, materialise=False, z12=False, progress=None)\n\n"
-                                     "A Hugging Face folder, a pack folder, or an open Pack, ready to run.  A pack "
-                                     "runs on the base and its sign planes; what cannot (an overlay) and everything "
-                                     "with materialise=True is written out densely per route, within route_budget "
-                                     "bytes (0: a quarter of the memory).  z12=True holds bf16 matrices of the base in 12 "
-                                     "bits per weight, without loss: the same bits come out and a step reads 3/4 of "
-                                     "the bytes, but opening takes the time of packing them."},
-                                    {0, NULL}};
+static PyType_Slot model_slots[] = {
+    {Py_tp_new, model_new},
+    {Py_tp_dealloc, model_dealloc},
+    {Py_tp_repr, model_repr},
+    {Py_tp_methods, model_methods},
+    {Py_tp_getset, model_getset},
+    {Py_tp_doc, "Model(path, base=None, kv=\"f32\", route_budget=0, materialise=False, z12=False, progress=None)\n\n"
+                "A Hugging Face folder, a pack folder, or an open Pack, ready to run.  A pack "
+                "runs on the base and its sign planes; what cannot (an overlay) and everything "
+                "with materialise=True is written out densely per route, within route_budget "
+                "bytes (0: a quarter of the memory).  z12=True holds bf16 matrices of the base in 12 "
+                "bits per weight, without loss: the same bits come out and a step reads 3/4 of "
+                "the bytes, but opening takes the time of packing them."},
+    {0, NULL}};
 PyType_Spec obm_py_model_spec = {"onebitmerge.Model", sizeof(Model), 0, Py_TPFLAGS_DEFAULT, model_slots};
 
 /* ---- Request: what a router sees, valid during its call ---- */

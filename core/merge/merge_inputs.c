@@ -259,23 +259,15 @@ obm_status obm__job_find_texts(const obm__job *j, const char *ref, obm__texts *o
 
 /* ---- what must agree ---- */
 
-static const char *model_type(const obm_checkpoint *c) {
-    return obm__json_string(obm__json_get(c->config, "model_type"));
-}
-
 static obm_status check_architectures(const obm__job *j, obm_error *err) {
     const obm__input *donor = &j->inputs[j->donor];
-    const char *first = model_type(donor->model);
     if (!donor->model->config && obm__is_directory(donor->model->path))
         obm__warn(j->ctx, "%s has no config.json, nor will the result: it is tensors, not a model that can be run",
                   donor->ref);
     if (!j->recipe->sliced) obm__checkpoint_warn_layers(donor->model, "they are merged, but no model runs them");
     for (size_t i = 0; i < j->n_inputs; i++) {
-        const char *type = model_type(j->inputs[i].model);
-        if (first && type && strcmp(first, type))
-            return obm__fail(err, OBM_E_ARG,
-                             "%.200s is a %.40s model, %.200s a %.40s: only models of one architecture merge",
-                             donor->ref, first, j->inputs[i].ref, type);
+        if (j->inputs[i].model != donor->model)
+            OBM_TRY(obm__configs_compare(donor->model, j->inputs[i].model, !j->recipe->sliced, err));
         if (j->recipe->sliced && j->inputs[i].model->layout != donor->model->layout)
             return obm__fail(
                 err, OBM_E_UNSUPPORTED,
@@ -283,8 +275,6 @@ static obm_status check_architectures(const obm__job *j, obm_error *err) {
                 "supported",
                 donor->ref, obm__layout_embedding(donor->model->layout), j->inputs[i].ref,
                 obm__layout_embedding(j->inputs[i].model->layout));
-        if (j->inputs[i].model != donor->model)
-            OBM_TRY(obm__configs_compare(donor->model, j->inputs[i].model, !j->recipe->sliced, err));
     }
     return OBM_OK;
 }

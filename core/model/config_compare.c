@@ -259,10 +259,22 @@ static obm_status compare(const pair *p, obm__config *a, obm__config *b, obm_err
     return OBM_OK;
 }
 
+/* By the part that is the language model: one checkpoint may have it alone, the other beside what sees images. */
+static obm_status same_architecture(const pair *p, obm_error *err) {
+    const char *a = obm__json_string(obm__json_get(obm__checkpoint_text_config(p->base), "model_type"));
+    const char *b = obm__json_string(obm__json_get(obm__checkpoint_text_config(p->other), "model_type"));
+    if (!a || !b || !strcmp(a, b)) return OBM_OK;
+    return obm__fail(err, OBM_E_MISMATCH,
+                     "%.200s is a %.40s model, %.200s a %.40s (\"model_type\" in config.json): only models of one "
+                     "architecture go together",
+                     p->base->path, a, p->other->path, b);
+}
+
 obm_status obm__configs_compare(const obm_checkpoint *base, const obm_checkpoint *other, bool whole, obm_error *err) {
     const pair p = {base, other, whole};
     obm__config a = {0}, b = {0};
     if (!base->config || !other->config) return OBM_OK;
+    OBM_TRY(same_architecture(&p, err));
     obm_status status = compare(&p, &a, &b, err);
     obm__config_clear(&a);
     obm__config_clear(&b);

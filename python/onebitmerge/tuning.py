@@ -183,7 +183,8 @@ def experts_of(pack, folders, policy, scale):
 
 
 def pack_bytes(pack):
-    return sum(b["bytes_pack"] for task in pack.tasks for b in pack.bytes(task).values())
+    """Of the experts, and of the vector that they share."""
+    return sum(b["bytes_pack"] for task in pack.tasks for b in pack.bytes(task).values()) + (pack.shared or {"bytes": 0})["bytes"]
 
 
 def with_routes(pack, items, route):

@@ -127,6 +127,40 @@ static void test_layers(void **state) {
     obm_context_free(ctx);
 }
 
+/* Known to this library or not; the same weights for text are one architecture, with what sees images or without. */
+static void test_architectures(void **state) {
+    static const struct {
+        const char *base, *other;
+        obm_status status;
+    } cases[] = {
+        {"{\"model_type\":\"mistral\"}", "{\"model_type\":\"mixtral\"}", OBM_E_MISMATCH},
+        {"{\"model_type\":\"mixtral\"}", "{\"model_type\":\"gpt2\"}", OBM_E_MISMATCH},
+        {"{\"model_type\":\"llama\"}", "{\"model_type\":\"mistral\"}", OBM_E_MISMATCH},
+        {"{\"model_type\":\"mixtral\"}", "{\"model_type\":\"mixtral\"}", OBM_OK},
+        {"{\"model_type\":\"mixtral\"}", "{}", OBM_OK},
+        {"{\"model_type\":\"gemma3\",\"text_config\":{\"model_type\":\"gemma3_text\"}}",
+         "{\"model_type\":\"gemma3_text\"}", OBM_OK},
+    };
+    (void)state;
+    obm_context *ctx = new_context();
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        obm_checkpoint a = {.ctx = ctx, .directory = "base", .path = "base"};
+        obm_checkpoint b = {.ctx = ctx, .directory = "other", .path = "other"};
+        obm_error err;
+        assert_int_equal(obm__json_parse(cases[i].base, strlen(cases[i].base), "a", &a.config, &err), OBM_OK);
+        assert_int_equal(obm__json_parse(cases[i].other, strlen(cases[i].other), "b", &b.config, &err), OBM_OK);
+        for (int whole = 0; whole < 2; whole++)
+            assert_int_equal(obm__configs_compare(&a, &b, whole, &err), cases[i].status);
+        if (!i)
+            assert_string_equal(err.message,
+                                "base is a mistral model, other a mixtral (\"model_type\" in config.json): "
+                                "only models of one architecture go together");
+        obm__json_free(a.config);
+        obm__json_free(b.config);
+    }
+    obm_context_free(ctx);
+}
+
 static void test_what_is_not_understood(void **state) {
     (void)state;
     compare("llama", true, "", SCALED("spiral", ",\"factor\":2"),
@@ -193,6 +227,7 @@ int main(void) {
         cmocka_unit_test(test_spellings_are_equal),
         cmocka_unit_test(test_differences_are_told),
         cmocka_unit_test(test_layers),
+        cmocka_unit_test(test_architectures),
         cmocka_unit_test(test_what_is_not_understood),
         cmocka_unit_test(test_layers_beyond_the_config),
     };

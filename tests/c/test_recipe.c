@@ -686,7 +686,7 @@ static void test_merge_errors(void **state) {
     write_model("one", CONFIG("false"), &two, OBM_F32, 2);
     expect_merge_error(recipe, "x", OBM_E_NOTFOUND, "tensor lm_head.weight is not in one");
     write_model("one", "{\"model_type\": \"mistral\"}", &two, OBM_F32, 0);
-    expect_merge_error(recipe, "x", OBM_E_ARG, "one a mistral");
+    expect_merge_error(recipe, "x", OBM_E_MISMATCH, "one a mistral");
 
     char *path = in_folder("one/model.safetensors");
     obm__st_writer *w;

@@ -105,7 +105,7 @@ static const struct {
     {"{" TENSOR("a", "U8", "[1]", "[0.0,1]") "}", 1, OBM_E_FORMAT, "data_offsets: expected two integers"},
     {"{" TENSOR("a", "U8", "[1]", "{\"0\":1}") "}", 1, OBM_E_FORMAT, "data_offsets: expected two integers"},
     {"{" TENSOR("a", "U8", "[1]", "[1,0]") "}", 1, OBM_E_FORMAT, "[1, 0] are outside"},
-    {"{" TENSOR("a", "U8", "[2]", "[0,2]") "}", 1, OBM_E_FORMAT, 
+    {"{" TENSOR("a", "U8", "[2]", "[0,2]") "}", 1, OBM_E_FORMAT,
      "truncated, the download or copy may be incomplete: expected 63 bytes, found 62"},
     {"{" TENSOR("a", "U8", "[1]", "[9223372036854775806,9223372036854775807]") "}", 1, OBM_E_FORMAT, "truncated"},
     {"{" TENSOR("a", "U8", "[1]", "[0,2]") "}", 2, OBM_E_FORMAT, "its shape needs 1 bytes, data_offsets hold 2"},

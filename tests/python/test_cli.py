@@ -80,6 +80,7 @@ def compress_args(models, out):
 def test_compress(lines, run, models, tmp_path, fails):
     out = tmp_path / "p"
     plan, = lines(*compress_args(models, out), "--dry-run")
+    assert "writes at most " in run(*compress_args(models, out), "--dry-run")[1]
     assert plan["dry_run"] is True and {"tensors", "tiles", "bytes_read", "bytes_written", "peak_memory", "seconds"} <= set(plan)
     assert list(tmp_path.iterdir()) == []
     rows = lines(*compress_args(models, out))
@@ -472,7 +473,13 @@ def test_z12(lines, pack_path, monkeypatch):
 
 # ---- input, errors, exit codes ----
 
-def test_stdin(lines, models, model, monkeypatch):
+def test_stdin(lines, fails, models, model, monkeypatch):
+    for text, end in (("What is 17 plus 5?", ""), ("What is 17 plus 5?", "\n"), ("é\n\n", "\n"), ("-", "\n")):   # as it is, but for its last newline
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((text + end).encode())))
+        row, = lines("generate", models / "base", "-p", "-", "--max-tokens", 2)
+        assert row["ids"] == obm.Model(models / "base").generate(text, max_tokens=2).ids
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff")))
+    fails("generate", models / "base", "-p", "-", match="standard input: not UTF-8 at byte 1")
     monkeypatch.setattr(sys, "stdin", io.StringIO('{"text": "a"}\n\n{"text": "é"}\n'))
     assert [r["ids"] for r in lines("tokenize", models / "base", "--file", "-")] == [model.tokenizer.encode(t) for t in ("a", "é")]
 

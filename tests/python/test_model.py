@@ -216,8 +216,12 @@ def test_scores_of_a_pack(model):
     assert scores[2].route == {"chat": 1}
     assert scores[1].route == model.route(PROMPT)[0] == scores[3].route
     assert scores[0].logprob == model.score(PROMPT, " Answer: 22", route="math").logprob
-    with pytest.raises(TypeError):
-        model.score_items([(PROMPT, "x")])
+    assert model.score_items([(PROMPT, " Answer: 22")])[0].logprob == scores[1].logprob
+    for item in (5, (), (PROMPT, "x", None, None), [PROMPT, "x"]):
+        with pytest.raises(TypeError, match=r"score item 1: expected \(prompt, continuation\) or"):
+            model.score_items([items[0], item])
+    with pytest.raises(TypeError, match="goes to score_items"):
+        model.score([(PROMPT, " Answer: 22")])
     with pytest.raises(TypeError, match="one prompt"):
         model.score_items([(["a", "b"], "x", None)])
     with pytest.raises(obm.NotFoundError):

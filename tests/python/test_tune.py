@@ -278,6 +278,8 @@ def test_packs_of_masks(own_pack, models, items, judged, tmp_path):
     masks.verify()
     own_pack.adopt(masks.path)
     assert own_pack.shared["method"] == "tall" and own_pack.settings["lambda"] == .75
+    weighed, = {c.bytes for c in obm.tune(own_pack, items, lambdas=0, route="task", dry_run=True).candidates}
+    assert weighed == own_pack.shared["bytes"] + sum(b["bytes_pack"] for t in own_pack.tasks for b in own_pack.bytes(t).values())
     own_pack.verify()
     assert obm.Pack(own_pack.path).router_report().tasks == own_pack.tasks and len(os.listdir(own_pack.path)) == 6
     own_pack.adopt(tmp_path / "planes")
