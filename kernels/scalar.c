@@ -500,23 +500,33 @@ void obm__scalar_plane_add(float *y, const uint8_t *const *bits, int n, float c,
 /* Where 8 columns of a half lie in it. */
 static const uint8_t z12_place[4] = {0, 16, 8, 24};
 
-/* The 16 most frequent bytes; code[b] is b's index among them, 16 for the others. */
-static void rank_bytes(uint8_t *table, uint8_t *code, const uint32_t *count) {
-    uint8_t present[256];
+/* The 16 most frequent bytes; of equally frequent ones the smaller first. */
+static size_t rank_bytes(uint8_t *table, const uint32_t *count) {
+    uint64_t best[OBM__Z12_TABLE + 1]; /* count and 255 - byte, falling */
     size_t n = 0;
-    for (unsigned b = 0; b < 256; b++)
-        if (count[b]) present[n++] = (uint8_t)b;
-    memset(code, 16, 256);
-    memset(table, 0, OBM__Z12_TABLE);
-    for (uint8_t i = 0; i < 16 && n; i++) {
-        size_t best = 0;
-        for (size_t j = 1; j < n; j++)
-            if (count[present[j]] > count[present[best]]) best = j;
-        table[i] = present[best];
-        code[table[i]] = i;
-        memmove(present + best, present + best + 1, --n - best); /* ascending, so that equal counts go by value */
+    for (unsigned b = 0; b < 256; b++) {
+        uint64_t key = (uint64_t)count[b] << 8 | (255 - b);
+        if (!count[b] || (n == OBM__Z12_TABLE && key < best[n - 1])) continue;
+        size_t at = n;
+        for (; at && best[at - 1] < key; at--) best[at] = best[at - 1];
+        best[at] = key;
+        n += n < OBM__Z12_TABLE;
     }
-    code[table[0]] = 0; /* also of a row without columns */
+    memset(table, 0, OBM__Z12_TABLE);
+    for (size_t i = 0; i < n; i++) table[i] = (uint8_t)(255 - (best[i] & 255));
+    return n;
+}
+
+static void invert_table(obm__z12_index *index, const uint8_t *table, size_t n) {
+    unsigned seen = 0;
+    memset(index->code, 0, sizeof index->code);
+    index->n = 0;
+    for (size_t i = 0; i < n || !i; i++) { /* the first one also of a row without columns */
+        unsigned upper = table[i] >> 4;
+        index->code[table[i]] = (uint8_t)(16 + i);
+        if (!(seen >> upper & 1)) index->upper[index->n++] = (uint8_t)upper;
+        seen |= 1u << upper;
+    }
 }
 
 /* Four tables: neighbours mostly have the same byte, and increments of one counter wait for each other. */
@@ -534,37 +544,37 @@ typedef struct z12_sink {
     size_t n, room;
 } z12_sink;
 
-static void list_escapes(z12_sink *s, const uint16_t *w, const uint8_t *code, size_t block) {
+static void list_escapes(z12_sink *s, const uint16_t *w, const obm__z12_index *index, size_t block) {
     for (size_t col = 0; col < OBM__Z12_COLUMNS; col++) {
         uint16_t value = half_at(w + col);
-        if (code[value >> 8] < 16) continue;
+        if (index->code[value >> 8]) continue;
         if (s->n < s->room) s->out[s->n] = (obm__z12_escape){(uint32_t)block, (uint8_t)col, value};
         s->n++;
     }
 }
 
-int obm__scalar_z12_block(uint8_t *out, const uint16_t *w, const uint8_t *table, const uint8_t *code) {
-    (void)table;
-    unsigned seen = 0;
+int obm__scalar_z12_block(uint8_t *out, const uint16_t *w, const obm__z12_index *index) {
+    unsigned known = 16;
     for (size_t q = 0; q < 32; q++) {
         size_t at = z12_place[q / 8] + q % 8;
-        unsigned first = half_at(w + q), second = half_at(w + 32 + q), low = code[first >> 8], high = code[second >> 8];
+        unsigned first = half_at(w + q), second = half_at(w + 32 + q);
+        unsigned low = index->code[first >> 8], high = index->code[second >> 8];
         out[at] = (uint8_t)first;
         out[32 + at] = (uint8_t)second;
-        out[OBM__Z12_COLUMNS + at] = (uint8_t)((low & 15) | high << 4);
-        seen |= low | high;
+        out[OBM__Z12_COLUMNS + at] = (uint8_t)((low & 15) | (high & 15) << 4);
+        known &= low & high;
     }
-    return seen >= 16;
+    return !known;
 }
 
 /* What is behind the last column has the table's first byte. */
 size_t obm__z12_encode_by(obm__z12_block_fn encode_block, uint8_t *codes, uint8_t *table, obm__z12_escape *escapes,
                           size_t room, const uint16_t *w, size_t cols) {
-    uint8_t code[256];
+    obm__z12_index index;
     uint32_t count[256];
     z12_sink sink = {escapes, 0, room};
     count_high_bytes(count, w, cols);
-    rank_bytes(table, code, count);
+    invert_table(&index, table, rank_bytes(table, count));
     for (size_t first = 0; first < cols; first += OBM__Z12_COLUMNS, codes += OBM__Z12_BYTES) {
         const uint16_t *from = w + first;
         uint16_t end[OBM__Z12_COLUMNS];
@@ -573,7 +583,7 @@ size_t obm__z12_encode_by(obm__z12_block_fn encode_block, uint8_t *codes, uint8_
                 end[j] = first + j < cols ? half_at(from + j) : (uint16_t)(table[0] << 8);
             from = end;
         }
-        if (encode_block(codes, from, table, code)) list_escapes(&sink, from, code, first / OBM__Z12_COLUMNS);
+        if (encode_block(codes, from, &index)) list_escapes(&sink, from, &index, first / OBM__Z12_COLUMNS);
     }
     return sink.n;
 }

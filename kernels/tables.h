@@ -68,10 +68,15 @@ void obm__scalar_silu_mul(float *gate, const float *up, size_t n);
 void obm__scalar_exp_minus(float *x, float max, size_t n);
 void obm__scalar_gemm_pack_half(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n);
 void obm__scalar_gemm_pack(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n);
-/* 64 weights of one row to 96 bytes; table: the row's high bytes, code: their inverse, 16 for others.  Not 0: there are
- * escapes among them, whose index becomes 0. */
-typedef int (*obm__z12_block_fn)(uint8_t *out, const uint16_t *w, const uint8_t *table, const uint8_t *code);
-int obm__scalar_z12_block(uint8_t *out, const uint16_t *w, const uint8_t *table, const uint8_t *code);
+/* The inverse of a row's table. */
+typedef struct obm__z12_index {
+    uint8_t code[256]; /* of a high byte: 16 + its index, 0 without */
+    uint8_t upper[OBM__Z12_TABLE]; /* upper halves that the table's bytes have: few, since weights differ little in size */
+    size_t n;
+} obm__z12_index;
+/* 64 weights of one row to 96 bytes.  Not 0: there are escapes among them, whose index becomes 0. */
+typedef int (*obm__z12_block_fn)(uint8_t *out, const uint16_t *w, const obm__z12_index *index);
+int obm__scalar_z12_block(uint8_t *out, const uint16_t *w, const obm__z12_index *index);
 size_t obm__z12_encode_by(obm__z12_block_fn encode_block, uint8_t *codes, uint8_t *table, obm__z12_escape *escapes,
                           size_t room, const uint16_t *w, size_t cols);
 size_t obm__scalar_z12_encode(uint8_t *codes, uint8_t *table, obm__z12_escape *escapes, size_t room, const uint16_t *w,

@@ -77,6 +77,16 @@ bool obm_lua_field_boolean(lua_State *L, int at, const char *name, bool otherwis
     return v;
 }
 
+obm_z12 obm_lua_field_z12(lua_State *L, int at) {
+    int type = lua_getfield(L, at, "z12");
+    if (type != LUA_TNIL && type != LUA_TBOOLEAN && type != LUA_TSTRING) wrong_type(L, "z12", "boolean or string");
+    obm_z12 v = type == LUA_TBOOLEAN ? lua_toboolean(L, -1) ? OBM_Z12_ON : OBM_Z12_OFF : OBM_Z12_AUTO;
+    obm_error err;
+    if (type == LUA_TSTRING && obm_z12_find(lua_tostring(L, -1), &v, &err) != OBM_OK) luaL_error(L, "%s", err.message);
+    lua_pop(L, 1);
+    return v;
+}
+
 obm_profile obm_lua_field_profile(lua_State *L, int at, const char *name) {
     static const char *const names[] = {"default", "paper", "mergekit"};
     int type = lua_getfield(L, at, name);

@@ -22,7 +22,7 @@ int obm_lua_model(lua_State *L) {
     options.kv = obm_lua_field_kv(L, 2);
     options.route_budget = obm_lua_field_size(L, 2, "route_budget");
     options.materialise = obm_lua_field_boolean(L, 2, "materialise", false);
-    options.z12 = obm_lua_field_boolean(L, 2, "z12", false);
+    options.z12 = obm_lua_field_z12(L, 2);
     obm_context *ctx = obm_lua_context(L);
     obm_lua_box *b = obm_lua_box_new(L, sizeof *b, OBM_LUA_MODEL, model_release);
     obm_lua_box_parent(L, b, 0, context);
@@ -109,7 +109,8 @@ static int model_info(lua_State *L) {
                  {"params", (int64_t)i.params},
                  {"bytes", (int64_t)i.bytes},
                  {"z12_bytes", (int64_t)i.z12_bytes},
-                 {"z12_plain", (int64_t)i.z12_plain}};
+                 {"z12_plain", (int64_t)i.z12_plain},
+                 {"z12_to_come", (int64_t)i.z12_to_come}};
     lua_newtable(L);
     obm_lua_set_string(L, "architecture", i.architecture);
     obm_lua_set_boolean(L, "tied", i.tied);

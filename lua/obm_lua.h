@@ -86,6 +86,7 @@ bool obm_lua_field_boolean(lua_State *L, int at, const char *name, bool otherwis
 obm_profile obm_lua_field_profile(lua_State *L, int at, const char *name);
 obm_profile obm_lua_profile(lua_State *L, const char *name);
 obm_dtype obm_lua_field_kv(lua_State *L, int at);
+obm_z12 obm_lua_field_z12(lua_State *L, int at); /* true, false, or a name */
 /* A sequence of integers. */
 const int32_t *obm_lua_ids(lua_State *L, int keep, int at, size_t *n);
 void obm_lua_push_ids(lua_State *L, const int32_t *ids, size_t n);

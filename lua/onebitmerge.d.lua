@@ -513,8 +513,11 @@ function obm.compress(base, experts, options) end
 ---@return onebitmerge.pack?, string? message, onebitmerge.Code? code
 function obm.pack(path, base) end
 
+---true is "on", false "off"; "auto" unless told: packed behind the first tokens where that is faster.
+---@alias onebitmerge.Z12 boolean|"auto"|"on"|"off"
+
 ---@param path string|onebitmerge.pack
----@param options? { base?: string, kv?: "f32"|"f16", route_budget?: integer, materialise?: boolean, z12?: boolean, progress?: onebitmerge.Progress }
+---@param options? { base?: string, kv?: "f32"|"f16", route_budget?: integer, materialise?: boolean, z12?: onebitmerge.Z12, progress?: onebitmerge.Progress }
 ---@return onebitmerge.model?, string? message, onebitmerge.Code? code
 function obm.model(path, options) end
 
@@ -596,7 +599,7 @@ function obm.extract_lora(base, expert, out, options) end
 ---Where a model's rows, planes and KV heads would lie on a machine with NUMA nodes, and what workers read from other
 ---nodes for a token.
 ---@param model string
----@param options? { topology?: string, numa?: onebitmerge.Numa, threads?: integer, base?: string, z12?: boolean, kv?: "f32"|"f16" }
+---@param options? { topology?: string, numa?: onebitmerge.Numa, threads?: integer, base?: string, z12?: onebitmerge.Z12, kv?: "f32"|"f16" }
 ---@return onebitmerge.PlacementPlan|nil, string? message, onebitmerge.Code? code
 function obm.plan(model, options) end
 

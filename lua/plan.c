@@ -20,7 +20,7 @@ int obm_lua_plan(lua_State *L) {
     o.numa = obm_lua_numa(L, obm_lua_field_string(L, 2, 3, "numa"));
     o.threads = obm_lua_field_integer(L, 2, "threads");
     o.base = obm_lua_field_string(L, 2, 3, "base");
-    o.z12 = obm_lua_field_boolean(L, 2, "z12", false);
+    o.z12 = obm_lua_field_z12(L, 2);
     o.kv = obm_lua_field_kv(L, 2);
     char **json = obm_lua_scratch(L, sizeof *json, obm_lua_clear_pointer);
     obm_error err;

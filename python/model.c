@@ -14,17 +14,19 @@ static const obm_pack *model_pack_of(PyObject *o) { return obm_model_pack(model_
 
 static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"path", "base", "kv", "route_budget", "materialise", "z12", "progress", NULL};
-    PyObject *what, *base_arg = Py_None, *path = NULL, *base = NULL, *progress = Py_None;
+    PyObject *what, *base_arg = Py_None, *path = NULL, *base = NULL, *progress = Py_None, *z12 = NULL;
     const char *kv = "f32";
     unsigned long long budget = 0;
-    int materialise = 0, z12 = 0;
+    int materialise = 0;
     obm_py_state *st = PyType_GetModuleState(type);
     obm_model_options options = OBM_INIT(obm_model_options);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OsKppO", names, &what, &base_arg, &kv, &budget, &materialise,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OsKpOO", names, &what, &base_arg, &kv, &budget, &materialise,
                                      &z12, &progress))
         return NULL;
     obm_py_call call;
-    if (obm_py_dtype(st, kv, &options.kv) < 0 || obm_py_call_init(&call, st, progress) < 0) return NULL;
+    if (obm_py_dtype(st, kv, &options.kv) < 0 || obm_py_z12(st, z12, &options.z12) < 0 ||
+        obm_py_call_init(&call, st, progress) < 0)
+        return NULL;
     bool from_pack = Py_TYPE(what) == st->pack;
     if (!from_pack && !obm_py_path(what, &path)) return NULL;
     PyObject *context = NULL;
@@ -39,7 +41,6 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         options.materialise = materialise;
         options.progress = obm_py_progress;
         options.progress_user = &call;
-        options.z12 = z12;
         const char *path_text = path ? PyBytes_AsString(path) : NULL;
         const obm_pack *pack = from_pack ? obm_py_pack_get(what) : NULL;
         obm_error err;
@@ -84,13 +85,14 @@ static PyObject *model_info(PyObject *o, void *unused) {
     (void)unused;
     obm_model_info i;
     obm_model_describe(model_get(o), &i);
-    return Py_BuildValue("{ss,sL,sL,sL,sL,sL,sL,sL,sL,sL,sO,sK,sK,sK,sK}", "architecture", i.architecture, "vocab",
+    return Py_BuildValue("{ss,sL,sL,sL,sL,sL,sL,sL,sL,sL,sO,sK,sK,sK,sK,sK}", "architecture", i.architecture, "vocab",
                          (long long)i.vocab, "hidden", (long long)i.hidden, "intermediate", (long long)i.intermediate,
                          "layers", (long long)i.layers, "heads", (long long)i.heads, "kv_heads", (long long)i.kv_heads,
                          "head_dim", (long long)i.head_dim, "max_positions", (long long)i.max_positions,
                          "sliding_window", (long long)i.sliding_window, "tied", i.tied ? Py_True : Py_False, "params",
                          (unsigned long long)i.params, "bytes", (unsigned long long)i.bytes, "z12_bytes",
-                         (unsigned long long)i.z12_bytes, "z12_plain", (unsigned long long)i.z12_plain);
+                         (unsigned long long)i.z12_bytes, "z12_plain", (unsigned long long)i.z12_plain, "z12_to_come",
+                         (unsigned long long)i.z12_to_come);
 }
 
 static PyObject *model_memory(PyObject *o, void *unused) {
@@ -105,10 +107,11 @@ static PyObject *model_memory(PyObject *o, void *unused) {
 static PyObject *model_repr(PyObject *o) {
     obm_model_info i;
     obm_model_describe(model_get(o), &i);
-    char packed[96] = "";
-    if (i.z12_plain)
-        snprintf(packed, sizeof packed, ", z12: %llu MB of bf16 in %llu MB",
-                 (unsigned long long)(i.z12_plain / 1000000), (unsigned long long)(i.z12_bytes / 1000000));
+    char packed[128] = "", more[64] = "";
+    if (i.z12_to_come) snprintf(more, sizeof more, ", %llu MB to come", (unsigned long long)(i.z12_to_come / 1000000));
+    if (i.z12_plain || i.z12_to_come)
+        snprintf(packed, sizeof packed, ", z12: %llu MB of bf16 in %llu MB%s",
+                 (unsigned long long)(i.z12_plain / 1000000), (unsigned long long)(i.z12_bytes / 1000000), more);
     return PyUnicode_FromFormat(
         "Model(%s, %lld layers, hidden %lld, vocab %lld, %llu parameters, %zd tasks%s)", i.architecture,
         (long long)i.layers, (long long)i.hidden, (long long)i.vocab, (unsigned long long)i.params,

@@ -115,7 +115,7 @@ static PyMethodDef module_methods[] = {
      "Errors: ArgumentError (not exactly one of rank and energy, or out of range), FileExistsError (an adapter in the "
      "folder,\nwithout overwrite), NonFiniteError (NaN or Inf, nothing to extract)."},
     {"plan", KW(obm_py_plan_model),
-     "plan(model, topology=None, numa=\"auto\", threads=0, base=None, z12=False, kv=\"f32\") -> dict\n\nWhere a "
+     "plan(model, topology=None, numa=\"auto\", threads=0, base=None, z12=\"auto\", kv=\"f32\") -> dict\n\nWhere a "
      "model's "
      "rows, "
      "planes and KV heads would lie on a machine with NUMA nodes, and what workers read from other nodes for a token.\n"

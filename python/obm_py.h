@@ -104,6 +104,7 @@ PyObject *obm_py_compress(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *obm_py_merge(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *obm_py_merge_tensors(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *obm_py_plan_model(PyObject *module, PyObject *args, PyObject *kwargs);
+int obm_py_z12(obm_py_state *st, PyObject *value, obm_z12 *out); /* True, False or a name; 0, or -1 with an exception */
 int obm_py_numa(obm_py_state *st, const char *name, obm_numa *out); /* 0, or -1 with an exception */
 PyObject *obm_py_extract_lora(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *obm_py_plan(const obm_plan *p); /* as a dict */

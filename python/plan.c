@@ -15,27 +15,40 @@ int obm_py_numa(obm_py_state *st, const char *name, obm_numa *out) {
     return -1;
 }
 
+int obm_py_z12(obm_py_state *st, PyObject *value, obm_z12 *out) {
+    obm_error err;
+    if (!value) return *out = OBM_Z12_AUTO, 0;
+    if (PyBool_Check(value)) return *out = value == Py_True ? OBM_Z12_ON : OBM_Z12_OFF, 0;
+    const char *name = PyUnicode_Check(value) ? PyUnicode_AsUTF8AndSize(value, NULL) : NULL;
+    if (!name) {
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_TypeError, "z12: expected a bool or a str, found %R", (PyObject *)Py_TYPE(value));
+        return -1;
+    }
+    if (obm_z12_find(name, out, &err) == OBM_OK) return 0;
+    obm_py_raise(st, &err);
+    return -1;
+}
+
 PyObject *obm_py_plan_model(PyObject *module, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"model", "topology", "numa", "threads", "base", "z12", "kv", NULL};
     PyObject *path = NULL, *topology = Py_None, *base = Py_None, *topology_bytes = NULL, *base_bytes = NULL,
-             *context = NULL, *result = NULL;
+             *context = NULL, *result = NULL, *z12 = NULL;
     const char *numa = "auto", *kv = "f32";
     long long threads = 0;
-    int z12 = 0;
     obm_py_state *st = PyModule_GetState(module);
     obm_model_plan_options o = OBM_INIT(obm_model_plan_options);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&|OsLOps", names, obm_py_path, &path, &topology, &numa, &threads,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&|OsLOOs", names, obm_py_path, &path, &topology, &numa, &threads,
                                      &base, &z12, &kv))
         return NULL;
     bool ok = (topology == Py_None || obm_py_path(topology, &topology_bytes)) &&
               (base == Py_None || obm_py_path(base, &base_bytes)) && obm_py_numa(st, numa, &o.numa) == 0 &&
-              obm_py_dtype(st, kv, &o.kv) == 0;
+              obm_py_dtype(st, kv, &o.kv) == 0 && obm_py_z12(st, z12, &o.z12) == 0;
     obm_context *ctx = ok ? obm_py_context(st, &context) : NULL;
     if (ctx) {
         o.topology = topology_bytes ? PyBytes_AsString(topology_bytes) : NULL;
         o.base = base_bytes ? PyBytes_AsString(base_bytes) : NULL;
         o.threads = threads;
-        o.z12 = z12;
         char *json = NULL;
         obm_error err;
         obm_status status = plan_without_gil(ctx, PyBytes_AsString(path), &o, &json, &err);

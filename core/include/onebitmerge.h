@@ -511,6 +511,21 @@ OBM_API const char *obm_tokenizer_template(const obm_tokenizer *t);
 /* A Hugging Face folder or a pack, ready to run.  One thread at a time; a second gets OBM_E_BUSY. */
 typedef struct obm_model obm_model;
 
+/* bf16 matrices of the base in 12 bits per weight, without loss: the same bits come out, and a step of one token reads 3/4 of
+ * the bytes.  Where memory has room for both (7/4 of the base in 3/4 of what is free) and rows have no places on several
+ * NUMA nodes, prompts and batches go on reading the mapping, whose pages the system may take back; else they unpack, which
+ * takes them some 15 % longer, and nothing but the packed matrices stays in memory. */
+typedef enum obm_z12 {
+    OBM_Z12_AUTO = 0,   /* both, packed behind the tokens once a model has decoded 64 of them alone: a share behind each of the
+                         * next 128, which takes the time of some 15 to 50 tokens.  Only where it gains: with AVX2 or
+                         * AVX-512, of models beyond the caches, with room for both, without places.  Without memory in
+                         * the middle of it the rest stays as it is, and the context's log says so */
+    OBM_Z12_ON = 1,     /* packed while the model is opened */
+    OBM_Z12_OFF = 2
+} obm_z12;
+/* By name: "auto", "on", "off".  Errors: ARG, which lists them. */
+OBM_API obm_status obm_z12_find(const char *name, obm_z12 *out, obm_error *err);
+
 typedef struct obm_model_options {
     size_t struct_size;
     const char *base;           /* overrides where the pack's base lies */
@@ -521,9 +536,7 @@ typedef struct obm_model_options {
     bool materialise;           /* dense weights for every route, instead of running on the sign planes */
     obm_progress_fn progress;   /* while it is opened ("open"): matrices made ready to run on planes */
     void *progress_user;
-    bool z12;                   /* hold bf16 matrices of the base in 12 bits per weight, without loss: the same bits come out,
-                                 * a step reads 3/4 of the bytes, opening takes the time of packing them (where memory is
-                                 * not what a step waits for, as in batches of eight on AVX2, it costs instead of gaining) */
+    obm_z12 z12;
 } obm_model_options;
 OBM_API obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_options *options, obm_model **out, obm_error *err);
 /* From a pack that is open already; borrows it. */
@@ -537,7 +550,7 @@ typedef struct obm_model_plan_options {
     obm_numa numa;
     int64_t threads;        /* 0: one per core; at most 4096 */
     const char *base;       /* overrides where the pack's base lies */
-    bool z12;               /* as in obm_model_options */
+    obm_z12 z12;            /* ON: as in obm_model_options; AUTO is OFF, rows with places are not packed behind tokens */
     obm_dtype kv;           /* OBM_F32 or OBM_F16 */
 } obm_model_plan_options;
 /* Where a model's rows, planes and KV heads would lie and which worker would read them; only its config and the headers of
@@ -562,6 +575,7 @@ typedef struct obm_model_info {
     bool tied;
     uint64_t params, bytes;              /* of the base */
     uint64_t z12_bytes, z12_plain;       /* of its matrices in 12 bits per weight: now, and as bf16 */
+    uint64_t z12_to_come;                /* as bf16, of those that will be, behind next tokens */
 } obm_model_info;
 OBM_API void obm_model_describe(const obm_model *m, obm_model_info *out);
 OBM_API const obm_pack *obm_model_pack(const obm_model *m);             /* NULL for a plain model; borrowed */

@@ -42,7 +42,7 @@ static obm_status grow_strips(obm_model *m, obm_error *err) {
 
 static obm_status grow_unpacked(obm_model *m, size_t widest, obm_error *err) {
     size_t count = (size_t)m->ctx->threads * OBM__Z12_UNPACKED * widest; /* less than the panels, which are there */
-    if (!m->z12) return OBM_OK;
+    if (!m->z12 || m->z12_beside) return OBM_OK;
     m->scratch.unpacked = obm__alloc(count, sizeof *m->scratch.unpacked);
     if (!m->scratch.unpacked) return obm__fail_nomem(err, count * sizeof *m->scratch.unpacked);
     m->scratch.bytes += count * sizeof *m->scratch.unpacked;

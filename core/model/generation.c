@@ -297,6 +297,7 @@ obm_status obm__generation_step(obm_model *m, obm__generation *const *g, size_t 
     size_t *which = obm__calloc(n, sizeof *which);
     obm_status status = OBM_OK;
     if (!rows || !which) OBM_GO(obm__fail_nomem(err, n * sizeof *rows));
+    OBM_GO(obm__z12_step(m, n, err));
     for (size_t i = 0; i < n; i++) {
         obm__sequence *s = g[i]->sequence;
         OBM_GO(obm__sequence_reserve(m, s, s->length + 1, err));

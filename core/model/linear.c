@@ -78,12 +78,19 @@ static uint16_t *worker_rows(const linear_job *j, int worker) {
     return s->unpacked ? s->unpacked + (size_t)worker * OBM__Z12_UNPACKED * s->widest : NULL;
 }
 
-static void multiply_rows(const obm_kernels *k, const obm__matrix *w, int64_t row, int64_t rows, const float *x,
+/* One vector waits for memory, several wait for arithmetic, of which unpacking is more: they read bf16 where it is. */
+static const obm__z12 *packed_for(const linear_job *j, const obm__matrix *w, size_t tokens) {
+    return tokens > 1 && j->m->z12_beside ? NULL : obm__matrix_packed(w);
+}
+
+static void multiply_rows(const linear_job *j, const obm__matrix *w, int64_t row, int64_t rows, const float *x,
                           size_t tokens, float *y, size_t ldy, uint16_t *unpacked) {
+    const obm_kernels *k = j->m->ctx->k;
+    const obm__z12 *packed = packed_for(j, w, tokens);
     const void *data = matrix_row(w, row);
     size_t cols = (size_t)w->cols, n = (size_t)rows;
-    if (w->z12)
-        k->batch_z12(y, ldy, w->z12, (size_t)row, n, x, cols, tokens, unpacked);
+    if (packed)
+        k->batch_z12(y, ldy, packed, (size_t)row, n, x, cols, tokens, unpacked);
     else if (w->dtype == OBM_BF16)
         k->batch_bf16(y, ldy, data, cols, n, x, cols, tokens, cols);
     else if (w->dtype == OBM_F16)
@@ -105,25 +112,25 @@ static size_t same_matrix(const linear_job *j, size_t i, obm__role role) {
 }
 
 /* The next rows of the base, which the planes ask for while they compute: memory must not rest. */
-static size_t rows_ahead(const obm__matrix *w, int64_t row, const void **ahead) {
+static size_t rows_ahead(const obm__matrix *w, const obm__z12 *packed, int64_t row, const void **ahead) {
     int64_t next = row + OBM_BLOCK_ROWS, left = w->rows - next < OBM_BLOCK_ROWS ? w->rows - next : OBM_BLOCK_ROWS;
     if (left <= 0) return 0;
-    if (w->z12) {
-        size_t block = w->z12->blocks * OBM__Z12_BYTES; /* of one row */
-        *ahead = w->z12->codes + (size_t)next * block;
+    if (packed) {
+        size_t block = packed->blocks * OBM__Z12_BYTES; /* of one row */
+        *ahead = packed->codes + (size_t)next * block;
         return (size_t)left * block;
     }
     *ahead = matrix_row(w, next);
     return (size_t)(left * w->cols) * obm_dtype_size(w->dtype);
 }
 
-static void finish_rows(const linear_job *j, const obm__linear *l, size_t i, int64_t row, int64_t there, int64_t rows,
-                        int worker) {
+static void finish_rows(const linear_job *j, const obm__linear *l, size_t i, size_t tokens, int64_t row, int64_t there,
+                        int64_t rows, int worker) {
     float *y = l->y + (int64_t)i * l->ld;
     near_copy copy;
     const obm__matrix *w = find_near(j, obm__weights_at(j->weights[i], j->layer, l->role), worker, &copy);
     const void *ahead = NULL;
-    size_t ahead_bytes = rows_ahead(w, row, &ahead);
+    size_t ahead_bytes = rows_ahead(w, packed_for(j, w, tokens), row, &ahead);
     if (w->terms && there > 0)
         obm__terms_multiply(j->m->ctx->k, w->terms, &j->m->scratch.tables[i], row, there, ahead, ahead_bytes, y + row);
     for (int64_t r = there; r < rows; r++) y[row + r] = -INFINITY; /* ids that only another route has */
@@ -136,9 +143,9 @@ static void row_block(const linear_job *j, const obm__linear *l, size_t i, size_
     const obm__matrix *w = find_near(j, obm__weights_at(j->weights[i], j->layer, l->role), worker, &copy);
     int64_t rows = l->ld - row < OBM_BLOCK_ROWS ? l->ld - row : OBM_BLOCK_ROWS;
     int64_t there = w->rows - row < 0 ? 0 : w->rows - row < rows ? w->rows - row : rows;
-    multiply_rows(j->m->ctx->k, w, row, there, j->x + (int64_t)i * w->cols, tokens, l->y + (int64_t)i * l->ld + row,
-                  (size_t)l->ld, worker_rows(j, worker));
-    for (size_t t = i; t < i + tokens; t++) finish_rows(j, l, t, row, there, rows, worker);
+    multiply_rows(j, w, row, there, j->x + (int64_t)i * w->cols, tokens, l->y + (int64_t)i * l->ld + row, (size_t)l->ld,
+                  worker_rows(j, worker));
+    for (size_t t = i; t < i + tokens; t++) finish_rows(j, l, t, tokens, row, there, rows, worker);
 }
 
 static void run_rows(void *arg, size_t begin, size_t end, int worker) {
@@ -208,9 +215,10 @@ static const float *widen_panel(const linear_job *j, const obm__matrix *w, int64
     int64_t rows = panel_rows(w, row);
     size_t count = (size_t)(rows * w->cols);
     const void *data = matrix_row(w, row);
+    const obm__z12 *packed = packed_for(j, w, OBM_TILE_TOKENS);
     if (w->dtype == OBM_F32 && !w->terms) return data;
-    if (w->z12)
-        widen_packed(k, w->z12, (size_t)row, (size_t)rows, wide, worker_rows(j, worker));
+    if (packed)
+        widen_packed(k, packed, (size_t)row, (size_t)rows, wide, worker_rows(j, worker));
     else if (w->dtype == OBM_BF16)
         k->bf16_to_f32(wide, data, count);
     else if (w->dtype == OBM_F16)

@@ -127,15 +127,17 @@ static obm_status prepare(obm_model *m, const obm_model_options *options, obm_er
     m->vocab = widest_vocabulary(m);
     count_params(m);
     if (m->pack) OBM_TRY(obm__model_find_tensors(m, err));
-    bool z12 = OBM_OPT(options, obm_model_options, z12, false);
-    OBM_TRY(obm__place_model(m, z12, err));
+    obm_z12 z12 = OBM_OPT(options, obm_model_options, z12, OBM_Z12_AUTO);
+    OBM_TRY(obm__z12_check(z12, err));
+    OBM_TRY(obm__place_model(m, z12 == OBM_Z12_ON, err));
     obm__place_caller(m);
     /* checks every tensor the config asks for; freed with the model */
     OBM_TRY(obm__weights_acquire(m, NULL, &m->base_alone, err));
     /* a head_dim that fits the tensors is no larger than they are */
     OBM_TRY(load_rotation(m, err));
     m->embedding_scale = embedding_scale(m, m->base_alone);
-    if (z12) OBM_TRY(obm__z12_load(m, err));
+    if (z12 == OBM_Z12_ON) OBM_TRY(obm__z12_load(m, err));
+    if (z12 == OBM_Z12_AUTO) obm__z12_auto(m);
     OBM_TRY(obm__place_weights(m, err));
     return m->pack && !m->materialise ? obm__signs_load(m, err) : obm__pulse_done(m->pulse, 1, err);
 }
@@ -293,7 +295,8 @@ void obm_model_describe(const obm_model *m, obm_model_info *out) {
                             .params = m->params,
                             .bytes = m->base_bytes,
                             .z12_bytes = m->z12_bytes,
-                            .z12_plain = m->z12_saved};
+                            .z12_plain = m->z12_saved,
+                            .z12_to_come = m->z12_to_come};
 }
 
 const obm_pack *obm_model_pack(const obm_model *m) { return m->pack; }
@@ -303,7 +306,8 @@ size_t obm__model_tasks(const obm_model *m) { return m->pack ? m->pack->n_expert
 void obm_model_account(const obm_model *m, obm_model_memory *out) {
     uint64_t coefficients = m->hard_routes ? obm__coefficient_cache_bytes(m->hard_routes->cache) : 0;
     if (m->spare) coefficients += obm__planes_route_bytes(m->spare);
-    uint64_t base = m->base_bytes - m->z12_saved + m->z12_bytes + obm__place_more(m, OBM_PLACED_WEIGHTS);
+    uint64_t plain = m->base_bytes - (m->z12_beside ? 0 : m->z12_saved);
+    uint64_t base = plain + m->z12_bytes + obm__place_more(m, OBM_PLACED_WEIGHTS);
     *out = (obm_model_memory){.base = base,
                               .planes = m->signs_bytes + m->terms_bytes + coefficients +
                                         obm__place_more(m, OBM_PLACED_PLANES),

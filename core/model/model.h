@@ -187,9 +187,17 @@ static inline size_t obm__role_index(int64_t layers, int64_t layer, obm__role ro
 
 /* ---- the base in 12 bits per weight (z12.c) ---- */
 
+typedef struct obm__packing obm__packing;
+
 /* Packs the bf16 matrices of m->base_alone (once per model); those with many escapes stay as they are. */
 obm_status obm__z12_load(obm_model *m, obm_error *err);
+/* Or behind the tokens, where it is worth it; without memory it says so, and the rest stays as it is. */
+void obm__z12_auto(obm_model *m);
+void obm__z12_begin(obm_model *m, size_t steps_before, size_t steps_while);   /* worth it or not; rows have no place */
+/* Once before every step of a generation: packs a share where it has one token. */
+obm_status obm__z12_step(obm_model *m, size_t tokens, obm_error *err);
 void obm__z12_free_all(obm_model *m);
+obm_status obm__z12_check(obm_z12 wanted, obm_error *err);
 
 /* ---- placed memory (placed.c): everything here is as if there were one node while m->placement is NULL ---- */
 
@@ -218,6 +226,7 @@ size_t obm__place_near(const obm_model *m, size_t bytes, int worker);
 size_t obm__place_near_node(const obm_model *m, size_t bytes, int node);
 obm_status obm__place_spread(obm_model *m, void *data, obm_error *err);
 /* The same without a record: whole pages, bound as `at` says. */
+char *obm__map_huge(size_t bytes);   /* whole pages, zero, huge ones where the system has them; NULL: no memory */
 void *obm__place_map(obm_model *m, size_t bytes, const size_t *at);
 void obm__place_unmap(void *data, size_t bytes);
 /* The nodes' items of that kind; one lane with all of them where rows have no place. */
@@ -239,9 +248,10 @@ typedef struct obm__matrix {
     int64_t rows, cols;
     const obm__terms *terms;    /* what the route adds on planes; NULL: nothing */
     bool by_token;              /* an embedding whose rows are merged when they are asked for */
-    const obm__z12 *z12;        /* the same weights packed, which runs read in place of data; NULL: not packed */
+    const obm__z12 *z12;        /* the same weights packed, which runs read in place of data; NULL, or no codes: not packed */
     const void *origin;         /* what data is a placed copy of, in the mapping; NULL: data is no copy */
 } obm__matrix;
+static inline const obm__z12 *obm__matrix_packed(const obm__matrix *w) { return w->z12 && w->z12->codes ? w->z12 : NULL; }
 
 /* A tensor that does not run on planes, materialised for one route, or for all that agree on it (overlay.c). */
 typedef struct obm__overlay obm__overlay;
@@ -399,7 +409,7 @@ typedef struct obm__scratch {
     float *panels, *packed, *products;   /* per worker: (64, widest) = panel_size, as read and as GEMM takes it; (64, 64) */
     size_t panel_size, widest;  /* columns of the widest matrix */
     uint8_t *strips;            /* per worker: OBM_STRIP_BYTES; NULL: no planes */
-    uint16_t *unpacked;         /* per worker: (OBM__Z12_UNPACKED, widest); NULL: no z12 */
+    uint16_t *unpacked;         /* per worker: (OBM__Z12_UNPACKED, widest); NULL: no z12, or the mapping beside it */
     obm__tables *tables;        /* (table_rows) of the vectors of a decode step */
     size_t table_rows;
     void *table_bytes;          /* what they point into */
@@ -479,7 +489,7 @@ struct obm_model {
     obm__planes_route *spare;           /* memory for the coefficients of the next route; NULL */
     obm__weights *routes;               /* list; the base alone is the last */
     uint64_t clock;
-    obm__z12 *z12;                      /* (layers, OBM_MATRIX_ROLES), then the head's; NULL: the base is read as it is */
+    obm__z12 *z12;                      /* (layers, OBM_MATRIX_ROLES), then the head's, empty where the base is read as it is; NULL: it all is */
     obm__signs *signs;                  /* (layers, OBM_MATRIX_ROLES), then the head's; NULL: nothing runs on planes */
     obm__hard_routes *hard_routes;      /* of the pack's last settings; NULL: no route has asked yet */
     obm__overlay *overlays;             /* list */
@@ -488,7 +498,11 @@ struct obm_model {
     bool materialise;                   /* nothing runs on planes */
     bool decoding;                      /* sequences run that must not wait for overlays of others */
     uint64_t params, base_bytes, kv_bytes, overlay_bytes, signs_bytes, terms_bytes;
-    uint64_t z12_bytes, z12_saved;      /* of packed matrices: now, and as bf16 */
+    uint64_t z12_bytes, z12_saved, z12_to_come;   /* of packed matrices: now, and as bf16; of those that will be */
+    char *z12_pages;                    /* the codes of all; NULL where rows have places */
+    size_t z12_room, z12_used;
+    bool z12_beside;                    /* the mapping stays too, for what several tokens are multiplied with */
+    obm__packing *packing;              /* behind the tokens; NULL: nothing is to come */
     obm__scratch scratch;
     obm__pulse *pulse;                  /* of the running call, NULL if it cannot be stopped */
 };

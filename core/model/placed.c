@@ -50,7 +50,7 @@ static void bind(obm_model *m, char *data, size_t bytes, const size_t *at) {
 }
 
 /* Large mappings start at a huge page: what is mapped too much around it is given back. */
-static char *map_aligned(size_t bytes) {
+char *obm__map_huge(size_t bytes) {
     size_t more = bytes >= HUGE_PAGE ? HUGE_PAGE : 0;
     char *at = mmap(NULL, bytes + more, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (at == MAP_FAILED) return NULL;
@@ -63,7 +63,7 @@ static char *map_aligned(size_t bytes) {
 }
 
 void *obm__place_map(obm_model *m, size_t bytes, const size_t *at) {
-    char *data = map_aligned(round_up(bytes, page_size()));
+    char *data = obm__map_huge(round_up(bytes, page_size()));
     if (data) bind(m, data, bytes, at);
     return data;
 }
@@ -150,7 +150,7 @@ uint64_t obm__place_more(const obm_model *m, obm__placed_part part) {
 /* One mapping; the copies of nodes without workers are never touched, and so take no memory. */
 static char *map_copies(obm_model *m, size_t bytes) {
     size_t stride = stride_of(bytes), all, at[OBM_NODES + 1];
-    char *data = obm__mul(stride, (size_t)m->placement->nodes, &all) ? map_aligned(all) : NULL;
+    char *data = obm__mul(stride, (size_t)m->placement->nodes, &all) ? obm__map_huge(all) : NULL;
     for (int i = 0; data && i < m->placement->nodes; i++) {
         for (int k = 0; k <= m->placement->nodes; k++) at[k] = k > i ? stride : 0;
         bind(m, data + obm__place_near_node(m, bytes, i), stride, at);

@@ -61,7 +61,9 @@ static obm_status read_shapes(obm_model *m, const char *path, const obm_model_pl
     OBM_TRY(obm__model_load_config(m, err));
     m->tasks = obm__model_tasks(m);
     if (m->pack) OBM_TRY(obm__model_find_tensors(m, err));
-    return obm__placed_shapes_of(m, OBM_OPT(o, obm_model_plan_options, z12, false), out, err);
+    obm_z12 z12 = OBM_OPT(o, obm_model_plan_options, z12, OBM_Z12_AUTO);
+    OBM_TRY(obm__z12_check(z12, err));
+    return obm__placed_shapes_of(m, z12 == OBM_Z12_ON, out, err);
 }
 
 static obm_status plan_on(const obm_model *m, const obm__machine *machine, const obm_model_plan_options *o,

@@ -265,6 +265,7 @@ void obm__topology_free(obm__topology *t);
 int obm__topology_cores(const obm__topology *t);
 int obm__topology_nodes(const obm__topology *t);
 const obm__machine *obm__topology_machine(const obm__topology *t);   /* borrowed; never NULL */
+uint64_t obm__topology_cache(const obm__topology *t);   /* bytes of all third-level caches; 0: none, or unknown */
 /* "1 package, 1 NUMA node, 2 cores, L2 512 KiB, L3 32 MiB" */
 const char *obm__topology_describe(const obm__topology *t, char *buf, size_t size);
 /* Binds the calling thread to the place of a worker; 0 on success, failure is harmless.  Workers beyond the cores: to the

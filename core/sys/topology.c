@@ -283,6 +283,11 @@ static uint64_t cache_kib(const obm__topology *t, hwloc_obj_type_t type) {
     return o ? o->attr->cache.size / 1024 : 0;
 }
 
+uint64_t obm__topology_cache(const obm__topology *t) {
+    int n = t ? hwloc_get_nbobjs_by_type(t->hwloc, HWLOC_OBJ_L3CACHE) : 0;
+    return n > 0 ? (uint64_t)n * cache_kib(t, HWLOC_OBJ_L3CACHE) * 1024 : 0;
+}
+
 const char *obm__topology_describe(const obm__topology *t, char *buf, size_t size) {
     if (!t) {
         snprintf(buf, size, "unknown");

@@ -124,6 +124,12 @@ def load_router(spec):
 # ---- verbs ----
 
 
+def base_weights(info):
+    behind = info["isa"] == "avx2" or info["isa"].startswith("avx512")
+    return "bf16, f16 and f32 as they are; bf16 also in 12 bits per weight (z12), " + (
+        "behind the first tokens of models that the caches do not hold" if behind else f"where --z12 on asks for it ({info['isa']}: not by itself)")
+
+
 def doctor(args):
     info = obm.info()
     optional = {"jinja2": "pip install jinja2 (the models' own chat templates)", "tqdm": "pip install tqdm (progress bars)"}
@@ -133,7 +139,7 @@ def doctor(args):
         return emit({**info, "python": sys.version.split()[0], "lua": lua, "missing": missing})
     rows = [["version", info["version"]], ["compiler", info["compiler"]], ["python", sys.version.split()[0]],
             ["ISA in use", info["isa"]], ["ISA available", info["isa_available"]], ["BLAS", info["blas"]],
-            ["base weights", "bf16, f16 and f32 as they are; bf16 in 12 bits per weight (z12) where --z12 or z12=True asks for it"],
+            ["base weights", base_weights(info)],
             ["topology", info["topology"]], ["threads", f"{info['threads']} (of {info['cores']} cores, {info['nodes']} NUMA node{'s' * (info['nodes'] != 1)})"],
             ["memory", f"{_results.size(info['memory_free'])} free of {_results.size(info['memory_total'])}"],
             ["lua", lua or "not found: apt-get install lua5.4 (only for --router FILE.lua)"]]
@@ -802,7 +808,7 @@ def make_parser():
             p.add_argument("--base", help="where the pack's base lies")
         if runs:
             p.add_argument("--materialise", action="store_true", help="dense weights for every route of a pack, instead of running on its sign planes")
-            p.add_argument("--z12", action="store_true", help="hold bf16 matrices in 12 bits per weight: the same output, 3/4 of the bytes per step, a slower start")
+            p.add_argument("--z12", choices=("auto", "on", "off"), default="auto", help="bf16 matrices in 12 bits per weight, the same output: packed behind the first tokens where that is faster (auto), while the model is opened, or not")
         return p
 
     verb(verbs, "doctor", doctor, "build, instruction sets, BLAS, topology, memory; what is missing and how to get it")
@@ -811,7 +817,7 @@ def make_parser():
     p.add_argument("model", metavar="MODEL|PACK")
     p.add_argument("--topology", metavar="FILE.xml|TEXT",
                    help="another machine: hwloc's XML (lstopo machine.xml) or a description like \"numa:2 core:4 pu:2\"; default: this one")
-    p.add_argument("--z12", action="store_true", help="with bf16 matrices in 12 bits per weight")
+    p.add_argument("--z12", choices=("auto", "on", "off"), default="auto", help="on: with bf16 matrices in 12 bits per weight")
     p.add_argument("--verify-placement", action="store_true", help="open the model, run a prompt, and count where its pages are")
     p.add_argument("--kv", choices=("f32", "f16"), default="f32")
 

@@ -1,7 +1,8 @@
 /* The main job on synthetic models: compressing, prefill, decode.  Every figure stands next to a bound measured in turn
  * with it in the same run (a plain read of the same bytes, or sgemm of the same shapes), by the same number of threads.
  *
- * Usage: bench_main [--what compress|decode|attention|prefill|all] [--size tiny|0.1b|0.35b] [--threads N] [--rounds N]
+ * Usage: bench_main [--what compress|decode|behind|attention|prefill|all] [--size tiny|0.1b|0.35b] [--threads N]
+ * [--rounds N]
  */
 #include "synthetic.h"
 
@@ -107,7 +108,7 @@ static void bench_z12(bench *b, obm_model *plain, size_t batch) {
     obm_model_memory before, after;
     obm_error err;
     obm_model *packed;
-    o.z12 = true;
+    o.z12 = OBM_Z12_ON;
     check(obm_model_open(b->ctx, b->base, &o, &packed, &err), &err);
     double opened = seconds() - begin;
     size_t steps = (size_t)b->s->steps - 1;
@@ -122,6 +123,26 @@ static void bench_z12(bench *b, obm_model *plain, size_t batch) {
     printf("decode    batch %zu, z12: %.1f tokens/s; %.2f times plain bf16; %.3f of its bytes, opened in %.2f s\n",
            batch, median(rate, b->rounds), median(share, b->rounds), (double)after.base / (double)before.base, opened);
     obm_model_free(packed);
+}
+
+/* Packed behind the tokens: what the steps before, while and behind take against the plain ones, in turn. */
+static void bench_behind(bench *b, obm_model *plain) {
+    static const size_t steps[] = {64, 128, 64};
+    double share[3][MAX_ROUNDS];
+    for (int r = 0; r < b->rounds; r++) {
+        obm_error err;
+        obm_model *m;
+        check(obm_model_open(b->ctx, b->base, NULL, &m, &err), &err);
+        for (int i = 0; i < 3; i++) {
+            double base = generate_seconds(b, plain, 1, 8, steps[i] + 1);
+            share[i][r] = base / generate_seconds(b, m, 1, 8, steps[i] + 1);
+        }
+        obm_model_free(m);
+    }
+    printf(
+        "decode    batch 1, z12 behind the tokens, times plain bf16: the first 64 tokens %.2f, the next 128 %.2f, then "
+        "%.2f\n",
+        median(share[0], b->rounds), median(share[1], b->rounds), median(share[2], b->rounds));
 }
 
 /* ---- attention: one token after many, whose keys and values are random ---- */
@@ -251,12 +272,17 @@ static void run(bench *b, const char *what) {
     }
     obm_error err;
     obm_model *m;
-    check(obm_model_open(b->ctx, b->base, NULL, &m, &err), &err);
+    obm_model_options plain = OBM_INIT(obm_model_options);
+    plain.z12 = OBM_Z12_OFF;
+    check(obm_model_open(b->ctx, b->base, &plain, &m, &err), &err);
     if (all || !strcmp(what, "decode")) {
         bench_decode(b, m, 1);
         bench_decode(b, m, 8);
         bench_z12(b, m, 1);
         bench_z12(b, m, 8);
+    }
+    if (all || !strcmp(what, "behind")) {
+        bench_behind(b, m);
     }
     if (all || !strcmp(what, "attention")) bench_attention(b, m);
     if (all || !strcmp(what, "prefill")) bench_prefill(b, m);
@@ -270,12 +296,12 @@ int main(int argc, char **argv) {
     obm_error err;
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         if (!strcmp(shapes[i].name, size)) b.s = &shapes[i];
-    if (!b.s || b.rounds < 7 || b.rounds > MAX_ROUNDS || !strstr(" compress decode attention prefill all ", what))
-        return fprintf(
-                   stderr,
-                   "usage: %s [--what compress|decode|attention|prefill|all] [--size tiny|0.1b|0.35b] [--threads N] "
-                   "[--rounds 7..%d]\n",
-                   argv[0], MAX_ROUNDS),
+    if (!b.s || b.rounds < 7 || b.rounds > MAX_ROUNDS ||
+        !strstr(" compress decode behind attention prefill all ", what))
+        return fprintf(stderr,
+                       "usage: %s [--what compress|decode|behind|attention|prefill|all] [--size tiny|0.1b|0.35b] "
+                       "[--threads N] [--rounds 7..%d]\n",
+                       argv[0], MAX_ROUNDS),
                2;
     o.threads = (int)number(argc, argv, "--threads", 0);
     check(obm_context_new(&o, &b.ctx, &err), &err);

@@ -82,6 +82,7 @@ static obm_model *open_model(bench *b, const obm_pack *p, bool materialise) {
     obm_error err;
     o.materialise = materialise;
     o.route_budget = UINT64_MAX; /* what is measured has to stay */
+    o.z12 = OBM_Z12_OFF;
     check(obm_model_from_pack(b->ctx, p, &o, &m, &err), &err);
     return m;
 }

@@ -39,7 +39,7 @@ static void run(const char *path, obm_context *ctx, bool z12, obm_dtype kv, floa
     obm_run_options r = OBM_INIT(obm_run_options);
     obm_model *m;
     const double route[] = {0.7, 0.3};
-    o.z12 = z12;
+    o.z12 = z12 ? OBM_Z12_ON : OBM_Z12_OFF;
     o.kv = r.kv = kv;
     if (obm_model_open(ctx, path, &o, &m, &err) != OBM_OK) fail_msg("%s", err.message);
     for (int routed = 0; routed < 2; routed++) {
@@ -156,7 +156,7 @@ static void copies(void **state) {
     const double route[] = {0.7, 0.3};
     float *got = malloc(size_of(2));
     reference(true, OBM_F32);
-    o.z12 = true;
+    o.z12 = OBM_Z12_ON;
     r.kv = OBM_F32, r.all = true, r.route = route;
     assert_int_equal(obm_model_open(ctx, w.pack_dir, &o, &m, &err), OBM_OK);
     int found = 0;

@@ -90,7 +90,14 @@ describe("model", function()
 
   it("holds its base in 12 bits per weight", function()
     local packed <close> = assert(obm.model(path, { z12 = true }))
-    assert.is_true(packed:memory().base < model:memory().base)
+    local info = packed:info()
+    assert.is_true(info.z12_bytes > 0 and info.z12_bytes < 0.8 * info.z12_plain and info.z12_to_come == 0)
+    for _, z12 in ipairs { "auto", "off", false } do
+      local plain <close> = assert(obm.model(path, { z12 = z12 }))
+      assert.equal(0, plain:info().z12_plain)
+    end
+    assert.error_matches(function() obm.model(path, { z12 = "yes" }) end, 'z12: expected auto, on or off, found "yes"')
+    assert.error_matches(function() obm.model(path, { z12 = 1 }) end, "expected boolean or string, found number")
     local options = { chat = true, max_tokens = 12 }
     assert.equal((model:generate(question, options)), (packed:generate(question, options)))
   end)

@@ -89,7 +89,7 @@ static uint64_t hash_logits(void) { /* FNV-1a */
 static obm_model *open_model_in(obm_context *ctx, bool z12) {
     obm_model_options o = OBM_INIT(obm_model_options);
     obm_model *m = NULL;
-    o.z12 = z12;
+    o.z12 = z12 ? OBM_Z12_ON : OBM_Z12_OFF;
     CHECK(!obm_model_open(ctx, w.pack_dir, &o, &m, &err), "%s", err.message);
     return m;
 }

@@ -466,9 +466,9 @@ def test_z12(lines, pack_path, monkeypatch):
         return opened[-1]
     monkeypatch.setattr(obm, "Model", model)
     argv = ["generate", pack_path, "--chat", "-p", PROMPT, "--max-tokens", 40]
-    assert lines(*argv, "--z12") == lines(*argv)
+    assert lines(*argv, "--z12", "on") == lines(*argv)
     packed, plain_one = opened
-    assert packed.memory["base"] < plain_one.memory["base"]
+    assert packed.info["z12_plain"] > 0 == plain_one.info["z12_plain"]
 
 
 # ---- input, errors, exit codes ----
