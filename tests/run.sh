@@ -2,7 +2,7 @@
 # The tests, in three tiers:
 #   tests/run.sh             what a user runs: C, Lua, Python, parity, fuzz corpora, the README's snippets
 #   tests/run.sh --oracles   live comparison with torch, transformers, tokenizers, mergekit, safetensors (installs them), also on a real model
-#   tests/run.sh --long      sanitizers x languages, threads, valgrind, every ISA, NEON and NUMA nodes under emulators, fuzzing;
+#   tests/run.sh --long      sanitizers x languages, threads, valgrind, every ISA, NEON, AVX-512 and NUMA nodes under emulators, fuzzing;
 #                            --long --short: a few minutes of it
 # Names after the options select steps: tests/run.sh c python.  Installs what is missing; builds in build/.
 set -uo pipefail
@@ -158,6 +158,7 @@ neon_step() {   # the kernels need libc only, so an emulated ARM64 can run their
     done
     grep -q "neon tested" build/neon/test_kernels.log
 }
+avx512_step() { bounded bash tests/emulated/avx512.sh build/avx512; }   # builds the emulator: 3 minutes of processor time
 numa_step() {   # placement on emulated machines with 1, 2 and 4 NUMA nodes
     configure build/tests
     cmake --build build/tests -j "$JOBS" --target numa_vm >/dev/null
@@ -225,6 +226,7 @@ long)
         step tsan-lua tsan_lua
         step tsan-python tsan_python
         step isa each_isa
+        step avx512 avx512_step
         step valgrind valgrind_c
         step valgrind-lua valgrind_lua
         step valgrind-python valgrind_python

@@ -74,6 +74,15 @@ static inline void fill(float *x, size_t n, int kinds) {
 }
 
 static inline const obm_kernels *scalar_table(void) { return obm_kernels_find("scalar"); }
-#define EACH_TABLE(k) for (const obm_kernels *const *p_ = obm_kernels_list(), *k; (k = *p_) != NULL; p_++)
+
+/* ONEBITMERGE_TEST_ISA=name, only that table, is for emulators, under which the others would take most of the time. */
+static inline bool table_wanted(const obm_kernels *k) {
+    const char *only = getenv("ONEBITMERGE_TEST_ISA");
+    assert_true(!only || obm_kernels_find(only));
+    return !only || !strcmp(only, k->isa);
+}
+#define EACH_TABLE(k)                                                                    \
+    for (const obm_kernels *const *p_ = obm_kernels_list(), *k; (k = *p_) != NULL; p_++) \
+        if (table_wanted(k))
 
 #endif

@@ -1,65 +1,86 @@
 #!/usr/bin/env bash
-# The kernel tests on an emulated processor with AVX-512: avx512.sh DIR boots Debian's cloud kernel (unpacked in DIR, not installed) in
-# Bochs, which has the instructions that qemu's emulation lacks.  Prints what the tests print; 0 if they passed and ran AVX-512.  It says
-# nothing about speed.
+# The kernel tests on an emulated processor with AVX-512: avx512.sh DIR builds Bochs in DIR (once; it has the instructions that qemu's
+# emulation lacks) and boots Debian's cloud kernel (unpacked, not installed) in it.  Prints what the tests print; 0 if they passed and
+# ran AVX-512.  It says nothing about speed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . tests/deps.sh
 mkdir -p "$1"
 WORK=$(cd "$1" && pwd)
-SECONDS_MOST=2000
+SECONDS_MOST=1800
 # shellcheck disable=SC2086
 APT_OPTIONS=--no-install-recommends need_packages $BOCHS_PACKAGES
 
-rm -rf "$WORK/programs" "$WORK/disc"
-mkdir -p "$WORK/programs" "$WORK/disc/isolinux"
-for test in tests/c/test_*kernels.c; do
-    gcc -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -ffp-contract=off -static -s -DOBM_TEST_BOCHS -Ikernels -Itests/cross \
-        "$test" kernels/*.c -lm -o "$WORK/programs/$(basename "$test" .c)"
-done
-gcc -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -static -s tests/emulated/init.c -o "$WORK/programs/init"
-(cd "$WORK/programs" && find . | cpio --quiet -o -H newc) >"$WORK/disc/initramfs"
-cp "$(debian_kernel "$WORK/kernel")" "$WORK/disc/vmlinuz"
-cp /usr/lib/ISOLINUX/isolinux.bin /usr/lib/syslinux/modules/bios/ldlinux.c32 "$WORK/disc/isolinux/"
+# Debian 12's Bochs 2.7 rounds some f16 wrongly, and runs under its debugger at a fraction of the speed; 3.0 is in Debian 13.
+BOCHS_SOURCE=http://deb.debian.org/debian/pool/main/b/bochs/bochs_3.0+dfsg.orig.tar.xz
+BOCHS_SHA256=78f6c73d4a6472d5130a87ab9dc306d02c7c71ed8e25b3a8ef642e2a7acd282b
+build_bochs() {   # build_bochs DIR: DIR/bochs
+    [ ! -x "$1/bochs" ] || return 0
+    echo "building Bochs 3.0 in $1"
+    rm -rf "$1"
+    mkdir -p "$1/build"
+    python3 -c 'import sys, urllib.request; urllib.request.urlretrieve(*sys.argv[1:])' "$BOCHS_SOURCE" "$1/source.tar.xz"
+    echo "$BOCHS_SHA256  $1/source.tar.xz" | sha256sum --quiet -c
+    tar -xf "$1/source.tar.xz" -C "$1"
+    (cd "$1/build" && CFLAGS="-O2 -w" CXXFLAGS="-O2 -w" ../bochs-3.0/configure --enable-cpu-level=6 --enable-x86-64 --enable-avx --enable-evex \
+        --enable-all-optimizations --enable-trace-linking --with-nogui --disable-docbook && make -j "$(nproc)" bochs) >"$1/log" 2>&1 ||
+        { tail -20 "$1/log"; return 1; }
+    mv "$1/build/bochs" "$1/bochs"
+    rm -rf "$1/build" "$1/bochs-3.0" "$1/source.tar.xz"
+}
 
-# Without xsavec and xsaves: Bochs 2.7 tells the size of the plain layout for the compact one, at which Linux takes all vector registers
-# away.  A second of the machine is 20 million instructions: the kernel waits for devices in seconds, the tests in none.
-cat >"$WORK/disc/isolinux/isolinux.cfg" <<EOF
+boot() {   # boot TEST: a machine for one program
+    local here=$WORK/$1
+    rm -rf "$here"
+    mkdir -p "$here/programs" "$here/disc/isolinux"
+    cp "$WORK/programs/$1" "$WORK/programs/init" "$here/programs"
+    (cd "$here/programs" && find . | cpio --quiet -o -H newc) >"$here/disc/initramfs"
+    cp "$IMAGE" "$here/disc/vmlinuz"
+    cp /usr/lib/ISOLINUX/isolinux.bin /usr/lib/syslinux/modules/bios/ldlinux.c32 "$here/disc/isolinux/"
+    # acpi=off: switching ACPI on ends in system management mode, where Bochs refuses the control registers that Linux has set.  What the
+    # kernel does not know becomes the environment of /init.
+    cat >"$here/disc/isolinux/isolinux.cfg" <<EOT
 DEFAULT linux
 PROMPT 0
 LABEL linux
  KERNEL /vmlinuz
  INITRD /initramfs
- APPEND console=ttyS0 quiet panic=-1 rdinit=/init nosmp mitigations=off clearcpuid=xsavec,xsaves
-EOF
-genisoimage -quiet -o "$WORK/disc.iso" -b isolinux/isolinux.bin -c isolinux/boot.cat -no-emul-boot -boot-load-size 4 -boot-info-table \
-    -J -R "$WORK/disc"
-cat >"$WORK/bochsrc" <<EOF
-display_library: term
+ APPEND console=ttyS0 quiet panic=-1 rdinit=/init nosmp acpi=off mitigations=off tsc=reliable ONEBITMERGE_TEST_ISA=avx512
+EOT
+    genisoimage -quiet -o "$here/disc.iso" -b isolinux/isolinux.bin -c isolinux/boot.cat -no-emul-boot -boot-load-size 4 -boot-info-table \
+        -J -R "$here/disc"
+    cat >"$here/bochsrc" <<EOT
+display_library: nogui
 megs: 256
 romimage: file=/usr/share/bochs/BIOS-bochs-latest
 vgaromimage: file=/usr/share/vgabios/vgabios.bin
-ata0-master: type=cdrom, path=$WORK/disc.iso, status=inserted
+ata0-master: type=cdrom, path=$here/disc.iso, status=inserted
 boot: cdrom
-cpu: model=corei7_skylake_x, count=1, ips=20000000, reset_on_triple_fault=0, ignore_bad_msrs=1
+cpu: model=sapphire_rapids, count=1, ips=100000000, reset_on_triple_fault=0, ignore_bad_msrs=1
 clock: sync=none
-com1: enabled=1, mode=file, dev=$WORK/serial
-log: $WORK/log
+com1: enabled=1, mode=file, dev=$here/serial
+log: $here/log
 panic: action=fatal
 error: action=ignore
 info: action=ignore
-EOF
-echo c >"$WORK/commands"   # Debian's Bochs begins in its debugger
+EOT
+    # It ends with an error, also when it ends as it should.
+    timeout -k 10 "$SECONDS_MOST" "$WORK/bochs/bochs" -q -f "$here/bochsrc" </dev/null >"$here/screen" 2>&1 || true
+    tr -d '\r' <"$here/serial" | { grep -aE "^(emulated|kernels): |passed$|\.[ch]:[0-9]+: " || true; } | tee "$here/said"
+    grep -q "^emulated: PASSED" "$here/said" || { tail -n 20 "$here/serial" "$here/log" "$here/screen"; echo "avx512: $1: did not pass"; return 1; }
+}
 
-# It wants a terminal, and is stopped if the machine that switches itself off does not end it.
-rm -f "$WORK/serial"
-TERM=xterm timeout -k 10 "$SECONDS_MOST" python3 -c 'import pty, sys; pty.spawn(sys.argv[1:])' bochs -q -rc "$WORK/commands" -f "$WORK/bochsrc" \
-    </dev/null >"$WORK/screen" 2>&1 &
-bochs=$!
-while kill -0 "$bochs" 2>/dev/null && ! grep -aqs "^emulated: [A-Z]" "$WORK/serial"; do sleep 1; done
-sleep 1
-kill "$bochs" 2>/dev/null || true
-wait "$bochs" || true
-tr -d '\r' <"$WORK/serial" | { grep -aE "^(emulated|kernels): |passed$|\.c:[0-9]+: " || true; } | tee "$WORK/said"
-grep -q "^emulated: PASSED" "$WORK/said" || { tail -20 "$WORK/serial" "$WORK/log" "$WORK/screen"; echo "avx512: did not pass"; exit 1; }
-grep -q "^kernels: avx512 tested" "$WORK/said"
+build_bochs "$WORK/bochs"
+rm -rf "$WORK/programs"
+mkdir -p "$WORK/programs"
+for test in tests/c/test_*kernels.c; do
+    gcc -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -ffp-contract=off -static -s -Ikernels -Itests/cross \
+        "$test" kernels/*.c -lm -o "$WORK/programs/$(basename "$test" .c)"
+done
+gcc -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -static -s tests/emulated/init.c -o "$WORK/programs/init"
+IMAGE=$(debian_kernel "$WORK/kernel")
+# Each on one core of this machine, as many at a time as there are.
+export -f boot
+export IMAGE WORK SECONDS_MOST
+(cd "$WORK/programs" && printf '%s\n' test_*) | xargs -P "$(nproc)" -I{} bash -c "set -euo pipefail; boot {}"
+grep -q "^kernels: avx512 tested" "$WORK/test_kernels/said"

@@ -1,10 +1,10 @@
 /* /init of an emulated machine (avx512.sh): runs the kernel tests that lie beside it, one after the other, says whether
- * all of them passed and switches the machine off.  It tests nothing itself. */
+ * all of them passed and ends the emulator.  It tests nothing itself. */
 #include <dirent.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/io.h>
 #include <sys/mount.h>
-#include <sys/reboot.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -18,6 +18,13 @@ static int run(const char *name) {
     }
     if (child > 0) waitpid(child, &status, 0);
     return status;
+}
+
+/* Bochs ends when this word is written to this port, letter by letter. */
+static void end(void) {
+    enum { PORT = 0x8900 };
+    if (ioperm(PORT, 1, 1)) return;
+    for (const char *p = "Shutdown"; *p; p++) outb((unsigned char)*p, PORT);
 }
 
 int main(void) {
@@ -37,6 +44,6 @@ int main(void) {
     printf("emulated: %s\n", programs && !failed ? "PASSED" : "FAILED");
     fflush(stdout);
     sleep(1); /* the console is slower than the program */
-    reboot(RB_POWER_OFF);
+    end();
     return 1;
 }
