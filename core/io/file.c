@@ -99,10 +99,11 @@ obm_status obm__file_read(const char *path, char **text, size_t *size, obm_error
 obm_status obm__refuse_pointer(const void *bytes, size_t size, const char *where, obm_error *err) {
     static const char head[] = "version https://git-lfs";
     if (size < sizeof head - 1 || memcmp(bytes, head, sizeof head - 1)) return OBM_OK;
-    return obm__fail(err, OBM_E_FORMAT,
-                     "%s: found a Git LFS pointer of %zu bytes in place of the file: fetch it with \"git lfs pull\", or "
-                     "download it again",
-                     where, size);
+    return obm__fail(
+        err, OBM_E_FORMAT,
+        "%s: found a Git LFS pointer of %zu bytes in place of the file: fetch it with \"git lfs pull\", or "
+        "download it again",
+        where, size);
 }
 
 bool obm__file_exists(const char *path) {
@@ -201,6 +202,18 @@ obm_status obm__fd_read_at(int fd, const char *path, void *bytes, size_t n, uint
         at += (size_t)done;
     }
     *got = at;
+    return OBM_OK;
+}
+
+/* Linux; elsewhere, where the file system cannot, or a signal comes, writes find their blocks one by one.  Never
+ * posix_fallocate, which in such a case writes it all. */
+obm_status obm__fd_reserve(int fd, const char *path, uint64_t size, obm_error *err) {
+#ifdef __linux__
+    if (!size || fallocate(fd, 0, 0, (off_t)size) == 0) return OBM_OK;
+    if (errno == ENOSPC || errno == EDQUOT || errno == EFBIG) return obm__fail_errno(err, "cannot write %s", path);
+#else
+    (void)fd, (void)path, (void)size, (void)err;
+#endif
     return OBM_OK;
 }
 

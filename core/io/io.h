@@ -43,6 +43,9 @@ obm_status obm__fd_write_at(int fd, const char *path, const void *bytes, size_t 
 /* *got < n: the file ends there. */
 obm_status obm__fd_read_at(int fd, const char *path, void *bytes, size_t n, uint64_t offset, size_t *got,
                            obm_error *err);
+/* Blocks for a new file whose size is known, which is its size from then on: writes into it take half the time, and a
+ * disk that is too full says so before the first of them. */
+obm_status obm__fd_reserve(int fd, const char *path, uint64_t size, obm_error *err);
 /* The disk begins to write the range now instead of in the sync at the end. */
 void obm__fd_start_sync(int fd, uint64_t offset, uint64_t n);
 obm_status obm__fd_seal(int fd, const char *path, obm_error *err); /* fsync and close, also on failure */
@@ -66,8 +69,6 @@ bool obm__source_is_name(const char *s); /* has the form org/name or org/name@re
 /* Drops the whole pages inside [data, data + size) of a read-only file mapping from resident memory (pages.c); they are
  * read again when touched. */
 void obm__pages_release(const void *data, size_t size);
-/* Whether few pages here and there are about to be read: then the system does not read their neighbours ahead. */
-void obm__pages_scattered(const void *data, size_t size, bool scattered);
 /* Maps the pages of a range that is about to be read, all in one go instead of a fault for every few. */
 void obm__pages_populate(const void *data, size_t size);
 
@@ -141,7 +142,7 @@ obm_status obm__st_writer_begin(obm__st_writer *w, obm_error *err); /* writes th
 /* the next n bytes of the data part */
 obm_status obm__st_writer_write(obm__st_writer *w, const void *bytes, size_t n, obm_error *err);
 /* The same in two halves, for several threads at once: `put` writes at an offset of the data part, any thread and
- * order; `pass` takes the same bytes into the checksum and the count, in order. */
+ * order; `pass` takes the same bytes, once they are put, into the checksum and the count, in order. */
 obm_status obm__st_writer_put(const obm__st_writer *w, uint64_t offset, const void *bytes, size_t n, obm_error *err);
 void obm__st_writer_pass(obm__st_writer *w, const void *bytes, size_t n);
 uint64_t obm__st_writer_written(const obm__st_writer *w); /* bytes of the data part */
@@ -248,8 +249,8 @@ const obm__st_entry *obm__checkpoint_find(const obm_checkpoint *c, const char *n
 size_t obm__checkpoint_index(const obm_checkpoint *c, const char *name); /* in tensors; SIZE_MAX if absent */
 /* What config.json says about the text model: its "text_config", or all of it; NULL without config. */
 const obm_json *obm__checkpoint_text_config(const obm_checkpoint *c);
-/* Warns of tensors of layers that config.json does not count (layers that predict further tokens, or a config of another
- * model); `outcome` says what becomes of them. */
+/* Warns of tensors of layers that config.json does not count (layers that predict further tokens, or a config of
+ * another model); `outcome` says what becomes of them. */
 void obm__checkpoint_warn_layers(const obm_checkpoint *c, const char *outcome);
 /* Sets a key there, in a copy of such a config.json; takes value over, NULL is fine.  false: out of memory. */
 bool obm__text_config_set(obm_json *config, const char *key, obm_json *value);
@@ -266,6 +267,8 @@ typedef struct obm__reader obm__reader;
 /* The checkpoints' files are opened again, where they still are under their names. */
 obm_status obm__reader_new(const obm_checkpoint *const *checkpoints, size_t n, obm__reader **out, obm_error *err);
 void obm__reader_free(obm__reader *r);
+/* A few bytes here and there are about to be read: the system does not read their neighbours ahead. */
+void obm__reader_scattered(const obm__reader *r);
 /* n bytes at `data`, in a mapping of one of them; any thread.  IO also for a file that has become shorter. */
 obm_status obm__reader_get(const obm__reader *r, const void *data, size_t n, void *to, obm_error *err);
 

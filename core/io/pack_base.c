@@ -38,32 +38,61 @@ static bool sample_pages(const obm_tensor *t, digest out) {
     return true;
 }
 
-static bool sample_tensor(const obm_tensor *t, digest out) {
-    size_t n = obm__tensor_bytes(t);
-    bool apart = n > (size_t)SAMPLES * SAMPLE_BYTES;
-    /* Reading ahead would turn 64 pages of a tensor into 64 times as many. */
-    if (apart) obm__pages_scattered(t->data, n, true);
-    bool done = sample_pages(t, out);
-    if (apart) obm__pages_scattered(t->data, n, false);
-    obm__pages_release(t->data, n); /* a fault maps the cached neighbours too, up to all of it */
-    return done;
-}
-
 typedef struct sample_job {
     const obm_checkpoint *base;
+    obm__reader *reader; /* faults of single pages take longer than copies of them */
     digest *out;
     bool large; /* only tensors of more than one chunk: the others are sampled while they are hashed */
     _Atomic int failed;
+    obm_status status; /* of the first that failed */
+    obm_error error;
 } sample_job;
+
+static obm_status add_bytes(const sample_job *job, const void *data, size_t n, obm__xxh3 *h, obm_error *err) {
+    uint8_t copy[4 * SAMPLE_BYTES];
+    for (size_t at = 0, part; at < n; at += part) {
+        part = n - at < sizeof copy ? n - at : sizeof copy;
+        OBM_TRY(obm__reader_get(job->reader, (const uint8_t *)data + at, part, copy, err));
+        obm__xxh3_add(h, copy, part);
+    }
+    return OBM_OK;
+}
+
+static obm_status sample_tensor(const sample_job *job, const obm_tensor *t, digest out, obm_error *err) {
+    size_t n = obm__tensor_bytes(t);
+    bool whole = n <= (size_t)SAMPLES * SAMPLE_BYTES;
+    obm__xxh3 *h = obm__xxh3_new();
+    if (!h) return obm__fail_nomem(err, 0);
+    obm_status status = whole ? add_bytes(job, t->data, n, h, err) : OBM_OK;
+    for (size_t i = 0; !whole && status == OBM_OK && i < SAMPLES; i++)
+        status = add_bytes(job, (const uint8_t *)t->data + sample_offset(n - SAMPLE_BYTES, i), SAMPLE_BYTES, h, err);
+    obm__xxh3_end(h, status == OBM_OK ? out : NULL);
+    return status;
+}
 
 static void sample_range(void *arg, size_t begin, size_t end, int id) {
     (void)id;
     sample_job *job = arg;
     for (size_t i = begin; i < end; i++) {
         const obm_tensor *t = &job->base->tensors[i]->t;
+        obm_error err;
         if (job->large && obm__tensor_bytes(t) <= CHUNK) continue;
-        if (!sample_tensor(t, job->out[i])) atomic_store(&job->failed, 1);
+        obm_status status = sample_tensor(job, t, job->out[i], &err);
+        if (status == OBM_OK || atomic_exchange(&job->failed, 1)) continue;
+        job->status = status;
+        job->error = err;
     }
+}
+
+static obm_status begin_sampling(const obm_checkpoint *c, sample_job *job, obm_error *err) {
+    OBM_TRY(obm__reader_new(&c, 1, &job->reader, err));
+    obm__reader_scattered(job->reader);
+    return OBM_OK;
+}
+
+static obm_status sampled(const sample_job *job, obm_error *err) {
+    if (job->failed && err) *err = job->error;
+    return job->failed ? job->status : OBM_OK;
 }
 
 /* Tensors between two looks at the pulse, per thread: some hundreds of pages from a disk. */
@@ -72,10 +101,13 @@ static void sample_range(void *arg, size_t begin, size_t end, int id) {
 static obm_status sample_all(obm_context *ctx, const obm_checkpoint *base, bool large, obm__pulse *pulse, digest **out,
                              obm_error *err) {
     digest *d = obm__calloc(base->count, sizeof *d);
+    if (!d) return obm__fail_nomem(err, base->count * sizeof *d);
     sample_job job = {.base = base, .out = d, .large = large};
     size_t batch = SAMPLE_BATCH * (size_t)ctx->threads;
-    obm_status status = d ? obm__parallel_slices(ctx, base->count, 1, batch, sample_range, &job, pulse, err) : OBM_OK;
-    if (!d || job.failed) status = obm__fail_nomem(err, base->count * sizeof *d);
+    obm_status status = begin_sampling(base, &job, err);
+    if (status == OBM_OK) status = obm__parallel_slices(ctx, base->count, 1, batch, sample_range, &job, pulse, err);
+    if (status == OBM_OK) status = sampled(&job, err);
+    obm__reader_free(job.reader);
     if (status == OBM_OK)
         *out = d;
     else
@@ -98,16 +130,19 @@ static void add_tensor(obm__xxh3 *h, const obm__st_entry *e, const digest sample
 static obm_status add_all(obm_context *ctx, const obm_checkpoint *c, obm__tick_fn tick, void *user, obm__xxh3 *h,
                           obm_error *err) {
     digest samples[FINGERPRINT_BATCH];
-    for (size_t at = 0, n; at < c->count; at += n) {
+    obm_checkpoint part;
+    sample_job job = {.base = &part, .out = samples};
+    obm_status status = begin_sampling(c, &job, err);
+    for (size_t at = 0, n; status == OBM_OK && at < c->count; at += n) {
         n = c->count - at < FINGERPRINT_BATCH ? c->count - at : FINGERPRINT_BATCH;
-        obm_checkpoint part = {.tensors = c->tensors + at};
-        sample_job job = {.base = &part, .out = samples};
+        part = (obm_checkpoint){.tensors = c->tensors + at};
         obm__parallel(ctx, n, 1, sample_range, &job);
-        if (job.failed) return obm__fail_nomem(err, 0);
-        for (size_t i = 0; i < n; i++) add_tensor(h, c->tensors[at + i], samples[i]);
-        if (tick) OBM_TRY(tick(user, 0, err));
+        status = sampled(&job, err);
+        for (size_t i = 0; status == OBM_OK && i < n; i++) add_tensor(h, c->tensors[at + i], samples[i]);
+        if (status == OBM_OK && tick) status = tick(user, 0, err);
     }
-    return OBM_OK;
+    obm__reader_free(job.reader);
+    return status;
 }
 
 obm_status obm__checkpoint_fingerprint(obm_context *ctx, const obm_checkpoint *c, obm__tick_fn tick, void *user,

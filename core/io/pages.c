@@ -12,12 +12,6 @@ void obm__pages_release(const void *data, size_t size) {
     if (end > begin) (void)madvise((void *)begin, end - begin, MADV_DONTNEED);
 }
 
-void obm__pages_scattered(const void *data, size_t size, bool scattered) {
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    uintptr_t begin = ((uintptr_t)data + page - 1) & ~(page - 1), end = ((uintptr_t)data + size) & ~(page - 1);
-    if (end > begin) (void)madvise((void *)begin, end - begin, scattered ? MADV_RANDOM : MADV_NORMAL);
-}
-
 /* Linux 5.14; elsewhere, and where it is refused, the reads fault as they always did. */
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22

@@ -52,6 +52,11 @@ void obm__reader_free(obm__reader *r) {
     obm_free(r);
 }
 
+void obm__reader_scattered(const obm__reader *r) {
+    for (size_t i = 0; i < r->n; i++)
+        if (r->sources[i].fd >= 0) (void)posix_fadvise(r->sources[i].fd, 0, 0, POSIX_FADV_RANDOM);
+}
+
 static const source *find(const obm__reader *r, const void *data) {
     uintptr_t at = (uintptr_t)data;
     for (size_t i = 0; i < r->n; i++) {

@@ -287,6 +287,7 @@ struct obm__st_writer {
     obm_json *metadata;    /* NULL without */
     uint64_t header_bytes; /* 0 before begin */
     uint64_t written;
+    uint64_t started; /* of them, on their way to the disk */
     obm__xxh3 *hash;
 };
 
@@ -423,6 +424,7 @@ obm_status obm__st_writer_begin(obm__st_writer *w, obm_error *err) {
     OBM_GO(w->hash ? OBM_OK : obm__fail_nomem(err, 0));
     OBM_GO(obm__temp_create(w->path, &w->temp, &w->fd, err));
     obm__xxh3_add(w->hash, header.data, header.size);
+    OBM_GO(obm__fd_reserve(w->fd, w->temp, header.size + w->tensors.bytes, err));
     OBM_GO(obm__fd_write(w->fd, w->temp, header.data, header.size, err));
     w->header_bytes = header.size;
 done:
@@ -440,18 +442,20 @@ obm_status obm__st_writer_write(obm__st_writer *w, const void *bytes, size_t n, 
     return OBM_OK;
 }
 
-/* Bytes worth a request to the disk of their own; less waits for the sync. */
-#define START_SYNC ((size_t)64 << 10)
-
 obm_status obm__st_writer_put(const obm__st_writer *w, uint64_t offset, const void *bytes, size_t n, obm_error *err) {
-    OBM_TRY(obm__fd_write_at(w->fd, w->temp, bytes, n, w->header_bytes + offset, err));
-    if (n >= START_SYNC) obm__fd_start_sync(w->fd, w->header_bytes + offset, n);
-    return OBM_OK;
+    return obm__fd_write_at(w->fd, w->temp, bytes, n, w->header_bytes + offset, err);
 }
+
+/* Bytes that the disk is told to write in one go.  Smaller requests take the processor more time than they save of the
+ * sync at the end; much larger ones leave it too much. */
+#define START_SYNC ((uint64_t)16 << 20)
 
 void obm__st_writer_pass(obm__st_writer *w, const void *bytes, size_t n) {
     obm__xxh3_add(w->hash, bytes, n);
     w->written += n;
+    if (w->written - w->started < START_SYNC) return;
+    obm__fd_start_sync(w->fd, w->header_bytes + w->started, w->written - w->started);
+    w->started = w->written;
 }
 
 uint64_t obm__st_writer_written(const obm__st_writer *w) { return w->written; }

@@ -68,6 +68,7 @@ typedef struct obm__job {
     obm_tensor *tensors;         /* (n_outputs, widest), of each output's inputs */
     const obm__pair **changes;   /* (n_outputs, widest) */
     uint64_t tile;               /* elements */
+    uint64_t kept;               /* bytes of inputs that may stay mapped from pass to pass */
 } obm__job;
 
 /* Opens every model that the recipe names, and assigns them to its slices. */

@@ -37,13 +37,33 @@ static uint64_t fixed_memory(const obm__job *j) {
            span * j->widest * 4;
 }
 
+/* A tile of 16-bit values is written while the second-level caches still have much of it.  Masks by rank are of whole
+ * rows, which a tile should not cut too often. */
+#define MERGE_TILE ((uint64_t)1 << 20)
+
+static uint64_t largest_tile(const obm__job *j) {
+    return j->recipe->method->mask == OBM_MASK_RANKED ? OBM_MERGE_SPAN : MERGE_TILE;
+}
+
+/* Bytes of a tensor's inputs that stay mapped from one pass to the next: far more than any matrix in circulation has,
+ * far less than address space. */
+#define MAX_KEPT ((uint64_t)2 << 30)
+
+static uint64_t input_bytes(const obm__output *o) {
+    uint64_t bytes = 0;
+    for (size_t t = 0; t < o->slice->n; t++) bytes += obm__tensor_bytes(&o->tensors[t]);
+    return bytes;
+}
+
 static obm_status choose_tile(obm__job *j, obm_error *err) {
     uint64_t fixed = fixed_memory(j), least = fixed + 8 * OBM_MERGE_BLOCK;
     if (j->memory < least)
         return obm__fail(err, OBM_E_ARG, "memory: this merge needs at least %llu bytes, found %llu",
                          (unsigned long long)least, (unsigned long long)j->memory);
-    uint64_t elements = (j->memory - fixed) / 8 / OBM_MERGE_BLOCK * OBM_MERGE_BLOCK;
-    j->tile = elements < OBM_MERGE_SPAN ? elements : OBM_MERGE_SPAN;
+    uint64_t elements = (j->memory - fixed) / 8 / OBM_MERGE_BLOCK * OBM_MERGE_BLOCK, most = largest_tile(j);
+    j->tile = elements < most ? elements : most;
+    j->kept = j->memory - fixed - 8 * j->tile;
+    if (j->kept > MAX_KEPT) j->kept = MAX_KEPT;
     return OBM_OK;
 }
 
@@ -66,12 +86,26 @@ static double nanoseconds(const obm__group *g) {
     return own + PASS_NANOSECONDS * pass_count(g->steps);
 }
 
+/* Several passes map the inputs once, where they may: as much time as one of the passes takes. */
+static bool keeps_inputs(const obm__job *j, const obm__output *o) {
+    return !o->copy && !o->rows && !o->steps.model_scope && pass_count(&o->steps) > 1 && input_bytes(o) <= j->kept;
+}
+
+static uint64_t kept_memory(const obm__job *j) {
+    uint64_t most = 0;
+    for (size_t i = 0; i < j->n_outputs; i++) {
+        const obm__output *o = &j->outputs[i];
+        if (keeps_inputs(j, o) && input_bytes(o) > most) most = input_bytes(o);
+    }
+    return most;
+}
+
 static obm_plan sizes(const obm__job *j) {
-    obm_plan p = {.tensors = j->n_outputs, .peak_memory = fixed_memory(j) + 8 * j->tile};
+    obm_plan p = {.tensors = j->n_outputs, .peak_memory = fixed_memory(j) + 8 * j->tile + kept_memory(j)};
     double work = 0;
     for (size_t i = 0; i < j->n_outputs; i++) {
         const obm__output *o = &j->outputs[i];
-        for (size_t t = 0; t < o->slice->n; t++) p.bytes_read += obm__tensor_bytes(&o->tensors[t]);
+        p.bytes_read += input_bytes(o);
         uint64_t count = (uint64_t)obm_tensor_count(&o->tensors[0]);
         p.bytes_written += count * obm_dtype_size(o->dtype);
         p.tiles += o->copy ? 1 : obm__pieces(count, j->tile);
@@ -326,13 +360,44 @@ static obm_status start_writing(writing *x, size_t n, obm_error *err) {
     return obm__model_writer_write(x->w, x->bytes, n, err);
 }
 
+typedef struct mapping {
+    const obm__group *g;
+    uint64_t at;
+} mapping;
+
+static void populate_range(void *arg, size_t begin, size_t end, int worker) {
+    const mapping *m = arg;
+    (void)worker;
+    obm__group_populate(m->g, SIZE_MAX, m->at + begin, m->at + end);
+}
+
+static obm_status map_inputs(const obm__job *j, const obm__run *run, obm__group *g, obm_error *err) {
+    for (mapping m = {.g = g}; m.at < g->count; m.at += OBM_MERGE_SPAN) {
+        uint64_t n = g->count - m.at < OBM_MERGE_SPAN ? g->count - m.at : OBM_MERGE_SPAN;
+        obm__parallel(j->ctx, (size_t)n, OBM_MERGE_SPAN / 8, populate_range, &m);
+        OBM_TRY(obm__run_report(run, err));
+    }
+    g->mapped = false;
+    return OBM_OK;
+}
+
+/* Behind the last pass. */
+static void release_inputs(obm__group *g, uint64_t begin, uint64_t n) {
+    g->mapped = true;
+    obm__group_release(g, begin, n);
+    g->mapped = false;
+}
+
 static obm_status write_merged(const obm__job *j, obm__output *o, obm__run *run, writing *x, obm_error *err) {
     size_t size = obm_dtype_size(o->dtype);
+    bool kept = keeps_inputs(j, o);
+    if (kept) OBM_TRY(map_inputs(j, run, &o->group, err));
     if (!o->group.cuts) OBM_TRY(obm__statistics(run, &o->group, 1, err));
     OBM_TRY(obm__group_form(run, &o->group, err));
     for (uint64_t at = 0; at < o->group.count; at += j->tile) {
         uint64_t n = o->group.count - at < j->tile ? o->group.count - at : j->tile;
         OBM_TRY(obm__group_run(run, &o->group, at, n, o->dtype, x->tiles[x->current], err));
+        if (kept) release_inputs(&o->group, at, n);
         OBM_TRY(start_writing(x, (size_t)n * size, err));
         run->done += n * size;
     }

@@ -1,6 +1,10 @@
 /* The safetensors container: what is accepted, every way a header can lie, and the writer read back by other code. */
 #include "io_fixture.h"
 
+#include <dirent.h>
+#include <signal.h>
+#include <sys/resource.h>
+
 #include <setjmp.h>
 #include <stdarg.h>
 
@@ -418,6 +422,62 @@ static void test_files(void **state) {
     obm_free(joined), obm_free(dir), obm_free(bare);
 }
 
+static size_t files_in(const char *dir) {
+    size_t n = 0;
+    DIR *d = opendir(dir);
+    for (struct dirent *e; d && (e = readdir(d));) n += e->d_name[0] != '.';
+    if (d) closedir(d);
+    return n;
+}
+
+/* What does not fit says so before anything of it is written, or, where a file system reserves nothing, with the write.
+ */
+static void test_no_room(void **state) {
+    (void)state;
+    const int64_t shape[1] = {1 << 20};
+    static const uint8_t bytes[1 << 20];
+    struct rlimit before;
+    obm__st_writer *w;
+    obm_error err;
+    char dir[512], path[600];
+    snprintf(dir, sizeof dir, "%s", in_dir("no room"));
+    snprintf(path, sizeof path, "%s/a.safetensors", dir);
+    assert_int_equal(mkdir(dir, 0700), 0);
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &before), 0);
+    void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &(struct rlimit){4096, before.rlim_max}), 0);
+    assert_int_equal(obm__st_writer_new(path, &w, &err), OBM_OK);
+    assert_int_equal(obm__st_writer_declare(w, "t", OBM_U8, 1, shape, &err), OBM_OK);
+    obm_status status = obm__st_writer_begin(w, &err);
+    if (status == OBM_OK) status = obm__st_writer_write(w, bytes, sizeof bytes, &err);
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &before), 0);
+    signal(SIGXFSZ, handler);
+    assert_int_equal(status, OBM_E_IO);
+    assert_non_null(strstr(err.message, "cannot write"));
+    assert_non_null(strstr(err.message, "File too large"));
+    obm__st_writer_free(w);
+    assert_int_equal(files_in(dir), 0);
+}
+
+/* As long as what was declared, whatever was reserved, and only that. */
+static void test_reserved_size(void **state) {
+    (void)state;
+    const int64_t shape[1] = {100000};
+    static const uint8_t bytes[100000] = {1};
+    obm__st_writer *w;
+    struct stat st;
+    obm_error err;
+    assert_int_equal(obm__st_writer_new(in_dir("reserved"), &w, &err), OBM_OK);
+    assert_int_equal(obm__st_writer_declare(w, "t", OBM_U8, 1, shape, &err), OBM_OK);
+    assert_int_equal(obm__st_writer_begin(w, &err), OBM_OK);
+    uint64_t size = obm__st_writer_size(w);
+    assert_int_equal(obm__st_writer_write(w, bytes, sizeof bytes, &err), OBM_OK);
+    assert_int_equal(obm__st_writer_finish(w, NULL, &err), OBM_OK);
+    obm__st_writer_free(w);
+    assert_int_equal(stat(in_dir("reserved"), &st), 0);
+    assert_int_equal(st.st_size, size);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_accepted),
@@ -430,6 +490,8 @@ int main(void) {
         cmocka_unit_test(test_open),
         cmocka_unit_test(test_write),
         cmocka_unit_test(test_write_misuse),
+        cmocka_unit_test(test_no_room),
+        cmocka_unit_test(test_reserved_size),
         cmocka_unit_test(test_files),
         cmocka_unit_test(test_unaligned_kernels),
     };

@@ -1,6 +1,6 @@
 /* Preloaded into the sweep: counts the calls that change files under one folder, and lets the process die before the
- * n-th of them, the disk be full after so many bytes, or the file system be read-only (a folder's mode does not keep root
- * out).  Does nothing until it is armed. */
+ * n-th of them, the disk be full after so many bytes, or the file system be read-only (a folder's mode does not keep
+ * root out).  Does nothing until it is armed. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -16,7 +16,8 @@
 static char folder[4096];
 static _Atomic long calls, written;
 static long die_at, full_at = -1;
-static int read_only;
+static int read_only, no_reserve;
+static _Atomic char reserved[1024]; /* by descriptor: its bytes are counted already */
 
 /* kill_at 0 and disk -1: only count.  Every path that starts with `prefix` counts. */
 void faults_arm(const char *prefix, long kill_at, long disk) {
@@ -24,10 +25,12 @@ void faults_arm(const char *prefix, long kill_at, long disk) {
     calls = written = 0;
     die_at = kill_at;
     full_at = disk;
-    read_only = 0;
+    read_only = no_reserve = 0;
 }
 /* After arming: every change is refused. */
 void faults_read_only(void) { read_only = 1; }
+/* After arming: the file system cannot reserve blocks, so it is a write that finds the disk full. */
+void faults_no_reserve(void) { no_reserve = 1; }
 long faults_calls(void) { return calls; }
 long faults_written(void) { return written; }
 
@@ -59,7 +62,9 @@ static int open_any(int (*real)(const char *, int, ...), const char *path, int f
     int changes = (flags & (O_CREAT | O_TRUNC | O_WRONLY | O_RDWR)) && is_ours(path);
     count((flags & O_CREAT) && changes);
     if (refuses(changes)) return -1;
-    return real(path, flags, mode);
+    int fd = real(path, flags, mode);
+    if (fd >= 0 && fd < (int)sizeof reserved) reserved[fd] = 0;
+    return fd;
 }
 
 #define OPEN(name)                                                \
@@ -73,20 +78,62 @@ static int open_any(int (*real)(const char *, int, ...), const char *path, int f
 OPEN(open)
 OPEN(open64)
 
-ssize_t write(int fd, const void *bytes, size_t n) {
-    int ours = is_our_file(fd);
-    count(ours);
-    if (ours && full_at >= 0 && written + (long)n > full_at) {
-        n = (size_t)(full_at - written);
-        if (n == 0) {
-            errno = ENOSPC;
-            return -1;
-        }
-    }
-    ssize_t done = REAL(write)(fd, bytes, n);
+static int is_reserved(int fd) { return fd >= 0 && fd < (int)sizeof reserved && reserved[fd]; }
+
+/* How many of n bytes the disk has room for; 0: it is full. */
+static size_t room_for(size_t n) {
+    if (full_at < 0 || written + (long)n <= full_at) return n;
+    return full_at > written ? (size_t)(full_at - written) : 0;
+}
+
+static size_t begin_write(int fd, int *ours, size_t n) {
+    *ours = is_our_file(fd);
+    count(*ours);
+    *ours = *ours && !is_reserved(fd);
+    size_t room = *ours ? room_for(n) : n;
+    if (n && !room) errno = ENOSPC;
+    return room;
+}
+
+static ssize_t end_write(int ours, ssize_t done) {
     if (ours && done > 0) written += done;
     return done;
 }
+
+ssize_t write(int fd, const void *bytes, size_t n) {
+    int ours;
+    size_t room = begin_write(fd, &ours, n);
+    return n && !room ? -1 : end_write(ours, REAL(write)(fd, bytes, room));
+}
+
+#define PWRITE(name)                                                                   \
+    ssize_t name(int fd, const void *bytes, size_t n, off_t offset) {                  \
+        int ours;                                                                      \
+        size_t room = begin_write(fd, &ours, n);                                       \
+        return n && !room ? -1 : end_write(ours, REAL(name)(fd, bytes, room, offset)); \
+    }
+PWRITE(pwrite)
+PWRITE(pwrite64)
+
+static int reserve(int (*real)(int, int, off_t, off_t), int fd, int mode, off_t offset, off_t n) {
+    int ours = is_our_file(fd);
+    count(ours);
+    if (ours && (no_reserve || room_for((size_t)n) < (size_t)n)) {
+        errno = no_reserve ? EOPNOTSUPP : ENOSPC;
+        return -1;
+    }
+    int failed = real(fd, mode, offset, n);
+    if (!failed && ours && fd < (int)sizeof reserved) {
+        reserved[fd] = 1;
+        written += n;
+    }
+    return failed;
+}
+
+#define FALLOCATE(name) \
+    int name(int fd, int mode, off_t offset, off_t n) { return reserve(REAL(name), fd, mode, offset, n); }
+FALLOCATE(fallocate)
+FALLOCATE(fallocate64)
 
 int fsync(int fd) {
     count(is_our_file(fd));

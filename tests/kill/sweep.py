@@ -33,7 +33,7 @@ faults.faults_calls.restype = faults.faults_written.restype = ctypes.c_long
 class Run:
     """A command in a fork: exit code (negative: the signal), what it said, calls counted, bytes written, seconds."""
 
-    def __init__(self, argv, under="", kill_at=0, disk=-1, kill_after=None, read_only=False, wait=True):
+    def __init__(self, argv, under="", kill_at=0, disk=-1, kill_after=None, read_only=False, reserve=True, wait=True):
         read, write = os.pipe()
         self.begin = time.monotonic()
         self.pid = pid = os.fork()
@@ -44,6 +44,8 @@ class Run:
                 faults.faults_arm(os.fsencode(str(under)), kill_at, disk)
                 if read_only:
                     faults.faults_read_only()
+                if not reserve:
+                    faults.faults_no_reserve()
                 code = argv() if callable(argv) else cli.main([str(a) for a in argv])
                 calls, written = faults.faults_calls(), faults.faults_written()
                 faults.faults_arm(b"", 0, -1)
@@ -151,10 +153,11 @@ class Case:
         assert run.code in (0, -signal.SIGKILL), f"{what}: {run.code} {run.said}"
         self.check_rerun(self.check_state(what), what)
 
-    def fill_disk(self, disk):
-        what = f"{self.name}, disk full after {disk} of {self.written} bytes"
+    def fill_disk(self, disk, reserve):
+        """reserve: blocks for whole files are asked for first; else it is some write that finds none."""
+        what = f"{self.name}, disk full after {disk} of {self.written} bytes{'' if reserve else ', on a file system that reserves none'}"
         self.prepare()
-        run = Run(self.argv, self.place, disk=disk)
+        run = Run(self.argv, self.place, disk=disk, reserve=reserve)
         assert run.code == 1 and "No space left on device" in run.said and run.said.count("\n") == 1, f"{what}: {run.code} {run.said}"
         assert contents(self.place) == self.before and self.place.exists() == bool(self.old), \
             f"{what}: not the old state: {sorted(contents(self.place))}"
@@ -256,7 +259,8 @@ def sweep(case, rng, short):
     most = case.written * 9 // 10   # temporary names in a journal hold the pid, so the last bytes vary
     disks = [rng.randrange(most)] if short else [0, most, *(rng.randrange(most) for _ in range(3))]
     for disk in disks:
-        case.fill_disk(disk)
+        for reserve in (True, False):
+            case.fill_disk(disk, reserve)
     case.refuse_changes()
     races = 1 if short else 5
     for _ in range(races):
