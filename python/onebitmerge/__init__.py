@@ -20,7 +20,7 @@ def __getattr__(name):
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from onebitmerge import _api
-    globals().update((each, getattr(_api, each)) for each in __all__)
+    globals()[name] = getattr(_api, name)
     return globals()[name]
 
 

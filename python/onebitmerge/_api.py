@@ -1,5 +1,6 @@
 """What the package offers, with the C core loaded; __init__ imports it at the first use."""
 
+import importlib as _importlib
 import json as _json
 import os as _os
 from collections.abc import Mapping as _Mapping
@@ -9,10 +10,24 @@ from ._core import (ArgumentError, BusyError, Checkpoint, DtypeError, Error, For
                     NotFoundError, Pack, ShapeError, TaskVector, Tensor, Tokenizer, UnsupportedError, __version__, class_of,
                     extract_lora, info, merge_tensors, methods, plan, set_threads)
 from ._methods import Tile, register_method
-from ._results import Completion, Expert, RouterReport, Score
-from .tuning import Tuning, tune
+from ._results import Completion
 
-for _name, _hook in {"Completion": Completion.make, "Score": Score, "RouterReport": RouterReport, "experts": _results.experts,
+# Modules that take longer to import than the C core wait for the first use of what they have.
+_LATE = {"Expert": "_records", "RouterReport": "_records", "Score": "_records", "Tuning": "tuning", "tune": "tuning"}
+
+
+def __getattr__(name):
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(_importlib.import_module(f"onebitmerge.{_LATE[name]}"), name)
+    return globals()[name]
+
+
+def _late(name):
+    return lambda *given: __getattr__(name)(*given)
+
+
+for _name, _hook in {"Completion": Completion.make, "Score": _late("Score"), "RouterReport": _late("RouterReport"), "experts": _results.experts,
                      "pack_repr": _results.pack_repr, "pack_html": _results.pack_html, "render_template": _results.render_template,
                      "progress_bar": _results.progress_bar, "resolve": _hub.resolve, "merge_tile": _methods.merge_tile,
                      "method_entry": _methods.method_entry}.items():

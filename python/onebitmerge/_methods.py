@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
-from typing import Any, Callable, Mapping
+from collections.abc import Mapping
 
-from . import _core   # NumPy is imported where it is needed: the command line starts without it
+from . import _core   # NumPy and inspect are imported where they are needed: the command line starts without them
+
+TYPE_CHECKING = False   # typing's own
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 
 class Tile:
@@ -80,6 +84,7 @@ def _parameter(name, given):
 
 
 def _first_line(function):
+    import inspect
     return (inspect.getdoc(function) or "a method of the caller's own").strip().split("\n")[0]
 
 

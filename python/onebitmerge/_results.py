@@ -1,15 +1,16 @@
-"""What calls return, and how it looks in a notebook.  No arithmetic on tensors here: that is the core's."""
+"""What calls return, and how it looks in a terminal and in a notebook.  No arithmetic on tensors here: that is the core's."""
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import html
 import json
 import math
-import os
 import threading
-from typing import Any, Mapping, NamedTuple, Sequence
+from collections.abc import Mapping
+
+TYPE_CHECKING = False   # typing's own; as slow to import as dataclasses and html, which wait for their use: the command line starts here
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
 
 
 class Completion(str):
@@ -33,61 +34,9 @@ class Completion(str):
         return self
 
 
-class Score(NamedTuple):
-    """logprob: natural logarithm, summed over token_logprobs; perplexity = exp(-logprob / tokens)."""
-
-    logprob: float
-    token_logprobs: list[float]
-    is_greedy: bool
-    perplexity: float
-    route: dict[str, float] | None
-
-
-@dataclasses.dataclass
-class RouterReport:
-    """Of the held-out part: accuracy, expected calibration error (10 bins), confusion[true][predicted]."""
-
-    accuracy: float
-    calibration_error: float
-    confusion: list[list[int]]
-    tasks: list[str]
-    layer: int
-    n_train: int
-    n_held_out: int
-
-    def __str__(self):
-        width = max(map(len, self.tasks + ["true \\ routed"]))
-        lines = [f"router on layer {self.layer}: held-out accuracy {100 * self.accuracy:.1f} % of {self.n_held_out}, "
-                 f"calibration error {self.calibration_error:.3f} ({self.n_train} training prompts)",
-                 "true \\ routed".ljust(width) + "".join(f"{t:>10}" for t in self.tasks)]
-        lines += [t.ljust(width) + "".join(f"{n:>10}" for n in row) for t, row in zip(self.tasks, self.confusion)]
-        return "\n".join(lines)
-
-    def _repr_html_(self):
-        head = "".join(f"<th>{html.escape(t)}</th>" for t in self.tasks)
-        rows = "".join(f"<tr><th>{html.escape(t)}</th>" + "".join(f"<td>{n}</td>" for n in row) + "</tr>"
-                       for t, row in zip(self.tasks, self.confusion))
-        return (f"<p>held-out accuracy {100 * self.accuracy:.1f} % of {self.n_held_out}, calibration error "
-                f"{self.calibration_error:.3f}</p><table><tr><th>true \\ routed</th>{head}</tr>{rows}</table>")
-
-
-@dataclasses.dataclass
-class Expert:
-    """An expert to compress: path, and how.
-
-    policy: "linear" (default), "attention", "mlp", "paper", "full"; scale: "row" (default), "matrix", "group:N";
-    planes: sign planes per matrix; map: {glob: "1bit" | "mask" | "full" | "drop"}, tried before the policy.
-    """
-
-    path: str | os.PathLike
-    policy: str | None = None
-    scale: str | None = None
-    planes: int = 0
-    map: Mapping[str, str] | None = None
-
-
 def experts(given: Mapping[str, Any]) -> list[tuple]:
     """{name: path | (path, policy) | Expert} -> the tuples that the core takes."""
+    from ._records import Expert
     if not isinstance(given, Mapping):
         raise TypeError("experts is a dict of names to a path, (path, policy) or Expert")
     out = []
@@ -178,6 +127,7 @@ def run_table(pack) -> str:
 
 
 def pack_html(pack) -> str:
+    import html
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in pack_rows(pack))
     ratios = "; ".join(shared_lines(pack) + [f"{html.escape(label)}: {value:.4f}" for label, value in pack_ratios(pack).items()] +
                        [f"{html.escape(task)} brings its own {pack.text(task)}" for task in pack.tasks if pack.text(task)])
@@ -190,6 +140,7 @@ def render_template(tokenizer, messages, add_generation=True):
     source = tokenizer.template
     if source is None:
         return None
+    import datetime
     try:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
-import importlib.util
 import json
 import math
 import os
-import shutil
 import sys
 import warnings
 
 import onebitmerge as obm
 from onebitmerge import _core, _results
 from onebitmerge._results import percent
-from onebitmerge.evaluate import evaluate, prompt_of
+from onebitmerge.evaluate import LAMBDAS, READINGS, evaluate, prompt_of
 from onebitmerge.items import Item, check_keys, check_options, check_route, check_vocabulary, located, need, read_lines, wrong
-from onebitmerge.tuning import LAMBDAS, READINGS
 
 NUMA = ("auto", "shard", "replicate", "isolate", "interleave", "off")
 POLICIES = ("linear", "attention", "mlp", "paper", "full")
@@ -113,6 +109,7 @@ def load_router(spec):
         raise Usage(f"--router takes FILE.py:FUNCTION or FILE.lua, found \"{spec}\"")
     if not os.path.isfile(path):
         raise Failure(f"{path}: no such file")
+    import importlib.util
     module_spec = importlib.util.spec_from_file_location("onebitmerge_user_router", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
@@ -131,6 +128,8 @@ def base_weights(info):
 
 
 def doctor(args):
+    import importlib.util
+    import shutil
     info = obm.info()
     optional = {"jinja2": "pip install jinja2 (the models' own chat templates)", "tqdm": "pip install tqdm (progress bars)"}
     missing = {m: how for m, how in optional.items() if importlib.util.find_spec(m) is None}
@@ -299,6 +298,7 @@ def parse_expert(text, args):
     if colon and tail in POLICIES:
         path, policy = head, tail
     elif colon and os.path.exists(head) and not is_pack(head) and not os.path.exists(path):
+        import difflib
         near = difflib.get_close_matches(tail, POLICIES, 1, .6)
         raise Usage(f"{text}: no policy \"{tail}\"{f', did you mean {near[0]}?' if near else ': ' + ', '.join(POLICIES)}")
     return name, obm.Expert(path, policy=policy, scale=args.scale, planes=args.planes, map=parse_map(args.map))
@@ -786,13 +786,31 @@ def real(low, high=sys.float_info.max, *, low_is_in):
     return parse
 
 
+def columns():
+    """As shutil has them, whose import takes longer than all else here; argparse asks for every argument that is added."""
+    try:
+        if (given := int(os.environ["COLUMNS"])) > 0:
+            return given
+    except (KeyError, ValueError):
+        pass
+    try:
+        return os.get_terminal_size(sys.__stdout__.fileno()).columns or 80
+    except (AttributeError, ValueError, OSError):
+        return 80
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, **given):
+        super().__init__(formatter_class=lambda prog: argparse.HelpFormatter(prog, width=columns() - 2), **given)
+
+
 def make_parser():
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="results as JSON lines")
     common.add_argument("--quiet", action="store_true", help="no progress bars")
     common.add_argument("--threads", type=whole(0, 4096), default=0, help="default: one per core")
     common.add_argument("--numa", choices=NUMA, default="auto", help="weights and workers on several NUMA nodes; see the verb plan")
-    parser = argparse.ArgumentParser(prog="onebitmerge", description="1-bit task vectors, routed merging and CPU inference of fine-tuned LLMs.")
+    parser = Parser(prog="onebitmerge", description="1-bit task vectors, routed merging and CPU inference of fine-tuned LLMs.")
     parser.add_argument("--version", action="version", version=f"onebitmerge {obm.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 

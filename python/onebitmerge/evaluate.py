@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 from onebitmerge import items
+
+TYPE_CHECKING = False   # typing's own
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from typing import Any
+
+# What tune tries; here, where the command line finds them without loading it.
+LAMBDAS = (0.0, 0.1, 0.3, 0.5, 1.0)
+READINGS = ("onto_base", "recomputed")
 
 
 def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:

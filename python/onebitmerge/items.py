@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import re
 import sys
@@ -196,6 +195,7 @@ def check_keys(item, index, options):
     for key in sorted(set(item) - {"ids", "messages", "prompt", "text", "route", "task", "answer", "match"}):
         if key in options:
             wrong(item, index, f"{key} is given for all items, with --{key.replace('_', '-')}")
+        import difflib
         near = difflib.get_close_matches(key, ("messages", "prompt", "route"), 1, .8)
         if near and near[0] not in item:
             wrong(item, index, f"unknown key \"{key}\", did you mean \"{near[0]}\"?")

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any, Mapping, Sequence
 from . import _results   # what is slow to import waits for tune(): the command line starts without it
 from . import items as lines
 from ._core import ArgumentError, Checkpoint, MismatchError, Model, NotFoundError, Pack, UnsupportedError
-from .evaluate import evaluate, kind_of
+from ._records import Expert
+from .evaluate import LAMBDAS, READINGS, evaluate, kind_of
 
 if TYPE_CHECKING:
     from fractions import Fraction
 
-LAMBDAS = (0.0, 0.1, 0.3, 0.5, 1.0)
-READINGS = ("onto_base", "recomputed")
 AS_IT_IS = (None, None)
 
 
@@ -178,7 +177,7 @@ def experts_of(pack, folders, policy, scale):
         except UnsupportedError as e:
             raise UnsupportedError(f"expert {task}: {e}") from None
         parts.update({key: value for key, value in (("policy", policy), ("scale", scale)) if value})
-        out[task] = _results.Expert(folders[task], **parts)
+        out[task] = Expert(folders[task], **parts)
     return out
 
 
