@@ -804,7 +804,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=lambda prog: argparse.HelpFormatter(prog, width=columns() - 2), **given)
 
 
-def make_parser():
+class Skipped:
+    """Stands for the parser of a verb that was not asked for, whose arguments take their time."""
+
+    def __getattr__(self, name):
+        return lambda *args, **given: self
+
+
+def make_parser(asked=None):
+    """With all verbs, or with the one that was asked for if it is one."""
     common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="results as JSON lines")
     common.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -814,8 +822,11 @@ def make_parser():
     parser.add_argument("--version", action="version", version=f"onebitmerge {obm.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
+    def add(group, name, **given):
+        return Skipped() if group is verbs and asked not in (None, name) else group.add_parser(name, **given)
+
     def verb(group, name, function, text, *, output=None, dry=False, base=False, runs=False, rest=None):
-        p = group.add_parser(name, parents=[common], help=text, description=text.replace("%%", "%"))
+        p = add(group, name, parents=[common], help=text, description=text.replace("%%", "%"))
         p.set_defaults(function=function, rest=rest)
         if output:
             p.add_argument("-o", "--output", required=True, metavar=output)
@@ -855,7 +866,7 @@ def make_parser():
     p.add_argument("--shared-dtype", choices=("f32", "bf16", "f16"), help="of the shared vectors (default: the base's)")
     add_expert_arguments(p)
 
-    group = verbs.add_parser("pack", help="show, verify or change a pack").add_subparsers(dest="action", required=True, metavar="ACTION")
+    group = add(verbs, "pack", help="show, verify or change a pack").add_subparsers(dest="action", required=True, metavar="ACTION")
     p = verb(group, "show", pack_show, "bytes per expert and class", base=True)
     p.add_argument("pack", metavar="PACK")
     p.add_argument("--scales", action="store_true", help="alpha of every plane, and the scaling of every mask")
@@ -877,7 +888,7 @@ def make_parser():
     p.add_argument("--profile", choices=("default", "paper", "mergekit"))
     p.add_argument("--density", type=real(0, 1, low_is_in=False), help="of the trim of full tensors")
 
-    group = verbs.add_parser("router", help="train the router of a pack").add_subparsers(dest="action", required=True, metavar="ACTION")
+    group = add(verbs, "router", help="train the router of a pack").add_subparsers(dest="action", required=True, metavar="ACTION")
     p = verb(group, "train", router_train, "held-out accuracy, confusion, calibration; stored in the pack", base=True)
     p.add_argument("pack", metavar="PACK")
     p.add_argument("--data", required=True, metavar="FILE", help="JSON lines: text|messages, task")
@@ -975,7 +986,7 @@ def make_parser():
     p.add_argument("--expert", action="append", metavar="NAME=FOLDER", help="where an expert lies that is to be compressed anew; may be given again")
     p.add_argument("--route", choices=("auto", "task"), default="auto", help="the router's (default), or each item's own task")
     add_generation_arguments(p)
-    return parser
+    return parser if verbs.choices else make_parser()
 
 
 def show_warning(message, category, filename, lineno, file=None, line=None):
@@ -995,7 +1006,8 @@ def fail(message, code):
 
 def parse(argv):
     """argparse gives up on a list of positionals that options interrupt (PACK --router F TEXT...): `rest` names it."""
-    parser = make_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser(argv[0] if argv else None)
     args, rest = parser.parse_known_args(argv)
     if rest and (args.rest is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
