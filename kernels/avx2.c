@@ -48,6 +48,16 @@
 #define WIDEN_BF16                                                                                                     \
     _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, \
                      13, -1, -1, 14, 15)
+/* The same with the indices in memory: batch.h has no register left for them, and gcc would rather keep a sum there. */
+#define BATCH_LOAD_BF16(p) load_bf16(p)
+FN static inline __m256 load_bf16(const uint16_t *p) {
+    static const _Alignas(32)
+        uint8_t order[32] = {255, 255, 0, 1, 255, 255, 2,  3,  255, 255, 4,  5,  255, 255, 6,  7,
+                             255, 255, 8, 9, 255, 255, 10, 11, 255, 255, 12, 13, 255, 255, 14, 15};
+    __m256i v = _mm256_broadcastsi128_si256(LOAD_128(p));
+    __asm__("vpshufb %1, %0, %0" : "+x"(v) : "m"(order));
+    return _mm256_castsi256_ps(v);
+}
 #define WIDE_BF16(p) ((NAME(u))LOAD_BF16(p))
 #define ANY(v) _mm256_movemask_epi8((__m256i)(v))
 #define LANES(v)                  \

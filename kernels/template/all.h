@@ -1,4 +1,5 @@
-/* Every templated kernel and the table, from the parameters of elementwise.h, rows.h, merge.h, planes.h and z12.h and these:
+/* Every templated kernel and the table, from the parameters of elementwise.h, rows.h, merge.h, planes.h and z12.h and
+ * these:
  *
  *   TABLE, ISA                       the table's symbol and name
  *   W, LOAD_W(p)                     2 * VL bf16;   EVEN_W(w) ODD_W(w) the even and the odd ones, widened, in order
@@ -8,6 +9,9 @@
  */
 #include "elementwise.h"
 
+/* Values that batch.h puts in order on the stack: 128 KiB of the second cache, eight vectors of 4096 columns. */
+#define OBM__BATCH_ROOM ((size_t)32768)
+
 /* A 32-bit lane holds two bf16: a shift makes the even one a float, a mask the odd one. */
 #define ROWS_NAME NAME(rows_bf16)
 #define ROWS_TYPE uint16_t
@@ -15,7 +19,11 @@
 #define SPLIT_X SPLIT_EVEN_ODD
 #define ROWS_SPLITS 1
 #define BATCH_NAME NAME(batch_bf16)
+#ifdef BATCH_LOAD_BF16
+#define BATCH_LOAD BATCH_LOAD_BF16
+#else
 #define BATCH_LOAD LOAD_BF16
+#endif
 #define BATCH_JOIN ADD_PAIRS
 #include "rows.h"
 

@@ -3,27 +3,38 @@
  * does would cost as many shuffles as multiplications.  In either order each column modulo 2 * VL has a chain of sums
  * of its own; joining the finished chains gives rows.h's lanes, so the results have the same bits.
  *
- * Four vectors by two rows: eight chains at a time, as many as hide the latency of a multiplication, so the first half
- * of every step runs through a stretch of columns and then the second half does.  Fewer vectors run both halves at
- * once.
+ * Four vectors by three rows: twelve chains at a time hide the latency of a multiplication with fewer loads for each
+ * than eight, so the first half of every step runs through the columns and then the second half does.  The vectors are
+ * put into that order before.  Fewer vectors run both halves at once.
  *
  *   BATCH_NAME                       the kernel
- *   BATCH_LOAD(p)                    VL weights, widened, in order
+ *   BATCH_LOAD(p)                    VL weights, widened, in order, best without a register beside the result's
  *   BATCH_JOIN(a, b)                 the chains of both halves as rows.h adds its two
  *   HSUM_4(p, a, b, c, d)            four HSUMs at p
  *   KEEP(v)                          v stays in a register: gcc would load it for each of its uses
  */
-/* Columns of four vectors that stay in the nearest cache beside the weights: 16 KiB. */
-#define BATCH_STRETCH 1024
-/* Rows that all vectors are multiplied with before the next ones: they stay in the second cache, with those to come. */
-#define BATCH_ROWS OBM__Z12_UNPACKED
+/* Values of the vectors in order. */
+#define BATCH_ROOM OBM__BATCH_ROOM
+/* Rows that all vectors are multiplied with before the next ones; where they are read more than once, they are to stay
+ * in the second cache. */
+#define BATCH_ROWS 64
+#define BATCH_AGAIN OBM__Z12_UNPACKED
+/* Steps for which lines are asked for together. */
+#define BATCH_ASKED 8
 /* Cache lines of weights in a step. */
 #define BATCH_LINES (2 * ROWS_STEP * sizeof(ROWS_TYPE) / 64)
 #define BATCH_TWO ROWS_JOIN(BATCH_NAME, _2)
 #define BATCH_THREE ROWS_JOIN(BATCH_NAME, _3)
 #define BATCH_SUM ROWS_JOIN(BATCH_NAME, _sum)
-#define BATCH_HALF ROWS_JOIN(BATCH_NAME, _half)
-#define BATCH_FOUR ROWS_JOIN(BATCH_NAME, _4)
+#define BATCH_ORDER ROWS_JOIN(BATCH_NAME, _order)
+#define BATCH_RUN_2 ROWS_JOIN(BATCH_NAME, _run_2)
+#define BATCH_RUN_3 ROWS_JOIN(BATCH_NAME, _run_3)
+#define BATCH_HALVES ROWS_JOIN(BATCH_NAME, _halves)
+#define BATCH_REST ROWS_JOIN(BATCH_NAME, _rest)
+#define BATCH_END_4 ROWS_JOIN(BATCH_NAME, _end_4)
+#define BATCH_FOURS ROWS_JOIN(BATCH_NAME, _fours)
+#define BATCH_FITS ROWS_JOIN(BATCH_NAME, _fits)
+#define BATCH_ALL ROWS_JOIN(BATCH_NAME, _all)
 #define BATCH_BLOCK ROWS_JOIN(BATCH_NAME, _block)
 
 FN static inline float BATCH_SUM(V a, V b) { return HSUM(BATCH_JOIN(a, b)); }
@@ -83,123 +94,233 @@ FN static inline float BATCH_SUM(V a, V b) { return HSUM(BATCH_JOIN(a, b)); }
 BATCH_TILE(BATCH_TWO, BATCH_EACH_2, 2)
 BATCH_TILE(BATCH_THREE, BATCH_EACH_3, 3)
 
-/* The chains of one half of the steps, two rows by four vectors: chain[(2 * row + half) * 4 + vector], VL each. */
-#define BATCH_EACH_4(X) X(0) X(1) X(2) X(3)
-#define BATCH_LOAD_CHAINS(t) V a##t = LOAD(chains + t * VL), b##t = LOAD(chains + (8 + t) * VL);
-#define BATCH_STORE_CHAINS(t)     \
-    STORE(chains + t * VL, a##t); \
-    STORE(chains + (8 + t) * VL, b##t);
-#define BATCH_MULTIPLY(t)            \
-    {                                \
-        V v = LOAD(x + t * ldx + j); \
-        KEEP(v);                     \
-        a##t = FMA(u0, v, a##t);     \
-        b##t = FMA(u1, v, b##t);     \
-    }
-FN static inline void BATCH_HALF(float *chains, const ROWS_TYPE *w, size_t ld, const float *x, size_t ldx, size_t n,
-                                 const char *ahead, size_t line) {
-    BATCH_EACH_4(BATCH_LOAD_CHAINS)
-    for (size_t j = 0; j < n; ahead += 64) {
-        const size_t stop = n - j < line ? n : j + line;
-        __builtin_prefetch(ahead, 0, 2);
-        for (; j < stop; j += ROWS_STEP) {
-            V u0 = BATCH_LOAD(w + j), u1 = BATCH_LOAD(w + ld + j);
-            BATCH_EACH_4(BATCH_MULTIPLY)
+/* ---- four vectors at a time ---- */
+
+/* x as the tiles take it, so that they read one stream: (groups of four vectors, halves, steps, 4, VL); the last step
+ * is filled with zeros. */
+FN static void BATCH_ORDER(float *out, const float *x, size_t ldx, size_t groups, size_t n) {
+    size_t whole = n / ROWS_STEP * ROWS_STEP;
+    for (size_t g = 0; g < groups; g++, x += 4 * ldx)
+        for (size_t half = 0; half < 2 * VL; half += VL) {
+            for (size_t j = half; j < whole; j += ROWS_STEP)
+                for (size_t t = 0; t < 4; t++, out += VL) STORE(out, LOAD(x + t * ldx + j));
+            for (size_t t = 0; t < 4 && whole < n; t++, out += VL) {
+                float end[2 * VL] = {0};
+                memcpy(end, x + t * ldx + whole, (n - whole) * sizeof *x);
+                STORE(out, LOAD(end + half));
+            }
         }
-    }
-    BATCH_EACH_4(BATCH_STORE_CHAINS)
 }
 
-/* An even number of rows, BATCH_ROWS at most, by four vectors, number `pass` of `passes`.  What comes next is asked for
- * in equal parts by every pass and half: a processor has few places for what it waits for. */
-FN static void BATCH_FOUR(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t ldx,
-                          size_t n, const char *ahead, size_t pass, size_t passes) {
-    float chains[BATCH_ROWS / 2][16 * VL];
-    size_t whole = n / ROWS_STEP * ROWS_STEP, per_step = ROWS_STEP * sizeof *w / passes;
-    size_t line = per_step > 0 && per_step < 64 ? 64 / per_step * ROWS_STEP : ROWS_STEP;
-    size_t per_half = n * sizeof *w / passes, per_pair = 2 * n * sizeof *w;
-    memset(chains, 0, rows / 2 * sizeof *chains);
-    for (size_t first = 0, count; first < whole; first += count) {
-        count = whole - first < BATCH_STRETCH ? whole - first : BATCH_STRETCH;
-        for (size_t r = 0; r < rows; r += 2) {
-            const char *next = (const char *)((uintptr_t)ahead + r / 2 * per_pair + 2 * pass * per_half +
-                                              first / ROWS_STEP * per_step);
-            const ROWS_TYPE *p = w + r * ld + first;
-            BATCH_HALF(chains[r / 2], p, ld, x + first, ldx, count, next, line);
-            BATCH_HALF(chains[r / 2] + 4 * VL, p + VL, ld, x + first + VL, ldx, count,
-                       (const char *)((uintptr_t)next + per_half), line);
-        }
+/* The chains of one half of the steps, rows by four vectors: chains[(4 * row + vector) * 2 * VL], VL each. */
+#define BATCH_ACROSS_2(X, t) X(0, t) X(1, t)
+#define BATCH_ACROSS_3(X, t) X(0, t) X(1, t) X(2, t)
+#define BATCH_DOWN_4(X, ACROSS) X(0, ACROSS) X(1, ACROSS) X(2, ACROSS) X(3, ACROSS)
+#define BATCH_LOAD_CHAIN(r, t) V s##r##t = begin ? SET1(0) : LOAD(chains + (4 * r + t) * 2 * VL);
+#define BATCH_STORE_CHAIN(r, t) STORE(chains + (4 * r + t) * 2 * VL, s##r##t);
+#define BATCH_LOAD_CHAINS(t, ACROSS) ACROSS(BATCH_LOAD_CHAIN, t)
+#define BATCH_STORE_CHAINS(t, ACROSS) ACROSS(BATCH_STORE_CHAIN, t)
+#define BATCH_LOAD_ROW(r, k) V w##r = BATCH_LOAD(w + r * ld + (k)*ROWS_STEP);
+#define BATCH_MULTIPLY_ROW(r, t)     \
+    s##r##t = FMA(w##r, v, s##r##t); \
+    KEEP(s##r##t);
+#define BATCH_MULTIPLY(t, ACROSS)     \
+    {                                 \
+        V v = LOAD(from + t * VL);    \
+        KEEP(v);                      \
+        ACROSS(BATCH_MULTIPLY_ROW, t) \
     }
-    if (whole < n) {
-        float x_end[4][2 * VL] = {{0}};
-        for (size_t t = 0; t < 4; t++) memcpy(x_end[t], x + t * ldx + whole, (n - whole) * sizeof *x);
-        for (size_t r = 0; r < rows; r += 2) {
-            ROWS_TYPE w_end[2][2 * VL] = {{0}};
-            for (size_t i = 0; i < 2; i++) memcpy(w_end[i], w + (r + i) * ld + whole, (n - whole) * sizeof *w);
-            for (size_t half = 0; half < 2; half++)
-                BATCH_HALF(chains[r / 2] + half * 4 * VL, w_end[0] + half * VL, ROWS_STEP, x_end[0] + half * VL,
-                           ROWS_STEP, ROWS_STEP, (const char *)w, ROWS_STEP);
-        }
+#define BATCH_ONE_STEP(k, ACROSS)            \
+    {                                        \
+        const float *from = x + (k)*4 * VL;  \
+        ACROSS(BATCH_LOAD_ROW, k)            \
+        BATCH_DOWN_4(BATCH_MULTIPLY, ACROSS) \
     }
-    for (size_t r = 0; r < rows; r++) {
-        const float *a = chains[r / 2] + r % 2 * 8 * VL, *b = a + 4 * VL;
+#define BATCH_ASK(row)                          \
+    for (size_t line = 0; line < lines; line++) \
+        __builtin_prefetch((const void *)(ahead + (row)*apart + line * 64), 0, 2);
+/* What is asked for is spread over the steps: a processor that waits for too many lines forgets further requests. */
+#define BATCH_RUN(name, ACROSS)                                                                                      \
+    FN static void name(float *chains, const ROWS_TYPE *w, size_t ld, const float *x, size_t steps, uintptr_t ahead, \
+                        size_t apart, size_t lines, int begin) {                                                     \
+        BATCH_DOWN_4(BATCH_LOAD_CHAINS, ACROSS)                                                                      \
+        for (; steps >= BATCH_ASKED; steps -= BATCH_ASKED) {                                                         \
+            BATCH_ASK(0)                                                                                             \
+            BATCH_ONE_STEP(0, ACROSS)                                                                                \
+            BATCH_ONE_STEP(1, ACROSS)                                                                                \
+            BATCH_ASK(1)                                                                                             \
+            BATCH_ONE_STEP(2, ACROSS)                                                                                \
+            BATCH_ONE_STEP(3, ACROSS)                                                                                \
+            BATCH_ONE_STEP(4, ACROSS)                                                                                \
+            BATCH_ASK(2)                                                                                             \
+            BATCH_ONE_STEP(5, ACROSS)                                                                                \
+            BATCH_ONE_STEP(6, ACROSS)                                                                                \
+            BATCH_ONE_STEP(7, ACROSS)                                                                                \
+            ahead += lines * 64;                                                                                     \
+            w += BATCH_ASKED * ROWS_STEP;                                                                            \
+            x += BATCH_ASKED * 4 * VL;                                                                               \
+        }                                                                                                            \
+        for (; steps > 0; steps--, w += ROWS_STEP, x += 4 * VL) BATCH_ONE_STEP(0, ACROSS)                            \
+        BATCH_DOWN_4(BATCH_STORE_CHAINS, ACROSS)                                                                     \
+    }
+BATCH_RUN(BATCH_RUN_2, BATCH_ACROSS_2)
+BATCH_RUN(BATCH_RUN_3, BATCH_ACROSS_3)
+
+/* Rows (2 or 3) by four vectors and n columns; x: (halves, steps, 4, VL).  Half of what comes next is asked for by each
+ * half of the steps. */
+FN static inline void BATCH_HALVES(float *chains, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t n,
+                                   uintptr_t ahead, size_t apart, size_t asked, size_t lines, int begin) {
+    size_t whole = n / ROWS_STEP, steps = (n + ROWS_STEP - 1) / ROWS_STEP;
+    for (size_t half = 0; half < 2; half++, ahead += asked, x += steps * 4 * VL)
+        if (rows == 3)
+            BATCH_RUN_3(chains + half * VL, w + half * VL, ld, x, whole, ahead, apart, lines, begin);
+        else
+            BATCH_RUN_2(chains + half * VL, w + half * VL, ld, x, whole, ahead, apart, lines, begin);
+}
+
+/* The columns behind the last whole step. */
+FN static void BATCH_REST(float *chains, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t n) {
+    size_t whole = n / ROWS_STEP, steps = whole + 1;
+    ROWS_TYPE end[3][2 * VL] = {{0}};
+    for (size_t r = 0; r < rows; r++) memcpy(end[r], w + r * ld + whole * ROWS_STEP, n % ROWS_STEP * sizeof *w);
+    for (size_t half = 0; half < 2; half++) {
+        const float *last = x + (half * steps + whole) * 4 * VL;
+        if (rows == 3)
+            BATCH_RUN_3(chains + half * VL, end[0] + half * VL, ROWS_STEP, last, 1, 0, 0, 0, 0);
+        else
+            BATCH_RUN_2(chains + half * VL, end[0] + half * VL, ROWS_STEP, last, 1, 0, 0, 0, 0);
+    }
+}
+
+FN static void BATCH_END_4(float *y, size_t ldy, const float *chains, size_t rows) {
+    for (size_t r = 0; r < rows; r++, chains += 8 * VL) {
         float sums[4];
-        HSUM_4(sums, BATCH_JOIN(LOAD(a), LOAD(b)), BATCH_JOIN(LOAD(a + VL), LOAD(b + VL)),
-               BATCH_JOIN(LOAD(a + 2 * VL), LOAD(b + 2 * VL)), BATCH_JOIN(LOAD(a + 3 * VL), LOAD(b + 3 * VL)));
+        HSUM_4(sums, BATCH_JOIN(LOAD(chains), LOAD(chains + VL)),
+               BATCH_JOIN(LOAD(chains + 2 * VL), LOAD(chains + 3 * VL)),
+               BATCH_JOIN(LOAD(chains + 4 * VL), LOAD(chains + 5 * VL)),
+               BATCH_JOIN(LOAD(chains + 6 * VL), LOAD(chains + 7 * VL)));
         for (size_t t = 0; t < 4; t++) y[t * ldy + r] = sums[t];
     }
 }
 
-/* Rows by all vectors; ahead: the rows behind them. */
+/* At least two rows, BATCH_ROWS at most, by one or two groups of four vectors.  ordered: all columns of x, or NULL
+ * where they are too many: then a stretch after the other is put into `room`, and chains wait for the next one. */
+FN static void BATCH_FOURS(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t ldx,
+                           size_t groups, size_t n, const float *ordered, float *room, const char *ahead,
+                           size_t apart) {
+    _Alignas(64) float chains[BATCH_ROWS * 2 * 8 * VL];
+    const size_t stretch = BATCH_ROOM / (groups * 4) / (BATCH_ASKED * ROWS_STEP) * (BATCH_ASKED * ROWS_STEP);
+    size_t first = 0, count;
+    do {
+        count = ordered || n - first < stretch ? n - first : stretch;
+        size_t steps = (count + ROWS_STEP - 1) / ROWS_STEP, asked = count * sizeof *w / (2 * groups);
+        size_t lines = (BATCH_ASKED * ROWS_STEP * sizeof *w / (2 * groups) + 63) / 64;
+        if (!ordered) BATCH_ORDER(room, x + first, ldx, groups, count);
+        for (size_t r = 0, tile; r < rows; r += tile) {
+            tile = rows - r == 2 || rows - r == 4 ? 2 : 3;
+            for (size_t g = 0; g < groups; g++) {
+                float *at = chains + (ordered ? 0 : (r * groups + g * tile) * 8 * VL);
+                const float *from = (ordered ? ordered : room) + g * 2 * steps * 4 * VL;
+                const ROWS_TYPE *p = w + r * ld + first;
+                BATCH_HALVES(at, p, ld, tile, from, count,
+                             (uintptr_t)ahead + r * apart + first * sizeof *w + 2 * g * asked, apart, asked, lines,
+                             !first);
+                if (count % ROWS_STEP) BATCH_REST(at, p, ld, tile, from, count);
+                if (first + count == n) BATCH_END_4(y + 4 * g * ldy + r, ldy, at, tile);
+            }
+        }
+        first += count;
+    } while (first < n);
+}
+
+/* Whether the order of all vectors is made once for all rows. */
+FN static inline int BATCH_FITS(size_t tokens, size_t n) {
+    return tokens / 4 * 4 * ((n + ROWS_STEP - 1) / ROWS_STEP * ROWS_STEP) <= BATCH_ROOM;
+}
+
+/* Rows by all vectors; room: BATCH_ROOM values, which hold the order of x where it fits.  ahead: the rows that come
+ * next, `apart` bytes from one to the next. */
 FN static void BATCH_BLOCK(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t ldx,
-                           size_t tokens, size_t n, const char *ahead) {
-    size_t even = rows / 2 * 2, passes = tokens / 4, t = 0;
-    for (; t + 4 <= tokens; t += 4)
-        BATCH_FOUR(y + t * ldy, ldy, w, ld, even, x + t * ldx, ldx, n, ahead, t / 4, passes);
-    for (size_t r = 0; tokens - t > 1 && r < even; r += 2) {
-        const char *next = passes ? (const char *)w : (const char *)((uintptr_t)ahead + r * ld * sizeof *w);
+                           size_t tokens, size_t n, float *room, const char *ahead, size_t apart) {
+    size_t even = rows / 2 * 2, fours = rows > 1 ? rows : 0, fits = (size_t)BATCH_FITS(tokens, n), t = 0;
+    size_t ordered = 4 * ((n + ROWS_STEP - 1) / ROWS_STEP * ROWS_STEP); /* values of a group */
+    for (size_t count; t + 4 <= tokens && fours; t += count) {
+        count = t + 8 <= tokens ? 8 : 4;
+        BATCH_FOURS(y + t * ldy, ldy, w, ld, rows, x + t * ldx, ldx, count / 4, n, fits ? room + t / 4 * ordered : NULL,
+                    room, ahead, apart);
+    }
+    for (size_t first = t, r = 0; tokens - t > 1 && tokens - t < 4 && r < even; r += 2) {
+        const char *next = first ? (const char *)w : (const char *)((uintptr_t)ahead + r * apart);
         if (tokens - t == 2)
             BATCH_TWO(y + t * ldy + r, ldy, w + r * ld, ld, x + t * ldx, ldx, n, next);
         else
             BATCH_THREE(y + t * ldy + r, ldy, w + r * ld, ld, x + t * ldx, ldx, n, next);
     }
     if (tokens - t == 1) ROWS_NAME(y + t * ldy, w, ld, even, x + t * ldx, n);
-    for (t = 0; t < tokens && even < rows; t++) y[t * ldy + even] = ROWS_ONE(w + even * ld, x + t * ldx, n);
+    for (size_t u = fours ? t : 0; u < tokens && even < rows; u++)
+        y[u * ldy + even] = ROWS_ONE(w + even * ld, x + u * ldx, n);
 }
 
 /* The rows that follow are asked for while others are multiplied, behind the last ones too: that is where callers go
  * on, and asking for what is not there does no harm. */
-FN static void BATCH_NAME(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t ldx,
-                          size_t tokens, size_t n) {
-    if (tokens == 1) ROWS_NAME(y, w, ld, rows, x, n);
-    for (size_t r = 0, count; tokens > 1 && r < rows; r += count) {
-        count = rows - r < BATCH_ROWS ? rows - r : BATCH_ROWS;
-        BATCH_BLOCK(y + r, ldy, w + r * ld, ld, count, x, ldx, tokens, n,
-                    (const char *)((uintptr_t)w + (r + count) * ld * sizeof *w));
+FN static void BATCH_ALL(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t ldx,
+                         size_t tokens, size_t n) {
+    _Alignas(64) float room[BATCH_ROOM];
+    size_t most = tokens == 4 || tokens == 8 || !BATCH_FITS(tokens, n) ? BATCH_ROWS : BATCH_AGAIN;
+    size_t next = tokens < 4 ? BATCH_AGAIN : 3, apart = ld * sizeof *w;
+    if (BATCH_FITS(tokens, n)) BATCH_ORDER(room, x, ldx, tokens / 4, n);
+    for (size_t r = 0, count; r < rows; r += count) {
+        count = rows - r < most ? rows - r : most;
+        BATCH_BLOCK(y + r, ldy, w + r * ld, ld, count, x, ldx, tokens, n, room,
+                    (const char *)((uintptr_t)w + (r + next) * apart), apart);
     }
 }
 
-#undef BATCH_HALF
-#undef BATCH_FOUR
-#undef BATCH_BLOCK
-#undef BATCH_EACH_4
-#undef BATCH_LOAD_CHAINS
-#undef BATCH_STORE_CHAINS
-#undef BATCH_MULTIPLY
-#undef BATCH_STRETCH
-#undef BATCH_ROWS
-#undef BATCH_LINES
-#undef BATCH_TWO
-#undef BATCH_THREE
-#undef BATCH_SUM
-#undef BATCH_ZERO
+FN static void BATCH_NAME(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t ldx,
+                          size_t tokens, size_t n) {
+    if (tokens > 1) BATCH_ALL(y, ldy, w, ld, rows, x, ldx, tokens, n);
+    if (tokens == 1) ROWS_NAME(y, w, ld, rows, x, n);
+}
+
 #undef BATCH_A
+#undef BATCH_ACROSS_2
+#undef BATCH_ACROSS_3
+#undef BATCH_AGAIN
+#undef BATCH_ALL
+#undef BATCH_ASK
+#undef BATCH_ASKED
 #undef BATCH_B
-#undef BATCH_STEP
-#undef BATCH_END
-#undef BATCH_TILE
+#undef BATCH_BLOCK
+#undef BATCH_DOWN_4
 #undef BATCH_EACH_2
 #undef BATCH_EACH_3
+#undef BATCH_END
+#undef BATCH_END_4
+#undef BATCH_FITS
+#undef BATCH_FOURS
+#undef BATCH_HALVES
+#undef BATCH_LINES
+#undef BATCH_LOAD_CHAIN
+#undef BATCH_LOAD_CHAINS
+#undef BATCH_LOAD_ROW
+#undef BATCH_MULTIPLY
+#undef BATCH_MULTIPLY_ROW
+#undef BATCH_ONE_STEP
+#undef BATCH_ORDER
+#undef BATCH_REST
+#undef BATCH_ROOM
+#undef BATCH_ROWS
+#undef BATCH_RUN
+#undef BATCH_RUN_2
+#undef BATCH_RUN_3
+#undef BATCH_STEP
+#undef BATCH_STORE_CHAIN
+#undef BATCH_STORE_CHAINS
+#undef BATCH_SUM
+#undef BATCH_THREE
+#undef BATCH_TILE
+#undef BATCH_TWO
+#undef BATCH_ZERO
 #undef BATCH_NAME
 #undef BATCH_LOAD
 #undef BATCH_JOIN

@@ -144,15 +144,23 @@ FN static void NAME(rows_z12)(float *y, const obm__z12 *w, size_t row, size_t ro
 }
 
 /* Unpacked, multiplied as bf16, and meanwhile the next codes are asked for: they are fewer than the rows that
- * batch_block takes to come next, so it reaches a little into those behind them. */
-FN static void NAME(batch_z12)(float *y, size_t ldy, const obm__z12 *w, size_t row, size_t rows, const float *x,
+ * batch_bf16_block takes to come next, so it reaches a little into those behind them. */
+FN static void NAME(z12_batch)(float *y, size_t ldy, const obm__z12 *w, size_t row, size_t rows, const float *x,
                                size_t ldx, size_t tokens, uint16_t *unpacked) {
-    if (tokens == 1) NAME(rows_z12)(y, w, row, rows, x);
-    for (size_t r = 0, count; tokens > 1 && r < rows; r += count) {
-        size_t next = (row + r + OBM__Z12_UNPACKED) * w->blocks * OBM__Z12_BYTES;
+    _Alignas(64) float room[OBM__BATCH_ROOM];
+    if (NAME(batch_bf16_fits)(tokens, w->cols)) NAME(batch_bf16_order)(room, x, ldx, tokens / 4, w->cols);
+    for (size_t r = 0, count; r < rows; r += count) {
+        size_t apart = w->blocks * OBM__Z12_BYTES, next = (row + r + OBM__Z12_UNPACKED) * apart;
         count = rows - r < OBM__Z12_UNPACKED ? rows - r : OBM__Z12_UNPACKED;
         NAME(z12_unpack)(unpacked, w->cols, w, row + r, count);
         NAME(batch_bf16_block)
-        (y + r, ldy, unpacked, w->cols, count, x, ldx, tokens, w->cols, (const char *)((uintptr_t)w->codes + next));
+        (y + r, ldy, unpacked, w->cols, count, x, ldx, tokens, w->cols, room,
+         (const char *)((uintptr_t)w->codes + next), apart);
     }
+}
+
+FN static void NAME(batch_z12)(float *y, size_t ldy, const obm__z12 *w, size_t row, size_t rows, const float *x,
+                               size_t ldx, size_t tokens, uint16_t *unpacked) {
+    if (tokens > 1) NAME(z12_batch)(y, ldy, w, row, rows, x, ldx, tokens, unpacked);
+    if (tokens == 1) NAME(rows_z12)(y, w, row, rows, x);
 }

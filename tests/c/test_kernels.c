@@ -759,7 +759,7 @@ static void call_batch(const obm_kernels *k, int type, float *y, size_t ldy, con
 /* Against rows_* of the same table, bit for bit; whatever lies between the results stays as it was. */
 static void check_batch(const obm_kernels *k, int type, size_t rows, size_t tokens, size_t n, guarded *gw,
                         guarded *gx) {
-    enum { LDY = 23 };
+    enum { LDY = 67 };
     size_t size = type == 2 ? 4 : 2, ld = n + 3, ldx = n + 5;
     size_t elements = rows ? (rows - 1) * ld + n : 0, values = tokens ? (tokens - 1) * ldx + n : 0;
     uint8_t *w = at_end(gw, elements * size);
@@ -787,14 +787,16 @@ static void check_batch(const obm_kernels *k, int type, size_t rows, size_t toke
 
 static void test_batch(void **unused) {
     (void)unused;
-    guarded w = guarded_new(6 * 2200 * 4), x = guarded_new(9 * 2200 * 4);
+    guarded w = guarded_new(8 * 4500 * 4), x = guarded_new(9 * 4500 * 4);
     EACH_TABLE(k) {
         for (int type = 0; type < 3; type++) {
             for (size_t n = 0; n <= 70; n++) check_batch(k, type, 5, 5, n, &w, &x);
-            for (size_t rows = 0; rows <= 6; rows++)
+            for (size_t rows = 0; rows <= 7; rows++)
                 for (size_t tokens = 0; tokens <= 9; tokens++) check_batch(k, type, rows, tokens, 77, &w, &x);
             check_batch(k, type, 6, 8, 2119, &w, &x);
+            check_batch(k, type, 8, 9, 4403, &w, &x); /* more than the vectors' order has room for */
             check_batch(k, type, 22, 6, 77, &w, &x);
+            check_batch(k, type, 67, 8, 300, &w, &x);
         }
     }
     guarded_free(&w);
