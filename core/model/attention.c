@@ -71,22 +71,51 @@ static void rotate_and_store(void *arg, size_t begin, size_t end, int worker) {
 
 /* ---- attend ---- */
 
+/* Positions of a step.  Before each, as many of the page that comes next are asked for: its part of a head lies far
+ * from this one's, where no processor looks by itself, and one that waits for too many lines forgets further requests.
+ */
+#define STRIP 8
+
+static void ask_ahead(const void *next, size_t from, size_t bytes) {
+    for (size_t i = 0; next && i < bytes; i += 64) __builtin_prefetch((const char *)next + from + i, 0, 2);
+}
+
+/* The part of a head in the page behind `page`; of the last one the first values, which follow the keys. */
+static const void *next_part(const obm_model *m, const obm__sequence *s, int64_t page, int64_t layer, int which,
+                             int64_t kv_head, int64_t from, int64_t to) {
+    if (page < (to - 1) / OBM_TILE_TOKENS) return obm__kv_at(m, s, page + 1, layer, which, kv_head);
+    return which ? NULL : obm__kv_at(m, s, from / OBM_TILE_TOKENS, layer, 1, kv_head);
+}
+
+static int64_t strip_end(int64_t p, int64_t to) {
+    int64_t end = (p / STRIP + 1) * STRIP;
+    return end < to ? end : to;
+}
+
 /* scores[h][p - from] = q[h] . k[p] for p in [from, to), page by page: heads of a group share what they read. */
 static void score_keys(const obm_model *m, const obm__sequence *s, int64_t layer, int64_t kv_head, int64_t from,
                        int64_t to, const float *q, int64_t heads, float *scores, size_t ld) {
-    int64_t dim = m->config.head_dim;
-    for (int64_t p = from; p < to;) {
-        int64_t slot = p % OBM_TILE_TOKENS, n = OBM_TILE_TOKENS - slot < to - p ? OBM_TILE_TOKENS - slot : to - p;
-        const void *keys = obm__kv_at(m, s, p / OBM_TILE_TOKENS, layer, 0, kv_head);
-        size_t d = (size_t)dim, rows = (size_t)n;
+    size_t dim = (size_t)m->config.head_dim, size = dim * obm_dtype_size(s->kv);
+    const char *keys = NULL;
+    const void *next = NULL;
+    for (int64_t p = from, end; p < to; p = end) {
+        int64_t page = p / OBM_TILE_TOKENS;
+        size_t slot = (size_t)(p % OBM_TILE_TOKENS);
+        if (p == from || !slot) {
+            keys = obm__kv_at(m, s, page, layer, 0, kv_head);
+            next = next_part(m, s, page, layer, 0, kv_head, from, to);
+        }
+        end = strip_end(p, to);
+        size_t rows = (size_t)(end - p);
+        ask_ahead(next, slot * size, rows * size);
         for (int64_t h = 0; h < heads; h++) {
             float *out = scores + (size_t)h * ld + (p - from);
+            const void *at = keys + slot * size;
             if (s->kv == OBM_F16)
-                m->ctx->k->rows_f16(out, (const uint16_t *)keys + slot * dim, d, rows, q + h * dim, d);
+                m->ctx->k->rows_f16(out, at, dim, rows, q + (size_t)h * dim, dim);
             else
-                m->ctx->k->rows_f32(out, (const float *)keys + slot * dim, d, rows, q + h * dim, d);
+                m->ctx->k->rows_f32(out, at, dim, rows, q + (size_t)h * dim, dim);
         }
-        p += n;
     }
 }
 
@@ -105,20 +134,27 @@ static void softmax(const obm_kernels *k, float *x, int64_t n, float scale, floa
 /* out[h] = sum_p weights[h][p - from] * v[p], p increasing. */
 static void mix_values(const obm_model *m, const obm__sequence *s, int64_t layer, int64_t kv_head, int64_t from,
                        int64_t to, const float *weights, size_t ld, int64_t heads, float *widened, float *out) {
-    int64_t dim = m->config.head_dim;
-    memset(out, 0, (size_t)(heads * dim) * sizeof *out);
-    for (int64_t p = from; p < to;) {
-        int64_t slot = p % OBM_TILE_TOKENS, n = OBM_TILE_TOKENS - slot < to - p ? OBM_TILE_TOKENS - slot : to - p;
-        const void *page = obm__kv_at(m, s, p / OBM_TILE_TOKENS, layer, 1, kv_head);
-        const float *values = (const float *)page + slot * dim;
+    size_t dim = (size_t)m->config.head_dim, size = dim * obm_dtype_size(s->kv);
+    const char *values = NULL;
+    const void *next = NULL;
+    memset(out, 0, (size_t)heads * dim * sizeof *out);
+    for (int64_t p = from, end; p < to; p = end) {
+        int64_t page = p / OBM_TILE_TOKENS;
+        size_t slot = (size_t)(p % OBM_TILE_TOKENS);
+        if (p == from || !slot) {
+            values = obm__kv_at(m, s, page, layer, 1, kv_head);
+            next = next_part(m, s, page, layer, 1, kv_head, from, to);
+        }
+        end = strip_end(p, to);
+        size_t rows = (size_t)(end - p);
+        const void *at = values + slot * size;
+        ask_ahead(next, slot * size, rows * size);
         if (s->kv == OBM_F16) {
-            m->ctx->k->f16_to_f32(widened, (const uint16_t *)page + slot * dim, (size_t)(n * dim));
-            values = widened;
+            m->ctx->k->f16_to_f32(widened, at, rows * dim);
+            at = widened;
         }
         for (int64_t h = 0; h < heads; h++)
-            m->ctx->k->mix_rows(out + h * dim, weights + (size_t)h * ld + (p - from), values, (size_t)dim, (size_t)n,
-                                (size_t)dim);
-        p += n;
+            m->ctx->k->mix_rows(out + (size_t)h * dim, weights + (size_t)h * ld + (p - from), at, dim, rows, dim);
     }
 }
 
