@@ -119,13 +119,24 @@ static void score_keys(const obm_model *m, const obm__sequence *s, int64_t layer
     }
 }
 
+/* In eight chains, since each comparison waits for the one before; the order does not matter to a maximum. */
+static float largest(const float *x, int64_t n) {
+    float lane[8], max = -INFINITY;
+    int64_t i = 0;
+    for (int j = 0; j < 8; j++) lane[j] = -INFINITY;
+    for (; i + 8 <= n; i += 8)
+        for (int j = 0; j < 8; j++) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
+    for (; i < n; i++) lane[0] = x[i] > lane[0] ? x[i] : lane[0];
+    for (int j = 0; j < 8; j++) max = lane[j] > max ? lane[j] : max;
+    return max;
+}
+
 /* In place; the sum in f64, so that a long context costs no accuracy. */
 static void softmax(const obm_kernels *k, float *x, int64_t n, float scale, float cap) {
-    float max = -INFINITY;
     double sum = 0;
     for (int64_t i = 0; i < n; i++) x[i] *= scale;
     for (int64_t i = 0; cap > 0 && i < n; i++) x[i] = obm__soft_cap(x[i], cap);
-    for (int64_t i = 0; i < n; i++) max = x[i] > max ? x[i] : max;
+    float max = largest(x, n);
     for (int64_t i = 0; i < n; i += 4096) sum += k->exp_sum(x + i, max, (size_t)(n - i < 4096 ? n - i : 4096));
     float inverse = (float)(1 / sum);
     for (int64_t i = 0; i < n; i++) x[i] *= inverse;
