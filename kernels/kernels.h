@@ -94,6 +94,11 @@ typedef struct obm__tile {
     int round, agree, normalize; /* agree: as agree_f32, else as sum_f32 */
 } obm__tile;
 
+/* What choose_sizes decides by. */
+typedef struct obm__choice {
+    uint16_t from, step, keep[16], drop[16];
+} obm__choice;
+
 typedef struct obm_kernels {
     const char *isa; /* "scalar", "avx2", "avx512", "neon" */
 
@@ -179,9 +184,17 @@ typedef struct obm_kernels {
 
     /* exact.  Draws of a counter: z = mix(state + (i + 1) * 0x9e3779b97f4a7c15) modulo 2^64, where mix is the finaliser
      * of core/merge/random.c.  random_bits: bit i, LSB first, is z >> 11 < limit, limit < 2^53; bits from n up to the
-     * end of the last byte are 0.  random_tops: out[i] = z >> 32. */
+     * end of the last byte are 0.  random_tops: out[i] = z >> 32; random_highs: z >> 48. */
     void (*random_bits)(uint8_t *bits, uint64_t state, uint64_t limit, size_t n);
     void (*random_tops)(uint32_t *out, uint64_t state, size_t n);
+    void (*random_highs)(uint16_t *out, uint64_t state, size_t n);
+    /* exact.  With c = min((max(highs[i], from) - from) * step >> 16, 15), sizes[i] < 2^15 and tables up to 2^15 - 1:
+     * bit i of `kept` is sizes[i] >= keep[c], and bit i of `open` is that neither this nor sizes[i] < drop[c] holds.
+     * Bits from n up to the end of the last byte are 0. */
+    void (*choose_sizes)(uint8_t *kept, uint8_t *open, const uint16_t *highs, const uint16_t *sizes,
+                         const obm__choice *c, size_t n);
+    /* exact.  abs_sum of the bf16 whose patterns are sizes, all finite, n <= 4096, and of those whose bit is 1. */
+    void (*sum_sizes)(double *sums /* 2 */, const uint16_t *sizes, const uint8_t *keep, size_t n);
 
     /* row-exact.  y[r] = sum_j w[r * ld + j] * x[j], r < rows, f32 accumulation in any lane order with fma;
      * |error| <= n * 2^-23 * sum |w x| against f64. */

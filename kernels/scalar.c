@@ -318,6 +318,38 @@ void obm__scalar_random_tops(uint32_t *out, uint64_t state, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = (uint32_t)(mixed_draw(state += OBM__GOLDEN) >> 32);
 }
 
+void obm__scalar_random_highs(uint16_t *out, uint64_t state, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = (uint16_t)(mixed_draw(state += OBM__GOLDEN) >> 48);
+}
+
+void obm__scalar_choose_sizes(uint8_t *kept, uint8_t *open, const uint16_t *highs, const uint16_t *sizes,
+                              const obm__choice *c, size_t n) {
+    memset(kept, 0, (n + 7) / 8);
+    memset(open, 0, (n + 7) / 8);
+    for (size_t i = 0; i < n; i++) {
+        unsigned at = (highs[i] > c->from ? (unsigned)highs[i] - c->from : 0) * c->step >> 16;
+        if (at > 15) at = 15;
+        unsigned stays = sizes[i] >= c->keep[at], goes = sizes[i] < c->drop[at];
+        kept[i / 8] |= (uint8_t)(stays << i % 8);
+        open[i / 8] |= (uint8_t)(!(stays | goes) << i % 8);
+    }
+}
+
+void obm__sum_sizes_rest(double *sums, double lane[2][16], const uint16_t *sizes, const uint8_t *keep, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        double x = (double)widen_bf16(sizes[i]);
+        lane[0][i % 16] += x;
+        lane[1][i % 16] += keep[i / 8] >> i % 8 & 1 ? x : 0;
+    }
+    sums[0] = obm__lane_sum(lane[0]);
+    sums[1] = obm__lane_sum(lane[1]);
+}
+
+void obm__scalar_sum_sizes(double *sums, const uint16_t *sizes, const uint8_t *keep, size_t n) {
+    double lane[2][16] = {{0}};
+    obm__sum_sizes_rest(sums, lane, sizes, keep, n);
+}
+
 static float widen_bf16_at(const uint16_t *p) { return widen_bf16(half_at(p)); }
 static float widen_f16_at(const uint16_t *p) { return widen_f16(half_at(p)); }
 
@@ -674,6 +706,9 @@ const obm_kernels obm__kernels_scalar = {
     .vote_bf16 = obm__scalar_vote_bf16,
     .random_bits = obm__scalar_random_bits,
     .random_tops = obm__scalar_random_tops,
+    .random_highs = obm__scalar_random_highs,
+    .choose_sizes = obm__scalar_choose_sizes,
+    .sum_sizes = obm__scalar_sum_sizes,
     .rows_bf16 = obm__scalar_rows_bf16,
     .rows_f16 = obm__scalar_rows_f16,
     .rows_f32 = obm__scalar_rows_f32,

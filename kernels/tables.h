@@ -49,6 +49,12 @@ typedef struct obm__tile_rest {
 obm__tile obm__tile_behind(const obm__tile *t, size_t i, obm__tile_rest *room);
 void obm__scalar_random_bits(uint8_t *bits, uint64_t state, uint64_t limit, size_t n);
 void obm__scalar_random_tops(uint32_t *out, uint64_t state, size_t n);
+void obm__scalar_random_highs(uint16_t *out, uint64_t state, size_t n);
+void obm__scalar_choose_sizes(uint8_t *kept, uint8_t *open, const uint16_t *highs, const uint16_t *sizes,
+                              const obm__choice *c, size_t n);
+void obm__scalar_sum_sizes(double *sums, const uint16_t *sizes, const uint8_t *keep, size_t n);
+/* The sums of the lanes, of all and of what is kept, after the last n elements have come to them. */
+void obm__sum_sizes_rest(double *sums, double lane[2][16], const uint16_t *sizes, const uint8_t *keep, size_t n);
 #define OBM__GOLDEN 0x9e3779b97f4a7c15u
 #define OBM__MIX_FIRST 0xbf58476d1ce4e5b9u
 #define OBM__MIX_SECOND 0x94d049bb133111ebu

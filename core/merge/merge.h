@@ -182,11 +182,11 @@ obm_status obm__ranked_fill(const obm__run *run, obm__ranked *r, const obm__grou
                             float *lanes, obm_error *err);
 /* Elements [element, element + n), which were filled last or are kept. */
 void obm__ranked_apply(const obm__ranked *r, const obm__group *g, size_t model, uint64_t element, float *d, size_t n);
-/* The same as bits, LSB first: 1 is kept.  Not for a density of 1, nor where factors are wanted. */
-void obm__ranked_bits(const obm__ranked *r, const obm__group *g, size_t model, uint64_t element, uint8_t *bits,
-                      size_t n);
-/* Whether what a walk over the whole group fills stays for the next one: a byte per element takes no more than the
- * floats of a span. */
+/* The same as bits, LSB first: 1 is kept; they are borrowed, or in `room` of (n + 7) / 8 bytes.  n <= OBM_MERGE_BLOCK,
+ * for densities inside of (0, 1) where no factors are wanted. */
+const uint8_t *obm__ranked_bits(const obm__ranked *r, size_t model, uint64_t element, uint8_t *room, size_t n);
+/* Whether what a walk over the whole group fills stays for the next one: its bits take no more than the floats of a
+ * span. */
 bool obm__ranked_keeps(const obm__group *g);
 void obm__ranked_free(obm__ranked *r);
 uint64_t obm__ranked_bytes(const obm__group *g, int threads);

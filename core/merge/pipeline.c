@@ -212,6 +212,18 @@ typedef struct tile_room {
     uint8_t bits[OBM__TILE_MODELS][OBM_MERGE_BLOCK / 8];
 } tile_room;
 
+static bool is_drawn(const obm__steps *s) { return s->mask == OBM_MASK_RANDOM || s->mask == OBM_MASK_RANKED; }
+
+/* What a drawn mask keeps of a block, as bits; they may be in `room`, (OBM_MERGE_BLOCK / 8). */
+static const uint8_t *drawn_bits(const walk *w, size_t model, const obm__block *l, uint8_t *room) {
+    const obm__steps *s = w->g->steps;
+    double density = s->density[model];
+    if (density <= 0 || density >= 1) return memset(room, density >= 1 ? 0xff : 0, OBM_MERGE_BLOCK / 8);
+    if (s->mask == OBM_MASK_RANKED) return obm__ranked_bits(w->ranked, model, l->begin, room, l->n);
+    obm__random_bits(w->k, obm__random_key(s->seed, w->g->name, model), l->begin, density, room, l->n);
+    return room;
+}
+
 static obm__tile tile_of(const walk *w, const obm__block *l, const uint32_t *least, tile_room *room) {
     const obm__group *g = w->g;
     const obm__steps *s = g->steps;
@@ -225,7 +237,7 @@ static obm__tile tile_of(const walk *w, const obm__block *l, const uint32_t *lea
                    .divisor = divisor_of(s),
                    .agree = s->consensus == OBM_CONSENSUS_SIGN,
                    .normalize = s->normalize};
-    bool random = s->mask == OBM_MASK_RANDOM, drawn = random || s->mask == OBM_MASK_RANKED;
+    bool drawn = is_drawn(s);
     if (drawn) t.keep = room->keep;
     for (size_t i = 0; i < s->n; i++) {
         obm__plain p = obm__group_plain(g, i, l->begin);
@@ -234,12 +246,7 @@ static obm__tile tile_of(const walk *w, const obm__block *l, const uint32_t *lea
         t.base = p.base;
         t.round = p.round;
         if (g->factors[i] != 1.0f) t.factors = g->factors;
-        if (!drawn || s->density[i] >= 1) continue;
-        room->keep[i] = room->bits[i];
-        if (random)
-            obm__random_bits(w->k, obm__random_key(s->seed, g->name, i), l->begin, s->density[i], room->bits[i], l->n);
-        else
-            obm__ranked_bits(w->ranked, g, i, l->begin, room->bits[i], l->n);
+        if (drawn && s->density[i] < 1) room->keep[i] = drawn_bits(w, i, l, room->bits[i]);
     }
     return t;
 }
@@ -319,6 +326,33 @@ obm_status obm__group_run(const obm__run *run, const obm__group *g, uint64_t beg
 
 /* ---- statistics ---- */
 
+/* Norms of deltas that are bf16, before and after a drawn mask; returns the first index that is not finite. */
+static size_t drawn_norms(const walk *w, size_t model, const obm__block *l, double sums[2]) {
+    uint16_t sizes[OBM_MERGE_BLOCK], most;
+    uint8_t room[OBM_MERGE_BLOCK / 8];
+    obm__plain p = obm__group_plain(w->g, model, l->begin);
+    size_t bad = w->k->sizes_bf16(sizes, &most, p.model, p.base, p.round, l->n);
+    if (bad == l->n) w->k->sum_sizes(sums, sizes, drawn_bits(w, model, l, room), l->n);
+    return bad;
+}
+
+static void drawn_norm_blocks(void *arg, size_t first, size_t last, int worker) {
+    walk *w = arg;
+    size_t blocks = (size_t)((w->g->count + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK);
+    obm__block l = obm__block_of(w->block, w->k, w->g, worker);
+    for (size_t b = first; b < last; b++) {
+        set_block(w, b, &l);
+        size_t at = (size_t)(l.begin / OBM_MERGE_BLOCK);
+        for (size_t i = 0; i < w->g->steps->n; i++) {
+            double sums[2] = {0};
+            size_t bad = drawn_norms(w, i, &l, sums);
+            if (bad < l.n) obm__note_lowest(&w->bad, l.begin + bad);
+            w->before[i * blocks + at] = sums[0];
+            w->after[i * blocks + at] = sums[1];
+        }
+    }
+}
+
 static void norm_blocks(void *arg, size_t first, size_t last, int worker) {
     walk *w = arg;
     size_t blocks = (size_t)((w->g->count + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK);
@@ -343,7 +377,8 @@ static obm_status norm_factors(const obm__run *run, obm__group *g, obm_error *er
     w.before = obm__alloc(2 * n * blocks, sizeof *w.before);
     if (!w.before) return obm__fail_nomem(err, 2 * n * blocks * sizeof *w.before);
     w.after = w.before + n * blocks;
-    obm_status status = walk_blocks(run, &w, norm_blocks, err);
+    bool sizes = is_drawn(g->steps) && is_tiled(g) && obm__group_plain(g, 0, 0).round;
+    obm_status status = walk_blocks(run, &w, sizes ? drawn_norm_blocks : norm_blocks, err);
     for (size_t i = 0; status == OBM_OK && i < n; i++) {
         double before = obm__tree_sum(w.before + i * blocks, blocks),
                after = obm__tree_sum(w.after + i * blocks, blocks);

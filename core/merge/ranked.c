@@ -21,11 +21,14 @@
 
 struct obm__ranked {
     uint64_t at, until, cols;
-    uint64_t origin; /* the element that place 0 is of */
-    size_t span;     /* elements that `kept` or `factors` hold per model */
-    uint8_t *kept;   /* (n_models / 8 rounded up, span), a bit per model; NULL where factors are wanted */
+    bool whole;      /* of the whole group, one span after the other */
+    uint64_t first;  /* the row that the first place is of; of factors the element */
+    size_t rows;     /* that `kept` holds per model */
+    size_t stride;   /* bytes of a row in it, whole words */
+    uint8_t *kept;   /* (n_models, rows, stride), bits, LSB first; NULL where factors are wanted */
+    size_t span;     /* elements that `factors` hold per model */
     float *factors;  /* (n_models, span) */
-    uint32_t *words; /* (workers, 4, cols): keys and indices, and what sorting moves them to */
+    uint32_t *words; /* (workers, words_of) */
     const obm_kernels *k;
     const obm__group *g;
     float *lanes;
@@ -34,29 +37,47 @@ struct obm__ranked {
 
 static uint64_t span_of(uint64_t count) { return count < OBM_MERGE_SPAN ? count : OBM_MERGE_SPAN; }
 
-static size_t planes_of(const obm__group *g) { return (g->steps->n + 7) / 8; }
+/* Keys and indices, and what sorting moves them to, or as much of shorter numbers and bits in whole words. */
+static uint64_t words_of(uint64_t cols) { return 4 * (cols + 4); }
+
+static uint64_t stride_of(uint64_t cols) { return (cols + 63) / 64 * 8; }
+
+/* A span begins and ends inside of rows, which are ranked as a whole. */
+static uint64_t span_rows(const obm__group *g, uint64_t count) {
+    uint64_t rows = obm__group_rows(g), most = count ? span_of(count) / obm__group_cols(g) + 2 : 0;
+    return rows < most ? rows : most;
+}
 
 static bool wants_factors(const obm__group *g) { return g->steps->rescale == OBM_RESCALE_INVERSE_DENSITY; }
 
-bool obm__ranked_keeps(const obm__group *g) { return !wants_factors(g) && g->count / sizeof(float) <= OBM_MERGE_SPAN; }
+static uint64_t kept_bytes(const obm__group *g, uint64_t rows) {
+    return g->steps->n * rows * stride_of(obm__group_cols(g));
+}
+
+bool obm__ranked_keeps(const obm__group *g) {
+    return !wants_factors(g) && kept_bytes(g, obm__group_rows(g)) / sizeof(float) <= OBM_MERGE_SPAN;
+}
 
 uint64_t obm__ranked_bytes(const obm__group *g, int threads) {
-    uint64_t kept = planes_of(g) * (obm__ranked_keeps(g) ? g->count : span_of(g->count)),
-             all = wants_factors(g) ? g->steps->n * span_of(g->count) * sizeof(float) : kept;
-    return all + (uint64_t)threads * 16 * obm__group_cols(g);
+    uint64_t rows = obm__ranked_keeps(g) ? obm__group_rows(g) : span_rows(g, g->count),
+             all = wants_factors(g) ? g->steps->n * span_of(g->count) * sizeof(float) : kept_bytes(g, rows);
+    return all + (uint64_t)threads * 4 * words_of(obm__group_cols(g));
 }
 
 obm_status obm__ranked_new(const obm__run *run, const obm__group *g, uint64_t count, obm__ranked **out,
                            obm_error *err) {
     obm__ranked *r = obm__calloc(1, sizeof *r);
     if (!r) return obm__fail_nomem(err, sizeof *r);
-    r->span = (size_t)(obm__ranked_keeps(g) && count == g->count ? count : span_of(count));
+    r->whole = obm__ranked_keeps(g) && count == g->count;
+    r->rows = (size_t)(r->whole ? obm__group_rows(g) : span_rows(g, count));
     r->cols = obm__group_cols(g);
+    r->stride = (size_t)stride_of(r->cols);
+    r->span = (size_t)span_of(count);
     if (wants_factors(g))
         r->factors = obm__alloc(g->steps->n * r->span, sizeof *r->factors);
     else
-        r->kept = obm__alloc(planes_of(g), r->span);
-    r->words = obm__alloc((size_t)run->ctx->threads * 4 * (size_t)r->cols, sizeof *r->words);
+        r->kept = obm__alloc(g->steps->n * r->rows, r->stride);
+    r->words = obm__alloc((size_t)run->ctx->threads * (size_t)words_of(r->cols), sizeof *r->words);
     if ((r->factors || r->kept) && r->words) {
         *out = r;
         return OBM_OK;
@@ -120,36 +141,29 @@ static double chance_of(const chances *c, size_t rank) {
     return c->density - c->epsilon + 2 * c->epsilon * ((double)rank / (double)(c->n - 1));
 }
 
-static bool has_element(const obm__ranked *r, uint64_t element) { return element >= r->at && element < r->until; }
-
-/* Where the span keeps what becomes of an element of it. */
-static size_t place_of(const obm__ranked *r, size_t model, uint64_t element) {
-    return model * r->span + (size_t)(element - r->origin);
+/* Where the decisions about a row are. */
+static uint8_t *kept_row(const obm__ranked *r, size_t model, uint64_t row) {
+    return r->kept + (model * r->rows + (size_t)(row - r->first)) * r->stride;
 }
 
-/* The decisions about a model from an element on: its bit in bytes. */
-typedef struct decisions {
-    uint8_t *at;
-    unsigned bit;
-} decisions;
-static decisions decisions_of(const obm__ranked *r, size_t model, uint64_t element) {
-    return (decisions){r->kept + place_of(r, model / 8, element), (unsigned)(model % 8)};
+static inline void keep_bit(uint8_t *kept, size_t at, bool stays) { kept[at / 8] |= (uint8_t)(stays << at % 8); }
+
+static inline bool stays_at(const chances *c, size_t rank, uint64_t element) {
+    return obm__random_draw(c->key, element) < obm__random_limit(chance_of(c, rank));
 }
 
 static void sort_row(const obm__ranked *r, size_t model, uint64_t row, const chances *c, uint32_t *words) {
     for (size_t j = 0; j < c->n; j++) words[c->n + j] = (uint32_t)j;
     const uint32_t *order = sort_pairs(words, c->n);
+    uint8_t *kept = r->kept ? kept_row(r, model, row) : NULL;
+    if (kept) memset(kept, 0, r->stride);
     for (size_t rank = 0; rank < c->n; rank++) {
         uint64_t element = row * c->n + order[rank];
-        if (!has_element(r, element)) continue;
-        double keep = chance_of(c, rank);
-        bool stays = obm__random_draw(c->key, element) < obm__random_limit(keep);
-        if (r->kept) {
-            decisions kept = decisions_of(r, model, element);
-            *kept.at |= (uint8_t)(stays << kept.bit);
-        } else {
-            r->factors[place_of(r, model, element)] = stays ? (float)(1 / keep) : 0.0f;
-        }
+        bool here = kept || (element >= r->at && element < r->until), stays = here && stays_at(c, rank, element);
+        if (kept)
+            keep_bit(kept, order[rank], stays);
+        else if (here)
+            r->factors[model * r->span + (element - r->first)] = stays ? (float)(1 / chance_of(c, rank)) : 0.0f;
     }
 }
 
@@ -199,30 +213,30 @@ static void count_keys(const obm_kernels *k, const bins *b, uint32_t key, const 
 /* The open elements by their exact ranks.  others: the keys of all elements of open bins in the order of these; where:
  * at which of them each open element is. */
 static void settle_open(const obm_kernels *k, const bins *b, const chances *c, uint64_t begin, const uint32_t *open,
-                        const uint32_t *where, size_t n_open, const uint32_t *others, size_t n_others, decisions kept) {
+                        const uint32_t *where, size_t n_open, const uint32_t *others, size_t n_others, uint8_t *kept) {
     for (size_t i = 0; i < n_open; i++) {
         size_t at = where[i];
         uint32_t key = others[at], before[8], behind[8];
         count_keys(k, b, key, others, at, before);
         count_keys(k, b, key, others + at + 1, n_others - at - 1, behind);
         size_t rank = b->start[bin_of(b, key)] + (before[0] - before[2]) + (behind[0] - behind[1]);
-        bool stays = obm__random_draw(c->key, begin + open[i]) < obm__random_limit(chance_of(c, rank));
-        kept.at[open[i]] |= (uint8_t)(stays << kept.bit);
+        keep_bit(kept, open[i], stays_at(c, rank, begin + open[i]));
     }
 }
 
 /* False: too many elements are open, and nothing is decided.  words: (4, n), the keys first. */
-static bool decide_row(const obm_kernels *k, const chances *c, uint64_t begin, uint32_t *words, decisions kept) {
+static bool decide_row(const obm_kernels *k, const chances *c, uint64_t begin, uint32_t *words, uint8_t *kept) {
     const uint32_t *keys = words;
     uint32_t *tops = words + c->n, *open = words + 2 * c->n, *others = words + 3 * c->n;
     bins b;
     size_t n_open = 0, n_others = 0;
     fill_bins(&b, c, keys);
+    memset(kept, 0, (size_t)stride_of(c->n));
     k->random_tops(tops, obm__random_state(c->key, begin), c->n);
     for (size_t j = 0; j < c->n; j++) {
         uint32_t bin = bin_of(&b, keys[j]);
         bool stays = tops[j] < b.low[bin];
-        kept.at[j] |= (uint8_t)(stays << kept.bit);
+        keep_bit(kept, j, stays);
         open[n_open] = (uint32_t)j;
         n_open += !stays & (tops[j] <= b.high[bin]) & (keys[j] != 0);
     }
@@ -251,86 +265,180 @@ static bool decide_row(const obm_kernels *k, const chances *c, uint64_t begin, u
 
 /* ---- the same for magnitudes that are bf16 ---- */
 
-/* Each of the largest has a bin of its own, in which ranks follow the indices; what is below shares the first one. */
-#define SIZE_BINS 1024u
-/* Open elements whose ranks one count over the row finds. */
-#define TOGETHER 4
+/* The sizes of the 16 octaves of the largest have bins of their own; what is below shares the first one. */
+#define SIZE_BINS 2048u
+#define SIZE_GROUP 8u
+#define SIZE_GROUPS (SIZE_BINS / SIZE_GROUP)
+/* No size is so large. */
+#define NO_SIZE 0x7fff
+/* Elements of the shared bin whose ranks may be counted one by one. */
+#define FEW_SHARED 16
+/* Places have 16 bits. */
+#define MOST_SIZES 65535
+/* A chance that is multiplied out instead of divided is so far from the other at most, in units of 2^-53. */
+#define ROUNDING 64.0
 
-typedef struct size_bins {
-    uint32_t first;                /* the size that bin 0 takes at most */
-    uint32_t start[SIZE_BINS + 1]; /* rank of the first element of each bin */
-    uint32_t sure[SIZE_BINS][2];   /* as low and high of bins, but a little apart: rounding is not followed */
-} size_bins;
+typedef struct size_ranks {
+    uint32_t first;                   /* the size that bin 0 takes at most */
+    uint32_t count[SIZE_BINS];        /* elements of each bin, */
+    uint32_t front[SIZE_BINS];        /* and those in the first half of the row */
+    uint32_t before[SIZE_GROUPS + 1]; /* rank of the first element of each group of bins */
+    uint32_t n, half;
+} size_ranks;
 
-static inline uint32_t size_bin(const size_bins *b, uint32_t size) {
-    return (size > b->first ? size : b->first) - b->first;
+static inline uint32_t size_bin(const size_ranks *r, uint32_t size) {
+    return (size > r->first ? size : r->first) - r->first;
 }
 
-static void fill_size_bins(size_bins *b, const chances *c, const uint16_t *sizes, uint16_t most) {
-    double least = chance_of(c, 0) * 0x1p32, step = c->n == 1 ? 0 : 2 * c->epsilon / (double)(c->n - 1) * 0x1p32;
-    uint32_t *start = b->start;
-    b->first = most < SIZE_BINS ? 0 : most - (SIZE_BINS - 1);
-    memset(start, 0, sizeof b->start);
-    for (size_t j = 0; j < c->n; j++) start[size_bin(b, sizes[j]) + 1]++;
-    double limit = least;
-    for (size_t i = 0; i < SIZE_BINS; i++) {
-        start[i + 1] += start[i];
-        b->sure[i][0] = limit < 2 ? 0 : (uint32_t)(limit - 2);
-        /* Behind the last element bins are empty, and chances may be above 1. */
-        limit = fmin(least + step * (double)start[i + 1], 0x1p32);
-        b->sure[i][1] = limit > 0x1p32 - 4 ? UINT32_MAX : (uint32_t)(limit + 2);
+static inline void count_place(uint32_t *count, uint16_t *place) {
+    uint32_t *bin = count + *place, here = *bin;
+    *place = (uint16_t)here;
+    *bin = here + 1;
+}
+
+/* places: which of its bin each element is among those of its half.  Equal sizes wait for each other's counter, so the
+ * halves take turns; and choosing the bins in the same loop would take longer than a loop of its own. */
+static void count_sizes(size_ranks *r, const uint16_t *sizes, uint16_t *places, uint16_t most, size_t n) {
+    const uint16_t first = most < SIZE_BINS ? 0 : (uint16_t)(most - (SIZE_BINS - 1));
+    const size_t half = n / 2;
+    r->first = first;
+    r->n = (uint32_t)n;
+    r->half = (uint32_t)half;
+    memset(r->count, 0, sizeof r->count);
+    memset(r->front, 0, sizeof r->front);
+    for (size_t j = 0; j < n; j++) places[j] = (uint16_t)((sizes[j] > first ? sizes[j] : first) - first);
+    for (size_t j = 0; j < half; j++) {
+        count_place(r->front, places + j);
+        count_place(r->count, places + half + j);
+    }
+    if (n % 2) count_place(r->count, places + n - 1);
+    for (size_t i = 0; i < SIZE_BINS; i++) r->count[i] += r->front[i];
+    const uint32_t *count = r->count;
+    r->before[0] = 0;
+    for (size_t g = 0; g < SIZE_GROUPS; g++, count += SIZE_GROUP)
+        r->before[g + 1] = r->before[g] + ((count[0] + count[1]) + (count[2] + count[3])) +
+                           ((count[4] + count[5]) + (count[6] + count[7]));
+}
+
+/* Of the first element of a bin. */
+static inline uint32_t rank_of_bin(const size_ranks *r, uint32_t bin) {
+    const uint32_t *count = r->count + bin / SIZE_GROUP * SIZE_GROUP;
+    uint32_t rank = r->before[bin / SIZE_GROUP];
+    for (uint32_t i = 0; i < SIZE_GROUP - 1; i++) rank += i < bin % SIZE_GROUP ? count[i] : 0;
+    return rank;
+}
+
+/* The first bin whose first element has the rank or a higher one, SIZE_BINS if there is none; rank > 0. */
+static uint32_t bin_above(const size_ranks *r, uint32_t rank) {
+    const uint32_t *at = r->before;
+    if (rank > r->n) return SIZE_BINS;
+    /* The last group that begins below the rank. */
+    for (size_t half = SIZE_GROUPS / 2; half > 0; half /= 2) at += at[half] < rank ? half : 0;
+    uint32_t bin = (uint32_t)(at - r->before) * SIZE_GROUP, here = *at;
+    for (unsigned i = 0, sum = here; i < SIZE_GROUP; i++) {
+        here += sum < rank;
+        sum += r->count[bin + i];
+    }
+    return bin + here - *at;
+}
+
+/* The least size from which on all have the rank or a higher one, 0 for rank 0. */
+static uint16_t size_from(const size_ranks *r, uint32_t rank) {
+    if (rank == 0) return 0;
+    return rank > r->n ? NO_SIZE : (uint16_t)(r->first + bin_above(r, rank));
+}
+
+/* The largest size below which all have lower ranks, at least 1: zeros may be dropped. */
+static uint16_t size_to(const size_ranks *r, uint32_t rank) {
+    if (rank >= r->n) return NO_SIZE;
+    uint32_t bin = bin_above(r, rank + 1) - 1;
+    return (uint16_t)(bin ? r->first + bin : 1);
+}
+
+/* From a real number of ranks, one more or one less than it is: rounding is not followed. */
+static uint32_t rank_from(double x, double step, bool up) {
+    if (x <= 0) return 0;
+    return step > 0 && x / step < 0x1p30 ? (uint32_t)(x / step) + (up ? 2 : 0) : 1u << 30;
+}
+
+/* Draws between the least chance and the largest are cut into 14 stretches, with what is below and above them as the
+ * first and the last one.  Stretch i has the upper halves [begin, end): all ranks whose chance is `end` or more stay,
+ * all up to `begin` go. */
+static void fill_choice(obm__choice *t, const size_ranks *r, const chances *c) {
+    double least = chance_of(c, 0) * 0x1p16, range = c->n == 1 ? 0 : 2 * c->epsilon * 0x1p16,
+           step = c->n == 1 ? 0 : range / (double)(c->n - 1), slices = fmin(floor(14 * 0x1p16 / (range + 2)), 0xffff);
+    double from = fmax(floor(least - 0x1p16 / slices - 1), 0), begin = 0;
+    t->from = (uint16_t)from;
+    t->step = (uint16_t)slices;
+    for (int i = 0; i < 16; i++) {
+        double end = i == 15 ? 0x1p16 : fmin(from + ceil((i + 1) * 0x1p16 / slices), 0x1p16);
+        t->keep[i] = size_from(r, rank_from(end + 0x1p-20 - least, step, true));
+        t->drop[i] = size_to(r, rank_from(begin - 0x1p-20 - least, step, false));
+        begin = end;
     }
 }
 
-/* Up to TOGETHER open elements in rising order by their exact ranks. */
-static void settle_sizes(const obm_kernels *k, const size_bins *b, const chances *c, uint64_t begin,
-                         const uint16_t *sizes, const uint32_t *open, size_t n_open, decisions kept) {
-    uint16_t from[2 * TOGETHER] = {0};
-    uint32_t counts[2 * TOGETHER] = {0}, equal[TOGETHER];
-    size_t at = 0;
-    bool shared = false;
+/* Indices of the bits that are 1; four are written for every word, most of which have fewer. */
+static size_t list_bits(const uint64_t *words, size_t n_words, uint32_t *out) {
+    size_t n = 0;
+    for (size_t w = 0; w < n_words; w++) {
+        uint64_t bits = words[w];
+        size_t count = (size_t)__builtin_popcountll(bits);
+        uint32_t *at = out + n;
+        for (size_t i = 0; i < (count > 4 ? count : 4); i++, bits &= bits - 1)
+            at[i] = (uint32_t)(64 * w) + (uint32_t)__builtin_ctzll(bits | (uint64_t)1 << 63);
+        n += count;
+    }
+    return n;
+}
+
+static size_t rank_of_shared(const uint16_t *sizes, size_t at, size_t n) {
+    size_t rank = 0;
+    for (size_t j = 0; j < n; j++) rank += sizes[j] < sizes[at] || (sizes[j] == sizes[at] && j < at);
+    return rank;
+}
+
+/* Elements that the table leaves open, by their exact ranks. */
+static bool settle_sizes(const size_ranks *r, const chances *c, uint64_t begin, const uint16_t *sizes,
+                         const uint16_t *places, const uint32_t *open, size_t n_open, uint8_t *kept) {
+    const double least = chance_of(c, 0) * 0x1p53, step = c->n == 1 ? 0 : 2 * c->epsilon / (double)(c->n - 1) * 0x1p53;
+    size_t n_shared = 0;
     for (size_t i = 0; i < n_open; i++) {
-        from[2 * i] = sizes[open[i]];
-        from[2 * i + 1] = (uint16_t)(from[2 * i] + 1);
-        shared |= from[2 * i] <= b->first;
+        size_t j = open[i];
+        uint32_t bin = size_bin(r, sizes[j]), rank = rank_of_bin(r, bin) + places[j];
+        rank += j < r->half ? 0 : r->front[bin];
+        double draw = (double)obm__random_draw(c->key, begin + j), over = draw - (least + step * rank);
+        bool stays = over < 0;
+        n_shared += r->first && sizes[j] <= r->first && draw < least + step * r->count[0] + ROUNDING;
+        if (fabs(over) < ROUNDING) stays = stays_at(c, rank, begin + j);
+        keep_bit(kept, j, stays);
     }
-    for (size_t i = 0; i < n_open; at = open[i++]) {
-        k->count_bf16(counts, from, sizes + at, NULL, 0, open[i] - at);
-        equal[i] = counts[2 * i] - counts[2 * i + 1];
+    if (n_shared > FEW_SHARED) return false;
+    for (size_t i = 0; n_shared && i < n_open; i++) {
+        size_t j = open[i];
+        if (sizes[j] > r->first) continue; /* also what no rank of the bin lets stay, to the same end */
+        kept[j / 8] &= (uint8_t) ~(1u << j % 8);
+        keep_bit(kept, j, stays_at(c, rank_of_shared(sizes, j, c->n), begin + j));
     }
-    if (shared) k->count_bf16(counts, from, sizes + at, NULL, 0, c->n - at);
-    for (size_t i = 0; i < n_open; i++) {
-        uint32_t bin = size_bin(b, from[2 * i]);
-        size_t rank = equal[i] + (bin ? b->start[bin] : c->n - counts[2 * i]);
-        bool stays = obm__random_draw(c->key, begin + open[i]) < obm__random_limit(chance_of(c, rank));
-        kept.at[open[i]] |= (uint8_t)(stays << kept.bit);
-    }
-}
-
-/* As decide_row.  sizes: (n); words: (2, n). */
-static bool decide_sizes(const obm_kernels *k, const chances *c, uint64_t begin, const uint16_t *sizes, uint16_t most,
-                         uint32_t *words, decisions kept) {
-    uint32_t *tops = words, *open = words + c->n;
-    size_bins b;
-    size_t n = c->n, n_open = 0;
-    fill_size_bins(&b, c, sizes, most);
-    k->random_tops(tops, obm__random_state(c->key, begin), c->n);
-    /* What the loop reads is named: bytes that it writes may be anything else. */
-    const uint32_t below = b.first;
-    const unsigned bit = kept.bit;
-    uint8_t *at = kept.at;
-    for (size_t j = 0; j < n; j++) {
-        uint32_t size = sizes[j], top = tops[j];
-        const uint32_t *sure = b.sure[(size > below ? size : below) - below];
-        uint32_t stays = top < sure[0];
-        at[j] |= (uint8_t)(stays << bit);
-        open[n_open] = (uint32_t)j;
-        n_open += (stays ^ 1) & (top <= sure[1]) & (size != 0);
-    }
-    if (n_open > MAX_OPEN) return false;
-    for (size_t i = 0; i < n_open; i += TOGETHER)
-        settle_sizes(k, &b, c, begin, sizes, open + i, n_open - i < TOGETHER ? n_open - i : TOGETHER, kept);
     return true;
+}
+
+/* As decide_row.  words: words_of(n), of which the sizes take the first n / 2. */
+static bool decide_sizes(const obm_kernels *k, const chances *c, uint64_t begin, uint32_t *words, uint16_t most,
+                         uint8_t *kept) {
+    const size_t n = c->n, n_words = (n + 63) / 64;
+    uint16_t *sizes = (uint16_t *)(void *)words, *highs = sizes + n, *places = highs + n;
+    uint64_t *unsure = (uint64_t *)(void *)(words + 2 * (n + 4));
+    uint32_t *open = (uint32_t *)(unsure + n_words);
+    size_ranks r;
+    obm__choice choice;
+    count_sizes(&r, sizes, places, most, n);
+    fill_choice(&choice, &r, c);
+    k->random_highs(highs, obm__random_state(c->key, begin), n);
+    unsure[n_words - 1] = 0;
+    k->choose_sizes(kept, (uint8_t *)unsure, highs, sizes, &choice, n);
+    size_t n_open = list_bits(unsure, n_words, open);
+    return settle_sizes(&r, c, begin, sizes, places, open, n_open, kept);
 }
 
 /* ---- rows ---- */
@@ -349,38 +457,29 @@ static uint64_t rank_row(const obm__ranked *r, obm__block *b, size_t model, uint
                  .epsilon = obm__steps_value(s, "epsilon", model),
                  .key = obm__random_key(s->seed, r->g->name, model)};
     uint64_t begin = row * c.n;
-    bool whole = r->kept && begin >= r->at && begin + c.n <= r->until && c.n < UINT32_MAX;
-    decisions kept = {0};
-    if (whole) kept = decisions_of(r, model, begin);
-    if (whole && has_sizes(r->g, model)) {
+    bool decides = r->kept && c.n < UINT32_MAX;
+    if (decides && c.n <= MOST_SIZES && has_sizes(r->g, model)) {
         obm__plain p = obm__group_plain(r->g, model, begin);
         uint16_t *sizes = (uint16_t *)(void *)words, most;
         size_t bad = r->k->sizes_bf16(sizes, &most, p.model, p.base, p.round, c.n);
         if (bad < c.n) return begin + bad;
-        if (decide_sizes(r->k, &c, begin, sizes, most, words + c.n, kept)) return UINT64_MAX;
+        if (decide_sizes(r->k, &c, begin, words, most, kept_row(r, model, row))) return UINT64_MAX;
     }
     uint64_t bad = read_row(r, b, model, row, words);
     if (bad != UINT64_MAX) return bad;
-    if (!whole || !decide_row(r->k, &c, begin, words, kept)) sort_row(r, model, row, &c, words);
+    if (!decides || !decide_row(r->k, &c, begin, words, kept_row(r, model, row))) sort_row(r, model, row, &c, words);
     return UINT64_MAX;
 }
 
 static bool has_ranks(const obm__steps *s, size_t model) { return s->density[model] > 0 && s->density[model] < 1; }
 
-/* Decisions begin as 0, of what the span has of a row. */
-static void clear_row(const obm__ranked *r, uint64_t row) {
-    uint64_t begin = row * r->cols > r->at ? row * r->cols : r->at,
-             end = (row + 1) * r->cols < r->until ? (row + 1) * r->cols : r->until;
-    for (size_t p = 0; r->kept && p < planes_of(r->g); p++) memset(r->kept + place_of(r, p, begin), 0, end - begin);
-}
-
 static void rank_rows(void *arg, size_t first, size_t last, int worker) {
     obm__ranked *r = arg;
     obm__block b = obm__block_of(r->lanes, r->k, r->g, worker);
-    uint32_t *words = r->words + (size_t)worker * 4 * (size_t)r->cols;
+    uint32_t *words = r->words + (size_t)worker * (size_t)words_of(r->cols);
     for (size_t i = first; i < last; i++) {
         uint64_t row = r->at / r->cols + i;
-        clear_row(r, row);
+        if (r->whole && row * r->cols < r->at) continue; /* the span before has done it */
         for (size_t m = 0; m < r->g->steps->n; m++) {
             uint64_t bad = has_ranks(r->g->steps, m) ? rank_row(r, &b, m, row, words) : UINT64_MAX;
             if (bad != UINT64_MAX) obm__note_lowest(&r->bad, bad);
@@ -392,7 +491,7 @@ obm_status obm__ranked_fill(const obm__run *run, obm__ranked *r, const obm__grou
                             float *lanes, obm_error *err) {
     r->at = at;
     r->until = until;
-    r->origin = r->span < g->count ? at : 0;
+    r->first = r->factors ? at : r->whole ? 0 : at / r->cols;
     r->k = run->ctx->k;
     r->g = g;
     r->lanes = lanes;
@@ -401,18 +500,16 @@ obm_status obm__ranked_fill(const obm__run *run, obm__ranked *r, const obm__grou
     return r->bad == UINT64_MAX ? OBM_OK : obm__group_bad(r->k, g, r->bad, err);
 }
 
-void obm__ranked_bits(const obm__ranked *r, const obm__group *g, size_t model, uint64_t element, uint8_t *bits,
-                      size_t n) {
-    memset(bits, 0, (n + 7) / 8);
-    if (g->steps->density[model] <= 0) return;
-    const decisions kept = decisions_of(r, model, element);
-    size_t j = 0;
-    for (; j + 8 <= n; j += 8) {
-        uint64_t eight; /* bytes of 0 or 1: each product moves one of them to its bit of the upper byte */
-        memcpy(&eight, kept.at + j, sizeof eight);
-        bits[j / 8] = (uint8_t)((eight >> kept.bit & 0x0101010101010101u) * 0x0102040810204080u >> 56);
+const uint8_t *obm__ranked_bits(const obm__ranked *r, size_t model, uint64_t element, uint8_t *room, size_t n) {
+    uint64_t row = element / r->cols, col = element % r->cols;
+    /* Without a rest rows follow each other. */
+    if (col % 8 == 0 && (r->cols % 64 == 0 || col + n <= r->cols)) return kept_row(r, model, row) + col / 8;
+    memset(room, 0, (n + 7) / 8);
+    for (size_t j = 0; j < n; row++, col = 0) {
+        const uint8_t *kept = kept_row(r, model, row);
+        for (; j < n && col < r->cols; j++, col++) keep_bit(room, j, kept[col / 8] >> col % 8 & 1);
     }
-    for (; j < n; j++) bits[j / 8] |= (uint8_t)((kept.at[j] >> kept.bit & 1) << j % 8);
+    return room;
 }
 
 void obm__ranked_apply(const obm__ranked *r, const obm__group *g, size_t model, uint64_t element, float *d, size_t n) {
@@ -421,10 +518,11 @@ void obm__ranked_apply(const obm__ranked *r, const obm__group *g, size_t model, 
         return;
     }
     if (r->kept) {
-        const decisions kept = decisions_of(r, model, element);
-        for (size_t j = 0; j < n; j++) d[j] = obm__keep_if(d[j], kept.at[j] >> kept.bit & 1);
+        uint8_t room[OBM_MERGE_BLOCK / 8];
+        const uint8_t *bits = obm__ranked_bits(r, model, element, room, n);
+        for (size_t j = 0; j < n; j++) d[j] = obm__keep_if(d[j], bits[j / 8] >> j % 8 & 1);
         return;
     }
-    const float *factor = r->factors + model * r->span + (size_t)(element - r->at);
+    const float *factor = r->factors + model * r->span + (size_t)(element - r->first);
     for (size_t j = 0; j < n; j++) d[j] *= factor[j];
 }

@@ -51,6 +51,7 @@
 #include "gemm.h"
 #include "merge.h"
 #include "merge_bf16.h"
+#include "merge_draws.h"
 #include "planes.h"
 #include "z12.h"
 
@@ -86,6 +87,9 @@ const obm_kernels TABLE = {
     .vote_bf16 = NAME(vote_bf16),
     .random_bits = NAME(random_bits),
     .random_tops = NAME(random_tops),
+    .random_highs = NAME(random_highs),
+    .choose_sizes = NAME(choose_sizes),
+    .sum_sizes = NAME(sum_sizes),
     .rows_bf16 = NAME(rows_bf16),
     .rows_f16 = NAME(rows_f16),
     .rows_f32 = NAME(rows_f32),

@@ -1,5 +1,5 @@
 /*
- * Bodies of the kernels that merge bf16 tensors as they are, and of random masks, on the vectors of merge.h.  Two bf16
+ * Bodies of the kernels that merge bf16 tensors as they are, on the vectors of merge.h.  Two bf16
  * share a 32-bit lane: a shift makes the even one a float, a mask the odd one, and two floats go back the same way, so
  * nothing is shuffled.  Whole pairs of vectors here, the rest by the scalar entries.
  *
@@ -12,8 +12,6 @@
  * compiler finds no better
  */
 typedef int16_t NAME(s) __attribute__((vector_size(4 * VL)));
-typedef uint64_t NAME(q) __attribute__((vector_size(4 * VL)));
-typedef int64_t NAME(t) __attribute__((vector_size(4 * VL)));
 
 #define INLINE_FN FN static inline __attribute__((always_inline))
 #define UPPER 0xffff0000u
@@ -499,56 +497,4 @@ FN static size_t NAME(vote_bf16)(int64_t *votes, const obm__tile *t, size_t n) {
     for (size_t l = 0; l < VL; l++) *votes += all[l];
     obm__tile rest = obm__tile_behind(t, i, &room);
     return i + obm__scalar_vote_bf16(votes, &rest, n - i);
-}
-
-/* ---- random masks ---- */
-
-INLINE_FN NAME(q) NAME(mix)(NAME(q) z) {
-    z = (z ^ z >> 30) * OBM__MIX_FIRST;
-    z = (z ^ z >> 27) * OBM__MIX_SECOND;
-    return z ^ z >> 31;
-}
-
-/* Upper halves of the draws of VL elements in their order: even elements in one vector, odd ones in the other. */
-INLINE_FN NAME(u) NAME(draw_tops)(NAME(q) even, NAME(q) odd) {
-    return (NAME(u))((NAME(mix)(even) >> 32) | (NAME(mix)(odd) & 0xffffffff00000000u));
-}
-
-INLINE_FN NAME(q) NAME(first_states)(uint64_t state) {
-    NAME(q) q = {0};
-    for (size_t l = 0; l < VL / 2; l++) q[l] = state + (2 * l + 1) * OBM__GOLDEN;
-    return q;
-}
-
-FN static void NAME(random_tops)(uint32_t *out, uint64_t state, size_t n) {
-    NAME(q) even = NAME(first_states)(state);
-    size_t i = 0;
-    for (; i + VL <= n; i += VL) {
-        NAME(u) tops = NAME(draw_tops)(even, even + OBM__GOLDEN);
-        even += VL * OBM__GOLDEN;
-        memcpy(out + i, &tops, sizeof tops);
-    }
-    obm__scalar_random_tops(out + i, state + i * OBM__GOLDEN, n - i);
-}
-
-/* The upper halves decide, unless one is equal to the limit's: one stretch of some million. */
-FN static void NAME(random_bits)(uint8_t *bits, uint64_t state, uint64_t limit, size_t n) {
-    NAME(q) even = NAME(first_states)(state);
-    const NAME(u) top_limit = (NAME(u)){0} + (uint32_t)(limit >> 21);
-    NAME(u) open = {0};
-    size_t i = 0;
-    for (; i + VL <= n; i += VL) {
-        NAME(u) tops = NAME(draw_tops)(even, even + OBM__GOLDEN), lost = (NAME(u))(tops >= top_limit);
-        even += VL * OBM__GOLDEN;
-        open |= (NAME(u))(tops == top_limit);
-        /* Lanes of what is lost are NaN, the others 0. */
-        V v;
-        memcpy(&v, &lost, sizeof v);
-        unsigned lanes = GE_ZERO(v);
-        memcpy(bits + i / 8, &lanes, VL / 8);
-    }
-    if (ANY(open))
-        obm__scalar_random_bits(bits, state, limit, n);
-    else
-        obm__scalar_random_bits(bits + i / 8, state + i * OBM__GOLDEN, limit, n - i);
 }

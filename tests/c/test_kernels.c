@@ -592,7 +592,55 @@ static void check_draws(const obm_kernels *k, bench *t, size_t n) {
     }
     k->random_tops(tops, seed, n);
     for (size_t i = 0; i < n; i++) assert_int_equal(tops[i], reference_draw(seed, i) >> 32);
+    uint16_t *highs = at_end(&t->b, n * 2);
+    k->random_highs(highs, seed, n);
+    for (size_t i = 0; i < n; i++) assert_int_equal(highs[i], reference_draw(seed, i) >> 48);
     free(expected);
+}
+
+/* Tables of all kinds of steps, those that begin at 0 and those whose last entry few draws reach. */
+static void check_choices(const obm_kernels *k, bench *t, size_t n) {
+    size_t bytes = (n + 7) / 8;
+    uint16_t *highs = at_end(&t->a, n * 2), *sizes = at_end(&t->b, n * 2);
+    uint8_t *kept = at_end(&t->c, bytes), *open = malloc(bytes + 1);
+    obm__choice c = {.from = (uint16_t)(next_random() % 3 * 20000), .step = (uint16_t)(next_random() % 3 * 30000 + 15)};
+    for (size_t i = 0; i < 16; i++) {
+        c.drop[i] = (uint16_t)(next_random() % 0x8000);
+        c.keep[i] = (uint16_t)(next_random() % 0x8000);
+    }
+    for (size_t i = 0; i < n; i++) {
+        highs[i] = (uint16_t)next_random();
+        sizes[i] = next_random() % 2 ? c.keep[i % 16] : (uint16_t)(next_random() % 0x8000);
+    }
+    memset(kept, 0xaa, bytes);
+    memset(open, 0xaa, bytes + 1);
+    k->choose_sizes(kept, open, highs, sizes, &c, n);
+    for (size_t i = 0; i < 8 * bytes; i++) {
+        size_t over = i < n && highs[i] > c.from ? (size_t)(highs[i] - c.from) : 0, at = over * c.step / 65536;
+        bool stays = i < n && sizes[i] >= c.keep[at < 15 ? at : 15],
+             unsure = i < n && !stays && sizes[i] >= c.drop[at < 15 ? at : 15];
+        assert_int_equal(kept[i / 8] >> i % 8 & 1, stays);
+        assert_int_equal(open[i / 8] >> i % 8 & 1, unsure);
+    }
+    assert_int_equal(open[bytes], 0xaa);
+    free(open);
+}
+
+/* All finite bf16, down to the denormal ones. */
+static void check_sums(const obm_kernels *k, bench *t, size_t n) {
+    size_t bytes = (n + 7) / 8;
+    uint16_t *sizes = at_end(&t->a, n * 2);
+    uint8_t *keep = at_end(&t->b, bytes);
+    float *wide = malloc(2 * n * sizeof *wide + 1);
+    double sums[2];
+    int range = next_random() % 2 ? 0x100 : 0x7f80;
+    for (size_t i = 0; i < bytes; i++) keep[i] = (uint8_t)next_random();
+    for (size_t i = 0; i < n; i++) sizes[i] = (uint16_t)(next_random() % (unsigned)range);
+    scalar_table()->bf16_to_f32(wide, sizes, n);
+    for (size_t i = 0; i < n; i++) wide[n + i] = keep[i / 8] >> i % 8 & 1 ? wide[i] : 0;
+    k->sum_sizes(sums, sizes, keep, n);
+    assert_true(sums[0] == scalar_table()->abs_sum(wide, n) && sums[1] == scalar_table()->abs_sum(wide + n, n));
+    free(wide);
 }
 
 static void test_merging(void **unused) {
@@ -607,6 +655,8 @@ static void test_merging(void **unused) {
             check_store(k, &t, n, PLAIN | INFINITE | NOT_A_NUMBER);
             check_agreement(k, &t, n);
             check_draws(k, &t, n);
+            check_choices(k, &t, n);
+            if (n <= 4096) check_sums(k, &t, n);
             check_counts_bf16(k, &t, n, PLAIN | ZEROS | DENORMALS);
             check_counts_bf16(k, &t, n, PLAIN | INFINITE | NOT_A_NUMBER);
             check_tile(k, &t, n, PLAIN | ZEROS | DENORMALS);
