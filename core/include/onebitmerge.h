@@ -75,7 +75,7 @@ typedef enum obm_status {
     OBM_E_USER = -10,       /* a callback asked to stop; whatever it raised is the caller's to re-raise */
     OBM_E_EXISTS = -11,     /* the output exists and overwriting was not asked for: with it the call would go on */
     OBM_E_MISMATCH = -12,   /* a pack meets another base than the one it was made from, an expert's token ids contradict the
-                             * base's, other remains than `resume` expects */
+                             * base's or its architecture does, other remains than `resume` expects */
     OBM_E_VALUE = -13,      /* NaN or Inf where a number is needed */
     OBM_E_OCCUPIED = -14    /* what is there is not replaced, whether or not overwriting was asked for */
 } obm_status;
@@ -98,7 +98,8 @@ typedef void (*obm_log_fn)(void *user, const char *message);   /* one warning, n
 
 /* ---- Context ---------------------------------------------------------------------------------------------------- */
 
-/* Threads, topology and kernels.  Thread-safe: many objects and threads may share one; when its workers are busy with
+/* Threads, topology and kernels.  The calling thread works too and needs 512 KiB of stack (musl gives threads 128 KiB
+ * unless they ask for more).  Thread-safe: many objects and threads may share one; when its workers are busy with
  * another caller's work, a call runs on its own thread alone, with the same result. */
 typedef struct obm_context obm_context;
 
@@ -589,13 +590,15 @@ OBM_API const obm_tokenizer *obm_model_tokenizer_for(const obm_model *m, const d
 typedef struct obm_model_memory { uint64_t base, planes, overlays, kv, scratch; } obm_model_memory;
 OBM_API void obm_model_account(const obm_model *m, obm_model_memory *out);
 
-/* Looks where the pages of an open model are: its weights, planes, and the cache of a prompt that is run for it. *json:
- * owned text of one object, numa (the mode in force), bound (false: the system refused to bind memory, which the log
- * was told), weights, planes, kv: {bytes, nodes: [bytes on each node], other (nodes that are not used here), absent
- * (not in memory), remote_bytes (read by workers of another node; null where rows have no fixed place)}, remote_bytes
- * of all.  With numa "off" nothing is placed and the parts are left out.  Materialised tensors of routes, an untied
- * embedding and buffers are not placed, and not counted.  Errors: BUSY; IO where the system does not say (sandboxes);
- * those of running a model. */
+/* Looks where the pages of an open model are: its weights, planes, the tensors that prepared routes materialised (overlays),
+ * and the cache of a prompt that is run for it. *json: owned text of one object, numa (the mode in force), bound (false: the
+ * system refused to bind memory, which the log was told), weights, planes, overlays, kv: {bytes, nodes: [bytes on each
+ * node], other (nodes that are not used here), absent (not in memory), remote_bytes (read by workers of another node; null
+ * where rows have no fixed place)}, remote_bytes of all.  With numa "off" nothing is placed and the parts are left out.
+ * Overlays are cut as the base's rows are.  Where rows are replicated, and of a tensor that holds several matrices in one,
+ * there is one copy, spread over the nodes: (n - 1) / n of it is remote to n nodes with workers.  An untied embedding and
+ * buffers are not placed, and not counted.  Errors: BUSY; IO where the system does not say (sandboxes); those of running a
+ * model. */
 OBM_API obm_status obm_model_verify_placement(obm_model *m, char **json, obm_error *err);
 
 /* A prompt in one of three forms; what runs is the first that is there of: ids, messages (rendered with the chat template),
@@ -867,8 +870,9 @@ OBM_API obm_status obm_merge(obm_context *ctx, const char *recipe, const obm_mer
  *   tensors, tiles, bytes_read, bytes_written, peak_memory, seconds (as obm_plan has them: sums over the documents, of the memory
  *     the most)
  *   documents: [{name (null without), output (its folder, null if it is not UTF-8), kept (false: taken back once the result is there), the same
- *     six keys, files: [{file, bytes}]}] in the order in which they run; files are those of the weights, which get other
- *     names where they replace some of the same.
+ *     six keys, files: [{file, bytes, there}]}] in the order in which they run; files are those of the weights, which get
+ *     other names where they replace some of the same.  there: with `resume`, the shard of a killed run of the same merge
+ *     is finished, has been checked, and will be kept.
  * Errors: those of obm_merge while planning. */
 OBM_API obm_status obm_merge_plan(obm_context *ctx, const char *recipe, const obm_merge_options *options,
                                   const char *out_path, char **json, obm_error *err);

@@ -201,13 +201,16 @@ obm_status obm__z12_check(obm_z12 wanted, obm_error *err);
 
 /* ---- placed memory (placed.c): everything here is as if there were one node while m->placement is NULL ---- */
 
-typedef enum obm__placed_part { OBM_PLACED_WEIGHTS, OBM_PLACED_PLANES, OBM_PLACED_KV, OBM_PLACED_PARTS } obm__placed_part;
+typedef enum obm__placed_part {
+    OBM_PLACED_WEIGHTS, OBM_PLACED_PLANES, OBM_PLACED_OVERLAYS, OBM_PLACED_KV, OBM_PLACED_PARTS
+} obm__placed_part;
 /* A block of rows: bytes [at[i], at[i + 1]) are read by the workers of node i, by anybody's where rows have no place. */
 typedef struct obm__region obm__region;
 struct obm__region {
     void *data;
     size_t bytes, at[OBM_NODES + 1];
     int copies;                 /* > 1: of all bytes, the first one at home */
+    bool shared;                /* one copy, read by all nodes with workers and spread over the nodes */
     obm__placed_part part;
     obm__region *next;
 };
@@ -218,6 +221,13 @@ obm_status obm__place_weights(obm_model *m, obm_error *err);
 /* Memory for `items` of `per_item` rows each of a matrix of a kind; NULL: none left. */
 void *obm__place_alloc(obm_model *m, obm__placed_part part, int kind, int64_t per_item, size_t items, size_t item_bytes);
 void obm__place_free(obm_model *m, void *data);
+/* A matrix of a role that a route makes, (rows) of row_bytes; there once, whatever the mode.  It is in no list and warns of
+ * nothing, so that another thread may ask for it while sequences run.  NULL: none left. */
+obm__region *obm__place_overlay(const obm_model *m, obm__role role, int64_t rows, size_t row_bytes);
+void obm__place_overlay_free(obm__region *r);   /* NULL is fine */
+/* fn over the items of such a matrix, each of per_item rows, by the workers of the rows' nodes. */
+obm_status obm__place_overlay_slices(obm_model *m, obm__role role, int64_t rows, int64_t per_item, size_t items, size_t size,
+                                     obm__range_fn fn, void *arg, obm_error *err);
 void obm__place_free_all(obm_model *m);
 uint64_t obm__place_more(const obm_model *m, obm__placed_part part);   /* bytes of all copies but the first */
 /* Where rows are replicated, a block of `bytes` is there once for each node: the copy that is near a worker lies
@@ -261,6 +271,7 @@ struct obm__overlay {
     double *route;              /* (tasks), as far as it matters to the tensor */
     obm_pack_settings settings;
     obm__matrix matrix;
+    obm__region *region;        /* its placed memory; NULL: memory of its own */
     uint64_t bytes;
     int refs;                   /* weights that use it */
     obm__overlay *next;
@@ -275,9 +286,10 @@ void obm__overlay_release(obm_model *m, obm__overlay *o);   /* drops a reference
 void obm__overlay_free(obm__overlay *o);                    /* one that is not in the list */
 bool obm__same_settings(const obm_pack_settings *a, const obm_pack_settings *b);
 /* The tensor under the plan's route; shape is its shape there.  stop NULL: by the pool, with the pulse; else on this thread
- * alone until *stop is set (USER).  out->data is owned. */
-obm_status obm__overlay_fill(obm_model *m, const obm__route_plan *plan, size_t tensor, const obm_tensor *shape,
-                             bool vector, const _Atomic int *stop, obm__matrix *out, obm_error *err);
+ * alone until *stop is set (USER).  out->data is owned, *region too: not NULL where out->data is its memory.  region NULL:
+ * the tensor is a vector, which everybody reads. */
+obm_status obm__overlay_fill(obm_model *m, const obm__route_plan *plan, size_t tensor, obm__role role, const obm_tensor *shape,
+                             const _Atomic int *stop, obm__matrix *out, obm__region **region, obm_error *err);
 
 /* Everything the forward pass multiplies with, for one route: the base's mapping, what is added on planes, overlays. */
 typedef struct obm__weights obm__weights;

@@ -14,13 +14,15 @@ typedef struct merge_job {
     const obm_kernels *k;
     const obm__route_plan *plan;
     size_t tensor;
+    obm__role role;
+    bool vector;
     const obm_tensor *base;
     int64_t rows, cols, block; /* rows per block */
-    size_t first;              /* block of the current slice */
     int64_t base_count;        /* elements of the base; those after it are extra vocabulary rows */
-    float *merged;             /* (rows, cols) */
-    uint16_t *rounded;         /* per worker: (block, cols) */
-    uint8_t *narrowed;         /* (rows, cols) in the base's dtype */
+    float *merged;             /* (rows, cols), in region's memory if there is one */
+    obm__region *region;
+    uint16_t *rounded; /* per worker: (block, cols) */
+    uint8_t *narrowed; /* (rows, cols) in the base's dtype */
     _Atomic uint64_t changed, lost;
     _Atomic int failed;
     obm_error err;
@@ -51,7 +53,7 @@ static void count_lost(merge_job *j, int64_t begin, int64_t n, uint16_t *rounded
 
 static void merge_blocks(void *arg, size_t begin, size_t end, int worker) {
     merge_job *j = arg;
-    for (size_t b = begin + j->first; b < end + j->first && !atomic_load(&j->failed); b++) {
+    for (size_t b = begin; b < end && !atomic_load(&j->failed); b++) {
         int64_t row = (int64_t)b * j->block, n = j->rows - row < j->block ? j->rows - row : j->block;
         obm_error err;
         if (obm__route_rows(j->plan, j->tensor, row, n, j->merged + row * j->cols, &err) != OBM_OK) {
@@ -63,83 +65,92 @@ static void merge_blocks(void *arg, size_t begin, size_t end, int worker) {
     }
 }
 
-static void narrow_tiles(void *arg, size_t begin, size_t end, int worker) {
+static void narrow_blocks(void *arg, size_t begin, size_t end, int worker) {
     const merge_job *j = arg;
-    size_t size = obm_dtype_size(j->base->dtype);
+    int64_t row = (int64_t)begin * j->block,
+            last = (int64_t)end * j->block < j->rows ? (int64_t)end * j->block : j->rows;
     (void)worker;
-    for (size_t tile = begin; tile < end; tile++) {
-        int64_t at = (int64_t)tile * OBM_TILE, left = j->rows * j->cols - at;
-        obm__narrow(j->k, j->base->dtype, j->merged + at, left < OBM_TILE ? left : OBM_TILE,
-                    j->narrowed + (size_t)at * size);
-    }
+    obm__narrow(j->k, j->base->dtype, j->merged + row * j->cols, (last - row) * j->cols,
+                j->narrowed + (size_t)(row * j->cols) * obm_dtype_size(j->base->dtype));
 }
 
-/* Tiles between two looks at the pulse, per thread. */
-#define NARROW_TILES 64
+/* Blocks between two looks at the pulse, per thread: about 10 ms each to merge, less than 1 to narrow. */
+#define BLOCKS_PER_LOOK 16
+#define NARROWED_PER_LOOK 256
 
-static obm_status narrow_all(obm_model *m, merge_job *j, const _Atomic int *stop, obm_error *err) {
-    size_t tiles = ((size_t)(j->rows * j->cols) + OBM_TILE - 1) / OBM_TILE;
-    if (!stop)
-        return obm__parallel_slices(m->ctx, tiles, 1, NARROW_TILES * (size_t)m->ctx->threads, narrow_tiles, j,
-                                    m->pulse, err);
-    for (size_t tile = 0; tile < tiles && !atomic_load(stop); tile++) narrow_tiles(j, tile, tile + 1, 0);
+/* stop not NULL: on this thread alone, beside sequences that run, until it is set. */
+static obm_status run_blocks(obm_model *m, merge_job *j, size_t per_look, obm__range_fn fn, const _Atomic int *stop,
+                             obm_error *err) {
+    size_t blocks = (size_t)((j->rows + j->block - 1) / j->block), size = per_look * (size_t)m->ctx->threads;
+    if (!stop) return obm__place_overlay_slices(m, j->role, j->rows, j->block, blocks, size, fn, j, err);
+    for (size_t b = 0; b < blocks && !atomic_load(stop) && !atomic_load(&j->failed); b++) fn(j, b, b + 1, 0);
     return atomic_load(stop) ? obm__fail(err, OBM_E_USER, "stopped") : OBM_OK;
 }
 
+static obm_status merge_all(obm_model *m, merge_job *j, const _Atomic int *stop, obm_error *err) {
+    obm_status status = run_blocks(m, j, BLOCKS_PER_LOOK, merge_blocks, stop, err);
+    return j->failed ? obm__fail(err, j->err.code, "%s", j->err.message) : status;
+}
+
+/* Rows for the nodes that read them; a vector is everybody's. */
+static void *new_rows(const obm_model *m, const merge_job *j, size_t size, obm__region **region, obm_error *err) {
+    size_t count = (size_t)(j->rows * j->cols);
+    void *data = NULL;
+    if (!m->placement || j->vector)
+        data = obm__alloc(count, size);
+    else if ((*region = obm__place_overlay(m, j->role, j->rows, (size_t)j->cols * size)))
+        data = (*region)->data;
+    if (!data) obm__fail_nomem(err, count * size);
+    return data;
+}
+
+static void free_rows(void *data, obm__region *region) {
+    if (!region) obm_free(data);
+    obm__place_overlay_free(region);
+}
+
 /* merged stays f32 or goes to the base's dtype: design.md, "Precision of dense results". */
-static obm_status keep_merged(obm_model *m, merge_job *j, bool vector, const _Atomic int *stop, obm__matrix *out,
-                              obm_error *err) {
-    size_t count = (size_t)(j->rows * j->cols), size = obm_dtype_size(j->base->dtype);
-    if (vector || j->base->dtype == OBM_F32 || (double)j->lost > MAX_LOST_SHARE * (double)j->changed) {
+static obm_status keep_merged(obm_model *m, merge_job *j, const _Atomic int *stop, obm__matrix *out,
+                              obm__region **region, obm_error *err) {
+    obm_dtype dtype = j->base->dtype;
+    obm__region *narrow = NULL;
+    if (j->vector || dtype == OBM_F32 || (double)j->lost > MAX_LOST_SHARE * (double)j->changed) {
         *out = (obm__matrix){.data = j->merged, .dtype = OBM_F32, .rows = j->rows, .cols = j->cols};
+        if (region) *region = j->region;
         j->merged = NULL;
+        j->region = NULL;
         return OBM_OK;
     }
-    j->narrowed = obm__alloc(count, size);
-    if (!j->narrowed) return obm__fail_nomem(err, count * size);
-    OBM_TRY(narrow_all(m, j, stop, err));
-    *out = (obm__matrix){.data = j->narrowed, .dtype = j->base->dtype, .rows = j->rows, .cols = j->cols};
-    j->narrowed = NULL;
-    return OBM_OK;
-}
-
-/* Blocks between two looks at the pulse, per thread: about 10 ms each. */
-#define BLOCKS_PER_LOOK 16
-
-/* stop not NULL: on this thread alone, beside sequences that run, until it is set. */
-static obm_status merge_all(obm_model *m, merge_job *j, const _Atomic int *stop, obm_error *err) {
-    size_t blocks = (size_t)((j->rows + j->block - 1) / j->block);
-    size_t step = stop ? 1 : BLOCKS_PER_LOOK * (size_t)m->ctx->threads;
-    for (j->first = 0; j->first < blocks; j->first += step) {
-        size_t n = blocks - j->first < step ? blocks - j->first : step;
-        if (stop)
-            merge_blocks(j, 0, n, 0);
-        else
-            obm__parallel(m->ctx, n, 1, merge_blocks, j);
-        if (j->failed) return obm__fail(err, j->err.code, "%s", j->err.message);
-        if (stop && atomic_load(stop)) return obm__fail(err, OBM_E_USER, "stopped");
-        if (!stop) OBM_TRY(obm__pulse_check(m->pulse, err));
+    j->narrowed = new_rows(m, j, obm_dtype_size(dtype), &narrow, err);
+    if (!j->narrowed) return OBM_E_NOMEM;
+    obm_status status = run_blocks(m, j, NARROWED_PER_LOOK, narrow_blocks, stop, err);
+    if (status != OBM_OK) {
+        free_rows(j->narrowed, narrow);
+        return status;
     }
+    *out = (obm__matrix){.data = j->narrowed, .dtype = dtype, .rows = j->rows, .cols = j->cols};
+    if (region) *region = narrow;
     return OBM_OK;
 }
 
-obm_status obm__overlay_fill(obm_model *m, const obm__route_plan *plan, size_t tensor, const obm_tensor *shape,
-                             bool vector, const _Atomic int *stop, obm__matrix *out, obm_error *err) {
+obm_status obm__overlay_fill(obm_model *m, const obm__route_plan *plan, size_t tensor, obm__role role,
+                             const obm_tensor *shape, const _Atomic int *stop, obm__matrix *out, obm__region **region,
+                             obm_error *err) {
     const obm_tensor *base = &m->pack->tensors[tensor].base;
-    merge_job j = {.k = m->ctx->k, .plan = plan, .tensor = tensor, .base = base};
-    j.rows = vector ? 1 : shape->shape[0];
-    j.cols = vector ? shape->shape[0] : shape->shape[1];
+    merge_job j = {.k = m->ctx->k, .plan = plan, .tensor = tensor, .role = role, .base = base, .vector = !region};
+    j.rows = j.vector ? 1 : shape->shape[0];
+    j.cols = j.vector ? shape->shape[0] : shape->shape[1];
     j.block = j.cols < OBM_TILE ? OBM_TILE / j.cols : 1;
     j.base_count = obm_tensor_count(base);
-    bool narrow = base->dtype != OBM_F32 && !vector;
-    size_t count = (size_t)(j.rows * j.cols);
-    j.merged = obm__alloc(count, sizeof *j.merged);
-    if (narrow) j.rounded = obm__alloc((size_t)(j.block * j.cols) * (size_t)m->ctx->threads, sizeof *j.rounded);
-    obm_status status = j.merged && (!narrow || j.rounded) ? merge_all(m, &j, stop, err)
-                                                           : obm__fail_nomem(err, count * sizeof *j.merged);
-    if (status == OBM_OK) status = keep_merged(m, &j, vector, stop, out, err);
-    obm_free(j.narrowed);
-    obm_free(j.merged);
+    bool narrow = base->dtype != OBM_F32 && !j.vector;
+    size_t room = (size_t)(j.block * j.cols) * (size_t)m->ctx->threads;
+    j.merged = new_rows(m, &j, sizeof *j.merged, &j.region, err);
+    obm_status status = j.merged ? OBM_OK : OBM_E_NOMEM;
+    if (status == OBM_OK && narrow && !(j.rounded = obm__alloc(room, sizeof *j.rounded)))
+        status = obm__fail_nomem(err, room * sizeof *j.rounded);
+    if (status == OBM_OK) status = merge_all(m, &j, stop, err);
+    if (status == OBM_OK) status = keep_merged(m, &j, stop, out, region, err);
+    free_rows(j.merged, j.region);
     obm_free(j.rounded);
     return status;
 }
@@ -182,7 +193,7 @@ void obm__overlay_keep(obm_model *m, obm__overlay *o) {
 
 void obm__overlay_free(obm__overlay *o) {
     if (!o) return;
-    obm_free((void *)o->matrix.data);
+    free_rows((void *)o->matrix.data, o->region);
     obm_free(o->route);
     obm_free(o);
 }

@@ -37,16 +37,19 @@ static void warn_refused(obm_model *m) {
               obm__numa_name(m->placement->numa), why);
 }
 
-/* A page belongs to the node of its first byte. */
-static void bind(obm_model *m, char *data, size_t bytes, const size_t *at) {
+/* A page belongs to the node of its first byte; at NULL: to all nodes in turn. */
+static int bind_bytes(const obm_model *m, char *data, size_t bytes, const size_t *at) {
     int failed = 0;
-    bool placed = obm__placement_local(m->placement);
-    if (!placed) failed = obm__topology_place(m->ctx->topology, data, round_up(bytes, page_size()), -1);
-    for (int i = 0; placed && i < m->placement->nodes && !failed; i++) {
+    if (!at) return obm__topology_place(m->ctx->topology, data, round_up(bytes, page_size()), -1);
+    for (int i = 0; i < m->placement->nodes && !failed; i++) {
         size_t from = round_up(at[i], page_size()), to = round_up(at[i + 1], page_size());
         if (from < to) failed = obm__topology_place(m->ctx->topology, data + from, to - from, i);
     }
-    if (failed) warn_refused(m);
+    return failed;
+}
+
+static void bind(obm_model *m, char *data, size_t bytes, const size_t *at) {
+    if (bind_bytes(m, data, bytes, obm__placement_local(m->placement) ? at : NULL)) warn_refused(m);
 }
 
 /* Large mappings start at a huge page: what is mapped too much around it is given back. */
@@ -232,6 +235,45 @@ void obm__place_free_all(obm_model *m) {
     while (m->regions) obm__place_free(m, m->regions->data);
     obm_free(m->placement);
     m->placement = NULL;
+}
+
+/* ---- overlays ---- */
+
+/* A fused tensor holds the rows of several kinds: cut where one of them is cut it would be right for none. */
+static bool is_cut(const obm_model *m, obm__role role, int64_t rows) {
+    if (!cuts(m) || (role >= OBM_MATRIX_ROLES && role != OBM_HEAD)) return false;
+    int kind = obm__role_kind(role);
+    return kind == OBM_KIND_HEAD || rows == m->placement->rows[kind][m->placement->nodes];
+}
+
+/* Refused binding was warned of when the weights were placed; then the first touch decides here too. */
+obm__region *obm__place_overlay(const obm_model *m, obm__role role, int64_t rows, size_t row_bytes) {
+    size_t bytes, at[OBM_NODES + 1] = {0};
+    obm__region *r = obm__mul((size_t)rows, row_bytes, &bytes) ? obm__calloc(1, sizeof *r) : NULL;
+    if (!r) return NULL;
+    *r = (obm__region){.bytes = bytes, .copies = 1, .part = OBM_PLACED_OVERLAYS, .shared = !is_cut(m, role, rows)};
+    if (!r->shared) item_bounds(m->placement, obm__role_kind(role), 1, (size_t)rows, at);
+    for (int i = 0; i <= m->placement->nodes; i++) r->at[i] = at[i] * row_bytes;
+    r->data = obm__map_huge(round_up(bytes ? bytes : 1, page_size()));
+    if (!r->data) {
+        obm_free(r);
+        return NULL;
+    }
+    (void)bind_bytes(m, r->data, bytes ? bytes : 1, r->shared ? NULL : r->at);
+    return r;
+}
+
+void obm__place_overlay_free(obm__region *r) {
+    if (!r) return;
+    obm__place_unmap(r->data, r->bytes ? r->bytes : 1);
+    obm_free(r);
+}
+
+obm_status obm__place_overlay_slices(obm_model *m, obm__role role, int64_t rows, int64_t per_item, size_t items,
+                                     size_t size, obm__range_fn fn, void *arg, obm_error *err) {
+    obm__lanes whole = {.n = 1, .end = {items}};
+    if (is_cut(m, role, rows)) obm__place_split(m, obm__role_kind(role), per_item, items, &whole);
+    return obm__parallel_parts(m->ctx, &whole, (items + size - 1) / size, 1, fn, arg, m->pulse, err);
 }
 
 /* ---- weights ---- */

@@ -304,7 +304,8 @@ static obm_status tie_head(obm__build *b, obm__matrix *out) {
     return OBM_OK;
 }
 
-/* The two ways of nearly all tensors, without looking for names: a switch of routes has microseconds for all of them. */
+/* The two ways of nearly all tensors, without looking for names: a switch of routes has microseconds for all of them.
+ */
 static bool decide_quickly(obm__build *b, int64_t layer, obm__role role, obm__matrix *out) {
     if (!b->w->plan || role == OBM_HEAD || role == OBM_EMBEDDING) return false;
     size_t i = obm__model_tensor(b->m, layer, role);
@@ -421,8 +422,10 @@ obm_status obm__build_run(obm__build *b, const _Atomic int *stop, obm_error *err
         if (p->shared) continue;
         obm__route_plan plan = *b->w->plan; /* an overlay has the same bits whichever of its routes comes first */
         if (p->overlay) plan.rule.weights = p->overlay->route;
-        OBM_TRY(obm__overlay_fill(b->m, &plan, p->tensor, &p->shape, p->vector, stop,
-                                  p->overlay ? &p->overlay->matrix : &p->filled, err));
+        obm__overlay *o = p->overlay;
+        obm__role role = p->role == OBM_EMBEDDING && b->ties_head ? OBM_HEAD : p->role; /* which reads all of it */
+        OBM_TRY(obm__overlay_fill(b->m, &plan, p->tensor, role, &p->shape, stop, o ? &o->matrix : &p->filled,
+                                  o ? &o->region : NULL, err));
     }
     return OBM_OK;
 }

@@ -49,11 +49,21 @@ static obm_status count_block(census *c, obm__placed_part part, const char *data
     return OBM_OK;
 }
 
+/* What is spread over the nodes and read by the workers of n of them is in turn near to one of these and far from the
+ * others. */
+static uint64_t remote_share(const obm_model *m, uint64_t bytes) {
+    uint64_t readers = 0;
+    for (int i = 0; i < m->placement->nodes; i++) readers += obm__workers_count(&m->ctx->workers, i) > 0;
+    return readers && obm__placement_local(m->placement) ? bytes / readers * (readers - 1) : 0;
+}
+
 /* Each copy is read by the workers of its node. */
 static obm_status count_region(census *c, const obm__region *r, obm_error *err) {
     const obm__workers *w = &c->m->ctx->workers;
     size_t at[OBM_NODES + 1];
-    if (r->copies == 1) return count_block(c, r->part, r->data, r->bytes, r->at, err);
+    if (r->copies == 1) OBM_TRY(count_block(c, r->part, r->data, r->bytes, r->at, err));
+    if (r->shared) c->part[r->part].remote += remote_share(c->m, r->bytes);
+    if (r->copies == 1) return OBM_OK;
     for (int i = 0; i < w->n; i++) {
         int node = w->at[i].node;
         if (i && w->at[i - 1].node == node) continue; /* workers stand node by node */
@@ -84,6 +94,8 @@ static obm_status fill_cache(obm_model *m, obm__sequence *s, obm_error *err) {
 static obm_status count_all(census *c, obm_error *err) {
     obm__sequence *s = NULL;
     for (const obm__region *r = c->m->regions; r; r = r->next) OBM_TRY(count_region(c, r, err));
+    for (const obm__overlay *o = c->m->overlays; o; o = o->next)
+        if (o->region) OBM_TRY(count_region(c, o->region, err));
     OBM_TRY(obm__sequence_new(c->m, NULL, c->m->kv, &s, err));
     obm_status status = fill_cache(c->m, s, err);
     if (status == OBM_OK) status = count_kv(c, s, err);
@@ -105,7 +117,7 @@ static void add_tally(obm__buffer *b, const obm__placement *p, const char *name,
 }
 
 static obm_status write_json(const census *c, char **json, obm_error *err) {
-    static const char *const names[] = {"weights", "planes", "kv"};
+    static const char *const names[] = {"weights", "planes", "overlays", "kv"};
     const obm__placement *p = c->m->placement;
     obm__buffer b = {0};
     uint64_t remote = 0;

@@ -199,6 +199,61 @@ static void account(void **state) {
     }
 }
 
+/* ---- overlays ---- */
+
+static void check_overlays(const obm_model *m) {
+    const obm__placement *p = m->placement;
+    int found = 0;
+    for (const obm__overlay *o = m->overlays; o; o = o->next, found++) {
+        const obm__matrix *x = &o->matrix;
+        size_t row = (size_t)x->cols * obm_dtype_size(x->dtype);
+        assert_ptr_equal(o->region->data, x->data);
+        assert_int_equal(o->region->bytes, (size_t)x->rows * row);
+        assert_int_equal(o->region->copies, 1);
+        bool cut = false; /* as one of the kinds is */
+        for (int kind = 0; kind < OBM_KINDS; kind++) {
+            bool same = x->rows == p->rows[kind][p->nodes];
+            for (int i = 0; i <= p->nodes; i++) same = same && o->region->at[i] == (size_t)p->rows[kind][i] * row;
+            cut = cut || same;
+        }
+        assert_true(obm__placement_cuts(p) ? cut && !o->region->shared : o->region->shared);
+    }
+    assert_true(found >= 14);
+}
+
+static float *run_materialised(const char *machine, obm_numa numa) {
+    obm_context *ctx = open_context(machine, numa, 0);
+    obm_model *m;
+    obm_model_options o = OBM_INIT(obm_model_options);
+    obm_run_options r = OBM_INIT(obm_run_options);
+    const double route[] = {0.7, 0.3};
+    float *out = calloc(1, size_of(2));
+    o.materialise = true;
+    r.kv = OBM_F32, r.all = true, r.route = route;
+    assert_int_equal(obm_model_open(ctx, w.pack_dir, &o, &m, &err), OBM_OK);
+    assert_int_equal(obm_model_logits(m, w.ids, N, &r, out, &err), OBM_OK);
+    if (m->placement)
+        check_overlays(m);
+    else
+        for (const obm__overlay *at = m->overlays; at; at = at->next) assert_null(at->region);
+    obm_model_free(m);
+    obm_context_free(ctx);
+    return out;
+}
+
+/* Matrices that a route makes lie where their rows are read, as the base's do; where rows are anybody's, spread. */
+static void overlays(void **state) {
+    (void)state;
+    static const obm_numa modes[] = {OBM_NUMA_SHARD, OBM_NUMA_ISOLATE, OBM_NUMA_REPLICATE, OBM_NUMA_INTERLEAVE};
+    float *plain = run_materialised(NULL, OBM_NUMA_OFF);
+    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++) {
+        float *got = run_materialised("numa:3 core:1 pu:1", modes[i]);
+        assert_memory_equal(got, plain, size_of(2));
+        free(got);
+    }
+    free(plain);
+}
+
 /* ---- the pool ---- */
 
 static _Atomic int taken[300];
@@ -258,6 +313,6 @@ static void verify(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(same_logits), cmocka_unit_test(half_cache), cmocka_unit_test(modes), cmocka_unit_test(copies),
-        cmocka_unit_test(account),     cmocka_unit_test(lanes),      cmocka_unit_test(verify)};
+        cmocka_unit_test(account),     cmocka_unit_test(overlays),   cmocka_unit_test(lanes), cmocka_unit_test(verify)};
     return cmocka_run_group_tests(tests, setup, teardown);
 }

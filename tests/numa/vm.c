@@ -141,6 +141,16 @@ static int check_rows(const obm_model *m) {
     return pages;
 }
 
+/* What a route makes: cut as the matrices of the base are, or spread. */
+static int check_overlays(const obm_model *m) {
+    int pages = 0;
+    for (const obm__overlay *o = m->overlays; o; o = o->next)
+        for (int node = 0; !o->region->shared && node < m->placement->nodes; node++)
+            pages += check_pages(m, (const char *)o->region->data + o->region->at[node],
+                                 o->region->at[node + 1] - o->region->at[node], node, "overlay");
+    return pages;
+}
+
 /* One copy for each node, equal to the others, on it. */
 static int check_copies(const obm_model *m) {
     int pages = 0;
@@ -237,6 +247,29 @@ static void check_mode(obm_numa numa, int threads, bool z12) {
         printf("numa: %s: %d pages of rows and %d of cache where their readers are\n", what, rows, cache);
     }
     if (numa == OBM_NUMA_SHARD && !threads) check_workers(ctx);
+    obm_model_free(m);
+    obm_context_free(ctx);
+}
+
+static void check_materialised(void) {
+    obm_context *ctx = open_context(OBM_NUMA_SHARD, 0);
+    obm_model_options o = OBM_INIT(obm_model_options);
+    obm_run_options r = OBM_INIT(obm_run_options);
+    const double route[] = {0.7, 0.3};
+    obm_model *m = NULL;
+    float *out = calloc(1, size_of(1));
+    o.materialise = true;
+    r.route = route;
+    CHECK(ctx && !obm_model_open(ctx, w.pack_dir, &o, &m, &err), "%s", err.message);
+    CHECK(m && !obm_model_logits(m, w.ids, 1, &r, out, &err), "%s", err.message);
+    if (m && m->placement) {
+        int pages = check_overlays(m);
+        CHECK(pages > 100, "overlays: %d pages", pages);
+        check_verify(m, "\"overlays\": {\"bytes\": ", "overlays");
+        check_verify(m, "\"absent\": 0, \"remote_bytes\": 0}, \"kv\"", "overlays");
+        printf("numa: shard, materialised: %d pages of overlays where their readers are\n", pages);
+    }
+    free(out);
     obm_model_free(m);
     obm_context_free(ctx);
 }
@@ -377,6 +410,7 @@ static void check_all(void) {
     check_mode(OBM_NUMA_REPLICATE, 0, true);
     if (nodes == 1) return;
     check_mode(OBM_NUMA_SHARD, nodes, false);
+    check_materialised();
     check_interleave();
     in_child(without_mbind, "refused mbind: reported, same logits");
     in_child(without_affinity, "refused sched_setaffinity: reported, same logits");
