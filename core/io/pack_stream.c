@@ -374,7 +374,7 @@ static size_t slice_bytes(int64_t cols, size_t row) {
     return bytes < COPIED ? COPIED : (bytes + 63) / 64 * 64;
 }
 
-static size_t desk_bytes(size_t slice, int64_t cols) { return 2 * slice + obm__onebit_scratch(cols); }
+static size_t desk_bytes(size_t slice, int64_t cols) { return obm__whole_pages(2 * slice + obm__onebit_scratch(cols)); }
 
 static void set_part(const obm__stream *g, const obm__stream_part *p, uint64_t offset, part *out) {
     const obm_tensor *base = &p->pair->base, *t = p->planes ? base : &p->pair->expert;
@@ -415,7 +415,7 @@ static obm_status set_up(stream *s, obm_error *err) {
         if (p->cols > cols) cols = p->cols;
     }
     s->desk_bytes = desk_bytes(s->slice_bytes, cols);
-    s->desks = obm__alloc((size_t)s->ctx->threads, s->desk_bytes);
+    s->desks = obm__alloc_workers((size_t)s->ctx->threads, s->desk_bytes);
     if (!s->desks) return obm__fail_nomem(err, (uint64_t)s->ctx->threads * s->desk_bytes);
     return obm__reader_new((const obm_checkpoint *const[]){g->v->base, g->v->expert}, 2, &s->reader, err);
 }

@@ -11,7 +11,9 @@
 #define LEAST_WEIGHT 1e-8f
 #define SPAN_BLOCKS ((size_t)(OBM_MERGE_SPAN / OBM_MERGE_BLOCK))
 
-size_t obm__group_scratch(size_t n_models) { return (OBM_BLOCK_LANES + n_models) * OBM_MERGE_BLOCK * sizeof(float); }
+size_t obm__group_scratch(size_t n_models) {
+    return obm__whole_pages((OBM_BLOCK_LANES + n_models) * OBM_MERGE_BLOCK * sizeof(float));
+}
 
 /* A parallel walk over the blocks of one group. */
 typedef struct walk {
@@ -67,7 +69,7 @@ static obm_status walk_blocks(const obm__run *run, walk *w, obm__range_fn fn, ob
     obm_status status = OBM_OK;
     w->k = run->ctx->k;
     w->bad = UINT64_MAX;
-    w->block = obm__alloc(threads, bytes);
+    w->block = obm__alloc_workers(threads, bytes);
     w->least = obm__alloc(threads * w->g->steps->n, sizeof *w->least);
     w->ones = obm__alloc(w->g->steps->n, sizeof *w->ones);
     if (!w->block || !w->least || !w->ones) status = obm__fail_nomem(err, (uint64_t)threads * bytes);
@@ -605,7 +607,7 @@ obm_status obm__group_parts(const obm__run *run, const obm__group *g, uint64_t r
     size_t threads = (size_t)run->ctx->threads, bytes = obm__group_scratch(g->steps->n);
     parts p = {.k = run->ctx->k, .g = g, .cols = cols, .fn = fn, .arg = arg, .bad = UINT64_MAX};
     p.width = by_columns ? PART_COLUMNS : cols;
-    p.block = obm__alloc(threads, bytes);
+    p.block = obm__alloc_workers(threads, bytes);
     if (!p.block) return obm__fail_nomem(err, (uint64_t)threads * bytes);
     obm_status status = run_bands(run, &p, rows, by_columns, err);
     obm_free(p.block);

@@ -454,7 +454,7 @@ static obm_status find_cut(const selection *s, target *t, obm_error *err) {
 
 static obm_status selection_new(selection *s, const obm__pick *picks, obm_error *err) {
     size_t threads = (size_t)s->run->ctx->threads, scratch = obm__group_scratch(s->groups[0].steps->n);
-    s->scratch = obm__alloc(threads, scratch);
+    s->scratch = obm__alloc_workers(threads, scratch);
     s->histogram = obm__alloc(threads * LOW_BINS, sizeof *s->histogram);
     s->total = obm__alloc(LOW_BINS, sizeof *s->total);
     bool all = s->scratch && s->histogram && s->total;

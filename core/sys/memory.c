@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 bool obm__mul(size_t a, size_t b, size_t *out) { return !__builtin_mul_overflow(a, b, out); }
 bool obm__add(size_t a, size_t b, size_t *out) { return !__builtin_add_overflow(a, b, out); }
@@ -15,6 +16,17 @@ void *obm__alloc(size_t count, size_t size) {
     if (!obm__mul(count, size, &bytes) || !obm__add(bytes, 63, &padded)) return NULL;
     padded &= ~(size_t)63;
     return aligned_alloc(64, padded ? padded : 64);
+}
+
+size_t obm__whole_pages(size_t bytes) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), padded;
+    return obm__add(bytes, page - 1, &padded) ? padded / page * page : SIZE_MAX;
+}
+
+void *obm__alloc_workers(size_t workers, size_t bytes) {
+    size_t all, page = (size_t)sysconf(_SC_PAGESIZE);
+    if (!obm__mul(workers, bytes, &all) || (all = obm__whole_pages(all)) == SIZE_MAX) return NULL;
+    return aligned_alloc(page, all ? all : page);
 }
 
 void *obm__calloc(size_t count, size_t size) {

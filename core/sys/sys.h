@@ -55,6 +55,10 @@ bool obm__mul(size_t a, size_t b, size_t *out);   /* false on overflow: the one 
 bool obm__add(size_t a, size_t b, size_t *out);
 /* All return NULL on failure or overflow; free with obm_free.  count * size is checked. */
 void *obm__alloc(size_t count, size_t size);        /* 64-byte aligned, not zeroed */
+/* Memory of workers, `bytes` each, a multiple of obm__whole_pages: no page is two workers', so that each lies on the node of
+ * the one that touches it first.  Not zeroed. */
+void *obm__alloc_workers(size_t workers, size_t bytes);
+size_t obm__whole_pages(size_t bytes);              /* rounded up; SIZE_MAX where that overflows */
 void *obm__calloc(size_t count, size_t size);       /* zeroed */
 void *obm__realloc(void *p, size_t count, size_t size);   /* only for blocks of obm__calloc / obm__realloc / obm__strdup */
 char *obm__strdup(const char *s);

@@ -177,13 +177,28 @@ obm__pool *obm__pool_new(const obm__topology *topology, const obm__workers *plac
     return p;
 }
 
+/* A kernel has 64 KiB of ordered activations on its stack, a merge some KiB more, and BLAS what it likes: musl's
+ * threads have 128 KiB in all, and glibc's what `ulimit -s` says. */
+#define STACK_BYTES ((size_t)1 << 20)
+
+static void enlarge_stack(pthread_attr_t *attributes) {
+    size_t bytes = 0;
+    if (!pthread_attr_getstacksize(attributes, &bytes) && bytes < STACK_BYTES)
+        (void)pthread_attr_setstacksize(attributes, STACK_BYTES);
+}
+
 /* Our threads take no signals: handlers (Ctrl-C in the bindings) belong to the caller's.  0, or an errno. */
 static int start_thread(pthread_t *thread, void *(*main)(void *), void *arg) {
     sigset_t all, before;
+    pthread_attr_t attributes;
+    int failed = pthread_attr_init(&attributes);
+    if (failed) return failed;
+    enlarge_stack(&attributes);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    int failed = pthread_create(thread, NULL, main, arg);
+    failed = pthread_create(thread, &attributes, main, arg);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
     return failed;
 }
 

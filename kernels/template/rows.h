@@ -13,7 +13,8 @@
  *   BATCH_NAME, BATCH_LOAD(p)        for batch.h
  */
 #define ROWS_STEP ((size_t)2 * VL)
-/* Columns whose order is made once for all rows, 64 KiB on the stack, and rows from which on that pays. */
+/* Columns whose order is made once for all rows, 64 KiB on the stack (core/sys/threads.c sees to the pool's, the header
+ * says it of callers), and rows from which on that pays. */
 #define ROWS_ORDERED 16384
 #define ROWS_WORTH_ORDER 8
 #define ROWS_JOIN_(a, b) a##b

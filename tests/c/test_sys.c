@@ -30,7 +30,57 @@ static obm_context *context(int threads) {
     return ctx;
 }
 
+/* ---- stacks ---- */
+
+static _Atomic size_t least_stack;
+
+static void measure_stack(void *arg, size_t begin, size_t end, int worker) {
+    pthread_attr_t attributes;
+    size_t bytes = 0;
+    (void)arg, (void)begin, (void)end;
+    usleep(1000); /* leaves some for the others */
+    if (!worker) return;
+    assert_int_equal(pthread_getattr_np(pthread_self(), &attributes), 0);
+    assert_int_equal(pthread_attr_getstacksize(&attributes, &bytes), 0);
+    pthread_attr_destroy(&attributes);
+    if (!least_stack || bytes < least_stack) least_stack = bytes;
+}
+
+/* Where threads have as little as musl's by default, ours ask for what kernels need. */
+static void test_stacks(void **unused) {
+    (void)unused;
+    pthread_attr_t before, little;
+    assert_int_equal(pthread_getattr_default_np(&before), 0);
+    assert_int_equal(pthread_attr_init(&little), 0);
+    assert_int_equal(pthread_attr_setstacksize(&little, 128 << 10), 0);
+    assert_int_equal(pthread_setattr_default_np(&little), 0);
+    obm_context *ctx = context(3);
+    least_stack = 0;
+    while (!least_stack) obm__parallel(ctx, 30, 1, measure_stack, NULL);
+    assert_true(least_stack >= 1 << 20);
+    obm_context_free(ctx);
+    assert_int_equal(pthread_setattr_default_np(&before), 0);
+    pthread_attr_destroy(&before);
+    pthread_attr_destroy(&little);
+}
+
 /* ---- errors and memory ---- */
+
+static void test_memory_of_workers(void **unused) {
+    (void)unused;
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    assert_int_equal(obm__whole_pages(0), 0);
+    assert_int_equal(obm__whole_pages(1), page);
+    assert_int_equal(obm__whole_pages(page), page);
+    assert_true(obm__whole_pages(SIZE_MAX - 1) == SIZE_MAX);
+    char *p = obm__alloc_workers(3, obm__whole_pages(page + 1));
+    assert_int_equal((uintptr_t)p % page, 0);
+    memset(p, 1, 6 * page);
+    obm_free(p);
+    obm_free(obm__alloc_workers(0, 0));
+    assert_null(obm__alloc_workers(SIZE_MAX / 2, page));
+    assert_null(obm__alloc_workers(2, SIZE_MAX));
+}
 
 static void test_errors(void **unused) {
     (void)unused;
@@ -633,6 +683,8 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_errors),
         cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_memory_of_workers),
+        cmocka_unit_test(test_stacks),
         cmocka_unit_test(test_buffer),
         cmocka_unit_test(test_context),
         cmocka_unit_test(test_environment),
