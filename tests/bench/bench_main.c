@@ -1,7 +1,7 @@
 /* The main job on synthetic models: compressing, prefill, decode.  Every figure stands next to a bound measured in turn
  * with it in the same run (a plain read of the same bytes, or sgemm of the same shapes), by the same number of threads.
  *
- * Usage: bench_main [--what compress|decode|behind|attention|prefill|all] [--size tiny|0.1b|0.35b] [--threads N]
+ * Usage: bench_main [--what compress|decode|behind|attention|memory|prefill|all] [--size tiny|0.1b|0.35b] [--threads N]
  * [--rounds N]
  */
 #include "synthetic.h"
@@ -197,6 +197,36 @@ static void bench_attention(bench *b, obm_model *m) {
     munmap((void *)w.data, w.size);
 }
 
+/* ---- memory: what a long context takes ---- */
+
+/* Of this process: the base is mapped and does not count, unless it is copied or packed. */
+static double anonymous_bytes(void) {
+    FILE *file = fopen("/proc/self/status", "r");
+    char line[128];
+    long kb = 0;
+    need(file, "/proc/self/status");
+    while (fgets(line, sizeof line, file) && sscanf(line, "RssAnon: %ld", &kb) != 1) {
+    }
+    fclose(file);
+    return (double)kb * 1024;
+}
+
+static void bench_memory(obm_model *m) {
+    static const int64_t positions[] = {4096, 32768};
+    obm__pulse pulse = {0};
+    obm_error err;
+    check(obm__model_enter(m, &pulse, &err), &err);
+    for (size_t i = 0; i < sizeof positions / sizeof *positions; i++) {
+        obm__sequence *s = long_sequence(m, positions[i] - 1);
+        token_seconds(m, s, positions[i] - 1);
+        double kv = (double)s->n_pages * (double)obm__kv_page_bytes(m, OBM_F16), all = anonymous_bytes();
+        printf("memory    %lld positions, f16: RssAnon %.0f MB, of it %.0f MB keys and values\n",
+               (long long)positions[i], all * 1e-6, kv * 1e-6);
+        obm__sequence_free(m, s);
+    }
+    obm__model_leave(m);
+}
+
 /* ---- prefill ---- */
 
 typedef struct gemm {
@@ -324,6 +354,7 @@ static void run(bench *b, const char *what) {
         bench_behind(b, m);
     }
     if (all || !strcmp(what, "attention")) bench_attention(b, m);
+    if (all || !strcmp(what, "memory")) bench_memory(m);
     if (all || !strcmp(what, "prefill")) bench_prefill(b, m);
     obm_model_free(m);
 }
@@ -336,11 +367,12 @@ int main(int argc, char **argv) {
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         if (!strcmp(shapes[i].name, size)) b.s = &shapes[i];
     if (!b.s || b.rounds < 7 || b.rounds > MAX_ROUNDS ||
-        !strstr(" compress decode behind attention prefill all ", what))
-        return fprintf(stderr,
-                       "usage: %s [--what compress|decode|behind|attention|prefill|all] [--size tiny|0.1b|0.35b] "
-                       "[--threads N] [--rounds 7..%d]\n",
-                       argv[0], MAX_ROUNDS),
+        !strstr(" compress decode behind attention memory prefill all ", what))
+        return fprintf(
+                   stderr,
+                   "usage: %s [--what compress|decode|behind|attention|memory|prefill|all] [--size tiny|0.1b|0.35b] "
+                   "[--threads N] [--rounds 7..%d]\n",
+                   argv[0], MAX_ROUNDS),
                2;
     o.threads = (int)number(argc, argv, "--threads", 0);
     check(obm_context_new(&o, &b.ctx, &err), &err);
