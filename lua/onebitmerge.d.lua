@@ -159,7 +159,7 @@ function task_vector:compare(other, options) end
 ---@field name? string
 ---@field output? string nil: not UTF-8
 ---@field kept boolean false: taken back once the result is there
----@field files { file: string, bytes: integer }[] of the weights
+---@field files { file: string, bytes: integer, there: boolean }[] of the weights; there, with resume: finished and checked
 
 ---Of a dry run, sums over the documents.
 ---@class onebitmerge.MergePlan: onebitmerge.Plan

@@ -76,6 +76,9 @@ void obm__narrow(const obm_kernels *k, obm_dtype dtype, const float *in, int64_t
     case OBM_F16:
         k->f32_to_f16(out, in, (size_t)n);
         break;
+    case OBM_F64:
+        for (int64_t i = 0; i < n; i++) ((double *)out)[i] = (double)in[i];
+        break;
     default:
         memcpy(out, in, (size_t)n * sizeof *in);
     }

@@ -267,15 +267,40 @@ static obm_json *file_record(const shard *s) {
     obm_json *record = obm__json_new_object();
     bool ok = obm__json_set(record, "file", obm__json_new_string(s->name));
     ok = obm__json_set(record, "bytes", obm__json_new_int((int64_t)obm__st_writer_size(s->file))) && ok;
+    ok = obm__json_set(record, "there", obm__json_new_bool(s->done)) && ok;
     if (ok) return record;
     obm__json_free(record);
     return NULL;
+}
+
+/* Marks the shards that a run with `resume` would keep, as take_over finds them; writes nothing. */
+static obm_status find_finished(const obm__model_writer *w, shard *shards, size_t n, obm_error *err) {
+    obm__unfinished u = {0};
+    if (!obm__is_directory(w->path)) return OBM_OK;
+    OBM_TRY(obm__unfinished_read(w->path, &u, err));
+    obm_status status = u.journal ? obm__unfinished_same_job(&u, w->job, err) : OBM_OK;
+    bool anew = status != OBM_OK && w->overwrite;
+    for (size_t i = 0; status == OBM_OK && u.journal && i < n; i++) {
+        obm__finished_shard found;
+        status = obm__unfinished_shard(&u, i, shards[i].name, obm__st_writer_size(shards[i].file), w->tick, w->user,
+                                       &found, err);
+        if (status != OBM_OK) break;
+        shards[i].done = found.file != NULL;
+        obm_free(found.file);
+    }
+    obm__unfinished_clear(&u);
+    return anew ? OBM_OK : status;
 }
 
 obm_status obm__model_writer_files(const obm__model_writer *w, obm_json **out, obm_error *err) {
     shard *shards;
     size_t n;
     OBM_TRY(make_shards(w, &shards, &n, err));
+    obm_status status = w->resume ? find_finished(w, shards, n, err) : OBM_OK;
+    if (status != OBM_OK) {
+        free_shards(shards, n);
+        return status;
+    }
     obm_json *list = obm__json_new_array();
     bool ok = list != NULL;
     for (size_t i = 0; ok && i < n; i++) ok = obm__json_append(list, file_record(&shards[i]));

@@ -55,14 +55,32 @@ static uint64_t input_bytes(const obm__output *o) {
     return bytes;
 }
 
+/* Bytes of an element in the two output tiles, at most. */
+static uint64_t tile_bytes(const obm__job *j) {
+    const obm__recipe *r = j->recipe;
+    return 2 * obm_dtype_size((r->has_out_dtype ? r->out_dtype : r->dtype) == OBM_F64 ? OBM_F64 : OBM_F32);
+}
+
+/* Rounded up to blocks, which tiles begin with. */
+static uint64_t largest_output(const obm__job *j) {
+    uint64_t largest = OBM_MERGE_BLOCK;
+    for (size_t i = 0; i < j->n_outputs; i++) {
+        uint64_t blocks = j->outputs[i].group.count / OBM_MERGE_BLOCK + 1;
+        if (!j->outputs[i].copy && blocks * OBM_MERGE_BLOCK > largest) largest = blocks * OBM_MERGE_BLOCK;
+    }
+    return largest;
+}
+
 static obm_status choose_tile(obm__job *j, obm_error *err) {
-    uint64_t fixed = fixed_memory(j), least = fixed + 8 * OBM_MERGE_BLOCK;
+    uint64_t fixed = fixed_memory(j), each = tile_bytes(j), least = fixed + each * OBM_MERGE_BLOCK;
     if (j->memory < least)
         return obm__fail(err, OBM_E_ARG, "memory: this merge needs at least %llu bytes, found %llu",
                          (unsigned long long)least, (unsigned long long)j->memory);
-    uint64_t elements = (j->memory - fixed) / 8 / OBM_MERGE_BLOCK * OBM_MERGE_BLOCK, most = largest_tile(j);
+    uint64_t elements = (j->memory - fixed) / each / OBM_MERGE_BLOCK * OBM_MERGE_BLOCK;
+    uint64_t most = largest_tile(j), largest = largest_output(j);
+    if (most > largest) most = largest;
     j->tile = elements < most ? elements : most;
-    j->kept = j->memory - fixed - 8 * j->tile;
+    j->kept = j->memory - fixed - each * j->tile;
     if (j->kept > MAX_KEPT) j->kept = MAX_KEPT;
     return OBM_OK;
 }
@@ -101,7 +119,8 @@ static uint64_t kept_memory(const obm__job *j) {
 }
 
 static obm_plan sizes(const obm__job *j) {
-    obm_plan p = {.tensors = j->n_outputs, .peak_memory = fixed_memory(j) + 8 * j->tile + kept_memory(j)};
+    obm_plan p = {.tensors = j->n_outputs,
+                  .peak_memory = fixed_memory(j) + tile_bytes(j) * j->tile + kept_memory(j)};
     double work = 0;
     for (size_t i = 0; i < j->n_outputs; i++) {
         const obm__output *o = &j->outputs[i];
@@ -125,7 +144,11 @@ static obm_status plan_job(obm__job *j, obm_error *err) {
 /* ---- config and model card ---- */
 
 static const char *config_dtype(obm_dtype dtype) {
-    return dtype == OBM_F32 ? "float32" : dtype == OBM_F16 ? "float16" : dtype == OBM_BF16 ? "bfloat16" : NULL;
+    return dtype == OBM_F32    ? "float32"
+           : dtype == OBM_F16  ? "float16"
+           : dtype == OBM_BF16 ? "bfloat16"
+           : dtype == OBM_F64  ? "float64"
+                               : NULL;
 }
 
 /* The dtype that all written float tensors share, NULL if they differ. */
@@ -428,9 +451,10 @@ static obm_status check_inputs(const obm__job *j, obm_error *err) {
 }
 
 static obm_status write_outputs(obm__job *j, obm__run *run, obm__model_writer *w, obm_error *err) {
-    char *tiles = obm__alloc(2 * j->tile, sizeof(float));
-    if (!tiles) return obm__fail_nomem(err, 2 * j->tile * sizeof(float));
-    writing x = {.w = w, .tiles = {tiles, tiles + j->tile * sizeof(float)}};
+    size_t each = (size_t)tile_bytes(j);
+    char *tiles = obm__alloc(j->tile, each);
+    if (!tiles) return obm__fail_nomem(err, j->tile * each);
+    writing x = {.w = w, .tiles = {tiles, tiles + j->tile * each / 2}};
     obm_status status = check_inputs(j, err);
     bool any = false;
     for (size_t i = 0; i < j->n_outputs; i++) any |= !obm__model_writer_has(w, i);
@@ -551,22 +575,40 @@ static bool put_plan(const obm_plan *p, obm_json *out) {
     return obm__json_set(out, "seconds", obm__json_new_real(p->seconds)) && ok;
 }
 
-static obm_status list_files(const obm__job *j, uint64_t shard_bytes, const char *path, obm_json **out,
-                             obm_error *err) {
-    obm__model_writer *w;
-    OBM_TRY(obm__model_writer_new(path, &(obm__model_writer_options){.shard_bytes = shard_bytes}, &w, err));
-    obm_status status = declare_outputs(j, w, err);
+static bool takes_part(const obm__job *j) {
+    for (size_t i = 0; i < j->n_inputs; i++)
+        for (size_t p = 0; p < j->n_parts; p++)
+            if (j->inputs[i].model == j->parts[p].planned) return true;
+    return false;
+}
+
+/* Which of them are there already is asked of jobs whose inputs are. */
+static obm_status list_files(const obm__job *j, const obm_merge_options *options, obm__run *run, const char *path,
+                             obm_json **out, obm_error *err) {
+    obm__model_writer *w = NULL;
+    obm_json *record = NULL;
+    bool resume = OBM_OPT(options, obm_merge_options, resume, false) && !takes_part(j);
+    if (resume) OBM_TRY(build_job(j, options, run, &record, err));
+    obm__model_writer_options o = {.shard_bytes = OBM_OPT(options, obm_merge_options, shard_bytes, 0),
+                                   .overwrite = OBM_OPT(options, obm_merge_options, overwrite, false),
+                                   .job = record,
+                                   .resume = resume,
+                                   .tick = job_tick,
+                                   .user = run};
+    obm_status status = obm__model_writer_new(path, &o, &w, err);
+    if (status == OBM_OK) status = declare_outputs(j, w, err);
     if (status == OBM_OK) status = obm__model_writer_files(w, out, err);
     obm__model_writer_free(w);
+    obm__json_free(record);
     return status;
 }
 
 /* One document of obm_merge_plan. */
 static obm_status add_report(const obm__job *j, const obm_merge_options *options, const obm__documents *d, size_t i,
-                             const obm_plan *plan, obm_json *list, obm_error *err) {
+                             const obm_plan *plan, obm__run *run, obm_json *list, obm_error *err) {
     const obm__stage *part = &d->parts[i];
     obm_json *files;
-    OBM_TRY(list_files(j, OBM_OPT(options, obm_merge_options, shard_bytes, 0), part->path, &files, err));
+    OBM_TRY(list_files(j, options, run, part->path, &files, err));
     obm_json *record = obm__json_new_object();
     const char *name = d->recipes[i]->name;
     obm_json *path = obm__json_new_string(part->path); /* JSON has none that is not UTF-8 */
@@ -581,24 +623,17 @@ static obm_status add_report(const obm__job *j, const obm_merge_options *options
 
 /* Every document is planned before the first is run: outputs of others stand there as headers without data. */
 static obm_status plan_documents(obm_context *ctx, const obm_merge_options *options, obm__documents *d, obm__job *jobs,
-                                 obm_plan *plan, obm_json *report, obm_error *err) {
+                                 obm_plan *plan, obm__run *run, obm_json *report, obm_error *err) {
     for (size_t i = 0; i < d->n; i++) {
         jobs[i] = new_job(ctx, options, d, i);
         OBM_TRY(plan_job(&jobs[i], err));
         obm__job_warn_filters(&jobs[i]);
         obm_plan one = sizes(&jobs[i]);
         add_plan(plan, &one);
-        if (report) OBM_TRY(add_report(&jobs[i], options, d, i, &one, report, err));
+        if (report) OBM_TRY(add_report(&jobs[i], options, d, i, &one, run, report, err));
         if (d->n > 1 && d->parts[i].name) OBM_TRY(plan_part(&jobs[i], &d->parts[i], err));
     }
     return OBM_OK;
-}
-
-static bool takes_part(const obm__job *j) {
-    for (size_t i = 0; i < j->n_inputs; i++)
-        for (size_t p = 0; p < j->n_parts; p++)
-            if (j->inputs[i].model == j->parts[p].planned) return true;
-    return false;
 }
 
 static obm_status run_documents(const obm_merge_options *options, obm__documents *d, obm__job *jobs, obm__run *run,
@@ -627,7 +662,7 @@ static obm_status merge_documents(obm_context *ctx, const obm_merge_options *opt
     bool dry_run = report || OBM_OPT(options, obm_merge_options, dry_run, false);
     obm__job *jobs = obm__calloc(d->n, sizeof *jobs);
     if (!jobs) return obm__fail_nomem(err, d->n * sizeof *jobs);
-    obm_status status = plan_documents(ctx, options, d, jobs, plan, report, err);
+    obm_status status = plan_documents(ctx, options, d, jobs, plan, &run, report, err);
     run.total = plan->bytes_written;
     if (status == OBM_OK && !dry_run) status = run_documents(options, d, jobs, &run, err);
     if (!dry_run && (status == OBM_OK || !OBM_OPT(options, obm_merge_options, resume, false)))

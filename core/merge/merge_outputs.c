@@ -271,7 +271,7 @@ static obm_status resolve_steps(const obm__job *j, obm__output *o, obm_error *er
 static obm_dtype working_dtype(const obm__job *j, const obm__output *o) {
     const obm__recipe *r = j->recipe;
     const obm__slice_plan *p = o->slice;
-    if (r->has_dtype) return r->dtype;
+    if (r->has_dtype) return r->dtype == OBM_F64 ? OBM_F32 : r->dtype;
     for (size_t i = 0; i < p->n; i++)
         if (o->changes[i]) return OBM_F32;
     return obm__group_common_dtype(p->has_base ? &o->tensors[0] : NULL, o->tensors + p->has_base, p->slice->n_models);

@@ -74,8 +74,8 @@ static obm_status read_dtype(const obm_json *root, const char *key, bool *has, o
         const char *name;
         obm_dtype dtype;
     } known[] = {
-        {"float32", OBM_F32}, {"float16", OBM_F16}, {"bfloat16", OBM_BF16},
-        {"f32", OBM_F32},     {"f16", OBM_F16},     {"bf16", OBM_BF16},
+        {"float32", OBM_F32}, {"float16", OBM_F16}, {"bfloat16", OBM_BF16}, {"float64", OBM_F64},
+        {"f32", OBM_F32},     {"f16", OBM_F16},     {"bf16", OBM_BF16},     {"f64", OBM_F64},
     };
     const char *name, *names[OBM_COUNT(known)];
     OBM_TRY(obm__recipe_text(root, WHERE, key, &name, err));
@@ -88,12 +88,12 @@ static obm_status read_dtype(const obm_json *root, const char *key, bool *has, o
         *out = known[i].dtype;
         return OBM_OK;
     }
-    if (!strcmp(name, "float64") || !strcmp(name, "int64"))
-        return obm__fail(err, OBM_E_UNSUPPORTED, WHERE ": %s: %s is not supported (float32, float16, bfloat16)", key,
-                         name);
+    if (!strcmp(name, "int64"))
+        return obm__fail(err, OBM_E_UNSUPPORTED,
+                         WHERE ": %s: %s is not supported (float32, float16, bfloat16, float64)", key, name);
     char hint[128];
-    return obm__fail(err, OBM_E_ARG, WHERE ": %s: no dtype \"%.64s\" (float32, float16, bfloat16)%s", key, name,
-                     obm__suggest(name, names, OBM_COUNT(known), hint, sizeof hint));
+    return obm__fail(err, OBM_E_ARG, WHERE ": %s: no dtype \"%.64s\" (float32, float16, bfloat16, float64)%s", key,
+                     name, obm__suggest(name, names, OBM_COUNT(known), hint, sizeof hint));
 }
 
 /* ---- settings: their form ---- */
@@ -334,6 +334,16 @@ static obm_status read_seed(obm__recipe *r, obm_error *err) {
     return OBM_OK;
 }
 
+/* mergekit computes in it; sums here are f64 where they are long, and the rest is f32. */
+static void warn_double(const obm_context *ctx, const obm__recipe *r) {
+    obm_dtype written = r->has_out_dtype ? r->out_dtype : r->dtype;
+    if (written == OBM_F64)
+        obm__warn(ctx, WHERE ": float64: merged in float32 and widened on writing: twice the bytes of float32 and no "
+                             "digit more, and models of it do not run here");
+    else if (r->dtype == OBM_F64)
+        obm__warn(ctx, WHERE ": dtype: float64: merged in float32");
+}
+
 static obm_status read_recipe(const obm_context *ctx, obm__recipe *r, obm_profile profile, obm_error *err) {
     if (obm__json_kind(r->root) != OBM_JSON_OBJECT)
         return obm__fail(err, OBM_E_FORMAT, WHERE ": expected a mapping, found %s", obm__json_kind_name(r->root));
@@ -344,6 +354,7 @@ static obm_status read_recipe(const obm_context *ctx, obm__recipe *r, obm_profil
     OBM_TRY(obm__recipe_text(r->root, WHERE, "name", &r->name, err));
     OBM_TRY(read_dtype(r->root, "dtype", &r->has_dtype, &r->dtype, err));
     OBM_TRY(read_dtype(r->root, "out_dtype", &r->has_out_dtype, &r->out_dtype, err));
+    warn_double(ctx, r);
     OBM_TRY(read_seed(r, err));
     OBM_TRY(obm__recipe_read_tokenizer(ctx, r, err));
     r->parameters = obm__json_get(r->root, "parameters");

@@ -123,6 +123,7 @@ class Plan(TypedDict):
 class PlannedFile(TypedDict):
     file: str
     bytes: int
+    there: bool   # with resume: finished by a killed run and checked
 
 class MergeDocument(Plan):
     name: str | None

@@ -636,7 +636,7 @@ def merge(args):
     given = {"profile": args.profile, "seed": args.random_seed, "memory": args.memory}
     given["shard_bytes"] = args.out_shard_size
     if args.dry_run:
-        plan = obm.merge(args.recipe, args.output, dry_run=True, **given)
+        plan = obm.merge(args.recipe, args.output, dry_run=True, overwrite=args.force, resume=args.resume, **given)
         print_plan(args, plan, "merge")
         return None if args.json else print_documents(plan["documents"])
     plan = obm.merge(args.recipe, args.output, overwrite=args.force, resume=args.resume,
@@ -651,7 +651,7 @@ def print_documents(documents):
                                _results.size(d["peak_memory"]), f"{d['seconds']:.1f}"] for d in documents]))
     for d in documents:
         for f in d["files"]:
-            print(f"{os.path.join(d['output'] or '', f['file'])}: {_results.size(f['bytes'])}{'' if d['kept'] else ', until the result is there'}")
+            print(f"{os.path.join(d['output'] or '', f['file'])}: {_results.size(f['bytes'])}{', there and verified' if f['there'] else ''}{'' if d['kept'] else ', until the result is there'}")
 
 
 def extract_lora(args):

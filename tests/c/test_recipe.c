@@ -182,7 +182,7 @@ static void test_recipe_errors(void **state) {
                        "models[0]: unknown key \"weight\", it belongs under \"parameters\"");
     expect_parse_error(TIES MODELS "density: 0.5\n", OBM_E_NOTFOUND, "it belongs under \"parameters\"");
     expect_parse_error(TIES MODELS "out_dytpe: bfloat16\n", OBM_E_NOTFOUND, "did you mean \"out_dtype\"?");
-    expect_parse_error(TIES MODELS "dtype: float64\n", OBM_E_UNSUPPORTED, "float64");
+    expect_parse_error(TIES MODELS "dtype: int64\n", OBM_E_UNSUPPORTED, "int64 is not supported");
     expect_parse_error(TIES MODELS "dtype: bfloat\n", OBM_E_ARG, "did you mean \"bfloat16\"?");
     expect_parse_error(TIES MODELS "slices: []\n", OBM_E_ARG, "both \"models\" and \"slices\", expected one");
     expect_parse_error(TIES MODELS "tokenizer_source: 3\n", OBM_E_ARG, "tokenizer_source: expected a path");

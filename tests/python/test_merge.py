@@ -175,6 +175,23 @@ def test_paper_profile_trims_the_model_as_a_whole(models, tmp_path, tensors):
         at += size
 
 
+@pytest.mark.parametrize("keys, written, message", [
+    ({"dtype": "float64"}, "F64", "widened on writing"), ({"out_dtype": "torch.float64"}, "F64", "widened on writing"),
+    ({"dtype": "float64", "out_dtype": "float32"}, "F32", "dtype: float64: merged in float32$")])
+def test_float64_is_float32_widened(recipe, tmp_path, keys, written, message):
+    given = recipe("ties", density=.3)
+    plan = obm.merge(given, tmp_path / "single")
+    with pytest.warns(RuntimeWarning, match=message):
+        wide = obm.merge({**given, **keys}, tmp_path / "wide", memory=80_000_000)
+    assert wide["bytes_written"] == plan["bytes_written"] * (2 if written == "F64" else 1)
+    single, double = (plain.read_safetensors(tmp_path / name / "model.safetensors") for name in ("single", "wide"))
+    for name, (dtype, shape, data) in double.items():
+        assert dtype == written and shape == single[name][1]
+        assert np.array_equal(np.frombuffer(data, plain.DTYPES[dtype]), np.frombuffer(single[name][2], "<f4"))
+    config = json.loads((tmp_path / "wide" / "config.json").read_text())
+    assert (config.get("torch_dtype") or config["dtype"]) == {"F64": "float64", "F32": "float32"}[written]
+
+
 def test_dry_run_writes_nothing(recipe, tmp_path):
     plan = obm.merge(recipe("ties", density=.3), tmp_path / "out", dry_run=True)
     assert set(plan) == {"tensors", "tiles", "bytes_read", "bytes_written", "peak_memory", "seconds", "documents"}
@@ -234,6 +251,12 @@ def test_resume(recipe, tmp_path, method, parameters, profile, threads):
     merge_killed(recipe(method, **parameters), out, 3_000_000, **given)
     finished = {p.stat().st_ino for p in out.glob("*.safetensors.tmp-*")}
     assert (out / "onebitmerge-unfinished.json").exists() and not list(out.glob("*.safetensors")) and len(finished) >= 3
+    before = contents(out)
+    files, = (d["files"] for d in obm.merge(recipe(method, **parameters), out, resume=True, dry_run=True, **given)["documents"])
+    there = [f["there"] for f in files]
+    assert there[:2] == [True, True] and not there[-1] and len(finished) - 1 <= sum(there) <= len(finished)
+    assert not any(f["there"] for f in obm.merge(recipe(method, **parameters), out, dry_run=True, **given)["documents"][0]["files"])
+    assert contents(out) == before
     threads(2)   # neither threads nor memory are part of the job
     obm.merge(recipe(method, **parameters), out, resume=True, memory=300_000_000, **given)
     assert contents(out) == contents(tmp_path / "whole")
@@ -276,6 +299,10 @@ def test_resuming_another_merge_is_refused(recipe, models, tmp_path, change, mes
         data[-1] ^= 1
         (chat / "new").write_bytes(data)
         os.replace(chat / "new", chat / "model.safetensors")
+    with pytest.raises(obm.MismatchError, match=message):
+        obm.merge(r, out, resume=True, dry_run=True, **given)
+    anew = obm.merge(r, out, resume=True, overwrite=True, dry_run=True, **given)
+    assert not any(f["there"] for f in anew["documents"][0]["files"])
     with pytest.raises(obm.Error, match=message) as caught:
         obm.merge(r, out, resume=True, **given)
     assert isinstance(caught.value, obm.MismatchError) and "--force" in str(caught.value) and contents(out) == before
