@@ -245,8 +245,10 @@ static obm_status pack_matrix(obm_model *m, obm__packing *j, size_t i, obm_error
 /* Copies of the NUMA nodes are packed or not; else the mapping is there as well, if memory has room for both. */
 static bool fits_beside(const obm_model *m) {
     obm_context_info info;
+    uint64_t limit = obm__memory_limit();
     obm_context_describe(m->ctx, &info);
-    return !m->placement && m->base_bytes / 4 * 7 <= info.memory_free / 4 * 3;
+    if (limit > info.memory_free) limit = info.memory_free;
+    return !m->placement && m->base_bytes / 4 * 7 <= limit / 4 * 3;
 }
 
 obm_status obm__z12_load(obm_model *m, obm_error *err) {

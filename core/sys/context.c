@@ -144,6 +144,18 @@ static void read_memory(uint64_t *total, uint64_t *available) {
     fclose(f);
 }
 
+uint64_t obm__memory_limit(void) {
+    static const char *const files[] = {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"};
+    uint64_t least = UINT64_MAX;
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        unsigned long long n;
+        FILE *f = fopen(files[i], "re");
+        if (f && fscanf(f, "%llu", &n) == 1 && n < least) least = n; /* "max": none */
+        if (f) fclose(f);
+    }
+    return least;
+}
+
 void obm_context_describe(const obm_context *ctx, obm_context_info *out) {
     *out = ctx->info;
     read_memory(&out->memory_total, &out->memory_free);

