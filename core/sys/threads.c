@@ -177,8 +177,8 @@ obm__pool *obm__pool_new(const obm__topology *topology, const obm__workers *plac
     return p;
 }
 
-/* A kernel has up to 200 KiB of ordered activations and sums on its stack, a merge some KiB, and BLAS what it likes: musl's
- * threads have 128 KiB in all, and glibc's what `ulimit -s` says. */
+/* A kernel has up to 200 KiB of ordered activations and sums on its stack, a merge some KiB, and BLAS what it likes:
+ * musl's threads have 128 KiB in all, and glibc's what `ulimit -s` says. */
 #define STACK_BYTES ((size_t)1 << 20)
 
 static void enlarge_stack(pthread_attr_t *attributes) {
