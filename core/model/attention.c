@@ -10,7 +10,8 @@ typedef struct attention_job {
     const obm__row *rows;
     int64_t layer;
     size_t n, span; /* heads of an item, which read the same keys */
-    bool placed;    /* items are in the order of the nodes' heads */
+    bool placed;    /* heads have nodes */
+    bool prompt;    /* all rows are of one sequence */
 } attention_job;
 
 /* ---- rotate and store ---- */
@@ -73,7 +74,7 @@ static void rotate_and_store(void *arg, size_t begin, size_t end, int worker) {
 
 /* Positions of a step.  Before each, as many of the page that comes next are asked for: its part of a head lies far
  * from this one's, where no processor looks by itself, and one that waits for too many lines forgets further requests.
- */
+ * Prompts take whole pages: row by row they find in the caches what the row before has read. */
 #define STRIP 8
 
 static void ask_ahead(const void *next, size_t from, size_t bytes) {
@@ -87,14 +88,16 @@ static const void *next_part(const obm_model *m, const obm__sequence *s, int64_t
     return which ? NULL : obm__kv_at(m, s, from / OBM_TILE_TOKENS, layer, 1, kv_head);
 }
 
-static int64_t strip_end(int64_t p, int64_t to) {
-    int64_t end = (p / STRIP + 1) * STRIP;
+static int64_t strip_end(int64_t p, int64_t to, int64_t strip) {
+    int64_t end = (p / strip + 1) * strip;
     return end < to ? end : to;
 }
 
 /* scores[h][p - from] = q[h] . k[p] for p in [from, to), page by page: heads of a group share what they read. */
-static void score_keys(const obm_model *m, const obm__sequence *s, int64_t layer, int64_t kv_head, int64_t from,
-                       int64_t to, const float *q, int64_t heads, float *scores, size_t ld) {
+static void score_keys(const attention_job *j, const obm__sequence *s, int64_t kv_head, int64_t from, int64_t to,
+                       const float *q, float *scores, size_t ld) {
+    const obm_model *m = j->m;
+    int64_t layer = j->layer, strip = j->prompt ? OBM_TILE_TOKENS : STRIP;
     size_t dim = (size_t)m->config.head_dim, size = dim * obm_dtype_size(s->kv);
     const char *keys = NULL;
     const void *next = NULL;
@@ -105,16 +108,16 @@ static void score_keys(const obm_model *m, const obm__sequence *s, int64_t layer
             keys = obm__kv_at(m, s, page, layer, 0, kv_head);
             next = next_part(m, s, page, layer, 0, kv_head, from, to);
         }
-        end = strip_end(p, to);
+        end = strip_end(p, to, strip);
         size_t rows = (size_t)(end - p);
-        ask_ahead(next, slot * size, rows * size);
-        for (int64_t h = 0; h < heads; h++) {
-            float *out = scores + (size_t)h * ld + (p - from);
+        if (!j->prompt) ask_ahead(next, slot * size, rows * size);
+        for (size_t h = 0; h < j->span; h++) {
+            float *out = scores + h * ld + (p - from);
             const void *at = keys + slot * size;
             if (s->kv == OBM_F16)
-                m->ctx->k->rows_f16(out, at, dim, rows, q + (size_t)h * dim, dim);
+                m->ctx->k->rows_f16(out, at, dim, rows, q + h * dim, dim);
             else
-                m->ctx->k->rows_f32(out, at, dim, rows, q + (size_t)h * dim, dim);
+                m->ctx->k->rows_f32(out, at, dim, rows, q + h * dim, dim);
         }
     }
 }
@@ -143,12 +146,14 @@ static void softmax(const obm_kernels *k, float *x, int64_t n, float scale, floa
 }
 
 /* out[h] = sum_p weights[h][p - from] * v[p], p increasing. */
-static void mix_values(const obm_model *m, const obm__sequence *s, int64_t layer, int64_t kv_head, int64_t from,
-                       int64_t to, const float *weights, size_t ld, int64_t heads, float *widened, float *out) {
+static void mix_values(const attention_job *j, const obm__sequence *s, int64_t kv_head, int64_t from, int64_t to,
+                       const float *weights, size_t ld, float *widened, float *out) {
+    const obm_model *m = j->m;
+    int64_t layer = j->layer, strip = j->prompt ? OBM_TILE_TOKENS : STRIP;
     size_t dim = (size_t)m->config.head_dim, size = dim * obm_dtype_size(s->kv);
     const char *values = NULL;
     const void *next = NULL;
-    memset(out, 0, (size_t)heads * dim * sizeof *out);
+    memset(out, 0, j->span * dim * sizeof *out);
     for (int64_t p = from, end; p < to; p = end) {
         int64_t page = p / OBM_TILE_TOKENS;
         size_t slot = (size_t)(p % OBM_TILE_TOKENS);
@@ -156,25 +161,25 @@ static void mix_values(const obm_model *m, const obm__sequence *s, int64_t layer
             values = obm__kv_at(m, s, page, layer, 1, kv_head);
             next = next_part(m, s, page, layer, 1, kv_head, from, to);
         }
-        end = strip_end(p, to);
+        end = strip_end(p, to, strip);
         size_t rows = (size_t)(end - p);
         const void *at = values + slot * size;
-        ask_ahead(next, slot * size, rows * size);
+        if (!j->prompt) ask_ahead(next, slot * size, rows * size);
         if (s->kv == OBM_F16) {
             m->ctx->k->f16_to_f32(widened, at, rows * dim);
             at = widened;
         }
-        for (int64_t h = 0; h < heads; h++)
-            m->ctx->k->mix_rows(out + (size_t)h * dim, weights + (size_t)h * ld + (p - from), at, dim, rows, dim);
+        for (size_t h = 0; h < j->span; h++)
+            m->ctx->k->mix_rows(out + h * dim, weights + h * ld + (p - from), at, dim, rows, dim);
     }
 }
 
-/* (rows, heads / span); where heads have nodes (kv_heads, rows, heads of a group / span): the heads of a node one
- * after the other, and those that read the same keys together.  *head: the first of `span`. */
+/* (rows, heads / span); in prompts, and where heads have nodes, (kv_heads, rows, heads of a group / span): the heads of
+ * a node one after the other, and what reads the same keys together.  *head: the first of `span`. */
 static size_t find_row(const attention_job *j, size_t item, int64_t *head) {
     size_t heads = (size_t)j->m->config.heads / j->span, group = heads / (size_t)j->m->config.kv_heads;
     size_t at = item % heads, row = item / heads;
-    if (j->placed) {
+    if (j->placed || j->prompt) {
         at = item / (j->n * group) * group + item % group;
         row = item / group % j->n;
     }
@@ -209,12 +214,10 @@ static void attend(void *arg, size_t begin, size_t end, int worker) {
         if (!row->sequence) continue;
         int64_t to = row->position + 1, from = window && to > window ? to - window : 0;
         int64_t at = ((int64_t)i * c->heads + head) * c->head_dim; // (rows, heads, head_dim)
-        int64_t span = (int64_t)j->span;
-        score_keys(j->m, row->sequence, j->layer, kv_head, from, to, s->q + at, span, scores, s->positions);
-        for (int64_t h = 0; h < span; h++)
-            softmax(j->m->ctx->k, scores + (size_t)h * s->positions, to - from, c->attention_scale, c->attention_cap);
-        mix_values(j->m, row->sequence, j->layer, kv_head, from, to, scores, s->positions, span, widened,
-                   s->mixed + at);
+        score_keys(j, row->sequence, kv_head, from, to, s->q + at, scores, s->positions);
+        for (size_t h = 0; h < j->span; h++)
+            softmax(j->m->ctx->k, scores + h * s->positions, to - from, c->attention_scale, c->attention_cap);
+        mix_values(j, row->sequence, kv_head, from, to, scores, s->positions, widened, s->mixed + at);
     }
 }
 
@@ -225,11 +228,21 @@ static size_t choose_span(const obm_model *m, size_t n) {
     return span;
 }
 
+static bool is_prompt(const obm__row *rows, size_t n) {
+    const obm__sequence *one = NULL;
+    for (size_t i = 0; i < n; i++) {
+        if (one && rows[i].sequence && rows[i].sequence != one) return false;
+        if (rows[i].sequence) one = rows[i].sequence;
+    }
+    return n > 1;
+}
+
 obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int64_t layer, obm_error *err) {
     const obm__config *c = &m->config;
     attention_job j = {.m = m, .rows = rows, .layer = layer, .n = n};
     j.span = choose_span(m, n);
     j.placed = m->placement && obm__placement_local(m->placement);
+    j.prompt = is_prompt(rows, n);
     obm__place_rows(m, n, 8, rotate_and_store, &j);
     int64_t seen = 1;
     for (size_t i = 0; i < n; i++)
