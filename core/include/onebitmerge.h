@@ -517,7 +517,7 @@ typedef struct obm_model obm_model;
  * NUMA nodes, prompts and batches go on reading the mapping, whose pages the system may take back; else they unpack, which
  * takes them some 15 % longer, and nothing but the packed matrices stays in memory. */
 typedef enum obm_z12 {
-    OBM_Z12_AUTO = 0,   /* both, packed behind the tokens once a model has decoded 64 of them alone: a share behind each of the
+    OBM_Z12_AUTO = 0,   /* both, packed behind the tokens once a model has decoded 192 of them alone: a share behind each of the
                          * next 128, which takes the time of some 15 to 50 tokens.  Only where it gains: with AVX2 or
                          * AVX-512, of models beyond the caches, with room for both, without places.  Without memory in
                          * the middle of it the rest stays as it is, and the context's log says so */

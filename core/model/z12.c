@@ -268,7 +268,7 @@ obm_status obm__z12_load(obm_model *m, obm_error *err) {
 /* Packing takes as long as 15 to 50 steps, the more the longer the system needs to give new pages, and saves a quarter
  * of each step from then on.  Who has decoded as many tokens as it takes has lost at most twice what was best, whenever
  * the text ends. */
-#define STEPS_BEFORE 64
+#define STEPS_BEFORE 192
 /* Steps over which it is spread. */
 #define STEPS_WHILE 128
 
