@@ -54,8 +54,10 @@ static void bind(obm_model *m, char *data, size_t bytes, const size_t *at) {
 
 /* Large mappings start at a huge page: what is mapped too much around it is given back. */
 char *obm__map_huge(size_t bytes) {
-    size_t more = bytes >= HUGE_PAGE ? HUGE_PAGE : 0;
-    char *at = mmap(NULL, bytes + more, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    size_t more = bytes >= HUGE_PAGE ? HUGE_PAGE : 0, all;
+    bytes = obm__whole_pages(bytes); /* what is behind them can only be given back from a page's first byte on */
+    if (!obm__add(bytes, more, &all)) return NULL;
+    char *at = mmap(NULL, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (at == MAP_FAILED) return NULL;
     if (!more) return at;
     size_t before = (HUGE_PAGE - (uintptr_t)at % HUGE_PAGE) % HUGE_PAGE;

@@ -204,6 +204,29 @@ static void small_models_stay(void **state) {
     obm_model_free(m);
 }
 
+static size_t pages_mapped(void) {
+    size_t pages = 0;
+    FILE *f = fopen("/proc/self/statm", "r");
+    assert_non_null(f);
+    assert_int_equal(fscanf(f, "%zu", &pages), 1);
+    fclose(f);
+    return pages;
+}
+
+/* Codes are not a number of whole pages; of ten such mappings nothing remains, not even of what aligned them. */
+static void mappings_go(void **state) {
+    (void)state;
+    const size_t bytes = ((size_t)2 << 20) + 64, page = (size_t)sysconf(_SC_PAGESIZE), before = pages_mapped();
+    for (int i = 0; i < 10; i++) {
+        char *p = obm__map_huge(bytes);
+        assert_non_null(p);
+        assert_int_equal((uintptr_t)p % ((uintptr_t)2 << 20), 0);
+        p[bytes - 1] = 1;
+        obm__place_unmap(p, bytes);
+    }
+    assert_in_range(pages_mapped(), 0, before + ((size_t)1 << 20) / page);
+}
+
 static void names(void **state) {
     (void)state;
     obm_model_options o = OBM_INIT(obm_model_options);
@@ -222,8 +245,12 @@ static void names(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(every_moment),      cmocka_unit_test(behind_tokens),
-                                       cmocka_unit_test(packed_alone),      cmocka_unit_test(stopped_and_continued),
-                                       cmocka_unit_test(small_models_stay), cmocka_unit_test(names)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(every_moment),
+                                       cmocka_unit_test(behind_tokens),
+                                       cmocka_unit_test(packed_alone),
+                                       cmocka_unit_test(stopped_and_continued),
+                                       cmocka_unit_test(small_models_stay),
+                                       cmocka_unit_test(mappings_go),
+                                       cmocka_unit_test(names)};
     return cmocka_run_group_tests(tests, setup, teardown);
 }
