@@ -744,13 +744,15 @@ static PyType_Slot model_slots[] = {
     {Py_tp_repr, model_repr},
     {Py_tp_methods, model_methods},
     {Py_tp_getset, model_getset},
-    {Py_tp_doc, "Model(path, base=None, kv=\"f32\", route_budget=0, materialise=False, z12=False, progress=None)\n\n"
+    {Py_tp_doc, "Model(path, base=None, kv=\"f32\", route_budget=0, materialise=False, z12=\"auto\", "
+                "progress=None)\n\n"
                 "A Hugging Face folder, a pack folder, or an open Pack, ready to run.  A pack "
                 "runs on the base and its sign planes; what cannot (an overlay) and everything "
                 "with materialise=True is written out densely per route, within route_budget "
-                "bytes (0: a quarter of the memory).  z12=True holds bf16 matrices of the base in 12 "
-                "bits per weight, without loss: the same bits come out and a step reads 3/4 of "
-                "the bytes, but opening takes the time of packing them."},
+                "bytes (0: a quarter of the memory).  z12: bf16 matrices of the base in 12 bits per weight, without "
+                "loss: the same bits come out and a step of one token reads 3/4 of the bytes.  \"auto\" packs them "
+                "behind the first tokens where that is faster and memory has room for both, \"on\" or True while the "
+                "model is opened, \"off\" or False not."},
     {0, NULL}};
 PyType_Spec obm_py_model_spec = {"onebitmerge.Model", sizeof(Model), 0, Py_TPFLAGS_DEFAULT, model_slots};
 
