@@ -139,7 +139,8 @@ static void bench_behind(bench *b, obm_model *plain) {
         }
         obm_model_free(m);
     }
-    printf("decode    batch 1, z12 behind the tokens, times plain bf16: the first 192 %.2f, the next 128 %.2f, then %.2f\n",
+    printf("decode    batch 1, z12 behind the tokens, times plain bf16: the first 192 %.2f, the next 128 %.2f, then "
+           "%.2f\n",
            median(share[0], b->rounds), median(share[1], b->rounds), median(share[2], b->rounds));
 }
 
