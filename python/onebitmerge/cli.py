@@ -496,6 +496,8 @@ def read_prompt(text):
     """"-": standard input as it is, but for the newline that ends its last line."""
     if text != "-":
         return text
+    if sys.stdin is None:
+        raise Failure("standard input is closed")
     try:
         return getattr(sys.stdin, "buffer", sys.stdin).read().decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as e:

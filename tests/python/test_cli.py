@@ -480,6 +480,8 @@ def test_stdin(lines, fails, models, model, monkeypatch):
         assert row["ids"] == obm.Model(models / "base").generate(text, max_tokens=2).ids
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff")))
     fails("generate", models / "base", "-p", "-", match="standard input: not UTF-8 at byte 1")
+    monkeypatch.setattr(sys, "stdin", None)   # closed by whoever started it
+    fails("generate", models / "base", "-p", "-", match="standard input is closed")
     monkeypatch.setattr(sys, "stdin", io.StringIO('{"text": "a"}\n\n{"text": "é"}\n'))
     assert [r["ids"] for r in lines("tokenize", models / "base", "--file", "-")] == [model.tokenizer.encode(t) for t in ("a", "é")]
 
