@@ -31,12 +31,22 @@ static const obm_kernels *const *detect(void) {
     if ((state & 0x06) != 0x06 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & AVX2)) return tables[0];
     return (state & 0xe6) == 0xe6 && (b & leaf7) == leaf7 ? tables[2] : tables[1];
 }
+
+int obm_kernels_z12_gains(const obm_kernels *k) { return k == &obm__kernels_avx2 || k == &obm__kernels_avx512; }
 #elif defined(__aarch64__)
+int obm_kernels_z12_gains(const obm_kernels *k) {
+    (void)k;
+    return 0;
+}
 static const obm_kernels *const *detect(void) {
     static const obm_kernels *const tables[] = {&obm__kernels_scalar, &obm__kernels_neon, NULL};
     return tables; /* Advanced SIMD is part of the armv8-a baseline */
 }
 #else
+int obm_kernels_z12_gains(const obm_kernels *k) {
+    (void)k;
+    return 0;
+}
 static const obm_kernels *const *detect(void) {
     static const obm_kernels *const tables[] = {&obm__kernels_scalar, NULL};
     return tables;

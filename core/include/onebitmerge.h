@@ -150,6 +150,7 @@ typedef struct obm_context_info {
     const char *compiler;
     int threads, cores, nodes;
     uint64_t memory_total, memory_free;   /* bytes */
+    bool z12_auto;              /* the kernels in use gain by 12 bits per weight: OBM_Z12_AUTO packs where there is room */
 } obm_context_info;
 OBM_API void obm_context_describe(const obm_context *ctx, obm_context_info *out);   /* strings borrowed from ctx */
 
@@ -514,11 +515,11 @@ typedef struct obm_model obm_model;
 
 /* bf16 matrices of the base in 12 bits per weight, without loss: the same bits come out, and a step of one token reads 3/4 of
  * the bytes.  Where memory has room for both (7/4 of the base in 3/4 of what is free) and rows have no places on several
- * NUMA nodes, prompts and batches go on reading the mapping, whose pages the system may take back; else they unpack, which
- * takes them some 15 % longer, and nothing but the packed matrices stays in memory. */
+ * NUMA nodes, prompts and batches go on reading the mapping, whose pages the system may take back; else they unpack
+ * first, which takes them longer, and nothing but the packed matrices stays in memory. */
 typedef enum obm_z12 {
     OBM_Z12_AUTO = 0,   /* both, packed behind the tokens once a model has decoded 192 of them alone: a share behind each of the
-                         * next 128, which takes the time of some 15 to 50 tokens.  Only where it gains: with AVX2 or
+                         * next 128, which run slower for it.  Only where it gains: with AVX2 or
                          * AVX-512, of models beyond the caches, with room for both, without places.  Without memory in
                          * the middle of it the rest stays as it is, and the context's log says so */
     OBM_Z12_ON = 1,     /* packed while the model is opened */

@@ -43,7 +43,7 @@ obm_status obm__fd_write_at(int fd, const char *path, const void *bytes, size_t 
 /* *got < n: the file ends there. */
 obm_status obm__fd_read_at(int fd, const char *path, void *bytes, size_t n, uint64_t offset, size_t *got,
                            obm_error *err);
-/* Blocks for a new file whose size is known, which is its size from then on: writes into it take half the time, and a
+/* Blocks for a new file whose size is known, which is its size from then on: writes into it find their place, and a
  * disk that is too full says so before the first of them. */
 obm_status obm__fd_reserve(int fd, const char *path, uint64_t size, obm_error *err);
 /* The disk begins to write the range now instead of in the sync at the end. */

@@ -23,21 +23,6 @@ static size_t sample_offset(size_t span, size_t i) {
     return span / (SAMPLES - 1) * i + span % (SAMPLES - 1) * i / (SAMPLES - 1);
 }
 
-static bool sample_pages(const obm_tensor *t, digest out) {
-    size_t n = obm__tensor_bytes(t);
-    if (n <= (size_t)SAMPLES * SAMPLE_BYTES) {
-        obm__xxh3_of(t->data, n, out);
-        return true;
-    }
-    obm__xxh3 *h = obm__xxh3_new();
-    if (!h) return false;
-    for (size_t i = 0; i < SAMPLES; i++) {
-        obm__xxh3_add(h, (const uint8_t *)t->data + sample_offset(n - SAMPLE_BYTES, i), SAMPLE_BYTES);
-    }
-    obm__xxh3_end(h, out);
-    return true;
-}
-
 typedef struct sample_job {
     const obm_checkpoint *base;
     obm__reader *reader; /* faults of single pages take longer than copies of them */
@@ -48,24 +33,29 @@ typedef struct sample_job {
     obm_error error;
 } sample_job;
 
-static obm_status add_bytes(const sample_job *job, const void *data, size_t n, obm__xxh3 *h, obm_error *err) {
+/* reader NULL: the bytes are in memory. */
+static obm_status add_bytes(const obm__reader *reader, const void *data, size_t n, obm__xxh3 *h, obm_error *err) {
     uint8_t copy[4 * SAMPLE_BYTES];
+    if (!reader) {
+        obm__xxh3_add(h, data, n);
+        return OBM_OK;
+    }
     for (size_t at = 0, part; at < n; at += part) {
         part = n - at < sizeof copy ? n - at : sizeof copy;
-        OBM_TRY(obm__reader_get(job->reader, (const uint8_t *)data + at, part, copy, err));
+        OBM_TRY(obm__reader_get(reader, (const uint8_t *)data + at, part, copy, err));
         obm__xxh3_add(h, copy, part);
     }
     return OBM_OK;
 }
 
-static obm_status sample_tensor(const sample_job *job, const obm_tensor *t, digest out, obm_error *err) {
+static obm_status sample_tensor(const obm__reader *reader, const obm_tensor *t, digest out, obm_error *err) {
     size_t n = obm__tensor_bytes(t);
     bool whole = n <= (size_t)SAMPLES * SAMPLE_BYTES;
     obm__xxh3 *h = obm__xxh3_new();
     if (!h) return obm__fail_nomem(err, 0);
-    obm_status status = whole ? add_bytes(job, t->data, n, h, err) : OBM_OK;
+    obm_status status = whole ? add_bytes(reader, t->data, n, h, err) : OBM_OK;
     for (size_t i = 0; !whole && status == OBM_OK && i < SAMPLES; i++)
-        status = add_bytes(job, (const uint8_t *)t->data + sample_offset(n - SAMPLE_BYTES, i), SAMPLE_BYTES, h, err);
+        status = add_bytes(reader, (const uint8_t *)t->data + sample_offset(n - SAMPLE_BYTES, i), SAMPLE_BYTES, h, err);
     obm__xxh3_end(h, status == OBM_OK ? out : NULL);
     return status;
 }
@@ -77,7 +67,7 @@ static void sample_range(void *arg, size_t begin, size_t end, int id) {
         const obm_tensor *t = &job->base->tensors[i]->t;
         obm_error err;
         if (job->large && obm__tensor_bytes(t) <= CHUNK) continue;
-        obm_status status = sample_tensor(job, t, job->out[i], &err);
+        obm_status status = sample_tensor(job->reader, t, job->out[i], &err);
         if (status == OBM_OK || atomic_exchange(&job->failed, 1)) continue;
         job->status = status;
         job->error = err;
@@ -188,7 +178,7 @@ static void hash_range(void *arg, size_t begin, size_t end, int id) {
         const obm_tensor *t = &job->base->tensors[c->tensor]->t;
         obm__xxh3_of(c->data, c->n, job->digests[i]);
         /* Without memory the sample stays "", which hash_all sees. */
-        if (job->samples && chunks_of(t) == 1) (void)sample_pages(t, job->samples[c->tensor]);
+        if (job->samples && chunks_of(t) == 1) (void)sample_tensor(NULL, t, job->samples[c->tensor], NULL);
         obm__pages_release(c->data, c->n);
     }
 }

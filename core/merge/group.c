@@ -103,7 +103,7 @@ static void release_tensor(const obm_tensor *t, const obm__pair *change, uint64_
 
 void obm__group_populate(const obm__group *g, size_t model, uint64_t begin, uint64_t end) {
     if (end > g->count) end = g->count;
-    if (g->rows || !g->mapped || begin >= end) return;
+    if (g->rows || !g->mapped || g->held || begin >= end) return;
     int64_t first = (int64_t)begin, n = (int64_t)(end - begin);
     if (g->base && !change_of(g, BASE)) obm__tensor_populate(g->base, first, n);
     for (size_t i = 0; i < g->steps->n; i++)
@@ -116,11 +116,15 @@ static void release_rows(const obm__rows *r) {
         release_tensor(&r->sources[i], r->changes[i], 0, (uint64_t)obm_tensor_count(&r->sources[i]));
 }
 
-void obm__group_release(const obm__group *g, uint64_t begin, uint64_t n) {
+void obm__group_drop(const obm__group *g, uint64_t begin, uint64_t n) {
     if (g->rows && g->mapped) release_rows(g->rows);
     if (g->rows || !g->mapped) return;
     if (g->base) release_tensor(g->base, change_of(g, BASE), begin, n);
     for (size_t i = 0; i < g->steps->n; i++) release_tensor(&g->models[i], change_of(g, i), begin, n);
+}
+
+void obm__group_release(const obm__group *g, uint64_t begin, uint64_t n) {
+    if (!g->held) obm__group_drop(g, begin, n);
 }
 
 /* True if element `index` of one input alone is at fault; the message then names whose it is. */

@@ -107,9 +107,9 @@ const obm_param_info *obm__method_param(const obm__method *m, const char *name);
 /* True for a name that some method here, or one of mergekit's, takes. */
 bool obm__param_is_known(const char *name);
 
-/* "a, b, c" into buf, cut at its size. */
 /* NOTFOUND: the known ones and a suggestion; where: what the message begins with, "" for nothing. */
 obm_status obm__fail_unknown_param(const obm__method *m, const char *name, const char *where, obm_error *err);
+/* "a, b, c" into buf, cut at its size. */
 void obm__list_names(const char *const *names, size_t n, char *buf, size_t size);
 /* The nearest of `names` by edit distance as ", did you mean `x`?", or "" if none is near.  buf: 96 bytes or more. */
 const char *obm__suggest(const char *name, const char *const *names, size_t n, char *buf, size_t size);
@@ -254,6 +254,7 @@ struct obm__group {
     obm_dtype work;         /* what inputs, and in the mergekit profile deltas, are rounded to; F32: nothing is */
     uint64_t count;         /* elements */
     bool mapped;            /* inputs lie in file mappings: their pages may go once they are read */
+    bool held;              /* all pages are mapped and stay from pass to pass, until obm__group_drop */
     const obm__steps *steps;
     obm__cut *cuts;      /* (n), from obm__statistics */
     float *factors;      /* (n), rescale factors */
@@ -415,8 +416,9 @@ static inline void obm__note_lowest(_Atomic uint64_t *lowest, uint64_t index) {
 /* Maps the pages of elements [begin, end), as far as there are so many, of the base and one model, or of all
  * (SIZE_MAX). */
 void obm__group_populate(const obm__group *g, size_t model, uint64_t begin, uint64_t end);
-/* Drops the pages of elements [begin, begin + n) of mapped inputs from resident memory: every pass does so behind
- * itself. */
+/* Drops the pages of elements [begin, begin + n) of mapped inputs from resident memory. */
+void obm__group_drop(const obm__group *g, uint64_t begin, uint64_t n);
+/* The same unless they are held: every pass does so behind itself. */
 void obm__group_release(const obm__group *g, uint64_t begin, uint64_t n);
 /* The error for an element that is not finite, naming tensor, model and index. */
 obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t index, obm_error *err);

@@ -119,8 +119,7 @@ static uint64_t kept_memory(const obm__job *j) {
 }
 
 static obm_plan sizes(const obm__job *j) {
-    obm_plan p = {.tensors = j->n_outputs,
-                  .peak_memory = fixed_memory(j) + tile_bytes(j) * j->tile + kept_memory(j)};
+    obm_plan p = {.tensors = j->n_outputs, .peak_memory = fixed_memory(j) + tile_bytes(j) * j->tile + kept_memory(j)};
     double work = 0;
     for (size_t i = 0; i < j->n_outputs; i++) {
         const obm__output *o = &j->outputs[i];
@@ -400,27 +399,19 @@ static obm_status map_inputs(const obm__job *j, const obm__run *run, obm__group 
         obm__parallel(j->ctx, (size_t)n, OBM_MERGE_SPAN / 8, populate_range, &m);
         OBM_TRY(obm__run_report(run, err));
     }
-    g->mapped = false;
+    g->held = true;
     return OBM_OK;
-}
-
-/* Behind the last pass. */
-static void release_inputs(obm__group *g, uint64_t begin, uint64_t n) {
-    g->mapped = true;
-    obm__group_release(g, begin, n);
-    g->mapped = false;
 }
 
 static obm_status write_merged(const obm__job *j, obm__output *o, obm__run *run, writing *x, obm_error *err) {
     size_t size = obm_dtype_size(o->dtype);
-    bool kept = keeps_inputs(j, o);
-    if (kept) OBM_TRY(map_inputs(j, run, &o->group, err));
+    if (keeps_inputs(j, o)) OBM_TRY(map_inputs(j, run, &o->group, err));
     if (!o->group.cuts) OBM_TRY(obm__statistics(run, &o->group, 1, err));
     OBM_TRY(obm__group_form(run, &o->group, err));
     for (uint64_t at = 0; at < o->group.count; at += j->tile) {
         uint64_t n = o->group.count - at < j->tile ? o->group.count - at : j->tile;
         OBM_TRY(obm__group_run(run, &o->group, at, n, o->dtype, x->tiles[x->current], err));
-        if (kept) release_inputs(&o->group, at, n);
+        if (o->group.held) obm__group_drop(&o->group, at, n);
         OBM_TRY(start_writing(x, (size_t)n * size, err));
         run->done += n * size;
     }

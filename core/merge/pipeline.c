@@ -28,6 +28,7 @@ typedef struct walk {
     obm__ranked **keep_ranked; /* nullable: where they stay after a walk over the whole group */
     bool tiled;                /* blocks that are divisible take one pass over the files' bytes */
     double *before, *after;    /* L1 norms: (n_models, blocks) */
+    bool by_sizes;             /* norms from the patterns of bf16 deltas, without the deltas themselves */
     int64_t *votes;            /* elected signs: (workers) */
     obm__sums_fn sums;         /* what to add up, of `arg`: */
     const void *arg;
@@ -338,21 +339,13 @@ static size_t drawn_norms(const walk *w, size_t model, const obm__block *l, doub
     return bad;
 }
 
-static void drawn_norm_blocks(void *arg, size_t first, size_t last, int worker) {
-    walk *w = arg;
-    size_t blocks = (size_t)((w->g->count + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK);
-    obm__block l = obm__block_of(w->block, w->k, w->g, worker);
-    for (size_t b = first; b < last; b++) {
-        set_block(w, b, &l);
-        size_t at = (size_t)(l.begin / OBM_MERGE_BLOCK);
-        for (size_t i = 0; i < w->g->steps->n; i++) {
-            double sums[2] = {0};
-            size_t bad = drawn_norms(w, i, &l, sums);
-            if (bad < l.n) obm__note_lowest(&w->bad, l.begin + bad);
-            w->before[i * blocks + at] = sums[0];
-            w->after[i * blocks + at] = sums[1];
-        }
-    }
+/* Of deltas in f32, of a block that is loaded. */
+static size_t delta_norms(const walk *w, size_t model, const obm__block *l, double sums[2]) {
+    float *d = obm__block_delta(l, model);
+    sums[0] = w->k->abs_sum(d, l->n);
+    mask_delta(w, model, l, d);
+    sums[1] = w->k->abs_sum(d, l->n);
+    return l->n;
 }
 
 static void norm_blocks(void *arg, size_t first, size_t last, int worker) {
@@ -361,14 +354,15 @@ static void norm_blocks(void *arg, size_t first, size_t last, int worker) {
     obm__block l = obm__block_of(w->block, w->k, w->g, worker);
     for (size_t b = first; b < last; b++) {
         set_block(w, b, &l);
-        size_t bad = obm__block_load(&l), at = (size_t)(l.begin / OBM_MERGE_BLOCK);
-        if (bad < l.n) obm__note_lowest(&w->bad, l.begin + bad);
+        size_t bad = w->by_sizes ? l.n : obm__block_load(&l), at = (size_t)(l.begin / OBM_MERGE_BLOCK);
         for (size_t i = 0; i < w->g->steps->n; i++) {
-            float *d = obm__block_delta(&l, i);
-            w->before[i * blocks + at] = w->k->abs_sum(d, l.n);
-            mask_delta(w, i, &l, d);
-            w->after[i * blocks + at] = w->k->abs_sum(d, l.n);
+            double sums[2] = {0};
+            size_t found = w->by_sizes ? drawn_norms(w, i, &l, sums) : delta_norms(w, i, &l, sums);
+            if (found < bad) bad = found;
+            w->before[i * blocks + at] = sums[0];
+            w->after[i * blocks + at] = sums[1];
         }
+        if (bad < l.n) obm__note_lowest(&w->bad, l.begin + bad);
     }
 }
 
@@ -379,8 +373,8 @@ static obm_status norm_factors(const obm__run *run, obm__group *g, obm_error *er
     w.before = obm__alloc(2 * n * blocks, sizeof *w.before);
     if (!w.before) return obm__fail_nomem(err, 2 * n * blocks * sizeof *w.before);
     w.after = w.before + n * blocks;
-    bool sizes = is_drawn(g->steps) && is_tiled(g) && obm__group_plain(g, 0, 0).round;
-    obm_status status = walk_blocks(run, &w, sizes ? drawn_norm_blocks : norm_blocks, err);
+    w.by_sizes = is_drawn(g->steps) && is_tiled(g) && obm__group_plain(g, 0, 0).round;
+    obm_status status = walk_blocks(run, &w, norm_blocks, err);
     for (size_t i = 0; status == OBM_OK && i < n; i++) {
         double before = obm__tree_sum(w.before + i * blocks, blocks),
                after = obm__tree_sum(w.after + i * blocks, blocks);

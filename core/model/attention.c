@@ -77,49 +77,53 @@ static void rotate_and_store(void *arg, size_t begin, size_t end, int worker) {
  * Prompts take whole pages: row by row they find in the caches what the row before has read. */
 #define STRIP 8
 
-static void ask_ahead(const void *next, size_t from, size_t bytes) {
-    for (size_t i = 0; next && i < bytes; i += 64) __builtin_prefetch((const char *)next + from + i, 0, 2);
+/* The keys or the values of a head at positions [from, to), strip by strip, none of which crosses a page. */
+typedef struct strips {
+    const attention_job *j;
+    const obm__sequence *s;
+    int which; /* 0: keys, 1: values */
+    int64_t kv_head, from, to;
+    const char *page, *next; /* the head's part of this page and of the one that is asked for, NULL: none is */
+} strips;
+
+/* In the page behind `page`; of the last one the first values, which follow the keys. */
+static const char *next_part(const strips *w, int64_t page) {
+    const obm_model *m = w->j->m;
+    if (page < (w->to - 1) / OBM_TILE_TOKENS) return obm__kv_at(m, w->s, page + 1, w->j->layer, w->which, w->kv_head);
+    return w->which ? NULL : obm__kv_at(m, w->s, w->from / OBM_TILE_TOKENS, w->j->layer, 1, w->kv_head);
 }
 
-/* The part of a head in the page behind `page`; of the last one the first values, which follow the keys. */
-static const void *next_part(const obm_model *m, const obm__sequence *s, int64_t page, int64_t layer, int which,
-                             int64_t kv_head, int64_t from, int64_t to) {
-    if (page < (to - 1) / OBM_TILE_TOKENS) return obm__kv_at(m, s, page + 1, layer, which, kv_head);
-    return which ? NULL : obm__kv_at(m, s, from / OBM_TILE_TOKENS, layer, 1, kv_head);
-}
-
-static int64_t strip_end(int64_t p, int64_t to, int64_t strip) {
-    int64_t end = (p / strip + 1) * strip;
-    return end < to ? end : to;
+/* What lies from position p on, (rows, head_dim) at *at; 0 rows behind the last one. */
+static size_t next_strip(strips *w, int64_t p, const void **at) {
+    const attention_job *j = w->j;
+    int64_t page = p / OBM_TILE_TOKENS, strip = j->prompt ? OBM_TILE_TOKENS : STRIP, end = (p / strip + 1) * strip;
+    size_t size = (size_t)j->m->config.head_dim * obm_dtype_size(w->s->kv), slot = (size_t)(p % OBM_TILE_TOKENS) * size;
+    if (p >= w->to) return 0;
+    if (p == w->from || !slot) {
+        w->page = obm__kv_at(j->m, w->s, page, j->layer, w->which, w->kv_head);
+        w->next = j->prompt ? NULL : next_part(w, page);
+    }
+    size_t rows = (size_t)((end < w->to ? end : w->to) - p);
+    for (size_t i = 0; w->next && i < rows * size; i += 64) __builtin_prefetch(w->next + slot + i, 0, 2);
+    *at = w->page + slot;
+    return rows;
 }
 
 /* scores[h][p - from] = q[h] . k[p] for p in [from, to), page by page: heads of a group share what they read. */
 static void score_keys(const attention_job *j, const obm__sequence *s, int64_t kv_head, int64_t from, int64_t to,
                        const float *q, float *scores, size_t ld) {
-    const obm_model *m = j->m;
-    int64_t layer = j->layer, strip = j->prompt ? OBM_TILE_TOKENS : STRIP;
-    size_t dim = (size_t)m->config.head_dim, size = dim * obm_dtype_size(s->kv);
-    const char *keys = NULL;
-    const void *next = NULL;
-    for (int64_t p = from, end; p < to; p = end) {
-        int64_t page = p / OBM_TILE_TOKENS;
-        size_t slot = (size_t)(p % OBM_TILE_TOKENS);
-        if (p == from || !slot) {
-            keys = obm__kv_at(m, s, page, layer, 0, kv_head);
-            next = next_part(m, s, page, layer, 0, kv_head, from, to);
-        }
-        end = strip_end(p, to, strip);
-        size_t rows = (size_t)(end - p);
-        if (!j->prompt) ask_ahead(next, slot * size, rows * size);
+    const obm_kernels *k = j->m->ctx->k;
+    size_t dim = (size_t)j->m->config.head_dim, rows;
+    strips w = {.j = j, .s = s, .which = 0, .kv_head = kv_head, .from = from, .to = to};
+    const void *keys;
+    for (int64_t p = from; (rows = next_strip(&w, p, &keys)) > 0; p += (int64_t)rows)
         for (size_t h = 0; h < j->span; h++) {
             float *out = scores + h * ld + (p - from);
-            const void *at = keys + slot * size;
             if (s->kv == OBM_F16)
-                m->ctx->k->rows_f16(out, at, dim, rows, q + h * dim, dim);
+                k->rows_f16(out, keys, dim, rows, q + h * dim, dim);
             else
-                m->ctx->k->rows_f32(out, at, dim, rows, q + h * dim, dim);
+                k->rows_f32(out, keys, dim, rows, q + h * dim, dim);
         }
-    }
 }
 
 /* In eight chains, since each comparison waits for the one before; the order does not matter to a maximum. */
@@ -148,29 +152,18 @@ static void softmax(const obm_kernels *k, float *x, int64_t n, float scale, floa
 /* out[h] = sum_p weights[h][p - from] * v[p], p increasing. */
 static void mix_values(const attention_job *j, const obm__sequence *s, int64_t kv_head, int64_t from, int64_t to,
                        const float *weights, size_t ld, float *widened, float *out) {
-    const obm_model *m = j->m;
-    int64_t layer = j->layer, strip = j->prompt ? OBM_TILE_TOKENS : STRIP;
-    size_t dim = (size_t)m->config.head_dim, size = dim * obm_dtype_size(s->kv);
-    const char *values = NULL;
-    const void *next = NULL;
+    const obm_kernels *k = j->m->ctx->k;
+    size_t dim = (size_t)j->m->config.head_dim, rows;
+    strips w = {.j = j, .s = s, .which = 1, .kv_head = kv_head, .from = from, .to = to};
+    const void *values;
     memset(out, 0, j->span * dim * sizeof *out);
-    for (int64_t p = from, end; p < to; p = end) {
-        int64_t page = p / OBM_TILE_TOKENS;
-        size_t slot = (size_t)(p % OBM_TILE_TOKENS);
-        if (p == from || !slot) {
-            values = obm__kv_at(m, s, page, layer, 1, kv_head);
-            next = next_part(m, s, page, layer, 1, kv_head, from, to);
-        }
-        end = strip_end(p, to, strip);
-        size_t rows = (size_t)(end - p);
-        const void *at = values + slot * size;
-        if (!j->prompt) ask_ahead(next, slot * size, rows * size);
+    for (int64_t p = from; (rows = next_strip(&w, p, &values)) > 0; p += (int64_t)rows) {
         if (s->kv == OBM_F16) {
-            m->ctx->k->f16_to_f32(widened, at, rows * dim);
-            at = widened;
+            k->f16_to_f32(widened, values, rows * dim);
+            values = widened;
         }
         for (size_t h = 0; h < j->span; h++)
-            m->ctx->k->mix_rows(out + h * dim, weights + h * ld + (p - from), at, dim, rows, dim);
+            k->mix_rows(out + h * dim, weights + h * ld + (p - from), values, dim, rows, dim);
     }
 }
 

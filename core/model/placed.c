@@ -68,7 +68,7 @@ char *obm__map_huge(size_t bytes) {
 }
 
 void *obm__place_map(obm_model *m, size_t bytes, const size_t *at) {
-    char *data = obm__map_huge(round_up(bytes, page_size()));
+    char *data = obm__map_huge(bytes);
     if (data) bind(m, data, bytes, at);
     return data;
 }
@@ -256,7 +256,7 @@ obm__region *obm__place_overlay(const obm_model *m, obm__role role, int64_t rows
     *r = (obm__region){.bytes = bytes, .copies = 1, .part = OBM_PLACED_OVERLAYS, .shared = !is_cut(m, role, rows)};
     if (!r->shared) item_bounds(m->placement, obm__role_kind(role), 1, (size_t)rows, at);
     for (int i = 0; i <= m->placement->nodes; i++) r->at[i] = at[i] * row_bytes;
-    r->data = obm__map_huge(round_up(bytes ? bytes : 1, page_size()));
+    r->data = obm__map_huge(bytes ? bytes : 1);
     if (!r->data) {
         obm_free(r);
         return NULL;

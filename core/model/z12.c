@@ -309,8 +309,7 @@ void obm__z12_begin(obm_model *m, size_t steps_before, size_t steps_while) {
 }
 
 static bool is_worth_beginning(const obm_model *m) {
-    bool measured = !strcmp(m->ctx->k->isa, "avx2") || !strncmp(m->ctx->k->isa, "avx512", 6);
-    return measured && m->base_bytes > 2 * obm__topology_cache(m->ctx->topology) && fits_beside(m);
+    return obm_kernels_z12_gains(m->ctx->k) && m->base_bytes > 2 * obm__topology_cache(m->ctx->topology) && fits_beside(m);
 }
 
 void obm__z12_auto(obm_model *m) {

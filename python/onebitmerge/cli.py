@@ -122,9 +122,8 @@ def load_router(spec):
 
 
 def base_weights(info):
-    behind = info["isa"] == "avx2" or info["isa"].startswith("avx512")
     return "bf16, f16 and f32 as they are; bf16 also in 12 bits per weight (z12), " + (
-        "behind the first tokens of models that the caches do not hold" if behind else f"where --z12 on asks for it ({info['isa']}: not by itself)")
+        "behind the first tokens of models that the caches do not hold" if info["z12_auto"] else f"where --z12 on asks for it ({info['isa']}: not by itself)")
 
 
 def doctor(args):

@@ -249,6 +249,8 @@ def test_resume(recipe, tmp_path, method, parameters, profile, threads):
     obm.merge(recipe(method, **parameters), tmp_path / "whole", **given)
     out = tmp_path / "out"
     merge_killed(recipe(method, **parameters), out, 3_000_000, **given)
+    for last in out.glob("model-00006-*.tmp-*"):   # it may have been quicker than the kill, and something must be left to do
+        last.unlink()
     finished = {p.stat().st_ino for p in out.glob("*.safetensors.tmp-*")}
     assert (out / "onebitmerge-unfinished.json").exists() and not list(out.glob("*.safetensors")) and len(finished) >= 3
     before = contents(out)
