@@ -164,6 +164,10 @@ FN static inline void z12_half(W *w, const uint8_t *p, const uint8_t *table, int
 #include "template/gemm_x86.h"
 #define GEMM_PACK NAME(gemm_pack)
 
+/* Products of bf16 are an extension: the table with them is a second one. */
+#define FN_PAIRS __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,popcnt")))
+#define TABLE_PAIRS obm__kernels_avx512_bf16
+#define GEMM_PAIRS gemm_pairs
 #include "template/all.h"
 #else
 typedef int obm__no_avx512; /* ISO C wants a declaration in every file */

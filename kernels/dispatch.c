@@ -17,22 +17,25 @@ static unsigned saved_state(void) {
 enum { FMA = 1 << 12, POPCNT = 1 << 23, OSXSAVE = 1 << 27, F16C = 1 << 29, AVX2 = 1 << 5 };
 enum { AVX512F = 1 << 16, AVX512DQ = 1 << 17, AVX512BW = 1 << 30 };
 #define AVX512VL (1u << 31)
+enum { AVX512_BF16 = 1 << 5 }; /* in eax of the second part of leaf 7 */
 
 static const obm_kernels *const *detect(void) {
     static const obm_kernels *const tables[][4] = {
         {&obm__kernels_scalar, NULL},
         {&obm__kernels_scalar, &obm__kernels_avx2, NULL},
         {&obm__kernels_scalar, &obm__kernels_avx2, &obm__kernels_avx512, NULL},
+        {&obm__kernels_scalar, &obm__kernels_avx2, &obm__kernels_avx512_bf16, NULL},
     };
     const unsigned leaf1 = FMA | POPCNT | OSXSAVE | F16C, leaf7 = AVX512F | AVX512DQ | AVX512BW | AVX512VL;
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || (c & leaf1) != leaf1) return tables[0];
     unsigned state = saved_state();
     if ((state & 0x06) != 0x06 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & AVX2)) return tables[0];
-    return (state & 0xe6) == 0xe6 && (b & leaf7) == leaf7 ? tables[2] : tables[1];
+    if ((state & 0xe6) != 0xe6 || (b & leaf7) != leaf7) return tables[1];
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & AVX512_BF16) ? tables[3] : tables[2];
 }
 
-int obm_kernels_z12_gains(const obm_kernels *k) { return k == &obm__kernels_avx2 || k == &obm__kernels_avx512; }
+int obm_kernels_z12_gains(const obm_kernels *k) { return k != &obm__kernels_scalar; }
 #elif defined(__aarch64__)
 int obm_kernels_z12_gains(const obm_kernels *k) {
     (void)k;
@@ -52,6 +55,8 @@ static const obm_kernels *const *detect(void) {
     return tables;
 }
 #endif
+
+int obm_kernels_pairs_gain(const obm_kernels *k) { return k->gemm_pairs != obm__scalar_gemm_pairs; }
 
 const obm_kernels *const *obm_kernels_list(void) {
     static _Atomic(const obm_kernels *const *) found;

@@ -448,6 +448,27 @@ static void gemm(float *y, size_t ldy, const float *packed, size_t strips, const
                            n - j < OBM__GEMM_BLOCK ? n - j : OBM__GEMM_BLOCK);
         }
 }
+static void pairs_block(float *y, const uint32_t *packed, const uint32_t *x, size_t n) {
+    float sums[OBM__GEMM_HALF] = {0};
+    for (size_t j = 0; j < n; j++)
+        for (size_t r = 0; r < OBM__GEMM_HALF; r++) {
+            uint32_t w = packed[j * OBM__GEMM_HALF + r];
+            sums[r] += from_bits(w & 0xffff0000) * from_bits(x[j] & 0xffff0000);
+            sums[r] += from_bits(w << 16) * from_bits(x[j] << 16);
+        }
+    for (size_t r = 0; r < OBM__GEMM_HALF; r++) y[r] += sums[r];
+}
+void obm__scalar_gemm_pairs(float *y, size_t ldy, const uint32_t *packed, size_t strips, const uint32_t *x, size_t ldx,
+                            size_t tokens, size_t n) {
+    for (size_t s = 0; s < strips * 2; s++)
+        for (size_t t = 0; t < tokens; t++) {
+            float *to = y + t * ldy + s * OBM__GEMM_HALF;
+            memset(to, 0, OBM__GEMM_HALF * sizeof *to);
+            for (size_t j = 0; j < n; j += OBM__GEMM_BLOCK)
+                pairs_block(to, packed + (s * n + j) * OBM__GEMM_HALF, x + t * ldx + j,
+                            n - j < OBM__GEMM_BLOCK ? n - j : OBM__GEMM_BLOCK);
+        }
+}
 
 void obm__scalar_plane_repack(uint8_t *block, const uint8_t *rows, size_t stride, size_t n_rows, size_t n_bytes) {
     for (size_t c = 0; c < n_bytes; c++)
@@ -720,6 +741,7 @@ const obm_kernels obm__kernels_scalar = {
     .mix_rows = mix_rows,
     .gemm_pack = obm__scalar_gemm_pack,
     .gemm = gemm,
+    .gemm_pairs = obm__scalar_gemm_pairs,
     .z12_encode = obm__scalar_z12_encode,
     .z12_unpack = z12_unpack,
     .rows_z12 = rows_z12,

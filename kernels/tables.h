@@ -9,6 +9,7 @@ extern const obm_kernels obm__kernels_scalar;
 #if defined(__x86_64__)
 extern const obm_kernels obm__kernels_avx2;
 extern const obm_kernels obm__kernels_avx512;
+extern const obm_kernels obm__kernels_avx512_bf16; /* the same, and products of bf16 */
 #elif defined(__aarch64__)
 extern const obm_kernels obm__kernels_neon;
 #endif
@@ -73,6 +74,8 @@ void obm__scalar_rows_f32(float *y, const float *w, size_t ld, size_t rows, cons
 void obm__scalar_silu_mul(float *gate, const float *up, size_t n);
 void obm__scalar_exp_minus(float *x, float max, size_t n);
 void obm__scalar_gemm_pack_half(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n);
+void obm__scalar_gemm_pairs(float *y, size_t ldy, const uint32_t *packed, size_t strips, const uint32_t *x, size_t ldx,
+                            size_t tokens, size_t n);
 void obm__scalar_gemm_pack(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n);
 /* The inverse of a row's table. */
 typedef struct obm__z12_index {

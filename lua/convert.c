@@ -98,19 +98,21 @@ obm_profile obm_lua_field_profile(lua_State *L, int at, const char *name) {
     return luaL_error(L, "unknown profile \"%s\" (known: default, paper, mergekit)", profile);
 }
 
-obm_dtype obm_lua_field_kv(lua_State *L, int at) {
+obm_dtype obm_lua_field_dtype(lua_State *L, int at, const char *field, obm_dtype other) {
     static const struct {
         const char *name;
         obm_dtype dtype;
-    } names[] = {{"f32", OBM_F32}, {"float32", OBM_F32}, {"F32", OBM_F32},
-                 {"f16", OBM_F16}, {"float16", OBM_F16}, {"F16", OBM_F16}};
-    int type = lua_getfield(L, at, "kv");
-    if (type != LUA_TNIL && type != LUA_TSTRING) wrong_type(L, "kv", "string");
+    } names[] = {{"f32", OBM_F32},  {"float32", OBM_F32},   {"F32", OBM_F32},
+                 {"f16", OBM_F16},  {"float16", OBM_F16},   {"F16", OBM_F16},
+                 {"bf16", OBM_BF16}, {"bfloat16", OBM_BF16}, {"BF16", OBM_BF16}};
+    int type = lua_getfield(L, at, field);
+    if (type != LUA_TNIL && type != LUA_TSTRING) wrong_type(L, field, "string");
     const char *name = type == LUA_TNIL ? "f32" : lua_tostring(L, -1);
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        if (strcmp(name, names[i].name) == 0) return lua_pop(L, 1), names[i].dtype;
+        obm_dtype dtype = names[i].dtype;
+        if ((dtype == OBM_F32 || dtype == other) && strcmp(name, names[i].name) == 0) return lua_pop(L, 1), dtype;
     }
-    return luaL_error(L, "unknown dtype \"%s\" (known: f32, f16)", name);
+    return luaL_error(L, "unknown dtype \"%s\" (known: f32, %s)", name, other == OBM_F16 ? "f16" : "bf16");
 }
 
 /* ---- ids ---- */

@@ -8,10 +8,10 @@ static obm_model *model_of(lua_State *L) { return model_at(L, 1); }
 
 static void model_release(void *own) { obm_model_free(own); }
 
-/* model(path_or_pack, {base, kv, route_budget, materialise, z12, progress}) */
+/* model(path_or_pack, {base, kv, route_budget, materialise, z12, prefill, progress}) */
 int obm_lua_model(lua_State *L) {
     lua_settop(L, 2);
-    obm_lua_options(L, 2, "base kv route_budget materialise z12 progress");
+    obm_lua_options(L, 2, "base kv route_budget materialise z12 prefill progress");
     lua_newtable(L);
     const int context = 4;
     bool from_pack = luaL_testudata(L, 1, OBM_LUA_PACK) != NULL;
@@ -19,10 +19,11 @@ int obm_lua_model(lua_State *L) {
     const char *path = from_pack ? NULL : obm_lua_string(L, 1);
     obm_model_options options = OBM_INIT(obm_model_options);
     options.base = obm_lua_field_string(L, 2, 3, "base");
-    options.kv = obm_lua_field_kv(L, 2);
+    options.kv = obm_lua_field_dtype(L, 2, "kv", OBM_F16);
     options.route_budget = obm_lua_field_size(L, 2, "route_budget");
     options.materialise = obm_lua_field_boolean(L, 2, "materialise", false);
     options.z12 = obm_lua_field_z12(L, 2);
+    options.prefill = obm_lua_field_dtype(L, 2, "prefill", OBM_BF16);
     obm_context *ctx = obm_lua_context(L);
     obm_lua_box *b = obm_lua_box_new(L, sizeof *b, OBM_LUA_MODEL, model_release);
     obm_lua_box_parent(L, b, 0, context);
@@ -180,7 +181,7 @@ static int model_logits(lua_State *L) {
     obm_run_options options = OBM_INIT(obm_run_options);
     options.all = obm_lua_field_boolean(L, 3, "all", true);
     options.decode = obm_lua_field_boolean(L, 3, "decode", false);
-    options.kv = obm_lua_field_kv(L, 3);
+    options.kv = obm_lua_field_dtype(L, 3, "kv", OBM_F16);
     return run(L, -1, 3, &options);
 }
 

@@ -16,6 +16,7 @@ static int module_info(lua_State *L) {
     obm_lua_set_integer(L, "nodes", (uint64_t)i.nodes);
     obm_lua_set_integer(L, "memory_total", i.memory_total);
     obm_lua_set_integer(L, "memory_free", i.memory_free);
+    obm_lua_set_boolean(L, "prefill_bf16", i.prefill_bf16);
     obm_lua_set_boolean(L, "z12_auto", i.z12_auto);
     return 1;
 }

@@ -85,7 +85,7 @@ size_t obm_lua_field_size(lua_State *L, int at, const char *name); /* >= 0 */
 bool obm_lua_field_boolean(lua_State *L, int at, const char *name, bool otherwise);
 obm_profile obm_lua_field_profile(lua_State *L, int at, const char *name);
 obm_profile obm_lua_profile(lua_State *L, const char *name);
-obm_dtype obm_lua_field_kv(lua_State *L, int at);
+obm_dtype obm_lua_field_dtype(lua_State *L, int at, const char *name, obm_dtype other); /* f32 (nil) or other, f16 or bf16 */
 obm_z12 obm_lua_field_z12(lua_State *L, int at); /* true, false, or a name */
 /* A sequence of integers. */
 const int32_t *obm_lua_ids(lua_State *L, int keep, int at, size_t *n);

@@ -517,7 +517,7 @@ function obm.pack(path, base) end
 ---@alias onebitmerge.Z12 boolean|"auto"|"on"|"off"
 
 ---@param path string|onebitmerge.pack
----@param options? { base?: string, kv?: "f32"|"f16", route_budget?: integer, materialise?: boolean, z12?: onebitmerge.Z12, progress?: onebitmerge.Progress }
+---@param options? { base?: string, kv?: "f32"|"f16", route_budget?: integer, materialise?: boolean, z12?: onebitmerge.Z12, prefill?: "f32"|"bf16", progress?: onebitmerge.Progress }
 ---@return onebitmerge.model?, string? message, onebitmerge.Code? code
 function obm.model(path, options) end
 

@@ -21,7 +21,7 @@ int obm_lua_plan(lua_State *L) {
     o.threads = obm_lua_field_integer(L, 2, "threads");
     o.base = obm_lua_field_string(L, 2, 3, "base");
     o.z12 = obm_lua_field_z12(L, 2);
-    o.kv = obm_lua_field_kv(L, 2);
+    o.kv = obm_lua_field_dtype(L, 2, "kv", OBM_F16);
     char **json = obm_lua_scratch(L, sizeof *json, obm_lua_clear_pointer);
     obm_error err;
     if (obm_model_plan(ctx, path, &o, json, &err) != OBM_OK) return obm_lua_fail(L, &err);

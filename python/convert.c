@@ -176,16 +176,18 @@ int obm_py_profile(obm_py_state *st, const char *name, obm_profile *out) {
     return -1;
 }
 
-int obm_py_dtype(obm_py_state *st, const char *name, obm_dtype *out) {
+int obm_py_dtype(obm_py_state *st, const char *name, obm_dtype other, obm_dtype *out) {
     static const struct {
         const char *name;
         obm_dtype dtype;
-    } names[] = {{"f32", OBM_F32}, {"float32", OBM_F32}, {"F32", OBM_F32},
-                 {"f16", OBM_F16}, {"float16", OBM_F16}, {"F16", OBM_F16}};
+    } names[] = {{"f32", OBM_F32},  {"float32", OBM_F32},   {"F32", OBM_F32},
+                 {"f16", OBM_F16},  {"float16", OBM_F16},   {"F16", OBM_F16},
+                 {"bf16", OBM_BF16}, {"bfloat16", OBM_BF16}, {"BF16", OBM_BF16}};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        if (strcmp(name, names[i].name) == 0) return *out = names[i].dtype, 0;
+        obm_dtype dtype = names[i].dtype;
+        if ((dtype == OBM_F32 || dtype == other) && strcmp(name, names[i].name) == 0) return *out = dtype, 0;
     }
-    PyErr_Format(st->errors[-OBM_E_ARG], "unknown dtype \"%s\" (known: f32, f16)", name);
+    PyErr_Format(st->errors[-OBM_E_ARG], "unknown dtype \"%s\" (known: f32, %s)", name, other == OBM_F16 ? "f16" : "bf16");
     return -1;
 }
 

@@ -79,10 +79,11 @@ static PyObject *module_info(PyObject *module, PyObject *unused) {
     if (!ctx) return NULL;
     obm_context_info i;
     obm_context_describe(ctx, &i);
-    return Py_BuildValue("{ss,ss,ss,ss,ss,ss,si,si,si,sK,sK,sO}", "version", obm_version(), "isa", i.isa, "isa_available",
+    return Py_BuildValue("{ss,ss,ss,ss,ss,ss,si,si,si,sK,sK,sO,sO}", "version", obm_version(), "isa", i.isa, "isa_available",
                          i.isa_available, "blas", i.blas, "topology", i.topology, "compiler", i.compiler, "threads",
                          i.threads, "cores", i.cores, "nodes", i.nodes, "memory_total",
-                         (unsigned long long)i.memory_total, "memory_free", (unsigned long long)i.memory_free, "z12_auto",
+                         (unsigned long long)i.memory_total, "memory_free", (unsigned long long)i.memory_free,
+                         "prefill_bf16", i.prefill_bf16 ? Py_True : Py_False, "z12_auto",
                          i.z12_auto ? Py_True : Py_False);
 }
 

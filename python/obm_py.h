@@ -60,7 +60,7 @@ obm_status obm_py_render(void *call, const obm_tokenizer *t, const obm_message *
 /* Arguments. */
 int obm_py_path(PyObject *o, PyObject **bytes); /* converter "O&": str or os.PathLike -> bytes */
 int obm_py_profile(obm_py_state *st, const char *name, obm_profile *out);
-int obm_py_dtype(obm_py_state *st, const char *name, obm_dtype *out);
+int obm_py_dtype(obm_py_state *st, const char *name, obm_dtype other, obm_dtype *out); /* f32 or other, f16 or bf16 */
 int32_t *obm_py_ids(PyObject *o, size_t *n); /* owned (PyMem); NULL with an exception */
 /* weights[task count] from a name, an index, a dict or a sequence; 0, or -1 with an exception. */
 int obm_py_weights(obm_py_state *st, const obm_pack *pack, PyObject *o, double *weights);

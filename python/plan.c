@@ -43,7 +43,7 @@ PyObject *obm_py_plan_model(PyObject *module, PyObject *args, PyObject *kwargs) 
         return NULL;
     bool ok = (topology == Py_None || obm_py_path(topology, &topology_bytes)) &&
               (base == Py_None || obm_py_path(base, &base_bytes)) && obm_py_numa(st, numa, &o.numa) == 0 &&
-              obm_py_dtype(st, kv, &o.kv) == 0 && obm_py_z12(st, z12, &o.z12) == 0;
+              obm_py_dtype(st, kv, OBM_F16, &o.kv) == 0 && obm_py_z12(st, z12, &o.z12) == 0;
     obm_context *ctx = ok ? obm_py_context(st, &context) : NULL;
     if (ctx) {
         o.topology = topology_bytes ? PyBytes_AsString(topology_bytes) : NULL;

@@ -9,7 +9,7 @@
 void obm__scratch_free(obm__scratch *s) {
     void *all[] = {s->weights, s->x,       s->normed, s->q,        s->mixed,  s->k,          s->v,
                    s->gate,    s->up,      s->cosine, s->sine,     s->panels, s->packed,     s->products,
-                   s->scores,  s->widened, s->strips, s->unpacked, s->tables, s->table_bytes};
+                   s->scores,  s->widened, s->strips, s->unpacked, s->rounded, s->tables, s->table_bytes};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) obm_free(all[i]);
     *s = (obm__scratch){0};
 }
@@ -49,6 +49,15 @@ static obm_status grow_unpacked(obm_model *m, size_t widest, obm_error *err) {
     return OBM_OK;
 }
 
+static obm_status grow_rounded(obm_model *m, size_t rows, size_t widest, obm_error *err) {
+    size_t count;
+    if (m->prefill != OBM_BF16) return OBM_OK;
+    m->scratch.rounded = obm__mul(rows, widest, &count) ? obm__alloc(count, sizeof *m->scratch.rounded) : NULL;
+    if (!m->scratch.rounded) return obm__fail_nomem(err, (uint64_t)rows * widest * sizeof *m->scratch.rounded);
+    m->scratch.bytes += count * sizeof *m->scratch.rounded;
+    return OBM_OK;
+}
+
 /* A worker scores all heads that read the same keys together. */
 static size_t score_rows(const obm_model *m) {
     return (size_t)m->ctx->threads * (size_t)(m->config.heads / m->config.kv_heads);
@@ -80,6 +89,7 @@ static obm_status grow_rows(obm_model *m, size_t rows, obm_error *err) {
     OBM_TRY(resize(s, &s->products, threads, OBM_TILE_TOKENS * OBM_BLOCK_ROWS, err));
     OBM_TRY(grow_strips(m, err));
     OBM_TRY(grow_unpacked(m, widest, err));
+    OBM_TRY(grow_rounded(m, rows, widest, err));
     OBM_TRY(resize(s, &s->widened, threads, OBM_TILE_TOKENS * (size_t)c->head_dim, err));
     OBM_TRY(resize(s, &s->scores, score_rows(m), positions, err));
     s->positions = positions;

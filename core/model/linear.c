@@ -14,6 +14,7 @@ typedef struct linear_job {
     const obm__linear *layers;
     size_t count;
     const float *x;      /* (n, cols) */
+    uint16_t *rounded;   /* (n, cols): x as bf16, for matrices that are multiplied so; NULL: none is */
     obm__lanes items;    /* node after node, in a node layer after layer */
     size_t *first_item;  /* (nodes, 4): items of layer l at a node: [first_item[l], first_item[l + 1]) */
     size_t *first_block; /* (nodes, 4): of its rows, in items of the layer */
@@ -229,12 +230,30 @@ static const float *widen_panel(const linear_job *j, const obm__matrix *w, int64
     return wide;
 }
 
-/* The panel as GEMM takes it: strips of 32 rows in halves, (strips, 2, cols, 16). */
+/* Products of bf16 are for weights that are bf16: with what a route adds, a weight takes 24 bits. */
+static bool takes_pairs(const linear_job *j, const obm__matrix *w) {
+    return j->rounded && w->dtype == OBM_BF16 && !w->terms;
+}
+
+/* Rows of the matrix as pairs of columns, (rows, cols / 2): where they are, or in `unpacked`. */
+static const void *find_pairs(const linear_job *j, const obm__matrix *w, int64_t row, void *unpacked) {
+    const obm__z12 *packed = packed_for(j, w, OBM_TILE_TOKENS);
+    if (!packed) return matrix_row(w, row);
+    j->m->ctx->k->z12_unpack(unpacked, w->cols, packed, (size_t)row, (size_t)panel_rows(w, row));
+    return unpacked;
+}
+
+/* The panel as GEMM takes it: strips of 32 rows in halves, (strips, 2, cols, 16), or so of pairs of columns. */
 static const float *load_panel(const linear_job *j, const obm__matrix *w, int64_t row, int worker) {
     const obm__scratch *s = &j->m->scratch;
     size_t cols = (size_t)w->cols, rows = (size_t)panel_rows(w, row);
-    float *packed = s->packed + (size_t)worker * s->panel_size;
-    const float *wide = widen_panel(j, w, row, worker, s->panels + (size_t)worker * s->panel_size);
+    float *packed = s->packed + (size_t)worker * s->panel_size, *room = s->panels + (size_t)worker * s->panel_size;
+    const float *wide;
+    if (takes_pairs(j, w)) {
+        wide = find_pairs(j, w, row, room);
+        cols /= 2;
+    } else
+        wide = widen_panel(j, w, row, worker, room);
     for (size_t r = 0; r < rows; r += OBM__GEMM_ROWS)
         j->m->ctx->k->gemm_pack(packed + r * cols, wide + r * cols, cols,
                                 rows - r < OBM__GEMM_ROWS ? rows - r : OBM__GEMM_ROWS, cols);
@@ -262,6 +281,17 @@ static void store_product(const linear_job *j, const obm__linear *l, size_t begi
     }
 }
 
+static void multiply_panel(const linear_job *j, const obm__matrix *w, const float *panel, size_t rows, size_t from, size_t to,
+                           float *product) {
+    const obm_kernels *k = j->m->ctx->k;
+    size_t strips = (rows + OBM__GEMM_ROWS - 1) / OBM__GEMM_ROWS, cols = (size_t)w->cols;
+    if (takes_pairs(j, w))
+        k->gemm_pairs(product, OBM_BLOCK_ROWS, (const uint32_t *)(const void *)panel, strips,
+                      (const uint32_t *)(const void *)(j->rounded + from * cols), cols / 2, to - from, cols / 2);
+    else
+        k->gemm(product, OBM_BLOCK_ROWS, panel, strips, j->x + from * cols, cols, to - from, cols);
+}
+
 static void run_panels(void *arg, size_t begin, size_t end, int worker) {
     const linear_job *j = arg;
     float *product = j->m->scratch.products + (size_t)worker * OBM_TILE_TOKENS * OBM_BLOCK_ROWS;
@@ -279,11 +309,24 @@ static void run_panels(void *arg, size_t begin, size_t end, int worker) {
             }
             loaded = w;
             int64_t rows = panel_rows(w, row);
-            j->m->ctx->k->gemm(product, OBM_BLOCK_ROWS, panel, ((size_t)rows + OBM__GEMM_ROWS - 1) / OBM__GEMM_ROWS,
-                               j->x + (int64_t)from * w->cols, (size_t)w->cols, to - from, (size_t)w->cols);
+            multiply_panel(j, w, panel, (size_t)rows, from, to, product);
             store_product(j, l, from, to, row, rows, product);
         }
     }
+}
+
+static void round_rows(void *arg, size_t begin, size_t end, int worker) {
+    const linear_job *j = arg;
+    size_t cols = (size_t)j->cols;
+    (void)worker;
+    for (size_t i = begin; i < end; i++)
+        if (j->weights[i]) j->m->ctx->k->f32_to_bf16(j->rounded + i * cols, j->x + i * cols, cols);
+}
+
+/* Activations as bf16 where prompts are multiplied so: once for all layers of the call. */
+static void round_activations(linear_job *j) {
+    j->rounded = j->cols % 2 ? NULL : j->m->scratch.rounded;
+    if (j->rounded) obm__place_rows(j->m, j->n, 1, round_rows, j);
 }
 
 /* ---- both ---- */
@@ -332,6 +375,9 @@ obm_status obm__linear_run(obm_model *m, const obm__weights *const *weights, siz
     obm__config_shape(&m->config, layers[0].role, &rows, &j.cols);
     place_items(&j);
     double item_flops = 2.0 * (double)n * OBM_BLOCK_ROWS * (double)j.cols;
-    if (!tiled) OBM_TRY(prepare_tables(&j, err));
+    if (tiled)
+        round_activations(&j);
+    else
+        OBM_TRY(prepare_tables(&j, err));
     return run_slices(&j, tiled ? run_panels : run_rows, item_flops, err);
 }

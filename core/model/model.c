@@ -112,6 +112,15 @@ static float embedding_scale(const obm_model *m, const obm__weights *base) {
     return scale;
 }
 
+static obm_status choose_prefill(obm_model *m, obm_dtype prefill, obm_error *err) {
+    if (prefill != OBM_F32 && prefill != OBM_BF16)
+        return obm__fail(err, OBM_E_ARG, "prefill can be F32 or BF16, not %s", obm_dtype_name(prefill));
+    m->prefill = obm_kernels_pairs_gain(m->ctx->k) ? prefill : OBM_F32;
+    if (m->prefill != prefill)
+        obm__warn(m->ctx, "prefill in bf16: %s has no products of bf16 here (AVX512-BF16); prompts stay f32", m->ctx->k->isa);
+    return OBM_OK;
+}
+
 static obm_status prepare(obm_model *m, const obm_model_options *options, obm_error *err) {
     m->tasks = obm__model_tasks(m);
     m->revision = m->pack ? m->pack->revision : 0;
@@ -121,6 +130,7 @@ static obm_status prepare(obm_model *m, const obm_model_options *options, obm_er
     m->materialise = OBM_OPT(options, obm_model_options, materialise, false);
     if (m->kv != OBM_F32 && m->kv != OBM_F16)
         return obm__fail(err, OBM_E_ARG, "the KV cache can be F32 or F16, not %s", obm_dtype_name(m->kv));
+    OBM_TRY(choose_prefill(m, OBM_OPT(options, obm_model_options, prefill, OBM_F32), err));
     OBM_TRY(obm__model_load_config(m, err));
     OBM_TRY(load_tokenizer(m, err));
     OBM_TRY(obm__model_load_texts(m, err));

@@ -421,6 +421,7 @@ typedef struct obm__scratch {
     float *panels, *packed, *products;   /* per worker: (64, widest) = panel_size, as read and as GEMM takes it; (64, 64) */
     size_t panel_size, widest;  /* columns of the widest matrix */
     uint8_t *strips;            /* per worker: OBM_STRIP_BYTES; NULL: no planes */
+    uint16_t *rounded;          /* (rows, widest): activations of prompts as bf16; NULL: they stay f32 */
     uint16_t *unpacked;         /* per worker: (OBM__Z12_UNPACKED, widest); NULL: no z12, or the mapping beside it */
     obm__tables *tables;        /* (table_rows) of the vectors of a decode step */
     size_t table_rows;
@@ -487,7 +488,7 @@ struct obm_model {
     obm__model_text *texts;             /* (tasks), then the base's */
     obm__config config;
     int64_t vocab;                      /* the largest of base and experts */
-    obm_dtype kv;
+    obm_dtype kv, prefill;
     uint64_t route_budget;
     int64_t pairs;                      /* of the widest rotation */
     float *frequencies;                 /* (ropes, pairs), for sequences of any length or of no more than was trained */

@@ -93,6 +93,7 @@ static void fill_info(obm_context *ctx) {
         .threads = ctx->threads,
         .cores = obm__topology_cores(ctx->topology),
         .nodes = obm__topology_nodes(ctx->topology),
+        .prefill_bf16 = obm_kernels_pairs_gain(ctx->k),
         .z12_auto = obm_kernels_z12_gains(ctx->k),
     };
 }

@@ -225,7 +225,8 @@ class Stream(Iterator[str]):
 
 class Model:
     def __init__(self, path: _Path | Pack, base: _Path | None = None, kv: Literal["f32", "f16"] = "f32",
-                 route_budget: int = 0, materialise: bool = False, z12: bool | Literal["auto", "on", "off"] = "auto", progress: _Progress = None) -> None: ...
+                 route_budget: int = 0, materialise: bool = False, z12: bool | Literal["auto", "on", "off"] = "auto", progress: _Progress = None,
+                 prefill: Literal["f32", "bf16"] = "f32") -> None: ...
     @property
     def tokenizer(self) -> Tokenizer | None: ...
     @property
@@ -349,7 +350,8 @@ def tune(pack: Pack | _Path, data: Iterable[Mapping[str, Any]] | _Path, *, lambd
          readings: _Reading | Sequence[_Reading] | None = None, policies: str | Sequence[str] = (), scales: str | Sequence[str] = (),
          experts: Mapping[str, _Path] | None = None, base: _Path | None = None, route: Literal["auto", "task"] = "auto",
          max_tokens: int = 64, chat: bool = False, batch: int = 0, stop: str | Sequence[str] | None = None, template: str | None = None,
-         materialise: bool = False, z12: bool | Literal["auto", "on", "off"] = "auto", dry_run: bool = False, progress: _Progress = None) -> Tuning: ...
+         materialise: bool = False, z12: bool | Literal["auto", "on", "off"] = "auto", dry_run: bool = False, progress: _Progress = None,
+         prefill: Literal["f32", "bf16"] = "f32") -> Tuning: ...
 class PlacementPlan(TypedDict):
     numa: str
     asked: str

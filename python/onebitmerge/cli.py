@@ -82,7 +82,7 @@ def is_pack(path):
 def open_model(args):
     if args.base and not is_pack(args.model):
         raise Usage("--base goes with a pack; this is a plain model")
-    return obm.Model(args.model, base=args.base, materialise=args.materialise, z12=args.z12, progress=progress_of(args))
+    return obm.Model(args.model, base=args.base, materialise=args.materialise, z12=args.z12, progress=progress_of(args), prefill=args.prefill)
 
 
 def parse_size(text):
@@ -138,6 +138,7 @@ def doctor(args):
     rows = [["version", info["version"]], ["compiler", info["compiler"]], ["python", sys.version.split()[0]],
             ["ISA in use", info["isa"]], ["ISA available", info["isa_available"]], ["BLAS", info["blas"]],
             ["base weights", base_weights(info)],
+            ["prompts", "f32; with --prefill bf16 the CPU's products of bf16" if info["prefill_bf16"] else "f32"],
             ["topology", info["topology"]], ["threads", f"{info['threads']} (of {info['cores']} cores, {info['nodes']} NUMA node{'s' * (info['nodes'] != 1)})"],
             ["memory", f"{_results.size(info['memory_free'])} free of {_results.size(info['memory_total'])}"],
             ["lua", lua or "not found: apt-get install lua5.4 (only for --router FILE.lua)"]]
@@ -713,7 +714,7 @@ def tune_verb(args):
         experts[name] = path
     found = obm.tune(args.pack, items, base=args.base, lambdas=args.lambdas, readings=args.readings, policies=args.policies or (),
                      scales=args.scales or (), experts=experts, route=args.route, max_tokens=args.max_tokens, chat=args.chat, batch=args.batch,
-                     stop=args.stop, template=args.template, materialise=args.materialise, z12=args.z12, dry_run=args.dry_run,
+                     stop=args.stop, template=args.template, materialise=args.materialise, z12=args.z12, prefill=args.prefill, dry_run=args.dry_run,
                      progress=progress_of(args))
     if args.json:
         for row in found.rows or [{"dry_run": True, **c.keys()} for c in found.candidates]:
@@ -839,6 +840,7 @@ def make_parser(asked=None):
         if runs:
             p.add_argument("--materialise", action="store_true", help="dense weights for every route of a pack, instead of running on its sign planes")
             p.add_argument("--z12", choices=("auto", "on", "off"), default="auto", help="bf16 matrices in 12 bits per weight, the same output: packed behind the first tokens where that is faster (auto), while the model is opened, or not")
+            p.add_argument("--prefill", choices=("f32", "bf16"), default="f32", help="bf16: round activations of prompts, for speed where the CPU has AVX512-BF16 (doctor says so)")
         return p
 
     verb(verbs, "doctor", doctor, "build, instruction sets, BLAS, topology, memory; what is missing and how to get it")

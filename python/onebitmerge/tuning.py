@@ -292,7 +292,8 @@ def estimate(pack, candidates, folders):
 def tune(pack: Any, data: Any, *, lambdas: float | Sequence[float] = LAMBDAS, readings: str | Sequence[str] | None = None,
          policies: str | Sequence[str] = (), scales: str | Sequence[str] = (), experts: Mapping[str, Any] | None = None, base: Any = None,
          route: str = "auto", max_tokens: int = 64, chat: bool = False, batch: int = 0, stop: Any = None, template: str | None = None,
-         materialise: bool = False, z12: bool | str = "auto", dry_run: bool = False, progress: Any = None) -> Tuning:
+         materialise: bool = False, z12: bool | str = "auto", dry_run: bool = False, progress: Any = None,
+         prefill: str = "f32") -> Tuning:
     """Choose lambda, reading, policy and scale on validation data, and store the choice in the pack.
 
     pack: a Pack, or its path (base then says where the base lies).  data: items as evaluate takes them (prompt|messages, answer or
@@ -330,7 +331,7 @@ def tune(pack: Any, data: Any, *, lambdas: float | Sequence[float] = LAMBDAS, re
     try:
         if len(variants) > 1:
             check_sources(pack, folders, room, progress)
-        choice, folder = try_all(pack, variants, candidates, folders, room, items, route, options, {"materialise": materialise, "z12": z12})
+        choice, folder = try_all(pack, variants, candidates, folders, room, items, route, options, {"materialise": materialise, "z12": z12, "prefill": prefill})
         store(pack, choice, folder)
         choice.chosen = True
     finally:

@@ -1,6 +1,7 @@
 """Decoding, prefill and start of onebitmerge and llama.cpp in turn, on the same random bf16 weights.
 
     python tests/bench/against_llama_cpp.py [--peer llama=PYTHON] [--peer torch=PYTHON] [--sizes 135m 360m 1.1b] [--rounds 5]
+                                            [--planes] [--tasks 4 8]
 
 PYTHON is an interpreter that has llama-cpp-python (built from source on this machine: pip install --no-binary llama-cpp-python
 llama-cpp-python) or torch and transformers; without a --peer this interpreter is taken for llama.  This one needs numpy, gguf and
@@ -9,14 +10,19 @@ model is worth nothing.  Not a test: it prints numbers and judges nothing.
 
 decode   one sequence, greedy, after a prompt of 8 tokens; llama.cpp's loop has no sampling
 batch 8  eight such sequences in one batch, tokens of all of them
-prefill  512 tokens, logits of the last
+prefill  512 tokens, logits of the last; bf16 is prefill="bf16", where the CPU gains by it
 start    from the start of the process to the first token after 8, the file in the page cache
+planes   --planes: decode with three experts in 1 bit at lambda 0.3 on planes, on plain bf16 and on 12 bits per weight, against
+         the model alone and llama.cpp running one materialised model
+tasks    --tasks K...: K requests of K experts in one batch on planes at lambda 0, against K llama.cpp processes at the same time, each
+         with a model of its own and an equal share of the threads; tokens of all of them
 """
 import argparse
 import json
 import math
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -110,6 +116,37 @@ def write_model(folder, size):
     return at
 
 
+def write_expert(base, folder, size, seed):
+    """The base with other low bits of the mantissa in the layers' matrices: as many up as down."""
+    import numpy as np
+    random = np.random.default_rng(seed)
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.gguf", "*.pack"))
+    with open(folder / "model.safetensors", "r+b") as file:
+        at = 8 + int.from_bytes(file.read(8), "little")
+        for name, _, shape in tensors(size):
+            n = math.prod(shape)
+            if len(shape) == 2 and ".layers." in name:
+                file.seek(at)
+                bits = np.frombuffer(file.read(2 * n), np.uint16) ^ (np.frombuffer(random.bytes(n), np.uint8) & 7)
+                file.seek(at)
+                file.write(bits.astype(np.uint16).tobytes())
+            at += 2 * n
+
+
+def write_pack(folder, size, n, weight):
+    """folder/N.pack: n experts, 1 bit in every layer, lambda = weight."""
+    import onebitmerge as obm
+    path, expert = folder / f"{n}.pack", folder / "expert"
+    for task in range(n):
+        write_expert(folder, expert, size, 2 + task)
+        if task:
+            pack.add(f"task{task}", expert)
+        else:
+            pack = obm.compress(folder, {"task0": expert}, out=path)
+        shutil.rmtree(expert)
+    pack.set(lambda_=weight)
+
+
 def ids_of(vocab, n, seed=1):
     return [(seed * 7919 + i * 104729) % vocab for i in range(n)]
 
@@ -118,10 +155,11 @@ def ids_of(vocab, n, seed=1):
 
 
 class Ours:
-    def __init__(self, folder, threads, z12=False):
+    def __init__(self, folder, threads, pack=None, **options):
         import onebitmerge as obm
         obm.set_threads(threads)
-        self.model = obm.Model(folder, kv="f16", z12=z12)
+        self.model = obm.Model(pathlib.Path(folder) / pack if pack else folder, kv="f16", **{"z12": False, **options})
+        self.tasks = obm.Pack(pathlib.Path(folder) / pack).tasks if pack else []
         self.vocab = json.loads((pathlib.Path(folder) / "config.json").read_text())["vocab_size"]
         self.name = f"onebitmerge {obm.__version__} {obm.info()['isa']}"
 
@@ -130,8 +168,9 @@ class Ours:
 
     def seconds(self, n, batch, tokens):
         prompts = [{"ids": ids_of(self.vocab, n, 1 + i)} for i in range(batch)]
+        routes = {"route": [self.tasks[i % len(self.tasks)] for i in range(batch)]} if self.tasks else {}
         begin = time.perf_counter()
-        self.model.generate(prompts, max_tokens=tokens, ignore_eos=True, batch=batch)
+        self.model.generate(prompts, max_tokens=tokens, ignore_eos=True, batch=batch, **routes)
         return time.perf_counter() - begin
 
     def decode(self, steps, batch):
@@ -228,14 +267,18 @@ class Torch:
         return time.perf_counter() - begin
 
 
-SIDES = {"ours": Ours, "z12": lambda folder, threads: Ours(folder, threads, z12=True), "llama": Llama, "torch": Torch}
+SIDES = {"ours": {}, "z12": {"z12": True}, "bf16": {"prefill": "bf16"}, "planes": {"pack": "3.pack"},
+         "planes, z12": {"pack": "3.pack", "z12": True}}
 
 
 def serve(what, folder, threads):
     """Answers a request a line, as JSON, on what was standard output; libraries may write to what is now."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    side = SIDES[what](folder, threads)
+    if what.endswith(" tasks"):
+        side = Ours(folder, threads, pack=f"{what.split()[0]}.pack")
+    else:
+        side = {"llama": Llama, "torch": Torch}[what](folder, threads) if what not in SIDES else Ours(folder, threads, **SIDES[what])
     first = side.logits(ids_of(side.vocab, PROMPT))
     print(json.dumps(side.name), file=out)
     for line in sys.stdin:
@@ -260,9 +303,12 @@ class Peer:
             sys.exit(f"{self.what} failed:\n{self.log.read().decode(errors='replace')[-2000:]}")
         return json.loads(line)
 
-    def ask(self, *request):
+    def tell(self, *request):
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
+
+    def ask(self, *request):
+        self.tell(*request)
         return self.answer()
 
     def end(self):
@@ -286,14 +332,65 @@ def compare_logits(peers):
             sys.exit(f"{peer.what} runs another model")
 
 
-def measure(peers, rounds, steps, verb, *arguments):
+def measure(peers, rounds, verb, *arguments):
     """Seconds (peers, rounds), interleaved; the first round warms up."""
     rows = [[peer.ask(verb, *arguments) for peer in peers] for _ in range(rounds + 1)]
     return [list(column) for column in zip(*rows[1:])]
 
 
+def print_row(figure, tokens, peers, seconds):
+    """Returns {peer: how often as fast the first one is}: the median over rounds of what was measured in turn."""
+    ratios = {peer.what: statistics.median(own and other / own for own, other in zip(seconds[0], column))
+              for peer, column in zip(peers, seconds)}
+    print(f"{figure:9} " + "; ".join(
+        f"{peer.what} {tokens / statistics.median(column):.1f} tokens/s" +
+        (f" ({peers[0].what} {ratios[peer.what]:.2f} times as fast)" if peer is not peers[0] else "")
+        for peer, column in zip(peers, seconds)), flush=True)
+    return ratios
+
+
+def run_planes(folder, size, steps, options, pythons):
+    write_pack(folder, size, 3, 0.3)
+    peers = [Peer(what, pythons.get(what, sys.executable), folder, options.threads)
+             for what in ("planes", "planes, z12", "ours", "z12", *(what for what in pythons if what == "llama"))]
+    print_row("planes", steps, peers, measure(peers, options.rounds, "decode", steps, 1))
+    for peer in peers:
+        peer.end()
+    shutil.rmtree(folder / "3.pack")
+
+
+def run_tasks(folder, size, k, steps, options, python):
+    """K processes of llama.cpp at the same time, each with a file of its own: others would share pages and cache."""
+    write_pack(folder, size, k, 0)
+    ours = Peer(f"{k} tasks", sys.executable, folder, options.threads)
+    folders = [folder / f"llama{i}" for i in range(k)]
+    for own in folders:
+        own.mkdir()
+        shutil.copy(folder / "model.gguf", own)
+    theirs = [Peer("llama", python, own, max(1, options.threads // k)) for own in folders]
+    seconds = [[], []]
+    for turn in range(options.rounds + 1):
+        own = ours.ask("decode", steps, k)
+        for peer in theirs:
+            peer.tell("decode", steps, 1)
+        slowest = max([peer.answer() for peer in theirs])
+        if turn:
+            seconds[0].append(own)
+            seconds[1].append(slowest)
+    print_row(f"{k} tasks", steps * k, [ours, theirs[0]], seconds)
+    for peer in [ours, *theirs]:
+        peer.end()
+    for own in [*folders, folder / f"{k}.pack"]:
+        shutil.rmtree(own)
+
+
+def gains_by_bf16():
+    import onebitmerge as obm
+    return obm.info()["prefill_bf16"]
+
+
 def run_size(size, options, pythons):
-    """Ratios ours/peer of each figure: median over rounds of what was measured in turn."""
+    """{(figure, peer): how often as fast ours is}."""
     with tempfile.TemporaryDirectory(prefix="obm-bench-", dir=options.folder) as name:
         folder = pathlib.Path(name)
         weights = write_model(folder, size)
@@ -309,23 +406,25 @@ def run_size(size, options, pythons):
         if not options.quiet:
             print("\n".join(f"{peer.what:9} {peer.name}" for peer in peers))
         compare_logits(peers)
-        steps = min(max(4, int(options.steps * 3e8 / weights)), CONTEXT - PROMPT)
+        steps = min(max(4, int(options.steps * 3e8 / weights)), CONTEXT // BATCH - PROMPT)
         figures = {"decode": (steps, ("decode", steps, 1)), "batch 8": (steps * BATCH, ("decode", steps, BATCH)),
                    "prefill": (PREFILL, ("prefill", PREFILL))}
         ratios = {}
         for figure, (tokens, request) in figures.items():
-            seconds = measure(peers, options.rounds, steps, *request)
-            for peer, column in zip(peers, seconds):
-                ratios[figure, peer.what] = statistics.median(own and other / own for own, other in zip(seconds[0], column))
-            print(f"{figure:9} " + "; ".join(
-                f"{peer.what} {tokens / statistics.median(column):.1f} tokens/s" +
-                (f" (ours {ratios[figure, peer.what]:.2f} times as fast)" if peer is not peers[0] else "")
-                for peer, column in zip(peers, seconds)), flush=True)
+            taking = peers + [Peer("bf16", sys.executable, folder, options.threads)] if figure == "prefill" and gains_by_bf16() else peers
+            row = print_row(figure, tokens, taking, measure(taking, options.rounds, *request))
+            ratios.update({(figure, what): ratio for what, ratio in row.items()})
+            for peer in taking[len(peers):]:
+                peer.end()
         for what in sides:
             ratios["start", what] = statistics.median(starts[what]) / statistics.median(starts["ours"])
         print("start     " + "; ".join(f"{what} {statistics.median(starts[what]):.2f} s" for what in sides), flush=True)
         for peer in peers:
             peer.end()
+        if options.planes:
+            run_planes(folder, size, steps, options, pythons)
+        for k in options.tasks:
+            run_tasks(folder, size, k, steps, options, pythons["llama"])
         return ratios
 
 
@@ -339,6 +438,8 @@ def main():
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded at a time by a model of 300 MB; more by smaller, fewer by larger ones")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--folder", help="where the models are written, 2 to 9 GB for a time")
+    parser.add_argument("--planes", action="store_true", help="also three experts on planes")
+    parser.add_argument("--tasks", nargs="+", type=int, default=[], metavar="K", help="also K tasks in a batch against K llama.cpp processes")
     parser.add_argument("--quiet", action="store_true", help="do not print what the sides are")
     options = parser.parse_args()
     pythons = dict(peer.split("=", 1) for peer in options.peer) or {"llama": sys.executable}

@@ -102,6 +102,13 @@ describe("model", function()
     assert.equal((model:generate(question, options)), (packed:generate(question, options)))
   end)
 
+  it("rounds activations of prompts where that is quicker", function()
+    local rounded <close> = assert(obm.model(path, { prefill = "bf16" }))
+    local same = (rounded:generate(question, { chat = true, max_tokens = 12 })) == (model:generate(question, { chat = true, max_tokens = 12 }))
+    assert.is_true(same)
+    assert.error_matches(function() obm.model(path, { prefill = "f16" }) end, 'unknown dtype "f16" %(known: f32, bf16%)')
+  end)
+
   it("generates", function()
     local text, info = model:generate(question, { chat = true, max_tokens = 40 })
     local named = model:generate(question, { chat = true, template = "chatml", max_tokens = 40 })

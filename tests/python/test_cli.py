@@ -33,7 +33,7 @@ def in_shell(*argv, **options):
 def test_doctor(run, lines):
     record, = lines("doctor")
     assert {"version", "isa", "isa_available", "blas", "topology", "compiler", "threads", "cores", "nodes", "memory_total", "memory_free",
-            "z12_auto", "python", "lua", "missing"} == set(record)
+            "prefill_bf16", "z12_auto", "python", "lua", "missing"} == set(record)
     assert record["version"] == obm.__version__ and record["isa"] in record["isa_available"].split(",")
     code, out, _ = run("doctor")
     assert code == 0 and "ISA in use" in out and "BLAS" in out

@@ -3,6 +3,7 @@ tests/oracles holds logits against transformers."""
 
 import gc
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -125,8 +126,8 @@ def test_the_last_hidden_gives_the_logits(base_model, models, ids):
     assert np.abs(normed @ t["model.embed_tokens.weight"].T.astype(np.float64) - base_model.logits(ids)).max() < 1e-3
 
 
-def llama_layer(t, i, h, heads=6, kv_heads=2, dim=32, theta=10000.0):
-    """One LLaMA block in float64, from the published equations."""
+def llama_layer(t, i, h, heads=6, kv_heads=2, dim=32, theta=10000.0, seen=lambda x: x):
+    """One LLaMA block in float64, from the published equations; matrices meet seen(x)."""
     def norm(x, w):
         return x / np.sqrt((x * x).mean(axis=1, keepdims=True) + 1e-5) * w
 
@@ -137,7 +138,7 @@ def llama_layer(t, i, h, heads=6, kv_heads=2, dim=32, theta=10000.0):
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
     w = {k.split(".", 3)[3]: v.astype(np.float64) for k, v in t.items() if k.startswith(f"model.layers.{i}.")}
-    x = norm(h, w["input_layernorm.weight"])
+    x = seen(norm(h, w["input_layernorm.weight"]))
     q, k, v = (((x @ w[f"self_attn.{p}_proj.weight"].T).reshape(len(x), -1, dim)) for p in "qkv")
     q, k = rope(q), rope(k)
     mixed = np.zeros_like(q)
@@ -146,10 +147,10 @@ def llama_layer(t, i, h, heads=6, kv_heads=2, dim=32, theta=10000.0):
         s = np.where(np.tri(len(x), dtype=bool), s, -np.inf)
         p = np.exp(plain.log_softmax(s))
         mixed[:, head] = p @ v[:, head * kv_heads // heads]
-    h = h + mixed.reshape(len(x), -1) @ w["self_attn.o_proj.weight"].T
-    x = norm(h, w["post_attention_layernorm.weight"])
+    h = h + seen(mixed.reshape(len(x), -1)) @ w["self_attn.o_proj.weight"].T
+    x = seen(norm(h, w["post_attention_layernorm.weight"]))
     gate = x @ w["mlp.gate_proj.weight"].T
-    return h + (gate / (1 + np.exp(-gate)) * (x @ w["mlp.up_proj.weight"].T)) @ w["mlp.down_proj.weight"].T
+    return h + seen(gate / (1 + np.exp(-gate)) * (x @ w["mlp.up_proj.weight"].T)) @ w["mlp.down_proj.weight"].T
 
 
 def test_every_layer_is_llama(base_model, models, ids):
@@ -158,6 +159,64 @@ def test_every_layer_is_llama(base_model, models, ids):
     for layer in range(4):
         h = llama_layer(t, layer, h)
         assert np.abs(base_model.hidden(ids, layer + 1) - h).max() < 1e-3
+
+
+# ---- prompts in products of bf16 ----
+
+def round_bf16(x):
+    """To the nearest bf16, ties to even."""
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7fff + (bits >> 16 & 1)) & np.uint32(0xffff0000)).view(np.float32).astype(np.float64)
+
+
+@pytest.fixture(scope="module")
+def rounded_model(models):
+    """Says so, and computes in f32, where the CPU does not multiply bf16."""
+    if obm.info()["prefill_bf16"]:
+        return obm.Model(models / "base", prefill="bf16")
+    with pytest.warns(RuntimeWarning, match="prompts stay f32"):
+        return obm.Model(models / "base", prefill="bf16")
+
+
+def test_prompts_in_bf16_round_activations(rounded_model, base_model, models, ids):
+    """Against the layers with every activation rounded that meets a matrix, a tenth of what the rounding does remains: what falls to
+    the other side of a tie, since sums here are of f64."""
+    if not obm.info()["prefill_bf16"]:
+        return np.testing.assert_array_equal(rounded_model.logits(ids), base_model.logits(ids))
+    t = plain.load(models / "base")
+    for layer in range(4):
+        h, got = (rounded_model.hidden(ids, at).astype(np.float64) for at in (layer, layer + 1))
+        exact, rounded = llama_layer(t, layer, h), llama_layer(t, layer, h, seen=round_bf16)
+        assert 0 < np.square(got - rounded).mean() < 0.01 * np.square(exact - rounded).mean()
+
+
+def test_prompts_in_bf16_do_not_depend_on_their_parts(models, ids, threads):
+    """Nor on threads, on 12 bits per weight, or on how many tokens there are; tokens after the prompt are as ever."""
+    seen = []
+    for n, z12 in ((1, "off"), (2, "on"), (5, "off")):
+        threads(n)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            model = obm.Model(models / "math", z12=z12, prefill="bf16")
+        seen.append([model.logits(ids * 3, all=True).tobytes(), model.generate(PROMPTS, max_tokens=12, chat=True)])
+        assert np.array_equal(model.logits(ids, all=True), model.logits(ids * 3, all=True)[:len(ids)])
+        assert np.array_equal(model.logits(ids, decode=True), obm.Model(models / "math").logits(ids, decode=True))
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_prompts_on_planes_stay_f32(pack_path, ids):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        rounded = obm.Model(pack_path, prefill="bf16")
+    exact = obm.Model(pack_path)
+    assert {route: np.array_equal(rounded.logits(ids, route=route), exact.logits(ids, route=route)) for route in ("math", None)} == \
+        {"math": True, None: not obm.info()["prefill_bf16"]}
+
+
+@pytest.mark.parametrize("name", ["f16", "f64", "fp8", ""])
+def test_prompts_in_what_is_not_there(models, name):
+    with pytest.raises(obm.ArgumentError, match=f'unknown dtype "{name}" \\(known: f32, bf16\\)'):
+        obm.Model(models / "base", prefill=name)
 
 
 def test_layers_that_are_not_there(base_model, ids):
