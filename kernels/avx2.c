@@ -174,10 +174,11 @@ FN static inline __m256 add_pairs(__m256 a, __m256 b) {
 
 #include "template/planes_x86.h"
 
-#define Z12_STEPS 2
-FN static inline void z12_half(W *w, const uint8_t *p, const uint8_t *table, int half) {
-    __m256i low = LOAD_B(p + half * 32), index = LOAD_B(p + 64);
-    __m256i high = LOOKUP(TABLE_B(table), half ? HIGH_NIBBLE(index) : LOW_NIBBLE(index));
+#define Z12_PARTS 2
+#define Z12_NEIGHBOURS 0
+FN static inline void z12_part(W *w, const uint8_t *p, const uint8_t *table, int part) {
+    __m256i low = LOAD_B(p + part * 32), index = LOAD_B(p + 64);
+    __m256i high = LOOKUP(TABLE_B(table), part ? HIGH_NIBBLE(index) : LOW_NIBBLE(index));
     w[0] = ZIP_LOW(low, high);
     w[1] = ZIP_HIGH(low, high);
 }

@@ -147,15 +147,20 @@ FN static inline void store_pairs(uint16_t *p, __m512i even, __m512i odd) {
 
 #include "template/planes_x86.h"
 
-/* In 256-bit halves: unpacking 512 bits would leave the columns in another order. */
-#define Z12_STEPS 1
-FN static inline void z12_half(W *w, const uint8_t *p, const uint8_t *table, int half) {
-    const __m256i nibble = _mm256_set1_epi8(15);
-    __m256i low = LOAD_256(p + half * 32), index = LOAD_256(p + 64),
-            codes = _mm256_broadcastsi128_si256(LOAD_128(table));
-    __m256i high = _mm256_shuffle_epi8(codes, _mm256_and_si256(half ? _mm256_srli_epi16(index, 4) : index, nibble));
-    __m512i first = _mm512_castsi256_si512(_mm256_unpacklo_epi8(low, high));
-    w[0] = _mm512_inserti64x4(first, _mm256_unpackhi_epi8(low, high), 1);
+/* Unpacking works inside 128-bit lanes: with 8 bytes of each half of the block in every lane, its low results are the
+ * 32 columns of the one half in order, and the high ones those of the other. */
+#define Z12_PARTS 1
+#define Z12_NEIGHBOURS 1
+FN static inline void z12_part(W *w, const uint8_t *p, const uint8_t *table, int part) {
+    const long long up = 0x0004000400040004; /* words of the second half have their codes in the upper nibbles */
+    const __m512i shifts = _mm512_setr_epi64(0, up, 0, up, 0, up, 0, up);
+    __m512i low = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 2, 6, 1, 5, 3, 7), LOAD_512(p));
+    __m512i both = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 0, 2, 2, 1, 1, 3, 3),
+                                            _mm512_castsi256_si512(LOAD_256(p + 64)));
+    __m512i high = LOOKUP(TABLE_B(table), LOW_NIBBLE(_mm512_srlv_epi16(both, shifts)));
+    (void)part;
+    w[0] = ZIP_LOW(low, high);
+    w[1] = ZIP_HIGH(low, high);
 }
 
 #include "template/z12_x86.h"

@@ -191,12 +191,13 @@ static int32_t group_tables(uint8_t *tables, const float *x, obm__quantiser z) {
     return (int32_t)vaddvq_u32(sum);
 }
 
-#define Z12_STEPS 2
-static inline void z12_half(W *w, const uint8_t *p, const uint8_t *table, int half) {
+#define Z12_PARTS 2
+#define Z12_NEIGHBOURS 0
+static inline void z12_part(W *w, const uint8_t *p, const uint8_t *table, int part) {
     uint8x16_t codes = vld1q_u8(table), index0 = vld1q_u8(p + 64), index1 = vld1q_u8(p + 80);
-    uint8x16_t low0 = vld1q_u8(p + half * 32), low1 = vld1q_u8(p + half * 32 + 16);
-    uint8x16_t high0 = LOOKUP(codes, half ? HIGH_NIBBLE(index0) : LOW_NIBBLE(index0));
-    uint8x16_t high1 = LOOKUP(codes, half ? HIGH_NIBBLE(index1) : LOW_NIBBLE(index1));
+    uint8x16_t low0 = vld1q_u8(p + part * 32), low1 = vld1q_u8(p + part * 32 + 16);
+    uint8x16_t high0 = LOOKUP(codes, part ? HIGH_NIBBLE(index0) : LOW_NIBBLE(index0));
+    uint8x16_t high1 = LOOKUP(codes, part ? HIGH_NIBBLE(index1) : LOW_NIBBLE(index1));
     w[0] = (W){{WORDS(ZIP_LOW(low0, high0)), WORDS(ZIP_LOW(low1, high1))}};
     w[1] = (W){{WORDS(ZIP_HIGH(low0, high0)), WORDS(ZIP_HIGH(low1, high1))}};
 }
