@@ -25,8 +25,7 @@
 /* Of a NaN and a number the instruction gives the second operand. */
 #define AT_LEAST(v, a) _mm512_max_ps(a, v)
 #define AT_MOST(v, a) _mm512_min_ps(a, v)
-#define POWER(n) \
-    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23))
+#define TIMES_POWER(v, n) _mm512_scalef_ps(v, n)
 
 #define D __m512d
 #define DL 8
@@ -169,11 +168,16 @@ FN static inline void z12_part(W *w, const uint8_t *p, const uint8_t *table, int
 #include "template/gemm_x86.h"
 #define GEMM_PACK NAME(gemm_pack)
 
+#include "template/all.h"
+
 /* Products of bf16 are an extension: the table with them is a second one. */
 #define FN_PAIRS __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,popcnt")))
-#define TABLE_PAIRS obm__kernels_avx512_bf16
+#include "template/gemm_pairs.h"
+#undef TABLE
+#undef GEMM_PAIRS
+#define TABLE obm__kernels_avx512_bf16
 #define GEMM_PAIRS gemm_pairs
-#include "template/all.h"
+#include "template/table.h"
 #else
 typedef int obm__no_avx512; /* ISO C wants a declaration in every file */
 #endif

@@ -216,8 +216,18 @@ typedef struct obm_kernels {
 
     /* exact.  gate = gate / (1 + e(-gate)) * up. */
     void (*silu_mul)(float *gate, const float *up, size_t n);
+    /* exact.  The same with e(gate * u), u = -2 s (1 + 0.044715 gate^2) as one fma of gate^2, s = sqrt(2 / pi): the tanh
+     * form of GELU, since (1 + tanh(x)) / 2 = 1 / (1 + exp(-2 x)). */
+    void (*gelu_mul)(float *gate, const float *up, size_t n);
     /* exact.  x = e(x - max), and their sum, n <= 4096, as abs_sum has it. */
     double (*exp_sum)(float *x, float max, size_t n);
+    /* exact.  x *= scale, and the largest of them, -Inf where n is 0; any value where one is NaN, any zero where it is 0. */
+    float (*scale_max)(float *x, float scale, size_t n);
+    /* exact.  x[i], x[i + pairs] = x[i] * c - x[i + pairs] * s, x[i + pairs] * c + x[i] * s with c = cosine[i], s = sine[i];
+     * each product rounded, then the sum. */
+    void (*rotate)(float *x, const float *cosine, const float *sine, size_t pairs);
+    /* exact.  out = (weight + offset) * (x * scale), each rounded; out may be x. */
+    void (*norm_mul)(float *out, const float *x, const float *weight, float scale, float offset, size_t n);
     /* exact.  out[i] += w[0] * rows[i], then w[1] * rows[ld + i] and so on; each product rounded, then the sum. */
     void (*mix_rows)(float *out, const float *w, const float *rows, size_t ld, size_t count, size_t n);
 

@@ -404,13 +404,42 @@ void obm__scalar_silu_mul(float *gate, const float *up, size_t n) {
     for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1 + exponential(0 - gate[i])) * up[i];
 }
 
-void obm__scalar_exp_minus(float *x, float max, size_t n) {
-    for (size_t i = 0; i < n; i++) x[i] = exponential(x[i] - max);
+void obm__scalar_gelu_mul(float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float x = gate[i], slope = fmaf(x * x, OBM__GELU_CUBE, OBM__GELU_SLOPE);
+        gate[i] = x / (1 + exponential(x * slope)) * up[i];
+    }
 }
 
 static double exp_sum(float *x, float max, size_t n) {
-    obm__scalar_exp_minus(x, max, n);
+    for (size_t i = 0; i < n; i++) x[i] = exponential(x[i] - max);
     return obm__scalar_abs_sum(x, n);
+}
+
+float obm__scalar_scale_max(float *x, float scale, size_t n) {
+    float max = -INFINITY;
+    for (size_t i = 0; i < n; i++) {
+        x[i] *= scale;
+        max = x[i] > max ? x[i] : max;
+    }
+    return max;
+}
+
+/* The second of a pair lies `apart` behind the first: vectors leave the last pairs to this. */
+void obm__scalar_rotate(float *x, size_t apart, const float *cosine, const float *sine, size_t pairs) {
+    for (size_t i = 0; i < pairs; i++) {
+        float a = x[i], b = x[i + apart];
+        x[i] = a * cosine[i] - b * sine[i];
+        x[i + apart] = b * cosine[i] + a * sine[i];
+    }
+}
+
+static void rotate(float *x, const float *cosine, const float *sine, size_t pairs) {
+    obm__scalar_rotate(x, pairs, cosine, sine, pairs);
+}
+
+void obm__scalar_norm_mul(float *out, const float *x, const float *weight, float scale, float offset, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = (weight[i] + offset) * (x[i] * scale);
 }
 
 static void mix_rows(float *out, const float *w, const float *rows, size_t ld, size_t count, size_t n) {
@@ -737,7 +766,11 @@ const obm_kernels obm__kernels_scalar = {
     .batch_f16 = batch_f16,
     .batch_f32 = batch_f32,
     .silu_mul = obm__scalar_silu_mul,
+    .gelu_mul = obm__scalar_gelu_mul,
     .exp_sum = exp_sum,
+    .scale_max = obm__scalar_scale_max,
+    .rotate = rotate,
+    .norm_mul = obm__scalar_norm_mul,
     .mix_rows = mix_rows,
     .gemm_pack = obm__scalar_gemm_pack,
     .gemm = gemm,

@@ -72,7 +72,12 @@ void obm__scalar_rows_f32(float *y, const float *w, size_t ld, size_t rows, cons
 #define OBM__EXP_LEAST (-104.0f) /* below: 0 */
 #define OBM__EXP_MOST 89.0f      /* above: Inf */
 void obm__scalar_silu_mul(float *gate, const float *up, size_t n);
-void obm__scalar_exp_minus(float *x, float max, size_t n);
+#define OBM__GELU_SLOPE (-1.5957691216057308f)  /* -2 sqrt(2 / pi) */
+#define OBM__GELU_CUBE (-0.071354816272600245f) /* times 0.044715 */
+void obm__scalar_gelu_mul(float *gate, const float *up, size_t n);
+void obm__scalar_rotate(float *x, size_t apart, const float *cosine, const float *sine, size_t pairs);
+void obm__scalar_norm_mul(float *out, const float *x, const float *weight, float scale, float offset, size_t n);
+float obm__scalar_scale_max(float *x, float scale, size_t n);
 void obm__scalar_gemm_pack_half(float *packed, const float *rows, size_t ld, size_t n_rows, size_t n);
 void obm__scalar_gemm_pairs(float *y, size_t ldy, const uint32_t *packed, size_t strips, const uint32_t *x, size_t ldx,
                             size_t tokens, size_t n);

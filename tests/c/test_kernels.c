@@ -947,6 +947,104 @@ static void test_exp(void **unused) {
     guarded_free(&x);
 }
 
+/* The tanh form in f64: for a large negative x the f32 one would be a difference of nearly equal numbers. */
+static void check_gelu(const obm_kernels *k, const float *x, size_t n, guarded *gx) {
+    float *gate = at_end(gx, n * 4), want[64], up[64] = {0};
+    for (size_t i = 0; i < n; i++) gate[i] = want[i] = x[i], up[i] = 1 + (float)i;
+    k->gelu_mul(gate, up, n);
+    scalar_table()->gelu_mul(want, up, n);
+    for (size_t i = 0; i < n; i++) {
+        double v = (double)x[i], z = 2 * sqrt(2 / acos(-1)) * (v + 0.044715 * v * v * v),
+               exact = v / (1 + exp(-z)) * up[i];
+        if (isnan(x[i]) || isinf(x[i])) continue;
+        double slack = fabs(exact) * (0x1p-20 + fabs(z) * 0x1p-22) + 0x1p-112; /* z is rounded before e takes it */
+        if (bits_of(gate[i]) != bits_of(want[i]) || !(fabs((double)gate[i] - exact) <= slack))
+            fail_msg("%s gelu_mul: %a gives %a, scalar %a, expected %a", k->isa, (double)x[i], (double)gate[i],
+                     (double)want[i], exact);
+    }
+}
+
+static void test_gelu(void **unused) {
+    (void)unused;
+    static const float edges[] = {0, -0.0f, 1, -1, 10, -10, -5.5f, 1e30f, -1e30f, 0x1p-140f, INFINITY, -INFINITY, NAN};
+    guarded x = guarded_new(64 * 4);
+    EACH_TABLE(k) {
+        float values[64];
+        for (size_t n = 0; n <= 64; n++) {
+            for (size_t i = 0; i < n; i++) values[i] = (draw(PLAIN) - draw(PLAIN)) * 3;
+            check_gelu(k, values, n, &x);
+        }
+        check_gelu(k, edges, sizeof edges / sizeof *edges, &x);
+    }
+    guarded_free(&x);
+}
+
+/* ---- what passes over activations ---- */
+
+static void check_scale_max(const obm_kernels *k, size_t n, guarded *gx) {
+    float *x = at_end(gx, n * 4), want[301];
+    fill(x, n, PLAIN | ZEROS);
+    if (n > 3) x[n - 3] = -INFINITY;
+    for (size_t largest = 0; largest <= n; largest += 1 + largest / 9) {
+        float most = -INFINITY;
+        if (largest < n) x[largest] = 7 + (float)largest;
+        for (size_t i = 0; i < n; i++) {
+            want[i] = x[i] * 0.3f;
+            most = want[i] > most ? want[i] : most;
+        }
+        assert_true(k->scale_max(x, 0.3f, n) == most);
+        assert_memory_equal(x, want, n * 4);
+    }
+    if (!n) return;
+    x[n / 2] = NAN; /* stays where it is */
+    (void)k->scale_max(x, 2, n);
+    assert_true(isnan(x[n / 2]));
+}
+
+static void check_rotate(const obm_kernels *k, size_t pairs, guarded *gx, guarded *gc) {
+    float *x = at_end(gx, 2 * pairs * 4), *c = at_end(gc, pairs * 4), s[150], want[300];
+    fill(x, 2 * pairs, PLAIN | ZEROS);
+    fill(c, pairs, PLAIN | ZEROS);
+    fill(s, pairs, PLAIN | ZEROS);
+    for (size_t i = 0; i < pairs; i++) {
+        float ac = x[i] * c[i], bs = x[i + pairs] * s[i], bc = x[i + pairs] * c[i], as = x[i] * s[i];
+        want[i] = ac - bs;
+        want[i + pairs] = bc + as;
+    }
+    k->rotate(x, c, s, pairs);
+    assert_memory_equal(x, want, 2 * pairs * 4);
+}
+
+static void check_norm(const obm_kernels *k, size_t n, guarded *gx, guarded *gw) {
+    float *x = at_end(gx, n * 4), *w = at_end(gw, n * 4), want[300], out[301] = {0};
+    fill(x, n, PLAIN | ZEROS);
+    fill(w, n, PLAIN | ZEROS);
+    for (size_t i = 0; i < n; i++) {
+        float weight = w[i] + 1, value = x[i] * 0.7f;
+        want[i] = weight * value;
+    }
+    out[n] = -77;
+    k->norm_mul(out, x, w, 0.7f, 1, n);
+    assert_memory_equal(out, want, n * 4);
+    assert_true(out[n] == -77);
+    k->norm_mul(x, x, w, 0.7f, 1, n);
+    assert_memory_equal(x, want, n * 4);
+}
+
+static void test_passes(void **unused) {
+    (void)unused;
+    guarded x = guarded_new(302 * 4), w = guarded_new(302 * 4);
+    EACH_TABLE(k) {
+        for (size_t n = 0; n <= 300; n++) {
+            check_scale_max(k, n, &x);
+            check_norm(k, n, &x, &w);
+            if (n <= 150) check_rotate(k, n, &x, &w);
+        }
+    }
+    guarded_free(&x);
+    guarded_free(&w);
+}
+
 /* Weighted sums of rows: axpy_f32 row by row. */
 static void check_mix(const obm_kernels *k, size_t count, size_t n, guarded *gw, guarded *gx) {
     size_t ld = n + 1;
@@ -1080,10 +1178,14 @@ static void test_gemm(void **unused) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_tables), cmocka_unit_test(test_widen_all), cmocka_unit_test(test_narrow),
-        cmocka_unit_test(test_exact),  cmocka_unit_test(test_merging),   cmocka_unit_test(test_nonfinite_position),
-        cmocka_unit_test(test_rows),   cmocka_unit_test(test_batch),     cmocka_unit_test(test_gemm), cmocka_unit_test(test_gemm_pairs),
-        cmocka_unit_test(test_exp),    cmocka_unit_test(test_mix_rows),  cmocka_unit_test(test_unaligned_inputs),
+        cmocka_unit_test(test_tables),   cmocka_unit_test(test_widen_all),
+        cmocka_unit_test(test_narrow),   cmocka_unit_test(test_exact),
+        cmocka_unit_test(test_merging),  cmocka_unit_test(test_nonfinite_position),
+        cmocka_unit_test(test_rows),     cmocka_unit_test(test_batch),
+        cmocka_unit_test(test_gemm),     cmocka_unit_test(test_gemm_pairs),
+        cmocka_unit_test(test_exp),
+        cmocka_unit_test(test_gelu),     cmocka_unit_test(test_passes),
+        cmocka_unit_test(test_mix_rows), cmocka_unit_test(test_unaligned_inputs),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
