@@ -4,6 +4,11 @@
 #include <string.h>
 
 #define PART_UNIT 4096
+/* From this size on a page of the cache is a mapping of its own: a head's part of it is few small pages of memory, each
+ * of which the processor would have to look up for every token. */
+#define MAPPED ((size_t)1 << 21)
+
+static bool is_mapped(const obm_model *m, size_t bytes) { return m->placement || bytes >= MAPPED; }
 
 /* Heads [first, end) of a page that lie together: all of them, or those of a node. */
 static bool heads_at(const obm_model *m, int64_t kv_head, int64_t *first, int64_t *end) {
@@ -90,7 +95,7 @@ void obm__sequence_free(obm_model *m, obm__sequence *s) {
     size_t bytes = 0;
     page_bytes(m, s->kv, &bytes);
     for (size_t i = 0; i < s->n_pages; i++) {
-        if (m->placement)
+        if (is_mapped(m, bytes))
             obm__place_unmap(s->pages[i], bytes);
         else
             obm_free(s->pages[i]);
@@ -116,7 +121,7 @@ void obm__kv_bounds(const obm_model *m, obm_dtype kv, size_t *at) {
 
 static void *new_page(obm_model *m, obm_dtype kv, size_t bytes) {
     size_t at[OBM_NODES + 1];
-    if (!m->placement) return obm__alloc(bytes, 1);
+    if (!m->placement) return is_mapped(m, bytes) ? obm__map_huge(bytes) : obm__alloc(bytes, 1);
     obm__kv_bounds(m, kv, at);
     return obm__place_map(m, bytes, at);
 }
