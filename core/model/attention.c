@@ -9,9 +9,9 @@ typedef struct attention_job {
     obm_model *m;
     const obm__row *rows;
     int64_t layer;
-    size_t n, span; /* heads of an item, which read the same keys */
+    size_t n, span; /* rows or tiles; heads of an item, which read the same keys */
     bool placed;    /* heads have nodes */
-    bool prompt;    /* all rows are of one sequence */
+    bool tiled;
 } attention_job;
 
 /* ---- rotate and store ---- */
@@ -42,9 +42,9 @@ static void rotate(const attention_job *j, size_t i, int64_t heads, float *x) {
     int rope = m->config.layer[j->layer].rope;
     if (rope < 0) return;
     size_t at = ((size_t)rope * m->scratch.rows + i) * (size_t)m->pairs; // (ropes, rows, pairs)
-    int64_t pairs = obm__rope_pairs(&m->config.ropes[rope]);
+    size_t pairs = (size_t)obm__rope_pairs(&m->config.ropes[rope]);
     for (int64_t h = 0; h < heads; h++)
-        obm__rope_apply(x + h * m->config.head_dim, m->scratch.cosine + at, m->scratch.sine + at, pairs);
+        m->ctx->k->rotate(x + h * m->config.head_dim, m->scratch.cosine + at, m->scratch.sine + at, pairs);
 }
 
 static void rotate_and_store(void *arg, size_t begin, size_t end, int worker) {
@@ -74,7 +74,7 @@ static void rotate_and_store(void *arg, size_t begin, size_t end, int worker) {
 
 /* Positions of a step.  Before each, as many of the page that comes next are asked for: its part of a head lies far
  * from this one's, where no processor looks by itself, and one that waits for too many lines forgets further requests.
- * Prompts take whole pages: row by row they find in the caches what the row before has read. */
+ */
 #define STRIP 8
 
 /* The keys or the values of a head at positions [from, to), strip by strip, none of which crosses a page. */
@@ -96,12 +96,12 @@ static const char *next_part(const strips *w, int64_t page) {
 /* What lies from position p on, (rows, head_dim) at *at; 0 rows behind the last one. */
 static size_t next_strip(strips *w, int64_t p, const void **at) {
     const attention_job *j = w->j;
-    int64_t page = p / OBM_TILE_TOKENS, strip = j->prompt ? OBM_TILE_TOKENS : STRIP, end = (p / strip + 1) * strip;
+    int64_t page = p / OBM_TILE_TOKENS, end = (p / STRIP + 1) * STRIP;
     size_t size = (size_t)j->m->config.head_dim * obm_dtype_size(w->s->kv), slot = (size_t)(p % OBM_TILE_TOKENS) * size;
     if (p >= w->to) return 0;
     if (p == w->from || !slot) {
         w->page = obm__kv_at(j->m, w->s, page, j->layer, w->which, w->kv_head);
-        w->next = j->prompt ? NULL : next_part(w, page);
+        w->next = next_part(w, page);
     }
     size_t rows = (size_t)((end < w->to ? end : w->to) - p);
     for (size_t i = 0; w->next && i < rows * size; i += 64) __builtin_prefetch(w->next + slot + i, 0, 2);
@@ -126,27 +126,13 @@ static void score_keys(const attention_job *j, const obm__sequence *s, int64_t k
         }
 }
 
-/* In eight chains, since each comparison waits for the one before; the order does not matter to a maximum. */
-static float largest(const float *x, int64_t n) {
-    float lane[8], max = -INFINITY;
-    int64_t i = 0;
-    for (int j = 0; j < 8; j++) lane[j] = -INFINITY;
-    for (; i + 8 <= n; i += 8)
-        for (int j = 0; j < 8; j++) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
-    for (; i < n; i++) lane[0] = x[i] > lane[0] ? x[i] : lane[0];
-    for (int j = 0; j < 8; j++) max = lane[j] > max ? lane[j] : max;
-    return max;
-}
-
 /* In place; the sum in f64, so that a long context costs no accuracy. */
 static void softmax(const obm_kernels *k, float *x, int64_t n, float scale, float cap) {
     double sum = 0;
-    for (int64_t i = 0; i < n; i++) x[i] *= scale;
-    for (int64_t i = 0; cap > 0 && i < n; i++) x[i] = obm__soft_cap(x[i], cap);
-    float max = largest(x, n);
+    for (int64_t i = 0; cap > 0 && i < n; i++) x[i] = obm__soft_cap(x[i] * scale, cap);
+    float max = k->scale_max(x, cap > 0 ? 1 : scale, (size_t)n);
     for (int64_t i = 0; i < n; i += 4096) sum += k->exp_sum(x + i, max, (size_t)(n - i < 4096 ? n - i : 4096));
-    float inverse = (float)(1 / sum);
-    for (int64_t i = 0; i < n; i++) x[i] *= inverse;
+    (void)k->scale_max(x, (float)(1 / sum), (size_t)n);
 }
 
 /* out[h] = sum_p weights[h][p - from] * v[p], p increasing. */
@@ -168,11 +154,12 @@ static void mix_values(const attention_job *j, const obm__sequence *s, int64_t k
 }
 
 /* (rows, heads / span); in prompts, and where heads have nodes, (kv_heads, rows, heads of a group / span): the heads of
- * a node one after the other, and what reads the same keys together.  *head: the first of `span`. */
+ * a node one after the other, and what reads the same keys together.  *head: the first of `span`.  Rows of prompts are
+ * tiles. */
 static size_t find_row(const attention_job *j, size_t item, int64_t *head) {
     size_t heads = (size_t)j->m->config.heads / j->span, group = heads / (size_t)j->m->config.kv_heads;
     size_t at = item % heads, row = item / heads;
-    if (j->placed || j->prompt) {
+    if (j->placed || j->tiled) {
         at = item / (j->n * group) * group + item % group;
         row = item / group % j->n;
     }
@@ -221,33 +208,39 @@ static size_t choose_span(const obm_model *m, size_t n) {
     return span;
 }
 
-static bool is_prompt(const obm__row *rows, size_t n) {
-    const obm__sequence *one = NULL;
-    for (size_t i = 0; i < n; i++) {
-        if (one && rows[i].sequence && rows[i].sequence != one) return false;
-        if (rows[i].sequence) one = rows[i].sequence;
+static void attend_tiles(void *arg, size_t begin, size_t end, int worker) {
+    const attention_job *j = arg;
+    for (size_t item = begin; item < end; item++) {
+        int64_t head;
+        size_t first = find_row(j, item, &head) * OBM_TILE_TOKENS, stop = first + OBM_TILE_TOKENS, last;
+        while (first < stop && !j->rows[first].sequence) first++;
+        for (last = first; last < stop && j->rows[last].sequence;) last++;
+        if (first < last) obm__attend_tile(j->m, j->rows, first, last - first, j->layer, head, j->span, worker);
     }
-    return n > 1;
 }
 
-obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int64_t layer, obm_error *err) {
-    const obm__config *c = &m->config;
-    attention_job j = {.m = m, .rows = rows, .layer = layer, .n = n};
-    j.span = choose_span(m, n);
-    j.placed = m->placement && obm__placement_local(m->placement);
-    j.prompt = is_prompt(rows, n);
-    obm__place_rows(m, n, 8, rotate_and_store, &j);
-    int64_t seen = 1;
+/* Positions that the row farthest in its sequence sees. */
+static int64_t most_seen(const obm_model *m, const obm__row *rows, size_t n, int64_t layer) {
+    int64_t seen = 1, window = m->config.layer[layer].window;
     for (size_t i = 0; i < n; i++)
         if (rows[i].sequence && rows[i].position >= seen) seen = rows[i].position + 1;
-    int64_t window = c->layer[layer].window;
-    if (window && seen > window) seen = window;
-    size_t items = n * (size_t)c->heads / j.span, threads = (size_t)m->ctx->threads;
-    /* Counted tenfold: scores and mixing stream the cache, with less arithmetic per byte than GEMM. */
-    double per_item = 40.0 * (double)seen * (double)c->head_dim * (double)j.span, slice = OBM_SLICE_FLOPS / per_item;
+    return window && seen > window ? window : seen;
+}
+
+obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, bool tiled, int64_t layer, obm_error *err) {
+    const obm__config *c = &m->config;
+    attention_job j = {.m = m, .rows = rows, .layer = layer, .n = tiled ? n / OBM_TILE_TOKENS : n, .tiled = tiled};
+    j.span = choose_span(m, j.n);
+    j.placed = m->placement && obm__placement_local(m->placement);
+    obm__place_rows(m, n, 8, rotate_and_store, &j);
+    size_t items = j.n * (size_t)c->heads / j.span, threads = (size_t)m->ctx->threads;
+    /* A row is counted tenfold: scores and mixing stream the cache, with less arithmetic per byte than GEMM. */
+    double per_row = 4.0 * (double)most_seen(m, rows, n, layer) * (double)c->head_dim * (double)j.span;
+    double slice = OBM_SLICE_FLOPS / (per_row * (tiled ? OBM_TILE_TOKENS : 10));
     size_t step = slice < (double)threads ? threads : slice < (double)items ? (size_t)slice : items;
+    size_t grain = !tiled && j.span < 4 ? 4 / j.span : 1;
     obm__lanes whole;
     split_heads(&j, &whole);
-    return obm__parallel_parts(m->ctx, &whole, (items + step - 1) / step, j.span < 4 ? 4 / j.span : 1, attend, &j,
+    return obm__parallel_parts(m->ctx, &whole, (items + step - 1) / step, grain, tiled ? attend_tiles : attend, &j,
                                m->pulse, err);
 }

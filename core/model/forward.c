@@ -7,9 +7,10 @@
 /* ---- buffers ---- */
 
 void obm__scratch_free(obm__scratch *s) {
-    void *all[] = {s->weights, s->x,       s->normed, s->q,        s->mixed,  s->k,          s->v,
-                   s->gate,    s->up,      s->cosine, s->sine,     s->panels, s->packed,     s->products,
-                   s->scores,  s->widened, s->strips, s->unpacked, s->rounded, s->tables, s->table_bytes};
+    void *all[] = {s->weights, s->x,        s->normed,  s->q,      s->mixed,       s->k,      s->v,
+                   s->gate,    s->up,       s->cosine,  s->sine,   s->panels,      s->packed, s->products,
+                   s->scores,  s->widened,  s->strips,  s->tiles,  s->unpacked,    s->rounded, s->tables,
+                   s->table_bytes};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) obm_free(all[i]);
     *s = (obm__scratch){0};
 }
@@ -91,6 +92,7 @@ static obm_status grow_rows(obm_model *m, size_t rows, obm_error *err) {
     OBM_TRY(grow_unpacked(m, widest, err));
     OBM_TRY(grow_rounded(m, rows, widest, err));
     OBM_TRY(resize(s, &s->widened, threads, OBM_TILE_TOKENS * (size_t)c->head_dim, err));
+    OBM_TRY(resize(s, &s->tiles, threads, obm__tile_floats(m), err));
     OBM_TRY(resize(s, &s->scores, score_rows(m), positions, err));
     s->positions = positions;
     s->rows = rows;
@@ -163,8 +165,8 @@ void obm__rms_norm(const obm_model *m, const float *x, const float *weight, int6
         size_t count = (size_t)(n - i < 4096 ? n - i : 4096);
         sum += m->ctx->k->dot(x + i, x + i, count);
     }
-    float scale = 1.0f / sqrtf((float)(sum / (double)n) + m->config.norm_eps), offset = m->config.arch->norm_offset;
-    for (int64_t i = 0; i < n; i++) out[i] = (weight[i] + offset) * (x[i] * scale);
+    float scale = 1.0f / sqrtf((float)(sum / (double)n) + m->config.norm_eps);
+    m->ctx->k->norm_mul(out, x, weight, scale, m->config.arch->norm_offset, (size_t)n);
 }
 
 /* out = norm(x), or x where the architecture has no such norm. */
@@ -201,8 +203,8 @@ static void join(obm_model *m, size_t n, join_job j) {
     obm__place_rows(m, n, row_grain(m->config.hidden), join_rows, &j);
 }
 
-/* gate = silu(gate) * up, (rows, intermediate) */
-static void swiglu_rows(void *arg, size_t begin, size_t end, int worker) {
+/* gate = silu(gate) * up, (rows, intermediate), or with the tanh form of GELU (Hendrycks and Gimpel 2016). */
+static void activate_rows(void *arg, size_t begin, size_t end, int worker) {
     const obm_model *m = arg;
     const obm__scratch *s = &m->scratch;
     int64_t width = m->config.intermediate;
@@ -211,31 +213,15 @@ static void swiglu_rows(void *arg, size_t begin, size_t end, int worker) {
         if (!s->weights[row]) continue;
         float *gate = s->gate + (int64_t)row * width;
         const float *up = s->up + (int64_t)row * width;
-        m->ctx->k->silu_mul(gate, up, (size_t)width);
-    }
-}
-
-/* gate = gelu(gate) * up with the tanh form of GELU (Hendrycks and Gimpel 2016), (rows, intermediate) */
-static void geglu_rows(void *arg, size_t begin, size_t end, int worker) {
-    const obm_model *m = arg;
-    const obm__scratch *s = &m->scratch;
-    int64_t width = m->config.intermediate;
-    const float slope = 0.79788456080286535588f; /* sqrt(2 / pi) */
-    (void)worker;
-    for (size_t row = begin; row < end; row++) {
-        if (!s->weights[row]) continue;
-        float *gate = s->gate + (int64_t)row * width;
-        const float *up = s->up + (int64_t)row * width;
-        for (int64_t i = 0; i < width; i++) {
-            float x = gate[i];
-            gate[i] = 0.5f * x * (1.0f + tanhf(slope * (x + 0.044715f * x * x * x))) * up[i];
-        }
+        if (m->config.activation == OBM_GELU_TANH)
+            m->ctx->k->gelu_mul(gate, up, (size_t)width);
+        else
+            m->ctx->k->silu_mul(gate, up, (size_t)width);
     }
 }
 
 static void gate_rows(obm_model *m, size_t n) {
-    obm__place_rows(m, n, row_grain(8 * m->config.intermediate),
-                    m->config.activation == OBM_GELU_TANH ? geglu_rows : swiglu_rows, m);
+    obm__place_rows(m, n, row_grain(8 * m->config.intermediate), activate_rows, m);
 }
 
 static void start_rotation(obm_model *m, const obm__row *row, size_t i) {
@@ -276,7 +262,7 @@ obm_status obm__forward(obm_model *m, const obm__row *rows, size_t n, bool tiled
         bool last = layer + 1 == layers;
         const obm__linear qkv[] = {{OBM_Q, s->q, q}, {OBM_K, s->k, kv}, {OBM_V, s->v, kv}};
         OBM_TRY(obm__linear_run(m, w, n, tiled, layer, qkv, 3, s->normed, err));
-        OBM_TRY(obm__attention_run(m, rows, n, layer, err)); // mixed (n, heads * head_dim)
+        OBM_TRY(obm__attention_run(m, rows, n, tiled, layer, err)); // mixed (n, heads * head_dim)
         const obm__linear o[] = {{OBM_O, s->normed, c->hidden}};
         OBM_TRY(obm__linear_run(m, w, n, tiled, layer, o, 1, s->mixed, err));
         join(m, n, (join_job){NULL, layer, OBM_ATTENTION_POST_NORM, layer, OBM_MLP_NORM, NULL}); // x += o

@@ -398,8 +398,6 @@ bool obm__rope_needs_length(const obm__rope *r);
 void obm__rope_frequencies(const obm__rope *r, int64_t positions, float *out);
 /* Cosines and sines of a position, times the attention factor. */
 void obm__rope_table(const obm__rope *r, const float *frequencies, int64_t position, float *cosine, float *sine);
-/* Rotates the first 2 * pairs columns of one head in place. */
-void obm__rope_apply(float *x, const float *cosine, const float *sine, int64_t pairs);
 
 /* ---- forward (forward.c, linear.c, attention.c) ---- */
 
@@ -427,6 +425,7 @@ typedef struct obm__scratch {
     size_t table_rows;
     void *table_bytes;          /* what they point into */
     float *scores, *widened;    /* per worker: (heads of a group, positions) and (64, head_dim) */
+    float *tiles;               /* per worker: obm__tile_floats */
     uint64_t bytes;
 } obm__scratch;
 void obm__scratch_free(obm__scratch *s);
@@ -446,8 +445,13 @@ obm_status obm__linear_run(obm_model *m, const obm__weights *const *weights, siz
 void obm__rms_norm(const obm_model *m, const float *x, const float *weight, int64_t n, float *out);
 /* Gemma 2: cap * tanh(x / cap), which bends large values and hardly changes small ones. */
 static inline float obm__soft_cap(float x, float cap) { return cap * tanhf(x / cap); }
-/* Normalises and rotates q and k, writes k and v of all rows to their caches, attends; the result is in m->scratch.mixed. */
-obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, int64_t layer, obm_error *err);
+/* Normalises and rotates q and k, writes k and v of all rows to their caches, attends; the result is in m->scratch.mixed.
+ * tiled: as in obm__linear_run. */
+obm_status obm__attention_run(obm_model *m, const obm__row *rows, size_t n, bool tiled, int64_t layer, obm_error *err);
+/* The heads [head, head + span), which read the same keys, of rows [first, first + n) of a tile, all with a sequence. */
+void obm__attend_tile(const obm_model *m, const obm__row *rows, size_t first, size_t n, int64_t layer, int64_t head,
+                      size_t span, int worker);
+size_t obm__tile_floats(const obm_model *m);
 
 /* Runs `layers` layers; the hidden states are in m->scratch.x, (n, hidden).  Sequences must have room for the positions. */
 obm_status obm__forward(obm_model *m, const obm__row *rows, size_t n, bool tiled, int64_t layers, obm_error *err);

@@ -1,5 +1,5 @@
 /* Rotary position embedding (Su et al. 2021): frequencies of all kinds, computed in f32 in the order of transformers'
- * modeling_rope_utils, and the rotation.  Which kind a model has is config_rope.c's. */
+ * modeling_rope_utils, and the tables of a position.  Which kind a model has is config_rope.c's. */
 #include "model.h"
 
 #define PI 3.14159265358979323846
@@ -83,13 +83,5 @@ void obm__rope_table(const obm__rope *r, const float *frequencies, int64_t posit
         float angle = (float)position * frequencies[i];
         cosine[i] = cosf(angle) * r->attention_factor;
         sine[i] = sinf(angle) * r->attention_factor;
-    }
-}
-
-void obm__rope_apply(float *x, const float *cosine, const float *sine, int64_t pairs) {
-    for (int64_t i = 0; i < pairs; i++) {
-        float a = x[i], b = x[i + pairs];
-        x[i] = a * cosine[i] - b * sine[i];
-        x[i + pairs] = b * cosine[i] + a * sine[i];
     }
 }

@@ -213,6 +213,115 @@ static void chunks_of_a_prompt_do_not_matter(void **state) {
     }
 }
 
+/* ---- prompts of several steps of attention, which takes 256 positions at a time ---- */
+
+#define LONG 613
+#define POSITIONS ",\"max_position_embeddings\":640"
+
+/* The window of the first ends between two steps, and in the middle of one; the second has groups of 6, more rows than a
+ * strip and dimensions that fill no vector. */
+static const tiny long_shapes[] = {
+    {"mistral", 53, 20, 33, 2, 4, 2, 8, 300, 0, OBM_F32, 6, POSITIONS},
+    {"llama", 53, 24, 37, 2, 6, 1, 38, 0, 1, OBM_F32, 7, POSITIONS},
+    {"mistral", 53, 18, 29, 2, 3, 3, 64, 65, 1, OBM_F32, 8, POSITIONS},
+};
+#define N_LONG (sizeof long_shapes / sizeof *long_shapes)
+
+static void long_ids(const tiny *c, int32_t *ids) {
+    unsigned state = 5;
+    for (int i = 0; i < LONG; i++) ids[i] = (int32_t)(tiny_random(&state) % (unsigned)c->vocab);
+}
+
+static void long_prompts_match_the_reference(void **state) {
+    (void)state;
+    for (size_t s = 0; s < N_LONG; s++) {
+        fixture f;
+        int32_t ids[LONG];
+        open_fixture(&f, &long_shapes[s], OBM_BF16, 2);
+        long_ids(&f.c, ids);
+        size_t count = (size_t)(LONG * f.c.vocab);
+        double *expected = malloc(count * sizeof *expected);
+        tiny_reference(&f.c, &f.w, ids, LONG, expected, NULL);
+        float *got = all_logits(f.m, ids, LONG, false, OBM_F32), *half = all_logits(f.m, ids, LONG, false, OBM_F16);
+        assert_true(distance(got, expected, count) < F32_BOUND);
+        assert_true(distance(half, expected, count) < F16_BOUND && distance(half, expected, count) > 0);
+        free(got);
+        free(half);
+        free(expected);
+        close_fixture(&f);
+    }
+}
+
+static void chunks_and_threads_of_long_prompts_do_not_matter(void **state) {
+    (void)state;
+    const size_t cuts[][4] = {{1, 256, 300, LONG}, {255, 257, 511, LONG}, {64, 320, 512, LONG}, {100, 101, 612, LONG}};
+    for (size_t s = 0; s < N_LONG; s++)
+        for (int threads = 1; threads <= 5; threads += 4) {
+            fixture f;
+            obm_error err;
+            int32_t ids[LONG];
+            open_fixture(&f, &long_shapes[s], OBM_BF16, threads);
+            long_ids(&f.c, ids);
+            size_t bytes = (size_t)(LONG * f.c.vocab) * sizeof(float);
+            float *whole = all_logits(f.m, ids, LONG, false, OBM_F16), *out = malloc(bytes);
+            for (size_t c = 0; c < sizeof cuts / sizeof *cuts; c++) {
+                obm__sequence *q;
+                taken t = {out, 0};
+                check_ok(obm__sequence_new(f.m, NULL, OBM_F16, &q, &err), &err);
+                for (size_t i = 0, from = 0; i < 4; from = cuts[c][i++])
+                    check_ok(obm__prefill(f.m, q, ids + from, cuts[c][i] - from, false, f.c.layers, take_logits, &t, &err),
+                             &err);
+                obm__sequence_free(f.m, q);
+                assert_int_equal(t.n, LONG);
+                assert_memory_equal(out, whole, bytes);
+            }
+            free(whole);
+            free(out);
+            close_fixture(&f);
+        }
+}
+
+/* The last layer's attention once more, over a cache in which one position is not finite: it does not reach those who do
+ * not see it. */
+static void check_reach(fixture *f, int which, int64_t position) {
+    enum { N = 320 };
+    obm_error err;
+    obm__sequence *q;
+    obm__row rows[N];
+    int32_t ids[LONG];
+    int64_t layer = f->c.layers - 1, window = f->c.window ? f->c.window : N;
+    size_t dim = (size_t)f->c.dim, row = (size_t)f->c.heads * dim;
+    long_ids(&f->c, ids);
+    check_ok(obm__sequence_new(f->m, NULL, OBM_F32, &q, &err), &err);
+    check_ok(obm__prefill(f->m, q, ids, N, false, f->c.layers, NULL, NULL, &err), &err);
+    float *mixed = f->m->scratch.mixed, *before = malloc(N * row * sizeof *before);
+    memcpy(before, mixed, N * row * sizeof *before);
+    float *at = (float *)obm__kv_at(f->m, q, position / OBM_TILE_TOKENS, layer, which, 0) + position % OBM_TILE_TOKENS * f->c.dim;
+    for (size_t i = 0; i < dim; i++) at[i] = which ? INFINITY : NAN;
+    for (int64_t i = 0; i < N; i++) rows[i] = (obm__row){q, i, ids[i]};
+    for (size_t first = 0; first < N; first += OBM_TILE_TOKENS)
+        obm__attend_tile(f->m, rows, first, OBM_TILE_TOKENS, layer, 0, 1, 0);
+    for (int64_t i = 0; i < N; i++) {
+        const float *now = mixed + (size_t)i * row;
+        if (i < position || i >= position + window) assert_memory_equal(now, before + (size_t)i * row, row * sizeof *now);
+        for (size_t j = 0; i >= position && i < position + window && j < dim; j++) assert_true(!isfinite(now[j]));
+    }
+    free(before);
+    obm__sequence_free(f->m, q);
+}
+
+static void what_is_not_finite_reaches_those_who_see_it(void **state) {
+    (void)state;
+    const int64_t positions[] = {0, 33, 100, 255, 256, 319};
+    for (size_t s = 0; s < N_LONG; s++) {
+        fixture f;
+        open_fixture(&f, &long_shapes[s], OBM_BF16, 1);
+        for (int which = 0; which < 2; which++)
+            for (size_t p = 0; p < sizeof positions / sizeof *positions; p++) check_reach(&f, which, positions[p]);
+        close_fixture(&f);
+    }
+}
+
 /* Two prompts of different lengths in the tiles of one call. */
 static void neighbouring_tiles_do_not_matter(void **state) {
     (void)state;
@@ -612,6 +721,9 @@ int main(void) {
         cmocka_unit_test(threads_do_not_matter),
         cmocka_unit_test(the_last_row_is_the_last_of_all),
         cmocka_unit_test(chunks_of_a_prompt_do_not_matter),
+        cmocka_unit_test(long_prompts_match_the_reference),
+        cmocka_unit_test(chunks_and_threads_of_long_prompts_do_not_matter),
+        cmocka_unit_test(what_is_not_finite_reaches_those_who_see_it),
         cmocka_unit_test(neighbouring_tiles_do_not_matter),
         cmocka_unit_test(neighbours_in_decoding_do_not_matter),
         cmocka_unit_test(hidden_states),

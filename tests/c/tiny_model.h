@@ -98,11 +98,13 @@ static inline void tiny_write_config(const tiny *c, const char *dir) {
     char text[2048], window[64] = "";
     if (c->window) snprintf(window, sizeof window, ",\"sliding_window\":%d", c->window);
     else if (!strcmp(c->type, "mistral")) snprintf(window, sizeof window, ",\"sliding_window\":null");
+    bool own = c->extra && strstr(c->extra, "max_position_embeddings");
+    const char *positions = own ? "" : "\"max_position_embeddings\":200,";
     snprintf(text, sizeof text,
              "{\"model_type\":\"%s\",\"vocab_size\":%d,\"hidden_size\":%d,\"intermediate_size\":%d,\"num_hidden_layers\":%d,"
-             "\"num_attention_heads\":%d,\"num_key_value_heads\":%d,\"head_dim\":%d,\"max_position_embeddings\":200,"
+             "\"num_attention_heads\":%d,\"num_key_value_heads\":%d,\"head_dim\":%d,%s"
              "\"rms_norm_eps\":1e-5,\"rope_theta\":10000.0,\"tie_word_embeddings\":%s,\"eos_token_id\":2%s%s}",
-             c->type, c->vocab, c->hidden, c->inter, c->layers, c->heads, c->kv_heads, c->dim, c->tied ? "true" : "false", window,
+             c->type, c->vocab, c->hidden, c->inter, c->layers, c->heads, c->kv_heads, c->dim, positions, c->tied ? "true" : "false", window,
              c->extra ? c->extra : "");
     tiny_write_text(dir, "config.json", text);
 }
@@ -162,7 +164,7 @@ static inline void ref_rope(double *x, int dim, int position) {
 /* k, v: (layers, T, kv_heads * dim) */
 static inline void ref_attention(const tiny *c, const double *q, const double *k, const double *v, int position, double *out) {
     int width = c->kv_heads * c->dim, from = c->window && position + 1 > c->window ? position + 1 - c->window : 0;
-    double scores[512];
+    double scores[1024];
     for (int h = 0; h < c->heads; h++) {
         int kv = h / (c->heads / c->kv_heads);
         double max = -1e300, sum = 0;
