@@ -63,12 +63,14 @@ FN static inline __m256 load_bf16(const uint16_t *p) {
 #define LANES(v)                  \
     ((uint32_t)_mm_movemask_epi8( \
         _mm_packs_epi16(_mm256_castsi256_si128((__m256i)(v)), _mm256_extracti128_si256((__m256i)(v), 1))))
+#define PLUS_PRODUCT(c, a, b) ((NAME(f))_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define PACK(a, b) _mm256_packs_epi16((__m256i)(a), (__m256i)(b))
 #define AVERAGE(a, b) _mm256_avg_epu16((__m256i)(a), (__m256i)(b))
 #define HALVES(even, odd) _mm256_blend_epi16((__m256i)(even), (__m256i)(odd), 0xaa)
 #define MUL_EVEN(a, b) _mm256_mul_epu32((__m256i)(a), (__m256i)(b))
 #define MUL_UPPER(a, b) ((NAME(w))_mm256_mulhi_epu16((__m256i)(a), (__m256i)(b)))
 #define LESS_SOME(a, b) ((NAME(w))_mm256_subs_epu16((__m256i)(a), (__m256i)(b)))
+#define AT_LEAST_H(a, b) ((NAME(w))_mm256_max_epu16((__m256i)(a), (__m256i)(b)))
 #define AT_MOST_H(a, b) ((NAME(w))_mm256_min_epu16((__m256i)(a), (__m256i)(b)))
 #define QUARTERS(even, odd) _mm256_blend_epi32((__m256i)(even), (__m256i)(odd), 0xaa)
 #define LOAD_F16(p) _mm256_cvtph_ps(LOAD_128(p))

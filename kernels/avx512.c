@@ -49,12 +49,34 @@
 #define MUL_UPPER(a, b) ((NAME(w))_mm512_mulhi_epu16((__m512i)(a), (__m512i)(b)))
 #define LESS_SOME(a, b) ((NAME(w))_mm512_subs_epu16((__m512i)(a), (__m512i)(b)))
 #define AT_MOST_H(a, b) ((NAME(w))_mm512_min_epu16((__m512i)(a), (__m512i)(b)))
+#define AT_LEAST_H(a, b) ((NAME(w))_mm512_max_epu16((__m512i)(a), (__m512i)(b)))
+#define MASK __mmask16
+#define ABOVE_I(a, b) _mm512_cmpgt_epi32_mask((__m512i)(a), (__m512i)(b))
+#define ABOVE_F(a, b) _mm512_cmp_ps_mask((__m512)(a), (__m512)(b), _CMP_GT_OQ)
+#define HAS_BITS(a, b) _mm512_test_epi32_mask((__m512i)(a), (__m512i)(b))
+#define KEEP_IF(mask, v) ((NAME(f))_mm512_maskz_mov_ps(mask, (__m512)(v)))
+#define ADD_IF(mask, a, b) ((NAME(f))_mm512_mask_add_ps((__m512)(a), mask, (__m512)(a), (__m512)(b)))
+#define COUNT_W(n, a, b) mask_less_w((__m512i)(n), _mm512_cmpgt_epi16_mask((__m512i)(a), (__m512i)(b)))
+#define COUNT_B(n, a, b) mask_less_b((__m512i)(n), _mm512_cmpgt_epi8_mask((__m512i)(a), (__m512i)(b)))
+#define PLUS_PRODUCT(c, a, b) ((NAME(f))_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define ROUND_BY(x, a, b) ((NAME(f))round_by((__m512)(x), (__m512)(a), (__m512)(b)))
 #define PACK(a, b) _mm512_packs_epi16((__m512i)(a), (__m512i)(b))
 #define AVERAGE(a, b) _mm512_avg_epu16((__m512i)(a), (__m512i)(b))
 #define HALVES(even, odd) _mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)(even), (__m512i)(odd))
 #define LOAD_F16(p) _mm512_cvtph_ps(LOAD_256(p))
 #define STORE_F16(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT))
 #define STORE_BF16(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), narrow_bf16(v))
+
+FN static inline __m512i mask_less_w(__m512i n, __mmask32 more) {
+    return _mm512_mask_sub_epi16(n, more, n, _mm512_set1_epi16(-1));
+}
+FN static inline __m512i mask_less_b(__m512i n, __mmask64 more) {
+    return _mm512_mask_sub_epi8(n, more, n, _mm512_set1_epi8(-1));
+}
+
+FN static inline __m512 round_by(__m512 x, __m512 a, __m512 b) {
+    return _mm512_fnmadd_ps(a, b, _mm512_fmadd_ps(a, b, x));
+}
 
 /* As narrow_bf16 in scalar.c. */
 FN static inline __m256i narrow_bf16(__m512 v) {

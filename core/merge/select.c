@@ -10,6 +10,8 @@
 
 #define LOW_BINS 65536
 #define BOUNDS 8
+/* Of all targets. */
+#define COUNTS ((size_t)OBM__PICKS * BOUNDS)
 /* Upper halves of finite magnitudes are below this one. */
 #define HIGH_END 0x7f80u
 /* Runs of a sample: an element in 16, but no fewer than half of the 64 thousand that a small tensor has, and no more
@@ -52,7 +54,8 @@ typedef struct pass {
     uint32_t high, bits;  /* the decisive upper bits; the threshold */
     uint64_t begin, end;  /* elements, begin at a block boundary */
     float *scratch;       /* (workers) lanes */
-    uint32_t *histogram;  /* (workers, stride); of bounds (workers, n_targets, BOUNDS) at the front of each */
+    uint32_t *histogram;  /* (workers, stride): lower halves, or (n_targets, BOUNDS) */
+    uint64_t *total;      /* (bins): of all workers and spans */
     size_t bins, stride;  /* bins: that are counted; of equal elements none */
     uint64_t *equal;      /* (blocks) of the whole group */
     _Atomic uint64_t bad; /* lowest index that is not finite */
@@ -63,8 +66,9 @@ typedef struct selection {
     obm__group *groups;
     size_t n_groups;
     float *scratch;
-    uint32_t *histogram;
-    uint64_t *total; /* (LOW_BINS) */
+    uint32_t *counts;    /* (workers, COUNTS) of bounds */
+    uint32_t *histogram; /* (workers, LOW_BINS), with `total` (LOW_BINS) from where lower halves are first counted */
+    uint64_t *total;
     target targets[OBM__PICKS];
     size_t n_targets;
 } selection;
@@ -169,7 +173,7 @@ static void bound_blocks(void *arg, size_t first, size_t last, int worker) {
 static void flush_histograms(const selection *s, const pass *p) {
     for (int w = 0; w < s->run->ctx->threads; w++) {
         uint32_t *histogram = p->histogram + (size_t)w * p->stride;
-        for (size_t i = 0; i < p->bins; i++) s->total[i] += histogram[i];
+        for (size_t i = 0; i < p->bins; i++) p->total[i] += histogram[i];
         memset(histogram, 0, p->bins * sizeof *histogram);
     }
 }
@@ -196,10 +200,20 @@ static pass pass_of(const selection *s, obm__group *g, count_what what) {
                   .what = what,
                   .scratch = s->scratch,
                   .histogram = s->histogram,
+                  .total = s->total,
                   .stride = LOW_BINS};
 }
 
-static obm_status count_low(const selection *s, size_t model, uint32_t high, obm_error *err) {
+/* Most selections do without: the pages of such arrays take longer to come than a small tensor to be merged. */
+static obm_status want_histograms(selection *s, obm_error *err) {
+    size_t threads = (size_t)s->run->ctx->threads;
+    if (!s->histogram) s->histogram = obm__alloc(threads * LOW_BINS, sizeof *s->histogram);
+    if (!s->total) s->total = obm__alloc(LOW_BINS, sizeof *s->total);
+    return s->histogram && s->total ? OBM_OK : obm__fail_nomem(err, (threads * 4 + 8) * (uint64_t)LOW_BINS);
+}
+
+static obm_status count_low(selection *s, size_t model, uint32_t high, obm_error *err) {
+    OBM_TRY(want_histograms(s, err));
     memset(s->total, 0, LOW_BINS * sizeof *s->total);
     for (size_t i = 0; i < s->n_groups; i++) {
         pass p = pass_of(s, &s->groups[i], COUNT_LOW);
@@ -213,15 +227,18 @@ static obm_status count_low(const selection *s, size_t model, uint32_t high, obm
 
 /* How many elements are from each bound of the targets on. */
 static obm_status count_bounds(const selection *s, target *const *targets, size_t n, obm_error *err) {
-    memset(s->total, 0, n * BOUNDS * sizeof *s->total);
+    uint64_t total[COUNTS] = {0};
     for (size_t i = 0; i < s->n_groups; i++) {
         pass p = pass_of(s, &s->groups[i], COUNT_BOUNDS);
         p.targets = targets;
         p.n_targets = n;
+        p.histogram = s->counts;
+        p.total = total;
         p.bins = n * BOUNDS;
+        p.stride = COUNTS;
         OBM_TRY(count_group(s, &p, err));
     }
-    for (size_t i = 0; i < n; i++) memcpy(targets[i]->total, s->total + i * BOUNDS, sizeof targets[i]->total);
+    for (size_t i = 0; i < n; i++) memcpy(targets[i]->total, total + i * BOUNDS, sizeof targets[i]->total);
     return OBM_OK;
 }
 
@@ -291,13 +308,17 @@ static obm_status guess_ranges(selection *s, uint64_t count, obm_error *err) {
     sample t = {.s = s, .count = count, .runs = (size_t)(runs < most ? runs : most)};
     if (t.runs == 0) return OBM_OK;
     size_t each = t.runs * SAMPLE_RUN, bytes = s->n_targets * each * sizeof *t.high;
+    uint32_t *histogram = obm__alloc(HIGH_END + 1, sizeof *histogram);
     t.high = obm__alloc(s->n_targets, each * sizeof *t.high);
-    if (!t.high) return obm__fail_nomem(err, bytes);
-    obm__parallel(s->run->ctx, t.runs, 1, sample_runs, &t);
-    for (size_t m = 0; m < s->n_targets; m++)
-        if (s->targets[m].rest < count) guess_range(s->histogram, t.high + m * each, each, count, &s->targets[m]);
+    if (t.high && histogram) {
+        obm__parallel(s->run->ctx, t.runs, 1, sample_runs, &t);
+        for (size_t m = 0; m < s->n_targets; m++)
+            if (s->targets[m].rest < count) guess_range(histogram, t.high + m * each, each, count, &s->targets[m]);
+    }
+    obm_status status = t.high && histogram ? OBM_OK : obm__fail_nomem(err, bytes + (HIGH_END + 1) * sizeof *histogram);
     obm_free(t.high);
-    return OBM_OK;
+    obm_free(histogram);
+    return status;
 }
 
 /* ---- the upper half ---- */
@@ -396,11 +417,13 @@ static bool high_bits_suffice(const selection *s, size_t model) {
 static obm__cut *cut_of(const obm__group *g, size_t model) { return &g->cuts[model == OBM_BY_SCORE ? 0 : model]; }
 
 /* Cuts of one group when t->rest more equal elements may stay; counts them only if it has to. */
-static obm_status share_equal(const selection *s, obm__group *g, uint32_t bits, target *t, obm_error *err) {
+static obm_status share_equal(selection *s, obm__group *g, uint32_t bits, target *t, obm_error *err) {
     obm__cut *cut = cut_of(g, t->model);
     size_t blocks = (size_t)((g->count + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK);
     *cut = (obm__cut){.bits = bits};
     if (t->rest == 0 || blocks == 0) return OBM_OK;
+    bool known = t->from && t->bound < BOUNDS;
+    if (!known) OBM_TRY(want_histograms(s, err));
     uint64_t *before = obm__alloc(blocks + 1, sizeof *before);
     if (!before) return obm__fail_nomem(err, blocks * sizeof *before);
     pass p = pass_of(s, g, COUNT_EQUAL);
@@ -409,7 +432,6 @@ static obm_status share_equal(const selection *s, obm__group *g, uint32_t bits, 
     p.high = bits >> 16;
     p.equal = before;
     obm_status status = OBM_OK;
-    bool known = t->from && t->bound < BOUNDS;
     for (size_t b = 0; known && b < blocks; b++) before[b] = (uint64_t)t->from[b][t->bound] - t->from[b][t->bound + 1];
     if (!known) status = count_group(s, &p, err);
     uint64_t total = 0;
@@ -428,7 +450,7 @@ static obm_status share_equal(const selection *s, obm__group *g, uint32_t bits, 
 }
 
 /* The pattern that a target's upper half begins; its `rest` and `equal` then are of that pattern. */
-static obm_status find_threshold(const selection *s, target *t, uint32_t *bits, obm_error *err) {
+static obm_status find_threshold(selection *s, target *t, uint32_t *bits, obm_error *err) {
     *bits = t->known.low << 16;
     if (high_bits_suffice(s, t->model) || t->equal == 0) return OBM_OK;
     t->bound = BOUNDS;
@@ -439,7 +461,7 @@ static obm_status find_threshold(const selection *s, target *t, uint32_t *bits, 
     return OBM_OK;
 }
 
-static obm_status find_cut(const selection *s, target *t, obm_error *err) {
+static obm_status find_cut(selection *s, target *t, obm_error *err) {
     uint32_t bits;
     OBM_TRY(find_threshold(s, t, &bits, err));
     bool all = t->rest == t->equal;
@@ -455,9 +477,8 @@ static obm_status find_cut(const selection *s, target *t, obm_error *err) {
 static obm_status selection_new(selection *s, const obm__pick *picks, obm_error *err) {
     size_t threads = (size_t)s->run->ctx->threads, scratch = obm__group_scratch(s->groups[0].steps->n);
     s->scratch = obm__alloc_workers(threads, scratch);
-    s->histogram = obm__alloc(threads * LOW_BINS, sizeof *s->histogram);
-    s->total = obm__alloc(LOW_BINS, sizeof *s->total);
-    bool all = s->scratch && s->histogram && s->total;
+    s->counts = obm__calloc(threads * COUNTS, sizeof *s->counts);
+    bool all = s->scratch && s->counts;
     /* With several groups the records of blocks would add up. */
     size_t blocks = s->n_groups == 1 ? (size_t)((s->groups[0].count + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK) : 0;
     for (size_t i = 0; i < s->n_targets; i++) {
@@ -466,11 +487,12 @@ static obm_status selection_new(selection *s, const obm__pick *picks, obm_error 
         if (blocks) t->from = obm__alloc(blocks, sizeof *t->from);
         all = all && (t->from || !blocks);
     }
-    return all ? OBM_OK : obm__fail_nomem(err, threads * (scratch + LOW_BINS * 4));
+    return all ? OBM_OK : obm__fail_nomem(err, threads * (scratch + COUNTS * sizeof *s->counts));
 }
 
 static void selection_clear(selection *s) {
     obm_free(s->scratch);
+    obm_free(s->counts);
     obm_free(s->histogram);
     obm_free(s->total);
     for (size_t i = 0; i < s->n_targets; i++) obm_free(s->targets[i].from);
