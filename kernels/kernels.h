@@ -172,8 +172,11 @@ typedef struct obm_kernels {
      * k < 8, from[k] < 2^15;  n < 2^31. */
     size_t (*count_bf16)(uint32_t *counts, const uint16_t *from, const uint16_t *a, const uint16_t *b, int round,
                          size_t n);
-    /* low_histogram of a - b (b NULL: a), not rounded. */
-    size_t (*low_bf16)(uint32_t *histogram /* 65536 */, uint32_t high, const uint16_t *a, const uint16_t *b, size_t n);
+    /* Of the differences a - b (b NULL: a), not rounded, whose upper 15 bits under the sign are `high`, the lower halves
+     * that are not 0, in order; out has room for n of them, *found: how many there are, *zeros: how many are 0;
+     * n < 2^16. */
+    size_t (*lows_bf16)(uint16_t *out, size_t *found, size_t *zeros, uint32_t high, const uint16_t *a,
+                        const uint16_t *b, size_t n);
     /* out[i] = the upper 15 bits under the sign of difference i, as delta_bf16 makes it; *most: the largest of them, 0
      * where n is 0. */
     size_t (*sizes_bf16)(uint16_t *out, uint16_t *most, const uint16_t *a, const uint16_t *b, int round, size_t n);

@@ -229,11 +229,18 @@ size_t obm__scalar_count_bf16(uint32_t *counts, const uint16_t *from, const uint
     return n;
 }
 
-size_t obm__scalar_low_bf16(uint32_t *histogram, uint32_t high, const uint16_t *a, const uint16_t *b, size_t n) {
+size_t obm__scalar_lows_bf16(uint16_t *out, size_t *found, size_t *zeros, uint32_t high, const uint16_t *a,
+                             const uint16_t *b, size_t n) {
+    *found = *zeros = 0;
     for (size_t i = 0; i < n; i++) {
         float d;
         if (!obm__scalar_delta_bf16(&d, a + i, b ? b + i : b, 0, 0, 1)) return i;
-        obm__scalar_low_histogram(histogram, high, &d, 1);
+        uint16_t low = (uint16_t)bits_of(d);
+        if ((bits_of(d) >> 16 & 0x7fff) != high) continue;
+        if (low)
+            out[(*found)++] = low;
+        else
+            ++*zeros;
     }
     return n;
 }
@@ -750,7 +757,7 @@ const obm_kernels obm__kernels_scalar = {
     .sum_f32 = obm__scalar_sum_f32,
     .store_bf16 = obm__scalar_store_bf16,
     .count_bf16 = obm__scalar_count_bf16,
-    .low_bf16 = obm__scalar_low_bf16,
+    .lows_bf16 = obm__scalar_lows_bf16,
     .sizes_bf16 = obm__scalar_sizes_bf16,
     .merge_bf16 = obm__scalar_merge_bf16,
     .vote_bf16 = obm__scalar_vote_bf16,

@@ -39,7 +39,8 @@ size_t obm__scalar_store_bf16(uint16_t *out, const float *x, size_t n);
 size_t obm__scalar_count_bf16(uint32_t *counts, const uint16_t *from, const uint16_t *a, const uint16_t *b, int round,
                               size_t n);
 size_t obm__scalar_sizes_bf16(uint16_t *out, uint16_t *most, const uint16_t *a, const uint16_t *b, int round, size_t n);
-size_t obm__scalar_low_bf16(uint32_t *histogram, uint32_t high, const uint16_t *a, const uint16_t *b, size_t n);
+size_t obm__scalar_lows_bf16(uint16_t *out, size_t *found, size_t *zeros, uint32_t high, const uint16_t *a,
+                             const uint16_t *b, size_t n);
 size_t obm__scalar_merge_bf16(uint16_t *out, const obm__tile *t, size_t n);
 size_t obm__scalar_vote_bf16(int64_t *votes, const obm__tile *t, size_t n);
 /* A tile without its first i elements, a multiple of 8; room: for what its pointers become. */

@@ -439,6 +439,8 @@ obm_status obm__select_each(const obm__run *run, obm__group *groups, size_t n_gr
 /* The n-th largest (from 1) of the same values. */
 obm_status obm__select_value(const obm__run *run, obm__group *groups, size_t n_groups, size_t model, uint64_t n,
                              float *out, obm_error *err);
+/* Bytes that lists of a selection among so many elements take at most. */
+uint64_t obm__select_bytes(uint64_t count, size_t n_picks);
 void obm__cut_apply(const obm__cut *c, uint64_t block, float *d, size_t n);
 /* What obm__cut_apply leaves of all n elements of a block: magnitude patterns from *least on; false where elements
  * equal to the threshold are only partly kept. */

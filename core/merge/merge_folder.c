@@ -16,10 +16,18 @@
 
 /* ---- sizes ---- */
 
+/* Whether magnitudes are selected that have bits below those of bf16. */
+static bool may_list(const obm__group *g) {
+    bool trims = g->steps->mask == OBM_MASK_MAGNITUDE || g->steps->mask == OBM_MASK_OUTLIERS;
+    bool rounded = g->work == OBM_BF16 && g->steps->round_deltas;
+    return (trims && !rounded) || (g->steps->method->custom && g->steps->method->custom->score);
+}
+
 /* Everything but the two output tiles: scratch of the passes, histograms, per-block records of the largest tensor, and
  * the pages of the inputs that one span touches. */
 static uint64_t fixed_memory(const obm__job *j) {
-    uint64_t threads = (uint64_t)j->ctx->threads, models = j->recipe->n_models, largest = 0, own = 0, made = 0;
+    uint64_t threads = (uint64_t)j->ctx->threads, models = j->recipe->n_models, largest = 0, own = 0, made = 0, count = 0;
+    bool lists = false;
     for (size_t i = 0; i < j->n_outputs; i++) {
         const obm__group *g = &j->outputs[i].group;
         const obm__custom *custom = j->recipe->method->custom;
@@ -30,7 +38,11 @@ static uint64_t fixed_memory(const obm__job *j) {
         if (g->steps->mask == OBM_MASK_RANKED) bytes += obm__ranked_bytes(g, j->ctx->threads);
         if (bytes > own) own = bytes;
         if (g->count > largest) largest = g->count;
+        count += g->count;
+        lists = lists || may_list(g);
     }
+    uint64_t listed = obm__job_whole_model(j) ? count : largest;
+    if (lists) own += obm__select_bytes(listed, models);
     uint64_t blocks = largest / OBM_MERGE_BLOCK + 1, span = largest < OBM_MERGE_SPAN ? largest : OBM_MERGE_SPAN;
     return threads * (obm__group_scratch(models) + (65536 + 3 * OBM_MERGE_BLOCK) * 4) + 65536 * 8 +
            blocks * models * (j->recipe->method->mask == OBM_MASK_OUTLIERS ? 4 : 3) * 8 + own + made +
@@ -104,16 +116,28 @@ static double nanoseconds(const obm__group *g) {
     return own + PASS_NANOSECONDS * pass_count(g->steps);
 }
 
+static bool may_keep(const obm__output *o) { return !o->copy && !o->rows && pass_count(&o->steps) > 1; }
+
+/* Of all tensors, when statistics are of the whole model. */
+static uint64_t model_bytes(const obm__job *j) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < j->n_outputs; i++)
+        if (may_keep(&j->outputs[i])) sum += input_bytes(&j->outputs[i]);
+    return sum;
+}
+
 /* Several passes map the inputs once, where they may: as much time as one of the passes takes. */
 static bool keeps_inputs(const obm__job *j, const obm__output *o) {
-    return !o->copy && !o->rows && !o->steps.model_scope && pass_count(&o->steps) > 1 && input_bytes(o) <= j->kept;
+    return may_keep(o) && (o->steps.model_scope ? model_bytes(j) : input_bytes(o)) <= j->kept;
 }
 
 static uint64_t kept_memory(const obm__job *j) {
     uint64_t most = 0;
     for (size_t i = 0; i < j->n_outputs; i++) {
         const obm__output *o = &j->outputs[i];
-        if (keeps_inputs(j, o) && input_bytes(o) > most) most = input_bytes(o);
+        if (!keeps_inputs(j, o)) continue;
+        if (o->steps.model_scope) return model_bytes(j);
+        if (input_bytes(o) > most) most = input_bytes(o);
     }
     return most;
 }
@@ -405,7 +429,7 @@ static obm_status map_inputs(const obm__job *j, const obm__run *run, obm__group 
 
 static obm_status write_merged(const obm__job *j, obm__output *o, obm__run *run, writing *x, obm_error *err) {
     size_t size = obm_dtype_size(o->dtype);
-    if (keeps_inputs(j, o)) OBM_TRY(map_inputs(j, run, &o->group, err));
+    if (!o->group.held && keeps_inputs(j, o)) OBM_TRY(map_inputs(j, run, &o->group, err));
     if (!o->group.cuts) OBM_TRY(obm__statistics(run, &o->group, 1, err));
     OBM_TRY(obm__group_form(run, &o->group, err));
     for (uint64_t at = 0; at < o->group.count; at += j->tile) {
@@ -423,9 +447,13 @@ static obm_status model_statistics(obm__job *j, const obm__run *run, obm_error *
     obm__group *groups = obm__alloc(j->n_outputs, sizeof *groups);
     if (!groups) return obm__fail_nomem(err, j->n_outputs * sizeof *groups);
     size_t n = 0;
-    for (size_t i = 0; i < j->n_outputs; i++)
-        if (!j->outputs[i].copy) groups[n++] = j->outputs[i].group;
-    obm_status status = obm__statistics(run, groups, n, err);
+    obm_status status = OBM_OK;
+    for (size_t i = 0; i < j->n_outputs; i++) {
+        obm__output *o = &j->outputs[i];
+        if (status == OBM_OK && keeps_inputs(j, o)) status = map_inputs(j, run, &o->group, err);
+        if (!o->copy) groups[n++] = o->group;
+    }
+    if (status == OBM_OK) status = obm__statistics(run, groups, n, err);
     n = 0;
     for (size_t i = 0; i < j->n_outputs; i++)
         if (!j->outputs[i].copy) j->outputs[i].group = groups[n++];

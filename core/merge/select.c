@@ -2,9 +2,11 @@
  * Exact selection of the k largest magnitudes by counting, never by sorting.  First the upper 15 bits of |x| of the
  * k-th largest: a sample tells about where they lie, and one pass counts the elements from each of 8 bounds around
  * there; if they lie elsewhere, or between two bounds with more than one such pattern, another pass with other bounds
- * follows.  Several models take these passes together, so that their base is read once.  Then a histogram over the
- * lower 16 bits of what shares these upper bits, unless all of these are 0, and where elements equal to the threshold
- * are only partly kept a count of them per block, so that the lowest indices stay.
+ * follows.  Several models take these passes together, so that their base is read once.  Then, unless all lower 16 bits
+ * are 0, one more pass for all lists those of the elements that share the upper ones, block by block: the list has the
+ * threshold, and where elements equal to it are only partly kept how many of them each block has, so that the lowest
+ * indices stay.  Many are zeros, since differences of near bf16 have few bits; these are counted instead.  Where a list
+ * becomes too long, a histogram over the lower bits and a count of what is equal take a pass for each model instead.
  */
 #include "merge.h"
 
@@ -21,7 +23,14 @@
 #define SAMPLE_LEAST 256
 #define SAMPLE_MOST 1024
 
-typedef enum { COUNT_BOUNDS, COUNT_LOW, COUNT_EQUAL } count_what;
+/* Words of a list at most; and of those of all elements: of normal values 0.4 % share an upper half, and a block of them
+ * has 14. */
+#define MOST_LISTED ((uint64_t)1 << 22)
+#define LISTED_SHARE 64
+/* Words of a block in a list, in front of the lower halves: its number in two, how many are 0, and how many follow. */
+#define LIST_HEAD 4
+
+typedef enum { COUNT_BOUNDS, COUNT_LOW, COUNT_EQUAL, LIST_LOWS } count_what;
 
 /* The range that is known to hold the upper half: at least as many elements as are wanted are from `low` on, fewer from
  * `end` on. */
@@ -41,6 +50,9 @@ typedef struct target {
     uint64_t total[BOUNDS];   /* the elements from each of them on */
     uint16_t (*from)[BOUNDS]; /* nullable: the same of each block of the only group */
     size_t bound; /* of the bounds the one that is the upper half, where the next one ends it; else BOUNDS */
+    uint16_t *list;        /* nullable, (room): the blocks that have such elements, in any order */
+    size_t room;
+    _Atomic size_t listed; /* words; more than there is room for: the list is of no use */
 } target;
 
 /* One pass over one group. */
@@ -49,8 +61,9 @@ typedef struct pass {
     const obm__group *g;
     size_t model; /* of passes for one model */
     count_what what;
-    target *const *targets; /* (n_targets), of passes over bounds */
+    target *const *targets; /* (n_targets), of passes over bounds and for lists */
     size_t n_targets;
+    uint64_t block; /* number of the group's first one, of lists */
     uint32_t high, bits;  /* the decisive upper bits; the threshold */
     uint64_t begin, end;  /* elements, begin at a block boundary */
     float *scratch;       /* (workers) lanes */
@@ -124,14 +137,26 @@ static size_t count_values(const pass *p, obm__block *block, uint64_t begin, siz
     return n;
 }
 
-/* The same straight from the files' bytes.  Few elements share an upper half, so those equal to the threshold are what
- * one bin of the lower ones gains, whatever it held before. */
+/* The same straight from the files' bytes. */
 static size_t count_plain(const pass *p, uint64_t begin, size_t n, uint32_t *histogram) {
     obm__plain t = obm__group_plain(p->g, p->model, begin);
-    uint32_t *bin = histogram + (p->bits & 0xffff), before = *bin;
-    size_t bad = p->k->low_bf16(histogram, p->high, t.model, t.base, n);
-    if (p->what == COUNT_EQUAL) p->equal[begin / OBM_MERGE_BLOCK] = *bin - before;
-    return bad;
+    uint16_t lows[OBM_MERGE_BLOCK], low = (uint16_t)p->bits;
+    size_t found, zeros, bad = p->k->lows_bf16(lows, &found, &zeros, p->high, t.model, t.base, n);
+    if (bad < n) return bad;
+    if (p->what == COUNT_EQUAL) {
+        uint64_t equal = low ? 0 : zeros;
+        for (size_t i = 0; i < found; i++) equal += lows[i] == low;
+        p->equal[begin / OBM_MERGE_BLOCK] = equal;
+        return n;
+    }
+    histogram[0] += (uint32_t)zeros;
+    for (size_t i = 0; i < found; i++) histogram[lows[i]]++;
+    return n;
+}
+
+/* Whether the lower halves are those of the difference itself, of bf16 as they are. */
+static bool has_plain_lows(const pass *p, size_t model) {
+    return model != OBM_BY_SCORE && obm__group_is_plain(p->g, model) && !obm__group_plain(p->g, model, 0).round;
 }
 
 static bool is_plain(const pass *p, size_t model) { return model != OBM_BY_SCORE && obm__group_is_plain(p->g, model); }
@@ -139,8 +164,8 @@ static bool is_plain(const pass *p, size_t model) { return model != OBM_BY_SCORE
 static void count_blocks(void *arg, size_t first, size_t last, int worker) {
     pass *p = arg;
     obm__block block = obm__block_of(p->scratch, p->k, p->g, worker);
-    uint32_t *histogram = p->histogram + (size_t)worker * p->stride;
-    bool plain = is_plain(p, p->model) && !obm__group_plain(p->g, p->model, 0).round;
+    uint32_t *histogram = p->bins ? p->histogram + (size_t)worker * p->stride : NULL;
+    bool plain = has_plain_lows(p, p->model);
     obm__group_populate(p->g, p->model, p->begin + first * OBM_MERGE_BLOCK, p->begin + last * OBM_MERGE_BLOCK);
     for (size_t b = first; b < last; b++) {
         uint64_t begin = p->begin + (uint64_t)b * OBM_MERGE_BLOCK;
@@ -169,8 +194,74 @@ static void bound_blocks(void *arg, size_t first, size_t last, int worker) {
     }
 }
 
+/* What is listed of a block: lower halves that are not 0, and how many are. */
+typedef struct lower_halves {
+    uint16_t low[OBM_MERGE_BLOCK];
+    size_t n, zeros;
+} lower_halves;
+
+/* Returns the first index that is not finite. */
+static size_t find_lows(const pass *p, const target *t, obm__block *block, uint64_t begin, size_t n,
+                        lower_halves *out) {
+    uint32_t high = t->known.low;
+    if (has_plain_lows(p, t->model)) {
+        obm__plain d = obm__group_plain(p->g, t->model, begin);
+        return p->k->lows_bf16(out->low, &out->n, &out->zeros, high, d.model, d.base, n);
+    }
+    size_t bad = load_values(p->g, t->model, high << 16, block, begin, n);
+    out->n = out->zeros = 0;
+    for (size_t i = 0; bad == n && i < n; i++) {
+        uint32_t u = magnitude_bits(block->mixed[i]);
+        bool hit = u >> 16 == high, zero = (uint16_t)u == 0;
+        out->low[out->n] = (uint16_t)u;
+        out->n += hit & !zero;
+        out->zeros += hit & zero;
+    }
+    return bad;
+}
+
+static bool has_room(const target *t) { return atomic_load_explicit(&t->listed, memory_order_relaxed) <= t->room; }
+
+static void list_block(target *t, uint64_t block, const lower_halves *l) {
+    if (l->n + l->zeros == 0) return;
+    size_t words = LIST_HEAD + l->n, at = atomic_fetch_add_explicit(&t->listed, words, memory_order_relaxed);
+    if (at > t->room || t->room - at < words) return;
+    uint16_t *to = t->list + at;
+    to[0] = (uint16_t)block;
+    to[1] = (uint16_t)(block >> 16);
+    to[2] = (uint16_t)l->zeros;
+    to[3] = (uint16_t)l->n;
+    memcpy(to + LIST_HEAD, l->low, l->n * sizeof *to);
+}
+
+static void list_blocks(void *arg, size_t first, size_t last, int worker) {
+    pass *p = arg;
+    obm__block block = obm__block_of(p->scratch, p->k, p->g, worker);
+    obm__group_populate(p->g, p->n_targets == 1 ? p->targets[0]->model : SIZE_MAX, p->begin + first * OBM_MERGE_BLOCK,
+                        p->begin + last * OBM_MERGE_BLOCK);
+    for (size_t b = first; b < last; b++) {
+        uint64_t begin = p->begin + (uint64_t)b * OBM_MERGE_BLOCK;
+        size_t n = p->end - begin < OBM_MERGE_BLOCK ? (size_t)(p->end - begin) : OBM_MERGE_BLOCK;
+        for (size_t i = 0; i < p->n_targets; i++) {
+            lower_halves lows;
+            target *t = p->targets[i];
+            if (!has_room(t)) continue;
+            size_t bad = find_lows(p, t, &block, begin, n, &lows);
+            if (bad < n)
+                obm__note_lowest(&p->bad, begin + bad);
+            else
+                list_block(t, p->block + begin / OBM_MERGE_BLOCK, &lows);
+        }
+    }
+}
+
+static obm__range_fn blocks_of(count_what what) {
+    return what == COUNT_BOUNDS ? bound_blocks : what == LIST_LOWS ? list_blocks : count_blocks;
+}
+
 /* The 32-bit histograms of the workers are flushed after every span. */
 static void flush_histograms(const selection *s, const pass *p) {
+    if (!p->bins) return;
     for (int w = 0; w < s->run->ctx->threads; w++) {
         uint32_t *histogram = p->histogram + (size_t)w * p->stride;
         for (size_t i = 0; i < p->bins; i++) p->total[i] += histogram[i];
@@ -184,7 +275,7 @@ static obm_status count_group(const selection *s, pass *p, obm_error *err) {
     for (p->begin = 0; p->begin < p->g->count; p->begin = p->end) {
         p->end = p->g->count - p->begin < OBM_MERGE_SPAN ? p->g->count : p->begin + OBM_MERGE_SPAN;
         obm__parallel(s->run->ctx, (size_t)((p->end - p->begin + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK), 1,
-                      p->what == COUNT_BOUNDS ? bound_blocks : count_blocks, p);
+                      blocks_of(p->what), p);
         if (p->bad != UINT64_MAX) return obm__group_bad(p->k, p->g, p->bad, err);
         flush_histograms(s, p);
         /* Of a small tensor the next pass finds the pages there, and the last one lets them go. */
@@ -416,14 +507,108 @@ static bool high_bits_suffice(const selection *s, size_t model) {
 
 static obm__cut *cut_of(const obm__group *g, size_t model) { return &g->cuts[model == OBM_BY_SCORE ? 0 : model]; }
 
+/* ---- lists of lower halves ---- */
+
+typedef struct listed {
+    uint64_t block;
+    const uint16_t *lows;
+    size_t n, zeros;
+} listed;
+
+/* The block at *at, which moves on to the next one; false at the end. */
+static bool next_listed(const target *t, size_t *at, listed *b) {
+    const uint16_t *words = t->list + *at;
+    if (*at >= t->listed) return false;
+    *b = (listed){words[0] | (uint64_t)words[1] << 16, words + LIST_HEAD, words[3], words[2]};
+    *at += LIST_HEAD + b->n;
+    return true;
+}
+
+/* The pattern of which t->rest are wanted: by the upper 8 of its lower 16 bits, then by the last. */
+static uint32_t threshold_of_list(target *t) {
+    uint64_t upper[256] = {0}, last[256] = {0};
+    listed b;
+    for (size_t at = 0; next_listed(t, &at, &b);) {
+        upper[0] += b.zeros;
+        for (size_t i = 0; i < b.n; i++) upper[b.lows[i] >> 8]++;
+    }
+    uint32_t bin = decisive_bin(upper, 256, &t->rest);
+    for (size_t at = 0; next_listed(t, &at, &b);) {
+        last[0] += bin ? 0 : b.zeros;
+        for (size_t i = 0; i < b.n; i++) last[b.lows[i] & 255] += b.lows[i] >> 8 == bin;
+    }
+    uint32_t low = decisive_bin(last, 256, &t->rest);
+    t->equal = last[low];
+    return t->known.low << 16 | bin << 8 | low;
+}
+
+static uint64_t count_listed(const listed *b, uint32_t bits) {
+    uint16_t low = (uint16_t)bits;
+    uint64_t n = low ? 0 : b->zeros;
+    for (size_t i = 0; i < b->n; i++) n += b->lows[i] == low;
+    return n;
+}
+
+static uint64_t blocks_in(const obm__group *g) { return (g->count + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK; }
+
+static uint64_t most_listed(uint64_t count) {
+    uint64_t words = count / LISTED_SHARE;
+    return words < MOST_LISTED ? words : MOST_LISTED;
+}
+
+uint64_t obm__select_bytes(uint64_t count, size_t n_picks) {
+    return most_listed(count) * sizeof(uint16_t) * (n_picks < OBM__PICKS ? n_picks : OBM__PICKS);
+}
+
+/* Words for the heads of all blocks that may need one, and for what is listed, but no more than a list may have. */
+static uint64_t room_for(const target *t, uint64_t blocks, uint64_t count) {
+    uint64_t heads = LIST_HEAD * (t->equal < blocks ? t->equal : blocks), most = most_listed(count);
+    return heads + t->equal < most ? heads + t->equal : heads < most ? most : 0;
+}
+
+static void drop_list(target *t) {
+    obm_free(t->list);
+    t->list = NULL;
+}
+
+/* One pass for all.  What has no room is given up. */
+static obm_status list_lows(selection *s, obm_error *err) {
+    target *open[OBM__PICKS];
+    uint64_t blocks = 0, count = 0;
+    size_t n = 0;
+    for (size_t i = 0; i < s->n_groups; i++) blocks += blocks_in(&s->groups[i]), count += s->groups[i].count;
+    for (size_t i = 0; i < s->n_targets; i++) {
+        target *t = &s->targets[i];
+        uint64_t room = room_for(t, blocks, count);
+        if (high_bits_suffice(s, t->model) || t->equal == 0 || room == 0) continue;
+        t->list = obm__alloc((size_t)room, sizeof *t->list);
+        if (!t->list) return obm__fail_nomem(err, room * sizeof *t->list);
+        t->room = (size_t)room;
+        open[n++] = t;
+    }
+    blocks = 0;
+    for (size_t i = 0; n && i < s->n_groups; i++) {
+        pass p = pass_of(s, &s->groups[i], LIST_LOWS);
+        p.targets = open;
+        p.n_targets = n;
+        p.block = blocks;
+        OBM_TRY(count_group(s, &p, err));
+        blocks += blocks_in(&s->groups[i]);
+    }
+    for (size_t i = 0; i < n; i++)
+        if (!has_room(open[i])) drop_list(open[i]);
+    return OBM_OK;
+}
+
+/* ---- cuts ---- */
+
 /* Cuts of one group when t->rest more equal elements may stay; counts them only if it has to. */
-static obm_status share_equal(selection *s, obm__group *g, uint32_t bits, target *t, obm_error *err) {
+static obm_status share_equal(const selection *s, obm__group *g, uint32_t bits, target *t, obm_error *err) {
     obm__cut *cut = cut_of(g, t->model);
     size_t blocks = (size_t)((g->count + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK);
     *cut = (obm__cut){.bits = bits};
     if (t->rest == 0 || blocks == 0) return OBM_OK;
     bool known = t->from && t->bound < BOUNDS;
-    if (!known) OBM_TRY(want_histograms(s, err));
     uint64_t *before = obm__alloc(blocks + 1, sizeof *before);
     if (!before) return obm__fail_nomem(err, blocks * sizeof *before);
     pass p = pass_of(s, g, COUNT_EQUAL);
@@ -449,10 +634,63 @@ static obm_status share_equal(selection *s, obm__group *g, uint32_t bits, target
     return status;
 }
 
+/* How many equal elements each group has, `sums` (n_groups), as the list tells. */
+static void sum_listed(const selection *s, const target *t, uint32_t bits, uint64_t *sums) {
+    uint64_t *ends = sums + s->n_groups, end = 0;
+    listed b;
+    memset(sums, 0, s->n_groups * sizeof *sums);
+    for (size_t i = 0; i < s->n_groups; i++) ends[i] = end += blocks_in(&s->groups[i]);
+    for (size_t at = 0; next_listed(t, &at, &b);) {
+        size_t low = 0, high = s->n_groups - 1; /* the first group that ends behind the block */
+        uint64_t n = count_listed(&b, bits);
+        while (n && low < high) {
+            size_t middle = (low + high) / 2;
+            if (ends[middle] > b.block)
+                high = middle;
+            else
+                low = middle + 1;
+        }
+        sums[low] += n;
+    }
+}
+
+/* Equal elements before each block of a group that begins with block `first`. */
+static obm_status list_before(const target *t, const obm__group *g, uint64_t first, uint32_t bits, uint64_t **out,
+                              obm_error *err) {
+    uint64_t blocks = blocks_in(g), *before = obm__calloc((size_t)blocks + 1, sizeof *before);
+    if (!before) return obm__fail_nomem(err, (blocks + 1) * sizeof *before);
+    listed b;
+    for (size_t at = 0; next_listed(t, &at, &b);)
+        if (b.block >= first && b.block - first < blocks) before[b.block - first + 1] = count_listed(&b, bits);
+    for (uint64_t i = 0; i < blocks; i++) before[i + 1] += before[i];
+    *out = before;
+    return OBM_OK;
+}
+
+/* Cuts of all groups when t->rest equal elements may stay. */
+static obm_status share_listed(const selection *s, uint32_t bits, target *t, obm_error *err) {
+    uint64_t *sums = obm__alloc(2 * s->n_groups, sizeof *sums), first = 0;
+    obm_status status = sums ? OBM_OK : obm__fail_nomem(err, 2 * s->n_groups * sizeof *sums);
+    if (sums) sum_listed(s, t, bits, sums);
+    for (size_t i = 0; status == OBM_OK && i < s->n_groups; first += blocks_in(&s->groups[i++])) {
+        obm__cut *cut = cut_of(&s->groups[i], t->model);
+        bool partial = sums[i] > t->rest;
+        *cut = (obm__cut){.bits = bits, .equal = partial ? t->rest : UINT64_MAX};
+        if (partial && t->rest) status = list_before(t, &s->groups[i], first, bits, &cut->before, err);
+        t->rest -= partial ? t->rest : sums[i];
+    }
+    obm_free(sums);
+    return status;
+}
+
 /* The pattern that a target's upper half begins; its `rest` and `equal` then are of that pattern. */
 static obm_status find_threshold(selection *s, target *t, uint32_t *bits, obm_error *err) {
     *bits = t->known.low << 16;
     if (high_bits_suffice(s, t->model) || t->equal == 0) return OBM_OK;
+    if (t->list) {
+        *bits = threshold_of_list(t);
+        return OBM_OK;
+    }
     t->bound = BOUNDS;
     OBM_TRY(count_low(s, t->model, t->known.low, err));
     uint32_t low = decisive_bin(s->total, LOW_BINS, &t->rest);
@@ -465,6 +703,7 @@ static obm_status find_cut(selection *s, target *t, obm_error *err) {
     uint32_t bits;
     OBM_TRY(find_threshold(s, t, &bits, err));
     bool all = t->rest == t->equal;
+    if (!all && t->list) return share_listed(s, bits, t, err);
     for (size_t i = 0; i < s->n_groups; i++) {
         if (all)
             *cut_of(&s->groups[i], t->model) = (obm__cut){.bits = bits, .equal = UINT64_MAX};
@@ -495,7 +734,10 @@ static void selection_clear(selection *s) {
     obm_free(s->counts);
     obm_free(s->histogram);
     obm_free(s->total);
-    for (size_t i = 0; i < s->n_targets; i++) obm_free(s->targets[i].from);
+    for (size_t i = 0; i < s->n_targets; i++) {
+        obm_free(s->targets[i].from);
+        drop_list(&s->targets[i]);
+    }
 }
 
 obm_status obm__select_each(const obm__run *run, obm__group *groups, size_t n_groups, const obm__pick *picks,
@@ -503,6 +745,7 @@ obm_status obm__select_each(const obm__run *run, obm__group *groups, size_t n_gr
     selection s = {.run = run, .groups = groups, .n_groups = n_groups, .n_targets = n_picks};
     obm_status status = selection_new(&s, picks, err);
     if (status == OBM_OK) status = find_highs(&s, err);
+    if (status == OBM_OK) status = list_lows(&s, err);
     for (size_t i = 0; status == OBM_OK && i < n_picks; i++) status = find_cut(&s, &s.targets[i], err);
     selection_clear(&s);
     return status;
@@ -519,6 +762,7 @@ obm_status obm__select_value(const obm__run *run, obm__group *groups, size_t n_g
     uint32_t bits = 0;
     obm_status status = selection_new(&s, &(obm__pick){model, n}, err);
     if (status == OBM_OK) status = find_highs(&s, err);
+    if (status == OBM_OK) status = list_lows(&s, err);
     if (status == OBM_OK) status = find_threshold(&s, &s.targets[0], &bits, err);
     if (status == OBM_OK) memcpy(out, &bits, sizeof *out);
     selection_clear(&s);

@@ -243,33 +243,41 @@ FN static size_t NAME(count_bf16)(uint32_t *counts, const uint16_t *from, const 
     return i + obm__scalar_count_bf16(counts, from, a + i, b ? b + i : b, round, n - i);
 }
 
-/* Few steps have a hit, and most of these have one. */
-FN static void NAME(count_lower)(uint32_t *histogram, NAME(s) hit, NAME(pair) x) {
-    NAME(w) lanes = (NAME(w))HALVES(x.even, x.odd << 16);
+/* Few steps have one, and most of these only one. */
+FN static size_t NAME(list_lows)(uint16_t *out, NAME(s) hit, NAME(w) lanes) {
     uint16_t lower[STEP];
+    size_t found = 0;
     memcpy(lower, &lanes, sizeof lower);
 #ifdef LANES
-    for (uint32_t lane = LANES(hit); lane; lane &= lane - 1) histogram[lower[__builtin_ctz(lane)]]++;
+    for (uint32_t lane = LANES(hit); lane; lane &= lane - 1) out[found++] = lower[__builtin_ctz(lane)];
 #else
     uint16_t hits[STEP];
     memcpy(hits, &hit, sizeof hits);
     for (size_t l = 0; l < STEP; l++)
-        if (hits[l]) histogram[lower[l]]++;
+        if (hits[l]) out[found++] = lower[l];
 #endif
+    return found;
 }
 
-FN static size_t NAME(low_bf16)(uint32_t *histogram, uint32_t high, const uint16_t *a, const uint16_t *b, size_t n) {
-    const NAME(s) zero = {0}, limit = zero + 0x7f7f, wanted = zero + (int16_t)high;
-    NAME(s) bad = zero;
-    size_t i = 0;
+FN static size_t NAME(lows_bf16)(uint16_t *out, size_t *found, size_t *zeros, uint32_t high, const uint16_t *a,
+                                 const uint16_t *b, size_t n) {
+    const NAME(s) zero = {0}, wanted = zero + (int16_t)high;
+    NAME(w) most = {0}, whole = {0};
+    size_t i = 0, listed = 0, counted = 0;
     for (; i + STEP <= n; i += STEP) {
         NAME(pair) x = NAME(difference)(a + i, b ? b + i : b);
-        NAME(s) size = NAME(sizes)(x, 0), hit = size == wanted;
-        bad |= size > limit;
-        if (ANY(hit)) NAME(count_lower)(histogram, hit, x);
+        NAME(w) lower = (NAME(w))HALVES(x.even, x.odd << 16);
+        NAME(s) size = NAME(sizes)(x, 0), hit = size == wanted, none = (NAME(s))lower == zero, some = hit & ~none;
+        most = (NAME(w))AT_LEAST_H(most, (NAME(w))size);
+        whole -= (NAME(w))(hit & none);
+        if (ANY(some)) listed += NAME(list_lows)(out + listed, some, lower);
     }
-    if (ANY(bad)) return obm__scalar_low_bf16(histogram, high, a, b, n);
-    return i + obm__scalar_low_bf16(histogram, high, a + i, b ? b + i : b, n - i);
+    if (NAME(any_infinite)(most)) return obm__scalar_lows_bf16(out, found, zeros, high, a, b, n);
+    for (size_t l = 0; l < STEP; l++) counted += whole[l];
+    i += obm__scalar_lows_bf16(out + listed, found, zeros, high, a + i, b ? b + i : b, n - i);
+    *found += listed;
+    *zeros += counted;
+    return i;
 }
 
 INLINE_FN size_t NAME(size_steps)(uint16_t *out, const uint16_t *a, const uint16_t *b, int round, size_t n,
