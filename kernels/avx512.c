@@ -96,6 +96,7 @@ FN static inline __m256i narrow_bf16(__m512 v) {
 #define SIGNED(a, bits) _mm512_mask_blend_ps((__mmask16)(bits), _mm512_set1_ps(-(a)), _mm512_set1_ps(a))
 #define SIGNED_AT(a, bits, l) SIGNED(a, (bits) >> (l))
 
+#define BATCH_WIDE
 #define KEEP(v) __asm__("" : "+v"(v))
 #define HSUM(v) lanes_sum(v)
 FN static inline float lanes_sum(__m512 v) {
@@ -105,13 +106,31 @@ FN static inline float lanes_sum(__m512 v) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
-#define HSUM_4(p, a, b, c, d) ((p)[0] = HSUM(a), (p)[1] = HSUM(b), (p)[2] = HSUM(c), (p)[3] = HSUM(d))
+/* The same sums of four vectors: halves of two at a time, then quarters of all. */
+#define HSUM_4(p, a, b, c, d) _mm_storeu_ps(p, lanes_sum_4(a, b, c, d))
+FN static inline __m128 lanes_sum_4(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+    __m512 four = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    __m512 two = _mm512_add_ps(four, _mm512_permute_ps(four, 0x4e));
+    __m512 sums = _mm512_add_ps(two, _mm512_permute_ps(two, 0xb1));
+    const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+    return _mm512_castps512_ps128(_mm512_permutexvar_ps(first, sums));
+}
 
 #define W __m512i
 #define LOAD_W(p) LOAD_512(p)
 #define STORE_W(p, w) _mm512_storeu_si512((void *)(p), w)
 #define EVEN_W(w) _mm512_castsi512_ps(_mm512_slli_epi32(w, 16))
 #define ODD_W(w) _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000)))
+/* Loaded once: where a matrix lies across cache lines, each of its loads is two. */
+#define SPLIT_W_BF16(p, a, b)     \
+    do {                          \
+        __m512i both = LOAD_W(p); \
+        KEEP(both);               \
+        a = EVEN_W(both);         \
+        b = ODD_W(both);          \
+    } while (0)
 /* Indices 16 and up of the two-source permute select from the second vector. */
 #define EVEN_OF(a, b) \
     _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), b)

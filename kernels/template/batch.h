@@ -98,8 +98,8 @@ BATCH_TILE(BATCH_THREE, BATCH_EACH_3, 3)
 
 /* x as the tiles take it, so that they read one stream: (groups of four vectors, halves, steps, 4, VL); the last step
  * is filled with zeros. */
-FN static void BATCH_ORDER(float *out, const float *x, size_t ldx, size_t groups, size_t n) {
-    size_t whole = n / ROWS_STEP * ROWS_STEP;
+FN static void BATCH_ORDER(float *out, const float *x, size_t ldx, size_t tokens, size_t n) {
+    size_t whole = n / ROWS_STEP * ROWS_STEP, groups = tokens / 4;
     for (size_t g = 0; g < groups; g++, x += 4 * ldx)
         for (size_t half = 0; half < 2 * VL; half += VL) {
             for (size_t j = half; j < whole; j += ROWS_STEP)
@@ -215,7 +215,7 @@ FN static void BATCH_FOURS(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, 
         count = ordered || n - first < stretch ? n - first : stretch;
         size_t steps = (count + ROWS_STEP - 1) / ROWS_STEP, asked = count * sizeof *w / (2 * groups);
         size_t lines = (BATCH_ASKED * ROWS_STEP * sizeof *w / (2 * groups) + 63) / 64;
-        if (!ordered) BATCH_ORDER(room, x + first, ldx, groups, count);
+        if (!ordered) BATCH_ORDER(room, x + first, ldx, groups * 4, count);
         for (size_t r = 0, tile; r < rows; r += tile) {
             tile = rows - r == 2 || rows - r == 4 ? 2 : 3;
             for (size_t g = 0; g < groups; g++) {
@@ -238,10 +238,11 @@ FN static inline int BATCH_FITS(size_t tokens, size_t n) {
     return tokens / 4 * 4 * ((n + ROWS_STEP - 1) / ROWS_STEP * ROWS_STEP) <= BATCH_ROOM;
 }
 
-/* Rows by all vectors; room: BATCH_ROOM values, which hold the order of x where it fits.  ahead: the rows that come
- * next, `apart` bytes from one to the next. */
+/* Rows by all vectors; room: BATCH_ROOM values, which hold the order of x where it fits. */
 FN static void BATCH_BLOCK(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t ldx,
-                           size_t tokens, size_t n, float *room, const char *ahead, size_t apart) {
+                           size_t tokens, size_t n, float *room, NAME(batch_ask) ask) {
+    const size_t apart = ask.apart;
+    const char *ahead = (const char *)(ask.at + ask.lead * apart);
     size_t even = rows / 2 * 2, fours = rows > 1 ? rows : 0, fits = (size_t)BATCH_FITS(tokens, n), t = 0;
     size_t ordered = 4 * ((n + ROWS_STEP - 1) / ROWS_STEP * ROWS_STEP); /* values of a group */
     for (size_t count; t + 4 <= tokens && fours; t += count) {
@@ -267,12 +268,12 @@ FN static void BATCH_ALL(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, si
                          size_t tokens, size_t n) {
     _Alignas(64) float room[BATCH_ROOM];
     size_t most = tokens == 4 || tokens == 8 || !BATCH_FITS(tokens, n) ? BATCH_ROWS : BATCH_AGAIN;
-    size_t next = tokens < 4 ? BATCH_AGAIN : 3, apart = ld * sizeof *w;
-    if (BATCH_FITS(tokens, n)) BATCH_ORDER(room, x, ldx, tokens / 4, n);
+    NAME(batch_ask) ask = {0, 0, ld * sizeof *w, ROWS_STEP * sizeof *w, tokens < 4 ? BATCH_AGAIN : 3};
+    if (BATCH_FITS(tokens, n)) BATCH_ORDER(room, x, ldx, tokens, n);
     for (size_t r = 0, count; r < rows; r += count) {
         count = rows - r < most ? rows - r : most;
-        BATCH_BLOCK(y + r, ldy, w + r * ld, ld, count, x, ldx, tokens, n, room,
-                    (const char *)((uintptr_t)w + (r + next) * apart), apart);
+        ask.at = (uintptr_t)(w + r * ld);
+        BATCH_BLOCK(y + r, ldy, w + r * ld, ld, count, x, ldx, tokens, n, room, ask);
     }
 }
 
@@ -322,5 +323,3 @@ FN static void BATCH_NAME(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, s
 #undef BATCH_TWO
 #undef BATCH_ZERO
 #undef BATCH_NAME
-#undef BATCH_LOAD
-#undef BATCH_JOIN

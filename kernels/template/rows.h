@@ -10,7 +10,7 @@
  *   ROWS_NAME, ROWS_TYPE             the kernel, the element type of w
  *   ROWS_SPLITS                      1: SPLIT_X moves lanes, which is worth doing once for many rows
  *   SPLIT_W(p, a, b)                 2 * VL weights as two vectors;   SPLIT_X(p, a, b) x in the same order of columns
- *   BATCH_NAME, BATCH_LOAD(p)        for batch.h
+ *   BATCH_NAME, BATCH_LOAD(p)        for batch.h;   BATCH_NAME for batch_wide.h, where BATCH_WIDE is defined
  */
 #define ROWS_STEP ((size_t)2 * VL)
 /* Columns whose order is made once for all rows, 64 KiB on the stack (core/sys/threads.c sees to the pool's, the header
@@ -124,7 +124,11 @@ FN static void ROWS_NAME(float *y, const ROWS_TYPE *w, size_t ld, size_t rows, c
     ROWS_ALL(y, w, ld, rows, x, n, NULL);
 }
 
+#ifdef BATCH_WIDE
+#include "batch_wide.h"
+#else
 #include "batch.h"
+#endif
 
 #undef ROWS_STEP
 #undef ROWS_JOIN_
@@ -139,5 +143,7 @@ FN static void ROWS_NAME(float *y, const ROWS_TYPE *w, size_t ld, size_t rows, c
 #undef ROWS_ADD
 #undef ROWS_NAME
 #undef ROWS_TYPE
+#undef BATCH_LOAD
+#undef BATCH_JOIN
 #undef SPLIT_W
 #undef SPLIT_X

@@ -171,14 +171,13 @@ FN static void NAME(rows_z12)(float *y, const obm__z12 *w, size_t row, size_t ro
 FN static void NAME(z12_batch)(float *y, size_t ldy, const obm__z12 *w, size_t row, size_t rows, const float *x,
                                size_t ldx, size_t tokens, uint16_t *unpacked) {
     _Alignas(64) float room[OBM__BATCH_ROOM];
-    if (NAME(batch_bf16_fits)(tokens, w->cols)) NAME(batch_bf16_order)(room, x, ldx, tokens / 4, w->cols);
+    if (NAME(batch_bf16_fits)(tokens, w->cols)) NAME(batch_bf16_order)(room, x, ldx, tokens, w->cols);
     for (size_t r = 0, count; r < rows; r += count) {
         size_t apart = w->blocks * OBM__Z12_BYTES, next = (row + r + OBM__Z12_UNPACKED) * apart;
+        NAME(batch_ask) ask = {(uintptr_t)w->codes + next, 0, apart, Z12_STEP * OBM__Z12_BYTES / 64, 0};
         count = rows - r < OBM__Z12_UNPACKED ? rows - r : OBM__Z12_UNPACKED;
         NAME(z12_unpack)(unpacked, w->cols, w, row + r, count);
-        NAME(batch_bf16_block)
-        (y + r, ldy, unpacked, w->cols, count, x, ldx, tokens, w->cols, room,
-         (const char *)((uintptr_t)w->codes + next), apart);
+        NAME(batch_bf16_block)(y + r, ldy, unpacked, w->cols, count, x, ldx, tokens, w->cols, room, ask);
     }
 }
 

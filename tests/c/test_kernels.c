@@ -809,11 +809,11 @@ static void call_batch(const obm_kernels *k, int type, float *y, size_t ldy, con
 /* Against rows_* of the same table, bit for bit; whatever lies between the results stays as it was. */
 static void check_batch(const obm_kernels *k, int type, size_t rows, size_t tokens, size_t n, guarded *gw,
                         guarded *gx) {
-    enum { LDY = 67 };
+    enum { LDY = 67, VECTORS = 17 };
     size_t size = type == 2 ? 4 : 2, ld = n + 3, ldx = n + 5;
     size_t elements = rows ? (rows - 1) * ld + n : 0, values = tokens ? (tokens - 1) * ldx + n : 0;
     uint8_t *w = at_end(gw, elements * size);
-    float *x = at_end(gx, values * 4), y[9 * LDY], alone[LDY];
+    float *x = at_end(gx, values * 4), y[VECTORS * LDY], alone[LDY];
     for (size_t i = 0; i < elements; i++) {
         float value = draw(PLAIN | ZEROS) * 0.01f;
         uint16_t half;
@@ -822,9 +822,9 @@ static void check_batch(const obm_kernels *k, int type, size_t rows, size_t toke
         memcpy(w + i * size, type == 2 ? (void *)&value : (void *)&half, size);
     }
     fill(x, values, PLAIN | ZEROS);
-    for (size_t i = 0; i < 9 * LDY; i++) y[i] = -77;
+    for (size_t i = 0; i < VECTORS * LDY; i++) y[i] = -77;
     call_batch(k, type, y, LDY, w, ld, rows, x, ldx, tokens, n);
-    for (size_t t = 0; t < 9; t++) {
+    for (size_t t = 0; t < VECTORS; t++) {
         if (t < tokens) call_rows(k, type, alone, w, ld, rows, x + t * ldx, n);
         for (size_t r = 0; r < LDY; r++) {
             float want = t < tokens && r < rows ? alone[r] : -77;
@@ -847,6 +847,8 @@ static void test_batch(void **unused) {
             check_batch(k, type, 8, 9, 4403, &w, &x); /* more than the vectors' order has room for */
             check_batch(k, type, 22, 6, 77, &w, &x);
             check_batch(k, type, 67, 8, 300, &w, &x);
+            check_batch(k, type, 13, 17, 1500, &w, &x); /* several passes and stretches of columns */
+            check_batch(k, type, 8, 4, 4100, &w, &x);
         }
     }
     guarded_free(&w);
