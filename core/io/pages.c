@@ -12,16 +12,18 @@ void obm__pages_release(const void *data, size_t size) {
     if (end > begin) (void)madvise((void *)begin, end - begin, MADV_DONTNEED);
 }
 
-/* Linux 5.14; elsewhere, and where it is refused, the reads fault as they always did. */
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22
-#endif
+/* Linux maps the neighbours of a page that faults along with it, where they are in memory: this many bytes by default.
+ * MADV_POPULATE_READ does the same and then looks at every page once more: whole merges took 9 to 16 % longer with it.
+ * What comes with no neighbour faults when it is read. */
+#define FAULT_AROUND ((size_t)64 << 10)
 
 void obm__pages_populate(const void *data, size_t size) {
 #ifdef __linux__
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    uintptr_t begin = (uintptr_t)data & ~(page - 1), end = ((uintptr_t)data + size + page - 1) & ~(page - 1);
-    if (size) (void)madvise((void *)begin, end - begin, MADV_POPULATE_READ);
+    const volatile char *at = data, *end = at + size;
+    while (at < end) {
+        (void)*at;
+        at += FAULT_AROUND - (uintptr_t)at % FAULT_AROUND;
+    }
 #else
     (void)data, (void)size;
 #endif
