@@ -24,9 +24,10 @@
 #define SAMPLE_MOST 1024
 
 /* Words of a list at most; and of those of all elements: of normal values 0.4 % share an upper half, and a block of them
- * has 14. */
+ * has 14.  A small tensor may have more. */
 #define MOST_LISTED ((uint64_t)1 << 22)
 #define LISTED_SHARE 64
+#define FEW_LISTED 4096
 /* Words of a block in a list, in front of the lower halves: its number in two, how many are 0, and how many follow. */
 #define LIST_HEAD 4
 
@@ -552,7 +553,7 @@ static uint64_t count_listed(const listed *b, uint32_t bits) {
 static uint64_t blocks_in(const obm__group *g) { return (g->count + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK; }
 
 static uint64_t most_listed(uint64_t count) {
-    uint64_t words = count / LISTED_SHARE;
+    uint64_t words = count / LISTED_SHARE + FEW_LISTED;
     return words < MOST_LISTED ? words : MOST_LISTED;
 }
 

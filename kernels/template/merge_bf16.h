@@ -16,7 +16,7 @@
  *   HAS_BITS(a, b)                   a & b is not 0
  *   KEEP_IF(mask, v)                 v, or +0
  *   ADD_IF(mask, a, b)               a + b, or a
- *   PLUS_PRODUCT(c, a, b)            c + a * b, where the product is exact: rounded once or twice; may be left out, like
+ *   PLUS_PRODUCT(c, a, b)            c + a * b of an exact product, by one instruction; may be left out, like
  *   ROUND_BY(x, a, b)                (x + a * b) - a * b of such products
  *   COUNT_W(n, a, b) COUNT_B         one more in 16-bit or 8-bit lanes of n where signed ones have a > b
  */
@@ -427,7 +427,8 @@ INLINE_FN NAME(floats) NAME(vote)(const NAME(tile) * w, NAME(form) is, size_t m,
 /* As in agree_f32.  One less than a sum of +0 has the sign that is below it; a sum of -0 is one of zeros, which agree
  * with nobody.  Under the sign of the sum what agrees is positive.  What is not finite makes the sum so, and no vote is
  * NaN where it is finite; elsewhere the scalar kernel decides. */
-INLINE_FN NAME(floats) NAME(agreed)(const NAME(tile) * w, NAME(form) is, const NAME(floats) * d, NAME(floats) * faults) {
+INLINE_FN NAME(floats)
+    NAME(agreed)(const NAME(tile) * w, NAME(form) is, const NAME(floats) * d, NAME(floats) * faults) {
     const NAME(f) zero = {0};
     const NAME(floats) start = {is.large ? w->start : zero, is.large ? w->start : zero};
     NAME(floats) sum = {zero, zero}, mixed = sum, divisor = start;
