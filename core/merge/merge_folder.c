@@ -26,7 +26,8 @@ static bool may_list(const obm__group *g) {
 /* Everything but the two output tiles: scratch of the passes, histograms, per-block records of the largest tensor, and
  * the pages of the inputs that one span touches. */
 static uint64_t fixed_memory(const obm__job *j) {
-    uint64_t threads = (uint64_t)j->ctx->threads, models = j->recipe->n_models, largest = 0, own = 0, made = 0, count = 0;
+    uint64_t threads = (uint64_t)j->ctx->threads, models = j->recipe->n_models;
+    uint64_t largest = 0, count = 0, own = 0, made = 0;
     bool lists = false;
     for (size_t i = 0; i < j->n_outputs; i++) {
         const obm__group *g = &j->outputs[i].group;

@@ -23,8 +23,8 @@
 #define SAMPLE_LEAST 256
 #define SAMPLE_MOST 1024
 
-/* Words of a list at most; and of those of all elements: of normal values 0.4 % share an upper half, and a block of them
- * has 14.  A small tensor may have more. */
+/* Words of a list at most; and of all elements at most, but a small tensor's: of normal values 0.4 % share an upper
+ * half, 14 in a block. */
 #define MOST_LISTED ((uint64_t)1 << 22)
 #define LISTED_SHARE 64
 #define FEW_LISTED 4096
