@@ -25,29 +25,38 @@ struct obm__adapter_writer {
 
 /* ---- the folder ---- */
 
-/* Only an adapter is replaced: *found is another file, owned. */
+/* Whether a name is that of a file under a temporary name. */
+static bool is_temporary(const char *name, const char *file) {
+    return obm__temp_stem(name) == strlen(file) && !strncmp(name, file, strlen(file));
+}
+
+/* Only an adapter is replaced: *found is another file, owned.  Weights beside a config that has not got its name yet
+ * are what a run left that was killed between its two renames. */
 static obm_status look_inside(const char *dir, bool *adapter, char **found, obm_error *err) {
+    bool config = false, weights = false, staged = false;
+    obm_status status = OBM_OK;
     DIR *d = opendir(dir);
     if (!d) return obm__fail_errno(err, "cannot list %s", dir);
-    for (struct dirent *e; (e = readdir(d));) {
-        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..") || obm__temp_stem(e->d_name)) continue;
+    for (struct dirent *e; status == OBM_OK && (e = readdir(d));) {
         bool ours = !strcmp(e->d_name, OBM_ADAPTER_CONFIG) || !strcmp(e->d_name, OBM_ADAPTER_WEIGHTS);
-        *adapter |= ours;
-        if (ours || *found) continue;
-        if (!(*found = obm__strdup(e->d_name))) {
-            closedir(d);
-            return obm__fail_nomem(err, strlen(e->d_name));
-        }
+        config |= !strcmp(e->d_name, OBM_ADAPTER_CONFIG);
+        weights |= !strcmp(e->d_name, OBM_ADAPTER_WEIGHTS);
+        staged |= is_temporary(e->d_name, OBM_ADAPTER_CONFIG);
+        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..") || obm__temp_stem(e->d_name) || ours || *found)
+            continue;
+        if (!(*found = obm__strdup(e->d_name))) status = obm__fail_nomem(err, strlen(e->d_name));
     }
     closedir(d);
-    return OBM_OK;
+    *adapter = config || (weights && !staged);
+    return status;
 }
 
 static obm_status check_folder(const char *dir, bool overwrite, obm_error *err) {
     bool adapter = false;
     char *found = NULL;
     if (!obm__file_exists(dir) && !obm__is_directory(dir)) return OBM_OK;
-    if (!obm__is_directory(dir)) return obm__fail(err, OBM_E_OCCUPIED, "%s is a file, expected a folder or nothing", dir);
+    if (!obm__is_directory(dir))
+        return obm__fail(err, OBM_E_OCCUPIED, "%s is a file, expected a folder or nothing", dir);
     obm_status status = look_inside(dir, &adapter, &found, err);
     if (status == OBM_OK && !adapter && found)
         status = obm__fail(err, OBM_E_OCCUPIED, "%s holds %s and no adapter: it will not be replaced", dir, found);
@@ -57,20 +66,16 @@ static obm_status check_folder(const char *dir, bool overwrite, obm_error *err) 
     return status;
 }
 
-/* Whether a name is one of our two files under a temporary name. */
-static bool is_remains(const char *name) {
-    size_t stem = obm__temp_stem(name);
-    return (stem == strlen(OBM_ADAPTER_CONFIG) && !strncmp(name, OBM_ADAPTER_CONFIG, stem)) ||
-           (stem == strlen(OBM_ADAPTER_WEIGHTS) && !strncmp(name, OBM_ADAPTER_WEIGHTS, stem));
-}
-
-/* What killed runs left: those at work hold the folder's lock, which is ours now. */
-static obm_status remove_remains(const char *dir, obm_error *err) {
+/* What killed runs left: those at work hold the folder's lock, which is ours now.  Weights that lack their config go
+ * first: without its temporary name they would look like somebody's. */
+static obm_status remove_remains(const obm__adapter_writer *w, bool adapter, obm_error *err) {
+    const char *dir = w->dir;
     obm_status status = OBM_OK;
+    if (!adapter && unlink(w->weights) && errno != ENOENT) return obm__fail_errno(err, "cannot remove %s", w->weights);
     DIR *d = opendir(dir);
     if (!d) return obm__fail_errno(err, "cannot list %s", dir);
     for (struct dirent *e; status == OBM_OK && (e = readdir(d));) {
-        if (!is_remains(e->d_name)) continue;
+        if (!is_temporary(e->d_name, OBM_ADAPTER_CONFIG) && !is_temporary(e->d_name, OBM_ADAPTER_WEIGHTS)) continue;
         char *path = obm__path_join(dir, e->d_name);
         if (!path) status = obm__fail_nomem(err, strlen(dir));
         if (path && unlink(path) && errno != ENOENT) status = obm__fail_errno(err, "cannot remove %s", path);
@@ -91,6 +96,8 @@ obm_status obm__adapter_writer_check(const char *dir, bool overwrite, const char
 
 obm_status obm__adapter_writer_new(const char *dir, obm_dtype dtype, obm__adapter_writer **out, obm_error *err) {
     obm_status status;
+    bool adapter = false;
+    char *found = NULL;
     obm__adapter_writer *w = obm__calloc(1, sizeof *w);
     if (!w) return obm__fail_nomem(err, sizeof *w);
     w->lock = w->fd = -1;
@@ -102,11 +109,13 @@ obm_status obm__adapter_writer_new(const char *dir, obm_dtype dtype, obm__adapte
     w->made = !obm__is_directory(dir);
     OBM_GO(obm__make_directory(dir, err));
     OBM_GO(obm__directory_lock(dir, &w->lock, err));
-    OBM_GO(remove_remains(dir, err));
+    OBM_GO(look_inside(dir, &adapter, &found, err));
+    OBM_GO(remove_remains(w, adapter, err));
     OBM_GO(obm__temp_create(w->weights, &w->spool, &w->fd, err));
     *out = w;
-    return OBM_OK;
+    w = NULL;
 done:
+    obm_free(found);
     obm__adapter_writer_free(w);
     return status;
 }
@@ -212,17 +221,22 @@ static char *config_text(const obm__adapter_writer *w, const char *base) {
     return text;
 }
 
-/* Between the two renames there is no config, hence no adapter: old factors never run under new ranks. */
+/* Between the two renames there is no config, hence no adapter: old factors never run under new ranks.  The config
+ * waits under its temporary name, by which the next run knows what a killed one left. */
 static obm_status publish(const obm__adapter_writer *w, obm__st_writer *st, const char *base, obm_error *err) {
     char *text = config_text(w, base);
     if (!text)
         return obm__json_can_hold(base) ? obm__fail_nomem(err, 0)
                                         : obm__fail(err, OBM_E_ARG, "%s: the name of the base is not UTF-8", w->config);
-    obm_status status = OBM_OK;
+    char *staged = NULL;
+    obm_status status = obm__file_stage(w->config, text, strlen(text), &staged, err);
+    obm_free(text);
+    OBM_TRY(status);
     if (unlink(w->config) && errno != ENOENT) status = obm__fail_errno(err, "cannot replace %s", w->config);
     if (status == OBM_OK) status = obm__st_writer_publish(st, NULL, err);
-    if (status == OBM_OK) status = obm__file_write(w->config, text, strlen(text), err);
-    obm_free(text);
+    if (status == OBM_OK) status = obm__file_publish(staged, w->config, err);
+    if (status != OBM_OK) unlink(staged);
+    obm_free(staged);
     return status;
 }
 

@@ -8,6 +8,10 @@
  *     one shard       rename of model.safetensors (an old index and its shards are removed afterwards)
  *     several         rename of the index; where an old model.safetensors stands before it, the removal of that
  *
+ * Shards that would take the names of an old model's get names with their content's hash.  Once that model is gone,
+ * links give them the plain names, and a second index is renamed over the first: whichever a reader sees, its files are
+ * there.
+ *
  * Weights and config.json are two files, and no order of renames switches both at once.  So when an existing model is
  * replaced by one whose config or tokenizer differs, the old commit file is removed before the small files change: a
  * run killed between the two leaves a folder without a model, which every reader refuses, never the weights of one with
@@ -19,6 +23,7 @@
 #include "unfinished.h"
 
 #include <dirent.h>
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -44,7 +49,7 @@ static const char *const carried[] = {
 /* The tensors [first, end). */
 typedef struct {
     obm__st_writer *file;
-    char *name;
+    char *name, *plain; /* plain: the name without the content's hash, NULL where `name` is that */
     char hash[33];
     size_t first, end;
     uint64_t bytes;
@@ -216,6 +221,7 @@ static void free_shards(shard *shards, size_t n) {
     for (size_t i = 0; shards && i < n; i++) {
         obm__st_writer_free(shards[i].file);
         obm_free(shards[i].name);
+        obm_free(shards[i].plain);
     }
     obm_free(shards);
 }
@@ -273,30 +279,47 @@ static obm_json *file_record(const shard *s) {
     return NULL;
 }
 
-/* Marks the shards that a run with `resume` would keep, as take_over finds them; writes nothing. */
+static obm_status refuse_existing(const char *path, const shard *shards, size_t n, const obm__unfinished *u,
+                                  obm_error *err);
+
+static obm_status mark_finished(const obm__model_writer *w, const obm__unfinished *u, shard *shards, size_t n,
+                                obm_error *err) {
+    for (size_t i = 0; i < n; i++) {
+        obm__finished_shard found;
+        OBM_TRY(obm__unfinished_shard(u, i, shards[i].name, obm__st_writer_size(shards[i].file), w->tick, w->user,
+                                      &found, err));
+        shards[i].done = found.file != NULL;
+        shards[i].published = found.published;
+        if (found.published) {
+            obm_free(shards[i].name);
+            shards[i].name = found.file;
+        } else {
+            obm_free(found.file);
+        }
+    }
+    return OBM_OK;
+}
+
+/* Marks the shards that a run with `resume` would keep, and refuses what it would, as take_over does; writes nothing.
+ */
 static obm_status find_finished(const obm__model_writer *w, shard *shards, size_t n, obm_error *err) {
     obm__unfinished u = {0};
     if (!obm__is_directory(w->path)) return OBM_OK;
     OBM_TRY(obm__unfinished_read(w->path, &u, err));
-    obm_status status = u.journal ? obm__unfinished_same_job(&u, w->job, err) : OBM_OK;
-    bool anew = status != OBM_OK && w->overwrite;
-    for (size_t i = 0; status == OBM_OK && u.journal && i < n; i++) {
-        obm__finished_shard found;
-        status = obm__unfinished_shard(&u, i, shards[i].name, obm__st_writer_size(shards[i].file), w->tick, w->user,
-                                       &found, err);
-        if (status != OBM_OK) break;
-        shards[i].done = found.file != NULL;
-        obm_free(found.file);
-    }
+    bool resume = w->resume && u.journal;
+    obm_status status = resume ? obm__unfinished_same_job(&u, w->job, err) : OBM_OK;
+    if (resume && status == OBM_OK) status = mark_finished(w, &u, shards, n, err);
+    if (status == OBM_E_MISMATCH && w->overwrite) status = OBM_OK;
+    if (status == OBM_OK && !w->overwrite) status = refuse_existing(w->path, shards, n, &u, err);
     obm__unfinished_clear(&u);
-    return anew ? OBM_OK : status;
+    return status;
 }
 
 obm_status obm__model_writer_files(const obm__model_writer *w, obm_json **out, obm_error *err) {
     shard *shards;
     size_t n;
     OBM_TRY(make_shards(w, &shards, &n, err));
-    obm_status status = w->resume ? find_finished(w, shards, n, err) : OBM_OK;
+    obm_status status = find_finished(w, shards, n, err);
     if (status != OBM_OK) {
         free_shards(shards, n);
         return status;
@@ -344,6 +367,7 @@ static obm_json *shard_record(const shard *s, bool names) {
     obm_json *record = obm__json_new_object();
     bool ok = !temp || obm__json_set(record, "temp", obm__json_new_string(base_name(temp)));
     if (names || s->published) ok = obm__json_set(record, "file", obm__json_new_string(s->name)) && ok;
+    if (names && s->plain) ok = obm__json_set(record, "plain", obm__json_new_string(s->plain)) && ok;
     ok = obm__json_set(record, "bytes", obm__json_new_int((int64_t)obm__st_writer_size(s->file))) && ok;
     ok = obm__json_set(record, "xxh3", obm__json_new_string(s->hash)) && ok;
     if (ok) return record;
@@ -378,22 +402,34 @@ static obm_status write_journal(obm__model_writer *w, bool names, obm_error *err
 
 /* ---- what a killed run left ---- */
 
-static const shard *shard_in_file(const obm__model_writer *w, const char *name) {
-    for (size_t i = 0; i < w->n_shards; i++) {
-        const shard *s = &w->shards[i];
-        const char *temp = obm__st_writer_temp(s->file);
-        if (s->done && !strcmp(s->published ? s->name : base_name(temp), name)) return s;
+/* In a dry run shards that are done have no temporary name. */
+static bool is_shard_file(const shard *shards, size_t n, const char *name) {
+    for (size_t i = 0; i < n; i++) {
+        const char *temp = obm__st_writer_temp(shards[i].file);
+        const char *own = shards[i].published ? shards[i].name : temp ? base_name(temp) : NULL;
+        if (shards[i].done && own && !strcmp(own, name)) return true;
     }
-    return NULL;
+    return false;
 }
 
-static bool is_kept(const void *user, const char *name) { return shard_in_file(user, name) != NULL; }
+static bool is_kept(const void *user, const char *name) {
+    const obm__model_writer *w = user;
+    return is_shard_file(w->shards, w->n_shards, name);
+}
+
+/* name becomes the shard's. */
+static void take_name(shard *s, char *name) {
+    if (!s->plain && strcmp(s->name, name))
+        s->plain = s->name;
+    else
+        obm_free(s->name);
+    s->name = name;
+}
 
 static obm_status adopt(obm__model_writer *w, shard *s, obm__finished_shard *found, obm_error *err) {
     memcpy(s->hash, found->hash, sizeof s->hash);
     if (found->published) {
-        obm_free(s->name);
-        s->name = found->file;
+        take_name(s, found->file);
         found->file = NULL;
         s->published = s->done = s->adopted = true;
         return OBM_OK;
@@ -439,8 +475,8 @@ static bool ends_with(const char *s, const char *end) {
     return n > m && !strcmp(s + n - m, end);
 }
 
-/* w NULL: none of the files is kept. */
-static obm_status refuse_existing(const char *path, const obm__model_writer *w, const obm__unfinished *u,
+/* Files of the shards (n; none where that is 0) are kept. */
+static obm_status refuse_existing(const char *path, const shard *shards, size_t n, const obm__unfinished *u,
                                   obm_error *err) {
     char found[256] = "";
     bool weights = false;
@@ -449,11 +485,17 @@ static obm_status refuse_existing(const char *path, const obm__model_writer *w, 
     for (struct dirent *e; !weights && (e = readdir(d));) {
         const char *name = e->d_name;
         bool heavy = ends_with(name, ".safetensors");
-        if ((!heavy && !obm__is_small_file(name)) || (w && is_kept(w, name)) || obm__unfinished_owns(u, name)) continue;
+        if (!heavy && !obm__is_small_file(name)) continue;
+        if (is_shard_file(shards, n, name) || obm__unfinished_owns(u, name)) continue;
         weights = heavy;
         snprintf(found, sizeof found, "%s", name);
     }
     closedir(d);
+    if (weights && !u->model && obm__unfinished_names(u, found))
+        return obm__fail(err, OBM_E_EXISTS,
+                         "%s: %s is damaged: it is not what the stopped run wrote (another size or checksum); with "
+                         "resume and overwriting this shard alone is computed again",
+                         path, found);
     if (weights) return obm__fail(err, OBM_E_EXISTS, "%s holds a model, and overwriting was not asked for", path);
     if (!found[0]) return OBM_OK;
     return obm__fail(err, OBM_E_EXISTS, "%s holds a %s, and overwriting was not asked for", path, found);
@@ -466,7 +508,7 @@ obm_status obm__model_writer_check(const char *path, bool overwrite, obm_error *
         return obm__fail(err, OBM_E_OCCUPIED, "%s is a file, expected a folder or nothing", path);
     if (overwrite) return OBM_OK;
     OBM_TRY(obm__unfinished_read(path, &u, err));
-    obm_status status = u.journal ? OBM_OK : refuse_existing(path, NULL, &u, err);
+    obm_status status = u.journal ? OBM_OK : refuse_existing(path, NULL, 0, &u, err);
     obm__unfinished_clear(&u);
     return status;
 }
@@ -479,7 +521,7 @@ static obm_status take_over(obm__model_writer *w, const obm__unfinished *u, obm_
         resume = status == OBM_OK;
     }
     if (resume) OBM_TRY(adopt_shards(w, u, err));
-    if (!w->overwrite) OBM_TRY(refuse_existing(w->path, w, u, err));
+    if (!w->overwrite) OBM_TRY(refuse_existing(w->path, w->shards, w->n_shards, u, err));
     OBM_TRY(inherit(w, u, err));
     /* Without a lock a temporary name may be that of a writer at work. */
     if (w->lock >= 0) obm__unfinished_remove(u, is_kept, w, !resume);
@@ -654,8 +696,7 @@ static obm_status name_shards(obm__model_writer *w, obm_error *err) {
         if (w->shards[i].published) continue;
         char *name = shard_file_name(i, w->n_shards, w->shards[i].hash);
         if (!name) return obm__fail_nomem(err, 0);
-        obm_free(w->shards[i].name);
-        w->shards[i].name = name;
+        take_name(&w->shards[i], name);
     }
     return OBM_OK;
 }
@@ -782,6 +823,46 @@ static obm_status switch_over(obm__model_writer *w, obm_error *err) {
     return commit(w, err);
 }
 
+/* ---- plain names ---- */
+
+static bool link_in(const obm__model_writer *w, const char *from, const char *to) {
+    char *a = obm__path_join(w->path, from), *b = obm__path_join(w->path, to);
+    bool ok = a && b && (link(a, b) == 0 || (errno == EEXIST && unlink(b) == 0 && link(a, b) == 0));
+    obm_free(a);
+    obm_free(b);
+    return ok;
+}
+
+static void swap_names(obm__model_writer *w) {
+    for (size_t i = 0; i < w->n_shards; i++) {
+        shard *s = &w->shards[i];
+        char *name = s->name;
+        if (!s->plain) continue;
+        s->name = s->plain;
+        s->plain = name;
+    }
+}
+
+static void remove_plain(const obm__model_writer *w) {
+    for (size_t i = 0; i < w->n_shards; i++)
+        if (w->shards[i].plain) remove_in(w->path, w->shards[i].plain, NULL);
+}
+
+/* No index names what stands under the plain names now.  A file system without links leaves the hashed ones: the model
+ * is there either way, so nothing here is an error. */
+static void name_plainly(obm__model_writer *w) {
+    bool any = false, ok = true;
+    for (size_t i = 0; i < w->n_shards; i++) any |= w->shards[i].plain != NULL;
+    for (size_t i = 0; any && ok && i < w->n_shards; i++)
+        if (w->shards[i].plain) ok = link_in(w, w->shards[i].name, w->shards[i].plain);
+    if (!any) return;
+    swap_names(w);
+    ok = ok && obm__directory_sync(w->path, NULL) == OBM_OK && stage_index(w, NULL) == OBM_OK &&
+         publish_in(w, &w->index_temp, OBM_INDEX_FILE, NULL) == OBM_OK;
+    if (!ok) swap_names(w);
+    remove_plain(w); /* after a swap the hashed ones */
+}
+
 obm_status obm__model_writer_finish(obm__model_writer *w, obm_error *err) {
     if (!w->shards || w->current < w->n_shards)
         return obm__fail(err, OBM_E_ARG, "%s: fewer bytes written than the %llu declared", w->path,
@@ -789,6 +870,7 @@ obm_status obm__model_writer_finish(obm__model_writer *w, obm_error *err) {
     OBM_TRY(stage_small(w, err));
     OBM_TRY(switch_over(w, err));
     remove_old_shards(w);
+    name_plainly(w);
     OBM_TRY(remove_in(w->path, OBM_UNFINISHED_FILE, err));
     return obm__directory_sync(w->path, err);
 }

@@ -52,9 +52,18 @@ void obm__reader_free(obm__reader *r) {
     obm_free(r);
 }
 
+/* macOS has neither the call nor the name. */
+static void advise_random(int fd) {
+#ifdef POSIX_FADV_RANDOM
+    (void)posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);
+#else
+    (void)fd;
+#endif
+}
+
 void obm__reader_scattered(const obm__reader *r) {
     for (size_t i = 0; i < r->n; i++)
-        if (r->sources[i].fd >= 0) (void)posix_fadvise(r->sources[i].fd, 0, 0, POSIX_FADV_RANDOM);
+        if (r->sources[i].fd >= 0) advise_random(r->sources[i].fd);
 }
 
 static const source *find(const obm__reader *r, const void *data) {

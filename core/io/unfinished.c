@@ -227,18 +227,23 @@ obm_status obm__unfinished_shard(const obm__unfinished *u, size_t i, const char 
                                  obm__tick_fn tick, void *user, obm__finished_shard *out, obm_error *err) {
     const obm_json *record = obm__json_at(obm__json_get(u->journal, "shards"), i);
     const char *temp = obm__json_string(obm__json_get(record, "temp")), *xxh3;
-    const char *file = obm__json_string(obm__json_get(record, "file"));
+    const char *finals[] = {obm__json_string(obm__json_get(record, "file")),
+                            obm__json_string(obm__json_get(record, "plain"))};
     uint64_t recorded;
     bool same = false;
     *out = (obm__finished_shard){0};
     if (!size_and_hash(record, &recorded, &xxh3) || recorded != bytes || strlen(xxh3) != 32) return OBM_OK;
     if (temp && obm__temp_stem(temp) == strlen(name) && !strncmp(temp, name, strlen(name)))
         OBM_TRY(is_proven(u->dir, temp, bytes, xxh3, tick, user, &same, err));
+    const char *found = temp;
     bool published = !same;
-    if (!same && file && (!strcmp(file, OBM_ONE_FILE) || is_shard_of_many(file)))
-        OBM_TRY(is_proven(u->dir, file, bytes, xxh3, tick, user, &same, err));
+    for (size_t f = 0; !same && f < 2; f++) {
+        found = finals[f];
+        if (found && (!strcmp(found, OBM_ONE_FILE) || is_shard_of_many(found)))
+            OBM_TRY(is_proven(u->dir, found, bytes, xxh3, tick, user, &same, err));
+    }
     if (!same) return OBM_OK;
-    out->file = obm__strdup(published ? file : temp);
+    out->file = obm__strdup(found);
     if (!out->file) return obm__fail_nomem(err, strlen(name));
     memcpy(out->hash, xxh3, sizeof out->hash);
     out->published = published;
@@ -254,14 +259,20 @@ static bool is_in_index(const obm__unfinished *u, const char *name) {
     return false;
 }
 
+static bool has_name(const obm_json *record, const char *key, const char *name) {
+    const char *own = obm__json_string(obm__json_get(record, key));
+    return own && !strcmp(own, name);
+}
+
 static bool is_listed(const obm__unfinished *u, const char *list, const char *name) {
     const obm_json *records = obm__json_get(u->journal, list);
     for (size_t i = 0; i < obm__json_size(records); i++) {
         const obm_json *record = obm__json_at(records, i);
-        const char *file = obm__json_string(obm__json_get(record, "file")), *xxh3;
+        const char *xxh3;
         uint64_t bytes;
         bool same = false;
-        if (!file || strcmp(file, name) || !size_and_hash(record, &bytes, &xxh3)) continue;
+        if (!has_name(record, "file", name) && !has_name(record, "plain", name)) continue;
+        if (!size_and_hash(record, &bytes, &xxh3)) continue;
         if (is_proven(u->dir, name, bytes, xxh3, NULL, NULL, &same, NULL) == OBM_OK && same) return true;
     }
     return false;
@@ -275,6 +286,13 @@ static bool is_unused_shard(const obm__unfinished *u, const char *name) {
 
 bool obm__unfinished_owns(const obm__unfinished *u, const char *name) {
     return is_temporary(name) || is_unused_shard(u, name) || (obm__is_small_file(name) && is_listed(u, "small", name));
+}
+
+bool obm__unfinished_names(const obm__unfinished *u, const char *name) {
+    const obm_json *records = obm__json_get(u->journal, "shards");
+    for (size_t i = 0; i < obm__json_size(records); i++)
+        if (has_name(obm__json_at(records, i), "file", name)) return true;
+    return false;
 }
 
 void obm__unfinished_remove(const obm__unfinished *u, bool (*keep)(const void *user, const char *name),

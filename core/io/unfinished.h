@@ -25,7 +25,7 @@ void obm__unfinished_clear(obm__unfinished *u);
 /* MISMATCH names the first member of the jobs that differs; a NULL job is nobody's. */
 obm_status obm__unfinished_same_job(const obm__unfinished *u, const obm_json *job, obm_error *err);
 /* A file that stands for shard `i`, whose plain name is `name`: with the journal's size, which must be `bytes`, and its
- * XXH3.  *file owned, NULL without such a file; published: it has its final name. */
+ * XXH3.  *file owned, NULL without such a file; published: it has a final name, of which it may have two. */
 typedef struct obm__finished_shard {
     char *file, hash[33];
     bool published;
@@ -35,6 +35,8 @@ obm_status obm__unfinished_shard(const obm__unfinished *u, size_t i, const char 
 /* A file that a dead writer left: a temporary name of a model folder, or name, size and XXH3 as the journal has them
  * while no index refers to it.  The folder is locked by the caller. */
 bool obm__unfinished_owns(const obm__unfinished *u, const char *name);
+/* Whether the journal says that a finished shard got this name, whatever the file is by now. */
+bool obm__unfinished_names(const obm__unfinished *u, const char *name);
 /* Removes those that keep() does not claim; config, tokenizer and card only with `small`, and never a model's. */
 void obm__unfinished_remove(const obm__unfinished *u, bool (*keep)(const void *user, const char *name),
                             const void *user, bool small);

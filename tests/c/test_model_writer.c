@@ -11,8 +11,8 @@
 
 #include <cmocka.h>
 
-/* rename and unlink of this program, so that a child can die just before the n-th of them (0: never), and an fsync that
- * takes no time: a dying process loses nothing that it has written. */
+/* rename, link and unlink of this program, so that a child can die just before the n-th of them (0: never), and an
+ * fsync that takes no time: a dying process loses nothing that it has written. */
 static int steps_left;
 
 static void step(void) {
@@ -22,6 +22,11 @@ static void step(void) {
 int rename(const char *from, const char *to) {
     step();
     return renameat(AT_FDCWD, from, AT_FDCWD, to);
+}
+
+int link(const char *from, const char *to) {
+    step();
+    return linkat(AT_FDCWD, from, AT_FDCWD, to, 0);
 }
 
 int unlink(const char *path) {
@@ -317,6 +322,15 @@ static int replace_killed(const char *dir, uint64_t shard_bytes, int tag, int n)
     return WEXITSTATUS(result);
 }
 
+/* The weights have the names that they have in a new folder, and nothing is beside them. */
+static void assert_plain(const char *dir, uint64_t shard_bytes) {
+    bool many = shard_bytes < 300;
+    assert_int_equal(count_files(dir, many ? "^model-0000[123]-of-00003[.]safetensors$" : "^model[.]safetensors$"),
+                     many ? 3 : 1);
+    assert_int_equal(count_files(dir, "^model-|[.]safetensors"), many ? 4 : 1); /* the index */
+    assert_int_equal(count_files(dir, "tmp|unfinished"), 0);
+}
+
 /* With the same config every state is the old model or the new one.  With another there is also "no model", never a
  * mixture. */
 static void kill_everywhere(const char *dir, uint64_t from, uint64_t to, bool same_config) {
@@ -339,11 +353,13 @@ static void kill_everywhere(const char *dir, uint64_t from, uint64_t to, bool sa
             assert_false(same_config);
         seen_new = seen_new || fill == 'n';
         assert_true(n < 50);
+        /* Whatever is there, the next run ends as if nothing had been. */
+        assert_int_equal(replace_killed(dir, to, 2, 0), 0);
+        assert_int_equal(model_state(dir, &tag), 'n');
+        assert_plain(dir, to);
     }
     assert_in_range(n, 2, 49);
-    assert_int_equal(count_files(dir, "tmp"), 0);
-    assert_int_equal(count_files(dir, "[.]safetensors$"), to < 300 ? 3 : 1);
-    assert_int_equal(count_files(dir, "index"), to < 300 ? 1 : 0);
+    assert_plain(dir, to);
     /* And what a killed run left does not hinder the next one. */
     old_model(dir, from);
     replace_killed(dir, to, 2, 2);
@@ -552,6 +568,36 @@ static void test_kept_shards(void **state) {
     assert_int_equal(count_files(dir, "tmp|unfinished"), 0);
 }
 
+/* A shard that has its name already and is not what the run wrote: refused by name; overwriting writes that one again.
+ */
+static void test_damaged_shard(void **state) {
+    (void)state;
+    const char *dir = in_dir("damaged");
+    attempt first = {100, 1, false, false, NULL}, again = {100, 1, false, true, NULL};
+    for (int n = 5;; n++) {
+        fresh(dir, 0);
+        assert_int_equal(write_killed(dir, &first, n), 99);
+        if (count_files(dir, "^model-0000[12]-of-00003[.]safetensors$") == 2) break;
+    }
+    ino_t one = file_number(dir, "model-00001");
+    char command[700];
+    snprintf(command, sizeof command,
+             "printf X | dd of=%s/model-00002-of-00003.safetensors bs=1 seek=300 conv=notrunc 2>/dev/null", dir);
+    assert_int_equal(system(command), 0);
+    obm_error err;
+    for (int resume = 0; resume < 2; resume++) {
+        again.resume = resume;
+        assert_int_equal(try_write(dir, &again, &err), OBM_E_EXISTS);
+        assert_non_null(strstr(err.message, "model-00002-of-00003.safetensors is damaged"));
+    }
+    again.overwrite = true;
+    succeed(dir, &again, 4);
+    int tag;
+    assert_int_equal(model_state(dir, &tag), 'n');
+    assert_plain(dir, 100);
+    assert_true(one && one == file_number(dir, "model-00001"));
+}
+
 #define FAR "/a/place/that/is/long/with/many/folders/on/the/way/and/all/of/them/alike/until/here/comes/"
 
 static void test_another_job(void **state) {
@@ -685,6 +731,7 @@ int main(void) {
         cmocka_unit_test(test_resume),
         cmocka_unit_test(test_resume_twice),
         cmocka_unit_test(test_kept_shards),
+        cmocka_unit_test(test_damaged_shard),
         cmocka_unit_test(test_another_job),
         cmocka_unit_test(test_failed_run),
         cmocka_unit_test(test_other_peoples_files),

@@ -3,6 +3,7 @@
 Factors are rounded to f32: B A is off by about rank * 2^-24 of what each direction adds, hence 1e-6 of the largest singular value."""
 
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -147,6 +148,18 @@ def test_folders_in_the_way(folders, tmp_path):
         obm.extract_lora(folders[0] / "base", folders[0] / "tuned", folders[0] / "base", rank=2, overwrite=True)
     with pytest.raises(obm.ArgumentError, match="is an input, it cannot be the output"):
         obm.extract_lora(folders[0] / "base", tmp_path / "a", tmp_path / "a", rank=1, overwrite=True)
+
+
+def test_killed_between_its_files(folders, tmp_path):
+    """Weights beside a config that has no name yet are nobody's adapter; without it they are somebody's."""
+    out = tmp_path / "a"
+    extract(folders, out, rank=1)
+    os.rename(out / "adapter_config.json", out / "adapter_config.json.tmp-1-0")
+    assert extract(folders, out, rank=2)[LAYER + "mlp.up_proj.weight"]["rank"] == 2
+    assert sorted(p.name for p in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    (out / "adapter_config.json").unlink()
+    with pytest.raises(FileExistsError, match="holds an adapter"):
+        obm.extract_lora(folders[0] / "base", folders[0] / "tuned", out, rank=2)
 
 
 def test_command_line(folders, tmp_path, capsys):
