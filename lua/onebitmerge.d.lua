@@ -528,7 +528,7 @@ function obm.tokenizer(path) end
 ---Merges by a recipe (a table with mergekit's keys, or the path of a YAML or JSON file) into a Hugging Face folder.  In a table
 ---one with an element 1 is a list, every other one, the empty one too, a mapping.  Models are folders, MODEL+ADAPTER, or experts of
 ---packs, PACK:task.  Whatever is wrong with a recipe, its text, its plan or its run, is returned; wrong types of arguments and
----unknown options raise.
+---unknown options raise.  dry_run: the plan alone; what the merge would refuse (an output that exists, without overwrite) is refused, too.
 ---@param recipe table|string
 ---@param out string
 ---@param options? { directory?: string, profile?: onebitmerge.Profile, seed?: integer, shard_bytes?: integer, memory?: integer, overwrite?: boolean, resume?: boolean, dry_run?: boolean, method?: string|onebitmerge.Method, progress?: onebitmerge.Progress }

@@ -273,7 +273,9 @@ typedef struct obm_delta_pair {
 OBM_API obm_status obm_task_vector_compare(obm_context *ctx, const obm_task_vector *a, const obm_task_vector *b,
                                            obm_progress_fn progress, void *user, obm_delta_pair *out, obm_error *err);
 
-/* Estimates of a dry run.  tiles: the pieces that are worked out one after the other. */
+/* Estimates of a dry run, which refuses what the run would (an output that exists and is not to be overwritten, an input
+ * as output).  tiles: the pieces that are worked out one after the other.  peak_memory: of a merge the process's own; pages of
+ * the files that are mapped meanwhile come on top, and the system may take them back. */
 typedef struct obm_plan { uint64_t tensors, tiles, bytes_read, bytes_written, peak_memory; double seconds; } obm_plan;
 
 /* ---- LoRA adapters out of task vectors ---------------------------------------------------------------------------- */
@@ -856,7 +858,9 @@ typedef struct obm_merge_options {
     /* Goes on where a killed merge of the same recipe, options and inputs into the same folder ended: its finished shards
      * are checked (size, XXH3) and kept, the rest is computed, and the folder is the same byte for byte.  MISMATCH, which
      * says what differs, for another merge's remains, unless `overwrite` is set too; a folder without remains is a first
-     * run.  And a run with `resume` that fails or is stopped keeps its finished shards, where others take back all. */
+     * run.  A finished shard that is damaged is computed again, or where it has its final name already refused by name
+     * (EXISTS) unless `overwrite` is set too.  And a run with `resume` that fails or is stopped keeps its finished shards,
+     * where others take back all. */
     bool resume;
     const char *method;         /* in place of merge_method in all of the recipe; nullable */
     /* Methods that merge_method may name besides the built-in ones, borrowed.  Of one only the name counts for `resume`. */
@@ -868,17 +872,17 @@ typedef struct obm_merge_options {
  * Of several documents (---) each may take the outputs of others by their `name`: the one without a name is written to
  * out_path and the others beside it while the merge runs; where all have names, to out_path/NAME.  With tokenizer_source
  * or tokenizer the vocabulary is built as mergekit does it: embedding, head and vocab_size follow.
- * Fails while planning, before a tensor byte is read, for unknown keys (with a suggestion) and unsupported ones; BUSY
- * while another call writes to the folder.  What a killed run left there is removed, without `resume` all of it. */
+ * Fails while planning, before a tensor byte is read, for what is wrong with the recipe (ARG: unknown keys, with a
+ * suggestion, methods, parameters, values; the message has all faults that fit) and for what is unsupported; BUSY while another
+ * call writes to the folder.  What a killed run left there is removed, without `resume` all of it. */
 OBM_API obm_status obm_merge(obm_context *ctx, const char *recipe, const obm_merge_options *options, const char *out_path,
                              obm_plan *plan, obm_error *err);
 /* What a dry run of obm_merge has to tell, whatever options say of one.  *json: owned text of one object,
  *   tensors, tiles, bytes_read, bytes_written, peak_memory, seconds (as obm_plan has them: sums over the documents, of the memory
  *     the most)
  *   documents: [{name (null without), output (its folder, null if it is not UTF-8), kept (false: taken back once the result is there), the same
- *     six keys, files: [{file, bytes, there}]}] in the order in which they run; files are those of the weights, which get
- *     other names where they replace some of the same.  there: with `resume`, the shard of a killed run of the same merge
- *     is finished, has been checked, and will be kept.
+ *     six keys, files: [{file, bytes, there}]}] in the order in which they run; files are those of the weights.  there:
+ *     with `resume`, the shard of a killed run of the same merge is finished, has been checked, and will be kept.
  * Errors: those of obm_merge while planning. */
 OBM_API obm_status obm_merge_plan(obm_context *ctx, const char *recipe, const obm_merge_options *options,
                                   const char *out_path, char **json, obm_error *err);

@@ -408,6 +408,7 @@ static obm_status open_member(obm_checkpoint *c, const char *name, obm_error *er
 
 static obm_status open_parts(obm_checkpoint *c, const char *name, obm_error *err) {
     if (obm__member_split(c->ctx, name)) return open_member(c, name, err);
+    OBM_TRY(obm__source_check(name, err));
     OBM_TRY(obm__source_find(c->ctx, name, &c->path, err));
     const char *path = c->path;
     bool folder = obm__is_directory(path);

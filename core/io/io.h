@@ -63,6 +63,8 @@ void obm__directory_unlock(int lock);
 /* The local path of an input, owned: the name itself, or what the context's resolver makes of org/name[@revision] where
  * there is no such path (source.c).  Errors: those of the resolver; IO without one. */
 obm_status obm__source_find(const obm_context *ctx, const char *name, char **out, obm_error *err);
+/* IO where a name that is a single word is no path. */
+obm_status obm__source_check(const char *name, obm_error *err);
 bool obm__source_is_local(const char *path);
 bool obm__source_is_name(const char *s); /* has the form org/name or org/name@revision */
 

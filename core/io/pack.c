@@ -175,7 +175,11 @@ void obm__pack_release_pages(const obm_pack *p) {
 /* A buffer of this size between two progress calls keeps a stop within a few ms. */
 #define PIECE ((size_t)4 << 20)
 
-static obm_status verify_file(const char *path, uint64_t bytes, const char *want, obm__pulse *ticker, obm_error *err) {
+#define COMPRESS_ANEW "bring it back from a copy of the pack, or compress the pack anew (overwriting this one)"
+#define TRAIN_ANEW "bring it back from a copy of the pack, or train the router again"
+
+static obm_status verify_file(const char *path, uint64_t bytes, const char *want, const char *advice,
+                              obm__pulse *ticker, obm_error *err) {
     char have[33] = "";
     uint64_t done = ticker->done;
     obm__map map = {0};
@@ -190,30 +194,32 @@ static obm_status verify_file(const char *path, uint64_t bytes, const char *want
     }
     if (h) obm__xxh3_end(h, have);
     if (status == OBM_OK && (map.size != bytes || strcmp(have, want))) {
-        status = obm__fail(err, OBM_E_FORMAT, "%s: checksum %s of %zu bytes, pack.json says %s of %llu", path, have,
-                           map.size, want, (unsigned long long)bytes);
+        status =
+            obm__fail(err, OBM_E_FORMAT,
+                      "%s: checksum %s of %zu bytes, pack.json says %s of %llu: the file is damaged or another; %s",
+                      path, have, map.size, want, (unsigned long long)bytes, advice);
     }
     obm__map_close(&map);
     return status;
 }
 
-static obm_status verify_record(const obm_pack *p, const obm_json *record, bool text, obm__pulse *ticker,
-                                obm_error *err) {
+static obm_status verify_record(const obm_pack *p, const obm_json *record, bool text, const char *advice,
+                                obm__pulse *ticker, obm_error *err) {
     char *path = NULL;
     const char *want;
     uint64_t bytes;
     OBM_TRY(text ? obm__text_file_of(record, p->path, p->path, &path, &bytes, &want, err)
                  : obm__file_of(record, p->path, p->path, &path, &bytes, &want, err));
-    obm_status status = verify_file(path, bytes, want, ticker, err);
+    obm_status status = verify_file(path, bytes, want, advice, ticker, err);
     obm_free(path);
     return status;
 }
 
 static obm_status verify_expert(const obm_pack *p, const obm_json *record, obm__pulse *ticker, obm_error *err) {
-    OBM_TRY(verify_record(p, record, false, ticker, err));
+    OBM_TRY(verify_record(p, record, false, COMPRESS_ANEW, ticker, err));
     for (int f = 0; f < OBM_TEXT_FILES; f++) {
         const obm_json *file = obm__text_record(obm__json_get(record, "text"), (obm__text_file)f);
-        if (file) OBM_TRY(verify_record(p, file, true, ticker, err));
+        if (file) OBM_TRY(verify_record(p, file, true, COMPRESS_ANEW, ticker, err));
     }
     return OBM_OK;
 }
@@ -235,9 +241,9 @@ static obm_status verify(const obm_pack *p, obm_progress_fn progress, void *user
     if (p->shared.file) ticker.total += p->shared.file->map.size;
     for (size_t i = 0; i < p->n_experts; i++)
         ticker.total += p->experts[i].file->map.size + text_bytes(p->experts[i].record);
-    if (p->shared.file) OBM_TRY(verify_record(p, p->shared.record, false, &ticker, err));
+    if (p->shared.file) OBM_TRY(verify_record(p, p->shared.record, false, COMPRESS_ANEW, &ticker, err));
     for (size_t i = 0; i < p->n_experts; i++) OBM_TRY(verify_expert(p, p->experts[i].record, &ticker, err));
-    if (obm__json_kind(router) == OBM_JSON_OBJECT) OBM_TRY(verify_record(p, router, false, &ticker, err));
+    if (obm__json_kind(router) == OBM_JSON_OBJECT) OBM_TRY(verify_record(p, router, false, TRAIN_ANEW, &ticker, err));
     return obm__base_check(p->ctx, p->base, obm__json_get(p->manifest, "base"), p->path, true, &ticker, err);
 }
 

@@ -65,7 +65,7 @@ static obm_status check_output(const compression *c, obm_error *err) {
     bool overwrite = OBM_OPT(c->options, obm_compress_options, overwrite, false);
     if (access(c->dir, F_OK)) return OBM_OK;
     if (!obm__is_directory(c->dir)) return obm__fail(err, OBM_E_OCCUPIED, "%s exists and is no folder", c->dir);
-    if (c->dry_run || !holds_other_files(c->dir)) return OBM_OK;
+    if (!holds_other_files(c->dir)) return OBM_OK;
     char *manifest = obm__path_join(c->dir, OBM_PACK_MANIFEST);
     if (!manifest) return obm__fail_nomem(err, strlen(c->dir));
     bool pack = obm__file_exists(manifest);
@@ -242,6 +242,7 @@ static obm_status run(compression *c, const char *base_path, obm_plan *plan, obm
     if (!(c->checkpoints = obm__calloc(c->n, sizeof(*c->checkpoints))))
         return obm__fail_nomem(err, c->n * sizeof(*c->checkpoints));
     OBM_TRY(open_all(c, base_path, &bytes, err));
+    if (c->dry_run) OBM_TRY(refuse_inputs(c, err));
     uint64_t hashing = obm__base_memory(c->ctx, c->base);
     OBM_TRY(c->dry_run ? add_experts(c, NULL, bytes, NULL, err) : write_pack(c, bytes, out, err));
     /* A guess for a dry run: a gigabyte a second, a common SSD's reading speed, which is what bounds this. */

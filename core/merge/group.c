@@ -134,7 +134,8 @@ static bool element_is_bad(const obm_kernels *k, const obm__group *g, size_t mod
     return !isfinite(x);
 }
 
-obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t index, obm_error *err) {
+/* OK where it is none of the inputs. */
+static obm_status bad_input(const obm_kernels *k, const obm__group *g, uint64_t index, obm_error *err) {
     const char *name = obm__group_name(g);
     obm__model_name buf;
     unsigned long long at = index;
@@ -150,5 +151,18 @@ obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t in
         return obm__fail(err, OBM_E_VALUE, "%s: %s in %.300s at index %llu", name, what,
                          obm__model_label(g->steps->labels, i, buf), at);
     }
-    return obm__fail(err, OBM_E_VALUE, "%s: the merged value at index %llu overflows the output's dtype", name, at);
+    return OBM_OK;
+}
+
+obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t index, obm_error *err) {
+    OBM_TRY(bad_input(k, g, index, err));
+    return obm__fail(err, OBM_E_VALUE, "%s: the merged value at index %llu overflows the output's dtype",
+                     obm__group_name(g), (unsigned long long)index);
+}
+
+obm_status obm__group_bad_rank(const obm_kernels *k, const obm__group *g, uint64_t index, obm_error *err) {
+    OBM_TRY(bad_input(k, g, index, err));
+    return obm__fail(err, OBM_E_VALUE,
+                     "%s: what %s ranks elements by overflows f32 at index %llu: the differences there are too large",
+                     obm__group_name(g), g->steps->method->info.name, (unsigned long long)index);
 }

@@ -422,6 +422,8 @@ void obm__group_drop(const obm__group *g, uint64_t begin, uint64_t n);
 void obm__group_release(const obm__group *g, uint64_t begin, uint64_t n);
 /* The error for an element that is not finite, naming tensor, model and index. */
 obm_status obm__group_bad(const obm_kernels *k, const obm__group *g, uint64_t index, obm_error *err);
+/* The same where what ranks the elements (a score) may be at fault. */
+obm_status obm__group_bad_rank(const obm_kernels *k, const obm__group *g, uint64_t index, obm_error *err);
 
 #define OBM_BY_SCORE SIZE_MAX
 /* The first n_keep elements by magnitude of model `model` over the concatenation of all groups; fills

@@ -2,6 +2,7 @@
  * through the model writer. */
 #include "job.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,11 +24,9 @@ static bool may_list(const obm__group *g) {
     return (trims && !rounded) || (g->steps->method->custom && g->steps->method->custom->score);
 }
 
-/* Everything but the two output tiles: scratch of the passes, histograms, per-block records of the largest tensor, and
- * the pages of the inputs that one span touches. */
-static uint64_t fixed_memory(const obm__job *j) {
-    uint64_t threads = (uint64_t)j->ctx->threads, models = j->recipe->n_models;
-    uint64_t largest = 0, count = 0, own = 0, made = 0;
+/* Everything but the two output tiles: scratch of the passes, histograms, per-block records of the largest tensor. */
+static uint64_t own_memory(const obm__job *j) {
+    uint64_t threads = (uint64_t)j->ctx->threads, models = j->recipe->n_models, largest = 0, own = 0, made = 0, count = 0;
     bool lists = false;
     for (size_t i = 0; i < j->n_outputs; i++) {
         const obm__group *g = &j->outputs[i].group;
@@ -44,10 +43,17 @@ static uint64_t fixed_memory(const obm__job *j) {
     }
     uint64_t listed = obm__job_whole_model(j) ? count : largest;
     if (lists) own += obm__select_bytes(listed, models);
-    uint64_t blocks = largest / OBM_MERGE_BLOCK + 1, span = largest < OBM_MERGE_SPAN ? largest : OBM_MERGE_SPAN;
+    uint64_t blocks = largest / OBM_MERGE_BLOCK + 1;
     return threads * (obm__group_scratch(models) + (65536 + 3 * OBM_MERGE_BLOCK) * 4) + 65536 * 8 +
-           blocks * models * (j->recipe->method->mask == OBM_MASK_OUTLIERS ? 4 : 3) * 8 + own + made +
-           span * j->widest * 4;
+           blocks * models * (j->recipe->method->mask == OBM_MASK_OUTLIERS ? 4 : 3) * 8 + own + made;
+}
+
+/* With the pages of the inputs that one span touches, which the option counts and the process does not own. */
+static uint64_t fixed_memory(const obm__job *j) {
+    uint64_t largest = 0;
+    for (size_t i = 0; i < j->n_outputs; i++)
+        if (!j->outputs[i].copy && j->outputs[i].group.count > largest) largest = j->outputs[i].group.count;
+    return own_memory(j) + (largest < OBM_MERGE_SPAN ? largest : OBM_MERGE_SPAN) * j->widest * 4;
 }
 
 /* A tile of 16-bit values is written while the second-level caches still have much of it.  Masks by rank are of whole
@@ -68,10 +74,14 @@ static uint64_t input_bytes(const obm__output *o) {
     return bytes;
 }
 
-/* Bytes of an element in the two output tiles, at most. */
+/* Bytes of an element in the two output tiles. */
 static uint64_t tile_bytes(const obm__job *j) {
-    const obm__recipe *r = j->recipe;
-    return 2 * obm_dtype_size((r->has_out_dtype ? r->out_dtype : r->dtype) == OBM_F64 ? OBM_F64 : OBM_F32);
+    size_t most = 1;
+    for (size_t i = 0; i < j->n_outputs; i++) {
+        size_t size = obm_dtype_size(j->outputs[i].dtype);
+        if (!j->outputs[i].copy && size > most) most = size;
+    }
+    return 2 * most;
 }
 
 /* Rounded up to blocks, which tiles begin with. */
@@ -87,8 +97,8 @@ static uint64_t largest_output(const obm__job *j) {
 static obm_status choose_tile(obm__job *j, obm_error *err) {
     uint64_t fixed = fixed_memory(j), each = tile_bytes(j), least = fixed + each * OBM_MERGE_BLOCK;
     if (j->memory < least)
-        return obm__fail(err, OBM_E_ARG, "memory: this merge needs at least %llu bytes, found %llu",
-                         (unsigned long long)least, (unsigned long long)j->memory);
+        return obm__fail(err, OBM_E_ARG, "memory: this merge needs at least %.1fMB (%llu bytes), found %llu bytes",
+                         ceil((double)least / 1e5) / 10, (unsigned long long)least, (unsigned long long)j->memory);
     uint64_t elements = (j->memory - fixed) / each / OBM_MERGE_BLOCK * OBM_MERGE_BLOCK;
     uint64_t most = largest_tile(j), largest = largest_output(j);
     if (most > largest) most = largest;
@@ -132,19 +142,8 @@ static bool keeps_inputs(const obm__job *j, const obm__output *o) {
     return may_keep(o) && (o->steps.model_scope ? model_bytes(j) : input_bytes(o)) <= j->kept;
 }
 
-static uint64_t kept_memory(const obm__job *j) {
-    uint64_t most = 0;
-    for (size_t i = 0; i < j->n_outputs; i++) {
-        const obm__output *o = &j->outputs[i];
-        if (!keeps_inputs(j, o)) continue;
-        if (o->steps.model_scope) return model_bytes(j);
-        if (input_bytes(o) > most) most = input_bytes(o);
-    }
-    return most;
-}
-
 static obm_plan sizes(const obm__job *j) {
-    obm_plan p = {.tensors = j->n_outputs, .peak_memory = fixed_memory(j) + tile_bytes(j) * j->tile + kept_memory(j)};
+    obm_plan p = {.tensors = j->n_outputs, .peak_memory = own_memory(j) + tile_bytes(j) * j->tile};
     double work = 0;
     for (size_t i = 0; i < j->n_outputs; i++) {
         const obm__output *o = &j->outputs[i];
@@ -512,6 +511,11 @@ static obm_status check_out_path(const obm__job *j, const char *out_path, obm_er
     return OBM_OK;
 }
 
+static obm_status check_folder(const obm__job *j, const char *out_path, bool overwrite, obm_error *err) {
+    OBM_TRY(check_out_path(j, out_path, err));
+    return obm__model_writer_check(out_path, overwrite, err);
+}
+
 /* overwrite: whatever the options say, for a folder that is the merge's own. */
 static obm_status write_folder(obm__job *j, const obm_merge_options *options, const char *out_path, bool overwrite,
                                obm__run *run, obm_error *err) {
@@ -522,8 +526,7 @@ static obm_status write_folder(obm__job *j, const obm_merge_options *options, co
     obm_status status;
     char *card = build_card(j);
     if (!card) return obm__fail_nomem(err, strlen(j->recipe->text));
-    OBM_GO(check_out_path(j, out_path, err));
-    OBM_GO(obm__model_writer_check(out_path, overwrite, err));
+    OBM_GO(check_folder(j, out_path, overwrite, err));
     OBM_GO(build_config(j, &config, err));
     OBM_GO(obm__carried_new(j, &files, err));
     OBM_GO(build_job(j, options, run, &record, err));
@@ -602,15 +605,20 @@ static bool takes_part(const obm__job *j) {
     return false;
 }
 
-/* Which of them are there already is asked of jobs whose inputs are. */
+/* Whether a document's folder may be replaced: those that are taken back in the end are the merge's own. */
+static bool overwrites(const obm_merge_options *options, const obm__documents *d, size_t i) {
+    return (d->folder && d->parts[i].name) || OBM_OPT(options, obm_merge_options, overwrite, false);
+}
+
+/* Refuses what the run would.  Which of the files are there already is asked of jobs whose inputs are. */
 static obm_status list_files(const obm__job *j, const obm_merge_options *options, obm__run *run, const char *path,
-                             obm_json **out, obm_error *err) {
+                             bool overwrite, obm_json **out, obm_error *err) {
     obm__model_writer *w = NULL;
     obm_json *record = NULL;
     bool resume = OBM_OPT(options, obm_merge_options, resume, false) && !takes_part(j);
     if (resume) OBM_TRY(build_job(j, options, run, &record, err));
     obm__model_writer_options o = {.shard_bytes = OBM_OPT(options, obm_merge_options, shard_bytes, 0),
-                                   .overwrite = OBM_OPT(options, obm_merge_options, overwrite, false),
+                                   .overwrite = overwrite,
                                    .job = record,
                                    .resume = resume,
                                    .tick = job_tick,
@@ -628,7 +636,7 @@ static obm_status add_report(const obm__job *j, const obm_merge_options *options
                              const obm_plan *plan, obm__run *run, obm_json *list, obm_error *err) {
     const obm__stage *part = &d->parts[i];
     obm_json *files;
-    OBM_TRY(list_files(j, options, run, part->path, &files, err));
+    OBM_TRY(list_files(j, options, run, part->path, overwrites(options, d, i), &files, err));
     obm_json *record = obm__json_new_object();
     const char *name = d->recipes[i]->name;
     obm_json *path = obm__json_new_string(part->path); /* JSON has none that is not UTF-8 */
@@ -643,13 +651,14 @@ static obm_status add_report(const obm__job *j, const obm_merge_options *options
 
 /* Every document is planned before the first is run: outputs of others stand there as headers without data. */
 static obm_status plan_documents(obm_context *ctx, const obm_merge_options *options, obm__documents *d, obm__job *jobs,
-                                 obm_plan *plan, obm__run *run, obm_json *report, obm_error *err) {
+                                 bool dry_run, obm_plan *plan, obm__run *run, obm_json *report, obm_error *err) {
     for (size_t i = 0; i < d->n; i++) {
         jobs[i] = new_job(ctx, options, d, i);
         OBM_TRY(plan_job(&jobs[i], err));
         obm__job_warn_filters(&jobs[i]);
         obm_plan one = sizes(&jobs[i]);
         add_plan(plan, &one);
+        if (dry_run) OBM_TRY(check_folder(&jobs[i], d->parts[i].path, overwrites(options, d, i), err));
         if (report) OBM_TRY(add_report(&jobs[i], options, d, i, &one, run, report, err));
         if (d->n > 1 && d->parts[i].name) OBM_TRY(plan_part(&jobs[i], &d->parts[i], err));
     }
@@ -660,14 +669,12 @@ static obm_status run_documents(const obm_merge_options *options, obm__documents
                                 obm_error *err) {
     for (size_t i = 0; i < d->n; i++) {
         obm__stage *part = &d->parts[i];
-        bool own = d->folder && part->name;
         if (takes_part(&jobs[i])) { /* which is there by now */
             obm__job_clear(&jobs[i]);
             jobs[i] = new_job(run->ctx, options, d, i);
             OBM_TRY(plan_job(&jobs[i], err));
         }
-        OBM_TRY(write_folder(&jobs[i], options, part->path,
-                             own || OBM_OPT(options, obm_merge_options, overwrite, false), run, err));
+        OBM_TRY(write_folder(&jobs[i], options, part->path, overwrites(options, d, i), run, err));
         part->done = true;
     }
     return OBM_OK;
@@ -682,7 +689,7 @@ static obm_status merge_documents(obm_context *ctx, const obm_merge_options *opt
     bool dry_run = report || OBM_OPT(options, obm_merge_options, dry_run, false);
     obm__job *jobs = obm__calloc(d->n, sizeof *jobs);
     if (!jobs) return obm__fail_nomem(err, d->n * sizeof *jobs);
-    obm_status status = plan_documents(ctx, options, d, jobs, plan, &run, report, err);
+    obm_status status = plan_documents(ctx, options, d, jobs, dry_run, plan, &run, report, err);
     run.total = plan->bytes_written;
     if (status == OBM_OK && !dry_run) status = run_documents(options, d, jobs, &run, err);
     if (!dry_run && (status == OBM_OK || !OBM_OPT(options, obm_merge_options, resume, false)))

@@ -78,7 +78,10 @@ static obm_status open_sum(const obm__job *j, const char *ref, const char *plus,
     OBM_TRY(open_path(j, ref, (size_t)(plus - ref), &in->model, err));
     OBM_TRY(open_path(j, plus + 1, strlen(plus + 1), &in->adapter, err));
     if (obm__checkpoint_is_change(in->adapter)) return OBM_OK;
-    return obm__fail(err, OBM_E_ARG, "recipe: \"%.300s\": expected a LoRA adapter behind the +, found a model", ref);
+    return obm__fail(err, OBM_E_ARG,
+                     "recipe: \"%.300s\": expected a PEFT LoRA folder behind the + (adapter_config.json beside "
+                     "adapter_model.safetensors), but %.200s has no adapter_config.json",
+                     ref, in->adapter->directory);
 }
 
 /* A model by itself, which others can be put on. */

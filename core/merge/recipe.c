@@ -8,6 +8,24 @@
 
 #define WHERE OBM_RECIPE_WHERE
 
+/* ---- several faults in one message ---- */
+
+obm_status obm__recipe_join(obm_status before, obm_error *err, obm_status status, const obm_error *own) {
+    if (status == OBM_OK) return before;
+    if (before == OBM_OK || status == OBM_E_NOMEM) {
+        if (err) *err = *own;
+        return status;
+    }
+    size_t used = err ? strlen(err->message) : 0;
+    const char *text = own->message;
+    if (!strncmp(text, WHERE ": ", strlen(WHERE ": "))) text += strlen(WHERE ": ");
+    bool full = used >= 5 && !strcmp(err->message + used - 5, "; ...");
+    if (err && !full)
+        snprintf(err->message + used, sizeof err->message - used, "; %s",
+                 used + strlen(text) + 8 < sizeof err->message ? text : "...");
+    return before;
+}
+
 /* ---- keys ---- */
 
 static const char *const recipe_keys[] = {"merge_method", "models",           "base_model", "parameters",   "dtype",
@@ -36,6 +54,7 @@ static bool is_among(const char *key, const char *const *keys, size_t n) {
 obm_status obm__recipe_check_ignored(const obm_context *ctx, const obm_json *object, const char *where,
                                      const char *const *keys, size_t n, const char *const *ignored, size_t n_ignored,
                                      obm_error *err) {
+    obm_status status = OBM_OK;
     for (void *it = obm__json_first(object); it; it = obm__json_next(object, it)) {
         const char *key = obm__json_key(it);
         char hint[128];
@@ -43,14 +62,14 @@ obm_status obm__recipe_check_ignored(const obm_context *ctx, const obm_json *obj
         if (is_among(key, ignored, n_ignored)) {
             obm__warn(ctx, "%s: %s has no effect here, in mergekit too; ignored", where, key);
         } else if (is_among("parameters", keys, n) && obm__param_is_known(key)) {
-            return obm__fail(err, OBM_E_NOTFOUND, "%s: unknown key \"%.64s\", it belongs under \"parameters\"", where,
-                             key);
+            OBM_JOIN(obm__fail(OBM_OWN, OBM_E_ARG, "%s: unknown key \"%.64s\", it belongs under \"parameters\"", where,
+                               key));
         } else {
-            return obm__fail(err, OBM_E_NOTFOUND, "%s: unknown key \"%.64s\"%s", where, key,
-                             obm__suggest(key, keys, n, hint, sizeof hint));
+            OBM_JOIN(obm__fail(OBM_OWN, OBM_E_ARG, "%s: unknown key \"%.64s\"%s", where, key,
+                               obm__suggest(key, keys, n, hint, sizeof hint)));
         }
     }
-    return OBM_OK;
+    return status;
 }
 
 obm_status obm__recipe_check_keys(const obm_json *object, const char *where, const char *const *keys, size_t n,
@@ -124,8 +143,10 @@ static obm_status bad_value(const obm_param_info *info, const obm_json *v, const
     char *text = obm__json_text(v, 0);
     obm_status status =
         info->is_bool ? obm__fail(err, OBM_E_ARG, "%s: expected true or false, found %.80s", where, text ? text : "?")
-                      : obm__fail(err, OBM_E_ARG, "%s: expected a number in [%g, %g], found %.80s", where, info->min,
-                                  info->max, text ? text : "?");
+        : isinf(info->min) && isinf(info->max)
+            ? obm__fail(err, OBM_E_ARG, "%s: expected a number, found %.80s", where, text ? text : "?")
+            : obm__fail(err, OBM_E_ARG, "%s: expected a number in [%g, %g], found %.80s", where, info->min, info->max,
+                        text ? text : "?");
     obm_free(text);
     return status;
 }
@@ -174,6 +195,17 @@ static obm_status check_setting(const obm_param_info *info, const obm_json *v, c
     return OBM_OK;
 }
 
+/* What NOTFOUND is for a name that a program gives is a fault of the recipe here. */
+static obm_status as_fault(obm_status status, obm_error *err) {
+    if (status != OBM_E_NOTFOUND) return status;
+    if (err) err->code = OBM_E_ARG;
+    return OBM_E_ARG;
+}
+
+static obm_status unknown_param(const obm__method *m, const char *key, const char *where, obm_error *err) {
+    return as_fault(obm__fail_unknown_param(m, key, where, err), err);
+}
+
 /* One `parameters` mapping.  What mergekit ignores without a word (another method's parameter, a setting of the whole
  * merge under one model) is ignored with one; what nobody knows is an error. */
 obm_status obm__recipe_check_parameters(const obm_context *ctx, const obm__method *m, const obm_json *v, bool of_model,
@@ -181,6 +213,7 @@ obm_status obm__recipe_check_parameters(const obm_context *ctx, const obm__metho
     if (!obm__recipe_is_set(v)) return OBM_OK;
     if (obm__json_kind(v) != OBM_JSON_OBJECT)
         return obm__fail(err, OBM_E_ARG, "%s: expected a mapping, found %s", where, obm__json_kind_name(v));
+    obm_status status = OBM_OK;
     for (void *it = obm__json_first(v); it; it = obm__json_next(v, it)) {
         const char *key = obm__json_key(it);
         const obm_param_info *info = obm__method_param(m, key);
@@ -188,17 +221,16 @@ obm_status obm__recipe_check_parameters(const obm_context *ctx, const obm__metho
         snprintf(path, sizeof path, "%s.%.64s", where, key);
         if (!info && !obm__param_is_known(key)) {
             snprintf(path, sizeof path, "%.200s: ", where);
-            return obm__fail_unknown_param(m, key, path, err);
-        }
-        if (!info) {
+            OBM_JOIN(unknown_param(m, key, path, OBM_OWN));
+        } else if (!info) {
             obm__warn(ctx, "%s: %s takes no %s; ignored", where, m->info.name, key);
         } else if (of_model && info->scope == OBM_PARAM_GLOBAL) {
             obm__warn(ctx, "%s: %s holds for the whole merge, not for one model; ignored", where, key);
         } else if (obm__recipe_is_set(obm__json_value(it))) {
-            OBM_TRY(check_setting(info, obm__json_value(it), path, err));
+            OBM_JOIN(check_setting(info, obm__json_value(it), path, OBM_OWN));
         }
     }
-    return OBM_OK;
+    return status;
 }
 
 /* ---- settings: their value for one tensor ---- */
@@ -298,12 +330,14 @@ double obm__recipe_depth(const char *tensor, int64_t n_layers) {
 
 static obm_status find_method(obm__recipe *r, const char *name, obm_error *err) {
     for (size_t i = r->n_own; i-- > 0;) {
+        if (strcmp(r->own[i].row.info.name, name) != 0) continue;
         r->method = &r->own[i].row;
-        if (!strcmp(r->method->info.name, name)) return OBM_OK;
+        return OBM_OK;
     }
     obm_error why = {0};
     obm_status status = obm__method_find(name, &r->method, &why);
-    return status == OBM_OK ? OBM_OK : obm__fail(err, status, WHERE ": merge_method: %.400s", why.message);
+    return status == OBM_OK ? OBM_OK
+                            : obm__fail(err, as_fault(status, NULL), WHERE ": merge_method: %.400s", why.message);
 }
 
 static obm_status read_method(const obm_context *ctx, obm__recipe *r, obm_error *err) {
@@ -347,19 +381,22 @@ static void warn_double(const obm_context *ctx, const obm__recipe *r) {
 static obm_status read_recipe(const obm_context *ctx, obm__recipe *r, obm_profile profile, obm_error *err) {
     if (obm__json_kind(r->root) != OBM_JSON_OBJECT)
         return obm__fail(err, OBM_E_FORMAT, WHERE ": expected a mapping, found %s", obm__json_kind_name(r->root));
-    OBM_TRY(obm__recipe_check_ignored(ctx, r->root, WHERE, recipe_keys, OBM_COUNT(recipe_keys), ignored_keys,
-                                      OBM_COUNT(ignored_keys), err));
-    OBM_TRY(read_method(ctx, r, err));
-    OBM_TRY(read_profile(r, profile, err));
-    OBM_TRY(obm__recipe_text(r->root, WHERE, "name", &r->name, err));
-    OBM_TRY(read_dtype(r->root, "dtype", &r->has_dtype, &r->dtype, err));
-    OBM_TRY(read_dtype(r->root, "out_dtype", &r->has_out_dtype, &r->out_dtype, err));
-    warn_double(ctx, r);
-    OBM_TRY(read_seed(r, err));
-    OBM_TRY(obm__recipe_read_tokenizer(ctx, r, err));
+    obm_status status = OBM_OK;
+    OBM_JOIN(obm__recipe_check_ignored(ctx, r->root, WHERE, recipe_keys, OBM_COUNT(recipe_keys), ignored_keys,
+                                       OBM_COUNT(ignored_keys), OBM_OWN));
+    OBM_JOIN(read_profile(r, profile, OBM_OWN));
+    OBM_JOIN(obm__recipe_text(r->root, WHERE, "name", &r->name, OBM_OWN));
+    OBM_JOIN(read_dtype(r->root, "dtype", &r->has_dtype, &r->dtype, OBM_OWN));
+    OBM_JOIN(read_dtype(r->root, "out_dtype", &r->has_out_dtype, &r->out_dtype, OBM_OWN));
+    OBM_JOIN(read_seed(r, OBM_OWN));
+    OBM_JOIN(obm__recipe_read_tokenizer(ctx, r, OBM_OWN));
+    OBM_JOIN(read_method(ctx, r, OBM_OWN));
+    if (!r->method) return status; /* which says what the rest may hold */
     r->parameters = obm__json_get(r->root, "parameters");
-    OBM_TRY(obm__recipe_check_parameters(ctx, r->method, r->parameters, false, WHERE ": parameters", err));
-    return obm__recipe_read_models(ctx, r, err);
+    OBM_JOIN(obm__recipe_check_parameters(ctx, r->method, r->parameters, false, WHERE ": parameters", OBM_OWN));
+    OBM_JOIN(obm__recipe_read_models(ctx, r, OBM_OWN));
+    if (status == OBM_OK) warn_double(ctx, r);
+    return status;
 }
 
 static obm_status take_methods(obm__recipe *r, const obm__recipe_methods *methods, obm_error *err) {

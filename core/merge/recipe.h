@@ -67,7 +67,8 @@ typedef struct obm__recipe {
     const char *chat_template; /* auto, a name, or Jinja; nullable */
 } obm__recipe;
 
-/* Errors: FORMAT (syntax), NOTFOUND (unknown key, method or parameter, with a suggestion), ARG, UNSUPPORTED. */
+/* Errors: FORMAT (syntax), ARG (unknown key, method or parameter, with a suggestion; values), UNSUPPORTED.  Of several
+ * the first decides, and the message has all that fit. */
 obm_status obm__recipe_parse(const obm_context *ctx, const char *text, obm_profile profile, obm__recipe **out,
                              obm_error *err);
 /* Methods of the caller, of which `merge_method` may be one; `method` (nullable) takes its place. */
@@ -103,7 +104,18 @@ const char *obm__recipe_where(const obm__recipe *r, const obm__slice *s, const o
 #define OBM_RECIPE_WHERE "recipe"
 static inline bool obm__recipe_is_set(const obm_json *v) { return v && obm__json_kind(v) != OBM_JSON_NULL; }
 bool obm__recipe_same_ref(const char *a, const char *b);
-/* NOTFOUND with a suggestion for a key of `object` that is not among `keys`. */
+/* Reading goes on behind a fault, so that one message tells all of them: OBM_JOIN(f(..., OBM_OWN)) in a function that
+ * has `status` and `err`. */
+obm_status obm__recipe_join(obm_status before, obm_error *err, obm_status status, const obm_error *own);
+#define OBM_OWN (&own_)
+#define OBM_JOIN(call)                                       \
+    do {                                                     \
+        obm_error own_ = {0};                                \
+        obm_status one_ = (call);                            \
+        status = obm__recipe_join(status, err, one_, &own_); \
+        if (one_ == OBM_E_NOMEM) return status;              \
+    } while (0)
+/* ARG with a suggestion for each key of `object` that is not among `keys`. */
 obm_status obm__recipe_check_keys(const obm_json *object, const char *where, const char *const *keys, size_t n,
                                   obm_error *err);
 obm_status obm__recipe_check_parameters(const obm_context *ctx, const obm__method *m, const obm_json *v, bool of_model,
@@ -115,7 +127,7 @@ obm_status obm__recipe_text(const obm_json *object, const char *where, const cha
  * where v is absent, else borrowed from r. */
 obm_status obm__recipe_ref(const obm_context *ctx, obm__recipe *r, const obm_json *v, const char *where,
                            const char **out, obm_error *err);
-/* NOTFOUND for unknown keys; those of `ignored` are ones that mergekit does not read either, and warn. */
+/* ARG for unknown keys; those of `ignored` are ones that mergekit does not read either, and warn. */
 obm_status obm__recipe_check_ignored(const obm_context *ctx, const obm_json *object, const char *where,
                                      const char *const *keys, size_t n, const char *const *ignored, size_t n_ignored,
                                      obm_error *err);

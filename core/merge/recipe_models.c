@@ -101,18 +101,19 @@ static obm_status read_source(const obm_context *ctx, obm__recipe *r, const obm_
     if (obm__json_kind(v) != OBM_JSON_OBJECT)
         return obm__fail(err, OBM_E_ARG, "%s: expected a mapping with \"model\", found %s", where,
                          obm__json_kind_name(v));
-    OBM_TRY(sliced ? obm__recipe_check_keys(v, where, source_keys, OBM_COUNT(source_keys), err)
-                   : obm__recipe_check_ignored(ctx, v, where, model_keys, OBM_COUNT(model_keys), ignored_in_models,
-                                               OBM_COUNT(ignored_in_models), err));
+    obm_status status = OBM_OK;
+    OBM_JOIN(sliced ? obm__recipe_check_keys(v, where, source_keys, OBM_COUNT(source_keys), OBM_OWN)
+                    : obm__recipe_check_ignored(ctx, v, where, model_keys, OBM_COUNT(model_keys), ignored_in_models,
+                                                OBM_COUNT(ignored_in_models), OBM_OWN));
     snprintf(path, sizeof path, "%s.model", where);
-    OBM_TRY(obm__recipe_ref(ctx, r, obm__json_get(v, "model"), path, &s.ref, err));
-    if (!s.ref) return obm__fail(err, OBM_E_ARG, "%s: \"model\" is missing", where);
-    if (sliced) OBM_TRY(read_range(v, where, &s, err));
+    OBM_JOIN(obm__recipe_ref(ctx, r, obm__json_get(v, "model"), path, &s.ref, OBM_OWN));
+    if (!s.ref && status == OBM_OK) return obm__fail(err, OBM_E_ARG, "%s: \"model\" is missing", where);
+    if (sliced) OBM_JOIN(read_range(v, where, &s, OBM_OWN));
     s.parameters = obm__json_get(v, "parameters");
     snprintf(path, sizeof path, "%s.parameters", where);
-    OBM_TRY(obm__recipe_check_parameters(ctx, r->method, s.parameters, true, path, err));
-    *out = s;
-    return OBM_OK;
+    OBM_JOIN(obm__recipe_check_parameters(ctx, r->method, s.parameters, true, path, OBM_OWN));
+    if (status == OBM_OK) *out = s;
+    return status;
 }
 
 static obm_status add_source(const obm_context *ctx, const obm__recipe *r, obm__slice *slice, const char *base,
@@ -141,12 +142,61 @@ static obm_status read_list(const obm_context *ctx, obm__recipe *r, const obm_js
     size_t n = obm__json_size(list);
     slice->models = obm__calloc(n + 1, sizeof *slice->models);
     if (!slice->models) return obm__fail_nomem(err, (n + 1) * sizeof *slice->models);
+    obm_status status = OBM_OK;
     for (size_t i = 0; i < n; i++) {
         char path[128];
         obm__source s = {.index = i};
         snprintf(path, sizeof path, "%s[%zu]", where, i);
-        OBM_TRY(read_source(ctx, r, obm__json_at(list, i), r->sliced != NULL, path, &s, err));
-        OBM_TRY(add_source(ctx, r, slice, base, &s, path, err));
+        OBM_JOIN(read_source(ctx, r, obm__json_at(list, i), r->sliced != NULL, path, &s, OBM_OWN));
+        if (s.ref) OBM_JOIN(add_source(ctx, r, slice, base, &s, path, OBM_OWN));
+    }
+    return status;
+}
+
+/* ---- what must be there ---- */
+
+static obm_status fail_base(const obm__recipe *r, const char *where, obm_error *err) {
+    const char *name = r->method->info.name;
+    bool own = false;
+    for (size_t i = 0; i < r->n_own; i++) own |= r->method == &r->own[i].row;
+    if (own)
+        return obm__fail(
+            err, OBM_E_ARG,
+            "%s%s gets task vectors, so it needs a \"base_model\", the model that the others were tuned from; "
+            "a method registered with base = false (register_method; needs_base in C) gets the weights",
+            where, name);
+    return obm__fail(err, OBM_E_ARG, "%s%s needs a \"base_model\", the model that the others were tuned from", where,
+                     name);
+}
+
+static bool is_given(const obm_json *parameters, const char *name) {
+    return obm__recipe_is_set(obm__json_get(parameters, name));
+}
+
+/* A parameter that has to be given and stands at no level; NULL: none.  Of the paper profile all have defaults. Filters
+ * may still leave out a tensor, which shows where its value is looked up. */
+static const char *missing_parameter(const obm__recipe *r, const obm__slice *s, const obm__source *model) {
+    for (size_t i = 0; r->profile != OBM_PROFILE_PAPER && i < r->method->info.n_params; i++) {
+        const obm_param_info *info = &r->method->info.params[i];
+        bool own = info->scope == OBM_PARAM_PER_MODEL && is_given(model->parameters, info->name);
+        if (info->required && !own && !is_given(s->parameters, info->name) && !is_given(s->modules, info->name) &&
+            !is_given(r->parameters, info->name))
+            return info->name;
+    }
+    return NULL;
+}
+
+static obm_status check_required(const obm__recipe *r, const obm__slice *s, const char *where, obm_error *err) {
+    for (size_t i = 0; i < s->n_models; i++) {
+        const char *missing = missing_parameter(r, s, &s->models[i]);
+        if (!missing) continue;
+        if (obm__method_param(r->method, missing)->scope == OBM_PARAM_GLOBAL)
+            return obm__fail(err, OBM_E_ARG, WHERE ": parameters.%s is missing, %s needs it", missing,
+                             r->method->info.name);
+        return obm__fail(err, OBM_E_ARG,
+                         "%s[%zu].parameters.%s is missing, %s needs it for each model (%.200s); %s under the merge's "
+                         "own parameters holds for all",
+                         where, s->models[i].index, missing, r->method->info.name, s->models[i].ref, missing);
     }
     return OBM_OK;
 }
@@ -154,25 +204,35 @@ static obm_status read_list(const obm_context *ctx, obm__recipe *r, const obm_js
 /* ---- models ---- */
 
 /* The base is an input like the others where the method has no task vectors: mergekit adds it if it is not listed. */
-static void add_base_as_model(const obm__recipe *r, obm__slice *s) {
-    if (obm__method_takes_base(r->method) || !r->base) return;
+static obm_status add_base_as_model(const obm__recipe *r, obm__slice *s, obm_error *err) {
+    if (obm__method_takes_base(r->method) || !r->base) return OBM_OK;
     for (size_t i = 0; i < s->n_models; i++)
-        if (obm__recipe_same_ref(s->models[i].ref, r->base)) return;
-    s->models[s->n_models++] = (obm__source){.ref = r->base, .end = -1};
+        if (obm__recipe_same_ref(s->models[i].ref, r->base)) return OBM_OK;
+    obm__source base = {.ref = r->base, .end = -1};
+    const char *missing = missing_parameter(r, s, &base);
+    if (missing)
+        return obm__fail(err, OBM_E_ARG,
+                         WHERE ": parameters.%s is missing: base_model is one more input of %s, and takes the %s that "
+                               "stands there",
+                         missing, r->method->info.name, missing);
+    s->models[s->n_models++] = base;
+    return OBM_OK;
 }
 
 static obm_status read_models(const obm_context *ctx, obm__recipe *r, const obm_json *models, const obm_json *modules,
                               const char *where, obm_error *err) {
-    if (r->method->info.needs_base && !r->base)
-        return obm__fail(err, OBM_E_ARG, WHERE ": %s needs a \"base_model\"", r->method->info.name);
+    obm_status status = OBM_OK;
+    if (r->method->info.needs_base && !r->base) OBM_JOIN(fail_base(r, WHERE ": ", OBM_OWN));
     r->slices = obm__calloc(1, sizeof *r->slices);
     if (!r->slices) return obm__fail_nomem(err, sizeof *r->slices);
     r->n_slices = 1;
     obm__slice *s = &r->slices[0];
     s->layers = -1;
     s->modules = modules;
-    OBM_TRY(read_list(ctx, r, models, r->base, where, s, err));
-    add_base_as_model(r, s);
+    OBM_JOIN(read_list(ctx, r, models, r->base, where, s, OBM_OWN));
+    if (status != OBM_OK) return status;
+    OBM_TRY(check_required(r, s, where, err));
+    OBM_TRY(add_base_as_model(r, s, err));
     if (obm__method_takes_base(r->method) && r->base) s->base = (obm__source){.ref = r->base, .end = -1};
     r->n_models = s->n_models;
     return obm__method_check_count(r->method, s->n_models, WHERE ": ", err);
@@ -204,9 +264,10 @@ static obm_status read_slice(const obm_context *ctx, obm__recipe *r, const obm_j
                          where, base);
     snprintf(path, sizeof path, "%s: ", where);
     if (s->n_models > r->n_models) r->n_models = s->n_models;
-    if (r->method->info.needs_base && !s->base.ref)
-        return obm__fail(err, OBM_E_ARG, "%s%s needs a \"base_model\"", path, r->method->info.name);
-    return obm__method_check_count(r->method, s->n_models, path, err);
+    if (r->method->info.needs_base && !s->base.ref) return fail_base(r, path, err);
+    OBM_TRY(obm__method_check_count(r->method, s->n_models, path, err));
+    snprintf(path, sizeof path, "%s.sources", where);
+    return check_required(r, s, path, err);
 }
 
 static obm_status read_slices(const obm_context *ctx, obm__recipe *r, const obm_json *slices, const obm_json *modules,
@@ -219,13 +280,14 @@ static obm_status read_slices(const obm_context *ctx, obm__recipe *r, const obm_
     if (!r->slices) return obm__fail_nomem(err, n * sizeof *r->slices);
     r->n_slices = n;
     r->sliced = name;
+    obm_status status = OBM_OK;
     for (size_t i = 0; i < n; i++) {
         char where[96];
         snprintf(where, sizeof where, WHERE ": %s[%zu]", name, i);
         r->slices[i].modules = modules;
-        OBM_TRY(read_slice(ctx, r, obm__json_at(slices, i), where, &r->slices[i], err));
+        OBM_JOIN(read_slice(ctx, r, obm__json_at(slices, i), where, &r->slices[i], OBM_OWN));
     }
-    return OBM_OK;
+    return status;
 }
 
 /* ---- modules ---- */

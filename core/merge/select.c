@@ -103,8 +103,9 @@ static size_t load_values(const obm__group *g, size_t model, uint32_t least, obm
         size_t bad = obm__block_load(b);
         float from;
         memcpy(&from, &least, sizeof from);
-        if (bad == n) g->steps->method->custom->score(b, from, b->mixed);
-        return bad;
+        if (bad < n) return bad;
+        g->steps->method->custom->score(b, from, b->mixed);
+        return b->k->find_nonfinite(b->mixed, n);
     }
     if (!obm__group_is_plain(g, model)) obm__group_base(b->k, g, begin, n, b->base, b->scratch);
     return obm__group_delta(b->k, g, model, begin, n, b->base, b->mixed, b->scratch);
@@ -277,7 +278,7 @@ static obm_status count_group(const selection *s, pass *p, obm_error *err) {
         p->end = p->g->count - p->begin < OBM_MERGE_SPAN ? p->g->count : p->begin + OBM_MERGE_SPAN;
         obm__parallel(s->run->ctx, (size_t)((p->end - p->begin + OBM_MERGE_BLOCK - 1) / OBM_MERGE_BLOCK), 1,
                       blocks_of(p->what), p);
-        if (p->bad != UINT64_MAX) return obm__group_bad(p->k, p->g, p->bad, err);
+        if (p->bad != UINT64_MAX) return obm__group_bad_rank(p->k, p->g, p->bad, err);
         flush_histograms(s, p);
         /* Of a small tensor the next pass finds the pages there, and the last one lets them go. */
         if (s->n_groups > 1 || p->g->count > OBM_MERGE_SPAN) obm__group_release(p->g, p->begin, p->end - p->begin);

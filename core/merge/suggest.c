@@ -1,12 +1,15 @@
 /* Suggestions for mistyped names: the nearest known one by edit distance. */
 #include "merge.h"
 
+#include <ctype.h>
 #include <stdio.h>
 #include <string.h>
 
 #define LONGEST 48
 
-/* Levenshtein distance by rows; longer names are compared by their first LONGEST bytes. */
+static bool differ(char a, char b) { return tolower((unsigned char)a) != tolower((unsigned char)b); }
+
+/* Levenshtein distance by rows, whatever the case; longer names are compared by their first LONGEST bytes. */
 static size_t edit_distance(const char *a, const char *b) {
     size_t n = strnlen(a, LONGEST), m = strnlen(b, LONGEST), row[LONGEST + 1];
     for (size_t j = 0; j <= m; j++) row[j] = j;
@@ -14,7 +17,7 @@ static size_t edit_distance(const char *a, const char *b) {
         size_t diagonal = row[0];
         row[0] = i;
         for (size_t j = 1; j <= m; j++) {
-            size_t best = diagonal + (a[i - 1] != b[j - 1]);
+            size_t best = diagonal + differ(a[i - 1], b[j - 1]);
             if (row[j] + 1 < best) best = row[j] + 1;
             if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
             diagonal = row[j];

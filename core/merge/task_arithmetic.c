@@ -3,9 +3,7 @@
 
 static const obm_param_info params[] = {
     OBM_PARAM_WEIGHT,
-    OBM_PARAM_DENSITY("accepted for mergekit's recipes, without effect"),
     OBM_PARAM_NORMALIZE("divide by the sum of the weights", 0),
-    OBM_PARAM_RESCALE("accepted for mergekit's recipes, without effect", 0),
     OBM_PARAM_LAMBDA,
     OBM_PARAM_INT8_MASK,
 };

@@ -31,9 +31,12 @@ static obm_status fail_parser(const yaml_parser_t *p, const char *where, obm_err
     if (p->error == YAML_READER_ERROR)
         return obm__fail(err, OBM_E_FORMAT, "%s, byte %zu: %s", where, p->problem_offset,
                          p->problem ? p->problem : "unreadable text");
-    return obm__fail(err, OBM_E_FORMAT, "%s, line %zu, column %zu: %s%s%s", where, p->problem_mark.line + 1,
+    return obm__fail(err, OBM_E_FORMAT, "%s, line %zu, column %zu: %s%s%s%s", where, p->problem_mark.line + 1,
                      p->problem_mark.column + 1, p->problem ? p->problem : "invalid YAML", p->context ? " " : "",
-                     p->context ? p->context : "");
+                     p->context ? p->context : "",
+                     p->problem && strstr(p->problem, "cannot start any token")
+                         ? " (YAML indents with spaces, not tabs, and puts text that begins with @, ` or % in quotes)"
+                         : "");
 }
 
 /* ---- scalars ---- */

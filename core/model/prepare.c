@@ -53,8 +53,12 @@ static obm_status check_tensor(obm__build *b, const char *name, const obm_tensor
                          obm__shape_text(t, found, sizeof found));
     }
     if (t->dtype != OBM_F32 && t->dtype != OBM_F16 && t->dtype != OBM_BF16)
-        return obm__fail(b->err, OBM_E_DTYPE, "%s: tensor \"%s\": expected F32, F16 or BF16, found %s",
-                         obm_checkpoint_path(b->m->base), name, obm_dtype_name(t->dtype));
+        return obm__fail(b->err, OBM_E_DTYPE, "%s: tensor \"%s\": expected F32, F16 or BF16, found %s%s",
+                         obm_checkpoint_path(b->m->base), name, obm_dtype_name(t->dtype),
+                         t->dtype == OBM_F64
+                             ? ": a merge converts it, of a recipe with merge_method: passthrough, this "
+                               "model alone under models, and dtype: bfloat16 or float32"
+                             : "");
     return OBM_OK;
 }
 

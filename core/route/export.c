@@ -396,9 +396,9 @@ static obm_status export_pack(const obm_pack *p, const double *weights, const ob
     obm__route_plan *plan = NULL;
     export_job j = {.pack = p, .weights = weights, .options = options, .bad = UINT64_MAX};
     OBM_TRY(parse_dtype(&j, OBM_OPT(options, obm_export_options, dtype, NULL), err));
-    if (!dry) OBM_TRY(refuse_own_folder(p, out_path, err));
-    if (!dry) OBM_TRY(refuse_sources(p, out_path, err));
-    if (!dry) OBM_TRY(obm__model_writer_check(out_path, OBM_OPT(options, obm_export_options, overwrite, false), err));
+    OBM_TRY(refuse_own_folder(p, out_path, err));
+    OBM_TRY(refuse_sources(p, out_path, err));
+    OBM_TRY(obm__model_writer_check(out_path, OBM_OPT(options, obm_export_options, overwrite, false), err));
     obm__pulse pulse = obm__pulse_new(p->ctx, OBM_OPT(options, obm_export_options, progress, NULL),
                                       OBM_OPT(options, obm_export_options, progress_user, NULL), "export", 0);
     j.pulse = &pulse;

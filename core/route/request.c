@@ -134,9 +134,7 @@ obm_status obm_request_builtin(obm_request *r, const double **out, obm_error *er
     const obm__router *router = r->pack->router;
     const float *features;
     size_t n;
-    if (!router)
-        return obm__fail(err, OBM_E_NOTFOUND, "pack %s has no router: train one, or give a route or a router",
-                         r->pack->path);
+    if (!router) return obm__fail_no_router(r->pack, err);
     if (!r->builtin) {
         OBM_TRY(obm_request_features(r, router->layer, &features, &n, err));
         if ((int64_t)n != router->width)

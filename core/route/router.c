@@ -326,9 +326,9 @@ static obm_status train_in_use(obm_pack *p, const obm_prompt *prompts, const cha
 /* Takes r over on success. */
 static obm_status exchange(obm_pack *p, uint64_t revision, obm__router *r, obm_error *err) {
     OBM_TRY(obm__pack_claim(p, err));
-    obm_status status = p->revision == revision ? store(p, r, err)
-                                                : obm__fail(err, OBM_E_BUSY, "pack %s was changed while its router was trained",
-                                                            p->path);
+    obm_status status = p->revision == revision
+                            ? store(p, r, err)
+                            : obm__fail(err, OBM_E_BUSY, "pack %s was changed while its router was trained", p->path);
     if (status == OBM_OK) {
         obm__router_free(p->router);
         p->router = r;
@@ -361,8 +361,16 @@ obm_status obm_router_train(obm_pack *p, const obm_prompt *prompts, const char *
     return OBM_OK;
 }
 
+obm_status obm__fail_no_router(const obm_pack *p, obm_error *err) {
+    return obm__fail(
+        err, OBM_E_NOTFOUND,
+        "pack %.300s has no router: `onebitmerge router train PACK --data FILE` trains one (train_router in "
+        "Python and Lua, obm_router_train in C); without one, give a route or a router of your own",
+        p->path);
+}
+
 obm_status obm_pack_router_report(const obm_pack *p, obm_router_report *out, obm_error *err) {
-    if (!p->router) return obm__fail(err, OBM_E_NOTFOUND, "pack %s has no router yet", p->path);
+    if (!p->router) return obm__fail_no_router(p, err);
     *out = p->router->report;
     return OBM_OK;
 }

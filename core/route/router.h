@@ -24,6 +24,8 @@ struct obm__router {
  * obm_pack_free frees it. */
 obm_status obm__router_load(const obm_pack *p, obm__router **out, obm_error *err);
 void obm__router_free(obm__router *r);
+/* NOTFOUND, and what trains one. */
+obm_status obm__fail_no_router(const obm_pack *p, obm_error *err);
 /* features: (width) as obm_model_embed gives them; probabilities: (tasks), sum 1, computed in f64. */
 void obm__router_probabilities(const obm__router *r, const float *features, double *probabilities);
 

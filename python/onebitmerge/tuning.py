@@ -195,7 +195,8 @@ def with_routes(pack, items, route):
             try:
                 pack.router_report()
             except NotFoundError:
-                raise NotFoundError(f"pack {pack.path} has no router: train one, or take each item's own task (--route task)") from None
+                raise NotFoundError(f"pack {pack.path} has no router: `onebitmerge router train PACK --data FILE` trains one (train_router in Python), "
+                                "or take each item's own task (--route task)") from None
         return items
     routed = []
     for i, item in enumerate(items):
@@ -285,13 +286,13 @@ def estimate(pack, candidates, folders):
     for c in candidates:
         variant = (c.policy, c.scale)
         if variant not in sizes:
-            sizes[variant] = compress(pack.base, experts_of(pack, folders, *variant), pack.path, dry_run=True)["bytes_written"]
+            sizes[variant] = compress(pack.base, experts_of(pack, folders, *variant), pack.path, dry_run=True, overwrite=True)["bytes_written"]
         c.bytes = sizes[variant]
 
 
 def tune(pack: Any, data: Any, *, lambdas: float | Sequence[float] = LAMBDAS, readings: str | Sequence[str] | None = None,
          policies: str | Sequence[str] = (), scales: str | Sequence[str] = (), experts: Mapping[str, Any] | None = None, base: Any = None,
-         route: str = "auto", max_tokens: int = 64, chat: bool = False, batch: int = 0, stop: Any = None, template: str | None = None,
+         route: str = "auto", max_tokens: int = 0, chat: bool = False, batch: int = 0, stop: Any = None, template: str | None = None,
          materialise: bool = False, z12: bool | str = "auto", dry_run: bool = False, progress: Any = None,
          prefill: str = "f32") -> Tuning:
     """Choose lambda, reading, policy and scale on validation data, and store the choice in the pack.

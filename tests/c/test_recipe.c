@@ -136,7 +136,7 @@ static void test_merge_keys(void **state) {
     obm__recipe *r = parse("merge_method: ties\nbase_model: b\nmodels:\n"
                            "- {model: x, parameters: &p {weight: 0.5, density: 0.25}}\n"
                            "- {model: y, parameters: {<<: *p, weight: 2}}\n"
-                           "- {model: z, parameters: &q {density: 0.75}}\n"
+                           "- {model: z, parameters: &q {density: 0.75, weight: 1}}\n"
                            "- {model: u, parameters: {weight: 3, <<: [*q, *p]}}\n");
     assert_true(value(r, "w", 1, "weight", 1) == 2 && value(r, "w", 1, "density", 1) == 0.25);
     assert_true(value(r, "w", 1, "weight", 3) == 3 && value(r, "w", 1, "density", 3) == 0.75);
@@ -156,7 +156,7 @@ static void test_recipe_errors(void **state) {
     expect_parse_error("<<: 3\nmerge_method: ties\n", OBM_E_FORMAT,
                        "line 1: a merge key (<<): expected a mapping or a list of mappings");
     expect_parse_error("<<: {}\n<<: {}\n", OBM_E_FORMAT, "line 2: duplicate key <<");
-    expect_parse_error("'<<': {}\n" TIES MODELS, OBM_E_NOTFOUND, "unknown key \"<<\"");
+    expect_parse_error("'<<': {}\n" TIES MODELS, OBM_E_ARG, "unknown key \"<<\"");
     expect_parse_error("{\"merge_method\": \"ties\", \"merge_method\": 1}", OBM_E_FORMAT, "duplicate key");
     expect_parse_error(TIES MODELS "---\n" TIES MODELS, OBM_E_UNSUPPORTED, "more than one document");
     expect_parse_error(TIES "models: [{model: x, parameters: {weight: .inf}}]\n", OBM_E_FORMAT,
@@ -165,37 +165,39 @@ static void test_recipe_errors(void **state) {
     expect_parse_error(TIES "models: [{model: x, parameters: {weight: 010}}]\n", OBM_E_FORMAT, "leading zero");
     expect_parse_error(TIES "models: [{model: !!python/object x}]\n", OBM_E_UNSUPPORTED, "tags");
     expect_parse_error("models: []\n", OBM_E_ARG, "\"merge_method\" is missing");
-    expect_parse_error("merge_method: dare_tie\nmodels: []\n", OBM_E_NOTFOUND, "did you mean \"dare_ties\"?");
+    expect_parse_error("merge_method: dare_tie\nmodels: []\n", OBM_E_ARG, "did you mean \"dare_ties\"?");
+    expect_parse_error("merge_method: TIES\nmodels: []\n", OBM_E_ARG, "did you mean \"ties\"?");
+    expect_parse_error("merge_method: ties\nmodels:\n\t- model: x\n", OBM_E_FORMAT,
+                       "YAML indents with spaces, not tabs");
     expect_parse_error("merge_method: ties\n" MODELS, OBM_E_ARG, "needs a \"base_model\"");
     expect_parse_error(TIES, OBM_E_ARG, "\"models\" is missing");
     expect_parse_error(TIES "models: []\n", OBM_E_ARG, "at least 1 model besides the base, found 0");
     expect_parse_error(TIES "models: [{model: b}]\n", OBM_E_ARG, "found 0");
-    expect_parse_error(TIES "models: [{modle: x}]\n", OBM_E_NOTFOUND,
+    expect_parse_error(TIES "models: [{modle: x}]\n", OBM_E_ARG,
                        "models[0]: unknown key \"modle\", did you mean \"model\"?");
     expect_parse_error(TIES "models: [{model: x}, {model: x/}]\n", OBM_E_ARG, "listed twice");
-    expect_parse_error(TIES "models: [{model: {path: x}}]\n", OBM_E_NOTFOUND, "models[0].model: unknown key \"path\"");
-    expect_parse_error(TIES "models: [{model: {model: {paht: x}}}]\n", OBM_E_NOTFOUND, "did you mean \"path\"?");
+    expect_parse_error(TIES "models: [{model: {path: x}}]\n", OBM_E_ARG, "models[0].model: unknown key \"path\"");
+    expect_parse_error(TIES "models: [{model: {model: {paht: x}}}]\n", OBM_E_ARG, "did you mean \"path\"?");
     expect_parse_error(TIES "models: [{model: {model: {revision: x}}}]\n", OBM_E_ARG,
                        "models[0].model: expected a path");
     expect_parse_error(TIES "models: [{model: 3}]\n", OBM_E_ARG, "models[0].model: expected a path, found an integer");
-    expect_parse_error(TIES "models: [{model: x, weight: 1}]\n", OBM_E_NOTFOUND,
+    expect_parse_error(TIES "models: [{model: x, weight: 1}]\n", OBM_E_ARG,
                        "models[0]: unknown key \"weight\", it belongs under \"parameters\"");
-    expect_parse_error(TIES MODELS "density: 0.5\n", OBM_E_NOTFOUND, "it belongs under \"parameters\"");
-    expect_parse_error(TIES MODELS "out_dytpe: bfloat16\n", OBM_E_NOTFOUND, "did you mean \"out_dtype\"?");
+    expect_parse_error(TIES MODELS "density: 0.5\n", OBM_E_ARG, "it belongs under \"parameters\"");
+    expect_parse_error(TIES MODELS "out_dytpe: bfloat16\n", OBM_E_ARG, "did you mean \"out_dtype\"?");
     expect_parse_error(TIES MODELS "dtype: int64\n", OBM_E_UNSUPPORTED, "int64 is not supported");
     expect_parse_error(TIES MODELS "dtype: bfloat\n", OBM_E_ARG, "did you mean \"bfloat16\"?");
     expect_parse_error(TIES MODELS "slices: []\n", OBM_E_ARG, "both \"models\" and \"slices\", expected one");
     expect_parse_error(TIES MODELS "tokenizer_source: 3\n", OBM_E_ARG, "tokenizer_source: expected a path");
     expect_parse_error(TIES MODELS "tokenizer_source: base\ntokenizer: {source: base}\n", OBM_E_ARG,
                        "both \"tokenizer_source\" and \"tokenizer\"");
-    expect_parse_error(TIES MODELS "tokenizer: {sauce: base}\n", OBM_E_NOTFOUND, "did you mean \"source\"?");
+    expect_parse_error(TIES MODELS "tokenizer: {sauce: base}\n", OBM_E_ARG, "did you mean \"source\"?");
     expect_parse_error(TIES MODELS "tokenizer: {pad_to_multiple_of: 0}\n", OBM_E_ARG,
                        "pad_to_multiple_of: expected an integer");
     expect_parse_error(TIES MODELS "tokenizer: {tokens: [a]}\n", OBM_E_ARG, "tokenizer.tokens: expected a mapping");
     expect_parse_error(TIES MODELS "tokenizer: {tokens: {a: x}}\n", OBM_E_ARG,
                        "tokenizer.tokens.a: expected a mapping");
-    expect_parse_error(TIES MODELS "tokenizer: {tokens: {a: {forse: true}}}\n", OBM_E_NOTFOUND,
-                       "did you mean \"force\"?");
+    expect_parse_error(TIES MODELS "tokenizer: {tokens: {a: {forse: true}}}\n", OBM_E_ARG, "did you mean \"force\"?");
     expect_parse_error(TIES MODELS "tokenizer: {tokens: {a: {force: true}}}\n", OBM_E_ARG, "force needs a \"source\"");
     expect_parse_error(TIES MODELS "tokenizer: {tokens: {a: {source: {kind: zreo}}}}\n", OBM_E_ARG,
                        "tokens.a.source: kind: expected model_token or zero, found \"zreo\"");
@@ -208,17 +210,33 @@ static void test_recipe_errors(void **state) {
                        "expected auto, a name (alpaca, chatml, exaone, llama3, mistral) or a Jinja template, found");
     expect_parse_error(TIES MODELS "profile: official\n", OBM_E_ARG, "mergekit or paper");
     expect_parse_error(TIES MODELS "random_seed: -1\n", OBM_E_ARG, "random_seed");
-    expect_parse_error(TIES MODELS "parameters: {lamda: 1}\n", OBM_E_NOTFOUND, "did you mean \"lambda\"?");
+    expect_parse_error(TIES MODELS "parameters: {lamda: 1}\n", OBM_E_ARG, "did you mean \"lambda\"?");
     expect_parse_error(TIES MODELS "parameters: {density: 2}\n", OBM_E_ARG,
                        "parameters.density: expected a number in [0, 1], found 2");
     expect_parse_error(TIES MODELS "parameters: {normalize: 2}\n", OBM_E_ARG, "expected true or false");
     expect_parse_error(TIES MODELS "parameters: {density: []}\n", OBM_E_ARG, "an empty list");
     expect_parse_error(TIES MODELS "parameters: {density: [0.1, {value: 1}]}\n", OBM_E_ARG, "density");
     expect_parse_error(TIES MODELS "parameters: {density: [{value: 1}, 0.1]}\n", OBM_E_ARG, "among pairs");
-    expect_parse_error(TIES MODELS "parameters: {density: {fliter: mlp, value: 1}}\n", OBM_E_NOTFOUND,
+    expect_parse_error(TIES MODELS "parameters: {density: {fliter: mlp, value: 1}}\n", OBM_E_ARG,
                        "did you mean \"filter\"?");
     expect_parse_error(TIES MODELS "parameters: {density: {filter: mlp}}\n", OBM_E_ARG, "without a value");
     expect_parse_error(TIES MODELS "parameters: {density: many}\n", OBM_E_ARG, "found \"many\"");
+    /* What a method needs is asked for where it would stand. */
+    expect_parse_error("merge_method: linear\nmodels: [{model: x, parameters: {weight: 1}}, {model: y}]\n", OBM_E_ARG,
+                       "models[1].parameters.weight is missing, linear needs it for each model (y)");
+    expect_parse_error("merge_method: slerp\nbase_model: b\nmodels: [{model: x}]\n", OBM_E_ARG,
+                       "parameters.t is missing, slerp needs it");
+    expect_parse_error("merge_method: linear\nbase_model: b\n" MODELS, OBM_E_ARG,
+                       "parameters.weight is missing: base_model is one more input of linear");
+    /* All that is wrong, in one message, as far as it has room. */
+    expect_parse_error(
+        TIES "dtyp: bfloat16\ndtype: float23\nmodels: [{model: x, parameters: {weight: a, lamda: 1}}, {modle: y}]\n",
+        OBM_E_ARG,
+        "recipe: unknown key \"dtyp\", did you mean \"dtype\"?; dtype: no dtype \"float23\" (float32, float16, "
+        "bfloat16, float64), did you mean \"float32\"?; models[0].parameters.weight: expected a number, "
+        "found \"a\"; models[0].parameters: ties has no parameter \"lamda\"");
+    expect_parse_error(TIES MODELS "parameters: {a1: 1, a2: 1, a3: 1, a4: 1, a5: 1, a6: 1, a7: 1, a8: 1, a9: 1}\n",
+                       OBM_E_ARG, "; ...");
 }
 
 static void test_ignored_parameters_warn(void **state) {
@@ -635,6 +653,8 @@ static void test_plan_and_progress(void **state) {
     obm_merge_options options = OBM_INIT(obm_merge_options);
     options.dry_run = true;
     OK(merge_with("merge_method: ties\n" TWO_MODELS, "dry", &options, &plan, err));
+    assert_int_equal(merge_with("merge_method: ties\n" TWO_MODELS, "one", &options, NULL, &err), OBM_E_ARG);
+    assert_non_null(strstr(err.message, "is an input of the merge"));
     char *dry = in_folder("dry");
     assert_false(obm__file_exists(dry) || obm__is_directory(dry));
     obm_free(dry);
@@ -668,7 +688,7 @@ static void test_merge_errors(void **state) {
     expect_merge_error(recipe, "there", OBM_E_EXISTS, "there");
     expect_merge_error(recipe, "one", OBM_E_ARG, "is an input of the merge");
     expect_merge_error("merge_method: ties\nbase_model: base\nmodels: [{model: one}]\n", "x", OBM_E_ARG,
-                       "lm_head.weight: ties needs the parameter weight for one");
+                       "recipe: models[0].parameters.weight is missing, ties needs it for each model (one)");
     expect_merge_error("merge_method: della\nbase_model: base\nparameters: {weight: 1}\n"
                        "models: [{model: one}, {model: two, parameters: {density: 0.1}}]\n",
                        "x", OBM_E_ARG, "density + epsilon in (0, 1) for two, found -0.05 and 0.25");
@@ -678,7 +698,8 @@ static void test_merge_errors(void **state) {
     expect_merge_error("merge_method: linear\n"
                        "models: [{model: one, parameters: {weight: 1e300}}, {model: two, parameters: {weight: 1}}]\n",
                        "x", OBM_E_ARG, "linear: the weight of one does not fit f32");
-    expect_merge_error("merge_method: ties\nbase_model: base\nmodels: [{model: nowhere}]\n", "x", OBM_E_IO, "nowhere");
+    expect_merge_error("merge_method: ties\nbase_model: base\nmodels: [{model: nowhere, parameters: {weight: 1}}]\n",
+                       "x", OBM_E_IO, "nowhere");
 
     one.x[3][17] = NAN;
     write_model("one", CONFIG("false"), &one, OBM_F32, 0);

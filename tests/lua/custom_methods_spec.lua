@@ -93,7 +93,7 @@ describe("a method in Lua", function()
     assert.equal("larger", methods[#methods].name)
     assert.equal("the larger wins", methods[#methods].doc)
     obm.register_method("larger", nil)
-    assert.equal("NOTFOUND", select(3, obm.merge(mine, folder .. "/d")))
+    assert.equal("ARG", select(3, obm.merge(mine, folder .. "/d")))
     assert.error_matches(function() obm.register_method("larger", nil) end, "no method")
   end)
 

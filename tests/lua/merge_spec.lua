@@ -114,12 +114,26 @@ describe("merge", function()
     assert.is_true(obm.checkpoint(folder .. "/a")[name]:tostring() == out:tostring())
   end)
 
+  it("refuses in a dry run what a run refuses", function()
+    local folder = support.folder()
+    assert(obm.merge(recipe(), folder .. "/a"))
+    for _, dry_run in ipairs { true, false } do
+      local _, message, code = obm.merge(recipe(), folder .. "/a", { dry_run = dry_run })
+      assert.equal("EXISTS", code)
+      assert.matches("overwrite = true replaces it", message, 1, true)
+      _, message, code = obm.merge(recipe(), support.models .. "math", { dry_run = dry_run, overwrite = true })
+      assert.equal("ARG", code)
+      assert.matches("is an input of the merge", message, 1, true)
+    end
+    assert(obm.merge(recipe(), folder .. "/a", { dry_run = true, overwrite = true }))
+  end)
+
   it("checks recipes", function()
     local r = recipe()
     r.merge_metod = "ties"
     local plan, reason, name = obm.merge(r, support.folder() .. "/a")
     assert.is_nil(plan)
-    assert.equal("NOTFOUND", name)
+    assert.equal("ARG", name)
     assert.truthy(reason:find("merge_metod", 1, true) and reason:find("did you mean \"merge_method\"", 1, true))
     local missing, text, code = obm.merge("/no/such.yml", support.folder() .. "/a")
     assert.is_nil(missing)
@@ -152,7 +166,7 @@ describe("merge", function()
       { light, "ARG", "expected a number" },                                    -- the plan
       { unlike, "ARG", "density: expected a number in" },
       { changed("dtype", "float31"), "ARG", 'no dtype "float31"' },
-      { changed("merge_method", "tise"), "NOTFOUND", 'did you mean "ties"' },
+      { changed("merge_method", "tise"), "ARG", 'did you mean "ties"' },
       { changed("base_model", folder .. "/gone"), "IO", "gone" },
       { idle, "ARG", "weights sum to 0" },
     } do
