@@ -349,7 +349,7 @@ _Reading = Literal["onto_base", "recomputed"]
 def tune(pack: Pack | _Path, data: Iterable[Mapping[str, Any]] | _Path, *, lambdas: float | Sequence[float] = ...,
          readings: _Reading | Sequence[_Reading] | None = None, policies: str | Sequence[str] = (), scales: str | Sequence[str] = (),
          experts: Mapping[str, _Path] | None = None, base: _Path | None = None, route: Literal["auto", "task"] = "auto",
-         max_tokens: int = 64, chat: bool = False, batch: int = 0, stop: str | Sequence[str] | None = None, template: str | None = None,
+         max_tokens: int = 0, chat: bool = False, batch: int = 0, stop: str | Sequence[str] | None = None, template: str | None = None,
          materialise: bool = False, z12: bool | Literal["auto", "on", "off"] = "auto", dry_run: bool = False, progress: _Progress = None,
          prefill: Literal["f32", "bf16"] = "f32") -> Tuning: ...
 class PlacementPlan(TypedDict):

@@ -39,7 +39,8 @@ def compress(base, experts, out, *, profile=None, overwrite=False, dry_run=False
     """Compress experts of a base into the pack folder `out` (streaming) and open it.
 
     base: a path or a Checkpoint.  experts: {name: path | (path, policy) | Expert}.  profile: "paper" takes the paper's policy,
-    lambda and trim.  dry_run: return the plan (tensors, bytes, memory, seconds) and write nothing.
+    lambda and trim.  dry_run: return the plan (tensors, bytes, memory, seconds) and write nothing; an output that
+    exists is refused as it is without, unless overwrite is set.
     shared: "tall" or "emr" stores one vector per matrix for all experts, in shared_dtype (the base's; "f32", "bf16", "f16"), and
     a bit mask per expert instead of 1-bit planes; tall_lambda (0.4) is the threshold of TALL's masks.
     """
@@ -71,6 +72,7 @@ def merge(recipe, out, *, directory=None, profile=None, seed=None, shard_bytes=0
     recipe: a dict with mergekit's keys, or the path of a YAML or JSON file; relative paths in a file start at its folder.  Models are
     folders, MODEL+ADAPTER, or experts of packs, PACK:task.
     resume: keep the finished shards of a killed merge of the same recipe, options and inputs; and keep one's own when stopped.
+    dry_run: the plan alone; what the merge would refuse (an output that exists, without overwrite) is refused, too.
     method: a name or a callable (tile) in place of the recipe's merge_method, which in a dict may be a callable too; see
     register_method.
     """

@@ -1,7 +1,7 @@
 """The command line: onebitmerge VERB ...
 
 Results go to stdout (--json: JSON lines), progress and warnings to stderr.  Exit codes: 0 done, 1 failed, 2 wrong usage;
-130, interrupted, is __main__'s.
+130, interrupted, and the ends by a signal are __main__'s.
 """
 
 from __future__ import annotations
@@ -86,15 +86,15 @@ def open_model(args):
 
 
 def parse_size(text):
-    """"5GB", "500M", "1000000": decimal suffixes, bytes."""
-    units = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+    """"5GB", "500M", "64MiB", "1000000": bytes; 0 stands for the default."""
+    units = {"": 1, **{u: 1000**i for i, u in enumerate("kmgt", 1)}, **{f"{u}i": 1024**i for i, u in enumerate("kmgt", 1)}}
     body = text.strip().lower().removesuffix("b")
-    unit = body[-1:] if body[-1:].isalpha() else ""
+    digits = body.rstrip("kmgti")
     try:
-        value = float(body.removesuffix(unit) if unit else body) * units[unit]
+        value = float(digits) * units[body[len(digits):]]
     except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"\"{text}\" is not a size (like 500MB or 5GB)") from None
-    if not 1 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"\"{text}\" is not a size (like 500MB, 5GB or 64MiB)") from None
+    if value != 0 and not 1 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"\"{text}\" is not a size between 1 byte and 2^63")
     return int(value)
 
@@ -315,7 +315,7 @@ def compress(args):
         raise Usage(f"--{'scale' if args.scale else 'planes'} is of 1-bit planes, and with --shared matrices have masks (but where --map GLOB=1bit says otherwise)")
     given = {"profile": args.profile, "shared": args.shared, "tall_lambda": args.tall_lambda, "shared_dtype": args.shared_dtype}
     if args.dry_run:
-        return print_plan(args, obm.compress(args.base, experts, args.output, dry_run=True, **given), "compress", "at most ")
+        return print_plan(args, obm.compress(args.base, experts, args.output, dry_run=True, overwrite=args.force, **given), "compress", "at most ")
     pack = obm.compress(args.base, experts, args.output, overwrite=args.force, progress=progress_of(args), **given)
     show_pack(args, pack)
 
@@ -412,7 +412,9 @@ def pack_add(args):
     pack = obm.Pack(args.pack, base=args.base)
     name, expert = parse_expert(args.expert, args)
     if args.dry_run and not pack.shared:   # else `add` refuses
-        return print_plan(args, obm.compress(pack.base, {name: expert}, args.pack, dry_run=True), "add", "at most ")
+        if name in pack.tasks and not args.force:
+            raise Failure(f"pack {args.pack} has an expert {name} already, and overwriting was not asked for; --force replaces it")
+        return print_plan(args, obm.compress(pack.base, {name: expert}, args.pack, dry_run=True, overwrite=True), "add", "at most ")
     routed = has_router(pack)
     pack.add(name, expert, progress=progress_of(args), overwrite=args.force)
     if routed:
@@ -596,13 +598,13 @@ def logits(args):
     for i, item in enumerate(items):
         check_vocabulary(item, i, model.info["vocab"], "ids")
         check_route(model, item, i, item.get("route", args.route))
+    out = output_of(args)
+    if not os.path.isdir(os.path.dirname(os.path.abspath(out))):
+        raise Failure(f"{out}: no such folder")
     if args.dry_run:
         rows = sum(len(row) if args.all else 1 for row in ids)
         return print_plan(args, {"tensors": len(items), "bytes_read": model.info["bytes"], "bytes_written": 4 * rows * model.info["vocab"],
                                  "peak_memory": model.info["bytes"] + 8 * rows * model.info["vocab"], "seconds": 0.0}, "logits")
-    out = output_of(args)
-    if not os.path.isdir(os.path.dirname(os.path.abspath(out))):
-        raise Failure(f"{out}: no such folder")
     arrays = {}
     for index, item in enumerate(items):
         r = item.get("route", args.route)
@@ -641,8 +643,12 @@ def merge(args):
         plan = obm.merge(args.recipe, args.output, dry_run=True, overwrite=args.force, resume=args.resume, **given)
         print_plan(args, plan, "merge")
         return None if args.json else print_documents(plan["documents"])
-    plan = obm.merge(args.recipe, args.output, overwrite=args.force, resume=args.resume,
-                     progress=progress_of(args), **given)
+    try:
+        plan = obm.merge(args.recipe, args.output, overwrite=args.force, resume=args.resume, progress=progress_of(args), **given)
+    except BaseException as e:
+        if args.resume and not isinstance(e, Exception):   # Ctrl-C and the like
+            e.add_note("the same command goes on with the shards that are finished")
+        raise
     emit({"output": args.output, **plan}) if args.json else print(f"{args.output}: {plan['tensors']} tensors, {_results.size(plan['bytes_written'])}")
 
 
@@ -662,7 +668,7 @@ def extract_lora(args):
         raise Usage("extract-lora takes one folder to write: OUT or -o OUT")
     args.output = args.output or args.out
     if args.dry_run:
-        return print_plan(args, obm.extract_lora(args.base, args.expert, args.output, dry_run=True, **given), "extract-lora")
+        return print_plan(args, obm.extract_lora(args.base, args.expert, args.output, dry_run=True, overwrite=args.force, **given), "extract-lora")
     matrices = obm.extract_lora(args.base, args.expert, args.output, overwrite=args.force, progress=progress_of(args), **given)
     if args.json:
         for m in matrices:
@@ -679,7 +685,7 @@ def export(args):
                     "for each prompt, so it goes with generate")
     pack = obm.Pack(args.pack, base=args.base)
     if args.dry_run:
-        return print_plan(args, pack.export(args.route, args.output, dtype=args.dtype, dry_run=True), "export")
+        return print_plan(args, pack.export(args.route, args.output, dtype=args.dtype, overwrite=args.force, dry_run=True), "export")
     report = pack.export(args.route, args.output, dtype=args.dtype, shard_bytes=args.out_shard_size, overwrite=args.force,
                          progress=progress_of(args))
     lost = report["lost"] / report["changed"] if report["changed"] else 0.0
@@ -691,7 +697,18 @@ def export(args):
     print(f"{args.output}: {report['tensors']} tensors, {_results.size(report['bytes_written'])}, route {pack.format_route(args.route)}; {kept}")
 
 
+def taken_back(args, name, files):
+    """The folder that stands behind a list of files, `--task FILE PACK`, where argparse counts it to the list."""
+    value = getattr(args, name)
+    if value is None and len(files) > 1 and (os.path.isdir(files[-1]) or not os.path.exists(files[-1])):
+        value = files.pop()
+    if value is None:
+        raise Usage(f"the following arguments are required: {'MODEL|PACK' if name == 'model' else 'PACK'}")
+    setattr(args, name, value)
+
+
 def evaluate_verb(args):
+    taken_back(args, "model", args.task)
     items = [item for path in args.task for item in read_lines(path)]
     model = open_model(args)
     rows = evaluate(model, items, args.route or [None], max_tokens=args.max_tokens, chat=args.chat, batch=args.batch, stop=args.stop,
@@ -705,6 +722,7 @@ def evaluate_verb(args):
 
 
 def tune_verb(args):
+    taken_back(args, "pack", args.data)
     items = [item for path in args.data for item in read_lines(path)]
     experts = {}
     for text in args.expert or []:
@@ -749,17 +767,17 @@ def scale(text):
 
 
 def add_generation_arguments(p):
-    p.add_argument("--max-tokens", type=whole(1), default=0, help="default 256")
+    p.add_argument("--max-tokens", type=whole(0), default=0, help="0 (default): 256")
     p.add_argument("--stop", action="append", metavar="TEXT", help="stop string; may be given again")
     p.add_argument("--chat", action="store_true", help="wrap a text prompt as one user turn of the chat template")
     p.add_argument("--template", metavar="NAME", help="the built-in chat template to use, whatever the model's own is")
-    p.add_argument("--batch", type=whole(1), default=0, help="sequences decoded together (default 8)")
+    p.add_argument("--batch", type=whole(0), default=0, help="sequences decoded together; 0 (default): 8")
 
 
 def add_expert_arguments(p):
     p.add_argument("--policy", choices=POLICIES)
     p.add_argument("--scale", type=scale, help="matrix, row (default) or group:N")
-    p.add_argument("--planes", type=whole(1, 8), default=0, help="sign planes per matrix (default 1)")
+    p.add_argument("--planes", type=whole(0, 8), default=0, help="sign planes per matrix; 0 (default): 1")
     p.add_argument("--map", action="append", metavar="GLOB=MODE", help="1bit, full or drop (with --shared also mask) for matching tensors; may be given again")
 
 
@@ -804,6 +822,17 @@ def columns():
 class Parser(argparse.ArgumentParser):
     def __init__(self, **given):
         super().__init__(formatter_class=lambda prog: argparse.HelpFormatter(prog, width=columns() - 2), **given)
+
+
+class Once(argparse.Action):
+    """Of two values the first would be dropped without a word."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = namespace.__dict__.setdefault("given_once", set())
+        if self.dest in given:
+            raise argparse.ArgumentError(self, f"given twice, expected once{'; --file takes several prompts' if self.dest == 'prompt' else ''}")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
 
 
 class Skipped:
@@ -865,7 +894,7 @@ def make_parser(asked=None):
     p.add_argument("experts", nargs="+", metavar="NAME=EXPERT[:POLICY]")
     p.add_argument("--profile", choices=("default", "paper", "mergekit"))
     p.add_argument("--shared", choices=("tall", "emr"), help="one vector per matrix for all experts and a bit mask each, instead of 1-bit planes")
-    p.add_argument("--tall-lambda", type=real(0, low_is_in=True), default=0, help="of tall's masks (default 0.4)")
+    p.add_argument("--tall-lambda", type=real(0, low_is_in=True), default=0, help="of tall's masks; 0 (default): 0.4")
     p.add_argument("--shared-dtype", choices=("f32", "bf16", "f16"), help="of the shared vectors (default: the base's)")
     add_expert_arguments(p)
 
@@ -896,59 +925,59 @@ def make_parser(asked=None):
     p.add_argument("pack", metavar="PACK")
     p.add_argument("--data", required=True, metavar="FILE", help="JSON lines: text|messages, task")
     p.add_argument("--layer", type=whole(0, 2**31 - 1), default=0, help="0 = embeddings (default)")
-    p.add_argument("--l2", type=real(0, 1e6, low_is_in=False), default=0, help="default 0.01")
-    p.add_argument("--holdout", type=real(0, 0.9, low_is_in=False), default=0, help="share held out for the report (default 0.2)")
+    p.add_argument("--l2", type=real(0, 1e6, low_is_in=True), default=0, help="0 (default): 0.01")
+    p.add_argument("--holdout", type=real(0, 0.9, low_is_in=True), default=0, help="share held out for the report; 0 (default): 0.2")
     p.add_argument("--seed", type=whole(0, 2**64 - 1), default=0)
 
     p = verb(verbs, "route", route, "task and probabilities of texts", base=True, rest="text")
     p.add_argument("pack", metavar="PACK")
     p.add_argument("text", nargs="*", metavar="TEXT")
     p.add_argument("-p", "--prompt", metavar="TEXT", action="append", default=[], help="the same as TEXT, as generate has it; may be given again")
-    p.add_argument("--file", metavar="FILE", help="JSON lines: text|messages")
+    p.add_argument("--file", metavar="FILE", action=Once, help="JSON lines: text|messages")
     p.add_argument("--router", metavar="FILE.py:FUNC|FILE.lua")
 
     p = verb(verbs, "generate", generate, "text, streamed", base=True, runs=True)
     p.add_argument("model", metavar="MODEL|PACK")
-    p.add_argument("-p", "--prompt", metavar="TEXT", help="-: standard input")
-    p.add_argument("--file", metavar="FILE", help="JSON lines: prompt|messages|ids, route")
-    p.add_argument("--route", help="auto (default), a task, or chat=.7,math=.3")
+    p.add_argument("-p", "--prompt", metavar="TEXT", action=Once, help="-: standard input; several prompts go into a --file")
+    p.add_argument("--file", metavar="FILE", action=Once, help="JSON lines: prompt|messages|ids, route")
+    p.add_argument("--route", action=Once, help="auto (default), a task, or chat=.7,math=.3")
     p.add_argument("--router", metavar="FILE.py:FUNC|FILE.lua")
     p.add_argument("--route-every", type=whole(0), default=0, metavar="N",
                    help="ask the router again after each N tokens, with the text so far; 0 (default): once")
     add_generation_arguments(p)
     p.add_argument("--temperature", type=real(0, 1e6, low_is_in=True), default=0, help="0 (default): greedy")
     p.add_argument("--top-k", type=whole(0), default=0, help="0 (default): off")
-    p.add_argument("--top-p", type=real(0, 1, low_is_in=False), default=0, help="1 (default): off")
+    p.add_argument("--top-p", type=real(0, 1, low_is_in=True), default=0, help="0 (default) and 1: off")
     p.add_argument("--min-p", type=real(0, 1, low_is_in=True), default=0, help="0 (default): off")
-    p.add_argument("--repetition-penalty", type=real(0, 100, low_is_in=False), default=0, help="1 (default): off")
+    p.add_argument("--repetition-penalty", type=real(0, 100, low_is_in=True), default=0, help="0 (default) and 1: off")
     p.add_argument("--seed", type=whole(0, 2**64 - 1), default=0)
 
     p = verb(verbs, "score", score, "log-likelihoods and perplexity", base=True, runs=True)
     p.add_argument("model", metavar="MODEL|PACK")
-    p.add_argument("--file", required=True, metavar="FILE", help="JSON lines: prompt, continuation | ids, continuation_ids | text; route")
-    p.add_argument("--route")
+    p.add_argument("--file", required=True, metavar="FILE", action=Once, help="JSON lines: prompt, continuation | ids, continuation_ids | text; route")
+    p.add_argument("--route", action=Once, help="of the items that name none")
 
     p = verb(verbs, "logits", logits, "logits of ids, float32, as arrays logits_<index>", output="X.npz", base=True, runs=True)
     p.add_argument("model", metavar="MODEL|PACK")
-    p.add_argument("--file", required=True, metavar="FILE", help="JSON lines: ids, route")
-    p.add_argument("--route")
+    p.add_argument("--file", required=True, metavar="FILE", action=Once, help="JSON lines: ids, route")
+    p.add_argument("--route", action=Once, help="of the items that name none")
     p.add_argument("--all", action="store_true", help="every position, not the last")
     p.add_argument("--decode", action="store_true", help="feed token by token")
     p.add_argument("--kv", choices=("f32", "f16"), default="f32")
 
     p = verb(verbs, "tokenize", tokenize, "ids and back")
     p.add_argument("model", metavar="MODEL")
-    p.add_argument("--file", required=True, metavar="FILE", help="JSON lines: text or ids")
+    p.add_argument("--file", required=True, metavar="FILE", action=Once, help="JSON lines: text or ids")
     p.add_argument("--special", action="store_true", help="add the post-processor's tokens")
     p.add_argument("--skip-special", action="store_true", help="leave special tokens out of decoded text")
 
     p = verb(verbs, "merge", merge, "a mergekit recipe to a Hugging Face folder", output="DIR")
     p.add_argument("recipe", metavar="RECIPE.yml")
     p.add_argument("--profile", choices=("mergekit", "paper"))
-    p.add_argument("--out-shard-size", type=parse_size, default=0, help="bytes, like 5GB (default)")
+    p.add_argument("--out-shard-size", type=parse_size, default=0, help="like 5GB (default), 500MB or 512MiB")
     p.add_argument("--random-seed", type=whole(0, 2**64 - 1))
     p.add_argument("--resume", action="store_true", help="keep the finished shards of a killed run, and of this one when it is stopped")
-    p.add_argument("--memory", type=parse_size, default=0, help="budget of tiles and buffers, like 2GB (default)")
+    p.add_argument("--memory", type=parse_size, default=0, help="budget of tiles and buffers, like 2GB (default) or 512MiB; where it is too little, the message says how much is needed")
 
     p = verb(verbs, "extract-lora", extract_lora, "a fine-tune's linear weights as a PEFT LoRA folder, with the kept energy of each",
              dry=True)
@@ -968,17 +997,17 @@ def make_parser(asked=None):
     p.add_argument("pack", metavar="PACK")
     p.add_argument("--route", required=True)
     p.add_argument("--dtype", choices=("f32", "bf16", "f16"))
-    p.add_argument("--out-shard-size", type=parse_size, default=0)
+    p.add_argument("--out-shard-size", type=parse_size, default=0, help="like 5GB (default), 500MB or 512MiB")
 
     p = verb(verbs, "eval", evaluate_verb, "accuracy per task and route, 95 %% intervals", base=True, runs=True)
-    p.add_argument("model", metavar="MODEL|PACK")
+    p.add_argument("model", metavar="MODEL|PACK", nargs="?")
     p.add_argument("--task", required=True, nargs="+", action="extend", metavar="FILE", help="JSON lines: prompt|messages, answer | choices, correct; task")
     p.add_argument("--route", action="append", help="auto (default), a task, weights; may be given again")
     add_generation_arguments(p)
 
     p = verb(verbs, "tune", tune_verb, "lambda, policy and scale on validation data: the whole table printed, the choice stored in the pack",
              dry=True, base=True, runs=True)
-    p.add_argument("pack", metavar="PACK")
+    p.add_argument("pack", metavar="PACK", nargs="?")
     p.add_argument("--data", required=True, nargs="+", action="extend", metavar="FILE",
                    help="JSON lines: prompt|messages, answer | choices, correct; task")
     p.add_argument("--lambdas", type=listed(real(0, low_is_in=True)), default=LAMBDAS, metavar="LIST",

@@ -90,7 +90,7 @@ def check(model, item: dict, index: int, routes: Sequence[Any]) -> str:
     return kind
 
 
-def evaluate(model, given: Iterable[dict], routes: Sequence[Any] = (None,), *, max_tokens=64, chat=False, batch=0, stop=None,
+def evaluate(model, given: Iterable[dict], routes: Sequence[Any] = (None,), *, max_tokens=0, chat=False, batch=0, stop=None,
              template=None, progress=None) -> list[dict]:
     """Rows of task, route, n, metric, value, low, high.  Items: prompt|messages with answer, or with choices and correct.
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import pathlib
 import resource
 import shutil
 import signal
@@ -391,7 +392,8 @@ def test_merge(lines, fails, models, tmp_path, run):
     assert [f["file"] for f in planned["documents"][0]["files"]] == files
     assert [line.split(": ")[0] for line in told[1:]] == [str(out / name) for name in files]
     assert record["output"] == str(out) and record["tensors"] == 38
-    assert lines("merge", recipe, "-o", out, "--dry-run")[0]["exists"] is True
+    fails("merge", recipe, "-o", out, "--dry-run", match="holds a model, and overwriting was not asked for; --force replaces it")
+    assert lines("merge", recipe, "-o", out, "--dry-run", "--force")[0]["exists"] is True
     assert len(list(out.glob("*.safetensors"))) > 3
     name = "model.layers.0.mlp.up_proj.weight"
     assert np.abs(obm.Checkpoint(out)[name].numpy() - obm.Checkpoint(models / "math")[name].numpy()).max() < 1e-6
@@ -532,6 +534,35 @@ def test_interrupt_is_130(models, tmp_path):
     assert process.stderr.read() == "onebitmerge: interrupted\n"
 
 
+@pytest.mark.parametrize("number, text", [(signal.SIGTERM, "terminated"), (signal.SIGHUP, "the terminal went away"), (signal.SIGINT, "interrupted")])
+@pytest.mark.parametrize("resume", (False, True))
+def test_signals_clean_up(models, tmp_path, number, text, resume):
+    """A merge of matrices on which LAPACK has some work: it leaves nothing, or with --resume what is finished."""
+    recipe, out = tmp_path / "r.yml", tmp_path / "out"
+    one = f"merge_method: tsvm\nbase_model: {models}/base\nmodels: [{{model: {models}/math}}, {{model: {models}/code}}]\n"
+    recipe.write_text(one + "".join(f"---\nname: m{i}\n{one}" for i in range(60)))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    argv = ["merge", str(recipe), "-o", str(out), "--out-shard-size", "100kB", *["--resume"] * resume]
+    process = subprocess.Popen([sys.executable, "-m", "onebitmerge", *argv], stderr=subprocess.PIPE, env=env, text=True)
+    until = time.monotonic() + 60
+    while not list(tmp_path.rglob("*.safetensors.tmp-*")) and time.monotonic() < until:
+        time.sleep(.01)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert error == f"onebitmerge: {text}{'; the same command goes on with the shards that are finished' * resume}\n"
+    if not resume:
+        assert [p.name for p in tmp_path.iterdir()] == ["r.yml"]
+
+
+def test_signals_that_are_ignored(models):
+    """nohup stays nohup."""
+    code = ("import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); from onebitmerge.__main__ import main; main(['doctor']); "
+            "assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=60, env=env)
+
+
 @pytest.mark.parametrize("start", (["-m", "onebitmerge"], ["-c", "import sys; from onebitmerge.__main__ import main; sys.exit(main())"]))
 def test_interrupt_while_it_loads(tmp_path, start):
     (tmp_path / "argparse.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
@@ -574,10 +605,72 @@ def test_a_closed_pipe_is_no_error(models):
 
 
 def test_numbers_out_of_range_are_usage(models):
-    for option in (["--max-tokens", "0"], ["--top-p", "0"], ["--seed", "-1"], ["--batch", "0"], ["--temperature", "-1"]):
+    for option in (["--max-tokens", "-1"], ["--top-p", "1.5"], ["--seed", "-1"], ["--batch", "-1"], ["--temperature", "-1"],
+                   ["-p", "y"], ["--route", "a", "--route", "b"]):
         with pytest.raises(SystemExit) as caught:
             cli.main(["generate", str(models / "base"), "-p", "x", *option])
         assert caught.value.code == 2
+
+
+def test_zero_is_the_default(lines, models, tmp_path):
+    argv = ["generate", models / "base", "-p", "What is 17 plus 5?", "--chat"]
+    zeros = ["--max-tokens", "0", "--batch", "0", "--top-p", "0", "--repetition-penalty", "0"]
+    assert lines(*argv, *zeros) == lines(*argv, "--max-tokens", "256")
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(f"merge_method: passthrough\nmodels: [{{model: {models}/math}}]\n")
+    plans = [lines("merge", recipe, "-o", tmp_path / "out", "--dry-run", *sizes)[0]
+             for sizes in ([], ["--memory", "0", "--out-shard-size", "0"], ["--memory", "2GB", "--out-shard-size", "5GB"])]
+    assert plans[0] == plans[1] == plans[2]
+
+
+@pytest.mark.parametrize("text, size", [("0", 0), ("17", 17), ("1.5k", 1500), ("5GB", 5 * 10**9), ("64MiB", 2**26), ("2gib", 2**31), ("1Ti", 2**40)])
+def test_sizes(text, size):
+    assert cli.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ("", "MB", "1.2.3M", "5X", "-1", "0.5", "1e30", "5iB", "1GM"))
+def test_no_sizes(text):
+    with pytest.raises(cli.argparse.ArgumentTypeError, match="is not a size"):
+        cli.parse_size(text)
+
+
+def test_the_model_behind_a_list(run, fails, models, pack_path, jsonl):
+    """`--task FILE PACK`: argparse counts the pack to the list."""
+    file = jsonl({"prompt": "a", "choices": ["b", "c"], "correct": 0})
+    assert run("eval", "--task", file, models / "base")[1] == run("eval", models / "base", "--task", file)[1] != ""
+    assert run("eval", "--task", file, file, pack_path, "--route", "math")[0] == 0
+    fails("eval", "--task", file, models / "nowhere", match="nowhere")
+    fails("eval", "--task", file, code=2, match="required: MODEL|PACK")
+    assert run("tune", "--data", file, pack_path, "--dry-run", "--route", "task")[0] == 1   # which has no task of an item
+    fails("tune", "--data", file, code=2, match="required: PACK")
+
+
+def test_what_to_do_is_said(fails, models, pack_path, own_pack, tmp_path, monkeypatch):
+    monkeypatch.chdir(models)
+    fails("inspect", "nowhere", match="cannot open nowhere (names of the Hugging Face hub have the form owner/name): No such file")
+    monkeypatch.chdir(models.parent)
+    fails("inspect", "models/chta", match="(and the folder models that is here has no chta)")
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(f"merge_method: linear\nmodels: [{{model: {models}/base+{models}/chat, parameters: {{weight: 1}}}}]\n")
+    fails("merge", recipe, "-o", tmp_path / "out", match="chat has no adapter_config.json")
+    recipe.write_text(f"merge_method: passthrough\ndtype: float64\nmodels: [{{model: {models}/base}}]\n")
+    cli.main(["merge", str(recipe), "-o", str(tmp_path / "wide")])
+    fails("generate", tmp_path / "wide", "-p", "x", match="found F64: a merge converts it, of a recipe with merge_method: passthrough")
+    recipe.write_text(f"merge_method: passthrough\ndtype: bfloat16\nmodels: [{{model: {tmp_path}/wide}}]\n")
+    cli.main(["merge", str(recipe), "-o", str(tmp_path / "narrow")])
+    fails("generate", tmp_path / "narrow", "-p", "x", "--route", "y", match="route")   # it opens
+    own = own_pack.path
+    file = next(p for p in pathlib.Path(own).glob("math-*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    fails("pack", "verify", own, match="the file is damaged or another; bring it back from a copy of the pack, or compress the pack anew")
+    bare = tmp_path / "bare.pack"
+    assert cli.main(["compress", str(models / "base"), f"math={models / 'math'}", "-o", str(bare)]) == 0
+    fails("route", bare, "a text", match="`onebitmerge router train PACK --data FILE` trains one")
+    fails("pack", "add", bare, f"math={models / 'math'}", "--dry-run", match="has an expert math already")
+    fails("compress", models / "base", f"math={models / 'math'}", "-o", bare, "--dry-run", match="--force replaces it")
+    fails("export", bare, "--route", "math", "-o", tmp_path / "wide", "--dry-run", match="--force replaces it")
 
 
 def test_json_lines_name_what_is_wrong(models, tmp_path, capsys):

@@ -75,7 +75,7 @@ def test_tiles_and_threads_change_nothing(registered, recipe, tmp_path):
     recipe["merge_method"] = "largest"
     with pytest.raises(obm.ArgumentError, match="needs at least") as refused:
         obm.merge(recipe, tmp_path / "none", memory=1)
-    least = int(re.search(r"at least (\d+) bytes", str(refused.value))[1])
+    least = int(re.search(r"\((\d+) bytes\)", str(refused.value))[1])
     obm.merge(recipe, tmp_path / "a")
     want = sha(tmp_path / "a")
     try:
@@ -170,10 +170,19 @@ def test_names(registered, recipe, tmp_path):
     assert next(m for m in obm.methods() if m["name"] == "mine")["needs_base"] is True
     obm.register_method("mine", None)
     assert "mine" not in {m["name"] for m in obm.methods()}
-    with pytest.raises(obm.NotFoundError, match="mine"):
+    with pytest.raises(obm.ArgumentError, match="mine"):
         obm.merge(tmp_path / "r.yml", tmp_path / "d")
     with pytest.raises(obm.NotFoundError, match="mine"):
         obm.register_method("mine", None)
+
+
+def test_a_base_that_is_missing(registered, recipe, tmp_path):
+    del recipe["base_model"]
+    words = r'^recipe: custom gets task vectors, so it needs a "base_model", .*registered with base = false \(register_method; .*gets the weights'
+    with pytest.raises(obm.ArgumentError, match=words):
+        obm.merge(recipe, tmp_path / "out", method=lambda tile: tile.vectors[0])
+    registered("first", lambda tile: tile.vectors[0], base=False)
+    obm.merge(recipe, tmp_path / "out", method="first")
 
 
 def test_what_is_raised_comes_back(recipe, tmp_path):
