@@ -146,6 +146,12 @@ int rename(const char *from, const char *to) {
     return REAL(rename)(from, to);
 }
 
+int link(const char *from, const char *to) {
+    count(is_ours(to));
+    if (refuses(is_ours(to))) return -1;
+    return REAL(link)(from, to);
+}
+
 int unlink(const char *path) {
     count(is_ours(path));
     if (refuses(is_ours(path))) return -1;

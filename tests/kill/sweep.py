@@ -182,7 +182,7 @@ class Case:
         for run in runs:
             assert run.code == 0 or run.said.splitlines()[-1].startswith("onebitmerge: "), f"{what}: {run.said}"
         assert self.check_state(what), f"{what}: not the new state"
-        files = contents(self.place)   # one after the other, the second names its shards otherwise
+        files = contents(self.place)
         assert len(files) == len(self.after) and not any(".tmp-" in n or "unfinished" in n for n in files), f"{what}: left over: {sorted(files)}"
 
 
@@ -208,7 +208,8 @@ def make_cases(work):
     write_inputs(work)
     two = [f"{m}={MODELS / m}" for m in ("chat", "math")]
     for argv in (["compress", base, *two, "-o", pack], ["router", "train", pack, "--data", work / "route.jsonl"],
-                 ["merge", work / "other.yml", "-o", work / "old.model", "--out-shard-size", "1MB"]):
+                 ["merge", work / "other.yml", "-o", work / "old.model", "--out-shard-size", "1MB"],
+                 ["extract-lora", base, MODELS / "code", "-o", work / "old.lora", "--rank", "3"]):
         run = Run(argv)
         assert run.code == 0, run.said
     merge = ["merge", work / "recipe.yml", "-o", place, "--out-shard-size", "500KB"]
@@ -237,7 +238,8 @@ def make_cases(work):
              again=lambda complete: [*merge, "--force", "--resume"]),
         Case("documents, resumed", place, merge_of("documents.yml"), model_of, again=resumed("documents.yml")),
         Case("slices and vocabulary, resumed", place, merge_of("slices.yml"), model_of, again=resumed("slices.yml")),
-        Case("extract-lora", place, lora, adapter_of, again=lambda complete: [*lora, "--force"]),   # weights alone may be somebody's
+        Case("extract-lora", place, lora, adapter_of),
+        Case("extract-lora --force", place, [*lora, "--force"], adapter_of, old=work / "old.lora", replaces=True, again=lambda complete: [*lora, "--force"]),
         Case("export", place, export, model_of),
         Case("export --force", place, [*export, "--force"], model_of, old=work / "old.model", replaces=True,
              again=lambda complete: [*export, "--force"]),

@@ -136,7 +136,7 @@ def test_merge_refused(tmp_path):
         merge(adapter)
     with pytest.raises(obm.ArgumentError, match="expected MODEL or MODEL.ADAPTER"):
         merge(f"{base}+{adapter}+{adapter}")
-    with pytest.raises(obm.ArgumentError, match="expected a LoRA adapter behind the ., found a model"):
+    with pytest.raises(obm.ArgumentError, match="expected a PEFT LoRA folder behind the .* has no adapter_config.json"):
         merge(f"{base}+{base}")
     with pytest.raises(obm.ArgumentError, match="not the model below another"):
         merge(f"{adapter}+{adapter}")
