@@ -15,16 +15,23 @@ int obm_py_numa(obm_py_state *st, const char *name, obm_numa *out) {
     return -1;
 }
 
+/* What equals True or False: 0 and 1 do, and NumPy's. */
+static int read_switch(PyObject *value, obm_z12 *out) {
+    int on = PyObject_RichCompareBool(value, Py_True, Py_EQ);
+    int off = on ? 0 : PyObject_RichCompareBool(value, Py_False, Py_EQ);
+    *out = on > 0 ? OBM_Z12_ON : OBM_Z12_OFF;
+    if (on > 0 || off > 0) return 0;
+    PyErr_Clear(); /* arrays compare to arrays */
+    PyErr_Format(PyExc_TypeError, "z12: expected True, False or a str, found %R", value);
+    return -1;
+}
+
 int obm_py_z12(obm_py_state *st, PyObject *value, obm_z12 *out) {
     obm_error err;
     if (!value) return *out = OBM_Z12_AUTO, 0;
-    if (PyBool_Check(value)) return *out = value == Py_True ? OBM_Z12_ON : OBM_Z12_OFF, 0;
-    const char *name = PyUnicode_Check(value) ? PyUnicode_AsUTF8AndSize(value, NULL) : NULL;
-    if (!name) {
-        if (!PyErr_Occurred())
-            PyErr_Format(PyExc_TypeError, "z12: expected a bool or a str, found %R", (PyObject *)Py_TYPE(value));
-        return -1;
-    }
+    if (!PyUnicode_Check(value)) return read_switch(value, out);
+    const char *name = PyUnicode_AsUTF8AndSize(value, NULL);
+    if (!name) return -1;
     if (obm_z12_find(name, out, &err) == OBM_OK) return 0;
     obm_py_raise(st, &err);
     return -1;
