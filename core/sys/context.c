@@ -146,17 +146,57 @@ static void read_memory(uint64_t *total, uint64_t *available) {
     fclose(f);
 }
 
-uint64_t obm__memory_limit(void) {
-    static const char *const files[] = {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"};
+#define GROUP_PATH ((size_t)4352) /* a path and what stands before it */
+
+static uint64_t read_limit(const char *folder, const char *name) {
+    char path[2 * GROUP_PATH];
+    unsigned long long n;
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    FILE *f = fopen(path, "re");
+    bool found = f && fscanf(f, "%llu", &n) == 1; /* "max": none */
+    if (f) fclose(f);
+    return found ? n : UINT64_MAX;
+}
+
+/* From the group up to the root.  Inside a container the path may be the host's, of which only the root is there. */
+static uint64_t limit_upwards(const char *root, const char *group, const char *name) {
+    char path[GROUP_PATH];
     uint64_t least = UINT64_MAX;
-    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
-        unsigned long long n;
-        FILE *f = fopen(files[i], "re");
-        if (f && fscanf(f, "%llu", &n) == 1 && n < least) least = n; /* "max": none */
-        if (f) fclose(f);
+    size_t root_length = strlen(root);
+    if ((size_t)snprintf(path, sizeof path, "%s%s", root, group) >= sizeof path) path[root_length] = 0;
+    for (size_t length = strlen(path);; path[length] = 0) {
+        uint64_t limit = read_limit(path, name);
+        if (limit < least) least = limit;
+        if (length <= root_length) return least;
+        while (length > root_length && path[length - 1] != '/') length--;
+        if (length > root_length) length--;
     }
+}
+
+/* Lines of number:controllers:path; version 2 has no controllers in the middle. */
+uint64_t obm__group_limit(const char *groups, const char *mount) {
+    char line[GROUP_PATH], memory[GROUP_PATH];
+    snprintf(memory, sizeof memory, "%s/memory", mount);
+    uint64_t one = limit_upwards(memory, "", "memory.limit_in_bytes"), two = limit_upwards(mount, "", "memory.max");
+    uint64_t least = one < two ? one : two;
+    FILE *f = fopen(groups, "re");
+    while (f && fgets(line, sizeof line, f)) {
+        line[strcspn(line, "\n")] = 0;
+        char *controllers = strchr(line, ':'), *path = controllers ? strchr(controllers + 1, ':') : NULL;
+        if (!path) continue;
+        *path = 0;
+        bool is_memory = false;
+        for (char *rest = controllers + 1, *c; (c = strsep(&rest, ","));) is_memory |= !strcmp(c, "memory");
+        uint64_t limit = UINT64_MAX;
+        if (is_memory) limit = limit_upwards(memory, path + 1, "memory.limit_in_bytes");
+        if (!controllers[1]) limit = limit_upwards(mount, path + 1, "memory.max");
+        if (limit < least) least = limit;
+    }
+    if (f) fclose(f);
     return least;
 }
+
+uint64_t obm__memory_limit(void) { return obm__group_limit("/proc/self/cgroup", "/sys/fs/cgroup"); }
 
 void obm_context_describe(const obm_context *ctx, obm_context_info *out) {
     *out = ctx->info;

@@ -259,6 +259,9 @@ obm_status obm__solve(size_t m, size_t n, double *c, double *b, const char *what
 
 /* What a container lets this process use (context.c); UINT64_MAX: all there is. */
 uint64_t obm__memory_limit(void);
+/* The least limit of the groups that the file `groups` (of the form of /proc/self/cgroup) names, and of those they are
+ * in; `mount` as /sys/fs/cgroup, where version 1 has a folder "memory". */
+uint64_t obm__group_limit(const char *groups, const char *mount);
 
 /* ---- topology (topology.c): the only file that includes hwloc.h ---- */
 

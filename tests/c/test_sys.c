@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -201,6 +202,58 @@ static void expect_refused(const char *name, const char *value, const char *part
     unsetenv(name);
     if (!strstr(err.message, part)) fail_msg("%s", err.message);
     assert_ptr_equal(ctx, before);
+}
+
+static void write_limit(const char *dir, const char *name, const char *text) {
+    char path[160];
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    for (char *slash = path + strlen(dir) + 1; (slash = strchr(slash, '/')); *slash++ = '/') {
+        *slash = 0;
+        mkdir(path, 0700);
+    }
+    FILE *f = fopen(path, "w");
+    assert_non_null(f);
+    fputs(text, f);
+    fclose(f);
+}
+
+/* A group is limited by every group that it is in. */
+static void test_memory_groups(void **state) {
+    (void)state;
+    char dir[] = "/tmp/obm-groups-XXXXXX", command[64], groups[64];
+    assert_non_null(mkdtemp(dir));
+    snprintf(groups, sizeof groups, "%s/groups", dir);
+    write_limit(dir, "memory.max", "max\n");
+    write_limit(dir, "a/memory.max", "5000\n");
+    write_limit(dir, "a/b/memory.max", "7000\n");
+    write_limit(dir, "a/b/c/memory.max", "max\n");
+    write_limit(dir, "d/memory.max", "8000\n");
+    write_limit(dir, "memory/memory.limit_in_bytes", "9223372036854771712\n");
+    write_limit(dir, "memory/x/memory.limit_in_bytes", "6000\n");
+    write_limit(dir, "memory/x/y/memory.limit_in_bytes", "9223372036854771712\n");
+    const struct {
+        const char *groups;
+        uint64_t limit;
+    } cases[] = {
+        {"0::/\n", 9223372036854771712u},
+        {"0::/a/b/c\n", 5000},
+        {"0::/d\n", 8000},
+        {"0::/a", 5000},
+        {"0::/d/gone/e\n", 8000},
+        {"0::/../elsewhere\n", 9223372036854771712u},
+        {"9:name=systemd:/x\n4:cpu,memory:/x/y\n0::/d\n", 6000},
+        {"4:cpu,memory_other:/x/y\n", 9223372036854771712u},
+        {"no groups", 9223372036854771712u},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        write_limit(dir, "groups", cases[i].groups);
+        if (obm__group_limit(groups, dir) != cases[i].limit) fail_msg("%s", cases[i].groups);
+    }
+    assert_true(obm__group_limit("/nowhere", "/nowhere") == UINT64_MAX);
+    write_limit(dir, "memory.max", "4000\n");
+    assert_int_equal(obm__group_limit("/nowhere", dir), 4000);
+    snprintf(command, sizeof command, "rm -r %s", dir);
+    assert_int_equal(system(command), 0);
 }
 
 static void test_environment(void **unused) {
@@ -689,6 +742,7 @@ int main(void) {
         cmocka_unit_test(test_buffer),
         cmocka_unit_test(test_context),
         cmocka_unit_test(test_environment),
+        cmocka_unit_test(test_memory_groups),
         cmocka_unit_test(test_parallel),
         cmocka_unit_test(test_parallel_often),
         cmocka_unit_test(test_really_parallel),
