@@ -196,6 +196,7 @@ void obm__z12_auto(obm_model *m);
 void obm__z12_begin(obm_model *m, size_t steps_before, size_t steps_while);   /* worth it or not; rows have no place */
 /* Once before every step of a generation: packs a share where it has one token. */
 obm_status obm__z12_step(obm_model *m, size_t tokens, obm_error *err);
+void obm__z12_end(obm_model *m);   /* no more of it: what is packed stays */
 void obm__z12_free_all(obm_model *m);
 obm_status obm__z12_check(obm_z12 wanted, obm_error *err);
 

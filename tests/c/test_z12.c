@@ -2,6 +2,8 @@
  * routes on planes give the bits of the plain model, for any number of threads; stopped calls go on later. */
 #include "planes_fixture.h"
 
+#include <sys/mman.h>
+
 enum { N = 70, TOKENS = 24, BATCH = 3, STATES = 9 };
 
 static world w;
@@ -195,6 +197,68 @@ static void stopped_and_continued(void **state) {
     obm_model_free(m);
 }
 
+static char logged[512];
+static void keep_log(void *user, const char *message) {
+    (void)user;
+    snprintf(logged, sizeof logged, "%s", message);
+}
+
+/* Memory that was free when the model was opened is not when packing begins: asked for once, then. */
+static void memory_is_gone(void **state) {
+    (void)state;
+    obm_context_options o = OBM_INIT(obm_context_options);
+    obm_context *ctx;
+    o.threads = 2;
+    o.log = keep_log;
+    check_ok(obm_context_new(&o, &ctx, &err), &err);
+    for (int gone = 0; gone < 2; gone++) {
+        obm_model *m = open_as(ctx, OBM_Z12_OFF);
+        uint64_t bytes = m->base_bytes;
+        obm__z12_begin(m, 1, STATES);
+        check_ok(pack_step(m, NULL, 1), &err);
+        assert_non_null(m->packing);
+        if (!gone) check_ok(pack_step(m, NULL, 1), &err);
+        m->base_bytes = UINT64_MAX / 8; /* more than there is */
+        check_ok(pack_step(m, NULL, 1), &err);
+        m->base_bytes = bytes;
+        assert_int_equal(m->packing == NULL, gone);
+        assert_int_equal(m->z12_saved == 0, gone);
+        assert_int_equal(strstr(logged, "no memory to hold more matrices in 12 bits per weight") != NULL, gone);
+        check_logits(m);
+        obm_model_free(m);
+    }
+    obm_context_free(ctx);
+}
+
+static size_t pages_there(char *at, size_t bytes) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), pages = (bytes + page - 1) / page, n = 0;
+    unsigned char *there = malloc(pages);
+    assert_non_null(there);
+    assert_int_equal(mincore(at, bytes, there), 0);
+    for (size_t i = 0; i < pages; i++) n += there[i] & 1;
+    free(there);
+    return n;
+}
+
+/* Packing ends in the middle of a matrix: of its codes no page remains. */
+static void codes_of_no_use_go(void **state) {
+    (void)state;
+    obm_context_options o = OBM_INIT(obm_context_options);
+    obm_context *ctx;
+    o.threads = 1;
+    check_ok(obm_context_new(&o, &ctx, &err), &err);
+    obm_model *m = open_as(ctx, OBM_Z12_OFF);
+    obm__z12_begin(m, 0, 1000);
+    check_ok(pack_step(m, NULL, 1), &err);
+    assert_int_equal(m->z12_used, 0);
+    assert_true(pages_there(m->z12_pages, m->z12_room) > 0);
+    obm__z12_end(m);
+    assert_int_equal(pages_there(m->z12_pages, m->z12_room), 0);
+    check_logits(m);
+    obm_model_free(m);
+    obm_context_free(ctx);
+}
+
 static void small_models_stay(void **state) {
     (void)state;
     obm_model *m = open_as(w.ctx, OBM_Z12_AUTO); /* the caches hold it */
@@ -249,6 +313,8 @@ int main(void) {
                                        cmocka_unit_test(behind_tokens),
                                        cmocka_unit_test(packed_alone),
                                        cmocka_unit_test(stopped_and_continued),
+                                       cmocka_unit_test(memory_is_gone),
+                                       cmocka_unit_test(codes_of_no_use_go),
                                        cmocka_unit_test(small_models_stay),
                                        cmocka_unit_test(mappings_go),
                                        cmocka_unit_test(names)};
