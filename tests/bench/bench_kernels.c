@@ -18,6 +18,7 @@ typedef struct slice {
     float *a, *b;
     uint16_t *h;
     uint8_t *bits;
+    obm__z12 z; /* of h */
     uint32_t *histogram;
     uint8_t *tables; /* of 2048 columns of a, with scales and abs_sums */
     float scales[1];
@@ -166,6 +167,35 @@ static void run_rows_cached(const obm_kernels *k, slice *s) {
         s->sink += (double)y[0];
     }
 }
+static void run_rows_z12(const obm_kernels *k, slice *s) {
+    float y[64];
+    for (size_t row = 0; row + 64 <= s->z.rows; row += 64) {
+        k->rows_z12(y, &s->z, row, 64, s->a);
+        s->sink += (double)y[0];
+    }
+}
+static void run_rows_z12_cached(const obm_kernels *k, slice *s) {
+    float y[32];
+    for (size_t row = 0; row + 32 <= s->z.rows; row += 32) {
+        k->rows_z12(y, &s->z, 0, 32, s->a);
+        s->sink += (double)y[0];
+    }
+}
+static bool pack(const obm_kernels *k, slice *s) {
+    obm__z12 *z = &s->z;
+    uint32_t found = 0;
+    for (size_t row = 0; row < z->rows; row++) {
+        size_t room = s->n / 64 - found;
+        z->first_escape[row] = found;
+        size_t n = k->z12_encode(z->codes + row * z->blocks * OBM__Z12_BYTES, z->tables + row * OBM__Z12_TABLE,
+                                 z->escapes + found, room, s->h + row * COLUMNS, COLUMNS);
+        if (n > room) return false;
+        found += (uint32_t)n;
+    }
+    z->first_escape[z->rows] = found;
+    return true;
+}
+static void run_encode(const obm_kernels *k, slice *s) { (void)pack(k, s); }
 static void run_repack(const obm_kernels *k, slice *s) {
     for (size_t i = 0; i + BLOCK_BYTES <= s->n * 4; i += BLOCK_BYTES)
         k->plane_repack((uint8_t *)s->b + i, (uint8_t *)s->a + i, COLUMNS / 8, 64, COLUMNS / 8);
@@ -196,6 +226,9 @@ static const plane_op plane_ops[] = {
     {"plane_sums of 3, L2", "Gweight/s", 32 / 3.0, run_sums_3_cached, "rows_bf16, L2", 1, run_rows_cached},
     {"plane_sums", "Gweight/s", 32, run_sums, "rows_bf16", 1, run_rows_bf16},
     {"plane_sums of 3", "Gweight/s", 32 / 3.0, run_sums_3, "rows_bf16", 1, run_rows_bf16},
+    {"rows_z12, L2", "Gweight/s", 1, run_rows_z12_cached, "rows_bf16, L2", 1, run_rows_cached},
+    {"rows_z12", "Gweight/s", 1, run_rows_z12, "rows_bf16", 1, run_rows_bf16},
+    {"z12_encode", "GB/s of bf16", 2, run_encode, "memcpy", 4, run_copy},
     {"plane_repack", "GB/s of plane", 4, run_repack, "memcpy", 4, run_copy},
     {"plane_unpack", "GB/s of plane", 4, run_unpack, "memcpy", 4, run_copy},
     {"plane_tables", "Gcolumn/s", 1 / 16.0, run_tables, "scalar", 1 / 16.0, run_scalar_tables},
@@ -212,6 +245,16 @@ typedef struct member {
     team *t;
     int index;
 } member;
+
+static bool make_packed(slice *s) {
+    size_t rows = s->n / COLUMNS;
+    s->z = (obm__z12){.rows = rows, .cols = COLUMNS, .blocks = COLUMNS / OBM__Z12_COLUMNS};
+    s->z.codes = aligned_alloc(64, rows * s->z.blocks * OBM__Z12_BYTES);
+    s->z.tables = malloc(rows * OBM__Z12_TABLE);
+    s->z.escapes = malloc(s->n / 64 * sizeof *s->z.escapes);
+    s->z.first_escape = malloc((rows + 1) * sizeof *s->z.first_escape);
+    return s->z.codes && s->z.tables && s->z.escapes && s->z.first_escape && pack(obm_kernels_find("scalar"), s);
+}
 
 /* Filled by the thread that uses it: small finite values, so that no kernel meets denormals or overflows. */
 static bool slice_fill(slice *s, size_t n) {
@@ -230,6 +273,7 @@ static bool slice_fill(slice *s, size_t n) {
     }
     obm_kernels_find("scalar")->f32_to_bf16(s->h, s->a, n);
     memset(s->bits, 0x5a, n / 8);
+    if (!make_packed(s)) return false;
     obm_kernels_find("scalar")->plane_tables(s->tables, s->scales, s->abs_sums, s->a, COLUMNS);
     return true;
 }
@@ -277,7 +321,7 @@ static void report(team *t, int rounds, double elements) {
 
 static void report_planes(team *t, int rounds, double elements) {
     double rate[MAX_ROUNDS], share[MAX_ROUNDS];
-    printf("\n%-22s %8s %8s %8s %-14s %s\n", "planes", "median", "min", "max", "", "median ratio to");
+    printf("\n%-22s %8s %8s %8s %-14s %s\n", "planes, z12", "median", "min", "max", "", "median ratio to");
     for (size_t i = 0; i < N_PLANE_OPS; i++) {
         const plane_op *o = &plane_ops[i];
         measure(t, o->run);
