@@ -7,10 +7,9 @@
 /* ---- buffers ---- */
 
 void obm__scratch_free(obm__scratch *s) {
-    void *all[] = {s->weights, s->x,        s->normed,  s->q,      s->mixed,       s->k,      s->v,
-                   s->gate,    s->up,       s->cosine,  s->sine,   s->panels,      s->packed, s->products,
-                   s->scores,  s->widened,  s->strips,  s->tiles,  s->unpacked,    s->rounded, s->tables,
-                   s->table_bytes};
+    void *all[] = {s->weights, s->x,        s->normed,  s->q,      s->mixed,       s->k,      s->v,      s->gate,
+                   s->up,      s->cosine,   s->sine,    s->panels, s->packed,      s->products, s->scores, s->widened,
+                   s->strips,  s->unpacked, s->rounded, s->tables, s->table_bytes, s->tiles,  s->parts,  s->sums};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) obm_free(all[i]);
     *s = (obm__scratch){0};
 }
@@ -69,7 +68,6 @@ static obm_status grow_rows(obm_model *m, size_t rows, obm_error *err) {
     obm__scratch *s = &m->scratch;
     size_t hidden = (size_t)c->hidden, q = (size_t)(c->heads * c->head_dim), kv = (size_t)(c->kv_heads * c->head_dim);
     size_t wide = (size_t)c->intermediate, widest = widest_input(c), threads = (size_t)m->ctx->threads;
-    size_t positions = s->positions;
     obm__scratch_free(s);
     s->weights = obm__calloc(rows, sizeof *s->weights);
     if (!s->weights) return obm__fail_nomem(err, rows * sizeof *s->weights);
@@ -93,8 +91,7 @@ static obm_status grow_rows(obm_model *m, size_t rows, obm_error *err) {
     OBM_TRY(grow_rounded(m, rows, widest, err));
     OBM_TRY(resize(s, &s->widened, threads, OBM_TILE_TOKENS * (size_t)c->head_dim, err));
     OBM_TRY(resize(s, &s->tiles, threads, obm__tile_floats(m), err));
-    OBM_TRY(resize(s, &s->scores, score_rows(m), positions, err));
-    s->positions = positions;
+    OBM_TRY(resize(s, &s->scores, score_rows(m), OBM_PART_POSITIONS, err));
     s->rows = rows;
     return OBM_OK;
 }
@@ -128,19 +125,28 @@ obm_status obm__scratch_tables(obm_model *m, size_t n, obm_error *err) {
     return OBM_OK;
 }
 
-static obm_status reserve(obm_model *m, const obm__row *rows, size_t n, obm_error *err) {
+/* Of rows that decode, which are cut into parts; half as many more than are needed, since contexts grow. */
+static obm_status grow_parts(obm_model *m, size_t need, obm_error *err) {
     obm__scratch *s = &m->scratch;
+    size_t heads = (size_t)m->config.heads, n = need + need / 2, old = s->part_rows * heads;
+    s->bytes -= old * (sizeof *s->parts + (size_t)m->config.head_dim * sizeof *s->sums);
+    s->part_rows = 0;
+    obm_free(s->parts);
+    s->parts = obm__calloc(n * heads, sizeof *s->parts);
+    if (!s->parts) return obm__fail_nomem(err, (uint64_t)(n * heads) * sizeof *s->parts);
+    OBM_TRY(resize(s, &s->sums, n * heads, (size_t)m->config.head_dim, err));
+    s->bytes += n * heads * sizeof *s->parts;
+    s->part_rows = n;
+    return OBM_OK;
+}
+
+static obm_status reserve(obm_model *m, const obm__row *rows, size_t n, bool tiled, obm_error *err) {
     int64_t positions = 0;
     for (size_t i = 0; i < n; i++)
         if (rows[i].sequence && rows[i].position >= positions) positions = rows[i].position + 1;
-    if (n > s->rows) OBM_TRY(grow_rows(m, n, err));
-    if ((size_t)positions <= s->positions) return OBM_OK;
-    size_t want = ((size_t)positions + 1023) / 1024 * 1024;
-    s->bytes -= s->positions * score_rows(m) * sizeof *s->scores;
-    s->positions = 0;
-    OBM_TRY(resize(s, &s->scores, score_rows(m), want, err));
-    s->positions = want;
-    return OBM_OK;
+    if (n > m->scratch.rows) OBM_TRY(grow_rows(m, n, err));
+    size_t need = n * ((size_t)positions / OBM_PART_POSITIONS + 1);
+    return tiled || need <= m->scratch.part_rows ? OBM_OK : grow_parts(m, need, err);
 }
 
 /* ---- pieces ---- */
@@ -252,7 +258,7 @@ static obm_status start_rows(obm_model *m, const obm__row *rows, size_t n, obm_e
 obm_status obm__forward(obm_model *m, const obm__row *rows, size_t n, bool tiled, int64_t layers, obm_error *err) {
     const obm__config *c = &m->config;
     int64_t q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim, wide = c->intermediate;
-    OBM_TRY(reserve(m, rows, n, err));
+    OBM_TRY(reserve(m, rows, n, tiled, err));
     obm__scratch *s = &m->scratch;
     const obm__weights *const *w = s->weights;
 

@@ -408,9 +408,14 @@ typedef struct obm__row {
     int32_t id;
 } obm__row;
 
+/* What one head of a row makes of a part of the positions that it sees: the largest score, and the total of the weights
+ * relative to it. */
+#define OBM_PART_POSITIONS 1024
+typedef struct obm__part { double total; float largest; } obm__part;
+
 /* Buffers of a forward call, grown as needed and kept. */
 typedef struct obm__scratch {
-    size_t rows, positions;     /* room for */
+    size_t rows, part_rows;     /* room for: rows, and parts of rows that decode */
     const obm__weights **weights;   /* (rows): of each row's sequence, NULL for empty rows */
     float *x, *normed;          /* (rows, hidden) */
     float *q, *mixed;           /* (rows, heads * head_dim) */
@@ -425,7 +430,9 @@ typedef struct obm__scratch {
     obm__tables *tables;        /* (table_rows) of the vectors of a decode step */
     size_t table_rows;
     void *table_bytes;          /* what they point into */
-    float *scores, *widened;    /* per worker: (heads of a group, positions) and (64, head_dim) */
+    float *scores, *widened;    /* per worker: (heads of a group, OBM_PART_POSITIONS) and (64, head_dim) */
+    obm__part *parts;           /* (rows, heads, parts) */
+    float *sums;                /* (rows, heads, parts, head_dim) */
     float *tiles;               /* per worker: obm__tile_floats */
     uint64_t bytes;
 } obm__scratch;

@@ -392,6 +392,60 @@ static void neighbours_in_decoding_do_not_matter(void **state) {
     }
 }
 
+/* ---- decoding in parts of 1024 positions ---- */
+
+#define FAR 2070
+
+/* The logits of the token that follows `length` of ids, in a step of `n` sequences of which it is number `at`. */
+static void far_step(fixture *f, const int32_t *ids, const int64_t *length, size_t n, size_t at, float *out) {
+    obm_error err;
+    obm__sequence *q[3];
+    obm__row rows[3];
+    for (size_t i = 0; i < n; i++) {
+        check_ok(obm__sequence_new(f->m, NULL, OBM_F16, &q[i], &err), &err);
+        check_ok(obm__prefill(f->m, q[i], ids, (size_t)length[i], false, f->c.layers, NULL, NULL, &err), &err);
+        check_ok(obm__sequence_reserve(f->m, q[i], length[i] + 1, &err), &err);
+        rows[i] = (obm__row){q[i], length[i], ids[length[i]]};
+    }
+    check_ok(obm__forward(f->m, rows, n, false, f->c.layers, &err), &err);
+    check_ok(obm__forward_logits(f->m, rows, &at, 1, out, &err), &err);
+    for (size_t i = 0; i < n; i++) obm__sequence_free(f->m, q[i]);
+}
+
+/* As in a prompt, within what the order of sums makes; the same bits beside other sequences and with other threads. */
+static void parts_of_a_context_do_not_matter(void **state) {
+    (void)state;
+    const int64_t lengths[] = {5, 1023, 1024, 1100, 2048, FAR - 1};
+    for (size_t s = 0; s < N_LONG; s++) {
+        float alone[6][64], got[64], *prompt = malloc((size_t)(FAR * long_shapes[s].vocab) * sizeof *prompt);
+        for (int threads = 1; threads <= 5; threads += 2) {
+            fixture f;
+            obm_error err;
+            obm__sequence *q;
+            int32_t ids[FAR];
+            unsigned random = 5;
+            open_fixture(&f, &long_shapes[s], OBM_BF16, threads);
+            size_t vocab = (size_t)f.c.vocab;
+            for (int i = 0; i < FAR; i++) ids[i] = (int32_t)(tiny_random(&random) % (unsigned)vocab);
+            taken t = {prompt, 0};
+            check_ok(obm__sequence_new(f.m, NULL, OBM_F16, &q, &err), &err);
+            if (threads == 1)
+                check_ok(obm__prefill(f.m, q, ids, FAR, false, f.c.layers, take_logits, &t, &err), &err);
+            obm__sequence_free(f.m, q);
+            for (size_t i = 0; i < 6; i++) {
+                far_step(&f, ids, &lengths[i], 1, 0, threads == 1 ? alone[i] : got);
+                if (threads > 1) assert_memory_equal(got, alone[i], vocab * sizeof *got);
+                assert_true(distance_f32(alone[i], prompt + (size_t)lengths[i] * vocab, vocab) < 1e-4);
+                const int64_t all[] = {FAR - 1, lengths[i], 1500};
+                far_step(&f, ids, all, 3, 1, got);
+                assert_memory_equal(got, alone[i], vocab * sizeof *got);
+            }
+            close_fixture(&f);
+        }
+        free(prompt);
+    }
+}
+
 /* ---- hidden states ---- */
 
 static void hidden_states(void **state) {
@@ -726,6 +780,7 @@ int main(void) {
         cmocka_unit_test(what_is_not_finite_reaches_those_who_see_it),
         cmocka_unit_test(neighbouring_tiles_do_not_matter),
         cmocka_unit_test(neighbours_in_decoding_do_not_matter),
+        cmocka_unit_test(parts_of_a_context_do_not_matter),
         cmocka_unit_test(hidden_states),
         cmocka_unit_test(matches_transformers),
         cmocka_unit_test(config_refuses),
