@@ -104,6 +104,7 @@ FN static inline __m256 signed8(float a, uint32_t bits, int l) {
 }
 
 #define KEEP(v) __asm__("" : "+x"(v))
+#define ROWS_AHEAD 0
 #define HSUM(v) lanes_sum(v)
 FN static inline float lanes_sum(__m256 v) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

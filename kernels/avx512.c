@@ -98,6 +98,7 @@ FN static inline __m256i narrow_bf16(__m512 v) {
 
 #define BATCH_WIDE
 #define KEEP(v) __asm__("" : "+v"(v))
+#define ROWS_AHEAD 1024
 #define HSUM(v) lanes_sum(v)
 FN static inline float lanes_sum(__m512 v) {
     __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

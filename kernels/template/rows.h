@@ -9,6 +9,7 @@
  *   FN, V, VL, SET1, ADD as in elementwise.h;   FMA(a, b, c) = a * b + c rounded once;   HSUM(v) in a fixed order
  *   ROWS_NAME, ROWS_TYPE             the kernel, the element type of w
  *   ROWS_SPLITS                      1: SPLIT_X moves lanes, which is worth doing once for many rows
+ *   ROWS_AHEAD                       bytes ahead of which a stream is asked for, over the ends of rows; 0: left to the CPU
  *   SPLIT_W(p, a, b)                 2 * VL weights as two vectors;   SPLIT_X(p, a, b) x in the same order of columns
  *   BATCH_NAME, BATCH_LOAD(p)        for batch.h;   BATCH_NAME for batch_wide.h, where BATCH_WIDE is defined
  */
@@ -51,6 +52,9 @@ FN static float ROWS_ONE(const ROWS_TYPE *w, const float *x, size_t n) {
     return HSUM(ADD(a0, b0));
 }
 
+#define ROWS_ASK(p)                                                                        \
+    for (size_t line = 0; ROWS_AHEAD && line < ROWS_STEP * sizeof(ROWS_TYPE); line += 64) \
+    __builtin_prefetch((const void *)((uintptr_t)(p) + ROWS_AHEAD + line))
 #define ROWS_X(p)                          \
     if (ordered)                           \
         x0 = LOAD(p), x1 = LOAD((p) + VL); \
@@ -64,6 +68,10 @@ FN static inline __attribute__((always_inline)) void ROWS_FOUR(float *y, size_t 
     size_t j = 0;
     for (; j + ROWS_STEP <= n; j += ROWS_STEP) {
         ROWS_X(x + j)
+        ROWS_ASK(w + j);
+        ROWS_ASK(w + ld + j);
+        ROWS_ASK(w + 2 * ld + j);
+        ROWS_ASK(w + 3 * ld + j);
         ROWS_ADD(0, w + j);
         ROWS_ADD(1, w + ld + j);
         ROWS_ADD(2, w + 2 * ld + j);
@@ -139,6 +147,7 @@ FN static void ROWS_NAME(float *y, const ROWS_TYPE *w, size_t ld, size_t rows, c
 #undef ROWS_ORDER
 #undef ROWS_IN_ORDER
 #undef ROWS_X
+#undef ROWS_ASK
 #undef ROWS_SPLITS
 #undef ROWS_ADD
 #undef ROWS_NAME
