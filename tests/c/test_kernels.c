@@ -1004,7 +1004,7 @@ static void check_scale_max(const obm_kernels *k, size_t n, guarded *gx) {
 }
 
 static void check_rotate(const obm_kernels *k, size_t pairs, guarded *gx, guarded *gc) {
-    float *x = at_end(gx, 2 * pairs * 4), *c = at_end(gc, pairs * 4), s[150], want[300];
+    float *x = at_end(gx, 2 * pairs * 4), *c = at_end(gc, pairs * 4), s[150] = {0}, want[300];
     fill(x, 2 * pairs, PLAIN | ZEROS);
     fill(c, pairs, PLAIN | ZEROS);
     fill(s, pairs, PLAIN | ZEROS);

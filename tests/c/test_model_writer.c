@@ -7,6 +7,7 @@
 #include <regex.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <signal.h>
 #include <sys/wait.h>
 
 #include <cmocka.h>
@@ -16,7 +17,7 @@
 static int steps_left;
 
 static void step(void) {
-    if (steps_left > 0 && --steps_left == 0) _exit(99);
+    if (steps_left > 0 && --steps_left == 0) raise(SIGKILL);
 }
 
 int rename(const char *from, const char *to) {
@@ -304,6 +305,15 @@ static void old_model(const char *dir, uint64_t shard_bytes) {
     obm__json_free(config);
 }
 
+/* The exit code of a child; 99: it was killed, by itself. */
+static int end_of(pid_t child) {
+    int result = -1;
+    assert_int_equal(waitpid(child, &result, 0), child);
+    if (WIFSIGNALED(result) && WTERMSIG(result) == SIGKILL) return 99;
+    assert_true(WIFEXITED(result));
+    return WEXITSTATUS(result);
+}
+
 /* Exit code of a child that replaces the model and dies before its n-th rename or unlink; 0: it ran through. */
 static int replace_killed(const char *dir, uint64_t shard_bytes, int tag, int n) {
     pid_t child = fork();
@@ -316,10 +326,7 @@ static int replace_killed(const char *dir, uint64_t shard_bytes, int tag, int n)
             NULL);
         _exit(status == OBM_OK ? 0 : 1);
     }
-    int result = -1;
-    assert_int_equal(waitpid(child, &result, 0), child);
-    assert_true(WIFEXITED(result));
-    return WEXITSTATUS(result);
+    return end_of(child);
 }
 
 /* The weights have the names that they have in a new folder, and nothing is beside them. */
@@ -434,10 +441,7 @@ static int write_killed(const char *dir, const attempt *a, int n) {
         steps_left = n;
         _exit(try_write(dir, a, NULL) == OBM_OK ? 0 : 1);
     }
-    int result = -1;
-    assert_int_equal(waitpid(child, &result, 0), child);
-    assert_true(WIFEXITED(result));
-    return WEXITSTATUS(result);
+    return end_of(child);
 }
 
 static void fresh(const char *dir, uint64_t old_shards) {
