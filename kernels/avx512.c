@@ -143,8 +143,6 @@ FN static inline __m128 lanes_sum_4(__m512 a, __m512 b, __m512 c, __m512 d) {
         a = EVEN_OF(low, high);                      \
         b = ODD_OF(low, high);                       \
     } while (0)
-#define ADD_PAIRS(a, b) add_pairs(a, b)
-FN static inline __m512 add_pairs(__m512 a, __m512 b) { return _mm512_add_ps(EVEN_OF(a, b), ODD_OF(a, b)); }
 
 #define B __m512i
 #define BL 64

@@ -188,7 +188,7 @@ fuzz_one() {   # fuzz_one SECONDS TARGET
     return "${PIPESTATUS[0]}"
 }
 fuzz_step() {   # fuzz_step SECONDS: as many targets at a time as there are cores
-    CC=clang cmake -S . -B build/fuzz -DOBM_FUZZ=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
+    CC=clang cmake -S . -B build/fuzz -DOBM_FUZZ=ON -DOBM_WERROR=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
     cmake --build build/fuzz -j "$JOBS" >/dev/null
     export -f fuzz_one
     printf '%s\n' safetensors index config adapter pack recipe tokenizer | xargs -P "$JOBS" -I{} bash -c "fuzz_one $1 {}"

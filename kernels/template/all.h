@@ -7,7 +7,7 @@
  *   W, LOAD_W(p)                     2 * VL bf16;   EVEN_W(w) ODD_W(w) the even and the odd ones, widened, in order
  *   Z12_ENCODE GEMM_PACK             the table's z12_encode and gemm_pack
  *   SPLIT_EVEN_ODD(p, a, b)          2 * VL floats in the same order
- *   ADD_PAIRS(a, b)                  the even lanes of a, then those of b, and to each its odd neighbour added
+ *   ADD_PAIRS(a, b)                  the even lanes of a, then those of b, and to each its odd neighbour added; for batch.h
  */
 #include "elementwise.h"
 

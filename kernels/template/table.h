@@ -1,5 +1,5 @@
-/* The table of a file that has all.h: TABLE, ISA, and GEMM_PAIRS, an instruction's or the scalar one.  May be included again with another
- * TABLE. */
+/* The table of a file that has all.h: TABLE, ISA, and GEMM_PAIRS, an instruction's or the scalar one.  May be included
+ * again with another TABLE. */
 
 /* The histogram is bound by dependent increments, not by loads: vectors gain nothing. */
 const obm_kernels TABLE = {
