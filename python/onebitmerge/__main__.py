@@ -1,11 +1,14 @@
 """The command's entry, `onebitmerge` and `python -m onebitmerge`.  It loads everything else late: from here on Ctrl-C is one
 line and exit code 130, and what SIGTERM and SIGHUP ask for comes after the same clean-up."""
 
+import contextlib
 import os
 import signal
 import sys
+import time
 
 ENDINGS = {signal.SIGTERM: "terminated", signal.SIGHUP: "the terminal went away"}
+received = {}   # of these, and when
 
 
 class Ended(BaseException):
@@ -13,38 +16,49 @@ class Ended(BaseException):
 
 
 def end(number, frame):
-    raise Ended(number)
+    """Often two are sent, SIGHUP behind SIGTERM or one more to the group: the second is not to stop the clean-up."""
+    now = time.monotonic()
+    again = any(now - before < 1 for before in received.values())
+    received.setdefault(number, now)
+    if not again:
+        raise Ended(number)
 
 
 def die_of(number):
     """As the signal would have it without us, so that who waits for the process (a shell, a batch system) sees it."""
-    sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
 
 def say(what, error):
-    print("; ".join([f"onebitmerge: {what}", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):   # of a terminal that is gone
+        print("; ".join([f"onebitmerge: {what}", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
 
 
 def main(argv=None):
     # OpenBLAS reads it when it is loaded.  Its own threads are never used, yet each takes 128 MiB of address space, and
     # one that does not get them (ulimit -v) tries again forever.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    code = 1
     try:
         for number in ENDINGS:
             if signal.getsignal(number) == signal.SIG_DFL:   # else nohup has it ignored, or a program around us waits for it
                 signal.signal(number, end)
         from onebitmerge import cli
-        return cli.main(argv)
+        code = cli.main(argv)
     except KeyboardInterrupt as e:
         say("interrupted", e)
-        return 130
+        code = 130
     except Ended as e:
-        for number in ENDINGS:
-            signal.signal(number, signal.SIG_IGN)
         say(ENDINGS[e.args[0]], e)
-        die_of(e.args[0])
+    except OSError:
+        if not received:   # else what the clean-up had to say to a terminal that is gone
+            raise
+    if received:
+        die_of(next(iter(received)))
+    return code
 
 
 if __name__ == "__main__":

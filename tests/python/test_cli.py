@@ -1,16 +1,19 @@
 """The command line: keys of the JSON lines, exit codes, what is refused, and that --dry-run writes nothing."""
 
+import fcntl
 import gc
 import hashlib
 import io
 import json
 import os
 import pathlib
+import pty
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
@@ -534,25 +537,57 @@ def test_interrupt_is_130(models, tmp_path):
     assert process.stderr.read() == "onebitmerge: interrupted\n"
 
 
-@pytest.mark.parametrize("number, text", [(signal.SIGTERM, "terminated"), (signal.SIGHUP, "the terminal went away"), (signal.SIGINT, "interrupted")])
-@pytest.mark.parametrize("resume", (False, True))
-def test_signals_clean_up(models, tmp_path, number, text, resume):
-    """A merge of matrices on which LAPACK has some work: it leaves nothing, or with --resume what is finished."""
-    recipe, out = tmp_path / "r.yml", tmp_path / "out"
+def start_long_merge(models, folder, *more, **options):
+    """A merge of matrices on which LAPACK has some work, once it writes."""
+    recipe = folder / "r.yml"
     one = f"merge_method: tsvm\nbase_model: {models}/base\nmodels: [{{model: {models}/math}}, {{model: {models}/code}}]\n"
     recipe.write_text(one + "".join(f"---\nname: m{i}\n{one}" for i in range(60)))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    argv = ["merge", str(recipe), "-o", str(out), "--out-shard-size", "100kB", *["--resume"] * resume]
-    process = subprocess.Popen([sys.executable, "-m", "onebitmerge", *argv], stderr=subprocess.PIPE, env=env, text=True)
+    argv = ["merge", str(recipe), "-o", str(folder / "out"), "--out-shard-size", "100kB", *more]
+    process = subprocess.Popen([sys.executable, "-m", "onebitmerge", *argv], env=env, **options)
     until = time.monotonic() + 60
-    while not list(tmp_path.rglob("*.safetensors.tmp-*")) and time.monotonic() < until:
+    while not list(folder.rglob("*.safetensors.tmp-*")) and time.monotonic() < until:
         time.sleep(.01)
+    return process
+
+
+@pytest.mark.parametrize("number, text", [(signal.SIGTERM, "terminated"), (signal.SIGHUP, "the terminal went away"), (signal.SIGINT, "interrupted")])
+@pytest.mark.parametrize("resume", (False, True))
+def test_signals_clean_up(models, tmp_path, number, text, resume):
+    """It leaves nothing, or with --resume what is finished."""
+    process = start_long_merge(models, tmp_path, *["--resume"] * resume, stderr=subprocess.PIPE, text=True)
     process.send_signal(number)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     assert error == f"onebitmerge: {text}{'; the same command goes on with the shards that are finished' * resume}\n"
     if not resume:
         assert [p.name for p in tmp_path.iterdir()] == ["r.yml"]
+
+
+@pytest.mark.parametrize("pause", (0, .02))
+def test_signals_come_in_pairs(models, tmp_path, pause):
+    """As systemd sends them."""
+    process = start_long_merge(models, tmp_path, stderr=subprocess.PIPE, text=True)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(pause)
+    process.send_signal(signal.SIGHUP)
+    error = process.communicate(timeout=60)[1]
+    assert -process.returncode in (signal.SIGTERM, signal.SIGHUP) and "Traceback" not in error and error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yml"]
+
+
+def test_the_terminal_goes_away(models, tmp_path):
+    """Nothing can be written to it then, and the end is the signal's all the same."""
+    master, terminal = pty.openpty()
+
+    def take_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = start_long_merge(models, tmp_path, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, preexec_fn=take_terminal)
+    os.close(terminal)
+    os.close(master)
+    assert process.wait(60) == -signal.SIGHUP
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yml"]
 
 
 def test_signals_that_are_ignored(models):
