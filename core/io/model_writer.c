@@ -843,8 +843,8 @@ static void swap_names(obm__model_writer *w) {
     }
 }
 
-static void remove_plain(const obm__model_writer *w) {
-    for (size_t i = 0; i < w->n_shards; i++)
+static void remove_plain(const obm__model_writer *w, size_t n) {
+    for (size_t i = 0; i < n; i++)
         if (w->shards[i].plain) remove_in(w->path, w->shards[i].plain, NULL);
 }
 
@@ -852,15 +852,16 @@ static void remove_plain(const obm__model_writer *w) {
  * is there either way, so nothing here is an error. */
 static void name_plainly(obm__model_writer *w) {
     bool any = false, ok = true;
+    size_t linked = 0;
     for (size_t i = 0; i < w->n_shards; i++) any |= w->shards[i].plain != NULL;
-    for (size_t i = 0; any && ok && i < w->n_shards; i++)
-        if (w->shards[i].plain) ok = link_in(w, w->shards[i].name, w->shards[i].plain);
     if (!any) return;
+    for (; linked < w->n_shards && ok; linked += ok)
+        ok = !w->shards[linked].plain || link_in(w, w->shards[linked].name, w->shards[linked].plain);
     swap_names(w);
     ok = ok && obm__directory_sync(w->path, NULL) == OBM_OK && stage_index(w, NULL) == OBM_OK &&
          publish_in(w, &w->index_temp, OBM_INDEX_FILE, NULL) == OBM_OK;
     if (!ok) swap_names(w);
-    remove_plain(w); /* after a swap the hashed ones */
+    remove_plain(w, linked); /* after a swap the hashed ones; else what was linked and no file beside */
 }
 
 obm_status obm__model_writer_finish(obm__model_writer *w, obm_error *err) {

@@ -3,6 +3,7 @@
 #include "io_fixture.h"
 
 #include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <regex.h>
 #include <setjmp.h>
@@ -15,6 +16,7 @@
 /* rename, link and unlink of this program, so that a child can die just before the n-th of them (0: never), and an
  * fsync that takes no time: a dying process loses nothing that it has written. */
 static int steps_left;
+static bool no_links; /* as on a file system without them */
 
 static void step(void) {
     if (steps_left > 0 && --steps_left == 0) raise(SIGKILL);
@@ -27,6 +29,7 @@ int rename(const char *from, const char *to) {
 
 int link(const char *from, const char *to) {
     step();
+    if (no_links) return errno = EPERM, -1;
     return linkat(AT_FDCWD, from, AT_FDCWD, to, 0);
 }
 
@@ -687,6 +690,24 @@ static void test_other_peoples_files(void **state) {
     assert_int_equal(model_state(dir, &tag), 'x');
 }
 
+/* Without links a replaced model keeps the names with hashes, and files of no model that have the plain ones stay. */
+static void test_no_links(void **state) {
+    (void)state;
+    const char *dir = in_dir("no-links"), *second = in_dir("no-links/model-00002-of-00003.safetensors");
+    const obm__model_writer_options options = {.shard_bytes = 100, .overwrite = true};
+    int tag;
+    assert_int_equal(mkdir(dir, 0777), 0);
+    put_text(second, "mine");
+    no_links = true;
+    write_ok(dir, &options, 'a');
+    write_ok(dir, &options, 'b');
+    no_links = false;
+    assert_int_equal(model_state(dir, &tag), 'b');
+    assert_int_equal(count_files(dir, "^model-[0-9a-f]{16}-0000[123]-of-00003[.]safetensors$"), 3);
+    assert_int_equal(count_files(dir, "tmp|unfinished"), 0);
+    same_text(dir, "model-00002-of-00003.safetensors", "mine");
+}
+
 /* Weights and texts that a journal claims, but whose contents are other: somebody's, so the folder is refused. */
 static void test_unproven_claims(void **state) {
     (void)state;
@@ -739,6 +760,7 @@ int main(void) {
         cmocka_unit_test(test_another_job),
         cmocka_unit_test(test_failed_run),
         cmocka_unit_test(test_other_peoples_files),
+        cmocka_unit_test(test_no_links),
         cmocka_unit_test(test_unproven_claims),
         cmocka_unit_test(test_busy),
     };
