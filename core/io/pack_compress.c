@@ -242,7 +242,10 @@ static obm_status run(compression *c, const char *base_path, obm_plan *plan, obm
     if (!(c->checkpoints = obm__calloc(c->n, sizeof(*c->checkpoints))))
         return obm__fail_nomem(err, c->n * sizeof(*c->checkpoints));
     OBM_TRY(open_all(c, base_path, &bytes, err));
-    if (c->dry_run) OBM_TRY(refuse_inputs(c, err));
+    if (c->dry_run) {
+        OBM_TRY(refuse_inputs(c, err));
+        OBM_TRY(read_before(c, err));
+    }
     uint64_t hashing = obm__base_memory(c->ctx, c->base);
     OBM_TRY(c->dry_run ? add_experts(c, NULL, bytes, NULL, err) : write_pack(c, bytes, out, err));
     /* A guess for a dry run: a gigabyte a second, a common SSD's reading speed, which is what bounds this. */

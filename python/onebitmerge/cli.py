@@ -601,6 +601,8 @@ def logits(args):
     out = output_of(args)
     if not os.path.isdir(os.path.dirname(os.path.abspath(out))):
         raise Failure(f"{out}: no such folder")
+    if os.path.isdir(out):
+        raise Failure(f"{out} is a folder, expected a file or nothing")
     if args.dry_run:
         rows = sum(len(row) if args.all else 1 for row in ids)
         return print_plan(args, {"tensors": len(items), "bytes_read": model.info["bytes"], "bytes_written": 4 * rows * model.info["vocab"],

@@ -352,6 +352,8 @@ def test_logits(lines, run, pack_path, base_model, model, models, jsonl, tmp_pat
         assert np.array_equal(arrays["logits_0"], base_model.logits(ids, all=False))
         assert np.array_equal(arrays["logits_1"], base_model.logits(ids[:3], all=False))
     fails("logits", models / "base", "--file", file, "-o", out, match="exists")
+    for dry in ([], ["--dry-run"]):
+        fails("logits", models / "base", "--file", file, "-o", out.parent, "--force", *dry, match="is a folder, expected a file or nothing")
     assert run("logits", pack_path, "--file", jsonl({"ids": ids, "route": "code"}, {"ids": ids}), "-o", out, "--force", "--all", "--decode", "--kv", "f16")[0] == 0
     with np.load(out) as arrays:
         assert np.array_equal(arrays["logits_0"], model.logits(ids, route="code", decode=True, kv="f16"))
@@ -706,6 +708,10 @@ def test_what_to_do_is_said(fails, models, pack_path, own_pack, tmp_path, monkey
     fails("pack", "add", bare, f"math={models / 'math'}", "--dry-run", match="has an expert math already")
     fails("compress", models / "base", f"math={models / 'math'}", "-o", bare, "--dry-run", match="--force replaces it")
     fails("export", bare, "--route", "math", "-o", tmp_path / "wide", "--dry-run", match="--force replaces it")
+    other = tmp_path / "other"   # whose pack.json is not of ours
+    other.mkdir()
+    (other / "pack.json").write_text('{"name": "other"}')
+    fails("compress", models / "base", f"math={models / 'math'}", "-o", other, "--force", "--dry-run", match="is not a pack: it will not be replaced")
 
 
 def test_json_lines_name_what_is_wrong(models, tmp_path, capsys):
