@@ -94,6 +94,26 @@ static uint64_t largest_output(const obm__job *j) {
     return largest;
 }
 
+/* Passes over a tensor, as far as a guess of the time needs them. */
+static double pass_count(const obm__steps *s) {
+    double trims = s->mask == OBM_MASK_MAGNITUDE  ? 2
+                   : s->mask == OBM_MASK_OUTLIERS ? 4
+                   : s->mask == OBM_MASK_RANKED   ? 8
+                                                  : 0;
+    return 1 + trims + (s->rescale == OBM_RESCALE_L1) +
+           (s->method->custom && (s->method->custom->prepare || s->method->custom->form));
+}
+
+static bool may_keep(const obm__output *o) { return !o->copy && !o->rows && pass_count(&o->steps) > 1; }
+
+/* Statistics of the whole model have all tensors' inputs mapped, or none. */
+static uint64_t model_bytes(const obm__job *j) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < j->n_outputs; i++)
+        if (may_keep(&j->outputs[i])) sum += input_bytes(&j->outputs[i]);
+    return sum;
+}
+
 static obm_status choose_tile(obm__job *j, obm_error *err) {
     uint64_t fixed = fixed_memory(j), each = tile_bytes(j), least = fixed + each * OBM_MERGE_BLOCK;
     if (j->memory < least)
@@ -105,17 +125,8 @@ static obm_status choose_tile(obm__job *j, obm_error *err) {
     j->tile = elements < most ? elements : most;
     j->kept = j->memory - fixed - each * j->tile;
     if (j->kept > MAX_KEPT) j->kept = MAX_KEPT;
+    if (obm__job_whole_model(j) && model_bytes(j) > j->kept) j->kept = 0;
     return OBM_OK;
-}
-
-/* Passes over a tensor, as far as a guess of the time needs them. */
-static double pass_count(const obm__steps *s) {
-    double trims = s->mask == OBM_MASK_MAGNITUDE  ? 2
-                   : s->mask == OBM_MASK_OUTLIERS ? 4
-                   : s->mask == OBM_MASK_RANKED   ? 8
-                                                  : 0;
-    return 1 + trims + (s->rescale == OBM_RESCALE_L1) +
-           (s->method->custom && (s->method->custom->prepare || s->method->custom->form));
 }
 
 /* Of one core, per element and model. */
@@ -127,19 +138,9 @@ static double nanoseconds(const obm__group *g) {
     return own + PASS_NANOSECONDS * pass_count(g->steps);
 }
 
-static bool may_keep(const obm__output *o) { return !o->copy && !o->rows && pass_count(&o->steps) > 1; }
-
-/* Of all tensors, when statistics are of the whole model. */
-static uint64_t model_bytes(const obm__job *j) {
-    uint64_t sum = 0;
-    for (size_t i = 0; i < j->n_outputs; i++)
-        if (may_keep(&j->outputs[i])) sum += input_bytes(&j->outputs[i]);
-    return sum;
-}
-
 /* Several passes map the inputs once, where they may: as much time as one of the passes takes. */
 static bool keeps_inputs(const obm__job *j, const obm__output *o) {
-    return may_keep(o) && (o->steps.model_scope ? model_bytes(j) : input_bytes(o)) <= j->kept;
+    return may_keep(o) && input_bytes(o) <= j->kept;
 }
 
 static obm_plan sizes(const obm__job *j) {
