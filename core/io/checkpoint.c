@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #define ONE_FILE "model.safetensors"
 #define INDEX_FILE "model.safetensors.index.json"
@@ -406,7 +407,35 @@ static obm_status open_member(obm_checkpoint *c, const char *name, obm_error *er
     return c->path && c->directory ? list_all(c, err) : obm__fail_nomem(err, strlen(name));
 }
 
-static obm_status open_parts(obm_checkpoint *c, const char *name, obm_error *err) {
+#ifdef __APPLE__
+#define st_ctim st_ctimespec
+#endif
+
+/* Which index is there, zeros for none. */
+static struct stat index_stamp(const char *directory) {
+    struct stat st;
+    char *path = obm__path_join(directory, INDEX_FILE);
+    if (!path || stat(path, &st)) memset(&st, 0, sizeof st);
+    obm_free(path);
+    return st;
+}
+
+static bool same_stamp(const struct stat *a, const struct stat *b) {
+    return a->st_dev == b->st_dev && a->st_ino == b->st_ino && a->st_size == b->st_size &&
+           a->st_ctim.tv_sec == b->st_ctim.tv_sec && a->st_ctim.tv_nsec == b->st_ctim.tv_nsec;
+}
+
+/* *replaced: the shards may be of two models, or of none. */
+static obm_status open_model(obm_checkpoint *c, bool *replaced, obm_error *err) {
+    struct stat before = index_stamp(c->directory);
+    obm_status status = open_folder(c, err);
+    if (status == OBM_OK) status = read_config(c, err);
+    struct stat after = index_stamp(c->directory);
+    *replaced = !same_stamp(&before, &after);
+    return status;
+}
+
+static obm_status open_parts(obm_checkpoint *c, const char *name, bool *replaced, obm_error *err) {
     if (obm__member_split(c->ctx, name)) return open_member(c, name, err);
     OBM_TRY(obm__source_check(name, err));
     OBM_TRY(obm__source_find(c->ctx, name, &c->path, err));
@@ -414,24 +443,32 @@ static obm_status open_parts(obm_checkpoint *c, const char *name, obm_error *err
     bool folder = obm__is_directory(path);
     c->directory = folder ? obm__strdup(path) : obm__path_directory(path);
     if (!c->directory) return obm__fail_nomem(err, strlen(path));
-    OBM_TRY(folder ? open_folder(c, err) : open_file(c, err));
-    OBM_TRY(read_config(c, err));
+    if (!folder) OBM_TRY(open_file(c, err));
+    OBM_TRY(folder ? open_model(c, replaced, err) : read_config(c, err));
     c->layout = detect_layout(c);
     c->tied = detect_tied(c);
     return OBM_OK;
 }
 
+#define MOST_OPENS 16
+
+/* A model that replaces another has the same names for its shards: where the index changed meanwhile, once more. */
 obm_status obm_checkpoint_open(obm_context *ctx, const char *path, obm_checkpoint **out, obm_error *err) {
-    obm_checkpoint *c = obm__calloc(1, sizeof *c);
-    if (!c) return obm__fail_nomem(err, sizeof *c);
-    c->ctx = ctx;
-    obm_status status = open_parts(c, path, err);
-    if (status != OBM_OK) {
+    for (int i = 1;; i++) {
+        bool replaced = false;
+        obm_checkpoint *c = obm__calloc(1, sizeof *c);
+        if (!c) return obm__fail_nomem(err, sizeof *c);
+        c->ctx = ctx;
+        obm_status status = open_parts(c, path, &replaced, err);
+        if (status == OBM_OK && !replaced) {
+            *out = c;
+            return OBM_OK;
+        }
         obm_checkpoint_free(c);
-        return status;
+        if (!replaced) return status;
+        if (i == MOST_OPENS)
+            return obm__fail(err, OBM_E_IO, "%s: its index was replaced %d times while the model was opened", path, i);
     }
-    *out = c;
-    return OBM_OK;
 }
 
 void obm_checkpoint_free(obm_checkpoint *c) {

@@ -9,8 +9,8 @@
  *     several         rename of the index; where an old model.safetensors stands before it, the removal of that
  *
  * Shards that would take the names of an old model's get names with their content's hash.  Once that model is gone,
- * links give them the plain names, and a second index is renamed over the first: whichever a reader sees, its files are
- * there.
+ * links give them the plain names, and a second index is renamed over the first: whichever is there, its files are.
+ * Plain names come back with other contents, so a reader looks behind all shards whether the index is still the same.
  *
  * Weights and config.json are two files, and no order of renames switches both at once.  So when an existing model is
  * replaced by one whose config or tokenizer differs, the old commit file is removed before the small files change: a

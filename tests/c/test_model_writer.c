@@ -38,6 +38,18 @@ int unlink(const char *path) {
     return unlinkat(AT_FDCWD, path, 0);
 }
 
+static const char *replaced; /* a folder whose model is replaced just before its second shard is opened */
+static void replace_it(void);
+
+int open(const char *path, int flags, ...) {
+    va_list rest;
+    va_start(rest, flags);
+    int mode = flags & O_CREAT ? va_arg(rest, int) : 0;
+    va_end(rest);
+    if (replaced && strstr(path, "/model-00002-of-")) replace_it();
+    return openat(AT_FDCWD, path, flags, mode);
+}
+
 int fsync(int fd) {
     (void)fd;
     return 0;
@@ -708,6 +720,23 @@ static void test_no_links(void **state) {
     same_text(dir, "model-00002-of-00003.safetensors", "mine");
 }
 
+static void replace_it(void) {
+    const char *dir = replaced;
+    replaced = NULL;
+    write_ok(dir, &(obm__model_writer_options){.shard_bytes = 100, .overwrite = true}, 'n');
+}
+
+/* The shards of both models have the same names. */
+static void test_replaced_while_read(void **state) {
+    (void)state;
+    const char *dir = in_dir("replaced");
+    int tag;
+    write_ok(dir, &(obm__model_writer_options){.shard_bytes = 100}, 'o');
+    replaced = dir;
+    assert_int_equal(model_state(dir, &tag), 'n');
+    assert_null(replaced);
+}
+
 /* Weights and texts that a journal claims, but whose contents are other: somebody's, so the folder is refused. */
 static void test_unproven_claims(void **state) {
     (void)state;
@@ -761,6 +790,7 @@ int main(void) {
         cmocka_unit_test(test_failed_run),
         cmocka_unit_test(test_other_peoples_files),
         cmocka_unit_test(test_no_links),
+        cmocka_unit_test(test_replaced_while_read),
         cmocka_unit_test(test_unproven_claims),
         cmocka_unit_test(test_busy),
     };
