@@ -48,13 +48,15 @@ static uint64_t own_memory(const obm__job *j) {
            blocks * models * (j->recipe->method->mask == OBM_MASK_OUTLIERS ? 4 : 3) * 8 + own + made;
 }
 
-/* With the pages of the inputs that one span touches, which the option counts and the process does not own. */
-static uint64_t fixed_memory(const obm__job *j) {
+/* Those that one span touches, which the option counts and the process does not own. */
+static uint64_t input_pages(const obm__job *j) {
     uint64_t largest = 0;
     for (size_t i = 0; i < j->n_outputs; i++)
         if (!j->outputs[i].copy && j->outputs[i].group.count > largest) largest = j->outputs[i].group.count;
-    return own_memory(j) + (largest < OBM_MERGE_SPAN ? largest : OBM_MERGE_SPAN) * j->widest * 4;
+    return (largest < OBM_MERGE_SPAN ? largest : OBM_MERGE_SPAN) * j->widest * 4;
 }
+
+static uint64_t fixed_memory(const obm__job *j) { return own_memory(j) + input_pages(j); }
 
 /* A tile of 16-bit values is written while the second-level caches still have much of it.  Masks by rank are of whole
  * rows, which a tile should not cut too often. */
@@ -117,8 +119,11 @@ static uint64_t model_bytes(const obm__job *j) {
 static obm_status choose_tile(obm__job *j, obm_error *err) {
     uint64_t fixed = fixed_memory(j), each = tile_bytes(j), least = fixed + each * OBM_MERGE_BLOCK;
     if (j->memory < least)
-        return obm__fail(err, OBM_E_ARG, "memory: this merge needs at least %.1fMB (%llu bytes), found %llu bytes",
-                         ceil((double)least / 1e5) / 10, (unsigned long long)least, (unsigned long long)j->memory);
+        return obm__fail(err, OBM_E_ARG,
+                         "memory: this merge needs at least %.1fMB (%llu bytes), found %llu bytes; %.1fMB of that are for "
+                         "pages of its inputs, which a plan's peak memory does not count",
+                         ceil((double)least / 1e5) / 10, (unsigned long long)least, (unsigned long long)j->memory,
+                         (double)input_pages(j) / 1e6);
     uint64_t elements = (j->memory - fixed) / each / OBM_MERGE_BLOCK * OBM_MERGE_BLOCK;
     uint64_t most = largest_tile(j), largest = largest_output(j);
     if (most > largest) most = largest;

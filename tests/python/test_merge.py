@@ -200,7 +200,7 @@ def test_dry_run_writes_nothing(recipe, tmp_path):
     assert plan["bytes_written"] == 4 * 1427136
     seconds = {m: obm.merge(recipe(m), tmp_path / "out", dry_run=True)["seconds"] for m in ("task_arithmetic", "pcb", "opcm")}
     assert min(seconds["pcb"], seconds["opcm"]) > 4 * seconds["task_arithmetic"]
-    with pytest.raises(obm.Error, match=r"memory: this merge needs at least [\d.]+MB \(\d+ bytes\), found 1 bytes") as error:
+    with pytest.raises(obm.Error, match=r"memory: this merge needs at least [\d.]+MB \(\d+ bytes\), found 1 bytes; [\d.]+MB of that are for pages") as error:
         obm.merge(recipe("ties", density=.3), tmp_path / "out", dry_run=True, memory=1)
     least = int(str(error.value).split("MB (")[1].split()[0])   # tiles of one block of 4096 elements
     assert least <= cli.parse_size(str(error.value).split("at least ")[1].split()[0]) < least + 1e5   # as --memory takes it
