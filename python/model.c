@@ -107,15 +107,17 @@ static PyObject *model_memory(PyObject *o, void *unused) {
 static PyObject *model_repr(PyObject *o) {
     obm_model_info i;
     obm_model_describe(model_get(o), &i);
-    char packed[128] = "", more[64] = "";
-    if (i.z12_to_come) snprintf(more, sizeof more, ", %llu MB to come", (unsigned long long)(i.z12_to_come / 1000000));
-    if (i.z12_plain || i.z12_to_come)
-        snprintf(packed, sizeof packed, ", z12: %llu MB of bf16 in %llu MB%s",
-                 (unsigned long long)(i.z12_plain / 1000000), (unsigned long long)(i.z12_bytes / 1000000), more);
+    char packed[64] = "", more[64] = "";
+    if (i.z12_plain)
+        snprintf(packed, sizeof packed, ", z12: %llu MB of bf16 in %llu MB",
+                 (unsigned long long)(i.z12_plain / 1000000), (unsigned long long)(i.z12_bytes / 1000000));
+    if (i.z12_to_come)
+        snprintf(more, sizeof more, "%s %llu MB of bf16 to come", i.z12_plain ? "," : ", z12:",
+                 (unsigned long long)(i.z12_to_come / 1000000));
     return PyUnicode_FromFormat(
-        "Model(%s, %lld layers, hidden %lld, vocab %lld, %llu parameters, %zd tasks%s)", i.architecture,
+        "Model(%s, %lld layers, hidden %lld, vocab %lld, %llu parameters, %zd tasks%s%s)", i.architecture,
         (long long)i.layers, (long long)i.hidden, (long long)i.vocab, (unsigned long long)i.params,
-        model_pack_of(o) ? (Py_ssize_t)obm_pack_task_count(model_pack_of(o)) : (Py_ssize_t)0, packed);
+        model_pack_of(o) ? (Py_ssize_t)obm_pack_task_count(model_pack_of(o)) : (Py_ssize_t)0, packed, more);
 }
 
 /* ---- routes ---- */
