@@ -464,11 +464,15 @@ def user_text(prompt):
     return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt if m.get("role") == "user")
 
 
-def route(args):
-    args.text = [*args.text, *args.prompt]
-    if bool(args.text) == bool(args.file):
+def texts_or_lines(args):
+    texts = [*args.text, *args.prompt]
+    if bool(texts) == bool(args.file):
         raise Usage("give either texts or --file")
-    items = [Item(text=text) for text in args.text] or read_lines(args.file)
+    return [Item(text=text) for text in texts] or read_lines(args.file)
+
+
+def route(args):
+    items = texts_or_lines(args)
     prompts = [need(item, i, "messages", "text", "prompt") for i, item in enumerate(items)]
     # a router sees the base alone: no planes to load
     model = obm.Model(args.pack, base=args.base, materialise=True, progress=progress_of(args))
@@ -628,7 +632,7 @@ def logits(args):
 
 def tokenize(args):
     tokenizer = obm.Model(args.model, materialise=True).tokenizer if is_pack(args.model) else obm.Tokenizer(args.model)
-    for index, item in enumerate(read_lines(args.file)):
+    for index, item in enumerate(texts_or_lines(args)):
         with located([item], index):
             if "ids" in item and "text" not in item:
                 record = {"index": index, "text": tokenizer.decode(item["ids"] if item["ids"] == [] else need(item, index, "ids"), skip_special=args.skip_special)}
@@ -776,6 +780,12 @@ def add_generation_arguments(p):
     p.add_argument("--batch", type=whole(0), default=0, help="sequences decoded together; 0 (default): 8")
 
 
+def add_text_arguments(p, lines):
+    p.add_argument("text", nargs="*", metavar="TEXT")
+    p.add_argument("-p", "--prompt", metavar="TEXT", action="append", default=[], help="the same as TEXT, as generate has it; may be given again")
+    p.add_argument("--file", metavar="FILE", action=Once, help=f"JSON lines: {lines}")
+
+
 def add_expert_arguments(p):
     p.add_argument("--policy", choices=POLICIES)
     p.add_argument("--scale", type=scale, help="matrix, row (default) or group:N")
@@ -860,7 +870,7 @@ def make_parser(asked=None):
 
     def verb(group, name, function, text, *, output=None, dry=False, base=False, runs=False, rest=None):
         p = add(group, name, parents=[common], help=text, description=text.replace("%%", "%"))
-        p.set_defaults(function=function, rest=rest)
+        p.set_defaults(function=function, rest=rest, parser=p)
         if output:
             p.add_argument("-o", "--output", required=True, metavar=output)
             p.add_argument("--force", action="store_true", help="replace an existing output")
@@ -933,9 +943,7 @@ def make_parser(asked=None):
 
     p = verb(verbs, "route", route, "task and probabilities of texts", base=True, rest="text")
     p.add_argument("pack", metavar="PACK")
-    p.add_argument("text", nargs="*", metavar="TEXT")
-    p.add_argument("-p", "--prompt", metavar="TEXT", action="append", default=[], help="the same as TEXT, as generate has it; may be given again")
-    p.add_argument("--file", metavar="FILE", action=Once, help="JSON lines: text|messages")
+    add_text_arguments(p, "text|messages")
     p.add_argument("--router", metavar="FILE.py:FUNC|FILE.lua")
 
     p = verb(verbs, "generate", generate, "text, streamed", base=True, runs=True)
@@ -967,9 +975,9 @@ def make_parser(asked=None):
     p.add_argument("--decode", action="store_true", help="feed token by token")
     p.add_argument("--kv", choices=("f32", "f16"), default="f32")
 
-    p = verb(verbs, "tokenize", tokenize, "ids and back")
+    p = verb(verbs, "tokenize", tokenize, "ids and back", rest="text")
     p.add_argument("model", metavar="MODEL")
-    p.add_argument("--file", required=True, metavar="FILE", action=Once, help="JSON lines: text or ids")
+    add_text_arguments(p, "text or ids")
     p.add_argument("--special", action="store_true", help="add the post-processor's tokens")
     p.add_argument("--skip-special", action="store_true", help="leave special tokens out of decoded text")
 
@@ -1032,10 +1040,29 @@ def hint(args, e):
     return " (--template NAME)" if hasattr(args, "template") and isinstance(e, obm.UnsupportedError) and "chat template" in str(e) else ""
 
 
+def in_router(args, e):
+    """"FILE.py, line 3: " where a function of --router raised it."""
+    import traceback
+    path = (getattr(args, "router", None) or "").rpartition(":")[0]
+    tb = (e.__cause__ or e).__traceback__   # `located` raises from what it met
+    lines = [line for frame, line in traceback.walk_tb(tb) if os.path.abspath(frame.f_code.co_filename) == os.path.abspath(path)]
+    return f"{path}, line {lines[-1]}: " if lines else ""
+
+
 def fail(message, code):
     # One line, whatever the message holds.
     print(f"onebitmerge: {' '.join(str(message).split())}", file=sys.stderr)
     return code
+
+
+def meant(args, rest):
+    """What an argument that the verb does not know was probably to be."""
+    import difflib
+    known = args.parser._option_string_actions
+    close = [m for word in rest if word.startswith("--") for m in difflib.get_close_matches(word.partition("=")[0], known, 1, 0.7)]
+    if close:
+        return f", did you mean {' '.join(close)}?"
+    return "; a prompt goes behind -p" if "-p" in known and args.prompt is None and not rest[0].startswith("-") else ""
 
 
 def parse(argv):
@@ -1044,7 +1071,7 @@ def parse(argv):
     parser = make_parser(argv[0] if argv else None)
     args, rest = parser.parse_known_args(argv)
     if rest and (args.rest is None or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}{meant(args, rest)}")
     if rest:
         setattr(args, args.rest, [*getattr(args, args.rest), *rest])
     return args
@@ -1082,6 +1109,6 @@ def run(args):
     except MemoryError as e:
         return fail(e if str(e) else "out of memory", 1)
     except (obm.Error, Failure, ValueError) as e:
-        return fail(f"{e}{hint(args, e)}", 1)
+        return fail(f"{in_router(args, e)}{e}{hint(args, e)}", 1)
     except Exception as e:  # a user's router may raise anything; people get the line, not the traceback
-        return fail(f"{type(e).__name__}: {e}", 1)
+        return fail(f"{in_router(args, e)}{type(e).__name__}: {e}", 1)

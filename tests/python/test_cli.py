@@ -221,7 +221,10 @@ def test_python_routers(lines, fails, pack_path, tmp_path):
     assert [(r["task"], r["weights"]) for r in rows] == [("code", {"code": 1}), ("math", {"chat": .25, "math": .75})]
     row, = lines("generate", pack_path, "-p", "def f", "--router", f"{file}:pick", "--max-tokens", 2)
     assert row["route"] == "code"
-    fails("generate", pack_path, "-p", "x", "--router", f"{file}:broken", match="from my router")
+    file.write_text(file.read_text() + "def wrong(request):\n    return parse(request.text)\ndef parse(text):\n    return int(text)\n")
+    for call in (["generate", pack_path, "-p"], ["route", pack_path]):
+        assert "mine.py, line 4: KeyError: 'from my router'" in fails(*call, "x", "--router", f"{file}:broken")
+        assert "mine.py, line 8: invalid literal" in fails(*call, "x", "--router", f"{file}:wrong")
     fails("route", pack_path, "x", "--router", f"{file}:nothing", match="nothing")
     fails("route", pack_path, "x", "--router", tmp_path / "none.py:f", match="none.py")
     fails("route", pack_path, "x", "--router", "nonsense", code=2)
@@ -367,6 +370,9 @@ def test_tokenize(lines, run, models, model, jsonl, fails):
     assert rows == [{"index": 0, "ids": ids, "pieces": [model.tokenizer.piece(i) for i in ids]}, {"index": 1, "text": "a<|im_end|>"}]
     assert lines("tokenize", models / "base", "--file", jsonl({"ids": ids}), "--skip-special") == [{"index": 0, "text": "a"}]
     assert run("tokenize", models / "base", "--file", jsonl({"text": "a"}))[1].split() == [str(i) for i in model.tokenizer.encode("a")]
+    assert [r["ids"] for r in lines("tokenize", models / "base", "a", "--special", "b c", "-p", "d")] == [
+        model.tokenizer.encode(text, special=True) for text in ("a", "b c", "d")]
+    fails("tokenize", models / "base", code=2, match="give either texts or --file")
     fails("tokenize", models / "base", "--file", jsonl({"ids": [9999]}), match="9999")
 
 
@@ -508,7 +514,10 @@ def test_exit_codes(fails, run, tmp_path, models):
     fails("nonsense", code=2)
     fails("inspect", code=2)
     fails("doctor", "more", code=2)
-    fails("route", "pack", "text", "--nonsense", code=2)
+    fails("route", "pack", "text", "--nonsense", code=2, match="onebitmerge route: error: unrecognized arguments: --nonsense\n")
+    fails("generate", "pack", "-p", "x", "--maxtokens=3", code=2, match="unrecognized arguments: --maxtokens=3, did you mean --max-tokens?")
+    fails("generate", "pack", "What is 2 + 2?", code=2, match="unrecognized arguments: What is 2 + 2?; a prompt goes behind -p")
+    fails("pack", "show", "pack", "--run5", code=2, match="onebitmerge pack show: error: unrecognized arguments: --run5, did you mean --runs?")
     fails("inspect", tmp_path / "nowhere", match="nowhere")
     fails("tokenize", models / "base", "--file", tmp_path / "none.jsonl", match="none.jsonl: No such file")
 
