@@ -134,7 +134,10 @@ static obm_status fail_shape(const obm__job *j, const obm__output *o, size_t i, 
     const obm__slice_plan *p = o->slice;
     obm_class cls = obm_class_of(o->name, expected->ndim);
     bool tokens = !j->vocabulary && (cls == OBM_CLASS_EMBEDDING || cls == OBM_CLASS_HEAD);
-    const char *hint = tokens ? ": the vocabularies must be the same, or tokenizer_source says which to take" : "";
+    bool width = expected->ndim == 2 && o->tensors[i].ndim == 2 && expected->shape[1] != o->tensors[i].shape[1];
+    const char *hint = !tokens ? ""
+                       : width ? ": models of another size, not fine-tunes of one base"
+                               : ": the vocabularies must be the same, or tokenizer_source says which to take";
     char first[128], other[128], where[96];
     char *name = source_name(p, i, o->name, o->layer);
     obm__shape_text(expected, first, sizeof first);

@@ -210,6 +210,15 @@ def test_dry_run_writes_nothing(recipe, tmp_path):
     assert plan["peak_memory"] <= least and plan["tiles"] == sum(-(-math.prod(s) // 4096) for s in shapes) > plan["tensors"]
 
 
+def test_models_of_other_shapes_are_told_apart(tmp_path):
+    def folder(name, *shape):
+        return str(plain.write_folder(tmp_path / name, {"model.embed_tokens.weight": np.ones(shape, np.float32)}))
+    a, words, wide = folder("a", 4, 8), folder("words", 5, 8), folder("wide", 5, 16)
+    for other, hint in ((words, "the vocabularies must be the same, or tokenizer_source says"), (wide, "models of another size, not fine-tunes of one base")):
+        with pytest.raises(obm.ShapeError, match=hint):
+            obm.merge({"merge_method": "task_arithmetic", "base_model": a, "models": [{"model": other, "parameters": {"weight": 1}}]}, tmp_path / "out")
+
+
 def test_shards_and_overwrite(recipe, tmp_path):
     out = tmp_path / "out"
     obm.merge(recipe("task_arithmetic"), out, shard_bytes=1_000_000)
