@@ -544,8 +544,8 @@ typedef struct obm_model_options {
     obm_z12 z12;
     obm_dtype prefill;          /* OBM_F32 (default), or OBM_BF16: where the CPU has AVX512-BF16, activations of prompts are
                                  * rounded to bf16 (by up to 2^-9 of each) where they meet weights that are bf16; sums stay
-                                 * f32.  Prompts are then up to 1.8 times as fast; tokens after them, and matrices that run
-                                 * on planes, are as ever.  On another CPU they stay f32, and the log says so */
+                                 * f32.  Prompts are then up to 1.8 times as fast, scores and what routers see are rounded
+                                 * with them; tokens after them, and matrices that run on planes, are as ever.  On another CPU they stay f32, and the log says so */
 } obm_model_options;
 OBM_API obm_status obm_model_open(obm_context *ctx, const char *path, const obm_model_options *options, obm_model **out, obm_error *err);
 /* From a pack that is open already; borrows it. */

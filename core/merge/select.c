@@ -163,15 +163,25 @@ static bool has_plain_lows(const pass *p, size_t model) {
 
 static bool is_plain(const pass *p, size_t model) { return model != OBM_BY_SCORE && obm__group_is_plain(p->g, model); }
 
+static void populate_blocks(const pass *p, size_t model, size_t first, size_t last) {
+    obm__group_populate(p->g, model, p->begin + first * OBM_MERGE_BLOCK, p->begin + last * OBM_MERGE_BLOCK);
+}
+
+/* Elements of block b of the pass, and where it begins in the tensor. */
+static size_t block_at(const pass *p, size_t b, uint64_t *begin) {
+    *begin = p->begin + (uint64_t)b * OBM_MERGE_BLOCK;
+    return p->end - *begin < OBM_MERGE_BLOCK ? (size_t)(p->end - *begin) : OBM_MERGE_BLOCK;
+}
+
 static void count_blocks(void *arg, size_t first, size_t last, int worker) {
     pass *p = arg;
     obm__block block = obm__block_of(p->scratch, p->k, p->g, worker);
     uint32_t *histogram = p->bins ? p->histogram + (size_t)worker * p->stride : NULL;
     bool plain = has_plain_lows(p, p->model);
-    obm__group_populate(p->g, p->model, p->begin + first * OBM_MERGE_BLOCK, p->begin + last * OBM_MERGE_BLOCK);
+    populate_blocks(p, p->model, first, last);
     for (size_t b = first; b < last; b++) {
-        uint64_t begin = p->begin + (uint64_t)b * OBM_MERGE_BLOCK;
-        size_t n = p->end - begin < OBM_MERGE_BLOCK ? (size_t)(p->end - begin) : OBM_MERGE_BLOCK;
+        uint64_t begin;
+        size_t n = block_at(p, b, &begin);
         size_t bad = plain ? count_plain(p, begin, n, histogram) : count_values(p, &block, begin, n, histogram);
         if (bad < n) obm__note_lowest(&p->bad, begin + bad);
     }
@@ -180,11 +190,10 @@ static void count_blocks(void *arg, size_t first, size_t last, int worker) {
 static void bound_blocks(void *arg, size_t first, size_t last, int worker) {
     pass *p = arg;
     obm__block block = obm__block_of(p->scratch, p->k, p->g, worker);
-    obm__group_populate(p->g, p->n_targets == 1 ? p->targets[0]->model : SIZE_MAX, p->begin + first * OBM_MERGE_BLOCK,
-                        p->begin + last * OBM_MERGE_BLOCK);
+    populate_blocks(p, p->n_targets == 1 ? p->targets[0]->model : SIZE_MAX, first, last);
     for (size_t b = first; b < last; b++) {
-        uint64_t begin = p->begin + (uint64_t)b * OBM_MERGE_BLOCK;
-        size_t n = p->end - begin < OBM_MERGE_BLOCK ? (size_t)(p->end - begin) : OBM_MERGE_BLOCK;
+        uint64_t begin;
+        size_t n = block_at(p, b, &begin);
         for (size_t i = 0; i < p->n_targets; i++) {
             const target *t = p->targets[i];
             uint32_t here[BOUNDS] = {0}, *counts = p->histogram + (size_t)worker * p->stride + i * BOUNDS;
@@ -239,11 +248,10 @@ static void list_block(target *t, uint64_t block, const lower_halves *l) {
 static void list_blocks(void *arg, size_t first, size_t last, int worker) {
     pass *p = arg;
     obm__block block = obm__block_of(p->scratch, p->k, p->g, worker);
-    obm__group_populate(p->g, p->n_targets == 1 ? p->targets[0]->model : SIZE_MAX, p->begin + first * OBM_MERGE_BLOCK,
-                        p->begin + last * OBM_MERGE_BLOCK);
+    populate_blocks(p, p->n_targets == 1 ? p->targets[0]->model : SIZE_MAX, first, last);
     for (size_t b = first; b < last; b++) {
-        uint64_t begin = p->begin + (uint64_t)b * OBM_MERGE_BLOCK;
-        size_t n = p->end - begin < OBM_MERGE_BLOCK ? (size_t)(p->end - begin) : OBM_MERGE_BLOCK;
+        uint64_t begin;
+        size_t n = block_at(p, b, &begin);
         for (size_t i = 0; i < p->n_targets; i++) {
             lower_halves lows;
             target *t = p->targets[i];

@@ -14,14 +14,23 @@ void obm__scratch_free(obm__scratch *s) {
     *s = (obm__scratch){0};
 }
 
+/* a * b values of `each` bytes, NULL with *err set. */
+static void *take(obm__scratch *s, size_t a, size_t b, size_t each, obm_error *err) {
+    size_t count;
+    void *p = obm__mul(a, b, &count) ? obm__alloc(count, each) : NULL;
+    if (p)
+        s->bytes += count * each;
+    else
+        obm__fail_nomem(err, (uint64_t)a * b * each);
+    return p;
+}
+
 /* Zeroed: the pages are then there, on the caller's node, before workers share them. */
 static obm_status resize(obm__scratch *s, float **p, size_t a, size_t b, obm_error *err) {
-    size_t count;
     obm_free(*p);
-    *p = obm__mul(a, b, &count) ? obm__alloc(count, sizeof **p) : NULL;
-    if (!*p) return obm__fail_nomem(err, (uint64_t)a * b * sizeof **p);
-    memset(*p, 0, count * sizeof **p);
-    s->bytes += count * sizeof **p;
+    *p = take(s, a, b, sizeof **p, err);
+    if (!*p) return OBM_E_NOMEM;
+    memset(*p, 0, a * b * sizeof **p);
     return OBM_OK;
 }
 
@@ -32,30 +41,23 @@ static size_t widest_input(const obm__config *c) {
 }
 
 static obm_status grow_strips(obm_model *m, obm_error *err) {
-    size_t bytes = (size_t)m->ctx->threads * OBM_STRIP_BYTES;
-    if (!m->signs) return OBM_OK;
-    m->scratch.strips = obm__alloc(bytes, 1);
-    if (!m->scratch.strips) return obm__fail_nomem(err, bytes);
-    m->scratch.bytes += bytes;
-    return OBM_OK;
+    obm__scratch *s = &m->scratch;
+    if (m->signs) s->strips = take(s, (size_t)m->ctx->threads, OBM_STRIP_BYTES, sizeof *s->strips, err);
+    return m->signs && !s->strips ? OBM_E_NOMEM : OBM_OK;
 }
 
 static obm_status grow_unpacked(obm_model *m, size_t widest, obm_error *err) {
-    size_t count = (size_t)m->ctx->threads * OBM__Z12_UNPACKED * widest; /* less than the panels, which are there */
+    obm__scratch *s = &m->scratch;
     if (!m->z12 || m->z12_beside) return OBM_OK;
-    m->scratch.unpacked = obm__alloc(count, sizeof *m->scratch.unpacked);
-    if (!m->scratch.unpacked) return obm__fail_nomem(err, count * sizeof *m->scratch.unpacked);
-    m->scratch.bytes += count * sizeof *m->scratch.unpacked;
-    return OBM_OK;
+    s->unpacked = take(s, (size_t)m->ctx->threads, OBM__Z12_UNPACKED * widest, sizeof *s->unpacked, err);
+    return s->unpacked ? OBM_OK : OBM_E_NOMEM;
 }
 
 static obm_status grow_rounded(obm_model *m, size_t rows, size_t widest, obm_error *err) {
-    size_t count;
+    obm__scratch *s = &m->scratch;
     if (m->prefill != OBM_BF16) return OBM_OK;
-    m->scratch.rounded = obm__mul(rows, widest, &count) ? obm__alloc(count, sizeof *m->scratch.rounded) : NULL;
-    if (!m->scratch.rounded) return obm__fail_nomem(err, (uint64_t)rows * widest * sizeof *m->scratch.rounded);
-    m->scratch.bytes += count * sizeof *m->scratch.rounded;
-    return OBM_OK;
+    s->rounded = take(s, rows, widest, sizeof *s->rounded, err);
+    return s->rounded ? OBM_OK : OBM_E_NOMEM;
 }
 
 /* A worker scores all heads that read the same keys together. */

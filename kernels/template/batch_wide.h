@@ -280,25 +280,12 @@ FN static size_t BATCH_LEADS(size_t tokens, size_t n) {
 
 /* The rows that follow are asked for while others are multiplied, behind the last ones too: that is where callers go
  * on, and asking for what is not there does no harm. */
-FN static void BATCH_ALL(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t ldx,
-                         size_t tokens, size_t n) {
-    _Alignas(64) float room[BATCH_ROOM];
-    size_t most = tokens > BATCH_PASS && BATCH_FITS(tokens, n) ? BATCH_FEW : BATCH_ROWS;
-    NAME(batch_ask) ask = {0, 0, ld * sizeof *w, ROWS_STEP * sizeof *w, BATCH_LEADS(tokens, n)};
-    if (BATCH_FITS(tokens, n)) BATCH_ORDER(room, x, ldx, tokens, n);
-    for (size_t r = 0, count; r < rows; r += count) {
-        count = rows - r < most ? rows - r : most;
-        ask.at = (uintptr_t)(w + r * ld);
-        BATCH_BLOCK(y + r, ldy, w + r * ld, ld, count, x, ldx, tokens, n, room, ask);
-    }
-}
+#define BATCH_MOST (tokens > BATCH_PASS && BATCH_FITS(tokens, n) ? BATCH_FEW : BATCH_ROWS)
+#define BATCH_AHEAD (BATCH_LEADS(tokens, n))
+#include "batch_all.h"
 
-FN static void BATCH_NAME(float *y, size_t ldy, const ROWS_TYPE *w, size_t ld, size_t rows, const float *x, size_t ldx,
-                          size_t tokens, size_t n) {
-    if (tokens > 1) BATCH_ALL(y, ldy, w, ld, rows, x, ldx, tokens, n);
-    if (tokens == 1) ROWS_NAME(y, w, ld, rows, x, n);
-}
-
+#undef BATCH_AHEAD
+#undef BATCH_MOST
 #undef BATCH_ALL
 #undef BATCH_ALONE
 #undef BATCH_ASK
