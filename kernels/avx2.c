@@ -89,6 +89,7 @@ FN static inline __m128i narrow_bf16(__m256 v) {
 
 #define GE_ZERO(v) ((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GE_OQ)))
 #define IS_ZERO(v) ((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_EQ_OQ)))
+#define NOT_AT_MOST(v, a) ((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(v, a, _CMP_NLE_UQ)))
 /* Magnitude bits above those of the largest finite float; both sides are positive as signed integers. */
 #define NOT_FINITE(v)                                                     \
     ((unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32( \

@@ -89,6 +89,7 @@ FN static inline __m256i narrow_bf16(__m512 v) {
 
 #define GE_ZERO(v) ((unsigned)_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GE_OQ))
 #define IS_ZERO(v) ((unsigned)_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_EQ_OQ))
+#define NOT_AT_MOST(v, a) ((unsigned)_mm512_cmp_ps_mask(v, a, _CMP_NLE_UQ))
 /* Magnitude bits above those of the largest finite float. */
 #define NOT_FINITE(v)                                                                                           \
     ((unsigned)_mm512_cmpgt_epi32_mask(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)), \

@@ -122,6 +122,8 @@ typedef struct obm_kernels {
 
     /* exact.  Index of the first NaN or Inf, n if all are finite. */
     size_t (*find_nonfinite)(const float *x, size_t n);
+    /* exact.  Index of the first element above a, or NaN; n if there is none. */
+    size_t (*find_above)(const float *x, float a, size_t n);
 
     /* exact.  Reductions over at most 4096 elements: 16 lanes of f64, element i goes to lane i % 16 in increasing i,
      * then lanes are summed ((0+8)+(4+12)) + ((2+10)+(6+14)) and so on: for step = 8, 4, 2, 1:

@@ -89,6 +89,7 @@ static inline unsigned lanes(uint32x4_t low, uint32x4_t high) {
 #define GE_ZERO(v) ge_zero(v)
 #define IS_ZERO(v) is_zero(v)
 #define NOT_FINITE(v) not_finite(v)
+#define NOT_AT_MOST(v, a) (~lanes(vcleq_f32((v).val[0], (a).val[0]), vcleq_f32((v).val[1], (a).val[1])) & 0xffu)
 static inline unsigned ge_zero(V v) { return lanes(vcgezq_f32(v.val[0]), vcgezq_f32(v.val[1])); }
 static inline unsigned is_zero(V v) { return lanes(vceqzq_f32(v.val[0]), vceqzq_f32(v.val[1])); }
 static inline uint32x4_t above_finite(float32x4_t v) {

@@ -105,6 +105,12 @@ size_t obm__scalar_find_nonfinite(const float *x, size_t n) {
     return i;
 }
 
+size_t obm__scalar_find_above(const float *x, float a, size_t n) {
+    size_t i = 0;
+    while (i < n && x[i] <= a) i++;
+    return i;
+}
+
 double obm__scalar_abs_sum(const float *x, size_t n) {
     double lane[16] = {0};
     for (size_t i = 0; i < n; i++) lane[i % 16] += fabs((double)float_at(x + i));
@@ -743,6 +749,7 @@ const obm_kernels obm__kernels_scalar = {
     .axpy_f32 = obm__scalar_axpy_f32,
     .mix_f32 = obm__scalar_mix_f32,
     .find_nonfinite = obm__scalar_find_nonfinite,
+    .find_above = obm__scalar_find_above,
     .abs_sum = obm__scalar_abs_sum,
     .sign_sum_bf16 = obm__scalar_sign_sum_bf16,
     .dot = obm__scalar_dot,

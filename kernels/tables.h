@@ -23,6 +23,7 @@ void obm__scalar_sub_bf16(float *d, const uint16_t *a, const uint16_t *b, size_t
 void obm__scalar_axpy_f32(float *y, float a, const float *x, size_t n);
 void obm__scalar_mix_f32(float *out, const float *const *c, const double *w, size_t count, size_t n);
 size_t obm__scalar_find_nonfinite(const float *x, size_t n);
+size_t obm__scalar_find_above(const float *x, float a, size_t n);
 double obm__scalar_abs_sum(const float *x, size_t n);
 double obm__scalar_sign_sum_bf16(uint8_t *bits, const uint16_t *a, const uint16_t *b, size_t n);
 double obm__scalar_dot(const float *x, const float *y, size_t n);

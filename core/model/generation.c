@@ -49,7 +49,7 @@ obm_status obm__settings_init(obm__settings *s, const obm_model *m, const obm_ge
     if (!s->max_tokens) s->max_tokens = 256;
     if (name) OBM_TRY(obm__template_find(name, &s->template_name, err));
     OBM_TRY(check_routes(m, o, n_prompts, err));
-    OBM_TRY(obm__sampler_init(&probe, o, 0, 1, err)); /* ranges are refused before any work */
+    OBM_TRY(obm__sampler_init(&probe, m->ctx->k, o, 0, 1, err)); /* ranges are refused before any work */
     obm__sampler_clear(&probe);
     obm_status status = n_stop ? copy_stops(s, o->stop, n_stop, err) : OBM_OK;
     if (status != OBM_OK) obm__settings_clear(s);
@@ -139,23 +139,43 @@ static obm_status append_id(obm__generation *g, int32_t id, obm_error *err) {
     return OBM_OK;
 }
 
-/* The logits that follow the last token. */
-static obm_status check_logits(const obm_model *m, const obm__generation *g, const float *logits, obm_error *err) {
-    return obm__logits_check(logits, m->vocab, g->n_ids - 1, (size_t)g->sampler.stream, err);
+typedef struct draw_job {
+    const obm_model *m;
+    obm__generation *const *g;
+    float *logits; /* (n, vocab): those that follow the last token of each */
+} draw_job;
+
+static void draw_rows(void *arg, size_t begin, size_t end, int worker) {
+    const draw_job *j = arg;
+    size_t vocab = (size_t)j->m->vocab;
+    obm_error err;
+    (void)worker;
+    for (size_t i = begin; i < end; i++) {
+        obm__generation *g = j->g[i];
+        float *own = j->logits + i * vocab;
+        bool fit = obm__logits_check(g->sampler.k, own, j->m->vocab, 0, 0, &err) == OBM_OK;
+        g->drawn = fit ? obm__sample(&g->sampler, own, g->ids, g->n_ids, g->n_ids - g->n_prompt) : -1;
+    }
 }
 
-/* An end-of-sequence id is part of the ids and not of the text. */
-static obm_status accept_logits(obm_model *m, obm__generation *g, float *logits, obm_error *err) {
+/* A row each: with a temperature, drawing takes an exp for every id. */
+static void draw(const obm_model *m, obm__generation *const *g, size_t n, float *logits) {
+    obm__place_rows(m, n, 1, draw_rows, &(draw_job){m, g, logits});
+}
+
+/* What was drawn.  An end-of-sequence id is part of the ids and not of the text. */
+static obm_status accept_drawn(obm_model *m, obm__generation *g, const float *logits, obm_error *err) {
     const char *text;
     size_t len, step = g->n_ids - g->n_prompt;
-    int32_t id = obm__sample(&g->sampler, logits, g->ids, g->n_ids, step);
-    OBM_TRY(append_id(g, id, err));
-    if (!g->settings->ignore_eos && is_eos(g->words, id)) {
+    if (g->drawn < 0)
+        return obm__logits_check(g->sampler.k, logits, m->vocab, g->n_ids - 1, (size_t)g->sampler.stream, err);
+    OBM_TRY(append_id(g, g->drawn, err));
+    if (!g->settings->ignore_eos && is_eos(g->words, g->drawn)) {
         end(g, OBM_FINISH_STOP);
         return flush_text(g, err);
     }
     if (g->decoder) {
-        OBM_TRY(obm__decode_stream_push(g->decoder, id, &text, &len, err));
+        OBM_TRY(obm__decode_stream_push(g->decoder, g->drawn, &text, &len, err));
         OBM_TRY(add_text(g, text, len, err));
         if (g->finished) return OBM_OK;
     }
@@ -202,7 +222,7 @@ static obm_status start(obm_model *m, obm__generation *g, const obm_prompt *prom
         return obm__fail(err, OBM_E_ARG, "%s: stop strings need a tokenizer.json", obm_checkpoint_path(m->base));
     OBM_TRY(obm__prompt_ids(&how, prompt, g->settings->chat, &g->ids, &g->n_ids, err));
     g->n_prompt = g->capacity = g->n_ids;
-    OBM_TRY(obm__sampler_init(&g->sampler, o, index, m->vocab, err));
+    OBM_TRY(obm__sampler_init(&g->sampler, m->ctx->k, o, index, m->vocab, err));
     return t ? obm__decode_stream_new(t, true, &g->decoder, err) : OBM_OK;
 }
 
@@ -271,11 +291,9 @@ static obm_status run_chunk(obm_model *m, const chunk *c, float *logits, obm_err
     OBM_TRY(obm__forward(m, c->rows, c->n, true, m->config.layers, err));
     if (!c->n_ended) return OBM_OK;
     OBM_TRY(obm__forward_logits(m, c->rows, c->last, c->n_ended, logits, err));
-    for (size_t i = 0; i < c->n_ended; i++) {
-        float *own = logits + i * (size_t)m->vocab;
-        OBM_TRY(check_logits(m, c->ended[i], own, err));
-        OBM_TRY(accept_logits(m, c->ended[i], own, err));
-    }
+    draw(m, c->ended, c->n_ended, logits);
+    for (size_t i = 0; i < c->n_ended; i++)
+        OBM_TRY(accept_drawn(m, c->ended[i], logits + i * (size_t)m->vocab, err));
     return OBM_OK;
 }
 
@@ -306,11 +324,10 @@ obm_status obm__generation_step(obm_model *m, obm__generation *const *g, size_t 
     }
     OBM_GO(obm__forward(m, rows, n, false, m->config.layers, err));
     OBM_GO(obm__forward_logits(m, rows, which, n, logits, err));
+    draw(m, g, n, logits);
     for (size_t i = 0; i < n; i++) {
-        OBM_GO(
-            check_logits(m, g[i], logits + i * (size_t)m->vocab, err)); /* a stream that is asked again fails again */
-        g[i]->sequence->length++;
-        OBM_GO(accept_logits(m, g[i], logits + i * (size_t)m->vocab, err));
+        g[i]->sequence->length += g[i]->drawn >= 0; /* a stream that is asked again fails again */
+        OBM_GO(accept_drawn(m, g[i], logits + i * (size_t)m->vocab, err));
     }
 done:
     obm_free(rows);

@@ -39,6 +39,7 @@ typedef struct obm__generation {
     const obm__model_text *words;  /* tokenizer and eos of the route */
     int32_t *ids;                  /* prompt, then generated */
     size_t n_ids, n_prompt, capacity;
+    int32_t drawn;                 /* the token of this step; -1: its logits are not finite */
     obm__buffer text;
     size_t safe;                   /* bytes of text that no stop string can take back */
     bool finished;

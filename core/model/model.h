@@ -572,19 +572,23 @@ void obm__model_free_texts(obm_model *m);
 /* ---- sampling (sample.c) ---- */
 
 typedef struct obm__sampler {
+    const obm_kernels *k;
     double temperature, top_p, min_p, repetition_penalty;   /* 0 (and 1 for the last): off */
     size_t top_k;
     uint64_t seed, stream;      /* stream: the prompt's index */
     struct obm__candidate *candidates;   /* (vocab) */
     int64_t vocab;
 } obm__sampler;
-obm_status obm__sampler_init(obm__sampler *s, const obm_generate_options *options, uint64_t stream, int64_t vocab, obm_error *err);
+obm_status obm__sampler_init(obm__sampler *s, const obm_kernels *k, const obm_generate_options *options,
+                             uint64_t stream, int64_t vocab, obm_error *err);
 void obm__sampler_clear(obm__sampler *s);
 /* The token of step `step`; logits are changed.  history: prompt and generated ids, for the repetition penalty. */
 int32_t obm__sample(obm__sampler *s, float *logits, const int32_t *history, size_t n_history, uint64_t step);
 /* VALUE when nothing can be drawn from them: a NaN, or a largest one that is infinite.  -inf masks an id and is fine. */
-obm_status obm__logits_check(const float *logits, int64_t n, size_t position, size_t prompt, obm_error *err);
-int32_t obm__argmax(const float *logits, int64_t n);   /* lowest index among equals */
+obm_status obm__logits_check(const obm_kernels *k, const float *logits, int64_t n, size_t position, size_t prompt,
+                             obm_error *err);
+/* Lowest index among equals; the first NaN where there is one. */
+int32_t obm__argmax(const obm_kernels *k, const float *logits, int64_t n);
 double obm__random_uniform(uint64_t seed, uint64_t stream, uint64_t step);   /* [0, 1) */
 
 /* ---- prompts (prompt.c) ---- */

@@ -29,9 +29,10 @@ static obm_status check_range(const char *name, double value, double max, obm_er
     return obm__fail(err, OBM_E_ARG, "%s: expected 0 to %g, found %g", name, max, value);
 }
 
-obm_status obm__sampler_init(obm__sampler *s, const obm_generate_options *o, uint64_t stream, int64_t vocab,
-                             obm_error *err) {
-    obm__sampler new = {.temperature = OBM_OPT(o, obm_generate_options, temperature, 0),
+obm_status obm__sampler_init(obm__sampler *s, const obm_kernels *k, const obm_generate_options *o, uint64_t stream,
+                             int64_t vocab, obm_error *err) {
+    obm__sampler new = {.k = k,
+                        .temperature = OBM_OPT(o, obm_generate_options, temperature, 0),
                         .top_k = OBM_OPT(o, obm_generate_options, top_k, 0),
                         .top_p = OBM_OPT(o, obm_generate_options, top_p, 0),
                         .min_p = OBM_OPT(o, obm_generate_options, min_p, 0),
@@ -70,21 +71,23 @@ static void penalise(obm__sampler *s, float *logits, const int32_t *history, siz
     }
 }
 
-int32_t obm__argmax(const float *logits, int64_t n) {
-    int64_t best = 0;
-    for (int64_t i = 1; i < n; i++)
-        if (logits[i] > logits[best]) best = i;
+/* From record to record: there are about ln(n) of them. */
+int32_t obm__argmax(const obm_kernels *k, const float *logits, int64_t n) {
+    size_t best = 0, from = 0, all = (size_t)n;
+    float largest = -INFINITY;
+    while (from < all) {
+        size_t at = from + k->find_above(logits + from, largest, all - from);
+        if (at == all) break;
+        best = at;
+        largest = logits[at];
+        from = isnan(largest) ? all : at + 1;
+    }
     return (int32_t)best;
 }
 
-obm_status obm__logits_check(const float *logits, int64_t n, size_t position, size_t prompt, obm_error *err) {
-    float max = -INFINITY;
-    bool nan = false;
-    for (int64_t i = 0; i < n; i++) {
-        nan |= logits[i] != logits[i];
-        max = logits[i] > max ? logits[i] : max;
-    }
-    if (!nan && isfinite(max)) return OBM_OK;
+obm_status obm__logits_check(const obm_kernels *k, const float *logits, int64_t n, size_t position, size_t prompt,
+                             obm_error *err) {
+    if (isfinite(logits[obm__argmax(k, logits, n)])) return OBM_OK;
     return obm__fail(err, OBM_E_VALUE,
                      "logits are not finite at position %zu (prompt %zu): the weights, or what the route makes of them, "
                      "hold NaN or Inf or overflow",
@@ -146,7 +149,7 @@ static size_t nucleus(struct obm__candidate *c, size_t n, double top_p) {
 }
 
 static size_t fill_candidates(obm__sampler *s, const float *logits) {
-    float max = logits[obm__argmax(logits, s->vocab)], floor = -INFINITY;
+    float max = logits[obm__argmax(s->k, logits, s->vocab)], floor = -INFINITY;
     if (s->top_k && (int64_t)s->top_k < s->vocab) floor = kth_largest(s, logits, s->top_k);
     size_t n = 0;
     for (int64_t i = 0; i < s->vocab; i++) {
@@ -159,7 +162,7 @@ static size_t fill_candidates(obm__sampler *s, const float *logits) {
 
 int32_t obm__sample(obm__sampler *s, float *logits, const int32_t *history, size_t n_history, uint64_t step) {
     penalise(s, logits, history, n_history);
-    if (s->temperature == 0) return obm__argmax(logits, s->vocab);
+    if (s->temperature == 0) return obm__argmax(s->k, logits, s->vocab);
     struct obm__candidate *c = s->candidates;
     size_t n = fill_candidates(s, logits);
     if (!n) return 0;

@@ -89,17 +89,36 @@ static double log_probability(const float *logits, int64_t vocab, int32_t id, in
     return logits[id] - max - log(sum);
 }
 
+typedef struct row_job {
+    const scorer *s;
+    const obm_model *m;
+    const obm__row *rows;
+    const size_t *which;
+    int32_t *best; /* (n) */
+} row_job;
+
+/* An exp for each id of the vocabulary. */
+static void score_row(void *arg, size_t begin, size_t end, int worker) {
+    const row_job *j = arg;
+    (void)worker;
+    for (size_t i = begin; i < end; i++) {
+        const float *logits = j->s->logits + i * (size_t)j->m->vocab;
+        size_t next = (size_t)j->rows[j->which[i]].position + 1;
+        j->best[i] = obm__argmax(j->m->ctx->k, logits, j->m->vocab);
+        j->s->out[next - j->s->t->first] = log_probability(logits, j->m->vocab, j->s->t->ids[next], j->best[i]);
+    }
+}
+
 /* Rows which[0..n) predict the tokens after theirs. */
 static obm_status score_rows(scorer *s, obm_model *m, const obm__row *rows, const size_t *which, size_t n,
                              obm_error *err) {
+    int32_t best[SCORE_ROWS];
     OBM_TRY(obm__forward_logits(m, rows, which, n, s->logits, err));
+    obm__place_rows(m, n, 1, score_row, &(row_job){s, m, rows, which, best});
     for (size_t i = 0; i < n; i++) {
-        const float *logits = s->logits + i * (size_t)m->vocab;
         size_t next = (size_t)rows[which[i]].position + 1;
-        OBM_TRY(obm__logits_check(logits, m->vocab, next - 1, s->item, err));
-        int32_t id = s->t->ids[next], best = obm__argmax(logits, m->vocab);
-        s->out[next - s->t->first] = log_probability(logits, m->vocab, id, best);
-        s->greedy = s->greedy && id == best;
+        OBM_TRY(obm__logits_check(m->ctx->k, s->logits + i * (size_t)m->vocab, m->vocab, next - 1, s->item, err));
+        s->greedy = s->greedy && s->t->ids[next] == best[i];
     }
     return OBM_OK;
 }

@@ -22,8 +22,8 @@
 
 /* About 20-50 us of pause instructions: longer than the gap between two layers' calls, shorter than a time slice. */
 #define SPINS 2000
-/* Ranges per worker: enough that a worker which loses its core for a while delays the others by a quarter of a share.
- */
+/* The next range is a fourth of what would be a worker's share of the items left: one that loses its core for a while
+ * delays the others by a quarter of a share, and all end within a grain of each other. */
 #define RANGES_PER_WORKER 4
 
 typedef struct job {
@@ -38,10 +38,11 @@ typedef struct lane {
     _Atomic uint64_t gate;
     char gate_line[64 - sizeof(uint64_t)];
     _Atomic size_t next; /* first item not handed out */
-    size_t end, chunk;   /* written by the caller while the gate is closed and nobody is inside */
+    size_t end, grain;   /* written by the caller while the gate is closed and nobody is inside */
+    int sharers;         /* workers that take from this queue */
     int workers;
     bool open; /* the caller's: has work in this job */
-    char queue_line[128 - 64 - 3 * sizeof(size_t) - sizeof(int) - sizeof(bool)];
+    char queue_line[128 - 64 - 3 * sizeof(size_t) - 2 * sizeof(int) - sizeof(bool)];
 } lane;
 
 typedef struct worker {
@@ -77,12 +78,21 @@ static void pause_cpu(void) {
 #endif
 }
 
+/* Items of the next range where `left` are left: a multiple of grain, or all. */
+static size_t range_size(const lane *q, size_t left) {
+    size_t grains = left / q->grain + (left % q->grain != 0), ranges = (size_t)q->sharers * RANGES_PER_WORKER;
+    size_t each = grains / ranges + (grains % ranges != 0);
+    return each < grains ? each * q->grain : left;
+}
+
 static void run_ranges(lane *q, const job *j, int index) {
-    for (;;) {
-        size_t begin = atomic_fetch_add_explicit(&q->next, q->chunk, memory_order_relaxed);
-        if (begin >= q->end) return;
-        size_t end = q->end - begin > q->chunk ? begin + q->chunk : q->end;
+    size_t begin = atomic_load_explicit(&q->next, memory_order_relaxed);
+    while (begin < q->end) {
+        size_t end = begin + range_size(q, q->end - begin);
+        if (!atomic_compare_exchange_weak_explicit(&q->next, &begin, end, memory_order_relaxed, memory_order_relaxed))
+            continue;
         j->fn(j->arg, begin, end, index);
+        begin = atomic_load_explicit(&q->next, memory_order_relaxed);
     }
 }
 
@@ -284,17 +294,11 @@ static void run_job(obm__pool *p, job j) {
     atomic_store(&p->busy, 0);
 }
 
-/* Items per range: a multiple of grain, RANGES_PER_WORKER ranges for each worker where there are enough grains. */
-static size_t chunk_size(size_t n, size_t grain, int threads) {
-    size_t grains = n / grain + (n % grain != 0), ranges = (size_t)threads * RANGES_PER_WORKER, chunk;
-    size_t grains_each = grains / ranges + (grains % ranges != 0);
-    return obm__mul(grains_each, grain, &chunk) ? chunk : n;
-}
-
-static void fill_lane(lane *l, size_t begin, size_t end, size_t chunk) {
+static void fill_lane(lane *l, size_t begin, size_t end, size_t grain, int sharers) {
     atomic_store_explicit(&l->next, begin, memory_order_relaxed);
     l->end = end;
-    l->chunk = chunk;
+    l->grain = grain;
+    l->sharers = sharers;
 }
 
 static void run_anywhere(obm_context *ctx, size_t begin, size_t end, size_t grain, obm__range_fn fn, void *arg) {
@@ -305,7 +309,7 @@ static void run_anywhere(obm_context *ctx, size_t begin, size_t end, size_t grai
         return;
     }
     if (!atomic_load(&p->started)) start_workers(p);
-    fill_lane(&p->lanes[0], begin, end, chunk_size(end - begin, grain, p->threads));
+    fill_lane(&p->lanes[0], begin, end, grain, p->threads);
     for (int i = 0; i < p->n_lanes; i++) p->lanes[i].open = p->lanes[i].workers > 0 || !i;
     run_job(p, (job){.fn = fn, .arg = arg, .shared = true});
 }
@@ -332,9 +336,7 @@ void obm__parallel_lanes(obm_context *ctx, const obm__lanes *s, size_t grain, ob
     for (int i = 0; i < p->n_lanes; i++) {
         lane *l = &p->lanes[i];
         l->open = i < s->n && s->begin[i] < s->end[i];
-        if (l->open)
-            fill_lane(l, s->begin[i], s->end[i],
-                      chunk_size(s->end[i] - s->begin[i], grain, l->workers ? l->workers : 1));
+        if (l->open) fill_lane(l, s->begin[i], s->end[i], grain, l->workers ? l->workers : 1);
     }
     run_job(p, (job){.fn = fn, .arg = arg});
 }

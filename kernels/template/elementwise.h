@@ -90,6 +90,16 @@ FN static size_t NAME(find_nonfinite)(const float *x, size_t n) {
     return i + obm__scalar_find_nonfinite(x + i, n - i);
 }
 
+FN static size_t NAME(find_above)(const float *x, float a, size_t n) {
+    const V limit = SET1(a);
+    size_t i = 0;
+    for (; i + VL <= n; i += VL) {
+        unsigned bits = NOT_AT_MOST(LOAD(x + i), limit);
+        if (bits) return i + (size_t)__builtin_ctz(bits);
+    }
+    return i + obm__scalar_find_above(x + i, a, n - i);
+}
+
 FN static size_t NAME(count_zero)(const float *x, size_t n) {
     size_t i = 0, count = 0;
     for (; i + VL <= n; i += VL) count += (size_t)__builtin_popcount(IS_ZERO(LOAD(x + i)));

@@ -13,6 +13,7 @@ const obm_kernels TABLE = {
     .axpy_f32 = NAME(axpy_f32),
     .mix_f32 = NAME(mix_f32),
     .find_nonfinite = NAME(find_nonfinite),
+    .find_above = NAME(find_above),
     .abs_sum = NAME(abs_sum),
     .sign_sum_bf16 = NAME(sign_sum_bf16),
     .dot = NAME(dot),

@@ -135,7 +135,7 @@ static double step(batch *b) {
     }
     check(obm__forward(b->m, rows, b->n, false, b->m->config.layers, &err), &err);
     check(obm__forward_logits(b->m, rows, which, b->n, b->logits, &err), &err);
-    for (size_t i = 0; i < b->n; i++) (void)obm__argmax(b->logits + i * (size_t)b->m->vocab, b->m->vocab);
+    for (size_t i = 0; i < b->n; i++) (void)obm__argmax(b->m->ctx->k, b->logits + i * (size_t)b->m->vocab, b->m->vocab);
     return seconds() - begin;
 }
 

@@ -106,7 +106,7 @@ static void samples_follow_the_distribution(void **state) {
         o.top_p = cases[c].p;
         o.min_p = cases[c].min_p;
         o.seed = 11 + c;
-        check_ok(obm__sampler_init(&s, &o, 0, V, &err), &err);
+        check_ok(obm__sampler_init(&s, *obm_kernels_list(), &o, 0, V, &err), &err);
         plain_probabilities(logits, cases[c].temperature, (int)cases[c].k, cases[c].p, cases[c].min_p, expected);
         for (int i = 0; i < draws; i++) {
             memcpy(copy, logits, sizeof copy);
@@ -130,10 +130,27 @@ static void repetition_penalty_is_the_one_of_transformers(void **state) {
     float logits[4] = {3, 2.9f, -1, -2};
     const int32_t history[] = {0, 2, 0, 0};   /* repeated ids count once */
     o.repetition_penalty = 2;
-    check_ok(obm__sampler_init(&s, &o, 0, 4, &err), &err);
+    check_ok(obm__sampler_init(&s, *obm_kernels_list(), &o, 0, 4, &err), &err);
     assert_int_equal(obm__sample(&s, logits, history, 4, 0), 1);
     assert_true(logits[0] == 1.5f && logits[1] == 2.9f && logits[2] == -2 && logits[3] == -2);
     obm__sampler_clear(&s);
+}
+
+static void argmax_is_the_first_of_the_largest(void **state) {
+    (void)state;
+    for (const obm_kernels *const *k = obm_kernels_list(); *k; k++) {
+        float x[100];
+        for (int64_t n = 1; n <= 100; n++) {
+            for (int64_t i = 0; i < n; i++) x[i] = i < n / 2 ? (float)i : -1; /* a record at each of the first half */
+            assert_int_equal(obm__argmax(*k, x, n), n / 2 ? n / 2 - 1 : 0);
+            x[n - 1] = x[n / 3] = 200;
+            assert_int_equal(obm__argmax(*k, x, n), n / 3);
+            x[n / 3] = NAN;
+            assert_int_equal(obm__argmax(*k, x, n), n / 3);
+            for (int64_t i = 0; i < n; i++) x[i] = -INFINITY;
+            assert_int_equal(obm__argmax(*k, x, n), 0);
+        }
+    }
 }
 
 static void random_numbers_depend_on_seed_stream_and_step(void **state) {
@@ -210,7 +227,7 @@ static void greedy_is_the_argmax_of_logits(void **state) {
     memcpy(all + n, c.ids, c.n_ids * sizeof *ids);
     for (size_t i = 0; i < c.n_ids; i++) {
         check_ok(obm_model_logits(model, all, n + i, NULL, logits, &err), &err);
-        assert_int_equal(obm__argmax(logits, 450), c.ids[i]);
+        assert_int_equal(obm__argmax(*obm_kernels_list(), logits, 450), c.ids[i]);
     }
     char *text;
     size_t len;
@@ -560,11 +577,11 @@ static void logits_have_to_be_numbers(void **state) {
     float masked[] = {-INFINITY, 2, -INFINITY}, nan[] = {1, NAN, 2}, all[] = {-INFINITY, -INFINITY},
           inf[] = {0, INFINITY};
     obm_error err;
-    assert_int_equal(obm__logits_check(masked, 3, 0, 0, &err), OBM_OK);
-    assert_int_equal(obm__logits_check(nan, 3, 7, 5, &err), OBM_E_VALUE);
+    assert_int_equal(obm__logits_check(*obm_kernels_list(), masked, 3, 0, 0, &err), OBM_OK);
+    assert_int_equal(obm__logits_check(*obm_kernels_list(), nan, 3, 7, 5, &err), OBM_E_VALUE);
     assert_non_null(strstr(err.message, "logits are not finite at position 7 (prompt 5)"));
-    assert_int_equal(obm__logits_check(all, 2, 0, 0, &err), OBM_E_VALUE);
-    assert_int_equal(obm__logits_check(inf, 2, 0, 0, &err), OBM_E_VALUE);
+    assert_int_equal(obm__logits_check(*obm_kernels_list(), all, 2, 0, 0, &err), OBM_E_VALUE);
+    assert_int_equal(obm__logits_check(*obm_kernels_list(), inf, 2, 0, 0, &err), OBM_E_VALUE);
 }
 
 /* A model whose last norm is NaN: one can look at its logits, and nothing is made of them. */
@@ -702,6 +719,7 @@ static void wrong_items_are_refused(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(argmax_is_the_first_of_the_largest),
         cmocka_unit_test(samples_follow_the_distribution),
         cmocka_unit_test(repetition_penalty_is_the_one_of_transformers),
         cmocka_unit_test(random_numbers_depend_on_seed_stream_and_step),

@@ -707,6 +707,30 @@ static void test_exact(void **unused) {
     bench_free(&t);
 }
 
+/* From every position, past values that are as large: with NaN, infinities, zeros of both signs. */
+static void test_above_position(void **unused) {
+    (void)unused;
+    static const float limits[] = {-INFINITY, -2.5f, -0.0f, 0, 1, FLT_MAX, INFINITY};
+    bench t = bench_new();
+    EACH_TABLE(k) {
+        for (size_t n = 0; n <= 70; n++) {
+            float *a = at_end(&t.a, n * 4);
+            for (size_t l = 0; l < sizeof limits / sizeof *limits; l++) {
+                float limit = limits[l], above = nextafterf(limit, INFINITY);
+                for (size_t i = 0; i < n; i++) a[i] = i & 1 ? limit : -INFINITY;
+                assert_int_equal(k->find_above(a, limit, n), n);
+                for (size_t i = n; i-- > 0;) {
+                    a[i] = i & 1 || limit == INFINITY ? NAN : above;
+                    assert_int_equal(k->find_above(a, limit, n), i);
+                }
+            }
+            for (size_t i = 0; i < n; i++) a[i] = -1;
+            assert_int_equal(k->find_above(a, NAN, n), 0); /* nothing is at most a NaN */
+        }
+    }
+    bench_free(&t);
+}
+
 static void test_nonfinite_position(void **unused) {
     (void)unused;
     bench t = bench_new();
@@ -1182,7 +1206,8 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_tables),   cmocka_unit_test(test_widen_all),
         cmocka_unit_test(test_narrow),   cmocka_unit_test(test_exact),
-        cmocka_unit_test(test_merging),  cmocka_unit_test(test_nonfinite_position),
+        cmocka_unit_test(test_merging),  cmocka_unit_test(test_above_position),
+        cmocka_unit_test(test_nonfinite_position),
         cmocka_unit_test(test_rows),     cmocka_unit_test(test_batch),
         cmocka_unit_test(test_gemm),     cmocka_unit_test(test_gemm_pairs),
         cmocka_unit_test(test_exp),

@@ -533,7 +533,7 @@ static void decode_by_hand(obm_model *m, const int32_t *prompt, size_t n, const 
     check_ok(obm__model_enter(m, NULL, &err), &err);
     check_ok(obm__sequence_new(m, routes[now], OBM_F32, &s, &err), &err);
     check_ok(obm__prefill(m, s, prompt, n, false, m->config.layers, keep_last_row, logits, &err), &err);
-    out[0] = obm__argmax(logits, m->vocab);
+    out[0] = obm__argmax(m->ctx->k, logits, m->vocab);
     for (size_t i = 1; i < STEPS; i++) {
         int next = answers[i / every];
         if (next != now && (out[i - 1] < VOCAB || next == 3)) {
@@ -547,7 +547,7 @@ static void decode_by_hand(obm_model *m, const int32_t *prompt, size_t n, const 
         check_ok(obm__forward(m, &row, 1, false, m->config.layers, &err), &err);
         check_ok(obm__forward_logits(m, &row, &which, 1, logits, &err), &err);
         s->length++;
-        out[i] = obm__argmax(logits, m->vocab);
+        out[i] = obm__argmax(m->ctx->k, logits, m->vocab);
     }
     obm__sequence_free(m, s);
     obm__model_leave(m);
