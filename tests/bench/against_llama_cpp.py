@@ -1,7 +1,7 @@
 """Decoding, prefill and start of onebitmerge and llama.cpp in turn, on the same random bf16 weights.
 
     python tests/bench/against_llama_cpp.py [--peer llama=PYTHON] [--peer torch=PYTHON] [--sizes 135m 360m 1.1b] [--rounds 5]
-                                            [--planes] [--tasks 4 8]
+                                            [--planes] [--tasks 4 8] [--f32]
 
 PYTHON is an interpreter that has llama-cpp-python (built from source on this machine: pip install --no-binary llama-cpp-python
 llama-cpp-python) or torch and transformers; without a --peer this interpreter is taken for llama.  This one needs numpy, gguf and
@@ -69,8 +69,13 @@ def pairs_beside(bits, heads):
     return bits.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def write_model(folder, size):
-    """folder/model.gguf and folder/config.json with model.safetensors; returns the bytes of the weights."""
+def widened(bits):
+    import numpy as np
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def write_model(folder, size, f32=False):
+    """folder/model.gguf and folder/config.json with model.safetensors; returns the bytes of the weights.  f32: the same values so."""
     import gguf
     import numpy as np
     vocab, hidden, wide, layers, heads, kv_heads = SIZES[size]
@@ -86,11 +91,11 @@ def write_model(folder, size):
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(hidden // heads)
     writer.add_rope_freq_base(10000.0)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if f32 else gguf.LlamaFileType.MOSTLY_BF16)
     writer.add_tokenizer_model("no_vocab")
     for name, _, shape in tensors(size):
-        n = 2 * math.prod(shape)
-        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (at, at + n)}
+        n = (4 if f32 else 2) * math.prod(shape)
+        entries[name] = {"dtype": "F32" if f32 else "BF16", "shape": shape, "data_offsets": (at, at + n)}
         at += n
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
@@ -98,12 +103,15 @@ def write_model(folder, size):
         file.write(len(header).to_bytes(8, "little") + header)
         for name, other, shape in tensors(size):
             bits = random_bits(random, shape)
-            file.write(bits.tobytes())
+            file.write((widened(bits) if f32 else bits).tobytes())
             if len(shape) == 1:   # llama.cpp wants norms in f32: the same values
-                writer.add_tensor(other, (bits.astype(np.uint32) << 16).view(np.float32))
+                writer.add_tensor(other, widened(bits))
                 continue
             turned = {"attn_q": heads, "attn_k": kv_heads}.get(other.split(".")[-2])
             bits = pairs_beside(bits, turned) if turned else bits
+            if f32:
+                writer.add_tensor(other, widened(bits))
+                continue
             writer.add_tensor(other, np.ascontiguousarray(bits).view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -112,7 +120,7 @@ def write_model(folder, size):
     (folder / "config.json").write_text(json.dumps({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": wide,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True, "torch_dtype": "bfloat16"}))
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True, "torch_dtype": "float32" if f32 else "bfloat16"}))
     return at
 
 
@@ -393,8 +401,8 @@ def run_size(size, options, pythons):
     """{(figure, peer): how often as fast ours is}."""
     with tempfile.TemporaryDirectory(prefix="obm-bench-", dir=options.folder) as name:
         folder = pathlib.Path(name)
-        weights = write_model(folder, size)
-        sides = ["ours", "z12", *pythons]
+        weights = write_model(folder, size, options.f32)
+        sides = ["ours", *([] if options.f32 else ["z12"]), *pythons]
         starts = {what: [] for what in sides}
         for _ in range(options.rounds):
             for what in sides:
@@ -402,7 +410,7 @@ def run_size(size, options, pythons):
                 starts[what].append(peer.start)
                 peer.end()
         peers = [Peer(what, pythons.get(what, sys.executable), folder, options.threads) for what in sides]
-        print(f"\n{size}      {weights / 1e6:.0f} MB of bf16; load {os.getloadavg()[0]:.1f}")
+        print(f"\n{size}      {weights / 1e6:.0f} MB of {'f32' if options.f32 else 'bf16'}; load {os.getloadavg()[0]:.1f}")
         if not options.quiet:
             print("\n".join(f"{peer.what:9} {peer.name}" for peer in peers))
         compare_logits(peers)
@@ -411,7 +419,8 @@ def run_size(size, options, pythons):
                    "prefill": (PREFILL, ("prefill", PREFILL))}
         ratios = {}
         for figure, (tokens, request) in figures.items():
-            taking = peers + [Peer("bf16", sys.executable, folder, options.threads)] if figure == "prefill" and gains_by_bf16() else peers
+            rounded = figure == "prefill" and not options.f32 and gains_by_bf16()
+            taking = peers + [Peer("bf16", sys.executable, folder, options.threads)] if rounded else peers
             row = print_row(figure, tokens, taking, measure(taking, options.rounds, *request))
             ratios.update({(figure, what): ratio for what, ratio in row.items()})
             for peer in taking[len(peers):]:
@@ -438,11 +447,14 @@ def main():
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded at a time by a model of 300 MB; more by smaller, fewer by larger ones")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--folder", help="where the models are written, 2 to 9 GB for a time")
+    parser.add_argument("--f32", action="store_true", help="the same weights in f32; without z12, bf16 and torch, whose models are bf16")
     parser.add_argument("--planes", action="store_true", help="also three experts on planes")
     parser.add_argument("--tasks", nargs="+", type=int, default=[], metavar="K", help="also K tasks in a batch against K llama.cpp processes")
     parser.add_argument("--quiet", action="store_true", help="do not print what the sides are")
     options = parser.parse_args()
     pythons = dict(peer.split("=", 1) for peer in options.peer) or {"llama": sys.executable}
+    if options.f32 and (options.planes or options.tasks or "torch" in pythons):
+        parser.error("--f32 goes without --planes, --tasks and torch")
     print(f"threads   {options.threads}, load {os.getloadavg()[0]:.1f}")
     rows = [run_size(size, options, pythons) for size in options.sizes]
     print()
