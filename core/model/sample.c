@@ -137,15 +137,46 @@ static size_t keep_above(struct obm__candidate *c, size_t n, double weight) {
     return kept;
 }
 
+/* By weight, heaviest first: those before c[pivot] to the front, then it, then the others; where it is now. */
+static size_t divide(struct obm__candidate *c, size_t n, size_t pivot) {
+    struct obm__candidate by = c[pivot];
+    size_t at = 0;
+    c[pivot] = c[n - 1];
+    for (size_t i = 0; i + 1 < n; i++) {
+        if (by_weight(&c[i], &by) > 0) continue;
+        struct obm__candidate t = c[i];
+        c[i] = c[at];
+        c[at++] = t;
+    }
+    c[n - 1] = c[at];
+    c[at] = by;
+    return at;
+}
+
+/* The fewest that weigh `target` together come first, in some order; returns how many.  Quickselect (Hoare 1961) by sums
+ * instead of ranks. */
+static size_t select_heaviest(struct obm__candidate *c, size_t n, double target) {
+    size_t first = 0, end = n;
+    double sum = 0; /* of those before first, which are heavier than the rest */
+    while (first < end && sum < target) {
+        size_t at = first + divide(c + first, end - first, mix(end) % (end - first));
+        double heavier = total_weight(c + first, at - first);
+        if (sum + heavier >= target) {
+            end = at;
+            continue;
+        }
+        sum += heavier + c[at].weight;
+        first = at + 1;
+    }
+    return first;
+}
+
 /* Holtzman et al. 2020: the smallest set of the most likely tokens whose probability reaches top_p.  Tokens of less
- * than (1 - top_p) / n each cannot add up to more than 1 - top_p, so they are dropped before the sort. */
+ * than (1 - top_p) / n each cannot add up to more than 1 - top_p, so they are dropped first. */
 static size_t nucleus(struct obm__candidate *c, size_t n, double top_p) {
-    double total = total_weight(c, n), before = 0;
+    double total = total_weight(c, n);
     n = keep_above(c, n, total * (1 - top_p) / (double)n);
-    qsort(c, n, sizeof *c, by_weight);
-    size_t kept = 0;
-    while (kept < n && (kept == 0 || before < top_p * total)) before += c[kept++].weight;
-    return kept;
+    return select_heaviest(c, n, top_p * total);
 }
 
 static size_t fill_candidates(obm__sampler *s, const float *logits) {

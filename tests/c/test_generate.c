@@ -122,6 +122,48 @@ static void samples_follow_the_distribution(void **state) {
     }
 }
 
+static const float *logits_to_sort;
+static int larger_first(const void *a, const void *b) {
+    int x = *(const int *)a, y = *(const int *)b;
+    float u = logits_to_sort[x], v = logits_to_sort[y];
+    return u != v ? (u > v ? -1 : 1) : x - y;
+}
+
+/* Among hundreds of ids, many as likely as others: every draw is one of the fewest that reach top_p, and each of those is drawn. */
+static void a_nucleus_is_the_smallest(void **state) {
+    (void)state;
+    enum { MANY = 600, DRAWS = 12000 };
+    static float logits[MANY], copy[MANY];
+    static int order[MANY], drawn[MANY];
+    for (unsigned round = 0; round < 3; round++) {
+        obm_generate_options o = OBM_INIT(obm_generate_options);
+        obm_error err;
+        obm__sampler s;
+        unsigned random = 3 + round;
+        double total = 0, sum = 0;
+        size_t kept = 0;
+        for (int i = 0; i < MANY; i++) {
+            logits[i] = (float)(tiny_random(&random) % (round ? 40 : 1)) / 8.0f;
+            order[i] = i;
+            drawn[i] = 0;
+        }
+        logits_to_sort = logits;
+        qsort(order, MANY, sizeof *order, larger_first);
+        for (int i = 0; i < MANY; i++) total += exp((double)logits[i] - logits[order[0]]);
+        o.temperature = 1;
+        o.top_p = 0.4371;
+        o.seed = round;
+        while (sum < o.top_p * total) sum += exp((double)logits[order[kept++]] - logits[order[0]]);
+        check_ok(obm__sampler_init(&s, *obm_kernels_list(), &o, 0, MANY, &err), &err);
+        for (int i = 0; i < DRAWS; i++) {
+            memcpy(copy, logits, sizeof copy);
+            drawn[obm__sample(&s, copy, NULL, 0, (uint64_t)i)]++;
+        }
+        for (size_t i = 0; i < MANY; i++) assert_int_equal(drawn[order[i]] > 0, i < kept);
+        obm__sampler_clear(&s);
+    }
+}
+
 static void repetition_penalty_is_the_one_of_transformers(void **state) {
     (void)state;
     obm_generate_options o = OBM_INIT(obm_generate_options);
@@ -721,6 +763,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(argmax_is_the_first_of_the_largest),
         cmocka_unit_test(samples_follow_the_distribution),
+        cmocka_unit_test(a_nucleus_is_the_smallest),
         cmocka_unit_test(repetition_penalty_is_the_one_of_transformers),
         cmocka_unit_test(random_numbers_depend_on_seed_stream_and_step),
         cmocka_unit_test(greedy_is_the_argmax_of_logits),
