@@ -219,6 +219,17 @@ FN static inline void z12_part(W *w, const uint8_t *p, const uint8_t *table, int
 #define TABLE obm__kernels_avx512_bf16
 #define GEMM_PAIRS gemm_pairs
 #include "template/table.h"
+
+/* And tiles another: the third table. */
+#define FN_TILES __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt,amx-tile,amx-bf16")))
+#include "template/gemm_tiles.h"
+#undef TABLE
+#undef ISA
+#undef GEMM_PAIRS
+#define TABLE obm__kernels_amx
+#define ISA "amx"
+#define GEMM_PAIRS gemm_tiles
+#include "template/table.h"
 #else
 typedef int obm__no_avx512; /* ISO C wants a declaration in every file */
 #endif

@@ -247,7 +247,8 @@ typedef struct obm_kernels {
     void (*gemm)(float *y, size_t ldy, const float *packed, size_t strips, const float *x, size_t ldx, size_t tokens,
                  size_t n);
     /* row-exact as gemm, of products of bf16: a pair holds column 2j below and 2j + 1 above, n and ldx count pairs, gemm_pack
-     * packs them too.  Products and sums are of f32; numbers below 2^-126 may count as 0.  Its bound is gemm's, on bf16. */
+     * packs them too.  Products and sums are of f32; numbers below 2^-126 may count as 0; in which order the columns are summed is
+     * the instruction's.  Its bound is gemm's, on bf16. */
     void (*gemm_pairs)(float *y, size_t ldy, const uint32_t *packed, size_t strips, const uint32_t *x, size_t ldx,
                        size_t tokens, size_t n);
 
@@ -313,7 +314,7 @@ const obm_kernels *const *obm_kernels_list(void);
 const obm_kernels *obm_kernels_find(const char *isa);
 /* Whether rows_z12 takes less time than rows_bf16 from memory: measured on AVX2 (Zen 3) and AVX-512 (Zen 5). */
 int obm_kernels_z12_gains(const obm_kernels *k);
-/* Whether gemm_pairs takes less time than gemm: where an instruction multiplies bf16. */
+/* Whether gemm_pairs takes less time than gemm: where an instruction multiplies bf16.  Measured with AVX512-BF16, not with AMX. */
 int obm_kernels_pairs_gain(const obm_kernels *k);
 
 #endif

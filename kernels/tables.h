@@ -10,6 +10,9 @@ extern const obm_kernels obm__kernels_scalar;
 extern const obm_kernels obm__kernels_avx2;
 extern const obm_kernels obm__kernels_avx512;
 extern const obm_kernels obm__kernels_avx512_bf16; /* the same, and products of bf16 */
+extern const obm_kernels obm__kernels_amx;         /* and those by tiles */
+/* Whether the system lets this process use tiles: it is asked once, when the first are to be used. */
+int obm__tiles_allowed(void);
 #elif defined(__aarch64__)
 extern const obm_kernels obm__kernels_neon;
 #endif

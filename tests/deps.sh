@@ -9,7 +9,7 @@ LUA_PACKAGES="lua5.4 liblua5.4-dev"
 TEST_PACKAGES="libcmocka-dev lua-busted luarocks lua-check"
 FUZZ_PACKAGES="clang libclang-rt-14-dev"
 NUMA_PACKAGES="qemu-system-x86 cpio"
-BOCHS_PACKAGES="bochsbios vgabios genisoimage isolinux syslinux-common cpio"
+BOCHS_PACKAGES="patch bochsbios vgabios genisoimage isolinux syslinux-common cpio"
 CROSS_PACKAGES="gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"
 
 need_packages() {

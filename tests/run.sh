@@ -118,7 +118,7 @@ print("-I" + v("INCLUDEPY"), "-L" + v("LIBDIR"), "-Wl,-rpath," + v("LIBDIR"), "-
 each_isa() {
     install_python
     configure build/tests
-    for isa in scalar avx2 avx512 neon; do
+    for isa in scalar avx2 avx512 amx neon; do
         if ! ONEBITMERGE_ISA=$isa build/tests/tests/c/test_sys >/dev/null 2>&1; then echo "ISA $isa: not run, this machine cannot"; continue; fi
         echo "ISA $isa"
         ONEBITMERGE_ISA=$isa $CTEST --test-dir build/tests -j "$JOBS" | tail -3

@@ -136,7 +136,7 @@ typedef struct obm_context_options {
                              * while the call lasts */
 } obm_context_options;
 
-/* Reads the environment once: ONEBITMERGE_ISA lowers the instruction set ("scalar", "avx2", "avx512", "neon"; an unknown
+/* Reads the environment once: ONEBITMERGE_ISA lowers the instruction set ("scalar", "avx2", "avx512", "amx", "neon"; an unknown
  * or unsupported name is OBM_E_ARG), ONEBITMERGE_THREADS gives the default of `threads`, ONEBITMERGE_NUMA
  * that of `numa` by name.  Errors: NOMEM, ARG, UNSUPPORTED.  *out is owned. */
 OBM_API obm_status obm_context_new(const obm_context_options *options, obm_context **out, obm_error *err);

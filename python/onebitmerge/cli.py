@@ -126,6 +126,13 @@ def base_weights(info):
         "behind the first tokens of models that the caches do not hold" if info["z12_auto"] else f"where --z12 on asks for it ({info['isa']}: not by itself)")
 
 
+def prompts(info):
+    if not info["prefill_bf16"]:
+        return "f32"
+    tiles = ", by AMX tiles, whose speed has not been measured (ONEBITMERGE_ISA=avx512: without)"
+    return "f32; with --prefill bf16 the CPU's products of bf16" + (tiles if info["isa"] == "amx" else "")
+
+
 def doctor(args):
     import importlib.util
     import shutil
@@ -138,7 +145,7 @@ def doctor(args):
     rows = [["version", info["version"]], ["compiler", info["compiler"]], ["python", sys.version.split()[0]],
             ["ISA in use", info["isa"]], ["ISA available", info["isa_available"]], ["BLAS", info["blas"]],
             ["base weights", base_weights(info)],
-            ["prompts", "f32; with --prefill bf16 the CPU's products of bf16" if info["prefill_bf16"] else "f32"],
+            ["prompts", prompts(info)],
             ["topology", info["topology"]], ["threads", f"{info['threads']} (of {info['cores']} cores, {info['nodes']} NUMA node{'s' * (info['nodes'] != 1)})"],
             ["memory", f"{_results.size(info['memory_free'])} free of {_results.size(info['memory_total'])}"],
             ["lua", lua or "not found: apt-get install lua5.4 (only for --router FILE.lua)"]]

@@ -26,9 +26,11 @@ static void test_tables(void **unused) {
         const void *const *entry = (const void *const *)(const void *)k;
         for (size_t i = 0; i < sizeof *k / sizeof *entry; i++) assert_non_null(entry[i]);
     }
-    static const char *const known[] = {"scalar", "avx2", "avx512", "neon"};
-    for (size_t i = 0; i < 4; i++)
-        print_message("kernels: %s %s\n", known[i], obm_kernels_find(known[i]) ? "tested" : "NOT RUN on this machine");
+    static const char *const known[] = {"scalar", "avx2", "avx512", "amx", "neon"};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        const obm_kernels *k = obm_kernels_find(known[i]);
+        print_message("kernels: %s %s\n", known[i], !k ? "NOT RUN on this machine" : table_wanted(k) ? "tested" : "not asked for");
+    }
 }
 
 /* ---- conversions, against references of their own ---- */
@@ -1132,62 +1134,6 @@ static void check_gemm(const obm_kernels *k, size_t rows, size_t tokens, size_t 
     }
 }
 
-/* bf16 that are not denormal, as pairs: which may count as 0. */
-static void fill_pairs(uint32_t *pairs, size_t n) {
-    for (size_t i = 0; i < n; i++) pairs[i] = (bits_of(draw(PLAIN | ZEROS)) & 0xffff0000) | bits_of(draw(PLAIN | ZEROS)) >> 16;
-}
-
-/* As check_gemm. */
-static void check_pairs(const obm_kernels *k, size_t rows, size_t tokens, size_t n, guarded *gw, guarded *gp,
-                        guarded *gx) {
-    enum { MAX_TOKENS = 15, LDY = 70 };
-    size_t ld = n + 3, ldx = n + 2, strips = (rows + 31) / 32;
-    uint32_t *w = at_end(gw, ((rows - 1) * ld + n) * 4), *packed = at_end(gp, strips * 32 * n * 4);
-    uint32_t *x = at_end(gx, ((tokens - 1) * ldx + n) * 4);
-    float y[MAX_TOKENS * LDY], alone[32];
-    fill_pairs(w, (rows - 1) * ld + n);
-    fill_pairs(x, (tokens - 1) * ldx + n);
-    for (size_t s = 0; s < strips; s++)
-        k->gemm_pack((float *)packed + s * 32 * n, (const float *)w + s * 32 * ld, ld,
-                     rows - s * 32 < 32 ? rows - s * 32 : 32, n);
-    for (size_t i = 0; i < MAX_TOKENS * LDY; i++) y[i] = -77;
-    k->gemm_pairs(y, LDY, packed, strips, x, ldx, tokens, n);
-    for (size_t i = 0; i < MAX_TOKENS * LDY; i++) {
-        size_t t = i / LDY, r = i % LDY;
-        double sum = 0, magnitude = 0;
-        if (t >= tokens || r >= strips * 32) {
-            assert_true(y[i] == -77);
-            continue;
-        }
-        if (r % 32 == 0) k->gemm_pairs(alone, 32, packed + r * n, 1, x + t * ldx, ldx, 1, n);
-        assert_true(bits_of(alone[r % 32]) == bits_of(y[i]));
-        for (size_t c = 0; r < rows && c < 2 * n; c++) {
-            uint32_t wide_w = w[r * ld + c / 2] << (c % 2 ? 0 : 16), wide_x = x[t * ldx + c / 2] << (c % 2 ? 0 : 16);
-            double product = (double)from_bits(wide_w & 0xffff0000) * (double)from_bits(wide_x & 0xffff0000);
-            sum += product;
-            magnitude += fabs(product);
-        }
-        if (!(fabs(y[i] - sum) <= 2 * (double)n * 0x1p-23 * magnitude))
-            fail_msg("%s gemm_pairs: row %zu, vector %zu of %zu, n %zu: %.9g, expected %.9g", k->isa, r, t, tokens, n,
-                     (double)y[i], sum);
-    }
-}
-
-static void test_gemm_pairs(void **unused) {
-    (void)unused;
-    guarded w = guarded_new(64 * 700 * 4), packed = guarded_new(64 * 700 * 4), x = guarded_new(15 * 700 * 4);
-    EACH_TABLE(k) {
-        for (size_t n = 0; n <= 40; n++) check_pairs(k, 32, 3, n, &w, &packed, &x);
-        for (size_t tokens = 1; tokens <= 15; tokens++) check_pairs(k, 64 - tokens, tokens, 23, &w, &packed, &x);
-        check_pairs(k, 64, 9, 256, &w, &packed, &x);
-        check_pairs(k, 33, 7, 600, &w, &packed, &x);
-        printf("%s: products of bf16 %s\n", k->isa, obm_kernels_pairs_gain(k) ? "by an instruction" : "in portable C");
-    }
-    guarded_free(&w);
-    guarded_free(&packed);
-    guarded_free(&x);
-}
-
 static void test_gemm(void **unused) {
     (void)unused;
     guarded w = guarded_new(64 * 700 * 4), packed = guarded_new(64 * 700 * 4), x = guarded_new(15 * 700 * 4);
@@ -1209,8 +1155,7 @@ int main(void) {
         cmocka_unit_test(test_merging),  cmocka_unit_test(test_above_position),
         cmocka_unit_test(test_nonfinite_position),
         cmocka_unit_test(test_rows),     cmocka_unit_test(test_batch),
-        cmocka_unit_test(test_gemm),     cmocka_unit_test(test_gemm_pairs),
-        cmocka_unit_test(test_exp),
+        cmocka_unit_test(test_gemm),     cmocka_unit_test(test_exp),
         cmocka_unit_test(test_gelu),     cmocka_unit_test(test_passes),
         cmocka_unit_test(test_mix_rows), cmocka_unit_test(test_unaligned_inputs),
     };
