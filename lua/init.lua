@@ -154,7 +154,7 @@ end
 
 --- Merges by a recipe (a table with mergekit's keys, or the path of a YAML or JSON file) into the Hugging Face folder `out`.
 -- Relative paths in a file start at its folder.  With `resume` the finished shards of a killed merge of the same recipe,
--- options and inputs are kept.
+-- options and inputs are kept; a merge that is finished already is verified and left as it is, which a warning says.
 -- options.method, a name or a function (tile), takes the place of merge_method, which in a table may be a function too.
 -- A recipe is data: whatever is wrong with what it says, in a table or a file, while planning or at work, is returned as
 -- nil, message, code.  Arguments of wrong types and unknown options raise.

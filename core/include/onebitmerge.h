@@ -860,7 +860,9 @@ typedef struct obm_merge_options {
      * says what differs, for another merge's remains, unless `overwrite` is set too; a folder without remains is a first
      * run.  A finished shard that is damaged is computed again, or where it has its final name already refused by name
      * (EXISTS) unless `overwrite` is set too.  And a run with `resume` that fails or is stopped keeps its finished shards,
-     * where others take back all. */
+     * where others take back all.  A folder where the same merge is finished already is verified (size and XXH3 of every file but
+     * the card, by the record onebitmerge-finished.json, which every merge leaves) and left as it is: OK, and the log says so;
+     * MISMATCH, or EXISTS with the damaged file's name, unless `overwrite` is set. */
     bool resume;
     const char *method;         /* in place of merge_method in all of the recipe; nullable */
     /* Methods that merge_method may name besides the built-in ones, borrowed.  Of one only the name counts for `resume`. */

@@ -304,6 +304,12 @@ obm_status obm__model_writer_declare(obm__model_writer *w, const char *name, obm
 /* Whether a writer would refuse the folder for what it holds, without a look at what a killed run left: for callers
  * that work before they write. */
 obm_status obm__model_writer_check(const char *path, bool overwrite, obm_error *err);
+/* Whether the folder holds what this writer would write, by the record that one of the same job left: nothing is to be
+ * done then.  Size and XXH3 of every file but the card are looked at, with `tick`.  Only with `resume`.  Unless
+ * overwriting, MISMATCH names what differs in another job, EXISTS a file that is damaged. */
+obm_status obm__model_writer_finished(const obm__model_writer *w, bool *finished, obm_error *err);
+/* Whether a finished writer of a job left its record: what `resume` is to look at before it refuses the folder. */
+bool obm__model_writer_recorded(const char *path);
 /* Locks the folder (BUSY), refuses one that holds something (EXISTS) or, resuming, another job (MISMATCH). */
 obm_status obm__model_writer_begin(obm__model_writer *w, obm_error *err);
 /* The tensor's bytes are there from a killed run: it is not written again. */

@@ -19,7 +19,7 @@
  *
  * The journal (OBM_UNFINISHED_FILE) is there from the first byte to after the commit.  It is written again whenever a
  * shard is finished, and before the first rename with all final names: so the next run knows, at whatever moment this
- * one is killed, what to go on with and what is nobody's. */
+ * one is killed, what to go on with and what is nobody's.  Of a job the record (OBM_FINISHED_FILE) takes its place. */
 #include "unfinished.h"
 
 #include <dirent.h>
@@ -83,7 +83,8 @@ struct obm__model_writer {
     small_file small[N_CARRIED + 1];
     size_t n_small;
     obm_json *small_records, *old; /* of the journal: contents of small files, shards of the model that is replaced */
-    char *index_temp;
+    obm_json *final_records; /* of the record of a finished model: its small files */
+    char *index_temp, *record_temp;
     bool committed;
     bool made_dir;  /* the folder is this writer's: an unfinished one goes again */
     int lock;       /* of the folder, -1 without */
@@ -131,7 +132,8 @@ static bool copy_options(obm__model_writer *w, const char *path, const obm__mode
     w->n_texts = o ? o->n_texts : 0;
     w->small_records = obm__json_new_array();
     w->old = obm__json_new_array();
-    bool ok = w->path && w->small_records && w->old;
+    w->final_records = obm__json_new_array();
+    bool ok = w->path && w->small_records && w->old && w->final_records;
     if (o && o->copy_from) ok = (w->copy_from = obm__strdup(o->copy_from)) && ok;
     if (o && o->config) ok = (w->config = obm__json_text(o->config, 2)) && ok;
     if (o && o->card) ok = (w->card = obm__strdup(o->card)) && ok;
@@ -213,8 +215,11 @@ static size_t count_shards(const obm__declared_list *l, uint64_t limit) {
 
 static char *shard_file_name(size_t i, size_t n, const char *hash) {
     if (n == 1) return obm__strdup(OBM_ONE_FILE);
-    return hash ? obm__format("model-%.16s-%05zu-of-%05zu.safetensors", hash, i + 1, n)
-                : obm__format("model-%05zu-of-%05zu.safetensors", i + 1, n);
+    char *plain = obm__format("model-%05zu-of-%05zu.safetensors", i + 1, n);
+    if (!plain || !hash) return plain;
+    char *hashed = obm__unfinished_hashed_name(plain, hash);
+    obm_free(plain);
+    return hashed;
 }
 
 static void free_shards(shard *shards, size_t n) {
@@ -304,7 +309,11 @@ static obm_status mark_finished(const obm__model_writer *w, const obm__unfinishe
  */
 static obm_status find_finished(const obm__model_writer *w, shard *shards, size_t n, obm_error *err) {
     obm__unfinished u = {0};
+    bool finished;
     if (!obm__is_directory(w->path)) return OBM_OK;
+    OBM_TRY(obm__model_writer_finished(w, &finished, err));
+    for (size_t i = 0; finished && i < n; i++) shards[i].done = true;
+    if (finished) return OBM_OK;
     OBM_TRY(obm__unfinished_read(w->path, &u, err));
     bool resume = w->resume && u.journal;
     obm_status status = resume ? obm__unfinished_same_job(&u, w->job, err) : OBM_OK;
@@ -334,6 +343,54 @@ obm_status obm__model_writer_files(const obm__model_writer *w, obm_json **out, o
     }
     obm__json_free(list);
     return obm__fail_nomem(err, n);
+}
+
+bool obm__model_writer_recorded(const char *path) {
+    obm__unfinished u;
+    if (!obm__is_directory(path) || obm__finished_read(path, &u, NULL) != OBM_OK) return false;
+    bool recorded = u.finished;
+    obm__unfinished_clear(&u);
+    return recorded;
+}
+
+/* Each name is the plain one, or that with the content's hash. */
+static bool is_in_shard(const shard *s, const obm_json *record, const char *file) {
+    const char *hash = obm__json_string(obm__json_get(record, "xxh3"));
+    char *hashed = hash ? obm__unfinished_hashed_name(s->name, hash) : NULL;
+    bool same = file && (!strcmp(file, s->name) || (hashed && !strcmp(file, hashed)));
+    obm_free(hashed);
+    return same;
+}
+
+/* Every tensor in its shard. */
+static obm_status check_index(const obm__model_writer *w, const obm__unfinished *u, obm_error *err) {
+    shard *shards;
+    size_t n;
+    OBM_TRY(make_shards(w, &shards, &n, err));
+    const obm_json *map = obm__json_get(u->index, "weight_map"), *records = obm__json_get(u->journal, "shards");
+    bool same = obm__json_size(records) == n && (n == 1 || obm__json_size(map) == w->tensors.count);
+    for (size_t i = 0; n > 1 && same && i < n; i++) {
+        for (size_t t = shards[i].first; same && t < shards[i].end; t++)
+            same = is_in_shard(&shards[i], obm__json_at(records, i),
+                               obm__json_string(obm__json_get(map, w->tensors.items[t].name)));
+    }
+    free_shards(shards, n);
+    if (same) return OBM_OK;
+    return obm__fail(err, OBM_E_EXISTS, "%s: %s is damaged: it is not what the finished merge wrote", w->path,
+                     n > 1 ? OBM_INDEX_FILE : OBM_FINISHED_FILE);
+}
+
+obm_status obm__model_writer_finished(const obm__model_writer *w, bool *finished, obm_error *err) {
+    obm__unfinished u;
+    *finished = false;
+    if (!w->resume || !w->job || !obm__is_directory(w->path)) return OBM_OK;
+    OBM_TRY(obm__finished_read(w->path, &u, err));
+    obm_status status = u.finished ? obm__unfinished_same_job(&u, w->job, err) : OBM_OK;
+    if (u.finished && status == OBM_OK) status = check_index(w, &u, err);
+    if (u.finished && status == OBM_OK) status = obm__finished_check(&u, w->tick, w->user, err);
+    *finished = u.finished && status == OBM_OK;
+    obm__unfinished_clear(&u);
+    return w->overwrite && (status == OBM_E_MISMATCH || status == OBM_E_EXISTS) ? OBM_OK : status;
 }
 
 static int by_string(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
@@ -599,14 +656,14 @@ static bool same_content(const char *path, const char *text, size_t size) {
     return same;
 }
 
-static obm_status note_small(obm__model_writer *w, const char *name, const char *text, size_t size, obm_error *err) {
+static obm_status note_small(obm_json *list, const char *name, const char *text, size_t size, obm_error *err) {
     char hash[33];
     obm__xxh3_of(text, size, hash);
     obm_json *record = obm__json_new_object();
     bool ok = obm__json_set(record, "file", obm__json_new_string(name));
     ok = obm__json_set(record, "bytes", obm__json_new_int((int64_t)size)) && ok;
     ok = obm__json_set(record, "xxh3", obm__json_new_string(hash)) && ok;
-    if (ok && obm__json_append(w->small_records, record)) return OBM_OK;
+    if (ok && obm__json_append(list, record)) return OBM_OK;
     if (!ok) obm__json_free(record);
     return obm__fail_nomem(err, size);
 }
@@ -614,12 +671,13 @@ static obm_status note_small(obm__model_writer *w, const char *name, const char 
 static obm_status stage(obm__model_writer *w, const char *name, const char *text, size_t size, obm_error *err) {
     char *path = obm__path_join(w->path, name), *temp = NULL;
     if (!path) return obm__fail_nomem(err, strlen(w->path));
-    obm_status status = OBM_OK;
-    if (!same_content(path, text, size)) status = obm__file_stage(path, text, size, &temp, err);
+    /* People write more into the card. */
+    obm_status status = strcmp(name, CARD) ? note_small(w->final_records, name, text, size, err) : OBM_OK;
+    if (status == OBM_OK && !same_content(path, text, size)) status = obm__file_stage(path, text, size, &temp, err);
     obm_free(path);
     if (!temp) return status;
     w->small[w->n_small++] = (small_file){name, temp, false};
-    return note_small(w, name, text, size, err);
+    return note_small(w->small_records, name, text, size, err);
 }
 
 /* A file that the old model has and the new one lacks (a chat template, say) would be read as the new one's. */
@@ -736,6 +794,36 @@ static obm_status stage_index(obm__model_writer *w, obm_error *err) {
     return status;
 }
 
+/* Under its plain name, which it will have where the file system has links. */
+static obm_json *finished_record(const shard *s) {
+    obm_json *record = obm__json_new_object();
+    bool ok = obm__json_set(record, "file", obm__json_new_string(s->plain ? s->plain : s->name));
+    ok = obm__json_set(record, "bytes", obm__json_new_int((int64_t)obm__st_writer_size(s->file))) && ok;
+    ok = obm__json_set(record, "xxh3", obm__json_new_string(s->hash)) && ok;
+    if (ok) return record;
+    obm__json_free(record);
+    return NULL;
+}
+
+/* Before the commit, after which nothing may fail that a disk can refuse. */
+static obm_status stage_record(obm__model_writer *w, obm_error *err) {
+    if (!w->job) return OBM_OK;
+    obm_json *record = obm__json_new_object(), *shards = obm__json_new_array();
+    bool ok = obm__json_set(record, "format", obm__json_new_string(OBM_FINISHED_FORMAT));
+    ok = obm__json_set(record, "version", obm__json_new_int(OBM_UNFINISHED_VERSION)) && ok;
+    ok = obm__json_set(record, "job", obm__json_copy(w->job)) && ok;
+    for (size_t i = 0; i < w->n_shards; i++) ok = obm__json_append(shards, finished_record(&w->shards[i])) && ok;
+    ok = obm__json_set(record, "shards", shards) && ok;
+    ok = obm__json_set(record, "small", obm__json_copy(w->final_records)) && ok;
+    char *text = ok ? obm__json_text(record, 1) : NULL, *path = obm__path_join(w->path, OBM_FINISHED_FILE);
+    obm_status status =
+        text && path ? obm__file_stage(path, text, strlen(text), &w->record_temp, err) : obm__fail_nomem(err, 0);
+    obm__json_free(record);
+    obm_free(text);
+    obm_free(path);
+    return status;
+}
+
 /* The index that is about to be replaced, NULL when there is none that can be read. */
 static obm_json *old_index(const obm__model_writer *w) {
     char *path = obm__path_join(w->path, OBM_INDEX_FILE);
@@ -816,6 +904,7 @@ static obm_status switch_over(obm__model_writer *w, obm_error *err) {
         OBM_TRY(name_shards(w, err));
         OBM_TRY(stage_index(w, err));
     }
+    OBM_TRY(stage_record(w, err));
     OBM_TRY(write_journal(w, true, err));
     for (size_t i = 0; w->n_shards > 1 && i < w->n_shards; i++) OBM_TRY(publish_shard(w, &w->shards[i], err));
     if (model_changes(w)) OBM_TRY(withdraw_old(w, err));
@@ -872,6 +961,8 @@ obm_status obm__model_writer_finish(obm__model_writer *w, obm_error *err) {
     OBM_TRY(switch_over(w, err));
     remove_old_shards(w);
     name_plainly(w);
+    OBM_TRY(w->record_temp ? publish_in(w, &w->record_temp, OBM_FINISHED_FILE, err)
+                           : remove_in(w->path, OBM_FINISHED_FILE, err)); /* another model's */
     OBM_TRY(remove_in(w->path, OBM_UNFINISHED_FILE, err));
     return obm__directory_sync(w->path, err);
 }
@@ -909,6 +1000,8 @@ static void end_folder(obm__model_writer *w) {
     }
     if (w->index_temp) unlink(w->index_temp);
     obm_free(w->index_temp);
+    if (w->record_temp) unlink(w->record_temp);
+    obm_free(w->record_temp);
     free_shards(w->shards, w->n_shards); /* and the temporary files of shards that are not left */
     w->shards = NULL;
 }
@@ -923,6 +1016,7 @@ void obm__model_writer_free(obm__model_writer *w) {
     obm__json_free(w->job);
     obm__json_free(w->small_records);
     obm__json_free(w->old);
+    obm__json_free(w->final_records);
     obm_free(w->path);
     obm_free(w->copy_from);
     obm_free(w->config);

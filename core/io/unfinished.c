@@ -32,7 +32,7 @@ static bool is_temporary(const char *name) {
     memcpy(stem, name, n);
     stem[n] = 0;
     return is_shard_of_many(stem) || obm__is_small_file(stem) || !strcmp(stem, OBM_ONE_FILE) ||
-           !strcmp(stem, OBM_INDEX_FILE) || !strcmp(stem, OBM_UNFINISHED_FILE);
+           !strcmp(stem, OBM_INDEX_FILE) || !strcmp(stem, OBM_UNFINISHED_FILE) || !strcmp(stem, OBM_FINISHED_FILE);
 }
 
 /* ---- the journal ---- */
@@ -44,12 +44,11 @@ static bool exists_in(const char *dir, const char *name) {
     return found;
 }
 
-static obm_status check_journal(const char *path, const obm_json *journal, obm_error *err) {
+static obm_status check_journal(const char *path, const obm_json *journal, const char *expected, obm_error *err) {
     const char *format = obm__json_string(obm__json_get(journal, "format"));
     int64_t version = 0;
-    if (!format || strcmp(format, OBM_UNFINISHED_FORMAT))
-        return obm__fail(err, OBM_E_FORMAT, "%s: not this library's: format is not \"" OBM_UNFINISHED_FORMAT "\"",
-                         path);
+    if (!format || strcmp(format, expected))
+        return obm__fail(err, OBM_E_FORMAT, "%s: not this library's: format is not \"%s\"", path, expected);
     if (!obm__json_int(obm__json_get(journal, "version"), &version) || version != OBM_UNFINISHED_VERSION)
         return obm__fail(err, OBM_E_UNSUPPORTED,
                          "%s: written by another version of this library: remove the file to "
@@ -58,12 +57,12 @@ static obm_status check_journal(const char *path, const obm_json *journal, obm_e
     return OBM_OK;
 }
 
-static obm_status read_journal(const char *dir, obm_json **out, obm_error *err) {
-    char *path = obm__path_join(dir, OBM_UNFINISHED_FILE);
+static obm_status read_journal(const char *dir, const char *name, const char *format, obm_json **out, obm_error *err) {
+    char *path = obm__path_join(dir, name);
     if (!path) return obm__fail_nomem(err, strlen(dir));
     obm_json *journal = NULL;
     obm_status status = access(path, F_OK) ? OBM_OK : obm__json_load(path, &journal, err);
-    if (status == OBM_OK && journal) status = check_journal(path, journal, err);
+    if (status == OBM_OK && journal) status = check_journal(path, journal, format, err);
     obm_free(path);
     if (status == OBM_OK)
         *out = journal;
@@ -74,12 +73,23 @@ static obm_status read_journal(const char *dir, obm_json **out, obm_error *err) 
 
 obm_status obm__unfinished_read(const char *dir, obm__unfinished *out, obm_error *err) {
     obm__unfinished u = {.dir = dir};
-    OBM_TRY(read_journal(dir, &u.journal, err));
+    OBM_TRY(read_journal(dir, OBM_UNFINISHED_FILE, OBM_UNFINISHED_FORMAT, &u.journal, err));
     char *path = obm__path_join(dir, OBM_INDEX_FILE);
     if (path && obm__json_load(path, &u.index, NULL) != OBM_OK) u.index = NULL;
     obm_free(path);
     u.model = exists_in(dir, OBM_INDEX_FILE) || exists_in(dir, OBM_ONE_FILE);
     *out = u;
+    return OBM_OK;
+}
+
+/* A record that cannot be read proves nothing: the folder is then what it is without. */
+obm_status obm__finished_read(const char *dir, obm__unfinished *out, obm_error *err) {
+    OBM_TRY(obm__unfinished_read(dir, out, err));
+    bool settled = out->model && !out->journal;
+    obm__json_free(out->journal);
+    out->journal = NULL;
+    if (settled) (void)read_journal(dir, OBM_FINISHED_FILE, OBM_FINISHED_FORMAT, &out->journal, NULL);
+    out->finished = out->journal != NULL;
     return OBM_OK;
 }
 
@@ -172,10 +182,10 @@ static obm_status differs(const obm__unfinished *u, const char *key, const obm_j
     snprintf(path, sizeof path, "%.100s", key);
     find_difference(&then, &now, path, sizeof path);
     value_texts(then, now, a, b);
-    return obm__fail(
-        err, OBM_E_MISMATCH,
-        "%s: the unfinished merge there is another: %s differs, %s then, %s now (overwriting, --force, starts anew)",
-        u->dir, path, a, b);
+    return obm__fail(err, OBM_E_MISMATCH,
+                     "%s: the %sfinished merge there is another: %s differs, %s then, %s now (overwriting, --force, "
+                     "starts anew)",
+                     u->dir, u->finished ? "" : "un", path, a, b);
 }
 
 obm_status obm__unfinished_same_job(const obm__unfinished *u, const obm_json *job, obm_error *err) {
@@ -276,6 +286,43 @@ static bool is_listed(const obm__unfinished *u, const char *list, const char *na
         if (is_proven(u->dir, name, bytes, xxh3, NULL, NULL, &same, NULL) == OBM_OK && same) return true;
     }
     return false;
+}
+
+char *obm__unfinished_hashed_name(const char *plain, const char *xxh3) {
+    return obm__format("model-%.16s-%s", xxh3, plain + strlen("model-"));
+}
+
+/* Under its name, or that with the hash where there were no links. */
+static obm_status check_record(const obm__unfinished *u, const obm_json *record, obm__tick_fn tick, void *user,
+                               obm_error *err) {
+    const char *name = obm__json_string(obm__json_get(record, "file")), *xxh3;
+    uint64_t bytes;
+    bool same = false, known = name && !strchr(name, '/') && size_and_hash(record, &bytes, &xxh3);
+    if (known) OBM_TRY(is_proven(u->dir, name, bytes, xxh3, tick, user, &same, err));
+    if (known && !same && is_shard_of_many(name)) {
+        char *hashed = obm__unfinished_hashed_name(name, xxh3);
+        obm_status status = hashed ? is_proven(u->dir, hashed, bytes, xxh3, tick, user, &same, err)
+                                   : obm__fail_nomem(err, strlen(name));
+        obm_free(hashed);
+        OBM_TRY(status);
+    }
+    if (same) return OBM_OK;
+    return obm__fail(err, OBM_E_EXISTS,
+                     "%s: %s is damaged: it is not what the finished merge wrote (another size or checksum)",
+                     u->dir, known ? name : OBM_FINISHED_FILE);
+}
+
+static obm_status check_records(const obm__unfinished *u, const char *list, obm__tick_fn tick, void *user,
+                                obm_error *err) {
+    const obm_json *records = obm__json_get(u->journal, list);
+    for (size_t i = 0; i < obm__json_size(records); i++)
+        OBM_TRY(check_record(u, obm__json_at(records, i), tick, user, err));
+    return OBM_OK;
+}
+
+obm_status obm__finished_check(const obm__unfinished *u, obm__tick_fn tick, void *user, obm_error *err) {
+    OBM_TRY(check_records(u, "shards", tick, user, err));
+    return check_records(u, "small", tick, user, err);
 }
 
 /* An index that cannot be read may refer to anything. */

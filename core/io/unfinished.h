@@ -1,4 +1,5 @@
-/* What a killed writer of a model folder left, for the next one: files to go on with, files to remove. */
+/* What a killed writer of a model folder left, for the next one: files to go on with, files to remove.  And what a
+ * finished one left, for one that is asked to go on. */
 #ifndef OBM_UNFINISHED_H
 #define OBM_UNFINISHED_H
 
@@ -11,10 +12,14 @@
 #define OBM_UNFINISHED_FILE "onebitmerge-unfinished.json"
 #define OBM_UNFINISHED_FORMAT "onebitmerge unfinished model"
 #define OBM_UNFINISHED_VERSION 1
+/* What a merge leaves beside its model: the job, and name, size and XXH3 of every file of the model but the card. */
+#define OBM_FINISHED_FILE "onebitmerge-finished.json"
+#define OBM_FINISHED_FORMAT "onebitmerge finished model"
 
 typedef struct obm__unfinished {
     const char *dir;   /* borrowed */
-    obm_json *journal; /* NULL without */
+    obm_json *journal; /* NULL without; of a finished model its record */
+    bool finished;
     obm_json *index;   /* of the model that is in the folder, NULL without */
     bool model;        /* there is a model: an index, or the one file */
 } obm__unfinished;
@@ -22,6 +27,12 @@ typedef struct obm__unfinished {
 /* FORMAT for a journal that is none. */
 obm_status obm__unfinished_read(const char *dir, obm__unfinished *out, obm_error *err);
 void obm__unfinished_clear(obm__unfinished *u);
+/* A plain shard's name with its content's hash; owned. */
+char *obm__unfinished_hashed_name(const char *plain, const char *xxh3);
+/* The record of a finished model in place of the journal: none where there is a journal or no model. */
+obm_status obm__finished_read(const char *dir, obm__unfinished *out, obm_error *err);
+/* EXISTS names the first of its files that is not what the record says. */
+obm_status obm__finished_check(const obm__unfinished *u, obm__tick_fn tick, void *user, obm_error *err);
 /* MISMATCH names the first member of the jobs that differs; a NULL job is nobody's. */
 obm_status obm__unfinished_same_job(const obm__unfinished *u, const obm_json *job, obm_error *err);
 /* A file that stands for shard `i`, whose plain name is `name`: with the journal's size, which must be `bytes`, and its

@@ -517,9 +517,15 @@ static obm_status check_out_path(const obm__job *j, const char *out_path, obm_er
     return OBM_OK;
 }
 
-static obm_status check_folder(const obm__job *j, const char *out_path, bool overwrite, obm_error *err) {
+/* What a finished merge wrote is not looked at here: `resume` has to know the job before it can tell. */
+static bool may_be_finished(const obm_merge_options *options, const char *out_path) {
+    return OBM_OPT(options, obm_merge_options, resume, false) && obm__model_writer_recorded(out_path);
+}
+
+static obm_status check_folder(const obm__job *j, const obm_merge_options *options, const char *out_path,
+                               bool overwrite, obm_error *err) {
     OBM_TRY(check_out_path(j, out_path, err));
-    return obm__model_writer_check(out_path, overwrite, err);
+    return obm__model_writer_check(out_path, overwrite || may_be_finished(options, out_path), err);
 }
 
 /* overwrite: whatever the options say, for a folder that is the merge's own. */
@@ -529,10 +535,11 @@ static obm_status write_folder(obm__job *j, const obm_merge_options *options, co
     obm__model_writer *w = NULL;
     obm__carried files = {0};
     obm_json *config = NULL, *record = NULL;
+    bool finished;
     obm_status status;
     char *card = build_card(j);
     if (!card) return obm__fail_nomem(err, strlen(j->recipe->text));
-    OBM_GO(check_folder(j, out_path, overwrite, err));
+    OBM_GO(check_folder(j, options, out_path, overwrite, err));
     OBM_GO(build_config(j, &config, err));
     OBM_GO(obm__carried_new(j, &files, err));
     OBM_GO(build_job(j, options, run, &record, err));
@@ -551,6 +558,12 @@ static obm_status write_folder(obm__job *j, const obm_merge_options *options, co
                                    .user = run};
     OBM_GO(obm__model_writer_new(out_path, &o, &w, err));
     OBM_GO(declare_outputs(j, w, err));
+    OBM_GO(obm__model_writer_finished(w, &finished, err));
+    if (finished) {
+        obm__warn(j->ctx, "%s: this merge is finished already (size and checksum of every file verified); nothing was written",
+                  out_path);
+        goto done;
+    }
     OBM_GO(obm__model_writer_begin(w, err));
     OBM_GO(write_outputs(j, run, w, err));
     OBM_GO(obm__model_writer_finish(w, err));
@@ -623,8 +636,9 @@ static obm_status list_files(const obm__job *j, const obm_merge_options *options
     obm_json *record = NULL;
     bool resume = OBM_OPT(options, obm_merge_options, resume, false) && !takes_part(j);
     if (resume) OBM_TRY(build_job(j, options, run, &record, err));
+    bool later = takes_part(j) && may_be_finished(options, path); /* the run will know */
     obm__model_writer_options o = {.shard_bytes = OBM_OPT(options, obm_merge_options, shard_bytes, 0),
-                                   .overwrite = overwrite,
+                                   .overwrite = overwrite || later,
                                    .job = record,
                                    .resume = resume,
                                    .tick = job_tick,
@@ -664,7 +678,7 @@ static obm_status plan_documents(obm_context *ctx, const obm_merge_options *opti
         obm__job_warn_filters(&jobs[i]);
         obm_plan one = sizes(&jobs[i]);
         add_plan(plan, &one);
-        if (dry_run) OBM_TRY(check_folder(&jobs[i], d->parts[i].path, overwrites(options, d, i), err));
+        if (dry_run) OBM_TRY(check_folder(&jobs[i], options, d->parts[i].path, overwrites(options, d, i), err));
         if (report) OBM_TRY(add_report(&jobs[i], options, d, i, &one, run, report, err));
         if (d->n > 1 && d->parts[i].name) OBM_TRY(plan_part(&jobs[i], &d->parts[i], err));
     }

@@ -72,6 +72,7 @@ def merge(recipe, out, *, directory=None, profile=None, seed=None, shard_bytes=0
     recipe: a dict with mergekit's keys, or the path of a YAML or JSON file; relative paths in a file start at its folder.  Models are
     folders, MODEL+ADAPTER, or experts of packs, PACK:task.
     resume: keep the finished shards of a killed merge of the same recipe, options and inputs; and keep one's own when stopped.
+    A merge that is finished already is verified and left as it is, with a RuntimeWarning that says so.
     dry_run: the plan alone; what the merge would refuse (an output that exists, without overwrite) is refused, too.
     method: a name or a callable (tile) in place of the recipe's merge_method, which in a dict may be a callable too; see
     register_method.

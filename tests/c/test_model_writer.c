@@ -516,7 +516,7 @@ static void resume_everywhere(uint64_t old_shards, uint64_t shards, int tag) {
         assert_int_equal(found, tag);
         assert_int_equal(count_files(dir, "tmp|unfinished"), 0);
         assert_int_equal(count_files(dir, "[.]safetensors$"), shards < 300 ? 3 : 1);
-        assert_int_equal(count_files(dir, "."), shards < 300 ? 6 : 3);
+        assert_int_equal(count_files(dir, "."), shards < 300 ? 7 : 4);
     }
     assert_in_range(n, 6, 60);
 }
@@ -639,6 +639,76 @@ static void test_another_job(void **state) {
     int tag;
     assert_int_equal(model_state(dir, &tag), 'n');
     assert_int_equal(count_files(dir, "tmp|unfinished"), 0);
+}
+
+static obm_status ask_finished(const char *dir, const attempt *a, bool *finished, obm_error *err) {
+    obm_json *job = job_of(a->recipe ? a->recipe : "r");
+    obm__model_writer *w;
+    obm__model_writer_options o = {.shard_bytes = a->shard_bytes, .overwrite = a->overwrite, .resume = a->resume, .job = job};
+    assert_int_equal(obm__model_writer_new(dir, &o, &w, err), OBM_OK);
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(obm__model_writer_declare(w, names[i], OBM_U8, 2, (int64_t[]){10, 10}, NULL), OBM_OK);
+    obm_status status = obm__model_writer_finished(w, finished, err);
+    obm__model_writer_free(w);
+    obm__json_free(job);
+    return status;
+}
+
+/* One byte of a file is another, and as it was before. */
+static void flip_byte(const char *dir, const char *name, long at) {
+    char path[600];
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    FILE *f = fopen(path, "r+b");
+    assert_non_null(f);
+    assert_int_equal(fseek(f, at, SEEK_SET), 0);
+    int c = fgetc(f);
+    assert_int_equal(fseek(f, at, SEEK_SET), 0);
+    fputc(c ^ 1, f);
+    assert_int_equal(fclose(f), 0);
+}
+
+/* A finished folder says so to the same job, whatever the names of its shards; and a damaged one which file it is. */
+static void test_finished(void **state) {
+    (void)state;
+    static const char *const damaged[] = {"model-00002-of-00003.safetensors", "config.json",
+                                          "model.safetensors.index.json"};
+    const char *dir = in_dir("finished");
+    attempt a = {100, 1, true, true, NULL}, other = {100, 1, false, true, "another"}, one = {1000, 1, false, true, NULL};
+    obm_error err;
+    bool finished = true;
+    for (int i = 0; i < 2; i++) {
+        no_links = i == 0;
+        fresh(dir, 100);
+        assert_int_equal(ask_finished(dir, &a, &finished, &err), OBM_OK);
+        assert_false(finished); /* a model of nobody's */
+        succeed(dir, &a, 0);
+        assert_int_equal(ask_finished(dir, &a, &finished, &err), OBM_OK);
+        assert_true(finished);
+    }
+    a.overwrite = false;
+    assert_int_equal(ask_finished(dir, &other, &finished, &err), OBM_E_MISMATCH);
+    assert_non_null(strstr(err.message, "the finished merge there is another: recipe differs"));
+    for (size_t i = 0; i < sizeof damaged / sizeof *damaged; i++) {
+        char text[100];
+        long at = i == 2 ? 80 : 3;
+        snprintf(text, sizeof text, "%s is damaged", damaged[i]);
+        flip_byte(dir, damaged[i], at);
+        assert_int_equal(ask_finished(dir, &a, &finished, &err), OBM_E_EXISTS);
+        assert_non_null(strstr(err.message, text));
+        a.overwrite = true;
+        assert_int_equal(ask_finished(dir, &a, &finished, &err), OBM_OK);
+        assert_false(finished);
+        a.overwrite = false;
+        flip_byte(dir, damaged[i], at);
+        assert_int_equal(ask_finished(dir, &a, &finished, &err), OBM_OK);
+        assert_true(finished);
+    }
+    fresh(dir, 0);
+    succeed(dir, &one, 0);
+    assert_int_equal(ask_finished(dir, &one, &finished, &err), OBM_OK);
+    assert_true(finished);
+    assert_int_equal(write_model(dir, &(obm__model_writer_options){.overwrite = true}, 'n', &err), OBM_OK);
+    assert_int_equal(count_files(dir, "finished"), 0); /* that record was of the model that is gone */
 }
 
 /* A run that is to be resumed and fails keeps what it has finished; any other takes all of it back. */
@@ -784,6 +854,7 @@ int main(void) {
         cmocka_unit_test(test_killed_first_write),
         cmocka_unit_test(test_resume),
         cmocka_unit_test(test_resume_twice),
+        cmocka_unit_test(test_finished),
         cmocka_unit_test(test_kept_shards),
         cmocka_unit_test(test_damaged_shard),
         cmocka_unit_test(test_another_job),

@@ -101,6 +101,25 @@ describe("merge", function()
     assert.truthy(os.execute(("diff -r '%s/a' '%s/b'"):format(folder, folder)))
   end)
 
+  it("says of what is finished that it is, and of what is damaged which file", function()
+    local folder = support.folder()
+    local out, options = folder .. "/a", { shard_bytes = 1000000, resume = true }
+    local program = ([[local recipe = { merge_method = "linear", models = { { model = "%schat", parameters = { weight = 1 } } } }
+      print(assert(require("onebitmerge").merge(recipe, "%s/b", { resume = true })).tensors)]]):format(support.models, folder)
+    assert.equal("38\n", support.child(program))
+    assert.equal(("Lua warning: onebitmerge: %s/b: this merge is finished already (size and checksum of every file verified); " ..
+      "nothing was written\n38\n"):format(folder), support.child(program))
+    assert(obm.merge(recipe(), out, options))
+    local shard = out .. "/model-00001-of-00006.safetensors"
+    local bytes = support.read(shard)
+    assert(obm.merge(recipe(), out, options))
+    support.write(shard, bytes:sub(1, -2) .. string.char(bytes:byte(-1) ~ 1))
+    local plan, reason, code = obm.merge(recipe(), out, options)
+    assert.is_nil(plan)
+    assert.equal("EXISTS", code)
+    assert.matches("model%-00001%-of%-00006.safetensors is damaged: it is not what the finished merge wrote", reason)
+  end)
+
   it("equals merge_tensors on a tensor", function()
     local folder = support.folder()
     assert(obm.merge(recipe(), folder .. "/a"))

@@ -48,6 +48,16 @@ function M.f32(numbers)
   return table.concat(parts)
 end
 
+--- What a program writes, warnings too: they go to the stderr of the process.
+function M.child(program)
+  local path = M.write(os.tmpname(), program)
+  local pipe = assert(io.popen(("lua5.4 -W '%s' 2>&1"):format(path)))
+  local text = pipe:read("a")
+  pipe:close()
+  os.remove(path)
+  return text
+end
+
 --- tensors: { { name, dtype, shape, bytes }, ... }
 function M.safetensors(path, tensors)
   local entries, data, at = {}, {}, 0

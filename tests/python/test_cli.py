@@ -409,8 +409,11 @@ def test_merge(lines, fails, models, tmp_path, run):
     name = "model.layers.0.mlp.up_proj.weight"
     assert np.abs(obm.Checkpoint(out)[name].numpy() - obm.Checkpoint(models / "math")[name].numpy()).max() < 1e-6
     fails("merge", recipe, "-o", out, match="--force")
-    fails("merge", recipe, "-o", out, "--resume", match="holds a model, and overwriting was not asked for; --force replaces it")
+    fails("merge", recipe, "-o", out, "--resume", match="the finished merge there is another: shard size differs")
     assert run("merge", recipe, "-o", tmp_path / "resumed", "--resume")[0] == 0
+    code, told, said = run("merge", recipe, "-o", tmp_path / "resumed", "--resume")
+    assert code == 0 and "38 tensors" in told
+    assert said == f"onebitmerge: warning: {tmp_path / 'resumed'}: this merge is finished already (size and checksum of every file verified); nothing was written\n"
     assert not (tmp_path / "resumed" / "onebitmerge-unfinished.json").exists()
     assert run("merge", recipe, "-o", out, "--force", "--profile", "paper")[0] == 0
     recipe.write_text(recipe.read_text().replace("merge_method", "merge_metod"))

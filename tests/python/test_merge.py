@@ -260,9 +260,10 @@ def test_dry_runs_refuse_what_runs_do(recipe, models, tmp_path):
             obm.merge(recipe("ties"), one, overwrite=True, dry_run=dry_run)
         with pytest.raises(FileExistsError, match="is a file, expected a folder or nothing"):
             obm.merge(recipe("ties"), file, overwrite=True, dry_run=dry_run)
-        for resume in (True, False):
-            with pytest.raises(FileExistsError, match="holds a model, .*; overwrite=True replaces it"):
-                obm.merge(recipe("ties"), out, resume=resume, dry_run=dry_run)
+        with pytest.raises(FileExistsError, match="holds a model, .*; overwrite=True replaces it"):
+            obm.merge(recipe("ties"), out, dry_run=dry_run)
+        with pytest.raises(obm.MismatchError, match="the finished merge there is another: random seed differs"):
+            obm.merge(recipe("ties"), out, resume=True, seed=1, dry_run=dry_run)
     assert obm.merge(recipe("ties"), out, overwrite=True, dry_run=True)["tensors"] > 0
     assert contents(out) == before and file.read_text() == "mine"
     pack = obm.compress(models / "base", {"chat": models / "chat"}, out=tmp_path / "p.pack")
@@ -375,6 +376,64 @@ def test_resume(recipe, tmp_path, method, parameters, profile, threads):
     assert len(finished & {p.stat().st_ino for p in out.iterdir()}) >= 2
 
 
+FINISHED = "out: this merge is finished already .size and checksum of every file verified.; nothing was written"
+
+
+@pytest.mark.parametrize("shard_bytes", (1_000_000, 0))
+def test_resuming_what_is_finished(recipe, tmp_path, shard_bytes):
+    """Verified and left alone, whoever asks for it; the card is anybody's to write in."""
+    out, given = tmp_path / "out", {"shard_bytes": shard_bytes}
+    plan = obm.merge(recipe("ties"), out, **given)
+    (out / "README.md").write_text("ours\n")
+    before, times = contents(out), {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    for overwrite in (False, True):
+        with pytest.warns(RuntimeWarning, match=FINISHED):
+            assert obm.merge(recipe("ties"), out, resume=True, overwrite=overwrite, **given) == plan
+    files = obm.merge(recipe("ties"), out, resume=True, dry_run=True, **given)["documents"][0]["files"]
+    assert files and all(f["there"] for f in files)
+    assert contents(out) == before and times == {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    with pytest.raises(FileExistsError, match="holds a model, and overwriting was not asked for"):
+        obm.merge(recipe("ties"), out, **given)
+    for dry_run in (True, False):
+        with pytest.raises(obm.MismatchError, match='the finished merge there is another: random seed differs, "0" then, "3" now'):
+            obm.merge(recipe("ties"), out, resume=True, seed=3, dry_run=dry_run, **given)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("name, at", [("model-00002-of-00006.safetensors", -1), ("config.json", 3), ("model.safetensors.index.json", -10),
+                                      ("tokenizer.json", None)])
+def test_resuming_what_is_finished_and_damaged(recipe, tmp_path, name, at):
+    out, given = tmp_path / "out", {"shard_bytes": 1_000_000}
+    obm.merge(recipe("ties"), out, **given)
+    whole = contents(out)
+    data = bytearray(whole[name])
+    if at is None:
+        data = data[:-1]
+    else:
+        data[at] ^= 1
+    (out / name).write_bytes(data)
+    for dry_run in (True, False):
+        with pytest.raises(FileExistsError, match=f"out: {name} is damaged: it is not what the finished merge wrote.*overwrite=True replaces it"):
+            obm.merge(recipe("ties"), out, resume=True, dry_run=dry_run, **given)
+    assert contents(out) == {**whole, name: bytes(data)}
+    obm.merge(recipe("ties"), out, resume=True, overwrite=True, **given)
+    assert contents(out) == whole
+
+
+def test_resuming_finished_documents(models, tmp_path):
+    """Of two results the first is there, the second computed again."""
+    first = {"name": "first", "merge_method": "linear", "models": [{"model": f"{models}/{m}", "parameters": {"weight": 1}} for m in ("chat", "math")]}
+    last = {**first, "name": "last", "models": [{"model": m, "parameters": {"weight": 1}} for m in ("first", f"{models}/code")]}
+    (tmp_path / "r.yml").write_text(f"{json.dumps(first)}\n---\n{json.dumps(last)}")
+    obm.merge(tmp_path / "r.yml", tmp_path / "out")
+    whole = contents(tmp_path / "out/last")
+    for p in (tmp_path / "out/last").iterdir():
+        p.unlink()
+    with pytest.warns(RuntimeWarning, match="first: this merge is finished already") as seen:
+        obm.merge(tmp_path / "r.yml", tmp_path / "out", resume=True)
+    assert len(seen) == 1 and contents(tmp_path / "out/last") == whole
+
+
 def test_without_resume_the_remains_go(recipe, tmp_path):
     given = {"shard_bytes": 1_000_000}
     out = tmp_path / "out"
@@ -382,7 +441,7 @@ def test_without_resume_the_remains_go(recipe, tmp_path):
     (out / "notes.txt").write_text("mine")
     obm.merge(recipe("task_arithmetic"), out)
     assert sorted(p.name for p in out.glob("*") if "token" not in p.name) == ["README.md", "config.json", "generation_config.json",
-                                                                              "model.safetensors", "notes.txt"]
+                                                                              "model.safetensors", "notes.txt", "onebitmerge-finished.json"]
 
 
 @pytest.mark.parametrize("change, message", [
