@@ -115,6 +115,7 @@ static int model_info(lua_State *L) {
     lua_newtable(L);
     obm_lua_set_string(L, "architecture", i.architecture);
     obm_lua_set_boolean(L, "tied", i.tied);
+    obm_lua_set_string(L, "prefill", i.prefill == OBM_BF16 ? "bf16" : "f32");
     for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++)
         obm_lua_set_integer(L, sizes[k].name, (uint64_t)sizes[k].value);
     return 1;

@@ -81,18 +81,20 @@ static PyObject *model_pack(PyObject *o, void *unused) {
     return obm_py_pack_borrow(OBM_PY_STATE(o), p, o);
 }
 
+static const char *prefill_name(const obm_model_info *i) { return i->prefill == OBM_BF16 ? "bf16" : "f32"; }
+
 static PyObject *model_info(PyObject *o, void *unused) {
     (void)unused;
     obm_model_info i;
     obm_model_describe(model_get(o), &i);
-    return Py_BuildValue("{ss,sL,sL,sL,sL,sL,sL,sL,sL,sL,sO,sK,sK,sK,sK,sK}", "architecture", i.architecture, "vocab",
+    return Py_BuildValue("{ss,sL,sL,sL,sL,sL,sL,sL,sL,sL,sO,sK,sK,sK,sK,sK,ss}", "architecture", i.architecture, "vocab",
                          (long long)i.vocab, "hidden", (long long)i.hidden, "intermediate", (long long)i.intermediate,
                          "layers", (long long)i.layers, "heads", (long long)i.heads, "kv_heads", (long long)i.kv_heads,
                          "head_dim", (long long)i.head_dim, "max_positions", (long long)i.max_positions,
                          "sliding_window", (long long)i.sliding_window, "tied", i.tied ? Py_True : Py_False, "params",
                          (unsigned long long)i.params, "bytes", (unsigned long long)i.bytes, "z12_bytes",
                          (unsigned long long)i.z12_bytes, "z12_plain", (unsigned long long)i.z12_plain, "z12_to_come",
-                         (unsigned long long)i.z12_to_come);
+                         (unsigned long long)i.z12_to_come, "prefill", prefill_name(&i));
 }
 
 static PyObject *model_memory(PyObject *o, void *unused) {
@@ -115,9 +117,10 @@ static PyObject *model_repr(PyObject *o) {
         snprintf(more, sizeof more, "%s %llu MB of bf16 to come", i.z12_plain ? "," : ", z12:",
                  (unsigned long long)(i.z12_to_come / 1000000));
     return PyUnicode_FromFormat(
-        "Model(%s, %lld layers, hidden %lld, vocab %lld, %llu parameters, %zd tasks%s%s)", i.architecture,
+        "Model(%s, %lld layers, hidden %lld, vocab %lld, %llu parameters, %zd tasks%s%s%s)", i.architecture,
         (long long)i.layers, (long long)i.hidden, (long long)i.vocab, (unsigned long long)i.params,
-        model_pack_of(o) ? (Py_ssize_t)obm_pack_task_count(model_pack_of(o)) : (Py_ssize_t)0, packed, more);
+        model_pack_of(o) ? (Py_ssize_t)obm_pack_task_count(model_pack_of(o)) : (Py_ssize_t)0, packed, more,
+        i.prefill == OBM_BF16 ? ", prefill bf16" : "");
 }
 
 /* ---- routes ---- */

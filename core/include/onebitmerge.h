@@ -585,6 +585,7 @@ typedef struct obm_model_info {
     uint64_t params, bytes;              /* of the base */
     uint64_t z12_bytes, z12_plain;       /* of its matrices in 12 bits per weight: now, and as bf16 */
     uint64_t z12_to_come;                /* as bf16, of those that will be, behind next tokens */
+    obm_dtype prefill;                   /* of prompts: BF16 where that was asked for and the CPU has products of it, else F32 */
 } obm_model_info;
 OBM_API void obm_model_describe(const obm_model *m, obm_model_info *out);
 OBM_API const obm_pack *obm_model_pack(const obm_model *m);             /* NULL for a plain model; borrowed */

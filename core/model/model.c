@@ -306,7 +306,8 @@ void obm_model_describe(const obm_model *m, obm_model_info *out) {
                             .bytes = m->base_bytes,
                             .z12_bytes = m->z12_bytes,
                             .z12_plain = m->z12_saved,
-                            .z12_to_come = m->z12_to_come};
+                            .z12_to_come = m->z12_to_come,
+                            .prefill = m->prefill};
 }
 
 const obm_pack *obm_model_pack(const obm_model *m) { return m->pack; }

@@ -106,6 +106,14 @@ describe("model", function()
     local rounded <close> = assert(obm.model(path, { prefill = "bf16" }))
     local options = { chat = true, max_tokens = 12 }
     assert.equal((model:generate(question, options)), (rounded:generate(question, options)))
+    local gains = obm.info().prefill_bf16
+    assert.equal("f32", model:info().prefill)
+    assert.equal(gains and "bf16" or "f32", rounded:info().prefill)
+    local ids = model:tokenizer():encode(question)   -- under the base's route, whose matrices are bf16; planes stay f32
+    local exact, other = assert(model:logits(ids, { route = "base" })), assert(rounded:logits(ids, { route = "base" }))
+    local furthest = 0
+    for i = 1, #exact do furthest = math.max(furthest, math.abs(exact[i] - other[i])) end
+    assert.is_true(furthest < 1 and (furthest > 0) == gains)
     assert.error_matches(function() obm.model(path, { prefill = "f16" }) end, 'unknown dtype "f16" %(known: f32, bf16%)')
   end)
 

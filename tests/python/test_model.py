@@ -190,6 +190,12 @@ def test_prompts_in_bf16_round_activations(rounded_model, base_model, models, id
         assert 0 < np.square(got - rounded).mean() < 0.01 * np.square(exact - rounded).mean()
 
 
+def test_prompts_in_bf16_can_be_seen(rounded_model, base_model):
+    gains = obm.info()["prefill_bf16"]
+    assert rounded_model.info["prefill"] == ("bf16" if gains else "f32") and base_model.info["prefill"] == "f32"
+    assert repr(rounded_model).endswith(", prefill bf16)") == gains and "prefill" not in repr(base_model)
+
+
 def test_prompts_in_bf16_do_not_depend_on_their_parts(models, ids, threads):
     """Nor on threads, on 12 bits per weight, or on how many tokens there are; tokens after the prompt are as ever."""
     seen = []
