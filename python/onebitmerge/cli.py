@@ -21,6 +21,7 @@ from onebitmerge.evaluate import LAMBDAS, READINGS, evaluate, prompt_of
 from onebitmerge.items import Item, check_keys, check_options, check_route, check_vocabulary, located, need, read_lines, wrong
 
 NUMA = ("auto", "shard", "replicate", "isolate", "interleave", "off")
+ROUTER = "a function of one's own in place of the pack's router: it gets the request and returns a task, an index or weights"
 POLICIES = ("linear", "attention", "mlp", "paper", "full")
 
 
@@ -305,9 +306,7 @@ def parse_expert(text, args):
     if colon and tail in POLICIES:
         path, policy = head, tail
     elif colon and os.path.exists(head) and not is_pack(head) and not os.path.exists(path):
-        import difflib
-        near = difflib.get_close_matches(tail, POLICIES, 1, .6)
-        raise Usage(f"{text}: no policy \"{tail}\"{f', did you mean {near[0]}?' if near else ': ' + ', '.join(POLICIES)}")
+        raise Usage(f"{text}: no policy \"{tail}\"{did_you_mean(tail, POLICIES) or ': ' + ', '.join(POLICIES)}")
     return name, obm.Expert(path, policy=policy, scale=args.scale, planes=args.planes, map=parse_map(args.map))
 
 
@@ -675,6 +674,47 @@ def print_documents(documents):
             print(f"{os.path.join(d['output'] or '', f['file'])}: {_results.size(f['bytes'])}{', there and verified' if f['there'] else ''}{'' if d['kept'] else ', until the result is there'}")
 
 
+def bounds(parameter):
+    low, high = parameter["min"], parameter["max"]
+    if parameter["type"] == "bool":
+        return "true or false"
+    return f"{low:g} .. {high:g}" if math.isfinite(high) and math.isfinite(low) else f">= {low:g}" if math.isfinite(low) else "any number"
+
+
+def default_of(parameter):
+    if parameter["required"]:
+        return "needed"
+    return str(bool(parameter["default"])).lower() if parameter["type"] == "bool" else f"{parameter['default']:g}"
+
+
+def print_method(m):
+    most = m["max_models"]
+    count = f"{m['min_models']}" if most == m["min_models"] else f"{m['min_models']} to {most}" if most else f"{m['min_models']} or more"
+    print(f"{m['name']}: {m['doc']}\n  {count} model{'s' * (count != '1')}{', and a base' * m['needs_base']}; {m['source']}")
+    if m["params"]:
+        rows = [[p["name"], default_of(p), bounds(p), "each model" if p["scope"] == "model" else "the merge", p["doc"]] for p in m["params"]]
+        print(_results.table(["parameter", "default", "range", "of", "what it is"], rows))
+
+
+def methods_verb(args):
+    known = {m["name"]: m for m in obm.methods()}
+    for name in args.method:
+        if name not in known:
+            raise Usage(f"no merge method \"{name}\"{did_you_mean(name, known) or ': ' + ', '.join(known)}")
+    found = [known[name] for name in args.method] or list(known.values())
+    if args.json:
+        for m in found:
+            emit(m)
+    elif args.method:
+        for i, m in enumerate(found):
+            print("\n" * (i > 0), end="")
+            print_method(m)
+    else:
+        print(_results.table(["method", "parameters", "what it does"],
+                             [[m["name"], ", ".join(p["name"] if p["required"] else f"{p['name']}={default_of(p)}" for p in m["params"]) or "-", m["doc"]]
+                              for m in found]))
+
+
 def extract_lora(args):
     given = {"rank": args.rank, "energy": args.energy, "dtype": args.dtype, "base_name": args.base_name}
     if (args.out is None) == (args.output is None):
@@ -794,7 +834,7 @@ def add_text_arguments(p, lines):
 
 
 def add_expert_arguments(p):
-    p.add_argument("--policy", choices=POLICIES)
+    p.add_argument("--policy", choices=POLICIES, help="what gets one bit per weight: attention and MLP (linear, default), one of them, paper (chat: MLP, else attention), nothing (full)")
     p.add_argument("--scale", type=scale, help="matrix, row (default) or group:N")
     p.add_argument("--planes", type=whole(0, 8), default=0, help="sign planes per matrix; 0 (default): 1")
     p.add_argument("--map", action="append", metavar="GLOB=MODE", help="1bit, full or drop (with --shared also mask) for matching tensors; may be given again")
@@ -841,6 +881,12 @@ def columns():
 class Parser(argparse.ArgumentParser):
     def __init__(self, **given):
         super().__init__(formatter_class=lambda prog: argparse.HelpFormatter(prog, width=columns() - 2), **given)
+
+    def _check_value(self, action, value):   # verbs are choices too
+        near = did_you_mean(str(value), [str(c) for c in action.choices or ()])
+        if near and value not in action.choices:
+            raise argparse.ArgumentError(action, f"no {action.metavar or 'choice'} \"{value}\"{near} (choose from {', '.join(map(str, action.choices))})")
+        super()._check_value(action, value)
 
 
 class Once(argparse.Action):
@@ -899,7 +945,7 @@ def make_parser(asked=None):
                    help="another machine: hwloc's XML (lstopo machine.xml) or a description like \"numa:2 core:4 pu:2\"; default: this one")
     p.add_argument("--z12", choices=("auto", "on", "off"), default="auto", help="on: with bf16 matrices in 12 bits per weight")
     p.add_argument("--verify-placement", action="store_true", help="open the model, run a prompt, and count where its pages are")
-    p.add_argument("--kv", choices=("f32", "f16"), default="f32")
+    p.add_argument("--kv", choices=("f32", "f16"), default="f32", help="dtype of the keys and values whose bytes are counted")
 
     p = verb(verbs, "inspect", inspect, "a model by module class; with experts norms, zeros, 1-bit error, cosines, sign agreement",
              rest="experts")
@@ -911,7 +957,7 @@ def make_parser(asked=None):
     p = verb(verbs, "compress", compress, "experts to a pack", output="PACK", rest="experts")
     p.add_argument("base", metavar="BASE")
     p.add_argument("experts", nargs="+", metavar="NAME=EXPERT[:POLICY]")
-    p.add_argument("--profile", choices=("default", "paper", "mergekit"))
+    p.add_argument("--profile", choices=("default", "paper", "mergekit"), help="paper: its policy, lambda (1) and trim, over the whole model, of tensors that stay full; default, mergekit: trim per tensor")
     p.add_argument("--shared", choices=("tall", "emr"), help="one vector per matrix for all experts and a bit mask each, instead of 1-bit planes")
     p.add_argument("--tall-lambda", type=real(0, low_is_in=True), default=0, help="of tall's masks; 0 (default): 0.4")
     p.add_argument("--shared-dtype", choices=("f32", "bf16", "f16"), help="of the shared vectors (default: the base's)")
@@ -934,9 +980,9 @@ def make_parser(asked=None):
     p.add_argument("name", metavar="NAME")
     p = verb(group, "set", pack_set, "merge settings", dry=True, base=True)
     p.add_argument("pack", metavar="PACK")
-    p.add_argument("--lambda", dest="lambda_", type=real(0, low_is_in=True))
-    p.add_argument("--reading", choices=READINGS)
-    p.add_argument("--profile", choices=("default", "paper", "mergekit"))
+    p.add_argument("--lambda", dest="lambda_", type=real(0, low_is_in=True), metavar="L", help="weight of the merged others beside the routed expert")
+    p.add_argument("--reading", choices=READINGS, help="the others relative to the base, or to the routed task")
+    p.add_argument("--profile", choices=("default", "paper", "mergekit"), help="paper: full tensors are trimmed over the whole model; default, mergekit: tensor by tensor")
     p.add_argument("--density", type=real(0, 1, low_is_in=False), help="of the trim of full tensors")
 
     group = add(verbs, "router", help="train the router of a pack").add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -946,19 +992,19 @@ def make_parser(asked=None):
     p.add_argument("--layer", type=whole(0, 2**31 - 1), default=0, help="0 = embeddings (default)")
     p.add_argument("--l2", type=real(0, 1e6, low_is_in=True), default=0, help="0 (default): 0.01")
     p.add_argument("--holdout", type=real(0, 0.9, low_is_in=True), default=0, help="share held out for the report; 0 (default): 0.2")
-    p.add_argument("--seed", type=whole(0, 2**64 - 1), default=0)
+    p.add_argument("--seed", type=whole(0, 2**64 - 1), default=0, help="decides which items are held out")
 
     p = verb(verbs, "route", route, "task and probabilities of texts", base=True, rest="text")
     p.add_argument("pack", metavar="PACK")
     add_text_arguments(p, "text|messages")
-    p.add_argument("--router", metavar="FILE.py:FUNC|FILE.lua")
+    p.add_argument("--router", metavar="FILE.py:FUNC|FILE.lua", help=ROUTER)
 
     p = verb(verbs, "generate", generate, "text, streamed", base=True, runs=True)
     p.add_argument("model", metavar="MODEL|PACK")
     p.add_argument("-p", "--prompt", metavar="TEXT", action=Once, help="-: standard input; several prompts go into a --file")
     p.add_argument("--file", metavar="FILE", action=Once, help="JSON lines: prompt|messages|ids, route")
     p.add_argument("--route", action=Once, help="auto (default), a task, or chat=.7,math=.3")
-    p.add_argument("--router", metavar="FILE.py:FUNC|FILE.lua")
+    p.add_argument("--router", metavar="FILE.py:FUNC|FILE.lua", help=ROUTER)
     p.add_argument("--route-every", type=whole(0), default=0, metavar="N",
                    help="ask the router again after each N tokens, with the text so far; 0 (default): once")
     add_generation_arguments(p)
@@ -967,7 +1013,7 @@ def make_parser(asked=None):
     p.add_argument("--top-p", type=real(0, 1, low_is_in=True), default=0, help="0 (default) and 1: off")
     p.add_argument("--min-p", type=real(0, 1, low_is_in=True), default=0, help="0 (default): off")
     p.add_argument("--repetition-penalty", type=real(0, 100, low_is_in=True), default=0, help="0 (default) and 1: off")
-    p.add_argument("--seed", type=whole(0, 2**64 - 1), default=0)
+    p.add_argument("--seed", type=whole(0, 2**64 - 1), default=0, help="of what --temperature draws; the same seed, the same text")
 
     p = verb(verbs, "score", score, "log-likelihoods and perplexity", base=True, runs=True)
     p.add_argument("model", metavar="MODEL|PACK")
@@ -980,7 +1026,7 @@ def make_parser(asked=None):
     p.add_argument("--route", action=Once, help="of the items that name none")
     p.add_argument("--all", action="store_true", help="every position, not the last")
     p.add_argument("--decode", action="store_true", help="feed token by token")
-    p.add_argument("--kv", choices=("f32", "f16"), default="f32")
+    p.add_argument("--kv", choices=("f32", "f16"), default="f32", help="dtype of the cache of keys and values: f16 takes half the memory, and rounds")
 
     p = verb(verbs, "tokenize", tokenize, "ids and back", rest="text")
     p.add_argument("model", metavar="MODEL")
@@ -990,11 +1036,14 @@ def make_parser(asked=None):
 
     p = verb(verbs, "merge", merge, "a mergekit recipe to a Hugging Face folder", output="DIR")
     p.add_argument("recipe", metavar="RECIPE.yml")
-    p.add_argument("--profile", choices=("mergekit", "paper"))
+    p.add_argument("--profile", choices=("mergekit", "paper"), help="mergekit (default): as mergekit 0.1.5; paper: ties as its paper has it, trim over the whole model, unweighted election")
     p.add_argument("--out-shard-size", type=parse_size, default=0, help="like 5GB (default), 500MB or 512MiB")
-    p.add_argument("--random-seed", type=whole(0, 2**64 - 1))
+    p.add_argument("--random-seed", type=whole(0, 2**64 - 1), metavar="N", help="of methods that drop at random (dare, della); default: the recipe's random_seed, else 0")
     p.add_argument("--resume", action="store_true", help="keep the finished shards of a killed run, and of this one when it is stopped")
     p.add_argument("--memory", type=parse_size, default=0, help="budget of tiles and buffers, like 2GB (default) or 512MiB; where it is too little, the message says how much is needed")
+
+    p = verb(verbs, "methods", methods_verb, "the merge methods of recipes: what each does, its parameters with defaults and ranges, its source")
+    p.add_argument("method", nargs="*", metavar="METHOD", help="these alone, with all that is known of them")
 
     p = verb(verbs, "extract-lora", extract_lora, "a fine-tune's linear weights as a PEFT LoRA folder, with the kept energy of each",
              dry=True)
@@ -1012,8 +1061,8 @@ def make_parser(asked=None):
 
     p = verb(verbs, "export", export, "dense folder of one route", output="DIR", base=True)
     p.add_argument("pack", metavar="PACK")
-    p.add_argument("--route", required=True)
-    p.add_argument("--dtype", choices=("f32", "bf16", "f16"))
+    p.add_argument("--route", required=True, help="a task, or chat=.7,math=.3")
+    p.add_argument("--dtype", choices=("f32", "bf16", "f16"), help="of the weights; default: each tensor's own in the base")
     p.add_argument("--out-shard-size", type=parse_size, default=0, help="like 5GB (default), 500MB or 512MiB")
 
     p = verb(verbs, "eval", evaluate_verb, "accuracy per task and route, 95 %% intervals", base=True, runs=True)
@@ -1054,6 +1103,12 @@ def in_router(args, e):
     tb = (e.__cause__ or e).__traceback__   # `located` raises from what it met
     lines = [line for frame, line in traceback.walk_tb(tb) if os.path.abspath(frame.f_code.co_filename) == os.path.abspath(path)]
     return f"{path}, line {lines[-1]}: " if lines else ""
+
+
+def did_you_mean(word, known):
+    import difflib
+    near = difflib.get_close_matches(word, known, 1, .6)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def fail(message, code):

@@ -1,5 +1,6 @@
 """The command line: keys of the JSON lines, exit codes, what is refused, and that --dry-run writes nothing."""
 
+import argparse
 import fcntl
 import gc
 import hashlib
@@ -8,6 +9,7 @@ import json
 import os
 import pathlib
 import pty
+import re
 import resource
 import shutil
 import signal
@@ -520,6 +522,10 @@ def test_exit_codes(fails, run, tmp_path, models):
     fails("route", "pack", "text", "--nonsense", code=2, match="onebitmerge route: error: unrecognized arguments: --nonsense\n")
     fails("generate", "pack", "-p", "x", "--maxtokens=3", code=2, match="unrecognized arguments: --maxtokens=3, did you mean --max-tokens?")
     fails("generate", "pack", "What is 2 + 2?", code=2, match="unrecognized arguments: What is 2 + 2?; a prompt goes behind -p")
+    fails("mrge", "r.yml", "-o", "out", code=2, match='no VERB "mrge", did you mean merge? (choose from doctor, plan,')
+    fails("pack", "shwo", "pack", code=2, match='no ACTION "shwo", did you mean show? (choose from show, verify, add, remove, set)')
+    fails("merge", "r.yml", "-o", "out", "--profile", "papr", code=2, match='argument --profile: no choice "papr", did you mean paper?')
+    fails("frobnicate", code=2, match="invalid choice: 'frobnicate'")
     fails("pack", "show", "pack", "--run5", code=2, match="onebitmerge pack show: error: unrecognized arguments: --run5, did you mean --runs?")
     fails("inspect", tmp_path / "nowhere", match="nowhere")
     fails("tokenize", models / "base", "--file", tmp_path / "none.jsonl", match="none.jsonl: No such file")
@@ -828,3 +834,34 @@ def test_nothing_to_say(run, fails, models, pack_path, tmp_path):
     shutil.copytree(models / "base", tmp_path / "same")
     table = run("inspect", models / "base", tmp_path / "same", models / "math")[1].rpartition("sign agreement\n")[2]
     assert [line.split()[1:] for line in table.splitlines()] == [["-", "-"]] * 4
+
+
+# ---- help ----
+
+
+def parsers(parser, name="onebitmerge"):
+    yield name, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for verb, sub in action.choices.items():
+                yield from parsers(sub, f"{name} {verb}")
+
+
+def test_every_option_says_what_it_is():
+    seen = dict(parsers(cli.make_parser()))
+    assert len(seen) > 20
+    silent = [f"{name} {action.option_strings[0]}" for name, parser in seen.items() for action in parser._actions
+              if action.option_strings and action.dest not in ("help", "output") and not action.help]
+    assert silent == []
+
+
+def test_methods(run, lines, fails):
+    every = lines("methods")
+    assert [m["name"] for m in every] == [m["name"] for m in obm.methods()] and every[2]["params"] == lines("methods", "ties")[0]["params"]
+    code, out, err = run("methods")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["method", *(m["name"] for m in every)]
+    assert re.search(r"^ties +weight, density=1, .*normalize=true", out, flags=re.M)
+    code, out, err = run("methods", "ties", "slerp")
+    assert out.startswith("ties: ") and "\nslerp: " in out and "arXiv" in out and re.search(r"^density +1 +0 \.\. 1 +each model ", out, flags=re.M)
+    fails("methods", "tis", code=2, match='no merge method "tis", did you mean ties?')
+    fails("methods", "frobnicate", code=2, match='no merge method "frobnicate": linear, task_arithmetic, ')

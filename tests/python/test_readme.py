@@ -26,9 +26,17 @@ def folder(tmp_path, data, models):
     (tmp_path / "route.jsonl").write_text("".join(json.dumps(item) + "\n" for item in data.router))
     program, = (b for b in blocks("sh") if "route.tsv" in b)
     run(["sh", "-ec", program], tmp_path)
-    (tmp_path / "recipe.yml").write_text("merge_method: task_arithmetic\nbase_model: models/base\nmodels:\n"
-                                         "  - {model: models/chat, parameters: {weight: 0.5}}\n  - {model: models/math, parameters: {weight: 0.5}}\n")
+    (tmp_path / "recipe.yml").write_text(blocks("yaml")[0])
     return tmp_path
+
+
+def side_by_side(column):
+    """The table "What one types": the code of one column, row by row."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| to \| Python \| Lua \|\n(?:\|.*\n)+", text, flags=re.M)[0]
+    rows = [re.findall(r"(?:`[^`]*`|[^|`])+", line) for line in table.splitlines()[2:]]
+    assert len(rows) >= 10 and all(len(row) == 3 for row in rows)
+    return [re.search(r"`([^`]*)`", row[column])[1] for row in rows]
 
 
 def run(argv, folder, **env):
@@ -46,6 +54,32 @@ def test_python(folder):
     program.write_text("\n".join(blocks("python")), encoding="utf-8")
     out = run([sys.executable, program], folder, PYTHONPATH=python_path())
     assert "Answer: 22" in out and "{'math': 1.0}" in out
+
+
+def test_python_of_the_table(folder):
+    """In the order of the rows, with what the text above says of the names; items as tune takes them."""
+    head = ["import json", "import onebitmerge as obm", "items = [json.loads(line) for line in open('route.jsonl')][:60]",
+            "texts, labels = [item['messages'][0]['content'] for item in items if item['task'] != 'chat'], [item['task'] for item in items if item['task'] != 'chat']",
+            "prompt = 'What is 17 plus 5?'", "items = [{'prompt': prompt, 'answer': 'Answer: 22', 'task': 'math'}]"]
+    out = run([sys.executable, "-c", "\n".join([*head, *(f"print({line})" if " = " not in line.split("(")[0] else line for line in side_by_side(1)),
+                                               "print(weights, answer, report.accuracy)"])], folder, PYTHONPATH=python_path())
+    assert "'math'" in out and "22" in out and "'ties'" in out
+    check_outputs(folder)
+
+
+def check_outputs(folder):
+    assert (folder / "static" / "config.json").exists() and (folder / "dense" / "config.json").exists() and (folder / "lora" / "adapter_config.json").exists()
+
+
+def test_lua_of_the_table(folder):
+    head = ["local obm = require 'onebitmerge'", "local texts, labels = {}, {}", "for line in io.lines('route.tsv') do",
+            "  local label, text = line:match('^(%w+)\t(.*)$')",
+            "  if label ~= 'chat' and #texts < 60 then labels[#labels + 1], texts[#texts + 1] = label, text end", "end",
+            "local prompt = 'What is 17 plus 5?'", "local pack, report, model, weights, probabilities, answer"]
+    lines = [line if re.match(r"[\w, ]+ = |for ", line) else f"print(assert({line}))" for line in side_by_side(2)]
+    out = run(["lua5.4", "-e", "\n".join([*head, *lines, "print(next(weights), answer, report.accuracy, next(probabilities))"])], folder, **lua_folders())
+    assert "math" in out and "22" in out and "ties\n" in out
+    check_outputs(folder)
 
 
 def lua_folders():
