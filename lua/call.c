@@ -1,6 +1,8 @@
 /* Long calls: progress and router callbacks, what they raise, and requests. */
 #include "obm_lua.h"
 
+#include <stdio.h>
+#include <string.h>
 #include <time.h>
 
 static double now(void) {
@@ -106,6 +108,49 @@ typedef struct router_arguments {
     obm_error *err;
 } router_arguments;
 
+/* The answer at 1 as weights; also checked for what the core would refuse without knowing whose answer it is. */
+static int answer_body(lua_State *L) {
+    router_arguments *a = lua_touserdata(L, 2);
+    char *text = NULL;
+    a->status = obm_lua_weights(L, 1, a->call->pack, a->weights, a->err);
+    if (a->status == OBM_OK) a->status = obm_pack_format_route(a->call->pack, a->weights, &text, a->err);
+    obm_free(text);
+    return 0;
+}
+
+#define ASKED 60 /* bytes of the text, cut at a character */
+
+/* Pushes "router FILE:LINE, asked about "TEXT": ", which stands before what is wrong with its answer. */
+static const char *push_router(lua_State *L, int router, const obm_request *request) {
+    lua_Debug where = {.short_src = "?"};
+    const char *text = obm_request_text(request);
+    size_t n = strlen(text);
+    if (lua_isfunction(L, router)) {
+        lua_pushvalue(L, router);
+        lua_getinfo(L, ">S", &where);
+    }
+    if (n > ASKED)
+        for (n = ASKED; n && ((unsigned char)text[n] & 0xC0) == 0x80;) n--;
+    lua_pushlstring(L, text, n);
+    return lua_pushfstring(L, "router %s:%d, asked about \"%s%s\": ", where.short_src,
+                           lua_isfunction(L, router) ? where.linedefined : 0, lua_tostring(L, -1),
+                           text[n] ? "..." : "");
+}
+
+static int take_answer(lua_State *L, router_arguments *a) {
+    lua_pushcfunction(L, answer_body);
+    lua_pushvalue(L, -2);
+    lua_pushlightuserdata(L, a);
+    int raised = lua_pcall(L, 2, 0, 0);
+    if (raised == LUA_OK && a->status == OBM_OK) return 0;
+    if (raised != LUA_OK && lua_type(L, -1) != LUA_TSTRING) return lua_error(L);
+    const char *said = raised == LUA_OK ? lua_pushstring(L, a->err->message) : lua_tostring(L, -1);
+    const char *text = lua_pushfstring(L, "%s%s", push_router(L, 1, a->request), said);
+    if (raised != LUA_OK) return lua_error(L);
+    snprintf(a->err->message, sizeof a->err->message, "%s", text);
+    return 0;
+}
+
 static int router_body(lua_State *L) {
     router_arguments *a = lua_touserdata(L, 2);
     obm_request **slot;
@@ -115,8 +160,7 @@ static int router_body(lua_State *L) {
     int status = lua_pcall(L, 1, 1, 0);
     *slot = NULL; /* a request that the router kept answers nothing any more */
     if (status != LUA_OK) return lua_error(L);
-    a->status = obm_lua_weights(L, -1, a->call->pack, a->weights, a->err);
-    return 0;
+    return take_answer(L, a);
 }
 
 obm_status obm_lua_router(void *user, obm_request *request, double *weights, obm_error *err) {

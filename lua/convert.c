@@ -21,6 +21,23 @@ static bool is_known(const char *known, const char *name) {
     return false;
 }
 
+#define MAX_OPTIONS 32
+
+/* known: names with spaces between; the suggestion ends the message. */
+static void unknown_option(lua_State *L, const char *name, const char *known) {
+    const char *names[MAX_OPTIONS];
+    size_t n = 0;
+    luaL_checkstack(L, MAX_OPTIONS + 4, "options");
+    for (const char *p = known; *p && n < MAX_OPTIONS; p += strspn(p, " ")) {
+        size_t length = strcspn(p, " ");
+        names[n++] = lua_pushlstring(L, p, length);
+        p += length;
+    }
+    size_t near = obm_suggest(name, names, n);
+    const char *hint = near < n ? lua_pushfstring(L, ", did you mean \"%s\"?", names[near]) : "";
+    luaL_error(L, "unknown option %s (known: %s)%s", name, known, hint);
+}
+
 void obm_lua_options(lua_State *L, int at, const char *known) {
     if (lua_isnoneornil(L, at)) {
         lua_settop(L, at > lua_gettop(L) ? at : lua_gettop(L));
@@ -30,7 +47,7 @@ void obm_lua_options(lua_State *L, int at, const char *known) {
     luaL_checktype(L, at, LUA_TTABLE);
     for (lua_pushnil(L); lua_next(L, at); lua_pop(L, 1)) {
         if (lua_type(L, -2) != LUA_TSTRING || !is_known(known, lua_tostring(L, -2)))
-            luaL_error(L, "unknown option %s (known: %s)", luaL_tolstring(L, -2, NULL), known);
+            unknown_option(L, luaL_tolstring(L, -2, NULL), known);
     }
 }
 

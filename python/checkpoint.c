@@ -19,7 +19,7 @@ static PyObject *checkpoint_wrap(obm_py_state *st, obm_checkpoint *c, PyObject *
 static PyObject *checkpoint_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"path", NULL};
     PyObject *path, *context;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&", names, obm_py_path, &path)) return NULL;
+    if (!obm_py_parse(args, kwargs, "O&", names, obm_py_path, &path)) return NULL;
     obm_py_state *st = PyType_GetModuleState(type);
     obm_context *ctx = obm_py_context(st, &context);
     if (!ctx) return Py_DECREF(path), NULL;
@@ -128,7 +128,7 @@ static PyObject *checkpoint_z12(PyObject *o, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"name", "rows", NULL};
     const char *name;
     long long rows = 16;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s|L", names, &name, &rows)) return NULL;
+    if (!obm_py_parse(args, kwargs, "s|L", names, &name, &rows)) return NULL;
     const obm_checkpoint *c = obm_py_checkpoint_get(o);
     obm_z12_counts z;
     obm_error err;
@@ -203,7 +203,7 @@ static PyObject *as_checkpoint(obm_py_state *st, PyObject *o) {
 static PyObject *task_vector_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"base", "expert", NULL};
     PyObject *base, *expert;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO", names, &base, &expert)) return NULL;
+    if (!obm_py_parse(args, kwargs, "OO", names, &base, &expert)) return NULL;
     obm_py_state *st = PyType_GetModuleState(type);
     TaskVector *self = PyObject_New(TaskVector, type);
     if (!self) return NULL;
@@ -294,7 +294,7 @@ static PyObject *stats_dict(const obm_delta_stats *s) {
 static PyObject *task_vector_stats(PyObject *o, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"progress", NULL};
     PyObject *progress = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O", names, &progress)) return NULL;
+    if (!obm_py_parse(args, kwargs, "|O", names, &progress)) return NULL;
     TaskVector *self = (TaskVector *)o;
     obm_py_call call;
     if (obm_py_call_init(&call, OBM_PY_STATE(o), progress) < 0) return NULL;
@@ -329,7 +329,7 @@ static PyObject *task_vector_compare(PyObject *o, PyObject *args, PyObject *kwar
     static char *names[] = {"other", "progress", NULL};
     PyObject *other, *progress = Py_None;
     TaskVector *self = (TaskVector *)o;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|O", names, Py_TYPE(o), &other, &progress)) return NULL;
+    if (!obm_py_parse(args, kwargs, "O!|O", names, Py_TYPE(o), &other, &progress)) return NULL;
     obm_py_call call;
     if (obm_py_call_init(&call, OBM_PY_STATE(o), progress) < 0) return NULL;
     obm_delta_pair pairs[OBM_CLASS_COUNT];

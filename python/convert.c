@@ -2,6 +2,7 @@
 #include "obm_py.h"
 
 #include <errno.h>
+#include <stdarg.h>
 #include <string.h>
 #include <time.h>
 
@@ -39,10 +40,13 @@ PyObject *obm_py_raise(obm_py_state *st, const obm_error *err) {
     return NULL;
 }
 
+/* The hook looks for the caller's line, behind the package's own. */
 static void log_warning(void *user, const char *message) {
-    (void)user;
     PyGILState_STATE gil = PyGILState_Ensure();
-    if (!PyErr_Occurred() && PyErr_WarnEx(PyExc_RuntimeWarning, message, 1) < 0) PyErr_WriteUnraisable(NULL);
+    PyObject *hook = PyErr_Occurred() ? NULL : obm_py_hook(user, "warn");
+    PyObject *done = hook ? PyObject_CallFunction(hook, "s", message) : NULL;
+    if (hook && !done) PyErr_WriteUnraisable(NULL);
+    Py_XDECREF(done);
     PyGILState_Release(gil);
 }
 
@@ -101,6 +105,7 @@ PyObject *obm_py_set_threads(obm_py_state *st, int64_t threads, obm_numa numa) {
     options.threads = threads;
     options.numa = numa;
     options.log = log_warning;
+    options.log_user = st;
     options.resolve = resolve_name;
     options.resolve_user = st;
     options.interrupt = interrupted;
@@ -125,6 +130,45 @@ obm_context *obm_py_context(obm_py_state *st, PyObject **capsule) {
     }
     if (capsule) *capsule = Py_NewRef(st->context);
     return PyCapsule_GetPointer(st->context, "onebitmerge.context");
+}
+
+/* ---- keywords ---- */
+
+PyObject *obm_py_unknown_keyword(const char *name, char *const *known) {
+    size_t n = 0;
+    while (known[n]) n++;
+    size_t near = obm_suggest(name, (const char *const *)known, n);
+    PyObject *list = PyUnicode_FromString("");
+    for (size_t i = 0; list && i < n; i++) {
+        PyObject *longer = PyUnicode_FromFormat("%U%s%s", list, i ? ", " : "", known[i]);
+        Py_DECREF(list);
+        list = longer;
+    }
+    if (list)
+        PyErr_Format(PyExc_TypeError, "unknown keyword \"%s\" (known: %U)%s%s%s", name, list,
+                     near < n ? ", did you mean \"" : "", near < n ? known[near] : "", near < n ? "\"?" : "");
+    Py_XDECREF(list);
+    return NULL;
+}
+
+static bool is_known(const char *name, char *const *names) {
+    for (; *names; names++)
+        if (!strcmp(name, *names)) return true;
+    return false;
+}
+
+int obm_py_parse(PyObject *args, PyObject *kwargs, const char *format, char **names, ...) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; kwargs && PyDict_Next(kwargs, &at, &key, &value);) {
+        const char *name = PyUnicode_AsUTF8AndSize(key, NULL);
+        if (!name) return 0;
+        if (!is_known(name, names)) return obm_py_unknown_keyword(name, names), 0;
+    }
+    va_list more;
+    va_start(more, names);
+    int ok = PyArg_VaParseTupleAndKeywords(args, kwargs, format, names, more);
+    va_end(more);
+    return ok;
 }
 
 /* ---- small conversions ---- */
@@ -252,6 +296,42 @@ int obm_py_progress(void *user, const char *what, uint64_t done, uint64_t total)
     return stop;
 }
 
+/* Also what the core would refuse without knowing whose answer it is. */
+static int check_route(obm_py_state *st, const obm_pack *pack, const double *weights) {
+    obm_error err;
+    char *text = NULL;
+    if (obm_pack_format_route(pack, weights, &text, &err) != OBM_OK) return obm_py_raise(st, &err), -1;
+    obm_free(text);
+    return 0;
+}
+
+/* The exception about a router's answer says which router it was, and what it was asked. */
+static void name_router(obm_py_call *c, obm_request *request) {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyErr_NormalizeException(&type, &value, &trace);
+    PyObject *said = value ? PyObject_Str(value) : NULL;
+    PyObject *args = said ? Py_BuildValue("(OsO)", c->router, obm_request_text(request), said) : NULL;
+    PyObject *text = args ? obm_py_call_hook(c->state, "router_said", args) : NULL;
+    if (text) {
+        PyErr_SetObject(type, text);
+        Py_XDECREF(type);
+        Py_XDECREF(value);
+        Py_XDECREF(trace);
+    } else {
+        PyErr_Restore(type, value, trace);
+    }
+    Py_XDECREF(text);
+    Py_XDECREF(said);
+}
+
+static int take_answer(obm_py_call *c, obm_request *request, PyObject *answer, double *weights) {
+    if (obm_py_weights(c->state, c->pack, answer, weights) == 0 && check_route(c->state, c->pack, weights) == 0)
+        return 0;
+    name_router(c, request);
+    return -1;
+}
+
 obm_status obm_py_router(void *user, obm_request *request, double *weights, obm_error *err) {
     obm_py_call *c = user;
     (void)err;
@@ -259,7 +339,7 @@ obm_status obm_py_router(void *user, obm_request *request, double *weights, obm_
     PyEval_RestoreThread(c->saved);
     PyObject *r = obm_py_request_new(c->state, request, c->pack);
     PyObject *answer = r ? PyObject_CallFunctionObjArgs(c->router, r, NULL) : NULL;
-    int failed = !answer || obm_py_weights(c->state, c->pack, answer, weights) < 0;
+    int failed = !answer || take_answer(c, request, answer, weights) < 0;
     if (failed) obm_py_stash(c);
     if (r) obm_py_request_end(r);
     Py_XDECREF(answer);

@@ -28,9 +28,9 @@ PyObject *obm_py_extract_lora(PyObject *module, PyObject *args, PyObject *kwargs
     int overwrite = 0, dry_run = 0;
     obm_py_state *st = PyModule_GetState(module);
     obm_lora_options options = OBM_INIT(obm_lora_options);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&O&|OOzzppO", names, obm_py_path, &base, obm_py_path, &expert,
-                                     obm_py_path, &out, &rank, &energy, &options.dtype, &options.base_name, &overwrite,
-                                     &dry_run, &progress))
+    if (!obm_py_parse(args, kwargs, "O&O&O&|OOzzppO", names, obm_py_path, &base, obm_py_path, &expert,
+                      obm_py_path, &out, &rank, &energy, &options.dtype, &options.base_name, &overwrite,
+                      &dry_run, &progress))
         return NULL;
     obm_py_call call;
     bool ok = read_cut(rank, energy, &options) && obm_py_call_init(&call, st, progress) == 0;

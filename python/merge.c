@@ -13,9 +13,9 @@ PyObject *obm_py_merge(PyObject *module, PyObject *args, PyObject *kwargs) {
     int overwrite = 0, dry_run = 0, resume = 0;
     obm_py_state *st = PyModule_GetState(module);
     obm_merge_options options = OBM_INIT(obm_merge_options);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO&|zOOKKppOpO", names, &recipe, obm_py_path, &out, &profile,
-                                     &directory_arg, &seed, &shard, &memory, &overwrite, &dry_run, &progress, &resume,
-                                     &method))
+    if (!obm_py_parse(args, kwargs, "sO&|zOOKKppOpO", names, &recipe, obm_py_path, &out, &profile,
+                      &directory_arg, &seed, &shard, &memory, &overwrite, &dry_run, &progress, &resume,
+                      &method))
         return NULL;
     obm_py_call call;
     obm_py_methods methods = {0};
@@ -105,8 +105,8 @@ PyObject *obm_py_merge_tensors(PyObject *module, PyObject *args, PyObject *kwarg
     PyObject *method, *given, *base = Py_None, *dict = NULL, *context = NULL, *result = NULL;
     unsigned long long seed = 0;
     obm_profile profile;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|OO!zK", names, &method, &given, &base, &PyDict_Type, &dict,
-                                     &profile_name, &seed) ||
+    if (!obm_py_parse(args, kwargs, "OO|OO!zK", names, &method, &given, &base, &PyDict_Type, &dict,
+                      &profile_name, &seed) ||
         obm_py_profile(st, profile_name, &profile) < 0)
         return NULL;
     PyObject *models = PySequence_List(given);

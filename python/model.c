@@ -20,8 +20,8 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     int materialise = 0;
     obm_py_state *st = PyType_GetModuleState(type);
     obm_model_options options = OBM_INIT(obm_model_options);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OsKpOOs", names, &what, &base_arg, &kv, &budget, &materialise,
-                                     &z12, &progress, &prefill))
+    if (!obm_py_parse(args, kwargs, "O|OsKpOOs", names, &what, &base_arg, &kv, &budget, &materialise,
+                      &z12, &progress, &prefill))
         return NULL;
     obm_py_call call;
     if (obm_py_dtype(st, kv, OBM_F16, &options.kv) < 0 || obm_py_dtype(st, prefill, OBM_BF16, &options.prefill) < 0 || obm_py_z12(st, z12, &options.z12) < 0 ||
@@ -196,7 +196,7 @@ static PyObject *model_logits(PyObject *o, PyObject *args, PyObject *kwargs) {
     int all = 1, decode = 0;
     const char *kv = "f32";
     obm_run_options options = OBM_INIT(obm_run_options);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|pOps", names, &ids, &all, &route, &decode, &kv)) return NULL;
+    if (!obm_py_parse(args, kwargs, "O|pOps", names, &ids, &all, &route, &decode, &kv)) return NULL;
     if (obm_py_dtype(OBM_PY_STATE(o), kv, OBM_F16, &options.kv) < 0) return NULL;
     options.all = all;
     options.decode = decode;
@@ -208,7 +208,7 @@ static PyObject *model_hidden(PyObject *o, PyObject *args, PyObject *kwargs) {
     PyObject *ids, *route = Py_None;
     int layer;
     obm_run_options options = OBM_INIT(obm_run_options);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oi|O", names, &ids, &layer, &route)) return NULL;
+    if (!obm_py_parse(args, kwargs, "Oi|O", names, &ids, &layer, &route)) return NULL;
     if (layer < 0)
         return PyErr_Format(OBM_PY_STATE(o)->errors[-OBM_E_ARG], "layer: expected at least 0, found %d", layer);
     return run(o, ids, layer, &options, route);
@@ -218,7 +218,7 @@ static PyObject *model_embed(PyObject *o, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"texts", "layer", "progress", NULL};
     PyObject *texts, *progress = Py_None;
     int layer = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|iO", names, &texts, &layer, &progress)) return NULL;
+    if (!obm_py_parse(args, kwargs, "O|iO", names, &texts, &layer, &progress)) return NULL;
     obm_py_state *st = OBM_PY_STATE(o);
     obm_py_call call;
     obm_py_prompts prompts;
@@ -336,10 +336,10 @@ static int generation_from(PyObject *o, PyObject *args, PyObject *kwargs, genera
     memset(g, 0, sizeof *g);
     obm_generate_options *opt = &g->options;
     opt->struct_size = sizeof *opt;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOndndddKOpnpOnz", names, &given, &route, &router, &max_tokens,
-                                     &opt->temperature, &top_k, &opt->top_p, &opt->min_p, &opt->repetition_penalty,
-                                     &seed, &stop, &chat, &batch, &ignore_eos, &progress, &route_every,
-                                     &opt->template_name))
+    if (!obm_py_parse(args, kwargs, "O|$OOndndddKOpnpOnz", names, &given, &route, &router, &max_tokens,
+                      &opt->temperature, &top_k, &opt->top_p, &opt->min_p, &opt->repetition_penalty,
+                      &seed, &stop, &chat, &batch, &ignore_eos, &progress, &route_every,
+                      &opt->template_name))
         return -1;
     if (max_tokens < 0 || top_k < 0 || batch < 0 || route_every < 0)
         return PyErr_SetString(OBM_PY_STATE(o)->errors[-OBM_E_ARG],
@@ -564,7 +564,7 @@ static PyObject *score_object(PyObject *o, const obm_score *s) {
 static PyObject *model_score_items(PyObject *o, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"items", "progress", NULL};
     PyObject *given, *progress = Py_None, *result = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O", names, &given, &progress)) return NULL;
+    if (!obm_py_parse(args, kwargs, "O|O", names, &given, &progress)) return NULL;
     obm_py_state *st = OBM_PY_STATE(o);
     obm_py_call call;
     PyObject *items = obm_py_call_init(&call, st, progress) < 0 ? NULL : PySequence_List(given);
@@ -636,7 +636,7 @@ static PyObject *model_score_items(PyObject *o, PyObject *args, PyObject *kwargs
 static PyObject *model_score(PyObject *o, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"prompt", "continuation", "route", NULL};
     PyObject *prompt, *continuation = Py_None, *route = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OO", names, &prompt, &continuation, &route)) return NULL;
+    if (!obm_py_parse(args, kwargs, "O|OO", names, &prompt, &continuation, &route)) return NULL;
     if (PyList_Check(prompt) && PyList_Size(prompt) > 0 && PyTuple_Check(PyList_GetItem(prompt, 0)))
         return PyErr_SetString(PyExc_TypeError, "score takes one prompt and its continuation; a list of (prompt, "
                                                 "continuation) or (prompt, continuation, route) goes to score_items"),
@@ -655,7 +655,7 @@ static PyObject *model_score(PyObject *o, PyObject *args, PyObject *kwargs) {
 static PyObject *model_route(PyObject *o, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"prompt", "router", NULL};
     PyObject *given, *router = Py_None, *result = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O", names, &given, &router)) return NULL;
+    if (!obm_py_parse(args, kwargs, "O|O", names, &given, &router)) return NULL;
     obm_py_state *st = OBM_PY_STATE(o);
     const obm_pack *pack = model_pack_of(o);
     if (!pack)

@@ -62,13 +62,28 @@ static PyObject *module_register(PyObject *module, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* _unknown_keyword(name, known): for functions of the package that Python calls itself */
+static PyObject *module_unknown_keyword(PyObject *module, PyObject *args) {
+    char *known[33] = {NULL};
+    const char *name;
+    PyObject *names;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "sO!", &name, &PyTuple_Type, &names)) return NULL;
+    Py_ssize_t n = PyTuple_Size(names);
+    for (Py_ssize_t i = 0; i < n && i < 32; i++) {
+        known[i] = (char *)PyUnicode_AsUTF8AndSize(PyTuple_GetItem(names, i), NULL);
+        if (!known[i]) return NULL;
+    }
+    return obm_py_unknown_keyword(name, known);
+}
+
 static PyObject *module_set_threads(PyObject *module, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"n", "numa", NULL};
     obm_py_state *st = PyModule_GetState(module);
     long long n;
     const char *mode = "auto";
     obm_numa numa;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "L|s", names, &n, &mode) || obm_py_numa(st, mode, &numa))
+    if (!obm_py_parse(args, kwargs, "L|s", names, &n, &mode) || obm_py_numa(st, mode, &numa))
         return NULL;
     return obm_py_set_threads(st, n, numa);
 }
@@ -128,6 +143,7 @@ static PyMethodDef module_methods[] = {
      "model's memory go on a machine with\nseveral NUMA nodes: auto, shard, replicate, isolate, interleave, off."},
     {"class_of", module_class_of, METH_VARARGS, "class_of(tensor_name, ndim=2) -> str\n\nThe module class."},
     {"_register", module_register, METH_VARARGS, NULL},
+    {"_unknown_keyword", module_unknown_keyword, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL}};
 
 static int module_exec(PyObject *module) {

@@ -37,7 +37,7 @@ static PyObject *pack_own(obm_py_state *st, obm_pack *p, PyObject *context) {
 static PyObject *pack_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"path", "base", NULL};
     PyObject *path = NULL, *base = NULL, *base_arg = Py_None, *context;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&|O", names, obm_py_path, &path, &base_arg)) return NULL;
+    if (!obm_py_parse(args, kwargs, "O&|O", names, obm_py_path, &path, &base_arg)) return NULL;
     obm_py_state *st = PyType_GetModuleState(type);
     obm_context *ctx = NULL;
     if (base_arg == Py_None || obm_py_path(base_arg, &base)) ctx = obm_py_context(st, &context);
@@ -174,9 +174,9 @@ PyObject *obm_py_compress(PyObject *module, PyObject *args, PyObject *kwargs) {
     int overwrite = 0, dry_run = 0;
     obm_compress_options options = OBM_INIT(obm_compress_options);
     obm_py_state *st = PyModule_GetState(module);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&OO&|zppOzdz", names, obm_py_path, &base, &given, obm_py_path,
-                                     &out, &profile, &overwrite, &dry_run, &progress, &options.shared,
-                                     &options.tall_lambda, &options.shared_dtype))
+    if (!obm_py_parse(args, kwargs, "O&OO&|zppOzdz", names, obm_py_path, &base, &given, obm_py_path,
+                      &out, &profile, &overwrite, &dry_run, &progress, &options.shared,
+                      &options.tall_lambda, &options.shared_dtype))
         return NULL;
     expert_args experts = {0};
     obm_py_call call;
@@ -213,7 +213,7 @@ static PyObject *pack_add(PyObject *o, PyObject *args, PyObject *kwargs) {
     PyObject *name, *expert, *progress = Py_None;
     int overwrite = 0;
     obm_pack *p = pack_mutable(o);
-    if (!p || !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|Op", names, &name, &expert, &progress, &overwrite))
+    if (!p || !obm_py_parse(args, kwargs, "OO|Op", names, &name, &expert, &progress, &overwrite))
         return NULL;
     obm_py_state *st = OBM_PY_STATE(o);
     obm_py_call call;
@@ -271,7 +271,7 @@ static PyObject *pack_set(PyObject *o, PyObject *args, PyObject *kwargs) {
     PyObject *lambda = Py_None, *density = Py_None;
     const char *reading = NULL, *profile = NULL;
     obm_pack *p = pack_mutable(o);
-    if (!p || !PyArg_ParseTupleAndKeywords(args, kwargs, "|OzzO", names, &lambda, &reading, &profile, &density))
+    if (!p || !obm_py_parse(args, kwargs, "|OzzO", names, &lambda, &reading, &profile, &density))
         return NULL;
     obm_py_state *st = OBM_PY_STATE(o);
     obm_pack_settings s = OBM_INIT(obm_pack_settings);
@@ -295,7 +295,7 @@ static PyObject *pack_verify(PyObject *o, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"progress", NULL};
     PyObject *progress = Py_None;
     obm_py_call call;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O", names, &progress)) return NULL;
+    if (!obm_py_parse(args, kwargs, "|O", names, &progress)) return NULL;
     if (obm_py_call_init(&call, OBM_PY_STATE(o), progress) < 0) return NULL;
     const obm_pack *p = obm_py_pack_get(o);
     obm_error err;
@@ -531,8 +531,8 @@ static PyObject *pack_export(PyObject *o, PyObject *args, PyObject *kwargs) {
     unsigned long long shard = 0;
     int overwrite = 0, dry_run = 0;
     obm_export_options options = OBM_INIT(obm_export_options);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO&|zKppO", names, &route, obm_py_path, &out, &options.dtype,
-                                     &shard, &overwrite, &dry_run, &progress))
+    if (!obm_py_parse(args, kwargs, "OO&|zKppO", names, &route, obm_py_path, &out, &options.dtype,
+                      &shard, &overwrite, &dry_run, &progress))
         return NULL;
     obm_py_call call;
     double *w = obm_py_call_init(&call, OBM_PY_STATE(o), progress) < 0 ? NULL : weights_for(o, route);
@@ -608,8 +608,8 @@ static PyObject *pack_train_router(PyObject *o, PyObject *args, PyObject *kwargs
     obm_router_options options = OBM_INIT(obm_router_options);
     unsigned long long seed = 0;
     obm_pack *p = pack_mutable(o);
-    if (!p || !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|iddKO", names, &texts, &labels, &options.layer,
-                                           &options.l2, &options.holdout, &seed, &progress))
+    if (!p || !obm_py_parse(args, kwargs, "OO|iddKO", names, &texts, &labels, &options.layer,
+                            &options.l2, &options.holdout, &seed, &progress))
         return NULL;
     obm_py_state *st = OBM_PY_STATE(o);
     obm_py_call call;

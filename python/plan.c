@@ -45,8 +45,8 @@ PyObject *obm_py_plan_model(PyObject *module, PyObject *args, PyObject *kwargs) 
     long long threads = 0;
     obm_py_state *st = PyModule_GetState(module);
     obm_model_plan_options o = OBM_INIT(obm_model_plan_options);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&|OsLOOs", names, obm_py_path, &path, &topology, &numa, &threads,
-                                     &base, &z12, &kv))
+    if (!obm_py_parse(args, kwargs, "O&|OsLOOs", names, obm_py_path, &path, &topology, &numa, &threads,
+                      &base, &z12, &kv))
         return NULL;
     bool ok = (topology == Py_None || obm_py_path(topology, &topology_bytes)) &&
               (base == Py_None || obm_py_path(base, &base_bytes)) && obm_py_numa(st, numa, &o.numa) == 0 &&

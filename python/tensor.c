@@ -108,7 +108,7 @@ static PyObject *array_of(PyObject *o) {
 static PyObject *tensor_array(PyObject *o, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"dtype", "copy", NULL};
     PyObject *dtype = Py_None, *copy = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OO", names, &dtype, &copy)) return NULL;
+    if (!obm_py_parse(args, kwargs, "|OO", names, &dtype, &copy)) return NULL;
     bool widens = !buffer_format(((Tensor *)o)->t.dtype), copied = widens;
     PyObject *array = copy == Py_False && widens ? NULL : array_of(o);
     if (array && dtype != Py_None) {
@@ -214,7 +214,7 @@ static void dl_capsule_release(PyObject *capsule) {
 static PyObject *tensor_dlpack(PyObject *o, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"stream", "max_version", "dl_device", "copy", NULL};
     PyObject *stream = Py_None, *version = Py_None, *device = Py_None, *copy = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOO", names, &stream, &version, &device, &copy)) return NULL;
+    if (!obm_py_parse(args, kwargs, "|$OOOO", names, &stream, &version, &device, &copy)) return NULL;
     Tensor *self = (Tensor *)o;
     dl_dtype dtype;
     if (stream != Py_None || dl_dtype_of(self->t.dtype, &dtype) < 0) {

@@ -27,7 +27,7 @@ PyObject *obm_py_tokenizer_borrow(obm_py_state *st, const obm_tokenizer *t, PyOb
 static PyObject *tokenizer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"path", NULL};
     PyObject *path, *context;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&", names, obm_py_path, &path)) return NULL;
+    if (!obm_py_parse(args, kwargs, "O&", names, obm_py_path, &path)) return NULL;
     obm_py_state *st = PyType_GetModuleState(type);
     obm_context *ctx = obm_py_context(st, &context);
     if (!ctx) return Py_DECREF(path), NULL;
@@ -62,7 +62,7 @@ static PyObject *tokenizer_encode(PyObject *o, PyObject *args, PyObject *kwargs)
     PyObject *string;
     Py_ssize_t len;
     int special = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "U|p:encode", names, &string, &special)) return NULL;
+    if (!obm_py_parse(args, kwargs, "U|p:encode", names, &string, &special)) return NULL;
     const char *text = PyUnicode_AsUTF8AndSize(string, &len);
     if (!text) return NULL;
     int32_t *ids;
@@ -88,7 +88,7 @@ static PyObject *tokenizer_decode(PyObject *o, PyObject *args, PyObject *kwargs)
     static char *names[] = {"ids", "skip_special", NULL};
     PyObject *given;
     int skip = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|p", names, &given, &skip)) return NULL;
+    if (!obm_py_parse(args, kwargs, "O|p", names, &given, &skip)) return NULL;
     size_t n, len;
     int32_t *ids = obm_py_ids(given, &n);
     if (!ids) return NULL;
@@ -112,7 +112,7 @@ static PyObject *tokenizer_builtin_template(PyObject *o, PyObject *args, PyObjec
     PyObject *given;
     const char *name = NULL;
     int add = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|pz", names, &given, &add, &name)) return NULL;
+    if (!obm_py_parse(args, kwargs, "O|pz", names, &given, &add, &name)) return NULL;
     obm_py_prompts prompts;
     if (obm_py_prompts_from(given, &prompts) < 0) return NULL;
     PyObject *s = NULL;
@@ -135,7 +135,7 @@ static PyObject *tokenizer_apply_template(PyObject *o, PyObject *args, PyObject 
     static char *names[] = {"messages", "add_generation", NULL};
     PyObject *messages;
     int add = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|p", names, &messages, &add)) return NULL;
+    if (!obm_py_parse(args, kwargs, "O|p", names, &messages, &add)) return NULL;
     PyObject *text = obm_py_call_hook(OBM_PY_STATE(o), "render_template",
                                       Py_BuildValue("(OOO)", o, messages, add ? Py_True : Py_False));
     if (text != Py_None) return text;

@@ -90,6 +90,8 @@ typedef struct obm_error {
 } obm_error;
 
 OBM_API const char *obm_status_name(obm_status status);   /* "OK", "NOMEM", ...; static */
+/* The index of the known name that a mistyped one was probably to be, by edit distance; n: none is near. */
+OBM_API size_t obm_suggest(const char *name, const char *const *known, size_t n);
 OBM_API void obm_free(void *p);   /* frees plain buffers returned as owned; NULL is a no-op */
 
 /* Returns non-zero to stop.  `done` and `total` count bytes, items or tokens as `what` says ("compress", "train", ...). */

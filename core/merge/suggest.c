@@ -27,15 +27,20 @@ static size_t edit_distance(const char *a, const char *b) {
     return row[m];
 }
 
-const char *obm__suggest(const char *name, const char *const *names, size_t n, char *buf, size_t size) {
-    size_t best = SIZE_MAX, at = 0;
+size_t obm_suggest(const char *name, const char *const *known, size_t n) {
+    size_t best = SIZE_MAX, at = n;
     for (size_t i = 0; i < n; i++) {
-        size_t d = edit_distance(name, names[i]);
+        size_t d = edit_distance(name, known[i]);
         if (d < best) best = d, at = i;
     }
     /* Farther than a third of the name is another word, not a slip; two letters are always forgiven. */
     size_t limit = strlen(name) / 3 > 2 ? strlen(name) / 3 : 2;
-    if (best == SIZE_MAX || best > limit || best >= strlen(name)) return "";
+    return best > limit || best >= strlen(name) ? n : at;
+}
+
+const char *obm__suggest(const char *name, const char *const *names, size_t n, char *buf, size_t size) {
+    size_t at = obm_suggest(name, names, n);
+    if (at == n) return "";
     snprintf(buf, size, ", did you mean \"%s\"?", names[at]);
     return buf;
 }

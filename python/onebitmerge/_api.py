@@ -5,7 +5,7 @@ import json as _json
 import os as _os
 from collections.abc import Mapping as _Mapping
 
-from . import _core, _hub, _methods, _results
+from . import _calls, _core, _hub, _methods, _results
 from ._core import (ArgumentError, BusyError, Checkpoint, DtypeError, Error, FormatError, MismatchError, Model, NonFiniteError,
                     NotFoundError, Pack, ShapeError, TaskVector, Tensor, Tokenizer, UnsupportedError, __version__, class_of,
                     extract_lora, info, merge_tensors, methods, plan, set_threads)
@@ -30,10 +30,12 @@ def _late(name):
 for _name, _hook in {"Completion": Completion.make, "Score": _late("Score"), "RouterReport": _late("RouterReport"), "experts": _results.experts,
                      "pack_repr": _results.pack_repr, "pack_html": _results.pack_html, "render_template": _results.render_template,
                      "progress_bar": _results.progress_bar, "resolve": _hub.resolve, "merge_tile": _methods.merge_tile,
-                     "method_entry": _methods.method_entry}.items():
+                     "method_entry": _methods.method_entry, "warn": _calls.warn,
+                     "router_said": _calls.router_said}.items():
     _core._register(_name, _hook)
 
 
+@_calls.keywords
 def compress(base, experts, out, *, profile=None, overwrite=False, dry_run=False, progress=None, shared=None, tall_lambda=0,
              shared_dtype=None):
     """Compress experts of a base into the pack folder `out` (streaming) and open it.
@@ -65,6 +67,7 @@ def _plain(value, where=""):
     raise TypeError(f"recipe: {where}: expected text, a path, a number, true or false, a list or a mapping, found {type(value).__name__}")
 
 
+@_calls.keywords
 def merge(recipe, out, *, directory=None, profile=None, seed=None, shard_bytes=0, memory=0, overwrite=False, dry_run=False,
           progress=None, resume=False, method=None):
     """Merge by a recipe into the Hugging Face folder `out`; returns the plan as a dict, for a dry run with `documents` and their files.

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from . import _core   # NumPy and inspect are imported where they are needed: the command line starts without them
+from . import _calls, _core   # NumPy and inspect are imported where they are needed: the command line starts without them
 
 TYPE_CHECKING = False   # typing's own
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ def method_entry(function):
     return entry(name if re.fullmatch(r"\w{1,63}", name, re.ASCII) and name not in taken else "custom", function)
 
 
+@_calls.keywords
 def register_method(name, function, parameters=None, *, scope="element", base=True, doc=None, min_models=1, max_models=0):
     """Make a merge method of a callable: `merge_method: name` in recipes, `merge(method=name)`, `merge_tensors(name, ...)`.
 

@@ -6,6 +6,8 @@ import dataclasses
 import os
 from typing import Mapping, NamedTuple
 
+from . import _calls
+
 
 class Score(NamedTuple):
     """logprob: natural logarithm, summed over token_logprobs; perplexity = exp(-logprob / tokens)."""
@@ -59,3 +61,6 @@ class Expert:
     scale: str | None = None
     planes: int = 0
     map: Mapping[str, str] | None = None
+
+
+Expert.__init__ = _calls.keywords(Expert.__init__)   # type: ignore[method-assign]

@@ -32,6 +32,7 @@ class LuaRouter:
         driver = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lua_router.lua")
         self.process = subprocess.Popen([lua, driver, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         weakref.finalize(self, end, self.process)
+        self.__qualname__ = path   # in what is said about its answers
         kind, rest = self._read()
         if kind != "ready":
             raise LuaRouterError(rest)

@@ -16,7 +16,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
-from . import _results   # what is slow to import waits for tune(): the command line starts without it
+from . import _calls, _results   # what is slow to import waits for tune(): the command line starts without it
 from . import items as lines
 from ._core import ArgumentError, Checkpoint, MismatchError, Model, NotFoundError, Pack, UnsupportedError
 from ._records import Expert
@@ -290,6 +290,7 @@ def estimate(pack, candidates, folders):
         c.bytes = sizes[variant]
 
 
+@_calls.keywords
 def tune(pack: Any, data: Any, *, lambdas: float | Sequence[float] = LAMBDAS, readings: str | Sequence[str] | None = None,
          policies: str | Sequence[str] = (), scales: str | Sequence[str] = (), experts: Mapping[str, Any] | None = None, base: Any = None,
          route: str = "auto", max_tokens: int = 0, chat: bool = False, batch: int = 0, stop: Any = None, template: str | None = None,

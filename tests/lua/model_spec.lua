@@ -190,7 +190,8 @@ describe("model", function()
   end)
 
   it("checks options and prompts", function()
-    assert.error_matches(function() model:generate(question, { max_token = 1 }) end, "unknown option max_token ")
+    assert.error_matches(function() model:generate(question, { max_token = 1 }) end,
+      'unknown option max_token %(known: .*max_tokens.*%), did you mean "max_tokens"%?$')
     assert.error_matches(function() model:generate(question, { max_tokens = -1 }) end, "max_tokens must be >= 0")
     assert.error_matches(function() model:generate(question, { max_tokens = "1" }) end, "expected integer, found string")
     assert.error_matches(function() model:generate(question, { stop = 1 }) end, "option stop")
@@ -325,8 +326,15 @@ describe("custom router", function()
     assert.is_nil(weights)
     assert.equal("NOTFOUND", code)
     assert.truthy(message:find("law", 1, true))
-    assert.error_matches(function() route(function() return 9 end) end, "outside 1..3")
+    assert.matches('^router .*model_spec.lua:%d+, asked about "What is 17 plus 5%?": ', message)
+    assert.error_matches(function() route(function() return 9 end) end, '^router .*model_spec.lua:%d+, asked about "What is 17.*outside 1..3')
     assert.error_matches(function() route(function() end) end, "a route is a task name")
+    assert.error_matches(function() route(function() return { math = -1 } end) end,
+      '^router .*model_spec.lua:%d+, asked about "What is 17 plus 5%?": route: the weight of task math is %-1')
+    local long = ("word "):rep(30)
+    assert.error_matches(function() model:generate({ question, long }, { max_tokens = 1, router = function(request)
+      return request.text == question and "math" or 7
+    end }) end, 'asked about "word word .*word %.%.%.": task index 7 is outside 1..3')
   end)
 
   it("may raise anything, and it comes back unchanged", function()

@@ -211,8 +211,14 @@ def test_what_a_router_raises_comes_back(model):
 @pytest.mark.parametrize("answer, error", [("poetry", obm.NotFoundError), (7, obm.ArgumentError), (None, TypeError), ([1, 2], ValueError),
                                            ({"chat": -1}, obm.ArgumentError), ({"chat": float("nan")}, obm.ArgumentError), ({"chat": "x"}, TypeError)])
 def test_answers_that_are_no_route(model, answer, error):
-    with pytest.raises(error):
-        model.generate("a", router=lambda request: answer, max_tokens=1)
+    """The router is named, and what it was asked."""
+    def pick(request):
+        return answer if request.text == "b" else "math"
+
+    with pytest.raises(error, match=r'^router test_answers_that_are_no_route\.<locals>\.pick \(.*test_router\.py, line \d+\), asked about "b": .'):
+        model.generate(["a", "b", "c"], router=pick, max_tokens=1)
+    with pytest.raises(error, match=r'^router Picker, asked about "b": .'):
+        model.route("b", router=type("Picker", (), {"__call__": lambda self, request: answer})())
 
 
 def test_a_request_dies_with_its_call(model):
