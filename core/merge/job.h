@@ -75,6 +75,8 @@ typedef struct obm__job {
 obm_status obm__job_open(obm__job *j, obm_error *err);
 /* Names, shapes, dtypes and settings of all output tensors. */
 obm_status obm__job_outputs(obm__job *j, obm_error *err);
+/* Warns of configs that differ; after the outputs, whose errors about shapes say more of models of another size. */
+obm_status obm__job_compare_configs(const obm__job *j, obm_error *err);
 /* Warns of filters in the recipe's settings that are in no tensor's name. */
 void obm__job_warn_filters(const obm__job *j);
 /* Name of an output's tensor in the i-th input of its slice; owned, NULL: out of memory. */

@@ -167,6 +167,7 @@ static obm_plan sizes(const obm__job *j) {
 static obm_status plan_job(obm__job *j, obm_error *err) {
     OBM_TRY(obm__job_open(j, err));
     OBM_TRY(obm__job_outputs(j, err));
+    OBM_TRY(obm__job_compare_configs(j, err));
     return choose_tile(j, err);
 }
 

@@ -270,7 +270,7 @@ static obm_status check_architectures(const obm__job *j, obm_error *err) {
     if (!j->recipe->sliced) obm__checkpoint_warn_layers(donor->model, "they are merged, but no model runs them");
     for (size_t i = 0; i < j->n_inputs; i++) {
         if (j->inputs[i].model != donor->model)
-            OBM_TRY(obm__configs_compare(donor->model, j->inputs[i].model, !j->recipe->sliced, err));
+            OBM_TRY(obm__configs_same_architecture(donor->model, j->inputs[i].model, err));
         if (j->recipe->sliced && j->inputs[i].model->layout != donor->model->layout)
             return obm__fail(
                 err, OBM_E_UNSUPPORTED,
@@ -279,6 +279,14 @@ static obm_status check_architectures(const obm__job *j, obm_error *err) {
                 donor->ref, obm__layout_embedding(donor->model->layout), j->inputs[i].ref,
                 obm__layout_embedding(j->inputs[i].model->layout));
     }
+    return OBM_OK;
+}
+
+obm_status obm__job_compare_configs(const obm__job *j, obm_error *err) {
+    const obm_checkpoint *donor = j->inputs[j->donor].model;
+    for (size_t i = 0; i < j->n_inputs; i++)
+        if (j->inputs[i].model != donor)
+            OBM_TRY(obm__configs_compare(donor, j->inputs[i].model, !j->recipe->sliced, err));
     return OBM_OK;
 }
 

@@ -270,6 +270,11 @@ static obm_status same_architecture(const pair *p, obm_error *err) {
                      p->base->path, a, p->other->path, b);
 }
 
+obm_status obm__configs_same_architecture(const obm_checkpoint *base, const obm_checkpoint *other, obm_error *err) {
+    const pair p = {base, other, true};
+    return base->config && other->config ? same_architecture(&p, err) : OBM_OK;
+}
+
 obm_status obm__configs_compare(const obm_checkpoint *base, const obm_checkpoint *other, bool whole, obm_error *err) {
     const pair p = {base, other, whole};
     obm__config a = {0}, b = {0};

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -165,6 +166,32 @@ def test_configs_that_compute_something_else_are_named(models, tmp_path):
         with pytest.warns(RuntimeWarning, match="expert/config.json: rope_theta: expected 10000, found 1000000: .* follows .*base/config.json") as seen:
             call()
         assert len(seen) == 1
+
+
+def test_models_of_another_size_are_refused_without_more(models, tmp_path):
+    """Their configs differ in many ways, none of which helps."""
+    other = models.parents[1] / "tests" / "vectors" / "models" / "llama-tied"
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(other), "models": [{"model": str(models / "math"), "parameters": {"weight": 1}}]}
+    for call in (lambda: obm.compress(other, {"math": models / "math"}, tmp_path / "p"), lambda: obm.TaskVector(other, models / "math"),
+                 lambda: obm.merge(recipe, tmp_path / "m"), lambda: obm.merge(recipe, tmp_path / "m", dry_run=True)):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            with pytest.raises(obm.Error, match="model.embed_tokens.weight: |model.layers.2.input_layernorm.weight .*is not in"):
+                call()
+        assert [str(w.message) for w in seen] == []
+
+
+def test_outputs_below_a_file_are_refused_by_dry_runs_too(models, experts, pack, tmp_path):
+    (tmp_path / "file.txt").write_text("mine")
+    out = tmp_path / "file.txt" / "a" / "b"
+    recipe = {"merge_method": "linear", "models": [{"model": str(models / "math"), "parameters": {"weight": 1}}]}
+    for call in (lambda dry_run: obm.compress(models / "base", experts, out, dry_run=dry_run), lambda dry_run: pack.export("math", out, dry_run=dry_run),
+                 lambda dry_run: obm.merge(recipe, out, dry_run=dry_run),
+                 lambda dry_run: obm.extract_lora(models / "base", models / "math", out, rank=2, dry_run=dry_run)):
+        for dry_run in (True, False):
+            with pytest.raises(FileExistsError, match="b: .*file.txt is a file, expected a folder or nothing$"):
+                call(dry_run)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file.txt"] and (tmp_path / "file.txt").read_text() == "mine"
 
 
 def test_dry_run_writes_nothing(models, experts, tmp_path):
