@@ -54,7 +54,7 @@ static obm_status look_inside(const char *dir, bool *adapter, char **found, obm_
 static obm_status check_folder(const char *dir, bool overwrite, obm_error *err) {
     bool adapter = false;
     char *found = NULL;
-    if (!obm__file_exists(dir) && !obm__is_directory(dir)) return OBM_OK;
+    if (!obm__file_exists(dir) && !obm__is_directory(dir)) return obm__check_parents(dir, err);
     if (!obm__is_directory(dir))
         return obm__fail(err, OBM_E_OCCUPIED, "%s is a file, expected a folder or nothing", dir);
     obm_status status = look_inside(dir, &adapter, &found, err);

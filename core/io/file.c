@@ -338,6 +338,21 @@ static obm_status make_one(const char *path, obm_error *err) {
     return obm__fail_errno(err, "cannot create folder %s", path);
 }
 
+obm_status obm__check_parents(const char *path, obm_error *err) {
+    char *p = obm__strdup(path), *slash;
+    if (!p) return obm__fail_nomem(err, strlen(path));
+    obm_status status = OBM_OK;
+    while ((slash = strrchr(p, '/')) && slash > p) {
+        *slash = 0;
+        if (access(p, F_OK) != 0) continue;
+        if (!obm__is_directory(p))
+            status = obm__fail(err, OBM_E_OCCUPIED, "%s: %s is a file, expected a folder or nothing", path, p);
+        break;
+    }
+    obm_free(p);
+    return status;
+}
+
 obm_status obm__make_directory(const char *path, obm_error *err) {
     if (obm__is_directory(path)) return OBM_OK;
     char *p = obm__strdup(path);

@@ -34,6 +34,8 @@ char *obm__path_directory(const char *path);             /* owned; "." for a bar
 /* Writes through a temporary name in the same folder, fsyncs, renames, fsyncs the folder: the old file or the
  * new one. */
 obm_status obm__file_write(const char *path, const void *bytes, size_t size, obm_error *err);
+/* Where nothing is yet, whether obm__make_directory could: OCCUPIED names a part of the path that is a file. */
+obm_status obm__check_parents(const char *path, obm_error *err);
 obm_status obm__make_directory(const char *path, obm_error *err); /* with parents; existing is fine */
 /* The steps of obm__file_write, for writers that publish several files together.  Temporary names are
  * PATH.tmp-<pid>-<n>, in the folder of PATH, and never end in ".safetensors" or ".json"; *name and *temp are owned. */

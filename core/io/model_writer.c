@@ -560,7 +560,7 @@ static obm_status refuse_existing(const char *path, const shard *shards, size_t 
 
 obm_status obm__model_writer_check(const char *path, bool overwrite, obm_error *err) {
     obm__unfinished u;
-    if (access(path, F_OK) != 0) return OBM_OK;
+    if (access(path, F_OK) != 0) return obm__check_parents(path, err);
     if (!obm__is_directory(path))
         return obm__fail(err, OBM_E_OCCUPIED, "%s is a file, expected a folder or nothing", path);
     if (overwrite) return OBM_OK;

@@ -63,7 +63,7 @@ static obm_status no_pack(const compression *c, obm_error *err) {
 
 static obm_status check_output(const compression *c, obm_error *err) {
     bool overwrite = OBM_OPT(c->options, obm_compress_options, overwrite, false);
-    if (access(c->dir, F_OK)) return OBM_OK;
+    if (access(c->dir, F_OK)) return obm__check_parents(c->dir, err);
     if (!obm__is_directory(c->dir)) return obm__fail(err, OBM_E_OCCUPIED, "%s exists and is no folder", c->dir);
     if (!holds_other_files(c->dir)) return OBM_OK;
     char *manifest = obm__path_join(c->dir, OBM_PACK_MANIFEST);
