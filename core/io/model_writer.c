@@ -27,6 +27,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #define DEFAULT_SHARD_BYTES 5000000000u
@@ -274,6 +275,34 @@ uint64_t obm__model_writer_size(const obm__model_writer *w) {
     return size;
 }
 
+/* Of the folder, or where it will be made. */
+static bool free_bytes(const char *path, uint64_t *out) {
+    struct statvfs fs;
+    char *at = obm__strdup(path), *slash;
+    int failed = at ? statvfs(at, &fs) : -1;
+    while (at && failed && (slash = strrchr(at, '/')) && slash > at) {
+        *slash = 0;
+        failed = statvfs(at, &fs);
+    }
+    if (at && failed) failed = statvfs(path[0] == '/' ? "/" : ".", &fs);
+    obm_free(at);
+    if (failed || !fs.f_blocks) return false; /* some file systems do not tell */
+    *out = (uint64_t)fs.f_bavail * fs.f_frsize;
+    return true;
+}
+
+/* What is still to be written has to fit beside what is there, also an old model: said before hours of merging, where
+ * a shard's reservation would say it for that shard. */
+static obm_status check_space(const obm__model_writer *w, const shard *shards, size_t n, obm_error *err) {
+    uint64_t needed = 0, room;
+    for (size_t i = 0; i < n; i++)
+        if (!shards[i].done) needed += obm__st_writer_size(shards[i].file);
+    if (!free_bytes(w->path, &room) || needed <= room) return OBM_OK;
+    errno = ENOSPC;
+    return obm__fail_errno(err, "%s: %.1f MB are to be written, %.1f MB are free there", w->path, (double)needed * 1e-6,
+                           (double)room * 1e-6);
+}
+
 static obm_json *file_record(const shard *s) {
     obm_json *record = obm__json_new_object();
     bool ok = obm__json_set(record, "file", obm__json_new_string(s->name));
@@ -329,6 +358,7 @@ obm_status obm__model_writer_files(const obm__model_writer *w, obm_json **out, o
     size_t n;
     OBM_TRY(make_shards(w, &shards, &n, err));
     obm_status status = find_finished(w, shards, n, err);
+    if (status == OBM_OK) status = check_space(w, shards, n, err);
     if (status != OBM_OK) {
         free_shards(shards, n);
         return status;
@@ -620,7 +650,9 @@ obm_status obm__model_writer_begin(obm__model_writer *w, obm_error *err) {
     OBM_TRY(obm__unfinished_read(w->path, &u, err));
     obm_status status = take_over(w, &u, err);
     obm__unfinished_clear(&u);
-    return status == OBM_OK ? advance(w, err) : status;
+    OBM_TRY(status);
+    OBM_TRY(check_space(w, w->shards, w->n_shards, err));
+    return advance(w, err);
 }
 
 bool obm__model_writer_has(const obm__model_writer *w, size_t tensor) {

@@ -9,6 +9,7 @@
 #include <setjmp.h>
 #include <stdarg.h>
 #include <signal.h>
+#include <sys/statvfs.h>
 #include <sys/wait.h>
 
 #include <cmocka.h>
@@ -36,6 +37,14 @@ int link(const char *from, const char *to) {
 int unlink(const char *path) {
     step();
     return unlinkat(AT_FDCWD, path, 0);
+}
+
+static uint64_t disk_room = UINT64_MAX; /* what a file system of this program has free; that: it does not tell */
+
+int statvfs(const char *path, struct statvfs *fs) {
+    if (access(path, F_OK)) return -1;
+    *fs = (struct statvfs){.f_blocks = disk_room != UINT64_MAX, .f_frsize = 1, .f_bavail = disk_room};
+    return 0;
 }
 
 static const char *replaced; /* a folder whose model is replaced just before its second shard is opened */
@@ -711,6 +720,24 @@ static void test_finished(void **state) {
     assert_int_equal(count_files(dir, "finished"), 0); /* that record was of the model that is gone */
 }
 
+/* All shards have to fit, not the first alone; of a run that goes on those that are left. */
+static void test_no_room(void **state) {
+    (void)state;
+    const char *dir = in_dir("no-room");
+    attempt a = {100, 1, false, true, NULL};
+    obm_error err;
+    disk_room = 300; /* each shard takes more than its 100 bytes and a header */
+    assert_int_equal(try_write(dir, &a, &err), OBM_E_IO);
+    assert_int_equal(err.os_errno, ENOSPC);
+    assert_non_null(strstr(err.message, "no-room: 0.0 MB are to be written, 0.0 MB are free there: No space left"));
+    assert_int_equal(access(dir, F_OK), -1);
+    disk_room = UINT64_MAX;
+    kill_in_third_shard(dir, &a);
+    disk_room = 300;
+    succeed(dir, &a, 0);
+    disk_room = UINT64_MAX;
+}
+
 /* A run that is to be resumed and fails keeps what it has finished; any other takes all of it back. */
 static void test_failed_run(void **state) {
     (void)state;
@@ -855,6 +882,7 @@ int main(void) {
         cmocka_unit_test(test_resume),
         cmocka_unit_test(test_resume_twice),
         cmocka_unit_test(test_finished),
+        cmocka_unit_test(test_no_room),
         cmocka_unit_test(test_kept_shards),
         cmocka_unit_test(test_damaged_shard),
         cmocka_unit_test(test_another_job),

@@ -1,5 +1,6 @@
 """Recipes to folders, and tensors to tensors, against NumPy formulas (float32 tensors, float64 sums)."""
 
+import errno
 import json
 import math
 import os
@@ -432,6 +433,21 @@ def test_resuming_finished_documents(models, tmp_path):
     with pytest.warns(RuntimeWarning, match="first: this merge is finished already") as seen:
         obm.merge(tmp_path / "r.yml", tmp_path / "out", resume=True)
     assert len(seen) == 1 and contents(tmp_path / "out/last") == whole
+
+
+def test_outputs_larger_than_the_disk(tmp_path):
+    """Refused before a byte is read or written: the input is mostly holes."""
+    names, each = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(40)], 100 << 30
+    header = json.dumps({n: {"dtype": "BF16", "shape": [each // 2 // 4096, 4096], "data_offsets": [i * each, (i + 1) * each]} for i, n in enumerate(names)}).encode()
+    (tmp_path / "in").mkdir()
+    with open(tmp_path / "in" / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + len(names) * each)
+    r = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "in")}]}
+    for dry_run in (True, False):
+        with pytest.raises(OSError, match=r"out: 4294967\.\d MB are to be written, \d+\.\d MB are free there: No space left on device") as caught:
+            obm.merge(r, tmp_path / "out", dry_run=dry_run)
+        assert caught.value.errno == errno.ENOSPC and not (tmp_path / "out").exists()
 
 
 def test_without_resume_the_remains_go(recipe, tmp_path):
