@@ -55,7 +55,7 @@ typedef struct stream {
     piece *ring; /* (window) */
     size_t window, total;
     uint64_t bytes; /* of the expert, in all parts */
-    uint8_t *desks; /* (threads, desk_bytes); pages come where their worker is, which touches them first */
+    uint8_t *desks; /* (threads, desk_bytes) */
     size_t slice_bytes, desk_bytes;
     atomic_flag lock; /* of what follows, up to the empty line */
     size_t next, part_next, index_next;
@@ -415,7 +415,7 @@ static obm_status set_up(stream *s, obm_error *err) {
         if (p->cols > cols) cols = p->cols;
     }
     s->desk_bytes = desk_bytes(s->slice_bytes, cols);
-    s->desks = obm__alloc_workers((size_t)s->ctx->threads, s->desk_bytes);
+    s->desks = obm__desks_new(s->ctx, s->desk_bytes);
     if (!s->desks) return obm__fail_nomem(err, (uint64_t)s->ctx->threads * s->desk_bytes);
     return obm__reader_new((const obm_checkpoint *const[]){g->v->base, g->v->expert}, 2, &s->reader, err);
 }
@@ -428,7 +428,7 @@ static void clear(stream *s) {
     for (size_t i = 0; s->ring && i < s->window; i++) obm_free(s->ring[i].signs);
     obm_free(s->parts);
     obm_free(s->ring);
-    obm_free(s->desks);
+    obm__desks_free(s->ctx, s->desks);
     obm__reader_free(s->reader);
 }
 

@@ -44,10 +44,10 @@ static void load_range(void *arg, size_t first, size_t last, int worker) {
 
 obm_status obm__dense_load(const obm__run *run, const obm__group *g, size_t model, double factor, bool add, double *out,
                            obm_error *err) {
-    size_t threads = (size_t)run->ctx->threads;
+    size_t each = 3 * OBM_MERGE_BLOCK * sizeof(float);
     load w = {.k = run->ctx->k, .g = g, .model = model, .factor = factor, .add = add, .out = out, .bad = UINT64_MAX};
-    w.block = obm__alloc(threads * 3 * OBM_MERGE_BLOCK, sizeof *w.block);
-    if (!w.block) return obm__fail_nomem(err, threads * 3 * OBM_MERGE_BLOCK * sizeof *w.block);
+    w.block = obm__desks_new(run->ctx, each);
+    if (!w.block) return obm__fail_nomem(err, (uint64_t)run->ctx->threads * each);
     obm_status status = OBM_OK;
     for (w.at = 0; status == OBM_OK && w.at < g->count; w.at = w.until) {
         w.until = g->count - w.at < OBM_MERGE_SPAN ? g->count : w.at + OBM_MERGE_SPAN;
@@ -55,7 +55,7 @@ obm_status obm__dense_load(const obm__run *run, const obm__group *g, size_t mode
         status = w.bad == UINT64_MAX ? obm__run_report(run, err) : obm__group_bad(w.k, g, w.bad, err);
         obm__group_release(g, w.at, w.until - w.at);
     }
-    obm_free(w.block);
+    obm__desks_free(run->ctx, w.block);
     return status;
 }
 

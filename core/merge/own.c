@@ -165,21 +165,20 @@ typedef struct buffers {
     float *tile, *lanes;
 } buffers;
 
-static obm_status buffers_new(const obm__run *run, const obm__group *g, uint64_t count, buffers *b, obm_error *err) {
-    size_t lanes = (size_t)run->ctx->threads * 2 * OBM_MERGE_BLOCK, tile = 0;
-    *b = (buffers){0};
-    if (!spec_of(g)->memory && !obm__mul(tile_lanes(g), (size_t)count, &tile)) return obm__fail_nomem(err, UINT64_MAX);
-    b->lanes = obm__alloc(lanes, sizeof *b->lanes);
-    b->tile = tile ? obm__alloc(tile, sizeof *b->tile) : NULL;
-    if (b->lanes && (b->tile || !tile)) return OBM_OK;
-    obm_free(b->lanes);
+static void buffers_free(const obm__run *run, buffers *b) {
+    obm__desks_free(run->ctx, b->lanes);
     obm_free(b->tile);
-    return obm__fail_nomem(err, (lanes + tile) * sizeof(float));
 }
 
-static void buffers_free(buffers *b) {
-    obm_free(b->lanes);
-    obm_free(b->tile);
+static obm_status buffers_new(const obm__run *run, const obm__group *g, uint64_t count, buffers *b, obm_error *err) {
+    size_t lanes = 2 * OBM_MERGE_BLOCK * sizeof(float), tile = 0;
+    *b = (buffers){0};
+    if (!spec_of(g)->memory && !obm__mul(tile_lanes(g), (size_t)count, &tile)) return obm__fail_nomem(err, UINT64_MAX);
+    b->lanes = obm__desks_new(run->ctx, lanes);
+    b->tile = tile ? obm__alloc(tile, sizeof *b->tile) : NULL;
+    if (b->lanes && (b->tile || !tile)) return OBM_OK;
+    buffers_free(run, b);
+    return obm__fail_nomem(err, (uint64_t)run->ctx->threads * lanes + tile * sizeof(float));
 }
 
 /* The merged vector of a whole tensor. */
@@ -194,7 +193,7 @@ static obm_status form(const obm__run *run, obm__group *g, obm_error *err) {
     if (status == OBM_OK && !kept) status = obm__fail_nomem(err, g->count * sizeof *kept);
     g->formed = kept;
     obm__group_release(g, 0, g->count);
-    buffers_free(&b);
+    buffers_free(run, &b);
     return status == OBM_OK ? obm__run_report(run, err) : status;
 }
 
@@ -219,7 +218,7 @@ static obm_status run_range(const obm__run *run, const obm__group *g, uint64_t b
     buffers b;
     OBM_TRY(buffers_new(run, g, g->formed ? 0 : n < TILE ? n : TILE, &b, err));
     obm_status status = run_tiles(run, g, &b, begin, n, dtype, out, err);
-    buffers_free(&b);
+    buffers_free(run, &b);
     return status;
 }
 

@@ -70,7 +70,7 @@ static obm_status walk_blocks(const obm__run *run, walk *w, obm__range_fn fn, ob
     obm_status status = OBM_OK;
     w->k = run->ctx->k;
     w->bad = UINT64_MAX;
-    w->block = obm__alloc_workers(threads, bytes);
+    w->block = obm__desks_new(run->ctx, bytes);
     w->least = obm__alloc(threads * w->g->steps->n, sizeof *w->least);
     w->ones = obm__alloc(w->g->steps->n, sizeof *w->ones);
     if (!w->block || !w->least || !w->ones) status = obm__fail_nomem(err, (uint64_t)threads * bytes);
@@ -83,7 +83,7 @@ static obm_status walk_blocks(const obm__run *run, walk *w, obm__range_fn fn, ob
         *w->keep_ranked = w->ranked;
     else if (w->ranked != w->g->ranked)
         obm__ranked_free(w->ranked);
-    obm_free(w->block);
+    obm__desks_free(run->ctx, w->block);
     obm_free(w->least);
     obm_free(w->ones);
     return status;
@@ -601,9 +601,9 @@ obm_status obm__group_parts(const obm__run *run, const obm__group *g, uint64_t r
     size_t threads = (size_t)run->ctx->threads, bytes = obm__group_scratch(g->steps->n);
     parts p = {.k = run->ctx->k, .g = g, .cols = cols, .fn = fn, .arg = arg, .bad = UINT64_MAX};
     p.width = by_columns ? PART_COLUMNS : cols;
-    p.block = obm__alloc_workers(threads, bytes);
+    p.block = obm__desks_new(run->ctx, bytes);
     if (!p.block) return obm__fail_nomem(err, (uint64_t)threads * bytes);
     obm_status status = run_bands(run, &p, rows, by_columns, err);
-    obm_free(p.block);
+    obm__desks_free(run->ctx, p.block);
     return status;
 }

@@ -127,6 +127,7 @@ done:
 void obm_context_free(obm_context *ctx) {
     if (!ctx) return;
     obm__pool_free(ctx->pool);
+    obm__desks_clear(ctx);
     obm__topology_free(ctx->topology);
     obm_free(ctx->workers.at);
     obm_free(ctx);

@@ -55,8 +55,8 @@ bool obm__mul(size_t a, size_t b, size_t *out);   /* false on overflow: the one 
 bool obm__add(size_t a, size_t b, size_t *out);
 /* All return NULL on failure or overflow; free with obm_free.  count * size is checked. */
 void *obm__alloc(size_t count, size_t size);        /* 64-byte aligned, not zeroed */
-/* Memory of workers, `bytes` each, a multiple of obm__whole_pages: no page is two workers', so that each lies on the node of
- * the one that touches it first.  Not zeroed. */
+/* Memory of workers, `bytes` each, a multiple of obm__whole_pages: no page is two workers'.  Not zeroed.  On nodes:
+ * obm__desks_new. */
 void *obm__alloc_workers(size_t workers, size_t bytes);
 size_t obm__whole_pages(size_t bytes);              /* rounded up; SIZE_MAX where that overflows */
 void *obm__calloc(size_t count, size_t size);       /* zeroed */
@@ -127,12 +127,22 @@ struct obm_context {
     void *resolve_user;
     obm_interrupt_fn interrupt;
     void *interrupt_user;
+    struct obm__desks *_Atomic spare_desks;   /* of desks.c */
     obm_context_info info;
     char blas[128], topology_text[256], available[64];
 };
 obm_status obm__threads_check(int64_t wanted, obm_error *err);
 obm_status obm__numa_check(obm_numa wanted, obm_error *err);
 void obm__warn(const obm_context *ctx, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* ---- scratch of workers (desks.c) ---- */
+
+typedef struct obm__desks obm__desks;
+/* `each` bytes for every worker of the context, as obm__alloc_workers has them, and each worker's on its node where there
+ * are several; NULL: no memory. */
+void *obm__desks_new(obm_context *ctx, size_t each);
+void obm__desks_free(obm_context *ctx, void *desks);
+void obm__desks_clear(obm_context *ctx);   /* what is kept for the next */
 
 /* ---- threads (threads.c) ---- */
 

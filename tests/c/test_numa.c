@@ -254,6 +254,62 @@ static void overlays(void **state) {
     free(plain);
 }
 
+/* ---- merges and packs ---- */
+
+static void merge_there(obm_context *ctx, const char *method, char **bytes, size_t *size) {
+    char recipe[1024], *out = tiny_folder();
+    obm_merge_options o = OBM_INIT(obm_merge_options);
+    o.overwrite = true;
+    snprintf(recipe, sizeof recipe,
+             "merge_method: %s\nbase_model: %s\nmodels: [{model: %s}, {model: %s}]\nparameters: {weight: 0.5}\n", method,
+             w.dir[0], w.dir[1], w.dir[2]);
+    if (obm_merge(ctx, recipe, &o, out, NULL, &err)) fail_msg("%s: %s", method, err.message);
+    char *path = obm__path_join(out, "model.safetensors");
+    assert_int_equal(obm__file_read(path, bytes, size, &err), OBM_OK);
+    obm_free(path);
+    remove_folder(out);
+}
+
+/* Workers' scratch is mapped for nodes, and kept for the next pass; the bytes are those of one node. */
+static void merges(void **state) {
+    (void)state;
+    enum { METHODS = 4 };
+    static const char *const methods[METHODS] = {"ties", "della", "tsvm", "pcb"};
+    obm_context *one = open_context(NULL, OBM_NUMA_OFF, 2), *two = open_context("numa:2 core:2 pu:1", OBM_NUMA_SHARD, 0);
+    for (size_t i = 0; i < METHODS; i++) {
+        char *want, *got;
+        size_t n, m;
+        merge_there(one, methods[i], &want, &n);
+        merge_there(two, methods[i], &got, &m);
+        assert_int_equal(n, m);
+        assert_memory_equal(want, got, n);
+        obm_free(want), obm_free(got);
+    }
+    assert_null(one->spare_desks);
+    assert_non_null(two->spare_desks);
+    obm_context_free(one);
+    obm_context_free(two);
+}
+
+static void desks(void **state) {
+    (void)state;
+    obm_context *ctx = open_context("numa:2 core:2 pu:1", OBM_NUMA_SHARD, 0);
+    size_t page = obm__whole_pages(1);
+    char *a = obm__desks_new(ctx, 2 * page), *b = obm__desks_new(ctx, 2 * page);
+    assert_true(a && b && a != b && (uintptr_t)a % page == 0);
+    memset(a, 1, 4 * 2 * page), memset(b, 2, 4 * 2 * page); /* four workers */
+    obm__desks_free(ctx, b);
+    obm__desks_free(ctx, a);
+    assert_ptr_equal(obm__desks_new(ctx, 2 * page), a); /* the last that came back */
+    obm__desks_free(ctx, a);
+    b = obm__desks_new(ctx, page); /* of another size */
+    memset(b, 3, 4 * page);
+    obm__desks_free(ctx, b);
+    obm__desks_free(ctx, NULL);
+    assert_null(obm__desks_new(ctx, SIZE_MAX / page * page));
+    obm_context_free(ctx);
+}
+
 /* ---- the pool ---- */
 
 static _Atomic int taken[300];
@@ -313,6 +369,7 @@ static void verify(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(same_logits), cmocka_unit_test(half_cache), cmocka_unit_test(modes), cmocka_unit_test(copies),
-        cmocka_unit_test(account),     cmocka_unit_test(overlays),   cmocka_unit_test(lanes), cmocka_unit_test(verify)};
+        cmocka_unit_test(account),     cmocka_unit_test(overlays),   cmocka_unit_test(lanes), cmocka_unit_test(verify),
+        cmocka_unit_test(merges),      cmocka_unit_test(desks)};
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -1,8 +1,8 @@
 /*
  * /init of a virtual machine with one, two or four NUMA nodes (tests/numa/run.sh): opens a pack in every mode and looks
- * at each page of its weights, planes and cache, at the workers' nodes, at what happens where binding is refused, and
- * at the logits, which have to be those of one thread.  Prints a hash of them, which the machines have in common, and
- * PASSED or what is wrong.
+ * at each page of its weights, planes and cache, at the workers' nodes, at their scratch in merges and in compressing, at
+ * what happens where binding is refused, and at the logits, which have to be those of one thread.  Prints a hash of them,
+ * which the machines have in common, and PASSED or what is wrong.
  */
 #include "../c/planes_fixture.h"
 
@@ -293,6 +293,84 @@ static void check_interleave(void) {
     obm_context_free(ctx);
 }
 
+/* ---- merges and packs ---- */
+
+/* Every page of scratch that a run touched is on the node of its worker; whose there are, by node. */
+static int check_desks(const obm_context *ctx, const char *what, bool *seen) {
+    const size_t *header = (const size_t *)(const void *)ctx->spare_desks; /* bytes of a worker, then of all */
+    int touched = 0;
+    CHECK(header, "%s: no scratch is kept", what);
+    for (int i = 0; header && i < ctx->workers.n; i++) {
+        const char *desk = (const char *)header + 4096 + (size_t)i * header[0];
+        int own = ctx->workers.at[i].node, want = (int)obm__topology_machine(ctx->topology)->nodes[own].os;
+        for (size_t at = 0; at < header[0]; at += 4096) {
+            int node = node_of(desk + at);
+            if (node == -ENOENT || node == -EFAULT) continue; /* nobody was here */
+            touched++;
+            seen[own] = true;
+            CHECK(node == want, "%s: scratch of worker %d on %d, the worker on %d", what, i, node, want);
+        }
+    }
+    return touched;
+}
+
+static void merge_in(obm_context *ctx, char **bytes, size_t *size) {
+    char recipe[1024], *out = tiny_folder(), *path = obm__path_join(out, "model.safetensors");
+    obm_merge_options o = OBM_INIT(obm_merge_options);
+    snprintf(recipe, sizeof recipe,
+             "merge_method: ties\nbase_model: %s\nmodels: [{model: %s}, {model: %s}]\n"
+             "parameters: {weight: 0.5, density: 0.3}\n",
+             w.dir[0], w.dir[1], w.dir[2]);
+    o.overwrite = true;
+    CHECK(!obm_merge(ctx, recipe, &o, out, NULL, &err), "%s", err.message);
+    CHECK(!obm__file_read(path, bytes, size, &err), "%s", err.message);
+    obm_free(path);
+    remove_folder(out);
+}
+
+/* Of F32: what is less than 1 MiB is one worker's. */
+static void pack_in(obm_context *ctx) {
+    obm_expert expert = OBM_INIT(obm_expert);
+    obm_compress_options o = OBM_INIT(obm_compress_options);
+    tiny c = w.c;
+    char *from = tiny_folder(), *out = tiny_folder();
+    c.dtype = OBM_F32;
+    CHECK(!tiny_write(&c, &w.expert[0], from, &err), "%s", err.message);
+    expert.name = "chat";
+    expert.path = from;
+    o.overwrite = true;
+    CHECK(!obm_compress(ctx, w.dir[0], &expert, 1, &o, out, NULL, NULL, &err), "%s", err.message);
+    remove_folder(from);
+    remove_folder(out);
+}
+
+/* A worker that wakes up late finds nothing left to do, so it may take some runs until each node had some. */
+static void check_scratch(bool packs) {
+    const char *what = packs ? "compress" : "merge";
+    obm_context *one = open_context(OBM_NUMA_OFF, 1), *all = open_context(OBM_NUMA_SHARD, 0);
+    bool seen[OBM_NODES] = {false};
+    int pages = 0, found = 0;
+    for (int i = 0; one && all && i < 20 && found < nodes; i++) {
+        char *want = NULL, *got = NULL;
+        size_t n = 0, m = 0;
+        if (packs) {
+            pack_in(all);
+        } else {
+            merge_in(one, &want, &n);
+            merge_in(all, &got, &m);
+            CHECK(want && got && n == m && !memcmp(want, got, n), "merge: %zu and %zu bytes", n, m);
+        }
+        pages = check_desks(all, what, seen);
+        found = 0;
+        for (int node = 0; node < nodes; node++) found += seen[node];
+        obm_free(want), obm_free(got);
+    }
+    CHECK(found == nodes, "%s: workers of %d nodes", what, found);
+    printf("numa: %s: %d pages of scratch where their workers are\n", what, pages);
+    obm_context_free(one);
+    obm_context_free(all);
+}
+
 /* ---- refusals and limits, each in a process of its own ---- */
 
 static void in_child(void (*fn)(void), const char *what) {
@@ -412,6 +490,8 @@ static void check_all(void) {
     check_mode(OBM_NUMA_SHARD, nodes, false);
     check_materialised();
     check_interleave();
+    check_scratch(false);
+    check_scratch(true);
     in_child(without_mbind, "refused mbind: reported, same logits");
     in_child(without_affinity, "refused sched_setaffinity: reported, same logits");
     in_child(without_move_pages, "refused move_pages: reported");
