@@ -130,6 +130,30 @@ static void test_vectors(void **state) {
 }
 
 /* Every method has at least three shared vectors. */
+/* What the vectors of one method have between them. */
+typedef struct coverage {
+    size_t cases;
+    bool vector, odd; /* a 1-D tensor, a matrix of an odd number of elements */
+    const obm_method_info *info;
+    bool params[32];
+} coverage;
+
+static void read_block(const char *at, const char *end, coverage *c) {
+    c->cases++;
+    while (at < end) {
+        long dims[4];
+        char name[64];
+        int n = sscanf(at, "shape %ld %ld %ld %ld", &dims[0], &dims[1], &dims[2], &dims[3]);
+        c->vector |= n == 1;
+        c->odd |= n == 2 && dims[0] % 2 && dims[1] % 2;
+        if (sscanf(at, "param %63s", name) == 1)
+            for (size_t p = 0; p < c->info->n_params; p++) c->params[p] |= !strcmp(name, c->info->params[p].name);
+        at += strcspn(at, "\n") + 1;
+    }
+}
+
+/* Nobody is listed without a case of a vector, one of odd sizes, and one of every parameter; but int8_mask does nothing,
+ * and one tensor has one scope. */
 static void test_vector_coverage(void **state) {
     (void)state;
     char *text;
@@ -137,10 +161,17 @@ static void test_vector_coverage(void **state) {
     assert_int_equal(obm__file_read(OBM_SOURCE_DIR "/tests/vectors/merge.txt", &text, &size, NULL), OBM_OK);
     for (size_t i = 0; i < obm_method_count(); i++) {
         char line[96];
-        size_t n = 0;
-        snprintf(line, sizeof line, "\nmethod %s\n", obm_method_at(i)->name);
-        for (char *p = text; (p = strstr(p, line)); p++) n++;
-        if (n < 3) fail_msg("%s has %zu vectors", obm_method_at(i)->name, n);
+        coverage c = {.info = obm_method_at(i)};
+        assert_true(c.info->n_params <= OBM_COUNT(c.params));
+        snprintf(line, sizeof line, "\nmethod %s\n", c.info->name);
+        for (char *p = text; (p = strstr(p, line)); p++) read_block(p + 1, strstr(p, "\nend"), &c);
+        if (c.cases < 3 || !c.vector || !c.odd)
+            fail_msg("%s has %zu cases, 1-D %d, odd %d", c.info->name, c.cases, c.vector, c.odd);
+        for (size_t p = 0; p < c.info->n_params; p++) {
+            const char *name = c.info->params[p].name;
+            if (!c.params[p] && strcmp(name, "int8_mask") && strcmp(name, "scope"))
+                fail_msg("%s: no case gives %s", c.info->name, name);
+        }
     }
     assert_null(obm_method_at(obm_method_count()));
     obm_free(text);

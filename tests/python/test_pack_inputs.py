@@ -82,6 +82,7 @@ def family(tmp_path_factory):
     for task in experts:
         whole = rebuild(root / "my.pack", task, base)
         plain.write_folder(root / f"dense-{task}", whole, config=config(tied=HEAD not in whole))
+    shutil.copytree(root / "dense-d", root / "dense-e")   # for a model that a recipe has a second time, in another form
     return root
 
 
@@ -105,26 +106,32 @@ def test_what_an_expert_is(family):
             assert np.array_equal(plain.load(family / f"out-{task}")[name], value), (task, name)
 
 
-METHODS = {"linear": {"weight": 0.25}, "task_arithmetic": {}, "ties": {"density": 0.4}, "dare_ties": {"density": 0.5}, "della": {"density": 0.5, "epsilon": 0.1},
-           "breadcrumbs": {"density": 0.8, "gamma": 0.05}, "model_stock": {}, "sce": {"select_topk": 0.4}, "consensus": {}, "emr": {}, "wudi": {}, "tsvm": {}}
+METHODS = {m["name"]: m for m in obm.methods()}
+GIVEN = {"weight": 0.25, "density": 0.6, "gamma": 0.05, "epsilon": 0.1, "select_topk": 0.4, "metric": 0.5, "t": 0.3, "scale": 0.8}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_merges_are_those_of_dense_folders(family, tmp_path, method):
-    """Packs' experts, a checkpoint and an adapter together; c and so the result are untied."""
-    parameters = METHODS[method]
-    takes_no_weight = method in ("model_stock", "sce", "consensus", "emr", "wudi", "tsvm")
-    results = []
-    for kind in ("dense", "pack"):
-        ref = (lambda t: str(family / f"dense-{t}")) if kind == "dense" else (lambda t: f"{family / 'my.pack'}:{t}")
-        refs = [ref("a"), ref("b"), ref("c"), ref("d"), str(family / "a"), str(family / "d")]
-        r = recipe(family, method, refs, parameters=parameters)
-        if takes_no_weight:
-            for m in r["models"]:
-                del m["parameters"]
-        results.append(merged(r, tmp_path / kind))
-    assert results[0] == results[1] and HEAD in results[0]
-    assert obm.Checkpoint(tmp_path / "pack").config["tie_word_embeddings"] is False
+    """Packs' experts, checkpoints, an adapter alone and one on a model, as many at a time as the method takes; where c is among
+    them, the result is untied."""
+    m = METHODS[method]
+    known = {p["name"]: p for p in m["params"]}
+    parameters = {name: value for name, value in GIVEN.items() if name in known}
+    base, most = m["needs_base"] or m["max_models"] != 1, m["max_models"] or 5
+    sum_ = f"{family / 'base'}+{family / 'd'}"
+    forms = {"dense": [str(family / f"dense-{t}") for t in "abcde"],
+             "pack": [f"{family / 'my.pack'}:{t}" for t in "abc"] + [str(family / "d") if base else sum_, sum_]}
+    groups = {1: [[0], [1], [2], [3], [4]], 2: [[0, 2], [1, 3], [4, 0]], 5: [[0, 1, 2, 3, 4], [0, 1, 3]]}[most]
+    for n, group in enumerate(groups):
+        results = []
+        for form, refs in forms.items():
+            r = recipe(family, method, [refs[i] for i in group], base=base, parameters=parameters)
+            if known.get("weight", {}).get("scope") != "model":
+                for model in r["models"]:
+                    del model["parameters"]
+            results.append(merged(r, tmp_path / f"{form}-{n}"))
+        assert results[0] == results[1] and (HEAD in results[0]) == (2 in group)
+        assert obm.Checkpoint(tmp_path / f"pack-{n}").config["tie_word_embeddings"] is (2 not in group)
 
 
 @pytest.mark.parametrize("method, refs", [("slerp", "ab"), ("nuslerp", "bd"), ("passthrough", "b"), ("linear", "ad")])
