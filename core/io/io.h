@@ -293,7 +293,7 @@ typedef struct obm__model_writer_options {
     const char *const (*texts)[2]; /* (n_texts), borrowed likewise: name of such a file, and what it holds */
     size_t n_texts;
     obm_json *config;    /* replaces config.json (borrowed, nullable) */
-    const char *card;    /* text of README.md, nullable */
+    const char *card;    /* text of README.md, nullable; a table of the shards' checksums follows it */
     const obm_json *job; /* a flat object; what decides the bytes of all shards (borrowed, nullable) */
     bool resume;         /* keep the finished shards of a killed run of the same job, and leave one's own on failure */
     obm__tick_fn tick;   /* while files are checked for resuming; nullable */

@@ -741,10 +741,26 @@ static obm_status stage_carried(obm__model_writer *w, const char *name, obm_erro
     return status;
 }
 
+/* The card ends with what each shard, under the name that it has where it can, should hash to. */
+static obm_status stage_card(obm__model_writer *w, obm_error *err) {
+    obm__buffer b = {0};
+    obm__buffer_text(&b, w->card);
+    obm__buffer_text(&b, "\n| file | XXH3-128, as `xxhsum -H2` prints it |\n|---|---|\n");
+    for (size_t i = 0; i < w->n_shards; i++) {
+        char *name = shard_file_name(i, w->n_shards, NULL);
+        obm__buffer_printf(&b, "| %s | %s |\n", name ? name : "", w->shards[i].hash);
+        b.failed |= !name;
+        obm_free(name);
+    }
+    obm_status status = b.failed ? obm__fail_nomem(err, b.size) : stage(w, CARD, b.data, b.size, err);
+    obm__buffer_free(&b);
+    return status;
+}
+
 static obm_status stage_small(obm__model_writer *w, obm_error *err) {
     if (w->config) OBM_TRY(stage(w, carried[0], w->config, strlen(w->config), err));
     for (size_t i = w->config ? 1 : 0; w->copy_from && i < N_CARRIED; i++) OBM_TRY(stage_carried(w, carried[i], err));
-    return w->card ? stage(w, CARD, w->card, strlen(w->card), err) : OBM_OK;
+    return w->card ? stage_card(w, err) : OBM_OK;
 }
 
 static obm_status publish_in(const obm__model_writer *w, char **temp, const char *name, obm_error *err) {

@@ -232,6 +232,41 @@ static void same_text(const char *dir, const char *name, const char *text) {
     obm_free(found);
 }
 
+/* The text, and a line for every file of weights with what it hashes to. */
+static void same_card(const char *dir, const char *text) {
+    char path[1024], *found, hash[33], line[512];
+    obm__map map;
+    size_t files = 0, lines = 0;
+    snprintf(path, sizeof path, "%s/README.md", dir);
+    assert_int_equal(obm__file_read(path, &found, NULL, NULL), OBM_OK);
+    assert_memory_equal(found, text, strlen(text));
+    for (char *at = found; (at = strstr(at, ".safetensors |")); at++) lines++;
+    DIR *d = opendir(dir);
+    for (struct dirent *e; (e = readdir(d));) {
+        if (!strstr(e->d_name, ".safetensors") || strstr(e->d_name, ".json")) continue;
+        files++;
+        snprintf(path, sizeof path, "%s/%s", dir, e->d_name);
+        assert_int_equal(obm__map_open(path, &map, NULL), OBM_OK);
+        assert_int_equal(obm__map_xxh3(&map, NULL, NULL, hash, NULL), OBM_OK);
+        obm__map_close(&map);
+        snprintf(line, sizeof line, "| %s | %s |\n", e->d_name, hash);
+        if (!strstr(found, line)) fail_msg("no %s in %s", line, found);
+    }
+    closedir(d);
+    assert_true(files > 0 && files == lines);
+    obm_free(found);
+}
+
+static void test_card_of_shards(void **state) {
+    (void)state;
+    const char *to = in_dir("card");
+    for (const char *fill = "xyz"; *fill; fill++) { /* into a new folder, and over shards of the same names */
+        obm__model_writer_options o = {.card = "# shards\n", .shard_bytes = 250, .overwrite = true};
+        write_ok(to, &o, *fill);
+        same_card(to, "# shards\n");
+    }
+}
+
 static void test_carried_files(void **state) {
     (void)state;
     static const char *const all[] = {"config.json",
@@ -256,7 +291,7 @@ static void test_carried_files(void **state) {
     write_ok(to, &(obm__model_writer_options){.copy_from = from, .card = "# card\n"}, 'x');
     for (size_t i = 1; i < 10; i++) same_text(to, all[i], all[i]);
     same_text(to, "config.json", "{\"tag\": 1}");
-    same_text(to, "README.md", "# card\n");
+    same_card(to, "# card\n");
     assert_int_equal(count_files(to, "."), 12);
 
     /* A replaced config, and a file that the new source lacks. */
@@ -268,7 +303,6 @@ static void test_carried_files(void **state) {
     assert_int_equal(model_state(to, &tag), 'y');
     assert_int_equal(tag, 2);
     assert_false(in_folder(to, "chat_template.jinja"));
-    same_text(to, "README.md", "# card\n");
 }
 
 /* ---- refusals and failures ---- */
@@ -875,6 +909,7 @@ int main(void) {
         cmocka_unit_test(test_shard_limits),
         cmocka_unit_test(test_nothing_declared),
         cmocka_unit_test(test_carried_files),
+        cmocka_unit_test(test_card_of_shards),
         cmocka_unit_test(test_exists),
         cmocka_unit_test(test_unfinished),
         cmocka_unit_test(test_killed),
