@@ -155,6 +155,10 @@ typedef struct obm_kernels {
     void (*count_from)(uint32_t *counts, const uint32_t *from, const float *x, size_t n);
     /* exact.  Of those whose upper 15 bits under the sign are `high`: histogram[lower 16 bits]++. */
     void (*low_histogram)(uint32_t *histogram /* 65536 */, uint32_t high, const float *x, size_t n);
+    /* exact.  Of the same, as lows_bf16 lists them; n < 2^16. */
+    void (*lows_f32)(uint16_t *out, size_t *found, size_t *zeros, uint32_t high, const float *x, size_t n);
+    /* exact.  What has a magnitude pattern below `least` <= 2^31 becomes +0. */
+    void (*keep_from)(float *x, uint32_t least, size_t n);
     /* exact.  Per element, for finite deltas: s = 0 + votes[0] * d[0] + ... in order, each product and sum rounded; s =
      * zero_sign where it is 0.  Models agree whose votes[t] * d[t] is not 0 and has the sign of s; m and w are their
      * sums of weights[t] * d[t] and weights[t], from +0 in order.  Where `normalize` is not 0, m /= w (w = 0: 1); then

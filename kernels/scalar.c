@@ -184,6 +184,23 @@ void obm__scalar_low_histogram(uint32_t *histogram, uint32_t high, const float *
     }
 }
 
+void obm__scalar_lows_f32(uint16_t *out, size_t *found, size_t *zeros, uint32_t high, const float *x, size_t n) {
+    *found = *zeros = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t u = bits_of(float_at(x + i));
+        if ((u >> 16 & 0x7fff) != high) continue;
+        if ((uint16_t)u)
+            out[(*found)++] = (uint16_t)u;
+        else
+            ++*zeros;
+    }
+}
+
+void obm__scalar_keep_from(float *x, uint32_t least, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if ((bits_of(x[i]) & 0x7fffffff) < least) x[i] = 0;
+}
+
 void obm__scalar_agree_f32(float *out, const obm__agreement *m, size_t n) {
     for (size_t i = 0; i < n; i++) {
         float sum = 0, mixed = 0, divisor = 0;
@@ -760,6 +777,8 @@ const obm_kernels obm__kernels_scalar = {
     .delta_bf16 = obm__scalar_delta_bf16,
     .count_from = obm__scalar_count_from,
     .low_histogram = obm__scalar_low_histogram,
+    .lows_f32 = obm__scalar_lows_f32,
+    .keep_from = obm__scalar_keep_from,
     .agree_f32 = obm__scalar_agree_f32,
     .sum_f32 = obm__scalar_sum_f32,
     .store_bf16 = obm__scalar_store_bf16,

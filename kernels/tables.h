@@ -37,6 +37,8 @@ void obm__scalar_magnitude_histogram(uint32_t *histogram, const float *x, size_t
 size_t obm__scalar_delta_bf16(float *d, const uint16_t *a, const uint16_t *b, int round, uint32_t least, size_t n);
 void obm__scalar_count_from(uint32_t *counts, const uint32_t *from, const float *x, size_t n);
 void obm__scalar_low_histogram(uint32_t *histogram, uint32_t high, const float *x, size_t n);
+void obm__scalar_lows_f32(uint16_t *out, size_t *found, size_t *zeros, uint32_t high, const float *x, size_t n);
+void obm__scalar_keep_from(float *x, uint32_t least, size_t n);
 void obm__scalar_agree_f32(float *out, const obm__agreement *m, size_t n);
 void obm__scalar_sum_f32(float *out, const obm__agreement *m, size_t n);
 size_t obm__scalar_store_bf16(uint16_t *out, const float *x, size_t n);

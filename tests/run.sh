@@ -89,7 +89,9 @@ asan_python() {
     python_module build/asan address,undefined
     bounded env LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
         PYTHONMALLOC=malloc PYTHONPATH="$ROOT/build/asan-python" "$PYTHON" "${PYTEST[@]}" tests/python \
-        --deselect tests/python/test_cli.py::test_little_address_space --deselect tests/python/test_merge.py::test_peak_memory
+        --deselect tests/python/test_cli.py::test_little_address_space --deselect tests/python/test_merge.py::test_peak_memory \
+        --deselect tests/python/test_every_method.py::test_memory_is_as_the_option_says \
+        --deselect tests/python/test_every_method.py::test_whole_matrices_are_refused_while_planning
 }
 tsan_c() { configure build/tsan -DOBM_SANITIZE=thread; $CTEST --test-dir build/tsan; }
 tsan_lua() {   # tests/hosts: programs that have TSan's runtime

@@ -44,6 +44,7 @@ static uint64_t divergence(obm__block *b, const obm__part *part, void *arg) {
         if (bad < b->n) return b->begin + bad;
         see(&x, obm__block_delta(b, 0), b->n);
         see(&base, b->base, b->n);
+        obm__row_release(b, start, r->cols);
     }
     for (uint64_t col = 0; col < r->cols; col += b->n) {
         load_piece(b, start + col, r->cols - col);
@@ -51,6 +52,7 @@ static uint64_t divergence(obm__block *b, const obm__part *part, void *arg) {
             double p = share(&x, obm__block_delta(b, 0)[j]), q = share(&base, b->base[j]);
             kl += p * log(p / q);
         }
+        obm__row_release(b, start, r->cols);
     }
     r->kl[part->row] = fmax(kl, 0); /* it is never negative but by rounding */
     return UINT64_MAX;

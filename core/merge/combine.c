@@ -57,6 +57,7 @@ static uint64_t row_products(obm__block *b, const obm__part *part, void *arg) {
         size_t bad = obm__block_load(b);
         if (bad < b->n) return b->begin + bad;
         add_products(b, at->n, at->gram + part->row * at->pairs);
+        obm__row_release(b, part->row * at->cols, at->cols);
     }
     return UINT64_MAX;
 }

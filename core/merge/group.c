@@ -72,6 +72,13 @@ obm__plain obm__group_plain(const obm__group *g, size_t model, uint64_t begin) {
                         delta && g->steps->round_deltas && g->work == OBM_BF16};
 }
 
+/* F32 that nothing is done to on reading; NULL for all others. */
+static const float *in_place(const obm__group *g, size_t model, uint64_t begin) {
+    const obm_tensor *t = tensor_of(g, model);
+    bool as_it_is = t->dtype == OBM_F32 && g->work == OBM_F32 && !change_of(g, model) && !g->rows;
+    return as_it_is && (uintptr_t)t->data % sizeof(float) == 0 ? (const float *)t->data + begin : NULL;
+}
+
 size_t obm__group_trimmed(const obm_kernels *k, const obm__group *g, size_t model, uint64_t begin, size_t n,
                           const float *base, uint32_t least, float *d, float *scratch) {
     bool delta = g->steps->deltas && g->base;
@@ -79,13 +86,17 @@ size_t obm__group_trimmed(const obm_kernels *k, const obm__group *g, size_t mode
         obm__plain p = obm__group_plain(g, model, begin);
         return k->delta_bf16(d, p.model, p.base, p.round, least, n);
     }
-    read_input(k, g, model, begin, n, d, scratch);
+    const float *x = in_place(g, model, begin);
+    if (!x || !delta) {
+        read_input(k, g, model, begin, n, d, scratch);
+        x = d;
+    }
     if (delta) {
-        k->sub_f32(d, d, base, n);
+        k->sub_f32(d, x, base, n);
         if (g->steps->round_deltas) round_to(k, g->work, d, n, scratch);
     }
     size_t bad = k->find_nonfinite(d, n);
-    for (size_t j = 0; least && j < n; j++) d[j] = obm__keep_if(d[j], (obm__bits_of(d[j]) & 0x7fffffffu) >= least);
+    if (least) k->keep_from(d, least, n);
     return bad;
 }
 

@@ -310,6 +310,9 @@ typedef struct obm__part {
     uint64_t row, rows, col, cols; /* of a matrix whose vectors are rows, or columns */
 } obm__part;
 typedef uint64_t (*obm__part_fn)(obm__block *b, const obm__part *part, void *arg);
+/* For an fn that reads a row of `cols` elements from `start` on block by block, behind each: pages are let go with the
+ * band, but those of a row that is one by itself and more than a span go on the way. */
+void obm__row_release(const obm__block *b, uint64_t start, uint64_t cols);
 obm_status obm__group_parts(const obm__run *run, const obm__group *g, uint64_t rows, uint64_t cols, bool by_columns,
                             obm__part_fn fn, void *arg, obm_error *err);
 
@@ -443,7 +446,7 @@ obm_status obm__select_value(const obm__run *run, obm__group *groups, size_t n_g
                              float *out, obm_error *err);
 /* Bytes that lists of a selection among so many elements take at most. */
 uint64_t obm__select_bytes(uint64_t count, size_t n_picks);
-void obm__cut_apply(const obm__cut *c, uint64_t block, float *d, size_t n);
+void obm__cut_apply(const obm_kernels *k, const obm__cut *c, uint64_t block, float *d, size_t n);
 /* What obm__cut_apply leaves of all n elements of a block: magnitude patterns from *least on; false where elements
  * equal to the threshold are only partly kept. */
 bool obm__cut_least(const obm__cut *c, uint64_t block, size_t n, uint32_t *least);

@@ -95,10 +95,10 @@ static void mask_delta(const walk *w, size_t model, const obm__block *b, float *
     const obm__group *g = w->g;
     const obm__steps *s = g->steps;
     if (s->mask == OBM_MASK_MAGNITUDE || s->mask == OBM_MASK_OUTLIERS) {
-        obm__cut_apply(&g->cuts[model], b->begin / OBM_MERGE_BLOCK, d, b->n);
+        obm__cut_apply(w->k, &g->cuts[model], b->begin / OBM_MERGE_BLOCK, d, b->n);
         if (s->mask == OBM_MASK_MAGNITUDE || g->tops[model].none) return;
         memcpy(b->scratch, d, b->n * sizeof *d);
-        obm__cut_apply(&g->tops[model], b->begin / OBM_MERGE_BLOCK, b->scratch, b->n);
+        obm__cut_apply(w->k, &g->tops[model], b->begin / OBM_MERGE_BLOCK, b->scratch, b->n);
         w->k->sub_f32(d, d, b->scratch, b->n); /* takes the outliers away: d - d or d - 0 */
     } else if (s->mask == OBM_MASK_RANDOM && s->density[model] < 1) {
         obm__random_mask(obm__random_key(s->seed, g->name, model), b->begin, s->density[model], d, b->n);
@@ -591,6 +591,12 @@ static obm_status run_bands(const obm__run *run, parts *p, uint64_t rows, bool b
         OBM_TRY(obm__run_report(run, err));
     }
     return OBM_OK;
+}
+
+void obm__row_release(const obm__block *b, uint64_t start, uint64_t cols) {
+    const uint64_t some = OBM_MERGE_SPAN / 16;
+    uint64_t end = b->begin + b->n;
+    if (cols > OBM_MERGE_SPAN && (end - start) % some == 0) obm__group_release(b->g, end - some, some);
 }
 
 #define PART_COLUMNS 512

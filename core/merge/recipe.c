@@ -143,6 +143,8 @@ static obm_status bad_value(const obm_param_info *info, const obm_json *v, const
     char *text = obm__json_text(v, 0);
     obm_status status =
         info->is_bool ? obm__fail(err, OBM_E_ARG, "%s: expected true or false, found %.80s", where, text ? text : "?")
+        : !strcmp(info->name, "scope")
+            ? obm__fail(err, OBM_E_ARG, "%s: expected tensor or model, found %.80s", where, text ? text : "?")
         : isinf(info->min) && isinf(info->max)
             ? obm__fail(err, OBM_E_ARG, "%s: expected a number, found %.80s", where, text ? text : "?")
             : obm__fail(err, OBM_E_ARG, "%s: expected a number in [%g, %g], found %.80s", where, info->min, info->max,

@@ -35,7 +35,7 @@ static void selection(const obm__block *b) {
     const obm__cut *cut = &b->g->cuts[0];
     if (!cut->all && !cut->none) {
         score(b, 0, b->sum);
-        obm__cut_apply(cut, b->begin / OBM_MERGE_BLOCK, b->sum, b->n);
+        obm__cut_apply(b->k, cut, b->begin / OBM_MERGE_BLOCK, b->sum, b->n);
     }
     for (size_t j = 0; j < b->n; j++) b->sum[j] = cut->all || (!cut->none && b->sum[j] != 0);
 }

@@ -22,6 +22,8 @@
 #define SAMPLE_RUN 128
 #define SAMPLE_LEAST 256
 #define SAMPLE_MOST 1024
+/* Runs between which pages are handed back. */
+#define SAMPLE_AT_ONCE 128
 
 /* Words of a list at most; and of all elements at most, but a small tensor's: of normal values 0.4 % share an upper
  * half, 14 in a block. */
@@ -95,11 +97,19 @@ static uint64_t count_equal(const obm_kernels *k, uint32_t bits, const float *d,
     return counts[0] - counts[1];
 }
 
-/* What is ranked, exactly from the pattern `least` on, into b->mixed; returns the first index that is not finite. */
-static size_t load_values(const obm__group *g, size_t model, uint32_t least, obm__block *b, uint64_t begin, size_t n) {
+/* The models of a block come one after the other, and have one base. */
+static void want_base(const obm__group *g, obm__block *b, uint64_t begin, size_t n) {
+    if (b->n && b->begin == begin) return;
     b->begin = begin;
     b->n = n;
+    obm__group_base(b->k, g, begin, n, b->base, b->scratch);
+}
+
+/* What is ranked, exactly from the pattern `least` on, into b->mixed; returns the first index that is not finite. */
+static size_t load_values(const obm__group *g, size_t model, uint32_t least, obm__block *b, uint64_t begin, size_t n) {
     if (model == OBM_BY_SCORE) {
+        b->begin = begin;
+        b->n = n;
         size_t bad = obm__block_load(b);
         float from;
         memcpy(&from, &least, sizeof from);
@@ -107,7 +117,7 @@ static size_t load_values(const obm__group *g, size_t model, uint32_t least, obm
         g->steps->method->custom->score(b, from, b->mixed);
         return b->k->find_nonfinite(b->mixed, n);
     }
-    if (!obm__group_is_plain(g, model)) obm__group_base(b->k, g, begin, n, b->base, b->scratch);
+    if (!obm__group_is_plain(g, model)) want_base(g, b, begin, n);
     return obm__group_delta(b->k, g, model, begin, n, b->base, b->mixed, b->scratch);
 }
 
@@ -220,14 +230,7 @@ static size_t find_lows(const pass *p, const target *t, obm__block *block, uint6
         return p->k->lows_bf16(out->low, &out->n, &out->zeros, high, d.model, d.base, n);
     }
     size_t bad = load_values(p->g, t->model, high << 16, block, begin, n);
-    out->n = out->zeros = 0;
-    for (size_t i = 0; bad == n && i < n; i++) {
-        uint32_t u = magnitude_bits(block->mixed[i]);
-        bool hit = u >> 16 == high, zero = (uint16_t)u == 0;
-        out->low[out->n] = (uint16_t)u;
-        out->n += hit & !zero;
-        out->zeros += hit & zero;
-    }
+    if (bad == n) p->k->lows_f32(out->low, &out->n, &out->zeros, high, block->mixed, n);
     return bad;
 }
 
@@ -308,7 +311,7 @@ static pass pass_of(const selection *s, obm__group *g, count_what what) {
 /* Most selections do without: the pages of such arrays take longer to come than a small tensor to be merged. */
 static obm_status want_histograms(selection *s, obm_error *err) {
     size_t threads = (size_t)s->run->ctx->threads;
-    if (!s->histogram) s->histogram = obm__alloc(threads * LOW_BINS, sizeof *s->histogram);
+    if (!s->histogram) s->histogram = obm__desks_new(s->run->ctx, LOW_BINS * sizeof *s->histogram);
     if (!s->total) s->total = obm__alloc(LOW_BINS, sizeof *s->total);
     return s->histogram && s->total ? OBM_OK : obm__fail_nomem(err, (threads * 4 + 8) * (uint64_t)LOW_BINS);
 }
@@ -348,7 +351,7 @@ static obm_status count_bounds(const selection *s, target *const *targets, size_
 typedef struct sample {
     const selection *s;
     uint64_t count; /* elements of all groups */
-    size_t runs;
+    size_t runs, first; /* first: of those that are read together */
     uint16_t *high; /* (n_targets, runs, SAMPLE_RUN) upper halves, HIGH_END where there is none */
 } sample;
 
@@ -364,15 +367,22 @@ static bool load_highs(const obm__group *g, size_t model, obm__block *b, uint64_
     return true;
 }
 
+/* The group in which a run begins, and the element there. */
+static const obm__group *place_of_run(const sample *t, size_t run, uint64_t *at) {
+    const selection *s = t->s;
+    size_t g = 0;
+    *at = t->count / t->runs * run;
+    while (g + 1 < s->n_groups && *at >= s->groups[g].count) *at -= s->groups[g++].count;
+    return &s->groups[g];
+}
+
 /* Runs of neighbours at even distances: pages are what reading costs. */
 static void sample_runs(void *arg, size_t first, size_t last, int worker) {
     const sample *t = arg;
     const selection *s = t->s;
-    for (size_t r = first; r < last; r++) {
-        uint64_t at = t->count / t->runs * r;
-        size_t g = 0;
-        while (g + 1 < s->n_groups && at >= s->groups[g].count) at -= s->groups[g++].count;
-        const obm__group *group = &s->groups[g];
+    for (size_t r = t->first + first; r < t->first + last; r++) {
+        uint64_t at;
+        const obm__group *group = place_of_run(t, r, &at);
         obm__block block = obm__block_of(s->scratch, s->run->ctx->k, group, worker);
         size_t n = group->count - at < SAMPLE_RUN ? (size_t)(group->count - at) : SAMPLE_RUN;
         for (size_t m = 0; m < s->n_targets; m++) {
@@ -380,6 +390,28 @@ static void sample_runs(void *arg, size_t first, size_t last, int worker) {
             bool finite = load_highs(group, s->targets[m].model, &block, at, n, high);
             for (size_t i = finite ? n : 0; i < SAMPLE_RUN; i++) high[i] = HIGH_END;
         }
+    }
+}
+
+/* Pages come with their neighbours (pages.c), which would be 64 MiB of each input if all stayed until they are counted.
+ * Of a small tensor they may. */
+static void release_runs(const sample *t, size_t first, size_t last) {
+    enum { NEIGHBOURS = 65536 / sizeof(uint16_t) };
+    for (size_t r = first, next; r < last; r = next) {
+        uint64_t begin, at, end;
+        const obm__group *g = place_of_run(t, r, &begin);
+        for (end = begin, next = r + 1; next < last && place_of_run(t, next, &at) == g; next++) end = at;
+        begin -= begin < NEIGHBOURS ? begin : NEIGHBOURS;
+        end = g->count - end < SAMPLE_RUN + NEIGHBOURS ? g->count : end + SAMPLE_RUN + NEIGHBOURS;
+        if (t->s->n_groups > 1 || g->count > OBM_MERGE_SPAN) obm__group_release(g, begin, end - begin);
+    }
+}
+
+static void read_sample(sample *t) {
+    for (size_t end; t->first < t->runs; t->first = end) {
+        end = t->runs - t->first < SAMPLE_AT_ONCE ? t->runs : t->first + SAMPLE_AT_ONCE;
+        obm__parallel(t->s->run->ctx, end - t->first, 1, sample_runs, t);
+        release_runs(t, t->first, end);
     }
 }
 
@@ -412,7 +444,7 @@ static obm_status guess_ranges(selection *s, uint64_t count, obm_error *err) {
     uint32_t *histogram = obm__alloc(HIGH_END + 1, sizeof *histogram);
     t.high = obm__alloc(s->n_targets, each * sizeof *t.high);
     if (t.high && histogram) {
-        obm__parallel(s->run->ctx, t.runs, 1, sample_runs, &t);
+        read_sample(&t);
         for (size_t m = 0; m < s->n_targets; m++)
             if (s->targets[m].rest < count) guess_range(histogram, t.high + m * each, each, count, &s->targets[m]);
     }
@@ -725,7 +757,7 @@ static obm_status find_cut(selection *s, target *t, obm_error *err) {
 
 static obm_status selection_new(selection *s, const obm__pick *picks, obm_error *err) {
     size_t threads = (size_t)s->run->ctx->threads, scratch = obm__group_scratch(s->groups[0].steps->n);
-    s->scratch = obm__alloc_workers(threads, scratch);
+    s->scratch = obm__desks_new(s->run->ctx, scratch);
     s->counts = obm__calloc(threads * COUNTS, sizeof *s->counts);
     bool all = s->scratch && s->counts;
     /* With several groups the records of blocks would add up. */
@@ -740,9 +772,9 @@ static obm_status selection_new(selection *s, const obm__pick *picks, obm_error 
 }
 
 static void selection_clear(selection *s) {
-    obm_free(s->scratch);
+    obm__desks_free(s->run->ctx, s->histogram);
+    obm__desks_free(s->run->ctx, s->scratch); /* behind the histograms: the next one wants these again */
     obm_free(s->counts);
-    obm_free(s->histogram);
     obm_free(s->total);
     for (size_t i = 0; i < s->n_targets; i++) {
         obm_free(s->targets[i].from);
@@ -779,10 +811,6 @@ obm_status obm__select_value(const obm__run *run, obm__group *groups, size_t n_g
     return status;
 }
 
-static void keep_from(uint32_t least, float *d, size_t n) {
-    for (size_t j = 0; j < n; j++) d[j] = obm__keep_if(d[j], magnitude_bits(d[j]) >= least);
-}
-
 /* The block in which the last equal elements that stay end. */
 static void keep_some(uint32_t bits, uint64_t left, float *d, size_t n) {
     for (size_t j = 0; j < n; j++) {
@@ -804,10 +832,10 @@ bool obm__cut_least(const obm__cut *c, uint64_t block, size_t n, uint32_t *least
     return left == 0 || left >= (c->before ? c->before[block + 1] - c->before[block] : n);
 }
 
-void obm__cut_apply(const obm__cut *c, uint64_t block, float *d, size_t n) {
+void obm__cut_apply(const obm_kernels *k, const obm__cut *c, uint64_t block, float *d, size_t n) {
     uint32_t least;
     if (obm__cut_least(c, block, n, &least))
-        keep_from(least, d, n);
+        k->keep_from(d, least, n);
     else
         keep_some(c->bits, equals_left(c, block), d, n);
 }

@@ -94,6 +94,42 @@ FN static void NAME(low_histogram)(uint32_t *histogram, uint32_t high, const flo
     obm__scalar_low_histogram(histogram, high, x + i, n - i);
 }
 
+/* Four vectors are looked at together, then one by one. */
+FN static void NAME(lows_f32)(uint16_t *out, size_t *found, size_t *zeros, uint32_t high, const float *x, size_t n) {
+    size_t i = 0, listed = 0, counted = 0, some, none;
+    for (; i + 4 * VL <= n; i += 4 * VL) {
+        NAME(i) hit[4], all = {0};
+        for (size_t j = 0; j < 4; j++) {
+            NAME(u) u;
+            memcpy(&u, x + i + j * VL, sizeof u);
+            all |= hit[j] = (u >> 16 & 0x7fffu) == high;
+        }
+        if (!NAME(any)(&all)) continue;
+        for (size_t j = 0; j < 4; j++) {
+            if (!NAME(any)(&hit[j])) continue;
+            obm__scalar_lows_f32(out + listed, &some, &none, high, x + i + j * VL, VL);
+            listed += some;
+            counted += none;
+        }
+    }
+    obm__scalar_lows_f32(out + listed, &some, &none, high, x + i, n - i);
+    *found = listed + some;
+    *zeros = counted + none;
+}
+
+FN static void NAME(keep_from)(float *x, uint32_t least, size_t n) {
+    NAME(i) below = {0};
+    size_t i = 0;
+    below += (int32_t)(least - 1);
+    for (; i + VL <= n; i += VL) {
+        NAME(u) u;
+        memcpy(&u, x + i, sizeof u);
+        u &= (NAME(u))(MAGNITUDE(u) > below);
+        memcpy(x + i, &u, sizeof u);
+    }
+    obm__scalar_keep_from(x + i, least, n - i);
+}
+
 /* The end of agree_f32 and sum_f32. */
 #define FINISH(mixed)                          \
     do {                                       \

@@ -323,6 +323,29 @@ static void check_counts(const obm_kernels *k, bench *t, size_t n) {
     assert_memory_equal(counts, wanted, sizeof counts);
     k->low_histogram(got, high, a, n);
     assert_memory_equal(got, expected, sizeof got);
+    uint16_t *lows = malloc((n + 1) * sizeof *lows);
+    for (int which = 0; which < 2; which++) { /* of a value, and of one whose lower half is 0 */
+        size_t found = 7, zeros = 7, listed = 0, none = 0, most = n < 65535 ? n : 65535;
+        uint32_t wanted_high = which ? bits_of(0.25f) >> 16 : high;
+        k->lows_f32(lows, &found, &zeros, wanted_high, a, most);
+        for (size_t i = 0; i < most; i++) {
+            uint32_t u = bits_of(fabsf(a[i]));
+            if (u >> 16 != wanted_high) continue;
+            none += !(uint16_t)u;
+            if ((uint16_t)u) assert_true(listed < found && lows[listed++] == (uint16_t)u);
+        }
+        assert_int_equal(found, listed);
+        assert_int_equal(zeros, none);
+    }
+    free(lows);
+    for (int c = 0; c < 8; c++) {
+        float *x = malloc((n + 1) * sizeof *x);
+        memcpy(x, a, n * sizeof *x);
+        k->keep_from(x, from[c], n);
+        for (size_t i = 0; i < n; i++)
+            assert_int_equal(bits_of(x[i]), bits_of(fabsf(a[i])) >= from[c] ? bits_of(a[i]) : 0);
+        free(x);
+    }
 }
 
 /* One element by the definition in kernels.h. */

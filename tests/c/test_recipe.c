@@ -213,6 +213,8 @@ static void test_recipe_errors(void **state) {
     expect_parse_error(TIES MODELS "parameters: {lamda: 1}\n", OBM_E_ARG, "did you mean \"lambda\"?");
     expect_parse_error(TIES MODELS "parameters: {density: 2}\n", OBM_E_ARG,
                        "parameters.density: expected a number in [0, 1], found 2");
+    expect_parse_error(TIES MODELS "parameters: {scope: global}\n", OBM_E_ARG,
+                       "parameters.scope: expected tensor or model, found \"global\"");
     expect_parse_error(TIES MODELS "parameters: {normalize: 2}\n", OBM_E_ARG, "expected true or false");
     expect_parse_error(TIES MODELS "parameters: {density: []}\n", OBM_E_ARG, "an empty list");
     expect_parse_error(TIES MODELS "parameters: {density: [0.1, {value: 1}]}\n", OBM_E_ARG, "density");
@@ -741,6 +743,15 @@ static void test_card(void **state) {
     assert_non_null(strstr(text, "# Blend"));
     assert_non_null(strstr(text, obm_version()));
     assert_non_null(strstr(text, "````yaml\nname: Blend"));
+    obm_free(path);
+    char hash[33], line[128]; /* of the file as it is */
+    obm__map map;
+    path = in_folder("card/model.safetensors");
+    OK(obm__map_open(path, &map, err));
+    OK(obm__map_xxh3(&map, NULL, NULL, hash, err));
+    snprintf(line, sizeof line, "\n| model.safetensors | %s |\n", hash);
+    assert_non_null(strstr(text, line));
+    obm__map_close(&map);
     obm_free(path), obm_free(text);
 }
 

@@ -314,13 +314,29 @@ static int check_desks(const obm_context *ctx, const char *what, bool *seen) {
     return touched;
 }
 
+/* Models with an embedding of some work for everybody: a base and two of other seeds. */
+static char *wide[3];
+
+static void make_wide(void) {
+    for (unsigned i = 0; i < 3; i++) {
+        tiny c = w.c;
+        tiny_weights weights;
+        c.vocab = 6000;
+        c.seed += i;
+        tiny_weights_new(&c, &weights);
+        wide[i] = tiny_folder();
+        CHECK(!tiny_write(&c, &weights, wide[i], &err), "%s", err.message);
+        tiny_weights_free(&weights);
+    }
+}
+
 static void merge_in(obm_context *ctx, char **bytes, size_t *size) {
     char recipe[1024], *out = tiny_folder(), *path = obm__path_join(out, "model.safetensors");
     obm_merge_options o = OBM_INIT(obm_merge_options);
     snprintf(recipe, sizeof recipe,
              "merge_method: ties\nbase_model: %s\nmodels: [{model: %s}, {model: %s}]\n"
              "parameters: {weight: 0.5, density: 0.3}\n",
-             w.dir[0], w.dir[1], w.dir[2]);
+             wide[0], wide[1], wide[2]);
     o.overwrite = true;
     CHECK(!obm_merge(ctx, recipe, &o, out, NULL, &err), "%s", err.message);
     CHECK(!obm__file_read(path, bytes, size, &err), "%s", err.message);
@@ -344,7 +360,7 @@ static void pack_in(obm_context *ctx) {
     remove_folder(out);
 }
 
-/* A worker that wakes up late finds nothing left to do, so it may take some runs until each node had some. */
+/* A worker that wakes up late finds nothing left to do, so it may take some runs until each node has had some. */
 static void check_scratch(bool packs) {
     const char *what = packs ? "compress" : "merge";
     obm_context *one = open_context(OBM_NUMA_OFF, 1), *all = open_context(OBM_NUMA_SHARD, 0);
@@ -490,6 +506,7 @@ static void check_all(void) {
     check_mode(OBM_NUMA_SHARD, nodes, false);
     check_materialised();
     check_interleave();
+    make_wide();
     check_scratch(false);
     check_scratch(true);
     in_child(without_mbind, "refused mbind: reported, same logits");
