@@ -742,7 +742,8 @@ typedef struct obm_completion {
     double *routes; size_t n_routes;  /* (n_routes, n_route): with route_every all that were taken, in order; else NULL */
     size_t *route_tokens;             /* (n_routes): how many tokens were generated before each took over; the first has 0 */
 } obm_completion;
-/* out[n]; each owned, release with obm_completion_clear.  Results do not depend on batch or on the neighbours. */
+/* out[n]; each owned, release with obm_completion_clear.  Results do not depend on batch or on the neighbours; where prompts of
+ * one route begin alike, whole pages of 64 positions are computed once. */
 OBM_API obm_status obm_model_generate_batch(obm_model *m, const obm_prompt *prompts, size_t n, const obm_generate_options *options,
                                             obm_completion *out, obm_error *err);
 OBM_API void obm_completion_clear(obm_completion *c);
@@ -775,7 +776,8 @@ typedef struct obm_score_options {
     obm_render_fn render;       /* NULL: the built-in templates */
     void *render_user;
 } obm_score_options;
-/* out[n].  Lower log-likelihood arithmetic in f64 over f32 logits.  Text is encoded as the item's route has it. */
+/* out[n].  Lower log-likelihood arithmetic in f64 over f32 logits.  Text is encoded as the item's route has it.  What an item has in
+ * common with the one before, from the start and under the same route, is not computed again: choices of a prompt stand together. */
 OBM_API obm_status obm_model_score(obm_model *m, const obm_score_item *items, size_t n, const obm_score_options *options,
                                    obm_score *out, obm_error *err);
 OBM_API void obm_score_clear(obm_score *s);

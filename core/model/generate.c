@@ -15,10 +15,58 @@ typedef struct batch {
     obm__generation *waiting;      /* prompt `next`, not admitted yet; NULL */
     size_t refused_at;             /* sequences that ran when there was no room for it; SIZE_MAX: worth a try */
     size_t *index;                 /* prompt of each slot */
+    obm__generation **ended;       /* [size]: finished ones whose prompts others may share, the latest at the end */
+    size_t n_ended;
     size_t size, running, ready;   /* ready: running ones whose weights are there, before those that wait for a route */
     float *logits;                 /* (size, vocab) */
     obm_completion *out;           /* [n] */
 } batch;
+
+/* ---- prompts that begin alike ---- */
+
+/* With pages of the one that has most in common, of those that run or have ended. */
+static obm_status reserve_pages(batch *b, obm__generation *g, obm_error *err) {
+    obm__generation *best = NULL;
+    size_t pages = 0;
+    for (size_t i = 0; i < b->running + b->n_ended; i++) {
+        obm__generation *from = i < b->running ? b->slots[i] : b->ended[i - b->running];
+        size_t common = obm__generation_common(b->m, g, from);
+        if (common > pages) pages = common, best = from;
+    }
+    return obm__generation_reserve(b->m, g, best, pages, err);
+}
+
+/* Another one has all that it could give. */
+static bool is_superfluous(const obm__generation *g) {
+    return !g->shared || g->sequence->pages[g->shared - 1]->users > 1;
+}
+
+static void drop_ended(batch *b, size_t i) {
+    obm__generation_free(b->m, b->ended[i]);
+    memmove(b->ended + i, b->ended + i + 1, (--b->n_ended - i) * sizeof *b->ended);
+}
+
+/* Of each route's last one all of its prompt is kept, of those before it what they have shared: of no more than there are
+ * slots. */
+static void keep_ended(batch *b, obm__generation *g) {
+    for (size_t i = b->n_ended; i-- > 0;) {
+        if (!obm__generation_same_route(b->m, g, b->ended[i])) continue;
+        obm__generation_cut(b->m, b->ended[i], b->ended[i]->shared);
+        if (is_superfluous(b->ended[i])) drop_ended(b, i);
+    }
+    obm__generation_cut(b->m, g, SIZE_MAX);
+    if (b->n_ended == b->size) drop_ended(b, 0);
+    b->ended[b->n_ended++] = g;
+}
+
+static void leave(batch *b, obm__generation *g) {
+    if (b->next < b->n && g->sequence)
+        keep_ended(b, g);
+    else
+        obm__generation_free(b->m, g);
+}
+
+/* ---- slots ---- */
 
 /* Finished sequences leave; the last running one takes the free place. */
 static obm_status collect(batch *b, obm_error *err) {
@@ -28,7 +76,7 @@ static obm_status collect(batch *b, obm_error *err) {
             continue;
         }
         OBM_TRY(obm__generation_take(b->m, b->slots[i], &b->out[b->index[i]], err));
-        obm__generation_free(b->m, b->slots[i]);
+        leave(b, b->slots[i]);
         b->running--;
         b->slots[i] = b->slots[b->running];
         b->index[i] = b->index[b->running];
@@ -49,6 +97,7 @@ static obm_status admit_next(batch *b, bool *admitted, obm_error *err) {
     if (status != OBM_OK) return b->n > 1 ? obm__fail_at("prompt", b->next, status, err) : status;
     b->refused_at = *admitted || b->m->building ? SIZE_MAX : b->running;
     if (!*admitted) return OBM_OK;
+    OBM_TRY(reserve_pages(b, b->waiting, err));
     b->slots[b->running] = b->waiting;
     b->waiting = NULL;
     b->index[b->running++] = b->next++;
@@ -113,20 +162,23 @@ static obm_status start_batch(batch *b, const obm_generate_options *o, obm_error
     OBM_TRY(obm__settings_init(&b->settings, b->m, o, b->n, err));
     size_t count;
     b->slots = obm__calloc(b->size, sizeof *b->slots);
+    b->ended = obm__calloc(b->size, sizeof *b->ended);
     b->index = obm__calloc(b->size, sizeof *b->index);
     b->out = obm__calloc(b->n, sizeof *b->out);
     b->logits = obm__mul(b->size, (size_t)b->m->vocab, &count) ? obm__alloc(count, sizeof *b->logits) : NULL;
-    if (!b->slots || !b->index || !b->out || !b->logits)
+    if (!b->slots || !b->ended || !b->index || !b->out || !b->logits)
         return obm__fail_nomem(err, (uint64_t)b->size * (uint64_t)b->m->vocab * 4);
     return OBM_OK;
 }
 
 static void clear_batch(batch *b) {
     for (size_t i = 0; i < b->running; i++) obm__generation_free(b->m, b->slots[i]);
+    for (size_t i = 0; i < b->n_ended; i++) obm__generation_free(b->m, b->ended[i]);
     obm__generation_free(b->m, b->waiting);
     for (size_t i = 0; b->out && i < b->n; i++) obm_completion_clear(&b->out[i]);
     obm__settings_clear(&b->settings);
     obm_free(b->slots);
+    obm_free(b->ended);
     obm_free(b->index);
     obm_free(b->out);
     obm_free(b->logits);
@@ -190,6 +242,7 @@ static obm_status open_stream(obm_stream *s, const obm_prompt *prompt, const obm
     bool admitted;   /* always: nothing else runs */
     OBM_TRY(obm__generation_new(s->m, &s->settings, prompt, 0, &s->g, err));
     OBM_TRY(obm__generation_admit(s->m, s->g, &admitted, err));
+    OBM_TRY(obm__generation_reserve(s->m, s->g, NULL, 0, err));
     OBM_TRY(obm__generation_prefill(s->m, &s->g, 1, s->logits, err));
     s->settings.options = NULL;   /* the caller's struct may go now */
     return OBM_OK;

@@ -210,10 +210,20 @@ static obm_status choose_route(obm_model *m, obm__generation *g, const obm_promp
     return obm__reroute_start(m, g, prompt, false, err);
 }
 
+static obm_status note_first_route(const obm_model *m, obm__generation *g, obm_error *err) {
+    size_t tasks = obm__model_tasks(m);
+    if (!g->route) return OBM_OK;
+    g->first_route = obm__calloc(tasks, sizeof *g->first_route);
+    if (!g->first_route) return obm__fail_nomem(err, tasks * sizeof *g->first_route);
+    memcpy(g->first_route, g->route, tasks * sizeof *g->route);
+    return OBM_OK;
+}
+
 /* The route comes first: it decides what the prompt's ids are. */
 static obm_status start(obm_model *m, obm__generation *g, const obm_prompt *prompt, size_t index, obm_error *err) {
     const obm_generate_options *o = g->settings->options;
     OBM_TRY(choose_route(m, g, prompt, index, err));
+    OBM_TRY(note_first_route(m, g, err));
     g->words = obm__model_text_for(m, g->route);
     const obm_tokenizer *t = g->words->tokenizer;
     const obm__prompter how = {m, t, OBM_OPT(o, obm_generate_options, render, NULL),
@@ -247,6 +257,7 @@ void obm__generation_free(obm_model *m, obm__generation *g) {
     obm__buffer_free(&g->text);
     obm__reroute_clear(&g->reroute);
     obm_free(g->route);
+    obm_free(g->first_route);
     obm_free(g->ids);
     obm_free(g);
 }
@@ -257,8 +268,35 @@ obm_status obm__generation_admit(obm_model *m, obm__generation *g, bool *admitte
     if (!*admitted) return OBM_OK;
     OBM_TRY(obm__model_check_ids(m, g->sequence->weights, g->ids, g->n_ids, err));
     size_t longest = g->n_prompt + g->settings->max_tokens - 1; /* the last token is not run */
-    OBM_TRY(obm__sequence_expect(m, g->sequence, longest < INT64_MAX ? (int64_t)longest : INT64_MAX, err));
+    return obm__sequence_expect(m, g->sequence, longest < INT64_MAX ? (int64_t)longest : INT64_MAX, err);
+}
+
+/* ---- prompts that begin alike ---- */
+
+bool obm__generation_same_route(const obm_model *m, const obm__generation *a, const obm__generation *b) {
+    return !m->pack || !memcmp(a->first_route, b->first_route, obm__model_tasks(m) * sizeof *a->first_route);
+}
+
+/* The last token has to run, for its logits. */
+size_t obm__generation_common(const obm_model *m, const obm__generation *g, const obm__generation *from) {
+    size_t n = g->n_prompt - 1 < from->n_prompt ? g->n_prompt - 1 : from->n_prompt, i = 0, pages;
+    if (!from->sequence || !obm__generation_same_route(m, g, from)) return 0;
+    if (!obm__sequence_alike(m, g->sequence, from->sequence)) return 0;
+    while (i < n && g->ids[i] == from->ids[i]) i++;
+    pages = i / OBM_TILE_TOKENS;
+    return pages < from->sequence->n_pages ? pages : from->sequence->n_pages;
+}
+
+obm_status obm__generation_reserve(obm_model *m, obm__generation *g, obm__generation *from, size_t pages, obm_error *err) {
+    g->shared = pages;
+    if (from) OBM_TRY(obm__sequence_share(g->sequence, from->sequence, pages, err));
+    if (from && from->shared < pages) from->shared = pages;
     return obm__sequence_reserve(m, g->sequence, (int64_t)g->n_prompt, err);
+}
+
+void obm__generation_cut(obm_model *m, obm__generation *g, size_t pages) {
+    if (pages > g->n_prompt / OBM_TILE_TOKENS) pages = g->n_prompt / OBM_TILE_TOKENS;
+    obm__sequence_cut(m, g->sequence, pages);
 }
 
 /* ---- prefill ---- */

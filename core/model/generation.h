@@ -36,10 +36,12 @@ typedef struct obm__generation {
     obm__sampler sampler;
     obm__decode_stream *decoder;   /* NULL without a tokenizer */
     double *route;                 /* (tasks), NULL for a plain model */
+    double *first_route;           /* the same, of the prompt */
     const obm__model_text *words;  /* tokenizer and eos of the route */
     int32_t *ids;                  /* prompt, then generated */
     size_t n_ids, n_prompt, capacity;
     int32_t drawn;                 /* the token of this step; -1: its logits are not finite */
+    size_t shared;                 /* first pages of the cache that another prompt had or took */
     obm__buffer text;
     size_t safe;                   /* bytes of text that no stop string can take back */
     bool finished;
@@ -52,7 +54,16 @@ obm_status obm__generation_new(obm_model *m, const obm__settings *s, const obm_p
 /* Prepares the weights of its route.  *admitted false: they do not fit the route budget beside those in use; ask again
  * later. */
 obm_status obm__generation_admit(obm_model *m, obm__generation *g, bool *admitted, obm_error *err);
-/* Prefills n admitted sequences together and draws the first token of each. */
+/* Of their prompts. */
+bool obm__generation_same_route(const obm_model *m, const obm__generation *a, const obm__generation *b);
+/* Whole pages of the cache that the prompt of g, which is admitted, has in common with that of `from` and can share. */
+size_t obm__generation_common(const obm_model *m, const obm__generation *g, const obm__generation *from);
+/* Room for the prompt: that many pages are those of `from` (NULL: none are), which is prefilled before g, or in the same
+ * call and further in front. */
+obm_status obm__generation_reserve(obm_model *m, obm__generation *g, obm__generation *from, size_t pages, obm_error *err);
+/* Of a finished one first pages of its prompt alone remain, which others can share. */
+void obm__generation_cut(obm_model *m, obm__generation *g, size_t pages);
+/* Prefills n sequences with room together, from where their prompts are their own, and draws the first token of each. */
 obm_status obm__generation_prefill(obm_model *m, obm__generation *const *g, size_t n, float *logits /* (n, vocab) */,
                                    obm_error *err);
 void obm__generation_free(obm_model *m, obm__generation *g);

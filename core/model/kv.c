@@ -90,20 +90,29 @@ obm_status obm__sequence_expect(const obm_model *m, obm__sequence *s, int64_t po
     return OBM_OK;
 }
 
+static void drop_page(obm_model *m, obm__page *p, size_t bytes) {
+    if (--p->users) return;
+    if (is_mapped(m, bytes))
+        obm__place_unmap(p->data, bytes);
+    else
+        obm_free(p->data);
+    m->kv_bytes -= bytes;
+    obm_free(p);
+}
+
+void obm__sequence_cut(obm_model *m, obm__sequence *s, size_t pages) {
+    size_t bytes = obm__kv_page_bytes(m, s->kv);
+    while (s->n_pages > pages) drop_page(m, s->pages[--s->n_pages], bytes);
+    if (s->length > (int64_t)(s->n_pages * OBM_TILE_TOKENS)) s->length = (int64_t)(s->n_pages * OBM_TILE_TOKENS);
+    obm__weights_release(m, s->weights);
+    s->weights = NULL;
+}
+
 void obm__sequence_free(obm_model *m, obm__sequence *s) {
     if (!s) return;
-    size_t bytes = 0;
-    page_bytes(m, s->kv, &bytes);
-    for (size_t i = 0; i < s->n_pages; i++) {
-        if (is_mapped(m, bytes))
-            obm__place_unmap(s->pages[i], bytes);
-        else
-            obm_free(s->pages[i]);
-    }
-    m->kv_bytes -= s->n_pages * bytes;
+    obm__sequence_cut(m, s, 0);
     obm_free(s->pages);
     obm_free(s->frequencies);
-    obm__weights_release(m, s->weights);
     obm_free(s);
 }
 
@@ -119,24 +128,37 @@ void obm__kv_bounds(const obm_model *m, obm_dtype kv, size_t *at) {
         at[i] = obm__placement_local(p) ? parts_bytes(m, p->heads[i], obm_dtype_size(kv)) : 0;
 }
 
-static void *new_page(obm_model *m, obm_dtype kv, size_t bytes) {
+static void *map_page(obm_model *m, obm_dtype kv, size_t bytes) {
     size_t at[OBM_NODES + 1];
     if (!m->placement) return is_mapped(m, bytes) ? obm__map_huge(bytes) : obm__alloc(bytes, 1);
     obm__kv_bounds(m, kv, at);
     return obm__place_map(m, bytes, at);
 }
 
+static obm__page *new_page(obm_model *m, obm_dtype kv, size_t bytes) {
+    obm__page *p = obm__alloc(1, sizeof *p);
+    if (!p) return NULL;
+    *p = (obm__page){.data = map_page(m, kv, bytes), .users = 1};
+    if (p->data) return p;
+    obm_free(p);
+    return NULL;
+}
+
+static obm_status make_room(obm__sequence *s, size_t pages, obm_error *err) {
+    if (pages <= s->capacity) return OBM_OK;
+    obm__page **all = obm__realloc(s->pages, pages * 2, sizeof *all);
+    if (!all) return obm__fail_nomem(err, pages * 2 * sizeof *all);
+    s->pages = all;
+    s->capacity = pages * 2;
+    return OBM_OK;
+}
+
 obm_status obm__sequence_reserve(obm_model *m, obm__sequence *s, int64_t positions, obm_error *err) {
     size_t need = (size_t)((positions + OBM_TILE_TOKENS - 1) / OBM_TILE_TOKENS), bytes;
     if (!page_bytes(m, s->kv, &bytes)) return obm__fail_nomem(err, UINT64_MAX);
-    if (need > s->capacity) {
-        void **pages = obm__realloc(s->pages, need * 2, sizeof *pages);
-        if (!pages) return obm__fail_nomem(err, need * 2 * sizeof *pages);
-        s->pages = pages;
-        s->capacity = need * 2;
-    }
+    OBM_TRY(make_room(s, need, err));
     while (s->n_pages < need) {
-        void *page = new_page(m, s->kv, bytes);
+        obm__page *page = new_page(m, s->kv, bytes);
         if (!page) return obm__fail_nomem(err, bytes);
         s->pages[s->n_pages++] = page;
         m->kv_bytes += bytes;
@@ -144,10 +166,42 @@ obm_status obm__sequence_reserve(obm_model *m, obm__sequence *s, int64_t positio
     return OBM_OK;
 }
 
+/* ---- prompts that begin alike ---- */
+
+bool obm__sequence_alike(const obm_model *m, const obm__sequence *a, const obm__sequence *b) {
+    size_t bytes = (size_t)(m->config.n_ropes * m->pairs) * sizeof *a->frequencies;
+    if (a->kv != b->kv || !a->frequencies != !b->frequencies) return false;
+    return !a->frequencies || !memcmp(a->frequencies, b->frequencies, bytes);
+}
+
+obm_status obm__sequence_share(obm__sequence *s, const obm__sequence *from, size_t pages, obm_error *err) {
+    OBM_TRY(make_room(s, pages, err));
+    for (; s->n_pages < pages; s->n_pages++) {
+        s->pages[s->n_pages] = from->pages[s->n_pages];
+        s->pages[s->n_pages]->users++;
+    }
+    s->length = (int64_t)(pages * OBM_TILE_TOKENS);
+    return OBM_OK;
+}
+
+void obm__sequence_continue(obm__sequence *s, obm__sequence *from, int64_t length) {
+    obm__sequence all = *from;
+    from->pages = s->pages;
+    from->n_pages = s->n_pages;
+    from->capacity = s->capacity;
+    from->length = 0;
+    s->pages = all.pages;
+    s->n_pages = all.n_pages;
+    s->capacity = all.capacity;
+    s->length = length;
+}
+
+/* ---- where values lie ---- */
+
 void *obm__kv_at(const obm_model *m, const obm__sequence *s, int64_t page, int64_t layer, int which, int64_t kv_head) {
     const obm__config *c = &m->config;
     int64_t first, end;
     size_t before = heads_at(m, kv_head, &first, &end) ? parts_bytes(m, first, obm_dtype_size(s->kv)) : 0;
     size_t block = (size_t)((layer * 2 + which) * (end - first) + kv_head - first); // (layers, 2, heads, 64, head_dim)
-    return (char *)s->pages[page] + before + block * OBM_TILE_TOKENS * (size_t)c->head_dim * obm_dtype_size(s->kv);
+    return (char *)s->pages[page]->data + before + block * OBM_TILE_TOKENS * (size_t)c->head_dim * obm_dtype_size(s->kv);
 }

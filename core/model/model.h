@@ -370,10 +370,14 @@ void obm__weights_free(obm_model *m, obm__weights *w);
 #define OBM_BLOCK_ROWS OBM__PLANE_ROWS   /* weight rows of one item of work: a block of the planes, whole strips of gemm */
 /* Keys and values of 64 positions in all layers: (layers, 2, kv_heads, 64, head_dim), where heads lie on several nodes one
  * such block for the heads of each.  Pages never move, so growing copies nothing. */
+typedef struct obm__page {
+    void *data;
+    size_t users;               /* sequences that have it */
+} obm__page;
 typedef struct obm__sequence {
-    obm__weights *weights;      /* referenced */
+    obm__weights *weights;      /* referenced; NULL: what is left of one that has ended */
     obm_dtype kv;
-    void **pages; size_t n_pages, capacity;
+    obm__page **pages; size_t n_pages, capacity;
     int64_t length;             /* positions filled */
     float *frequencies;         /* (ropes, pairs): its own where they depend on how long it gets, else NULL */
 } obm__sequence;
@@ -385,6 +389,16 @@ void obm__sequence_free(obm_model *m, obm__sequence *s);
  * depends on the length; it is chosen once, by this one, so that it does not depend on chunks or on the step. */
 obm_status obm__sequence_expect(const obm_model *m, obm__sequence *s, int64_t positions, obm_error *err);
 obm_status obm__sequence_reserve(obm_model *m, obm__sequence *s, int64_t positions, obm_error *err);
+/* A prompt that begins like another of the same route has the same keys and values there, bit for bit, since chunks and
+ * neighbours change none.  False: the two rotate differently (see obm__sequence_expect). */
+bool obm__sequence_alike(const obm_model *m, const obm__sequence *a, const obm__sequence *b);
+/* s, which is empty, begins with the first pages of `from`, all of prompts: both have them.  They need not be computed
+ * yet where their rows come before those of s. */
+obm_status obm__sequence_share(obm__sequence *s, const obm__sequence *from, size_t pages, obm_error *err);
+/* s, which is empty, gets all pages of `from`, and goes on behind its first `length` positions. */
+void obm__sequence_continue(obm__sequence *s, obm__sequence *from, int64_t length);
+/* All but the first pages go, and the weights: for others to share. */
+void obm__sequence_cut(obm_model *m, obm__sequence *s, size_t pages);
 size_t obm__kv_page_bytes(const obm_model *m, obm_dtype kv);
 /* Of a page, by node, where there is a placement (zeros where its heads have no place). */
 void obm__kv_bounds(const obm_model *m, obm_dtype kv, size_t *at);

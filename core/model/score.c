@@ -83,6 +83,14 @@ typedef struct scorer {
     bool greedy;
 } scorer;
 
+/* What is left of the item before: another continuation of the same prompt goes on behind what they have in common. */
+typedef struct past {
+    obm__sequence *sequence; /* NULL: nothing */
+    int32_t *ids;
+    size_t n;      /* of them run */
+    double *route; /* (tasks), NULL for a plain model */
+} past;
+
 static double log_probability(const float *logits, int64_t vocab, int32_t id, int32_t best) {
     double sum = 0, max = logits[best];
     for (int64_t i = 0; i < vocab; i++) sum += exp(logits[i] - max);
@@ -137,16 +145,53 @@ static obm_status visit(void *arg, obm_model *m, const obm__row *rows, size_t n,
     return count ? score_rows(s, m, rows, which, count, err) : OBM_OK;
 }
 
+static void forget(obm_model *m, past *p) {
+    obm__sequence_free(m, p->sequence);
+    obm_free(p->ids);
+    obm_free(p->route);
+    *p = (past){0};
+}
+
+/* The weights go: the next item's may need the room.  Without memory for it there is no past. */
+static void remember(obm_model *m, past *p, obm__sequence *s, tokens *t, const double *route) {
+    size_t tasks = obm__model_tasks(m);
+    *p = (past){.sequence = s, .n = t->n - 1, .route = route ? obm__calloc(tasks, sizeof *route) : NULL};
+    if (route && !p->route) {
+        forget(m, p);
+        return;
+    }
+    if (route) memcpy(p->route, route, tasks * sizeof *route);
+    obm__sequence_cut(m, s, s->n_pages);
+    p->ids = t->ids;
+    t->ids = NULL;
+}
+
+/* The rows that predict what is scored have to run. */
+static void continue_past(obm_model *m, past *p, const tokens *t, const double *route, obm__sequence *s) {
+    size_t most = p->n < t->first - 1 ? p->n : t->first - 1, n = 0;
+    if (!p->sequence || !obm__sequence_alike(m, p->sequence, s)) return;
+    if (route && memcmp(route, p->route, obm__model_tasks(m) * sizeof *route)) return;
+    while (n < most && t->ids[n] == p->ids[n]) n++;
+    obm__sequence_continue(s, p->sequence, (int64_t)n);
+}
+
 /* The last token predicts nothing that is asked for, so it is not run. */
-static obm_status run(obm_model *m, const double *route, const tokens *t, scorer *s, obm_error *err) {
+static obm_status run(obm_model *m, past *p, const double *route, tokens *t, scorer *s, obm_error *err) {
     obm__sequence *sequence = NULL;
     s->logits = obm__alloc((size_t)m->vocab * SCORE_ROWS, sizeof *s->logits);
     if (!s->logits) return obm__fail_nomem(err, (uint64_t)m->vocab * SCORE_ROWS * sizeof *s->logits);
     obm_status status = obm__sequence_new(m, route, m->kv, &sequence, err);
     if (status == OBM_OK) status = obm__model_check_ids(m, sequence->weights, t->ids, t->n, err);
     if (status == OBM_OK) status = obm__sequence_expect(m, sequence, (int64_t)t->n, err);
-    if (status == OBM_OK) status = obm__prefill(m, sequence, t->ids, t->n - 1, false, m->config.layers, visit, s, err);
-    obm__sequence_free(m, sequence);
+    if (status == OBM_OK) continue_past(m, p, t, route, sequence);
+    forget(m, p);
+    size_t done = sequence ? (size_t)sequence->length : 0;
+    if (status == OBM_OK)
+        status = obm__prefill(m, sequence, t->ids + done, t->n - 1 - done, false, m->config.layers, visit, s, err);
+    if (status == OBM_OK)
+        remember(m, p, sequence, t, route);
+    else
+        obm__sequence_free(m, sequence);
     obm_free(s->logits);
     return status;
 }
@@ -185,8 +230,8 @@ static obm_status nothing_to_score(const obm_score_item *item, const tokens *t, 
 }
 
 /* The route comes first: it decides what the item's ids are. */
-static obm_status score_item(obm_model *m, const obm_score_item *item, size_t index, const obm_score_options *o,
-                             obm_score *out, obm_error *err) {
+static obm_status score_item(obm_model *m, past *p, const obm_score_item *item, size_t index,
+                             const obm_score_options *o, obm_score *out, obm_error *err) {
     tokens t = {0};
     obm_score r = {.n_route = obm__model_tasks(m)};
     obm__prompter how = {m, NULL, OBM_OPT(o, obm_score_options, render, NULL),
@@ -203,7 +248,7 @@ static obm_status score_item(obm_model *m, const obm_score_item *item, size_t in
     r.token_logprobs = obm__calloc(r.n, sizeof *r.token_logprobs);
     if (!r.token_logprobs) OBM_GO(obm__fail_nomem(err, r.n * sizeof *r.token_logprobs));
     scorer s = {.t = &t, .item = index, .out = r.token_logprobs, .greedy = true};
-    OBM_GO(run(m, r.route, &t, &s, err));
+    OBM_GO(run(m, p, r.route, &t, &s, err));
     summarise(&r, s.greedy);
     *out = r;
     r = (obm_score){0};
@@ -221,11 +266,13 @@ obm_status obm_model_score(obm_model *m, const obm_score_item *items, size_t n, 
     obm_score *scores = obm__calloc(n, sizeof *scores);
     if (!scores) return obm__fail_nomem(err, n * sizeof *scores);
     obm_status status = obm__model_enter(m, &pulse, err);
+    past p = {0};
     if (status == OBM_OK) {
         for (size_t i = 0; i < n && status == OBM_OK; i++) {
-            status = obm__fail_at("item", i, score_item(m, &items[i], i, options, &scores[i], err), err);
+            status = obm__fail_at("item", i, score_item(m, &p, &items[i], i, options, &scores[i], err), err);
             if (status == OBM_OK) status = obm__pulse_done(&pulse, i + 1, err);
         }
+        forget(m, &p);
         obm__model_leave(m);
     }
     for (size_t i = 0; i < n; i++) {

@@ -78,7 +78,7 @@ static obm_status count_kv(census *c, const obm__sequence *s, obm_error *err) {
     size_t at[OBM_NODES + 1];
     obm__kv_bounds(c->m, s->kv, at);
     for (size_t i = 0; i < s->n_pages; i++)
-        OBM_TRY(count_block(c, OBM_PLACED_KV, s->pages[i], obm__kv_page_bytes(c->m, s->kv), at, err));
+        OBM_TRY(count_block(c, OBM_PLACED_KV, s->pages[i]->data, obm__kv_page_bytes(c->m, s->kv), at, err));
     return OBM_OK;
 }
 

@@ -155,7 +155,7 @@ static obm__sequence *long_sequence(obm_model *m, int64_t length) {
     size_t count = obm__kv_page_bytes(m, OBM_F16) / 2;
     for (size_t p = 0; p < s->n_pages; p++)
         for (size_t i = 0; i < count; i++) /* halves between 0.06 and 0.5 */
-            ((uint16_t *)s->pages[p])[i] = (uint16_t)(0x2c00 + (state = state * 1664525 + 1013904223) % 0xc00);
+            ((uint16_t *)s->pages[p]->data)[i] = (uint16_t)(0x2c00 + (state = state * 1664525 + 1013904223) % 0xc00);
     return s;
 }
 
