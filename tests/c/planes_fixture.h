@@ -176,6 +176,63 @@ static inline obm_model *open_model(const world *w, bool materialise, uint64_t b
     return m;
 }
 
+/* ---- one token behind many ---- */
+
+enum { FAR = 2070 }; /* three parts of 1024 positions; pages of 64 */
+
+/* Keys and values of FAR positions that are made up: the same whatever the layout of a page. */
+static inline void fill_far(const obm_model *m, const obm__sequence *s) {
+    size_t n = (size_t)(OBM_TILE_TOKENS * m->config.head_dim);
+    for (size_t page = 0; page < s->n_pages; page++)
+        for (int64_t layer = 0; layer < m->config.layers; layer++)
+            for (int which = 0; which < 2; which++)
+                for (int64_t head = 0; head < m->config.kv_heads; head++) {
+                    unsigned state = (unsigned)(((page * 64 + (size_t)layer) * 2 + (size_t)which) * 64 + (size_t)head);
+                    void *at = obm__kv_at(m, s, (int64_t)page, layer, which, head);
+                    for (size_t i = 0; i < n; i++) {
+                        float x = (float)((int)(tiny_random(&state) % 129) - 64) / 64.0f;
+                        if (s->kv == OBM_F16)
+                            ((uint16_t *)at)[i] = tiny_f16(x);
+                        else
+                            ((float *)at)[i] = x;
+                    }
+                }
+}
+
+/* The logits of the base, (vocab), for `id` behind them; look (nullable) sees the sequence before it goes. */
+static inline obm_status run_far(obm_model *m, obm_dtype kv, int32_t id,
+                                 void (*look)(const obm_model *, const obm__sequence *), float *out, obm_error *err) {
+    obm__sequence *s = NULL;
+    obm__pulse pulse = {0};
+    size_t which = 0;
+    OBM_TRY(obm__model_enter(m, &pulse, err));
+    obm_status status = obm__sequence_new(m, NULL, kv, &s, err);
+    if (status == OBM_OK) status = obm__sequence_reserve(m, s, FAR + 1, err);
+    if (status == OBM_OK) {
+        obm__row row = {s, FAR, id};
+        fill_far(m, s);
+        status = obm__forward(m, &row, 1, false, m->config.layers, err);
+        if (status == OBM_OK) status = obm__forward_logits(m, &row, &which, 1, out, err);
+        if (look) look(m, s);
+    }
+    obm__sequence_free(m, s);
+    obm__model_leave(m);
+    return status;
+}
+
+/* The logits of the base behind a prompt, as prefill="bf16" has them where the CPU has such products: the kernel is in every
+ * table.  The model's buffers are made anew, with room for that. */
+static inline obm_status run_pairs(obm_model *m, const int32_t *ids, size_t n, float *out, obm_error *err) {
+    obm_run_options r = OBM_INIT(obm_run_options);
+    obm_dtype prefill = m->prefill;
+    r.kv = m->kv;
+    obm__scratch_free(&m->scratch);
+    m->prefill = OBM_BF16;
+    obm_status status = obm_model_logits(m, ids, n, &r, out, err);
+    m->prefill = prefill;
+    return status;
+}
+
 /* ---- what is expected ---- */
 
 static inline double plain_ties(const double *d, int n) {

@@ -32,7 +32,10 @@ static obm_context *open_context(const char *machine, obm_numa numa, int threads
 }
 
 static world w;
-static float *expected[4]; /* all and decoded, of the base alone and of a route */
+enum { RUNS = 6 };
+static float *expected[RUNS]; /* all and decoded, of the base alone and of a route; one far away; one of products of bf16 */
+
+static size_t size_of(int which) { return (size_t)(which % 2 || which == 4 ? 1 : N) * (size_t)w.c.vocab * sizeof(float); }
 
 static void run(const char *path, obm_context *ctx, bool z12, obm_dtype kv, float **out) {
     obm_model_options o = OBM_INIT(obm_model_options);
@@ -49,18 +52,18 @@ static void run(const char *path, obm_context *ctx, bool z12, obm_dtype kv, floa
         r.all = false, r.decode = true;
         assert_int_equal(obm_model_logits(m, w.ids, 5, &r, out[routed * 2 + 1], &err), OBM_OK);
     }
+    assert_int_equal(run_far(m, kv, 7, NULL, out[4], &err), OBM_OK);
+    assert_int_equal(run_pairs(m, w.ids, N, out[5], &err), OBM_OK);
     obm_model_free(m);
 }
 
-static size_t size_of(int which) { return (size_t)(which % 2 ? 1 : N) * (size_t)w.c.vocab * sizeof(float); }
-
 static void compare(const char *machine, obm_numa numa, int threads, bool z12, obm_dtype kv) {
-    float *got[4];
+    float *got[RUNS];
     obm_context *ctx = open_context(machine, numa, threads);
     warnings = 0;
-    for (int i = 0; i < 4; i++) got[i] = calloc(1, size_of(i));
+    for (int i = 0; i < RUNS; i++) got[i] = calloc(1, size_of(i));
     run(w.pack_dir, ctx, z12, kv, got);
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < RUNS; i++) {
         if (memcmp(got[i], expected[i], size_of(i)))
             fail_msg("%s, numa %d, %d threads, z12 %d: logits %d differ", machine, numa, threads, z12, i);
         free(got[i]);
@@ -76,13 +79,13 @@ static int setup(void **state) {
     w.spec[0] = (expert_spec){.policy = "linear", .scale = "row"};
     w.spec[1] = (expert_spec){.policy = "attention", .scale = "matrix"};
     open_world(&w, 1);
-    for (int i = 0; i < 4; i++) expected[i] = calloc(1, size_of(i));
+    for (int i = 0; i < RUNS; i++) expected[i] = calloc(1, size_of(i));
     return 0;
 }
 
 static int teardown(void **state) {
     (void)state;
-    for (int i = 0; i < 4; i++) free(expected[i]);
+    for (int i = 0; i < RUNS; i++) free(expected[i]);
     close_world(&w);
     return 0;
 }
@@ -90,6 +93,7 @@ static int teardown(void **state) {
 static void reference(bool z12, obm_dtype kv) {
     obm_context *ctx = open_context(NULL, OBM_NUMA_OFF, 1);
     run(w.pack_dir, ctx, z12, kv, expected);
+    assert_true(memcmp(expected[5], expected[0] + (N - 1) * w.c.vocab, size_of(5))); /* bf16 rounds otherwise */
     obm_context_free(ctx);
 }
 

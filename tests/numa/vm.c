@@ -20,7 +20,7 @@
 #include <sys/wait.h>
 
 #define N 20   /* arithmetic is emulated: every token counts */
-#define RUNS 4 /* base and route, prompt and token by token */
+#define RUNS 6 /* base and route, prompt and token by token; far away; a prompt in products of bf16 */
 
 static obm_error err;
 static int bad;
@@ -45,7 +45,7 @@ static world w;
 static int nodes; /* of the machine */
 static float *expected[RUNS];
 
-static size_t size_of(int which) { return (size_t)(which % 2 ? 1 : N) * (size_t)w.c.vocab * sizeof(float); }
+static size_t size_of(int which) { return (size_t)(which % 2 || which == 4 ? 1 : N) * (size_t)w.c.vocab * sizeof(float); }
 
 static obm_context *open_context(obm_numa numa, int threads) {
     obm_context_options o = OBM_INIT(obm_context_options);
@@ -58,15 +58,21 @@ static obm_context *open_context(obm_numa numa, int threads) {
     return ctx;
 }
 
+static int far_pages;
+static void look_at_far(const obm_model *m, const obm__sequence *s);
+
 static void run(obm_model *m, float **out) {
     obm_run_options r = OBM_INIT(obm_run_options);
     const double route[] = {0.7, 0.3};
-    for (int i = 0; i < RUNS; i++) {
+    for (int i = 0; i < 4; i++) {
         r.route = i / 2 ? route : NULL;
         r.decode = i % 2;
         r.all = !r.decode;
         CHECK(!obm_model_logits(m, w.ids, r.decode ? 4 : N, &r, out[i], &err), "%s", err.message);
     }
+    far_pages = 0;
+    CHECK(!run_far(m, OBM_F16, 7, look_at_far, out[4], &err), "%s", err.message);
+    CHECK(!run_pairs(m, w.ids, N, out[5], &err), "%s", err.message);
 }
 
 static void compare(obm_model *m, const char *what) {
@@ -163,20 +169,31 @@ static int check_copies(const obm_model *m) {
     return pages;
 }
 
+static int check_sequence(const obm_model *m, const obm__sequence *s) {
+    const obm__placement *p = m->placement;
+    size_t size = OBM_TILE_TOKENS * (size_t)m->config.head_dim * obm_dtype_size(s->kv);
+    int pages = 0;
+    for (size_t page = 0; page < s->n_pages; page++)
+        for (int node = 0; node < p->nodes; node++)
+            for (int64_t head = p->heads[node]; head < p->heads[node + 1]; head++)
+                for (int64_t layer = 0; layer < m->config.layers; layer++)
+                    for (int which = 0; which < 2; which++)
+                        pages += check_pages(m, obm__kv_at(m, s, (int64_t)page, layer, which, head), size, node, "cache");
+    return pages;
+}
+
+static void look_at_far(const obm_model *m, const obm__sequence *s) {
+    bool bound = m->placement && obm__placement_local(m->placement) && !m->bind_refused;
+    if (bound) far_pages = check_sequence(m, s);
+}
+
 static int check_cache(obm_model *m) {
     obm__sequence *s = NULL;
     obm__pulse pulse = {0};
-    int pages = 0;
-    const obm__placement *p = m->placement;
     CHECK(!obm__model_enter(m, &pulse, &err), "%s", err.message);
     CHECK(!obm__sequence_new(m, NULL, OBM_F32, &s, &err), "%s", err.message);
     CHECK(!obm__prefill(m, s, w.ids, OBM_TILE_TOKENS, false, m->config.layers, NULL, NULL, &err), "%s", err.message);
-    for (int node = 0; node < p->nodes; node++)
-        for (int64_t head = p->heads[node]; head < p->heads[node + 1]; head++)
-            for (int64_t layer = 0; layer < m->config.layers; layer++)
-                for (int which = 0; which < 2; which++)
-                    pages += check_pages(m, obm__kv_at(m, s, 0, layer, which, head),
-                                         64 * (size_t)m->config.head_dim * 4, node, "cache");
+    int pages = check_sequence(m, s);
     obm__sequence_free(m, s);
     obm__model_leave(m);
     return pages;
@@ -242,9 +259,10 @@ static void check_mode(obm_numa numa, int threads, bool z12) {
         bool cut = obm__placement_cuts(m->placement);
         int rows = cut ? check_rows(m) : check_copies(m), cache = check_cache(m);
         CHECK(rows > 100 && cache >= 32, "%s: %d and %d pages", what, rows, cache);
+        CHECK(far_pages >= FAR / 64 * 16, "%s: %d pages of a long cache", what, far_pages);
         check_verify(m, z12 && cut ? "\"bound\": true" : "\"remote_bytes\": 0}",
                      what); /* tables of z12 end inside pages */
-        printf("numa: %s: %d pages of rows and %d of cache where their readers are\n", what, rows, cache);
+        printf("numa: %s: %d pages of rows and %d of cache where their readers are\n", what, rows, cache + far_pages);
     }
     if (numa == OBM_NUMA_SHARD && !threads) check_workers(ctx);
     obm_model_free(m);
