@@ -159,9 +159,12 @@ typedef struct obm__lanes {
     size_t begin[OBM_NODES], end[OBM_NODES];
 } obm__lanes;
 void obm__parallel_lanes(obm_context *ctx, const obm__lanes *s, size_t grain, obm__range_fn fn, void *arg);
-/* The caller is worker 0; with more workers than cores nobody spins.  Keeps both pointers. */
+/* The caller is worker 0; with more workers than cores nobody spins, and no worker does for a while that mostly spun in
+ * vain.  Keeps both pointers. */
 obm__pool *obm__pool_new(const obm__topology *topology, const obm__workers *workers);
 void obm__pool_free(obm__pool *p);
+/* Turns of a worker's next wait before it parks; asked inside a job, by itself. */
+int obm__pool_spins(const obm__pool *p, int worker);
 /* One call of fn on a thread of its own, beside what the pool runs.  obm__task_wait: true once fn has returned; looks for at
  * most `milliseconds`.  obm__task_join waits to the end and frees. */
 typedef struct obm__task obm__task;

@@ -50,6 +50,8 @@ typedef struct worker {
     pthread_t thread;
     int index;
     lane *lane;
+    int spins;            /* the pool's, or 0 for a while (judge) */
+    unsigned waits, vain; /* since then; how many of them were longer than the spinning */
 } worker;
 
 struct obm__pool {
@@ -103,14 +105,35 @@ static bool has_work(obm__pool *p, lane *l, uint64_t seen, uint64_t *gate) {
     return atomic_load(&p->stop) || ((*gate & GATE_OPEN) && *gate / GATE_GENERATION != seen);
 }
 
+/* Waits by which spinning is judged, how many of them may be longer, and waits without spinning after that. */
+#define JUDGED 64
+#define VAIN_AT_MOST 32
+#define WAITS_WITHOUT 960
+
+/* Spinning that is mostly in vain keeps a core from others, perhaps from the very thread that is waited for: where other
+ * programs compute, the system lets two of ours share one.  Tried again from time to time. */
+static void judge(obm__pool *p, worker *w, bool vain) {
+    w->vain += vain;
+    if (++w->waits < (w->spins ? JUDGED : WAITS_WITHOUT)) return;
+    w->spins = w->spins && w->vain > VAIN_AT_MOST ? 0 : p->spins;
+    w->waits = w->vain = 0;
+}
+
+int obm__pool_spins(const obm__pool *p, int worker) { return p->workers[worker].spins; }
+
 /* Spins, then parks.  The order "count as sleeper, then look again" against "open, then look for sleepers" (both
  * sequentially consistent) is what loses no wake-up. */
-static uint64_t wait_for_work(obm__pool *p, lane *l, uint64_t seen) {
+static uint64_t wait_for_work(obm__pool *p, worker *w, uint64_t seen) {
+    lane *l = w->lane;
     uint64_t gate;
-    for (int i = 0; i < p->spins; i++) {
-        if (has_work(p, l, seen, &gate)) return gate;
+    for (int i = 0; i < w->spins; i++) {
+        if (has_work(p, l, seen, &gate)) {
+            judge(p, w, false);
+            return gate;
+        }
         pause_cpu();
     }
+    judge(p, w, true);
     pthread_mutex_lock(&p->mutex);
     atomic_fetch_add(&p->sleepers, 1);
     while (!has_work(p, l, seen, &gate)) pthread_cond_wait(&p->work, &p->mutex);
@@ -133,7 +156,7 @@ static void *worker_main(void *arg) {
     (void)obm__topology_bind(p->topology, p->places, w->index);
     uint64_t seen = 0;
     for (;;) {
-        uint64_t gate = wait_for_work(p, w->lane, seen);
+        uint64_t gate = wait_for_work(p, w, seen);
         if (atomic_load(&p->stop)) return NULL;
         if (!atomic_compare_exchange_strong(&w->lane->gate, &gate, gate + 1)) continue;
         seen = gate / GATE_GENERATION;
@@ -180,6 +203,7 @@ obm__pool *obm__pool_new(const obm__topology *topology, const obm__workers *plac
     p->workers = workers;
     make_lanes(p, places);
     p->spins = spins_of(p, machine);
+    for (int i = 0; i < threads; i++) workers[i].spins = p->spins;
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->work, NULL);
     pthread_cond_init(&p->done, NULL);
@@ -261,10 +285,15 @@ static void finish_lane(obm__pool *p, lane *l) {
 }
 
 static void wait_for_lane(obm__pool *p, lane *l) {
-    for (int i = 0; i < p->spins; i++) {
-        if (!(atomic_load(&l->gate) & GATE_INSIDE)) return;
+    worker *w = p->workers;
+    for (int i = 0; i < w->spins; i++) {
+        if (!(atomic_load(&l->gate) & GATE_INSIDE)) {
+            judge(p, w, false);
+            return;
+        }
         pause_cpu();
     }
+    judge(p, w, true);
     pthread_mutex_lock(&p->mutex);
     atomic_store(&p->caller_waits, 1);
     while (atomic_load(&l->gate) & GATE_INSIDE) pthread_cond_wait(&p->done, &p->mutex);

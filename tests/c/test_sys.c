@@ -385,6 +385,51 @@ static void test_waits_for_workers(void **unused) {
     }
 }
 
+/* Both meet; the one that is told to keeps the other waiting; each says how long it would spin. */
+typedef struct pace {
+    obm_context *ctx;
+    int slow; /* worker; -1: none */
+    _Atomic int seen[2], spins[2];
+} pace;
+static void keep_pace(void *arg, size_t begin, size_t end, int worker) {
+    pace *p = arg;
+    (void)begin;
+    (void)end;
+    p->spins[worker] = obm__pool_spins(p->ctx->pool, worker);
+    p->seen[worker] = 1;
+    while (!p->seen[0] || !p->seen[1]) usleep(1);
+    if (worker == p->slow) usleep(3000);
+}
+static void run_paced(pace *p, int jobs) {
+    for (int i = 0; i < jobs; i++) {
+        p->seen[0] = p->seen[1] = 0;
+        obm__parallel(p->ctx, 2, 1, keep_pace, p);
+    }
+}
+
+/* A worker that waited in vain 64 times parks at once, and tries again later; the other goes on as before or not. */
+static void test_spins_no_longer_in_vain(void **unused) {
+    (void)unused;
+    for (int slow = 0; slow < 2; slow++) {
+        pace p = {.ctx = context(2), .slow = -1};
+        run_paced(&p, 1);
+        int spins = p.spins[1 - slow];
+        if (obm__topology_cores(p.ctx->topology) < 2) assert_int_equal(spins, 0);
+        else assert_true(spins > 0);
+        p.slow = slow;
+        run_paced(&p, 150); /* whenever the last judgement was: 64 waits of one kind, and 64 more */
+        assert_int_equal(p.spins[1 - slow], 0);
+        p.slow = -1;
+        bool again = false;
+        for (int i = 0; i < 1100; i++) {
+            run_paced(&p, 1);
+            again = again || p.spins[1 - slow];
+        }
+        assert_int_equal(again, spins > 0);
+        obm_context_free(p.ctx);
+    }
+}
+
 typedef struct nested {
     obm_context *ctx;
     _Atomic size_t sum;
@@ -747,6 +792,7 @@ int main(void) {
         cmocka_unit_test(test_parallel_often),
         cmocka_unit_test(test_really_parallel),
         cmocka_unit_test(test_waits_for_workers),
+        cmocka_unit_test(test_spins_no_longer_in_vain),
         cmocka_unit_test(test_nested),
         cmocka_unit_test(test_shared_context),
         cmocka_unit_test(test_fork),
