@@ -2,6 +2,7 @@
  * behind.  Buffers end at an unmapped page. */
 #include "kernel_fixture.h"
 
+#include <pthread.h>
 #include <signal.h>
 #include <sys/wait.h>
 
@@ -132,6 +133,30 @@ static void multiply_refused(void) {
     REQUIRE(equal_products("avx512", "amx"));
 }
 
+/* Tiles are a thread's own: several at once, with different numbers of vectors, have the bits of one. */
+static uint32_t shared_packed[32 * PAIRS], shared_x[TOKENS * PAIRS];
+static float shared_y[TOKENS * 32];
+static void *multiply_again(void *first) {
+    const obm_kernels *k = obm_kernels_find("amx");
+    size_t from = *(const size_t *)first;
+    float y[TOKENS * 32];
+    for (int i = 0; i < 20; i++) {
+        k->gemm_pairs(y, 32, shared_packed, 1, shared_x + from * PAIRS, PAIRS, TOKENS - from, PAIRS);
+        if (memcmp(y, shared_y + from * 32, (TOKENS - from) * 32 * sizeof *y)) return first;
+    }
+    return NULL;
+}
+static void multiply_in_threads(void) {
+    static const size_t first[] = {0, 3, 20};
+    pthread_t threads[3];
+    void *failed;
+    fill_pairs(shared_packed, 32 * PAIRS);
+    fill_pairs(shared_x, TOKENS * PAIRS);
+    obm_kernels_find("amx")->gemm_pairs(shared_y, 32, shared_packed, 1, shared_x, PAIRS, TOKENS, PAIRS);
+    for (size_t i = 0; i < 3; i++) REQUIRE(!pthread_create(&threads[i], NULL, multiply_again, (void *)(uintptr_t)&first[i]));
+    for (size_t i = 0; i < 3; i++) REQUIRE(!pthread_join(threads[i], &failed) && !failed);
+}
+
 static void test_tiles(void **unused) {
     (void)unused;
     if (!obm_kernels_find("amx")) {
@@ -140,6 +165,7 @@ static void test_tiles(void **unused) {
     }
     in_child(multiply_refused);
     in_child(multiply_by_tiles);
+    in_child(multiply_in_threads);
     print_message("tiles: tested, given and refused\n");
 }
 
