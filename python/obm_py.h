@@ -58,7 +58,8 @@ obm_status obm_py_render(void *call, const obm_tokenizer *t, const obm_message *
                          obm_error *err);
 
 /* Arguments. */
-/* PyArg_ParseTupleAndKeywords, whose error about an unknown keyword has the known ones and the one that may be meant. */
+/* PyArg_ParseTupleAndKeywords, whose error about an unknown keyword has the known ones and the one that may be meant.
+ */
 int obm_py_parse(PyObject *args, PyObject *kwargs, const char *format, char **names, ...);
 PyObject *obm_py_unknown_keyword(const char *name, char *const *known); /* sets it; NULL */
 int obm_py_path(PyObject *o, PyObject **bytes); /* converter "O&": str or os.PathLike -> bytes */

@@ -561,7 +561,8 @@ static obm_status write_folder(obm__job *j, const obm_merge_options *options, co
     OBM_GO(declare_outputs(j, w, err));
     OBM_GO(obm__model_writer_finished(w, &finished, err));
     if (finished) {
-        obm__warn(j->ctx, "%s: this merge is finished already (size and checksum of every file verified); nothing was written",
+        obm__warn(j->ctx,
+                  "%s: this merge is finished already (size and checksum of every file verified); nothing was written",
                   out_path);
         goto done;
     }

@@ -957,7 +957,7 @@ def make_parser(asked=None):
     p = verb(verbs, "compress", compress, "experts to a pack", output="PACK", rest="experts")
     p.add_argument("base", metavar="BASE")
     p.add_argument("experts", nargs="+", metavar="NAME=EXPERT[:POLICY]")
-    p.add_argument("--profile", choices=("default", "paper", "mergekit"), help="paper: its policy, lambda (1) and trim, over the whole model, of tensors that stay full; default, mergekit: trim per tensor")
+    p.add_argument("--profile", choices=("default", "paper", "mergekit"), help="paper: its policy, lambda 1, and of the others' full tensors the largest fifth; default, mergekit: policy linear, lambda 0.3, no trim")
     p.add_argument("--shared", choices=("tall", "emr"), help="one vector per matrix for all experts and a bit mask each, instead of 1-bit planes")
     p.add_argument("--tall-lambda", type=real(0, low_is_in=True), default=0, help="of tall's masks; 0 (default): 0.4")
     p.add_argument("--shared-dtype", choices=("f32", "bf16", "f16"), help="of the shared vectors (default: the base's)")
@@ -982,7 +982,7 @@ def make_parser(asked=None):
     p.add_argument("pack", metavar="PACK")
     p.add_argument("--lambda", dest="lambda_", type=real(0, low_is_in=True), metavar="L", help="weight of the merged others beside the routed expert")
     p.add_argument("--reading", choices=READINGS, help="the others relative to the base, or to the routed task")
-    p.add_argument("--profile", choices=("default", "paper", "mergekit"), help="paper: full tensors are trimmed over the whole model; default, mergekit: tensor by tensor")
+    p.add_argument("--profile", choices=("default", "paper", "mergekit"), help="of the trim that --density asks for: over the whole model (paper), or tensor by tensor (default, mergekit)")
     p.add_argument("--density", type=real(0, 1, low_is_in=False), help="of the trim of full tensors")
 
     group = add(verbs, "router", help="train the router of a pack").add_subparsers(dest="action", required=True, metavar="ACTION")

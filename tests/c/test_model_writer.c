@@ -687,7 +687,8 @@ static void test_another_job(void **state) {
 static obm_status ask_finished(const char *dir, const attempt *a, bool *finished, obm_error *err) {
     obm_json *job = job_of(a->recipe ? a->recipe : "r");
     obm__model_writer *w;
-    obm__model_writer_options o = {.shard_bytes = a->shard_bytes, .overwrite = a->overwrite, .resume = a->resume, .job = job};
+    obm__model_writer_options o = {
+        .shard_bytes = a->shard_bytes, .overwrite = a->overwrite, .resume = a->resume, .job = job};
     assert_int_equal(obm__model_writer_new(dir, &o, &w, err), OBM_OK);
     for (int i = 0; i < 3; i++)
         assert_int_equal(obm__model_writer_declare(w, names[i], OBM_U8, 2, (int64_t[]){10, 10}, NULL), OBM_OK);
@@ -716,7 +717,8 @@ static void test_finished(void **state) {
     static const char *const damaged[] = {"model-00002-of-00003.safetensors", "config.json",
                                           "model.safetensors.index.json"};
     const char *dir = in_dir("finished");
-    attempt a = {100, 1, true, true, NULL}, other = {100, 1, false, true, "another"}, one = {1000, 1, false, true, NULL};
+    attempt a = {100, 1, true, true, NULL}, other = {100, 1, false, true, "another"};
+    attempt one = {1000, 1, false, true, NULL};
     obm_error err;
     bool finished = true;
     for (int i = 0; i < 2; i++) {
