@@ -127,7 +127,7 @@ OBM_API obm_status obm_numa_find(const char *name, obm_numa *out, obm_error *err
 
 typedef struct obm_context_options {
     size_t struct_size;
-    int64_t threads;        /* 0: one per core this process may use; at most 4096 */
+    int64_t threads;        /* 0: one per core this process may use, no more than a control group's quota; at most 4096 */
     obm_log_fn log;         /* warnings; NULL: dropped */
     void *log_user;
     obm_resolve_fn resolve; /* names of checkpoints, models and packs that are no paths; NULL: they are an IO error */

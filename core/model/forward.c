@@ -285,17 +285,23 @@ obm_status obm__forward(obm_model *m, const obm__row *rows, size_t n, bool tiled
     return OBM_OK;
 }
 
-/* out: (n, vocab); masked ids stay at -inf. */
+/* out: (n, vocab), count values in all; masked ids stay at -inf. */
 typedef struct logits_job {
     const obm_model *m;
     float *out;
+    size_t count;
 } logits_job;
+
+/* Values of an item, and items that outweigh a hand-over. */
+#define BENT 64
+#define BENT_GRAIN 16
 
 static void bend_logits(void *arg, size_t begin, size_t end, int worker) {
     const logits_job *j = arg;
     const obm__config *c = &j->m->config;
+    size_t stop = end * BENT < j->count ? end * BENT : j->count;
     (void)worker;
-    for (size_t i = begin * (size_t)j->m->vocab; i < end * (size_t)j->m->vocab; i++) {
+    for (size_t i = begin * BENT; i < stop; i++) {
         if (j->out[i] == -INFINITY) continue;
         j->out[i] /= c->logit_divisor;
         if (c->logit_cap > 0) j->out[i] = obm__soft_cap(j->out[i], c->logit_cap);
@@ -305,13 +311,14 @@ static void bend_logits(void *arg, size_t begin, size_t end, int worker) {
 obm_status obm__forward_logits(obm_model *m, const obm__row *rows, const size_t *which, size_t n, float *out,
                                obm_error *err) {
     const obm__weights **weights = obm__calloc(n, sizeof *weights);
+    size_t count = n * (size_t)m->vocab;
     if (!weights) return obm__fail_nomem(err, n * sizeof *weights);
     for (size_t i = 0; i < n; i++) weights[i] = rows[which[i]].sequence->weights;
     join(m, n, (join_job){.after = OBM_ROLES, .before = OBM_FINAL_NORM, .which = which}); // normed (n, hidden)
     const obm__linear head[] = {{OBM_HEAD, out, m->vocab}};
     obm_status status = obm__linear_run(m, weights, n, false, 0, head, 1, m->scratch.normed, err);
     if (status == OBM_OK && (m->config.logit_cap > 0 || m->config.logit_divisor != 1))
-        obm__place_rows(m, n, 1, bend_logits, &(logits_job){m, out});
+        obm__place_rows(m, (count + BENT - 1) / BENT, BENT_GRAIN, bend_logits, &(logits_job){m, out, count});
     obm_free(weights);
     return status;
 }

@@ -69,13 +69,14 @@ static obm_status read_shapes(obm_model *m, const char *path, const obm_model_pl
 static obm_status plan_on(const obm_model *m, const obm__machine *machine, const obm_model_plan_options *o,
                           const obm__placed_shapes *s, char **json, obm_error *err) {
     obm_numa numa = OBM_OPT(o, obm_model_plan_options, numa, OBM_NUMA_AUTO);
+    int threads = (int)OBM_OPT(o, obm_model_plan_options, threads, 0);
     const char *names[OBM_KINDS];
     obm__workers workers;
+    if (!threads && machine == obm__topology_machine(m->ctx->topology)) threads = m->ctx->quota;
     obm__placement *p = obm__alloc(1, sizeof *p);
     if (!p) return obm__fail_nomem(err, sizeof *p);
     for (int kind = 0; kind < OBM_KINDS; kind++) names[kind] = name_pattern(m, obm__kind_role(kind));
-    obm_status status =
-        obm__workers_new(machine, numa, (int)OBM_OPT(o, obm_model_plan_options, threads, 0), &workers, err);
+    obm_status status = obm__workers_new(machine, numa, threads, &workers, err);
     if (status == OBM_OK) {
         obm__placement_plan(machine, &workers, numa, s, p);
         char *text = obm__placement_json(p, machine, &workers, s, names);

@@ -68,12 +68,120 @@ static obm_status choose_numa(obm_numa wanted, obm_numa *out, obm_error *err) {
                      text);
 }
 
+#define GROUP_PATH ((size_t)4352) /* a path and what stands before it */
+
+/* Up to two numbers: how many were there.  "max" and negative ones are no limits, and no numbers here. */
+static int read_numbers(const char *folder, const char *name, uint64_t n[2]) {
+    char path[2 * GROUP_PATH];
+    long long values[2] = {-1, -1};
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    FILE *f = fopen(path, "re");
+    int found = f ? fscanf(f, "%lld %lld", &values[0], &values[1]) : 0;
+    if (f) fclose(f);
+    for (int i = 0; i < found; i++) {
+        if (values[i] < 0) return i;
+        n[i] = (uint64_t)values[i];
+    }
+    return found < 0 ? 0 : found;
+}
+
+static uint64_t memory_one(const char *folder) {
+    uint64_t n[2];
+    return read_numbers(folder, "memory.limit_in_bytes", n) ? n[0] : UINT64_MAX;
+}
+
+static uint64_t memory_two(const char *folder) {
+    uint64_t n[2];
+    return read_numbers(folder, "memory.max", n) ? n[0] : UINT64_MAX;
+}
+
+/* Whole processors; of less than one, one. */
+static uint64_t processors(uint64_t quota, uint64_t period) { return quota / period ? quota / period : 1; }
+
+static uint64_t quota_one(const char *folder) {
+    uint64_t quota[2], period[2];
+    bool limited = read_numbers(folder, "cpu.cfs_quota_us", quota) && read_numbers(folder, "cpu.cfs_period_us", period);
+    return limited && period[0] ? processors(quota[0], period[0]) : UINT64_MAX;
+}
+
+static uint64_t quota_two(const char *folder) {
+    uint64_t n[2];
+    return read_numbers(folder, "cpu.max", n) == 2 && n[1] ? processors(n[0], n[1]) : UINT64_MAX;
+}
+
+/* What groups limit, and how versions 1 and 2 say so. */
+typedef struct controller {
+    const char *name;
+    uint64_t (*one)(const char *folder), (*two)(const char *folder);
+} controller;
+
+/* From the group up to the root.  Inside a container the path may be the host's, of which only the root is there. */
+static uint64_t limit_upwards(const char *root, const char *group, uint64_t (*read)(const char *)) {
+    char path[GROUP_PATH];
+    uint64_t least = UINT64_MAX;
+    size_t root_length = strlen(root);
+    if ((size_t)snprintf(path, sizeof path, "%s%s", root, group) >= sizeof path) path[root_length] = 0;
+    for (size_t length = strlen(path);; path[length] = 0) {
+        uint64_t limit = read(path);
+        if (limit < least) least = limit;
+        if (length <= root_length) return least;
+        while (length > root_length && path[length - 1] != '/') length--;
+        if (length > root_length) length--;
+    }
+}
+
+/* Lines of number:controllers:path; version 2 has no controllers in the middle. */
+static uint64_t least_limit(const char *groups, const char *mount, const controller *what) {
+    char line[GROUP_PATH], own[GROUP_PATH];
+    snprintf(own, sizeof own, "%s/%s", mount, what->name);
+    uint64_t one = limit_upwards(own, "", what->one), two = limit_upwards(mount, "", what->two);
+    uint64_t least = one < two ? one : two;
+    FILE *f = fopen(groups, "re");
+    while (f && fgets(line, sizeof line, f)) {
+        line[strcspn(line, "\n")] = 0;
+        char *controllers = strchr(line, ':'), *path = controllers ? strchr(controllers + 1, ':') : NULL;
+        if (!path) continue;
+        *path = 0;
+        bool is_it = false;
+        for (char *rest = controllers + 1, *c; (c = strsep(&rest, ","));) is_it |= !strcmp(c, what->name);
+        uint64_t limit = UINT64_MAX;
+        if (is_it) limit = limit_upwards(own, path + 1, what->one);
+        if (!controllers[1]) limit = limit_upwards(mount, path + 1, what->two);
+        if (limit < least) least = limit;
+    }
+    if (f) fclose(f);
+    return least;
+}
+
+#define GROUPS "/proc/self/cgroup"
+#define GROUPS_MOUNT "/sys/fs/cgroup"
+
+uint64_t obm__group_limit(const char *groups, const char *mount) {
+    return least_limit(groups, mount, &(controller){"memory", memory_one, memory_two});
+}
+
+uint64_t obm__group_processors(const char *groups, const char *mount) {
+    return least_limit(groups, mount, &(controller){"cpu", quota_one, quota_two});
+}
+
+uint64_t obm__memory_limit(void) { return obm__group_limit(GROUPS, GROUPS_MOUNT); }
+
+/* More threads than a container's quota of processor time would all be stopped together for the rest of each period.
+ * Which cores are free for that time is the system's to know: other containers count from the first core too. */
+static void keep_quota(obm_context *ctx) {
+    uint64_t most = obm__group_processors(GROUPS, GROUPS_MOUNT);
+    if (most < (uint64_t)obm__topology_cores(ctx->topology)) ctx->quota = (int)most;
+}
+
 static obm_status choose_workers(obm_context *ctx, int64_t wanted_threads, obm_numa wanted, obm_error *err) {
     int threads = 0;
     OBM_TRY(choose_threads(wanted_threads, &threads, err));
     OBM_TRY(choose_numa(wanted, &ctx->numa, err));
+    keep_quota(ctx);
+    if (!threads) threads = ctx->quota;
     OBM_TRY(obm__workers_new(obm__topology_machine(ctx->topology), ctx->numa, threads, &ctx->workers, err));
     ctx->threads = ctx->workers.n;
+    for (int i = 0; ctx->quota && i < ctx->threads; i++) ctx->workers.at[i].cpu = -1;
     return OBM_OK;
 }
 
@@ -146,58 +254,6 @@ static void read_memory(uint64_t *total, uint64_t *available) {
     }
     fclose(f);
 }
-
-#define GROUP_PATH ((size_t)4352) /* a path and what stands before it */
-
-static uint64_t read_limit(const char *folder, const char *name) {
-    char path[2 * GROUP_PATH];
-    unsigned long long n;
-    snprintf(path, sizeof path, "%s/%s", folder, name);
-    FILE *f = fopen(path, "re");
-    bool found = f && fscanf(f, "%llu", &n) == 1; /* "max": none */
-    if (f) fclose(f);
-    return found ? n : UINT64_MAX;
-}
-
-/* From the group up to the root.  Inside a container the path may be the host's, of which only the root is there. */
-static uint64_t limit_upwards(const char *root, const char *group, const char *name) {
-    char path[GROUP_PATH];
-    uint64_t least = UINT64_MAX;
-    size_t root_length = strlen(root);
-    if ((size_t)snprintf(path, sizeof path, "%s%s", root, group) >= sizeof path) path[root_length] = 0;
-    for (size_t length = strlen(path);; path[length] = 0) {
-        uint64_t limit = read_limit(path, name);
-        if (limit < least) least = limit;
-        if (length <= root_length) return least;
-        while (length > root_length && path[length - 1] != '/') length--;
-        if (length > root_length) length--;
-    }
-}
-
-/* Lines of number:controllers:path; version 2 has no controllers in the middle. */
-uint64_t obm__group_limit(const char *groups, const char *mount) {
-    char line[GROUP_PATH], memory[GROUP_PATH];
-    snprintf(memory, sizeof memory, "%s/memory", mount);
-    uint64_t one = limit_upwards(memory, "", "memory.limit_in_bytes"), two = limit_upwards(mount, "", "memory.max");
-    uint64_t least = one < two ? one : two;
-    FILE *f = fopen(groups, "re");
-    while (f && fgets(line, sizeof line, f)) {
-        line[strcspn(line, "\n")] = 0;
-        char *controllers = strchr(line, ':'), *path = controllers ? strchr(controllers + 1, ':') : NULL;
-        if (!path) continue;
-        *path = 0;
-        bool is_memory = false;
-        for (char *rest = controllers + 1, *c; (c = strsep(&rest, ","));) is_memory |= !strcmp(c, "memory");
-        uint64_t limit = UINT64_MAX;
-        if (is_memory) limit = limit_upwards(memory, path + 1, "memory.limit_in_bytes");
-        if (!controllers[1]) limit = limit_upwards(mount, path + 1, "memory.max");
-        if (limit < least) least = limit;
-    }
-    if (f) fclose(f);
-    return least;
-}
-
-uint64_t obm__memory_limit(void) { return obm__group_limit("/proc/self/cgroup", "/sys/fs/cgroup"); }
 
 void obm_context_describe(const obm_context *ctx, obm_context_info *out) {
     *out = ctx->info;

@@ -117,6 +117,7 @@ typedef struct obm__topology obm__topology;
 struct obm_context {
     const obm_kernels *k;      /* the kernel table, chosen once */
     int threads;
+    int quota;                 /* processors that a control group's share of time comes to; 0: all */
     obm__topology *topology;
     obm_numa numa;             /* as asked for */
     obm__workers workers;
@@ -275,6 +276,8 @@ uint64_t obm__memory_limit(void);
 /* The least limit of the groups that the file `groups` (of the form of /proc/self/cgroup) names, and of those they are
  * in; `mount` as /sys/fs/cgroup, where version 1 has a folder "memory". */
 uint64_t obm__group_limit(const char *groups, const char *mount);
+/* The same of whole processors (cpu.max, cpu.cfs_quota_us). */
+uint64_t obm__group_processors(const char *groups, const char *mount);
 
 /* ---- topology (topology.c): the only file that includes hwloc.h ---- */
 

@@ -912,7 +912,7 @@ def make_parser(asked=None):
     common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="results as JSON lines")
     common.add_argument("--quiet", action="store_true", help="no progress bars")
-    common.add_argument("--threads", type=whole(0, 4096), default=0, help="default: one per core")
+    common.add_argument("--threads", type=whole(0, 4096), default=0, help="default: one per core, no more than a container's quota of processors")
     common.add_argument("--numa", choices=NUMA, default="auto", help="weights and workers on several NUMA nodes; see the verb plan")
     parser = Parser(prog="onebitmerge", description="1-bit task vectors, routed merging and CPU inference of fine-tuned LLMs.")
     parser.add_argument("--version", action="version", version=f"onebitmerge {obm.__version__}")

@@ -207,15 +207,17 @@ static void rotations_of_their_own(void **state) {
 
 typedef struct watched {
     obm_model *m;
-    uint64_t most;
-    uint64_t stop_at;
+    uint64_t most, done, stop_at;
 } watched;
+
+/* Whenever one has ended; a slow machine asks in between too. */
 
 static int watch(void *user, const char *what, uint64_t done, uint64_t total) {
     watched *x = user;
     (void)what;
     (void)total;
-    if (x->m->kv_bytes > x->most) x->most = x->m->kv_bytes;
+    if (done != x->done && x->m->kv_bytes > x->most) x->most = x->m->kv_bytes;
+    x->done = done;
     return done == x->stop_at;
 }
 
@@ -239,8 +241,9 @@ static void memory_is_bounded(void **state) {
         check_ok(obm_model_generate_batch(m, p.p, PROMPTS, &o, got, &err), &err);
         clear(got, PROMPTS);
         assert_int_equal(m->kv_bytes, 0);
-        /* whenever one of two has ended: its pages (two are whole), which are the other's too, and the other's third */
+        /* one of two has ended: its whole pages, which are the other's too or not, and the other's */
         assert_int_equal(x.most, (apart ? 2 + 3 : 2 + 1) * page);
+        x.done = 0;
         x.stop_at = 3;
         assert_int_equal(obm_model_generate_batch(m, p.p, PROMPTS, &o, got, &err), OBM_E_USER);
         assert_int_equal(m->kv_bytes, 0);

@@ -256,6 +256,45 @@ static void test_memory_groups(void **state) {
     assert_int_equal(system(command), 0);
 }
 
+/* Whole processors of the least quota on the way up. */
+static void test_processor_groups(void **state) {
+    (void)state;
+    char dir[] = "/tmp/obm-quotas-XXXXXX", command[64], groups[64];
+    assert_non_null(mkdtemp(dir));
+    snprintf(groups, sizeof groups, "%s/groups", dir);
+    write_limit(dir, "cpu.max", "max 100000\n");
+    write_limit(dir, "a/cpu.max", "350000 100000\n");
+    write_limit(dir, "a/b/cpu.max", "800000 100000\n");
+    write_limit(dir, "c/cpu.max", "20000 100000\n");
+    write_limit(dir, "d/cpu.max", "100000\n");
+    write_limit(dir, "e/cpu.max", "100000 0\n");
+    write_limit(dir, "cpu/cpu.cfs_quota_us", "-1\n");
+    write_limit(dir, "cpu/cpu.cfs_period_us", "100000\n");
+    write_limit(dir, "cpu/x/cpu.cfs_quota_us", "250000\n");
+    write_limit(dir, "cpu/x/cpu.cfs_period_us", "50000\n");
+    const struct {
+        const char *groups;
+        uint64_t processors;
+    } cases[] = {
+        {"0::/\n", UINT64_MAX},
+        {"0::/a\n", 3},
+        {"0::/a/b\n", 3},
+        {"0::/c\n", 1},
+        {"0::/d\n", UINT64_MAX},
+        {"0::/e\n", UINT64_MAX},
+        {"4:memory,cpu:/x\n0::/\n", 5},
+        {"4:cpu,cpuacct:/x\n0::/a\n", 3},
+        {"4:cpuset:/x\n", UINT64_MAX},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        write_limit(dir, "groups", cases[i].groups);
+        if (obm__group_processors(groups, dir) != cases[i].processors) fail_msg("%s", cases[i].groups);
+    }
+    assert_true(obm__group_processors("/nowhere", "/nowhere") == UINT64_MAX);
+    snprintf(command, sizeof command, "rm -r %s", dir);
+    assert_int_equal(system(command), 0);
+}
+
 static void test_environment(void **unused) {
     (void)unused;
     char *isa = getenv("ONEBITMERGE_ISA"), *threads = getenv("ONEBITMERGE_THREADS");
@@ -279,7 +318,10 @@ static void test_environment(void **unused) {
     unsetenv("ONEBITMERGE_ISA");
     unsetenv("ONEBITMERGE_THREADS");
     ctx = context(0);
-    assert_int_equal(ctx->threads, obm__topology_cores(ctx->topology));
+    uint64_t quota = obm__group_processors("/proc/self/cgroup", "/sys/fs/cgroup");
+    int cores = obm__topology_cores(ctx->topology);
+    assert_int_equal(ctx->threads, quota < (uint64_t)cores ? (int)quota : cores);
+    for (int i = 0; i < ctx->threads; i++) assert_int_equal(ctx->workers.at[i].cpu < 0, quota < (uint64_t)cores);
     obm_context_free(ctx);
     obm_context_options o = OBM_INIT(obm_context_options);
     obm_error err;
@@ -788,6 +830,7 @@ int main(void) {
         cmocka_unit_test(test_context),
         cmocka_unit_test(test_environment),
         cmocka_unit_test(test_memory_groups),
+        cmocka_unit_test(test_processor_groups),
         cmocka_unit_test(test_parallel),
         cmocka_unit_test(test_parallel_often),
         cmocka_unit_test(test_really_parallel),
