@@ -450,6 +450,36 @@ static void parts_of_a_context_do_not_matter(void **state) {
     }
 }
 
+/* A prompt's are the same at position 0 and 32000; a step's grow by what joins its parts, one for 1024 positions. */
+static void buffers_of_long_contexts(void **state) {
+    (void)state;
+    enum { CONTEXT = 32768, SOME = 64 };
+    for (size_t s = 0; s < N_LONG; s++) {
+        fixture f;
+        obm_error err;
+        obm__sequence *q;
+        const int32_t ids[SOME] = {1};
+        open_fixture(&f, &long_shapes[s], OBM_BF16, 2);
+        check_ok(obm__sequence_new(f.m, NULL, OBM_F16, &q, &err), &err);
+        check_ok(obm__prefill(f.m, q, ids, SOME, false, f.c.layers, NULL, NULL, &err), &err);
+        uint64_t first = f.m->scratch.bytes;
+        check_ok(obm__sequence_reserve(f.m, q, CONTEXT, &err), &err);
+        assert_int_equal(f.m->kv_bytes, CONTEXT / 64 * obm__kv_page_bytes(f.m, OBM_F16));
+        assert_int_equal(obm__kv_page_bytes(f.m, OBM_F16), 64 * 2 * 2 * f.c.layers * f.c.kv_heads * f.c.dim);
+        for (size_t i = 1; i < q->n_pages; i++) memset(q->pages[i]->data, 0, obm__kv_page_bytes(f.m, OBM_F16));
+        q->length = CONTEXT - 2 * SOME;
+        check_ok(obm__prefill(f.m, q, ids, SOME, false, f.c.layers, NULL, NULL, &err), &err);
+        assert_int_equal(f.m->scratch.bytes, first);
+        check_ok(obm__prefill(f.m, q, ids, 1, true, f.c.layers, NULL, NULL, &err), &err);
+        uint64_t parts = CONTEXT / OBM_PART_POSITIONS, each = sizeof(obm__part) + (size_t)f.c.dim * sizeof(float);
+        uint64_t more = parts * (size_t)f.c.heads * each;
+        assert_in_range(f.m->scratch.bytes - first, more, more * 3 / 2);
+        obm__sequence_free(f.m, q);
+        assert_int_equal(f.m->kv_bytes, 0);
+        close_fixture(&f);
+    }
+}
+
 /* ---- hidden states ---- */
 
 static void hidden_states(void **state) {
@@ -785,6 +815,7 @@ int main(void) {
         cmocka_unit_test(neighbouring_tiles_do_not_matter),
         cmocka_unit_test(neighbours_in_decoding_do_not_matter),
         cmocka_unit_test(parts_of_a_context_do_not_matter),
+        cmocka_unit_test(buffers_of_long_contexts),
         cmocka_unit_test(hidden_states),
         cmocka_unit_test(matches_transformers),
         cmocka_unit_test(config_refuses),
