@@ -127,10 +127,11 @@ each_isa() {
         ONEBITMERGE_ISA=$isa bounded "$PYTHON" "${PYTEST[@]}" tests/python
     done
 }
+export VALGRIND="valgrind -q --error-exitcode=9 --suppressions=tests/hosts/jit.supp"
 valgrind_one() {   # valgrind_one PROGRAM: prints what it said if it failed
     local name log begin=$SECONDS
     name=$(basename "$1") log=build/valgrind/$(basename "$1").log
-    if ONEBITMERGE_TEST_STRIDE=41 ONEBITMERGE_TEST_PATIENCE=3 bounded valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite "$1" >"$log" 2>&1; then
+    if ONEBITMERGE_TEST_STRIDE=41 ONEBITMERGE_TEST_PATIENCE=3 bounded $VALGRIND --leak-check=full --show-leak-kinds=definite "$1" >"$log" 2>&1; then
         echo "valgrind $name: $((SECONDS - begin)) s"
     else echo "valgrind $name: FAILED"; cat "$log"; return 1; fi
 }
@@ -143,11 +144,11 @@ valgrind_c() {
 valgrind_lua() {   # as below, and without what collects garbage all the time
     configure build/tests
     LUA_SPECS="tests/lua/checkpoint_spec.lua tests/lua/custom_methods_spec.lua tests/lua/lora_spec.lua" \
-        lua_tests "$ROOT/build/tests" valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite
+        lua_tests "$ROOT/build/tests" $VALGRIND --leak-check=full --show-leak-kinds=definite
 }
 valgrind_python() {   # what crosses the border; the whole suite takes long, and leaks are CPython's
     install_python
-    bounded env PYTHONMALLOC=malloc valgrind -q --error-exitcode=9 --suppressions=tests/hosts/python.supp \
+    bounded env PYTHONMALLOC=malloc $VALGRIND --suppressions=tests/hosts/python.supp \
         "$PYTHON" -m pytest tests/python/test_numpy_in.py tests/python/test_task_vector.py tests/python/test_checkpoint.py
 }
 neon_step() {   # the kernels need libc only, so an emulated ARM64 can run their tests; tests/cross has what they use of cmocka
