@@ -60,10 +60,10 @@ def test_python_of_the_table(folder):
     """In the order of the rows, with what the text above says of the names; items as tune takes them."""
     head = ["import json", "import onebitmerge as obm", "items = [json.loads(line) for line in open('route.jsonl')][:60]",
             "texts, labels = [item['messages'][0]['content'] for item in items if item['task'] != 'chat'], [item['task'] for item in items if item['task'] != 'chat']",
-            "prompt = 'What is 17 plus 5?'", "items = [{'prompt': prompt, 'answer': 'Answer: 22', 'task': 'math'}]"]
+            "prompt = [{'role': 'user', 'content': 'What is 17 plus 5?'}]", "items = [{'messages': prompt, 'answer': 'Answer: 22', 'task': 'math'}]"]
     out = run([sys.executable, "-c", "\n".join([*head, *(f"print({line})" if " = " not in line.split("(")[0] else line for line in side_by_side(1)),
                                                "print(weights, answer, report.accuracy)"])], folder, PYTHONPATH=python_path())
-    assert "'math'" in out and "22" in out and "'ties'" in out
+    assert "'math'" in out and "Answer: 22" in out and "'ties'" in out
     check_outputs(folder)
 
 
@@ -75,10 +75,10 @@ def test_lua_of_the_table(folder):
     head = ["local obm = require 'onebitmerge'", "local texts, labels = {}, {}", "for line in io.lines('route.tsv') do",
             "  local label, text = line:match('^(%w+)\t(.*)$')",
             "  if label ~= 'chat' and #texts < 60 then labels[#labels + 1], texts[#texts + 1] = label, text end", "end",
-            "local prompt = 'What is 17 plus 5?'", "local pack, report, model, weights, probabilities, answer"]
+            "local prompt = { { role = 'user', content = 'What is 17 plus 5?' } }", "local pack, report, model, weights, probabilities, answer"]
     lines = [line if re.match(r"[\w, ]+ = |for ", line) else f"print(assert({line}))" for line in side_by_side(2)]
     out = run(["lua5.4", "-e", "\n".join([*head, *lines, "print(next(weights), answer, report.accuracy, next(probabilities))"])], folder, **lua_folders())
-    assert "math" in out and "22" in out and "ties\n" in out
+    assert "math" in out and "Answer: 22" in out and "ties\n" in out
     check_outputs(folder)
 
 
