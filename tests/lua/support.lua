@@ -50,8 +50,8 @@ end
 
 --- What a program writes, warnings too: they go to the stderr of the process.
 function M.child(program)
-  local path = M.write(os.tmpname(), program)
-  local pipe = assert(io.popen(("lua5.4 -W '%s' 2>&1"):format(path)))
+  local path = M.write(os.tmpname(), 'warn("@on") ' .. program)
+  local pipe = assert(io.popen(("%s '%s' 2>&1"):format(os.getenv("LUA") or "lua5.4", path)))
   local text = pipe:read("a")
   pipe:close()
   os.remove(path)
