@@ -185,7 +185,8 @@ static size_t fill_candidates(obm__sampler *s, const float *logits) {
     size_t n = 0;
     for (int64_t i = 0; i < s->vocab; i++) {
         if (!(logits[i] >= floor) || logits[i] == -INFINITY) continue;
-        double weight = exp(((double)logits[i] - max) / s->temperature);
+        /* a small penalty makes some infinite, which are then equals */
+        double below = logits[i] == max ? 0 : (double)logits[i] - max, weight = exp(below / s->temperature);
         s->candidates[n++] = (struct obm__candidate){weight, logits[i], (int32_t)i};
     }
     return n;

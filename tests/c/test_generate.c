@@ -176,6 +176,17 @@ static void repetition_penalty_is_the_one_of_transformers(void **state) {
     assert_int_equal(obm__sample(&s, logits, history, 4, 0), 1);
     assert_true(logits[0] == 1.5f && logits[1] == 2.9f && logits[2] == -2 && logits[3] == -2);
     obm__sampler_clear(&s);
+    /* one so small that logits overflow leaves those to draw from */
+    o.repetition_penalty = 1e-40;
+    o.temperature = 1;
+    for (int k = 0; k < 4; k++) {
+        float drawn[4] = {3, 2.9f, 0.5f, -2};
+        o.top_p = k & 1 ? 0.9 : 0;
+        o.min_p = k & 2 ? 0.1 : 0;
+        check_ok(obm__sampler_init(&s, *obm_kernels_list(), &o, 0, 4, &err), &err);
+        for (uint64_t step = 0; step < 20; step++) assert_int_equal(obm__sample(&s, drawn, history, 2, step) % 2, 0);
+        obm__sampler_clear(&s);
+    }
 }
 
 static void argmax_is_the_first_of_the_largest(void **state) {
