@@ -72,7 +72,8 @@ static obm_status plan_on(const obm_model *m, const obm__machine *machine, const
     int threads = (int)OBM_OPT(o, obm_model_plan_options, threads, 0);
     const char *names[OBM_KINDS];
     obm__workers workers;
-    if (!threads && machine == obm__topology_machine(m->ctx->topology)) threads = m->ctx->quota;
+    if (!threads && machine == obm__topology_machine(m->ctx->topology))
+        threads = obm__workers_within(machine, numa, m->ctx->quota);
     obm__placement *p = obm__alloc(1, sizeof *p);
     if (!p) return obm__fail_nomem(err, sizeof *p);
     for (int kind = 0; kind < OBM_KINDS; kind++) names[kind] = name_pattern(m, obm__kind_role(kind));

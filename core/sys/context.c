@@ -178,8 +178,9 @@ static obm_status choose_workers(obm_context *ctx, int64_t wanted_threads, obm_n
     OBM_TRY(choose_threads(wanted_threads, &threads, err));
     OBM_TRY(choose_numa(wanted, &ctx->numa, err));
     keep_quota(ctx);
-    if (!threads) threads = ctx->quota;
-    OBM_TRY(obm__workers_new(obm__topology_machine(ctx->topology), ctx->numa, threads, &ctx->workers, err));
+    const obm__machine *machine = obm__topology_machine(ctx->topology);
+    if (!threads) threads = obm__workers_within(machine, ctx->numa, ctx->quota);
+    OBM_TRY(obm__workers_new(machine, ctx->numa, threads, &ctx->workers, err));
     ctx->threads = ctx->workers.n;
     for (int i = 0; ctx->quota && i < ctx->threads; i++) ctx->workers.at[i].cpu = -1;
     return OBM_OK;

@@ -107,6 +107,8 @@ typedef struct obm__workers {
 } obm__workers;
 /* threads 0: one per core, with isolate one per core of the node. */
 obm_status obm__workers_new(const obm__machine *m, obm_numa wanted, int threads, obm__workers *out, obm_error *err);
+/* How many `threads` that nobody gave are under a quota of processors, or 0: with isolate no more than the node has cores. */
+int obm__workers_within(const obm__machine *m, obm_numa wanted, int quota);
 const char *obm__numa_name(obm_numa numa);
 int obm__workers_count(const obm__workers *w, int node);
 

@@ -82,6 +82,11 @@ static void take_all(const obm__machine *m, int threads, obm__workers *w) {
                                        : (obm__worker_place){0, -1, 100};
 }
 
+int obm__workers_within(const obm__machine *m, obm_numa wanted, int quota) {
+    int cores = m->nodes[best_node(m)].cores;
+    return wanted == OBM_NUMA_ISOLATE && cores < quota ? cores : quota;
+}
+
 obm_status obm__workers_new(const obm__machine *m, obm_numa wanted, int threads, obm__workers *out, obm_error *err) {
     int count[OBM_NODES] = {0}, home = best_node(m);
     obm_numa numa = settle(m, wanted, threads, home);

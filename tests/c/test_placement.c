@@ -168,6 +168,10 @@ static void home(void **state) {
     assert_int_equal(w.at[1].cpu, 2);
     assert_int_equal(w.at[2].cpu, 0);
     obm_free(w.at);
+    assert_int_equal(obm__workers_within(&m, OBM_NUMA_AUTO, 0), 0);
+    assert_int_equal(obm__workers_within(&m, OBM_NUMA_SHARD, 3), 3);
+    assert_int_equal(obm__workers_within(&m, OBM_NUMA_ISOLATE, 3), 2); /* all of the node */
+    assert_int_equal(obm__workers_within(&m, OBM_NUMA_ISOLATE, 1), 1);
     /* only another node has memory at hand and cores: a mode of several nodes is one of one */
     m.nodes[0].cores = m.nodes[0].speed = 0;
     m.cores++, m.n_cores--;
