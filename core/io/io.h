@@ -319,8 +319,9 @@ bool obm__model_writer_has(const obm__model_writer *w, size_t tensor);
 /* in order of declaration without those, any chunking */
 obm_status obm__model_writer_write(obm__model_writer *w, const void *bytes, size_t n, obm_error *err);
 uint64_t obm__model_writer_size(const obm__model_writer *w);
-/* The shards as [{file, bytes}], before anything is written; *out is owned. */
-obm_status obm__model_writer_files(const obm__model_writer *w, obm_json **out, obm_error *err);
+/* The shards as [{file, bytes}], before anything is written; *out is owned.  fit: IO where there is no room for
+ * them. */
+obm_status obm__model_writer_files(const obm__model_writer *w, bool fit, obm_json **out, obm_error *err);
 obm_status obm__model_writer_finish(obm__model_writer *w, obm_error *err);
 void obm__model_writer_free(obm__model_writer *w); /* aborts if not finished */
 

@@ -275,7 +275,7 @@ uint64_t obm__model_writer_size(const obm__model_writer *w) {
     return size;
 }
 
-/* Of the folder, or where it will be made. */
+/* Of the folder, or where it will be made.  Blocks that are reserved for root are among root's. */
 static bool free_bytes(const char *path, uint64_t *out) {
     struct statvfs fs;
     char *at = obm__strdup(path), *slash;
@@ -287,17 +287,18 @@ static bool free_bytes(const char *path, uint64_t *out) {
     if (at && failed) failed = statvfs(path[0] == '/' ? "/" : ".", &fs);
     obm_free(at);
     if (failed || !fs.f_blocks) return false; /* some file systems do not tell */
-    *out = (uint64_t)fs.f_bavail * fs.f_frsize;
+    *out = (uint64_t)(geteuid() ? fs.f_bavail : fs.f_bfree) * fs.f_frsize;
     return true;
 }
 
 /* What is still to be written has to fit beside what is there, also an old model: said before hours of merging, where
- * a shard's reservation would say it for that shard. */
-static obm_status check_space(const obm__model_writer *w, const shard *shards, size_t n, obm_error *err) {
+ * a shard's reservation would say it for that shard.  back: what will be removed before that. */
+static obm_status check_space(const obm__model_writer *w, const shard *shards, size_t n, uint64_t back,
+                              obm_error *err) {
     uint64_t needed = 0, room;
     for (size_t i = 0; i < n; i++)
         if (!shards[i].done) needed += obm__st_writer_size(shards[i].file);
-    if (!free_bytes(w->path, &room) || needed <= room) return OBM_OK;
+    if (!free_bytes(w->path, &room) || needed <= room + back) return OBM_OK;
     errno = ENOSPC;
     return obm__fail_errno(err, "%s: %.1f MB are to be written, %.1f MB are free there", w->path, (double)needed * 1e-6,
                            (double)room * 1e-6);
@@ -316,8 +317,9 @@ static obm_json *file_record(const shard *s) {
 static obm_status refuse_existing(const char *path, const shard *shards, size_t n, const obm__unfinished *u,
                                   obm_error *err);
 
+/* kept: bytes of temporary files that are finished shards. */
 static obm_status mark_finished(const obm__model_writer *w, const obm__unfinished *u, shard *shards, size_t n,
-                                obm_error *err) {
+                                uint64_t *kept, obm_error *err) {
     for (size_t i = 0; i < n; i++) {
         obm__finished_shard found;
         OBM_TRY(obm__unfinished_shard(u, i, shards[i].name, obm__st_writer_size(shards[i].file), w->tick, w->user,
@@ -328,6 +330,7 @@ static obm_status mark_finished(const obm__model_writer *w, const obm__unfinishe
             obm_free(shards[i].name);
             shards[i].name = found.file;
         } else {
+            if (found.file) *kept += obm__unfinished_bytes(w->path, found.file);
             obm_free(found.file);
         }
     }
@@ -335,10 +338,12 @@ static obm_status mark_finished(const obm__model_writer *w, const obm__unfinishe
 }
 
 /* Marks the shards that a run with `resume` would keep, and refuses what it would, as take_over does; writes nothing.
- */
-static obm_status find_finished(const obm__model_writer *w, shard *shards, size_t n, obm_error *err) {
+ * back: bytes of the remains that the run would remove. */
+static obm_status find_finished(const obm__model_writer *w, shard *shards, size_t n, uint64_t *back, obm_error *err) {
     obm__unfinished u = {0};
+    uint64_t kept = 0;
     bool finished;
+    *back = 0;
     if (!obm__is_directory(w->path)) return OBM_OK;
     OBM_TRY(obm__model_writer_finished(w, &finished, err));
     for (size_t i = 0; finished && i < n; i++) shards[i].done = true;
@@ -346,19 +351,22 @@ static obm_status find_finished(const obm__model_writer *w, shard *shards, size_
     OBM_TRY(obm__unfinished_read(w->path, &u, err));
     bool resume = w->resume && u.journal;
     obm_status status = resume ? obm__unfinished_same_job(&u, w->job, err) : OBM_OK;
-    if (resume && status == OBM_OK) status = mark_finished(w, &u, shards, n, err);
+    if (resume && status == OBM_OK) status = mark_finished(w, &u, shards, n, &kept, err);
     if (status == OBM_E_MISMATCH && w->overwrite) status = OBM_OK;
     if (status == OBM_OK && !w->overwrite) status = refuse_existing(w->path, shards, n, &u, err);
     obm__unfinished_clear(&u);
+    uint64_t all = obm__unfinished_bytes(w->path, NULL);
+    *back = all > kept ? all - kept : 0;
     return status;
 }
 
-obm_status obm__model_writer_files(const obm__model_writer *w, obm_json **out, obm_error *err) {
+obm_status obm__model_writer_files(const obm__model_writer *w, bool fit, obm_json **out, obm_error *err) {
     shard *shards;
     size_t n;
+    uint64_t back;
     OBM_TRY(make_shards(w, &shards, &n, err));
-    obm_status status = find_finished(w, shards, n, err);
-    if (status == OBM_OK) status = check_space(w, shards, n, err);
+    obm_status status = find_finished(w, shards, n, &back, err);
+    if (status == OBM_OK && fit) status = check_space(w, shards, n, back, err);
     if (status != OBM_OK) {
         free_shards(shards, n);
         return status;
@@ -651,7 +659,7 @@ obm_status obm__model_writer_begin(obm__model_writer *w, obm_error *err) {
     obm_status status = take_over(w, &u, err);
     obm__unfinished_clear(&u);
     OBM_TRY(status);
-    OBM_TRY(check_space(w, w->shards, w->n_shards, err));
+    OBM_TRY(check_space(w, w->shards, w->n_shards, 0, err));
     return advance(w, err);
 }
 

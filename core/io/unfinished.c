@@ -3,8 +3,10 @@
 #include "unfinished.h"
 
 #include <dirent.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define WHERE OBM_UNFINISHED_FILE
@@ -354,4 +356,17 @@ void obm__unfinished_remove(const obm__unfinished *u, bool (*keep)(const void *u
         obm_free(path);
     }
     if (d) closedir(d);
+}
+
+uint64_t obm__unfinished_bytes(const char *dir, const char *name) {
+    uint64_t bytes = 0;
+    DIR *d = opendir(dir);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        struct stat st;
+        if ((name && strcmp(e->d_name, name)) || !is_temporary(e->d_name)) continue;
+        if (!fstatat(dirfd(d), e->d_name, &st, AT_SYMLINK_NOFOLLOW) && st.st_nlink == 1)
+            bytes += (uint64_t)st.st_blocks * 512;
+    }
+    if (d) closedir(d);
+    return bytes;
 }

@@ -51,6 +51,8 @@ bool obm__unfinished_names(const obm__unfinished *u, const char *name);
 /* Removes those that keep() does not claim; config, tokenizer and card only with `small`, and never a model's. */
 void obm__unfinished_remove(const obm__unfinished *u, bool (*keep)(const void *user, const char *name),
                             const void *user, bool small);
+/* What the folder's temporary files occupy, or the one of that name; those with other names none. */
+uint64_t obm__unfinished_bytes(const char *dir, const char *name);
 /* config.json, the tokenizer's files, README.md: what a model folder holds besides weights (model_writer.c). */
 bool obm__is_small_file(const char *name);
 

@@ -631,14 +631,15 @@ static bool overwrites(const obm_merge_options *options, const obm__documents *d
     return (d->folder && d->parts[i].name) || OBM_OPT(options, obm_merge_options, overwrite, false);
 }
 
-/* Refuses what the run would.  Which of the files are there already is asked of jobs whose inputs are. */
+/* Refuses what the run would.  Which of the files are there already is asked of jobs whose inputs are; of others what
+ * is still to be written, and whether it fits, is known to the run alone. */
 static obm_status list_files(const obm__job *j, const obm_merge_options *options, obm__run *run, const char *path,
                              bool overwrite, obm_json **out, obm_error *err) {
     obm__model_writer *w = NULL;
     obm_json *record = NULL;
-    bool resume = OBM_OPT(options, obm_merge_options, resume, false) && !takes_part(j);
+    bool resumes = OBM_OPT(options, obm_merge_options, resume, false), resume = resumes && !takes_part(j);
     if (resume) OBM_TRY(build_job(j, options, run, &record, err));
-    bool later = takes_part(j) && may_be_finished(options, path); /* the run will know */
+    bool later = takes_part(j) && may_be_finished(options, path);
     obm__model_writer_options o = {.shard_bytes = OBM_OPT(options, obm_merge_options, shard_bytes, 0),
                                    .overwrite = overwrite || later,
                                    .job = record,
@@ -647,7 +648,7 @@ static obm_status list_files(const obm__job *j, const obm_merge_options *options
                                    .user = run};
     obm_status status = obm__model_writer_new(path, &o, &w, err);
     if (status == OBM_OK) status = declare_outputs(j, w, err);
-    if (status == OBM_OK) status = obm__model_writer_files(w, out, err);
+    if (status == OBM_OK) status = obm__model_writer_files(w, resume || !resumes, out, err);
     obm__model_writer_free(w);
     obm__json_free(record);
     return status;
