@@ -43,10 +43,12 @@ PyObject *obm_py_raise(obm_py_state *st, const obm_error *err) {
 /* The hook looks for the caller's line, behind the package's own. */
 static void log_warning(void *user, const char *message) {
     PyGILState_STATE gil = PyGILState_Ensure();
-    PyObject *hook = PyErr_Occurred() ? NULL : obm_py_hook(user, "warn");
-    PyObject *done = hook ? PyObject_CallFunction(hook, "s", message) : NULL;
-    if (hook && !done) PyErr_WriteUnraisable(NULL);
-    Py_XDECREF(done);
+    if (!PyErr_Occurred()) {
+        PyObject *hook = obm_py_hook(user, "warn");
+        PyObject *done = hook ? PyObject_CallFunction(hook, "s", message) : NULL;
+        if (!done) PyErr_WriteUnraisable(NULL);
+        Py_XDECREF(done);
+    }
     PyGILState_Release(gil);
 }
 
@@ -305,7 +307,8 @@ static int check_route(obm_py_state *st, const obm_pack *pack, const double *wei
     return 0;
 }
 
-/* The exception about a router's answer says which router it was, and what it was asked. */
+/* The exception about a router's answer says which router it was, and what it was asked.  One of the answer's own that
+ * is not made of a text stays as it is. */
 static void name_router(obm_py_call *c, obm_request *request) {
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
@@ -313,14 +316,13 @@ static void name_router(obm_py_call *c, obm_request *request) {
     PyObject *said = value ? PyObject_Str(value) : NULL;
     PyObject *args = said ? Py_BuildValue("(OsO)", c->router, obm_request_text(request), said) : NULL;
     PyObject *text = args ? obm_py_call_hook(c->state, "router_said", args) : NULL;
-    if (text) {
-        PyErr_SetObject(type, text);
-        Py_XDECREF(type);
-        Py_XDECREF(value);
-        Py_XDECREF(trace);
-    } else {
-        PyErr_Restore(type, value, trace);
+    PyObject *named = text ? PyObject_CallFunctionObjArgs(type, text, NULL) : NULL;
+    if (named && (PyObject *)Py_TYPE(named) == type) {
+        Py_DECREF(value);
+        value = Py_NewRef(named);
     }
+    PyErr_Restore(type, value, trace);
+    Py_XDECREF(named);
     Py_XDECREF(text);
     Py_XDECREF(said);
 }

@@ -221,6 +221,20 @@ def test_answers_that_are_no_route(model, answer, error):
         model.route("b", router=type("Picker", (), {"__call__": lambda self, request: answer})())
 
 
+def test_what_an_answer_raises_comes_back(model):
+    class Odd(Exception):
+        def __init__(self, a, b):
+            super().__init__(a, b)
+
+    class Weight:
+        def __float__(self):
+            raise Odd(1, 2)
+
+    with pytest.raises(Odd) as caught:
+        model.route("b", router=lambda request: [Weight()] * 3)
+    assert caught.value.args == (1, 2) and caught.traceback[-1].name == "__float__"
+
+
 def test_a_request_dies_with_its_call(model):
     kept = []
     model.route("a", router=lambda request: kept.append(request) or 0)
