@@ -120,9 +120,10 @@ static int answer_body(lua_State *L) {
 
 #define ASKED 60 /* bytes of the text, cut at a character */
 
-/* Pushes "router FILE:LINE, asked about "TEXT": ", which stands before what is wrong with its answer. */
+/* Pushes "router FILE:LINE, asked about "TEXT": ", which stands before what is wrong with its answer; of what was written
+ * in C, or is called by way of a metatable, no place is known. */
 static const char *push_router(lua_State *L, int router, const obm_request *request) {
-    lua_Debug where = {.short_src = "?"};
+    lua_Debug where = {.linedefined = -1};
     const char *text = obm_request_text(request);
     size_t n = strlen(text);
     if (lua_isfunction(L, router)) {
@@ -131,10 +132,9 @@ static const char *push_router(lua_State *L, int router, const obm_request *requ
     }
     if (n > ASKED)
         for (n = ASKED; n && ((unsigned char)text[n] & 0xC0) == 0x80;) n--;
-    lua_pushlstring(L, text, n);
-    return lua_pushfstring(L, "router %s:%d, asked about \"%s%s\": ", where.short_src,
-                           lua_isfunction(L, router) ? where.linedefined : 0, lua_tostring(L, -1),
-                           text[n] ? "..." : "");
+    const char *asked = lua_pushlstring(L, text, n), *more = text[n] ? "..." : "";
+    if (where.linedefined < 0) return lua_pushfstring(L, "router, asked about \"%s%s\": ", asked, more);
+    return lua_pushfstring(L, "router %s:%d, asked about \"%s%s\": ", where.short_src, where.linedefined, asked, more);
 }
 
 static int take_answer(lua_State *L, router_arguments *a) {

@@ -319,6 +319,9 @@ static obm_status put_inputs(const obm__job *j, obm__run *run, obm_json *out, ob
     return OBM_OK;
 }
 
+/* Tiles multiply prompts: all that a merge calls is the same without them. */
+static const char *kernels_of(const obm_context *ctx) { return strcmp(ctx->k->isa, "amx") ? ctx->k->isa : "avx512"; }
+
 /* Keys are words of the message that says what differs.  ISAs agree within a bound only, so the kernels count; threads
  * and memory do not. */
 static bool put_options(const obm__job *j, const obm_merge_options *options, obm_json *out) {
@@ -327,7 +330,7 @@ static bool put_options(const obm__job *j, const obm_merge_options *options, obm
     char *bytes = obm__format("%llu", (unsigned long long)shard_bytes);
     bool ok = seed && bytes;
     ok = ok && obm__json_set(out, "library version", obm__json_new_string(obm_version()));
-    ok = ok && obm__json_set(out, "kernels", obm__json_new_string(j->ctx->k->isa));
+    ok = ok && obm__json_set(out, "kernels", obm__json_new_string(kernels_of(j->ctx)));
     ok = ok && obm__json_set(out, "profile",
                              obm__json_new_string(j->recipe->profile == OBM_PROFILE_PAPER ? "paper" : "mergekit"));
     ok = ok && obm__json_set(out, "random seed", obm__json_new_string(seed));

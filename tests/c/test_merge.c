@@ -1,4 +1,5 @@
 /* Merges of one tensor: shared vectors, mergekit's own outputs, and an independent reference that sorts. */
+#include "delta_fixture.h"
 #include "merge/merge.h"
 
 #include <setjmp.h>
@@ -769,8 +770,35 @@ static void test_one_pass(void **state) {
     obm_context_free(ctx);
 }
 
+/* A merge may go on where the CPU has tiles, or has none: they multiply no merge's numbers. */
+static void test_tiles_are_no_other_merge(void **state) {
+    (void)state;
+    obm_context *ctx = new_context(1);
+    obm_kernels tiles = *ctx->k, another = *ctx->k;
+    obm_merge_options again = OBM_INIT(obm_merge_options);
+    char *root = fixture_folder(), *out = obm__path_join(root, "out");
+    char *in = fixture_model(ctx, root, "in", &(fixture_tensor){"a", OBM_F32, 1, {3}, (float[]){1, 2, 3}, NULL}, 1);
+    char *recipe = obm__format("{\"merge_method\":\"passthrough\",\"models\":[{\"model\":\"%s\"}]}", in);
+    again.resume = true;
+    tiles.isa = "amx";
+    ctx->k = &tiles;
+    OK(obm_merge(ctx, recipe, NULL, out, NULL, err));
+    tiles.isa = "avx512";
+    OK(obm_merge(ctx, recipe, &again, out, NULL, err));
+    another.isa = "another";
+    ctx->k = &another;
+    FAILS(obm_merge(ctx, recipe, &again, out, NULL, err), OBM_E_MISMATCH, "kernels differs");
+    fixture_remove(root);
+    obm_free(recipe);
+    obm_free(in);
+    obm_free(out);
+    obm_free(root);
+    obm_context_free(ctx);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_tiles_are_no_other_merge),
         cmocka_unit_test(test_vectors),
         cmocka_unit_test(test_vector_coverage),
         cmocka_unit_test(test_golden),

@@ -330,6 +330,8 @@ describe("custom router", function()
     assert.error_matches(function() route(function() return 9 end) end,
       '^router .*model_spec.lua:%d+, asked about "What is 17.*outside 1..3')
     assert.error_matches(function() route(function() end) end, "a route is a task name")
+    assert.error_matches(function() route(setmetatable({}, { __call = function() return 9 end })) end,
+      '^router, asked about "What is 17.*outside 1..3')
     assert.error_matches(function() route(function() return { math = -1 } end) end,
       '^router .*model_spec.lua:%d+, asked about "What is 17 plus 5%?": route: the weight of task math is %-1')
     local long = ("word "):rep(30)
