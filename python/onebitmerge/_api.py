@@ -4,6 +4,7 @@ import importlib as _importlib
 import json as _json
 import os as _os
 from collections.abc import Mapping as _Mapping
+from functools import partial as _partial
 
 from . import _calls, _core, _hub, _methods, _results
 from ._core import (ArgumentError, BusyError, Checkpoint, DtypeError, Error, FormatError, MismatchError, Model, NonFiniteError,
@@ -35,7 +36,12 @@ for _name, _hook in {"Completion": Completion.make, "Score": _late("Score"), "Ro
     _core._register(_name, _hook)
 
 
-@_calls.keywords
+def _of_each_expert(name):
+    given = "(path, policy) or " if name == "policy" else ""
+    return f"each expert has its own, {given}Expert(path, {name}=...) in place of its path"
+
+
+@_partial(_calls.keywords, elsewhere={name: _of_each_expert(name) for name in ("policy", "scale", "planes", "map")})
 def compress(base, experts, out, *, profile=None, overwrite=False, dry_run=False, progress=None, shared=None, tall_lambda=0,
              shared_dtype=None):
     """Compress experts of a base into the pack folder `out` (streaming) and open it.

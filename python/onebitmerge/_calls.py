@@ -7,14 +7,17 @@ import warnings
 from . import _core
 
 
-def keywords(function):
-    """Unknown ones are answered as the core's functions do it: with the known ones, and what was probably meant."""
+def keywords(function, elsewhere=None):
+    """Unknown ones are answered as the core's functions do it: with the known ones, and what was probably meant; those in
+    `elsewhere` with the place where they belong."""
     code = function.__code__
     known = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
 
     @functools.wraps(function)
     def call(*args, **given):
         for name in given:
+            if name in (elsewhere or ()):
+                raise TypeError(f"unknown keyword \"{name}\": {elsewhere[name]}")
             if name not in known:
                 _core._unknown_keyword(name, tuple(n for n in known if n != "self"))
         return function(*args, **given)

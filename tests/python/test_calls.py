@@ -30,6 +30,14 @@ def test_unknown_keywords(models, tmp_path, call, wrong, meant):
         call(models, tmp_path / "out", frobnicate=1)
 
 
+@pytest.mark.parametrize("name", ["policy", "scale", "planes", "map"])
+def test_settings_of_experts_are_no_keywords(models, tmp_path, name):
+    """As the command line has them for all at once."""
+    with pytest.raises(TypeError, match=rf'^unknown keyword "{name}": each expert has its own, .*Expert\(path, {name}=\.\.\.\) in place of its path$'):
+        obm.compress(models / "base", {"math": models / "math"}, tmp_path / "p", **{name: "mlp"})
+
+
+
 def test_signatures_are_seen():
     assert list(inspect.signature(obm.merge).parameters)[:3] == ["recipe", "out", "directory"] and "recipe" in obm.merge.__doc__
     assert repr(obm.Expert("a", policy="mlp")) == "Expert(path='a', policy='mlp', scale=None, planes=0, map=None)"
