@@ -33,7 +33,7 @@ class CMakeBuild(build_ext):
             f"-DOBM_PY_LIMITED={'ON' if LIMITED else 'OFF'}",
         ] + os.environ.get("CMAKE_ARGS", "").split()
         subprocess.run(configure, check=True)
-        jobs = str(self.parallel or os.cpu_count() or 1)
+        jobs = str(self.parallel or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.cpu_count() or 1)
         subprocess.run(["cmake", "--build", str(build), "--target", "onebitmerge_python", "-j", jobs], check=True)
 
 
