@@ -4,6 +4,7 @@
 #include <ctype.h>
 #include <stdio.h>
 #include <string.h>
+#include <strings.h>
 
 #define LONGEST 48
 
@@ -27,11 +28,20 @@ static size_t edit_distance(const char *a, const char *b) {
     return row[m];
 }
 
+/* At least three letters, or any name would be short for some other. */
+static bool is_short_for(const char *name, const char *known) {
+    size_t n = strlen(name);
+    return n >= 3 && !strncasecmp(name, known, n);
+}
+
 size_t obm_suggest(const char *name, const char *const *known, size_t n) {
     size_t best = SIZE_MAX, at = n;
     for (size_t i = 0; i < n; i++) {
         size_t d = edit_distance(name, known[i]);
         if (d < best) best = d, at = i;
+    }
+    for (size_t i = 0; best > 1 && i < n; i++) {
+        if (is_short_for(name, known[i])) return i;
     }
     /* Farther than a third of the name is another word, not a slip; two letters are always forgiven. */
     size_t limit = strlen(name) / 3 > 2 ? strlen(name) / 3 : 2;

@@ -167,6 +167,8 @@ static void test_recipe_errors(void **state) {
     expect_parse_error("models: []\n", OBM_E_ARG, "\"merge_method\" is missing");
     expect_parse_error("merge_method: dare_tie\nmodels: []\n", OBM_E_ARG, "did you mean \"dare_ties\"?");
     expect_parse_error("merge_method: TIES\nmodels: []\n", OBM_E_ARG, "did you mean \"ties\"?");
+    expect_parse_error("merge_method: lin\nmodels: []\n", OBM_E_ARG, "did you mean \"linear\"?");
+    expect_parse_error("merge_method: task\nmodels: []\n", OBM_E_ARG, "did you mean \"task_arithmetic\"?");
     expect_parse_error("merge_method: ties\nmodels:\n\t- model: x\n", OBM_E_FORMAT,
                        "YAML indents with spaces, not tabs");
     expect_parse_error("merge_method: ties\n" MODELS, OBM_E_ARG, "needs a \"base_model\"");
