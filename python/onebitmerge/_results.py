@@ -49,11 +49,11 @@ def experts(given: Mapping[str, Any]) -> list[tuple]:
     return out
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Plain text; the first column to the left, the others to the right."""
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]], left: Sequence[int] = (0,)) -> str:
+    """Plain text; the columns in `left` to the left, numbers and the like to the right."""
     cells = [[str(c) for c in row] for row in [head, *rows]]
     width = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width))).rstrip() for row in cells)
+    return "\n".join("  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, width))).rstrip() for row in cells)
 
 
 def percent(value):

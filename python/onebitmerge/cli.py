@@ -255,7 +255,7 @@ def inspect(args):
                          [[c, r["tensors"], r["params"], _results.size(r["bytes"])] for c, r in classes.items()]))
     if z12:
         plain = f", {z12['kept_plain']} of {z12['matrices']} matrices have more than 1 % and would stay bf16" if z12["kept_plain"] else ""
-        print(f"z12: escapes {z12['escape_rate']:.2g} of bf16 weights (of 16 rows of each matrix){plain}")
+        print(f"z12 (bf16 in 12 bits): {percent(z12['escape_rate'])} of the weights would go into its list aside (16 rows of each matrix looked at){plain}")
     for path, by_class in stats.items():
         print(f"\n{path}: task vector d = expert - base (1-bit error is ||d - alpha sign d|| / ||d||)")
         print(_results.table(["class", "parameters", "||d||/||base||", "zeros", "1-bit error, matrix", "row"],
@@ -362,7 +362,7 @@ def show_runs(args, pack):
         return
     print(_results.table(["tensor", "planes", "hard routes", "masks", "overlay in", "all mixed", "masks", "why an overlay"],
                          [[r["name"], r["planes"], r["hard"], r["hard_masks"], f"{r['overlays']} of {len(pack.tasks)}", r["soft"],
-                           r["soft_masks"], r.get("why", "")] for r in runs]))
+                           r["soft_masks"], r.get("why", "")] for r in runs], left=(0, 7)))
 
 
 def show_scales(args, pack):
@@ -539,8 +539,15 @@ def generate(args):
         check_route(model, item, i, r)
     given = {} if model.pack is None else {"route": routes}
     if args.file is None and not args.json:
-        for piece in model.stream(prompts[0], **({"route": routes[0]} if given else {}), **options):
-            print(piece, end="", flush=True)
+        begun = False
+        try:
+            for piece in model.stream(prompts[0], **({"route": routes[0]} if given else {}), **options):
+                print(piece, end="", flush=True)
+                begun = True
+        except KeyboardInterrupt:
+            if begun:
+                print(flush=True)    # what is said of it begins a line of its own
+            raise
         return print()
     check_options(model, batch=args.batch, **options)
     # Slices keep the first answers from waiting for the last; results do not depend on them.
@@ -693,7 +700,7 @@ def print_method(m):
     print(f"{m['name']}: {m['doc']}\n  {count} model{'s' * (count != '1')}{', and a base' * m['needs_base']}; {m['source']}")
     if m["params"]:
         rows = [[p["name"], default_of(p), bounds(p), "each model" if p["scope"] == "model" else "the merge", p["doc"]] for p in m["params"]]
-        print(_results.table(["parameter", "default", "range", "of", "what it is"], rows))
+        print(_results.table(["parameter", "default", "range", "of", "what it is"], rows, left=(0, 3, 4)))
 
 
 def methods_verb(args):
@@ -710,9 +717,10 @@ def methods_verb(args):
             print("\n" * (i > 0), end="")
             print_method(m)
     else:
-        print(_results.table(["method", "parameters", "what it does"],
-                             [[m["name"], ", ".join(p["name"] if p["required"] else f"{p['name']}={default_of(p)}" for p in m["params"]) or "-", m["doc"]]
-                              for m in found]))
+        indent = 2 + max(len(m["name"]) for m in found)
+        for m in found:      # one under the other: in columns the two would take more than any terminal has
+            given = ", ".join(p["name"] if p["required"] else f"{p['name']}={default_of(p)}" for p in m["params"])
+            print(f"{m['name']:{indent}}{m['doc']}" + (f"\n{'':{indent}}{given}" if given else ""))
 
 
 def extract_lora(args):

@@ -56,7 +56,7 @@ def test_inspect(run, lines, models):
     pair = next(r for r in rows if r["kind"] == "pair" and r["class"] == "mlp")
     assert len(pair["experts"]) == 2 and {"cosine", "sign_agreement"} <= set(pair)
     code, out, err = run("inspect", models / "base", models / "math")
-    assert code == 0 and "attention" in out and "||d||" in out and "z12: escapes " in out and err == ""
+    assert code == 0 and "attention" in out and "||d||" in out and "z12 (bf16 in 12 bits): 0.00 % of the weights" in out and err == ""
 
 
 def test_inspect_names_layers_that_no_model_runs(run, models, tmp_path):
@@ -855,13 +855,31 @@ def test_every_option_says_what_it_is():
     assert silent == []
 
 
+def test_ctrl_c_ends_the_line_of_a_streamed_text(monkeypatch, capsys):
+    class Model:
+        pack, info = None, {"vocab": 768}
+
+        def stream(self, prompt, **options):
+            if prompt != "at once":
+                yield "a text that"
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "open_model", lambda args: Model())
+    for prompt, written in (("begun", "a text that\n"), ("at once", "")):
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(["generate", "model", "-p", prompt])
+        assert capsys.readouterr().out == written
+
+
+
 def test_methods(run, lines, fails):
     every = lines("methods")
     assert [m["name"] for m in every] == [m["name"] for m in obm.methods()] and every[2]["params"] == lines("methods", "ties")[0]["params"]
     code, out, err = run("methods")
-    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["method", *(m["name"] for m in every)]
-    assert re.search(r"^ties +weight, density=1, .*normalize=true", out, flags=re.M)
+    assert code == 0 and [line.split()[0] for line in out.splitlines() if line[0] != " "] == [m["name"] for m in every]
+    assert re.search(r"^ties +trim, elect signs, merge what agrees\n +weight, density=1, .*normalize=true", out, flags=re.M)
+    assert max(len(line) for line in out.splitlines()) < 130
     code, out, err = run("methods", "ties", "slerp")
-    assert out.startswith("ties: ") and "\nslerp: " in out and "arXiv" in out and re.search(r"^density +1 +0 \.\. 1 +each model ", out, flags=re.M)
+    assert out.startswith("ties: ") and "\nslerp: " in out and "arXiv" in out and re.search(r"^density +1 +0 \.\. 1 +each model  share of ", out, flags=re.M)
     fails("methods", "tis", code=2, match='no merge method "tis", did you mean ties?')
     fails("methods", "frobnicate", code=2, match='no merge method "frobnicate": linear, task_arithmetic, ')
