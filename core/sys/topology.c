@@ -234,8 +234,8 @@ static obm_status choose_source(obm__topology *t, const char *text, obm_error *e
     if (!hwloc_topology_set_synthetic(t->hwloc, text)) return OBM_OK;
     return obm__fail(
         err, OBM_E_ARG,
-        "topology: expected a file of hwloc's XML or a description like \"numa:2 core:4 pu:2\" (from the outside in; pu, the "
-        "hardware threads of a core, comes last), found \"%.128s\"",
+        "topology: expected a file of hwloc's XML or a description like \"numa:2 core:4 pu:2\" (from the outside "
+        "in; pu, the hardware threads of a core, comes last), found \"%.128s\"",
         text);
 }
 
