@@ -106,7 +106,7 @@ static void refuse(const char *text, obm_status status, const char *message) {
 
 static void no_machines(void **state) {
     (void)state;
-    refuse("numa:2 core:x", OBM_E_ARG, "description like \"numa:2 core:4 pu:2\", found \"numa:2 core:x\"");
+    refuse("numa:2 core:x", OBM_E_ARG, "pu, the hardware threads of a core, comes last), found \"numa:2 core:x\"");
     refuse("", OBM_E_ARG, "topology: expected a file");
     refuse("/nowhere/machine.xml", OBM_E_IO, "cannot read /nowhere/machine.xml: No such file");
     refuse(OBM_SOURCE_DIR "/README.md", OBM_E_FORMAT, "README.md: expected a topology in hwloc's XML");
