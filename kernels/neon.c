@@ -108,8 +108,8 @@ static inline V signed8(float a, unsigned bits) {
 }
 
 #define KEEP(v) (void)(v)
-/* (0 + 4) + (2 + 6), then the odd ones: written out, since vaddvq_f32 leaves the order to the instruction's pairs. */
 #define ROWS_AHEAD 0
+/* (0 + 4) + (2 + 6), then the odd ones: written out, since vaddvq_f32 leaves the order to the instruction's pairs. */
 #define HSUM(v) lanes_sum(v)
 static inline float lanes_sum(V v) {
     float32x4_t four = vaddq_f32(v.val[0], v.val[1]);

@@ -278,6 +278,8 @@ obm_status obm__reader_get(const obm__reader *r, const void *data, size_t n, voi
 
 /* ---- model folders out (model_writer.c) ---- */
 
+obm_json *obm__file_record(const char *name, uint64_t bytes, const char *xxh3); /* {"file", "bytes", "xxh3"}; owned, NULL: no memory */
+
 /* A Hugging Face folder: shards, index, config, tokenizer files, model card.  The new state appears with the last
  * rename (index.json, or the single model.safetensors); a killed run leaves the old folder or none, and beside it what
  * the next run with `resume` goes on with and any other run removes (unfinished.h). */

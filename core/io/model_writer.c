@@ -699,13 +699,7 @@ static bool same_content(const char *path, const char *text, size_t size) {
 static obm_status note_small(obm_json *list, const char *name, const char *text, size_t size, obm_error *err) {
     char hash[33];
     obm__xxh3_of(text, size, hash);
-    obm_json *record = obm__json_new_object();
-    bool ok = obm__json_set(record, "file", obm__json_new_string(name));
-    ok = obm__json_set(record, "bytes", obm__json_new_int((int64_t)size)) && ok;
-    ok = obm__json_set(record, "xxh3", obm__json_new_string(hash)) && ok;
-    if (ok && obm__json_append(list, record)) return OBM_OK;
-    if (!ok) obm__json_free(record);
-    return obm__fail_nomem(err, size);
+    return obm__json_append(list, obm__file_record(name, size, hash)) ? OBM_OK : obm__fail_nomem(err, size);
 }
 
 static obm_status stage(obm__model_writer *w, const char *name, const char *text, size_t size, obm_error *err) {
@@ -852,13 +846,7 @@ static obm_status stage_index(obm__model_writer *w, obm_error *err) {
 
 /* Under its plain name, which it will have where the file system has links. */
 static obm_json *finished_record(const shard *s) {
-    obm_json *record = obm__json_new_object();
-    bool ok = obm__json_set(record, "file", obm__json_new_string(s->plain ? s->plain : s->name));
-    ok = obm__json_set(record, "bytes", obm__json_new_int((int64_t)obm__st_writer_size(s->file))) && ok;
-    ok = obm__json_set(record, "xxh3", obm__json_new_string(s->hash)) && ok;
-    if (ok) return record;
-    obm__json_free(record);
-    return NULL;
+    return obm__file_record(s->plain ? s->plain : s->name, obm__st_writer_size(s->file), s->hash);
 }
 
 /* Before the commit, after which nothing may fail that a disk can refuse. */

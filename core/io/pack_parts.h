@@ -62,7 +62,6 @@ obm_status obm__field_real(const obm_json *object, const char *key, const char *
 /* "dtype" and "shape" of a record into *out (data NULL); the byte count fits in 63 bits. */
 obm_status obm__field_tensor(const obm_json *object, const char *where, obm_tensor *out, obm_error *err);
 bool obm__put_tensor(obm_json *object, const obm_tensor *t);
-obm_json *obm__file_record(const char *name, uint64_t bytes, const char *xxh3);   /* {"file", "bytes", "xxh3"} */
 /* A path, or null where JSON cannot hold it (not UTF-8) or there is none; NULL without memory. */
 obm_json *obm__path_value(const char *path);
 /* Checks such a record; *path owned. */

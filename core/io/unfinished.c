@@ -3,7 +3,6 @@
 #include "unfinished.h"
 
 #include <dirent.h>
-#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
@@ -295,13 +294,6 @@ char *obm__unfinished_hashed_name(const char *plain, const char *xxh3) {
     return obm__format("model-%.16s-%s", xxh3, plain + strlen("model-"));
 }
 
-static bool is_absent(const char *dir, const char *name) {
-    char *path = obm__path_join(dir, name);
-    bool absent = path && access(path, F_OK) && errno == ENOENT;
-    obm_free(path);
-    return absent;
-}
-
 /* Under its name, or that with the hash where there were no links. */
 static obm_status check_record(const obm__unfinished *u, const obm_json *record, obm__tick_fn tick, void *user,
                                obm_error *err) {
@@ -309,12 +301,12 @@ static obm_status check_record(const obm__unfinished *u, const obm_json *record,
     uint64_t bytes;
     bool same = false, known = name && !strchr(name, '/') && size_and_hash(record, &bytes, &xxh3);
     if (known) OBM_TRY(is_proven(u->dir, name, bytes, xxh3, tick, user, &same, err));
-    bool absent = known && is_absent(u->dir, name);
+    bool absent = known && !exists_in(u->dir, name);
     if (known && !same && is_shard_of_many(name)) {
         char *hashed = obm__unfinished_hashed_name(name, xxh3);
         obm_status status = hashed ? is_proven(u->dir, hashed, bytes, xxh3, tick, user, &same, err)
                                    : obm__fail_nomem(err, strlen(name));
-        absent = absent && hashed && is_absent(u->dir, hashed);
+        absent = absent && hashed && !exists_in(u->dir, hashed);
         obm_free(hashed);
         OBM_TRY(status);
     }

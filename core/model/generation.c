@@ -148,12 +148,11 @@ typedef struct draw_job {
 static void draw_rows(void *arg, size_t begin, size_t end, int worker) {
     const draw_job *j = arg;
     size_t vocab = (size_t)j->m->vocab;
-    obm_error err;
     (void)worker;
     for (size_t i = begin; i < end; i++) {
         obm__generation *g = j->g[i];
         float *own = j->logits + i * vocab;
-        bool fit = obm__logits_check(g->sampler.k, own, j->m->vocab, 0, 0, &err) == OBM_OK;
+        bool fit = obm__logits_check(g->sampler.k, own, j->m->vocab, 0, 0, NULL) == OBM_OK;
         g->drawn = fit ? obm__sample(&g->sampler, own, g->ids, g->n_ids, g->n_ids - g->n_prompt) : -1;
     }
 }
